@@ -1,0 +1,117 @@
+"""What every child process of the supervisor has in common: its control link, its heartbeat, its last words.
+
+A child is started as `python -m toka_engine.<role> CONTROL_FD [LINK_FD ...]`. `run_child` is its outermost loop: it is
+the one place where any exception becomes an exit code. A child dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import msgspec
+
+from toka_engine.channel import Channel, wait
+from toka_engine.errors import ExitCode, PeerClosedError, TokaError
+from toka_engine.messages import ChildReady, Drain, Failing, Fatal, Ping, Pong, Progress, Start, ToChild
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """The child's side of its control link. A thread of its own answers pings, so a long step is not a stall."""
+
+    def __init__(self, name: str, control: Channel[ToChild], start: Start) -> None:
+        self.name = name
+        self.start = start
+        self.on_drain: Callable[[], None] | None = None
+        """Called in the control thread when the supervisor asks to drain."""
+        self.on_failing: Callable[[Failing], None] | None = None
+        """Called in the control thread when another process is dead or stuck."""
+        self._control = control
+        self._lock = threading.Lock()
+        self._busy_since: float | None = None
+        threading.Thread(target=self._answer, name="control", daemon=True).start()
+
+    def progress(self, phase: str, detail: str = "") -> None:
+        self.send(Progress(phase, detail))
+
+    def ready(self) -> None:
+        self.send(ChildReady())
+
+    def send(self, message: msgspec.Struct) -> None:
+        with self._lock:
+            self._control.send(message)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Mark one turn of the main loop: a turn that never ends is what the supervisor calls a stall."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
+
+    def _answer(self) -> None:
+        try:
+            while True:
+                wait([self._control], None)
+                for message in self._control.receive_ready():
+                    self._handle(message)
+        except PeerClosedError:
+            os._exit(ExitCode.PROCESS_DIED)  # the supervisor is gone: nobody is left to serve
+
+    def _handle(self, message: ToChild) -> None:
+        match message:
+            case Ping(number):
+                since = self._busy_since
+                self.send(Pong(number, 0.0 if since is None else time.monotonic() - since))
+            case Drain():
+                if self.on_drain:
+                    self.on_drain()
+            case Failing():
+                if self.on_failing:
+                    self.on_failing(message)
+            case Start():
+                raise AssertionError("a second Start")
+
+
+def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
+    """Run `main(child, link_fds)` as this process and end it with an exit code of the table.
+
+    Signals that a terminal sends to the whole group are left to the supervisor.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    control: Channel[ToChild] = Channel.from_fd(int(sys.argv[1]), ToChild)
+    start = control.receive()[0]
+    if not isinstance(start, Start):
+        raise AssertionError(f"{name}: the first message was not Start")
+    logging.basicConfig(
+        level=start.config.log_level,
+        stream=sys.stderr,
+        format=f"%(asctime)s level=%(levelname)s component={name} logger=%(name)s %(message)s",
+    )
+    child = Child(name, control, start)
+    code, words = ExitCode.OK, ""
+    try:
+        main(child, [int(fd) for fd in sys.argv[2:]])
+    except TokaError as error:
+        code, words = error.exit_code, str(error)
+    except Exception as error:  # the outermost loop of the process
+        traceback.print_exc()
+        code, words = ExitCode.PROCESS_DIED, f"{name}: {type(error).__name__}: {error}"
+    if code is not ExitCode.OK:
+        child.send(Fatal(int(code), words))
+    sys.stderr.flush()
+    os._exit(code)  # threads of libraries must not hold up the end

@@ -1,0 +1,65 @@
+"""The wire form of messages: msgpack by msgspec; numpy arrays as extension types that hold their raw bytes.
+
+No pickle. Decoded arrays are read-only views of the received frame (no copy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+
+from toka_engine.errors import MessageError
+
+T = TypeVar("T")
+
+_EXTENSION_OF_DTYPE = {
+    np.dtype(np.int32): 1,
+    np.dtype(np.int64): 2,
+    np.dtype(np.uint8): 3,
+    np.dtype(np.float32): 4,
+}
+_DTYPE_OF_EXTENSION = {code: dtype for dtype, code in _EXTENSION_OF_DTYPE.items()}
+
+
+def _encode_array(value: Any) -> msgspec.msgpack.Ext:
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _EXTENSION_OF_DTYPE:
+        code = _EXTENSION_OF_DTYPE[value.dtype]
+        return msgspec.msgpack.Ext(code, np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+    raise MessageError(f"cannot encode {type(value).__name__} of {getattr(value, 'dtype', '?')}")
+
+
+def _decode_array(code: int, data: memoryview) -> np.ndarray[Any, Any]:
+    return np.frombuffer(data, _DTYPE_OF_EXTENSION[code])
+
+
+def _accept_array(kind: Any, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value
+    raise MessageError(f"expected an array for {kind}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return the frame body of `message`."""
+    return _encoder.encode(message)
+
+
+class Decoder(Generic[T]):
+    """Decodes the frames of one link; `union` is the link's message type (a union of tagged structs)."""
+
+    def __init__(self, union: Any) -> None:
+        self._decode: Callable[[Any], T] = msgspec.msgpack.Decoder(
+            union, ext_hook=_decode_array, dec_hook=_accept_array
+        ).decode
+
+    def decode(self, frame: bytes | bytearray | memoryview) -> T:
+        """Return the message in `frame`. Raises MessageError."""
+        try:
+            return self._decode(frame)
+        except (msgspec.DecodeError, KeyError, ValueError) as error:
+            raise MessageError(f"bad frame: {error}") from error

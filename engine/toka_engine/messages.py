@@ -1,0 +1,299 @@
+"""Every type that crosses a process boundary.
+
+Arrays are one-dimensional, contiguous numpy arrays; the comment behind each gives dtype and length. Imports nothing of
+ours but `config`. See `codec` for the wire form and docs/structure.md for the walk of one request.
+
+Links: supervisor <-> each child (control), server <-> manager, manager <-> each model worker.
+A *stream* is one output sequence (one of a request's n choices); the server numbers streams, never reusing a number.
+A *slot* is a row of the manager's and the worker's state; a stream owns one while it runs.
+A *page* is `page_size` consecutive tokens of KV cache. A *step* is one forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from toka_engine.config import EngineConfig
+
+Int32s: TypeAlias = NDArray[np.int32]
+Int64s: TypeAlias = NDArray[np.int64]
+Bytes: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+def _empty(dtype: Any) -> Any:
+    array = np.empty(0, dtype)
+    array.setflags(write=False)
+    return msgspec.field(default_factory=lambda: array)
+
+
+# ---------------------------------------------------------------- control: supervisor <-> child
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """First message to every child: the settings, and where `entry` put the model."""
+
+    config: EngineConfig
+    model_dir: str
+    tokenizer_dir: str
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    number: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    number: int
+    busy_s: float
+    """How long the main loop has been inside one step without coming back; 0 when idle."""
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """What a child does while it starts (load, warm-up); logged, and shown by /readyz."""
+
+    phase: str
+    detail: str = ""
+
+
+class ChildReady(msgspec.Struct, frozen=True, tag=True):
+    """The child serves. The engine is ready when all children are."""
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """To the server on SIGTERM: readiness off, finish what runs, then `Drained`."""
+
+
+class Drained(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Failing(msgspec.Struct, frozen=True, tag=True):
+    """To the server: another process is dead or stuck. Readiness off, waiting requests get 503 now."""
+
+    process: str
+    reason: str
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """From a child: its last words. `exit_code` is of errors.ExitCode."""
+
+    exit_code: int
+    message: str
+
+
+ToChild: TypeAlias = Start | Ping | Drain | Failing
+FromChild: TypeAlias = Pong | Progress | ChildReady | Drained | Fatal
+
+
+# ---------------------------------------------------------------- server -> manager
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How one request's tokens are drawn. Defaults mean "off"; greedy is temperature 0."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+    seed: int = -1
+    """-1: none; else 0 <= seed < 2**63. Choice i of a request uses hash(seed, i)."""
+    num_logprobs: int = -1
+    """-1: none; 0: the chosen token's; k: also the k most likely tokens'."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """One prompt and its n choices. The server has checked every limit that `EngineInfo` states."""
+
+    first_stream: int
+    """Choice i is stream first_stream + i."""
+    num_choices: int
+    prompt_ids: Int32s  # [prompt_len >= 1]
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    """Tokens that end a stream (not delivered); empty with ignore_eos."""
+    deliver_each: bool
+    """True: tokens in each `Deltas` as they come. False: all at once in the `Deltas` that ends the stream."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """These streams are no longer wanted (client gone, stop string seen). Unknown ones are ignored; no answer comes."""
+
+    streams: Int64s  # [k]
+
+
+ServerToManager: TypeAlias = Submit | Cancel
+
+# ---------------------------------------------------------------- manager -> server
+
+FINISH_STOP = 0
+"""A stop token."""
+FINISH_LENGTH = 1
+FINISH_ERROR = 2
+"""This stream's logits were NaN or infinite: 500 for its request, the others go on."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+    """First message to the server, once the workers are ready: the limits that the server enforces."""
+
+    vocab_size: int
+    max_request_tokens: int
+    """Prompt plus max_tokens of one stream."""
+    num_kv_tokens: int
+    max_streams: int
+    """Slots: streams that can run at once."""
+    device: str
+    dtype: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The queue is full: 429 for this request."""
+
+    first_stream: int
+    message: str
+
+
+class Deltas(msgspec.Struct, frozen=True, tag=True):
+    """What one or more steps brought, for all streams.
+
+    A stop token that ends a stream is counted in `ended_num_tokens` but is not in any token array.
+    """
+
+    streams: Int64s = _empty(np.int64)  # [k]  one entry per delivered token, deliver_each streams only
+    tokens: Int32s = _empty(np.int32)  # [k]
+    logprobs: Floats = _empty(np.float32)  # [k] or [0]; NaN where not asked for
+    top_rows: Int32s = _empty(np.int32)  # [r]  indices into the k entries (or into `ended_tokens`: see top_of_ended)
+    top_tokens: Int32s = _empty(np.int32)  # [r * top_width]; -1 where fewer were asked for
+    top_logprobs: Floats = _empty(np.float32)  # [r * top_width]
+    top_width: int = 0
+    ended: Int64s = _empty(np.int64)  # [e]  streams that ended
+    ended_reasons: Bytes = _empty(np.uint8)  # [e]  FINISH_*
+    ended_num_tokens: Int32s = _empty(np.int32)  # [e]  completion tokens of the whole stream, for usage
+    ended_lengths: Int32s = _empty(np.int32)  # [e]  how many of ended_tokens are this stream's; 0 if deliver_each
+    ended_tokens: Int32s = _empty(np.int32)  # [sum(ended_lengths)]
+    ended_logprobs: Floats = _empty(np.float32)  # [sum(ended_lengths)] or [0]
+    top_of_ended: bool = False
+    """The top_* arrays describe ended_tokens. Such a Deltas carries no per-step entries."""
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """For /metrics, a few times a second while there is work. Totals only grow."""
+
+    running: int
+    waiting: int
+    kv_pages_total: int
+    kv_pages_used: int
+    kv_pages_cached: int
+    """Held by the prefix tree alone: free when needed."""
+    prompt_tokens_total: int
+    prefix_hit_tokens_total: int
+    output_tokens_total: int
+    preemptions_total: int
+    steps_total: int
+    hydragen_rows_total: int
+    manager_cpu_s_total: float
+    step_wall_s_total: float
+
+
+ManagerToServer: TypeAlias = EngineInfo | Refused | Deltas | Stats
+
+# ---------------------------------------------------------------- manager -> model worker
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """One forward pass, as differences to the state that the worker keeps by slot.
+
+    The worker applies the parts in this order: set up new slots, append pages, copy pages, forward, sample.
+    Rows of the forward: first the decode rows (one token each: the slot's last sampled one, which the worker holds, at
+    position `length[slot]`), then the tokens of the prefill chunks. Both advance `length[slot]` by what they wrote.
+
+    Sampled tokens come in this order: one per decode row, then one per fan-out entry. A fan-out entry samples for
+    `fanout_slots[i]` from the last row of prefill chunk `fanout_chunks[i]`; n choices of one prompt are n entries on
+    one chunk, and the worker sets `length` of such a slot to the chunk slot's length.
+    """
+
+    number: int
+    # new slots
+    new_slots: Int32s = _empty(np.int32)  # [a]
+    new_lengths: Int32s = _empty(np.int32)  # [a]  tokens whose KV its pages hold already (prefix hit)
+    new_num_sampled: Int32s = _empty(np.int32)  # [a]  output tokens so far (> 0 after preemption): seeded draws go on
+    new_temperatures: Floats = _empty(np.float32)  # [a]
+    new_top_ps: Floats = _empty(np.float32)  # [a]
+    new_top_ks: Int32s = _empty(np.int32)  # [a]
+    new_min_ps: Floats = _empty(np.float32)  # [a]
+    new_seeds: Int64s = _empty(np.int64)  # [a]  already mixed with the choice's index; -1: none
+    new_num_logprobs: Int32s = _empty(np.int32)  # [a]
+    # block table: table[append_slots[i], append_indices[i]] = append_pages[i]
+    append_slots: Int32s = _empty(np.int32)  # [b]
+    append_indices: Int32s = _empty(np.int32)  # [b]
+    append_pages: Int32s = _empty(np.int32)  # [b]
+    # KV pages copied in all layers before the forward (a shared prompt's part-filled last page)
+    copy_from: Int32s = _empty(np.int32)  # [c]
+    copy_to: Int32s = _empty(np.int32)  # [c]
+    # decode rows, members of a Hydragen group side by side
+    decode_slots: Int32s = _empty(np.int32)  # [d]
+    # prefill chunks
+    prefill_slots: Int32s = _empty(np.int32)  # [p]
+    prefill_starts: Int32s = _empty(np.int32)  # [p]  position of the chunk's first token = length[slot] before
+    prefill_lengths: Int32s = _empty(np.int32)  # [p]  >= 1
+    prefill_tokens: Int32s = _empty(np.int32)  # [sum(prefill_lengths)]
+    fanout_slots: Int32s = _empty(np.int32)  # [s]
+    fanout_chunks: Int32s = _empty(np.int32)  # [s]  index into the p chunks
+    # Hydragen groups over decode rows: rows [first_row, first_row + num_rows) share the pages at block table columns
+    # [first_column, first_column + num_columns). Groups may nest (levels): an inner group starts where its outer ends.
+    # Sorted by first_column; groups of one first_column do not overlap. Every page of a group is full.
+    group_first_rows: Int32s = _empty(np.int32)  # [g]
+    group_num_rows: Int32s = _empty(np.int32)  # [g]
+    group_first_columns: Int32s = _empty(np.int32)  # [g]
+    group_num_columns: Int32s = _empty(np.int32)  # [g]
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End after the steps sent so far."""
+
+
+ManagerToWorker: TypeAlias = Step | Stop
+
+# ---------------------------------------------------------------- model worker -> manager
+
+
+class WorkerReady(msgspec.Struct, frozen=True, tag=True):
+    """The worker has loaded and warmed up; sizes are final."""
+
+    vocab_size: int
+    max_positions: int
+    num_pages: int
+    page_size: int
+    max_seqs: int
+    """Slots."""
+    max_tokens_per_forward: int
+    max_pages_per_seq: int
+    """Columns of the block table."""
+    device: str
+    dtype: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """What step `number` sampled, in the order that `Step` states."""
+
+    number: int
+    ids: Int32s  # [d + s]; -1: this row's logits were not finite
+    logprobs: Floats = _empty(np.float32)  # [d + s] or [0]: of the chosen token, from the unscaled distribution
+    top_rows: Int32s = _empty(np.int32)  # [r]  rows that asked for top logprobs
+    top_tokens: Int32s = _empty(np.int32)  # [r * top_width]
+    top_logprobs: Floats = _empty(np.float32)  # [r * top_width]
+    top_width: int = 0
+    step_wall_s: float = 0.0
+    host_cpu_s: float = 0.0
+
+
+WorkerToManager: TypeAlias = WorkerReady | Tokens

@@ -1,0 +1,82 @@
+"""The interface of attention backends. A model calls `forward` once per layer; all else happens between steps.
+
+The backend owns the KV cache and the block table on its device. RoPE and the write of K and V into the pages belong to
+`forward`, because on a GPU they are one kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a backend must know of a model. Head counts are this rank's."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Multiplied with q.k; usually head_dim ** -0.5."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """The rows of one forward, on the host. T = num_decode + sum(prefill_lengths) rows.
+
+    Row i < num_decode is one token of decode_slots[i] at position decode_positions[i]; then come the chunks.
+    """
+
+    decode_slots: NDArray[np.int32]  # [d]
+    decode_positions: NDArray[np.int32]  # [d]
+    prefill_slots: NDArray[np.int32]  # [p]
+    prefill_starts: NDArray[np.int32]  # [p]
+    prefill_lengths: NDArray[np.int32]  # [p]
+    # Hydragen groups over decode rows: see messages.Step
+    group_first_rows: NDArray[np.int32]  # [g]
+    group_num_rows: NDArray[np.int32]  # [g]
+    group_first_columns: NDArray[np.int32]  # [g]
+    group_num_columns: NDArray[np.int32]  # [g]
+
+
+class AttentionBackend(Protocol):
+    """Paged attention over slots. One instance per worker."""
+
+    def allocate(self, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int) -> None:
+        """Allocate the KV cache [layers, 2, pages, ...] and the block table [max_seqs, max_pages_per_seq]."""
+        ...
+
+    def kv_bytes_per_token(self) -> int: ...
+
+    def append_pages(
+        self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]
+    ) -> None:
+        """table[slots[i], columns[i]] = pages[i]."""
+        ...
+
+    def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+        """Copy whole pages in every layer."""
+        ...
+
+    def plan(self, layout: StepLayout) -> None:
+        """Prepare the forward of this step."""
+        ...
+
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,  # [T, num_heads, head_dim], before RoPE; may be a strided view of a packed qkv
+        k: torch.Tensor,  # [T, num_kv_heads, head_dim], before RoPE
+        v: torch.Tensor,  # [T, num_kv_heads, head_dim]
+        cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32: cos in the first half, sin in the second
+    ) -> torch.Tensor:
+        """Rotate q and k (halves, as Llama does), write k and v to the pages, attend; returns [T, num_heads, head_dim]."""
+        ...

@@ -1,0 +1,1 @@
+"""Our own GPU kernels (Triton). Imported only where there is a GPU."""

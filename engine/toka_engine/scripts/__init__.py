@@ -1,0 +1,1 @@
+"""Small commands beside `toka`."""

@@ -1,0 +1,1 @@
+"""The operator: it reconciles TokaDeployment objects into StatefulSets of engine pods behind a Service."""
