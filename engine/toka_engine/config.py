@@ -32,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: int = 10210
     uvicorn_log_level: str = "info"
     receive_timeout_s: float = 10.0
+    send_timeout_s: float = 60.0
+    """How long a client may leave its answer unread before its connection is dropped."""
     max_body_bytes: int = 32 * 1024 * 1024
     max_connections: int = 4096
     drain_timeout_s: float = 120.0
