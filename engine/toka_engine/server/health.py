@@ -28,10 +28,12 @@ class Health:
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.detail = "loading the tokenizer"
+        self.silent_process = ""
+        """Another process that does not answer at the moment; not ready until it does."""
 
     @property
     def is_ready(self) -> bool:
-        return self.phase is Phase.SERVING
+        return self.phase is Phase.SERVING and not self.silent_process
 
     def move(self, phase: Phase, detail: str = "") -> None:
         """Enter `phase`, unless the process is failing or past it."""
@@ -48,4 +50,5 @@ class Health:
 
     def report(self) -> bytes:
         """The body of /readyz."""
-        return msgspec.json.encode({"ready": self.is_ready, "phase": self.phase.value, "detail": self.detail})
+        detail = f"{self.silent_process} does not answer" if self.silent_process else self.detail
+        return msgspec.json.encode({"ready": self.is_ready, "phase": self.phase.value, "detail": detail})
