@@ -77,7 +77,7 @@ class KubernetesHandle:
         timeout_s: float = 60.0,
     ) -> str:
         """Run kubectl, return its stdout; a refusal raises `CommandFailed`, the sentence in its `stderr`."""
-        argv = [tool("kubectl"), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments]
+        argv = self.kubectl_argv(*arguments, kubeconfig=kubeconfig)
         cache = {**os.environ, "KUBECACHEDIR": str(self.run.path / "kubectl-cache")}
         done = subprocess.run(
             [*self.enter_network(), *argv],
@@ -90,6 +90,10 @@ class KubernetesHandle:
         if done.returncode != 0:
             raise CommandFailed(["kubectl", *arguments], done.returncode, done.stdout, done.stderr)
         return done.stdout
+
+    def kubectl_argv(self, *arguments: str, kubeconfig: Path | None = None) -> list[str]:
+        """The command line of kubectl, for `spawn`."""
+        return [tool("kubectl"), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments]
 
     def helm(self, *arguments: str, timeout_s: float = 300.0) -> str:
         """Run helm and return its stdout."""
