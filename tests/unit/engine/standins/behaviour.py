@@ -1,0 +1,35 @@
+"""What the three stand-ins share: they say `ready`, then do what TOKA_TEST_<ROLE> tells them.
+
+ready (default): wait for ever. hold: never become ready. config: raise ConfigError. busy: one turn that never ends.
+peer: end when the other end of the last link is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from toka_engine.channel import Channel
+from toka_engine.child import Child
+from toka_engine.errors import OutOfMemoryError
+from toka_engine.messages import Stop
+
+log = logging.getLogger(__name__)
+
+
+def behave(child: Child, link_fds: list[int]) -> None:
+    behaviour = os.environ.get(f"TOKA_TEST_{child.name.upper()}", "ready")
+    child.progress("load", "weights")
+    if behaviour == "memory":
+        raise OutOfMemoryError(f"{child.name}: 1 GB short")
+    if behaviour == "crash":
+        raise RuntimeError("a defect")
+    if behaviour != "hold":
+        child.ready()
+    if behaviour == "peer":
+        Channel[Stop].from_fd(link_fds[-1], Stop).receive()
+    if behaviour == "busy":
+        with child.busy():
+            threading.Event().wait()
+    threading.Event().wait()

@@ -1,0 +1,6 @@
+"""Stand-in for the manager process."""
+
+from tests.unit.engine.standins.behaviour import behave
+from toka_engine.child import run_child
+
+run_child("manager", behave)
