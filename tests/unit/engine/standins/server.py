@@ -3,9 +3,10 @@
 import logging
 import os
 
-from tests.unit.engine.standins.behaviour import behave
 from toka_engine.child import Child, run_child
 from toka_engine.messages import Drained, Failing, Progress
+
+from tests.unit.engine.standins.behaviour import behave
 
 log = logging.getLogger(__name__)
 
