@@ -13,9 +13,9 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
+from toka_engine import __version__
 from toka_engine.command_line import format_help, parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import REASONS, ConfigError, ExitCode, PortInUseError, TokaError
@@ -34,7 +34,7 @@ def main() -> None:
         print(format_help())
         sys.exit(ExitCode.OK)
     if "--version" in arguments:
-        print(f"toka {metadata.version('toka')}")
+        print(f"toka {__version__}")
         sys.exit(ExitCode.OK)
     sys.exit(run(arguments))
 

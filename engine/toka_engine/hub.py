@@ -32,7 +32,6 @@ _MAX_ATTEMPTS = 6
 _MAX_PAUSE_S = 30.0
 _REPORT_INTERVAL_S = 2.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def download(name: str, revision: str | None, patterns: tuple[str, ...], report: Report) -> Path:
@@ -66,7 +65,7 @@ def _download_once(name: str, revision: str | None, patterns: tuple[str, ...], r
     blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "blobs"
     with _translated_errors(name, revision):
         num_bytes = _missing_bytes(name, revision, patterns)
-        _check_space(num_bytes, Path(constants.HF_HUB_CACHE))
+        check_space(num_bytes, Path(constants.HF_HUB_CACHE))
         with _reporting(blobs, num_bytes, report):
             folder = snapshot_download(
                 name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NEVER)
@@ -88,7 +87,8 @@ def _missing_bytes(name: str, revision: str | None, patterns: tuple[str, ...]) -
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
-def _check_space(num_bytes: int | None, cache: Path) -> None:
+def check_space(num_bytes: int | None, cache: Path) -> None:
+    """Raise StorageError if `num_bytes` more do not fit where `cache` is or will be."""
     folder = next((one for one in (cache, *cache.parents) if one.exists()), Path("/"))
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
@@ -154,6 +154,8 @@ def _translated_errors(name: str, revision: str | None) -> Iterator[None]:
         _raise_for_unreachable(name, error)
     except errors.HfHubHTTPError as error:
         _raise_for_status(name, error.response.status_code, error)
+    except errors.HTTPError as error:  # type: ignore[attr-defined]  # of whichever HTTP client the library uses
+        raise _TransientError(f"the connection failed: {type(error).__name__}") from error
     except OSError as error:
         _raise_for_os_error(error)
 
@@ -184,6 +186,7 @@ def _raise_for_status(name: str, status: int, error: Exception) -> None:
 def _raise_for_os_error(error: OSError) -> None:
     if error.errno in _NO_SPACE:
         raise StorageError(f"the disk is full: {error}") from error
-    if error.errno in _NOT_WRITABLE:
-        raise StorageError(f"the cache cannot be written: {error}") from error
-    raise _TransientError(f"{type(error).__name__}: {error}") from error
+    # Without a number: the library's own check that a file has the size it should have.
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+        raise _TransientError(f"{type(error).__name__}: {error}") from error
+    raise StorageError(f"the cache cannot be written: {error}") from error
