@@ -48,6 +48,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210
     uvicorn_log_level: Annotated[UvicornLogLevel, doc("level of the HTTP server's own log")] = "info"
     receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
+    send_timeout_s: Annotated[
+        PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")
+    ] = 60.0
     max_body_bytes: Annotated[PositiveInt, doc("larger bodies get 413")] = 32 * 1024 * 1024
     max_connections: Annotated[PositiveInt, doc("open connections; more are refused")] = 4096
     drain_timeout_s: Annotated[Seconds, doc("after SIGTERM: how long running requests may go on")] = 120.0
