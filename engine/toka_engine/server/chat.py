@@ -49,7 +49,7 @@ class ChatTemplate:
     """The default chat template of a tokenizer folder."""
 
     def __init__(self, source: str, special_tokens: dict[str, str], special_texts: Sequence[str]) -> None:
-        """`special_tokens`: bos_token and the like, for the template; `special_texts`: all that must not be injected.
+        """`special_tokens`: bos_token and the like, for the template; `special_texts`: never to be injected.
 
         Raises ModelInvalidError where the template cannot be compiled.
         """
@@ -167,7 +167,7 @@ class _EndIds(msgspec.Struct):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's text for training: its body is rendered as it stands."""
+    """`{% generation %}`, which marks the assistant's text for training: its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration is a mutable class attribute)
 

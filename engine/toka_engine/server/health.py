@@ -9,7 +9,6 @@ from enum import Enum
 
 import msgspec
 
-from toka_engine.messages import Progress
 from toka_engine.server.errors import unavailable
 
 
@@ -29,20 +28,12 @@ class Health:
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.detail = "loading the tokenizer"
-        self._silent_process = ""
+        self.silent_process = ""
+        """Another process that does not answer at the moment; not ready until it does."""
 
     @property
     def is_ready(self) -> bool:
-        return self.phase is Phase.SERVING and not self._silent_process
-
-    def note_silence(self, process: str) -> None:
-        """`process` has not answered for a moment: not ready until this is called with ""."""
-        self._silent_process = process
-
-    def note_progress(self, progress: Progress) -> None:
-        """While starting: tell what another process does."""
-        if self.phase is Phase.STARTING:
-            self.detail = f"{progress.process}: {progress.phase} {progress.detail}".rstrip()
+        return self.phase is Phase.SERVING and not self.silent_process
 
     def move(self, phase: Phase, detail: str = "") -> None:
         """Enter `phase`, unless the process is failing or past it."""
@@ -59,5 +50,5 @@ class Health:
 
     def report(self) -> bytes:
         """The body of /readyz."""
-        detail = f"{self._silent_process} does not answer" if self._silent_process else self.detail
+        detail = f"{self.silent_process} does not answer" if self.silent_process else self.detail
         return msgspec.json.encode({"ready": self.is_ready, "phase": self.phase.value, "detail": detail})

@@ -1,4 +1,4 @@
-"""Every check of one request against the engine's limits. Nothing is clipped or ignored: what is wrong is refused.
+"""Every check of one request against the engine's limits. Nothing is ignored: what is wrong is refused.
 
 Owns: ranges, defaults, and what is unsupported. Each refusal is a 400 that names the field. Pure: no I/O, no
 state.
@@ -213,7 +213,7 @@ class Limits:
         if num_bytes > max_bytes:
             raise invalid(
                 param,
-                f"'{param}' has {num_bytes} bytes; a prompt may have at most {self.max_request_tokens - 1} tokens.",
+                f"'{param}' has {num_bytes} bytes; at most {self.max_request_tokens - 1} tokens fit.",
                 "context_length_exceeded",
             )
 

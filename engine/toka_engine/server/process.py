@@ -1,4 +1,4 @@
-"""The server process: listens at once, serves when `EngineInfo` has come, drains when told, fails when another dies.
+"""The server process: listens at once, serves when `EngineInfo` has come, drains, and fails with the others.
 
 Owns: the life of the process, from the listening socket to `Drained`. Runs in one event loop; the control
 thread only hands its messages over to it.
@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -20,7 +21,16 @@ import uvloop
 from toka_engine.child import Child
 from toka_engine.config import EngineConfig
 from toka_engine.errors import PortInUseError
-from toka_engine.messages import Deltas, Drained, EngineInfo, Failing, ManagerToServer, Refused, Stats
+from toka_engine.messages import (
+    Deltas,
+    Drained,
+    EngineInfo,
+    Failing,
+    ManagerToServer,
+    Progress,
+    Refused,
+    Stats,
+)
 from toka_engine.server.app import App, Engine
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
 from toka_engine.server.chat import ChatTemplate, find_end_ids, load_chat_template
@@ -38,7 +48,7 @@ _BACKLOG = 2048
 _KEEP_ALIVE_S = 65
 """Longer than usual clients keep idle connections, so that it is they who close them."""
 _HEARTBEAT_S = 0.25
-_ERROR_WRITE_S = 5.0
+_ERROR_WRITE_S = 2.0
 """After the drain's end: how long the errors of cut streams may take to be written."""
 
 
@@ -61,11 +71,11 @@ class Server:
         self._drain_asked = asyncio.Event()
         child.on_drain = lambda: self._from_thread(self._drain_asked.set)
         child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
-        child.on_silent = lambda process: self._from_thread(lambda: self._health.note_silence(process))
-        child.on_progress = lambda message: self._from_thread(lambda: self._health.note_progress(message))
+        child.on_silent = lambda process: self._from_thread(lambda: self._note_silence(process))
+        child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
 
-    def _from_thread(self, action: object) -> None:
-        self._loop.call_soon_threadsafe(action)  # type: ignore[arg-type]
+    def _from_thread(self, action: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(action)
 
     async def run(self) -> None:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
@@ -91,7 +101,7 @@ class Server:
     async def _listen(self) -> asyncio.Server:
         config = self._config
         http_config = uvicorn.Config(
-            self._app,  # type: ignore[arg-type]
+            self._app,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -168,6 +178,15 @@ class Server:
         logger.error("failing reason=%r", reason)
         self._health.move(Phase.FAILING, reason)
         self._streams.fail_all(unavailable(f"The engine has failed: {reason}."))
+
+    def _note_silence(self, process: str) -> None:
+        self._health.silent_process = process
+
+    def _note_progress(self, message: Progress) -> None:
+        if self._health.phase is Phase.STARTING:
+            self._health.detail = " ".join(
+                part for part in (message.process, message.phase, message.detail) if part
+            )
 
     # ------------------------------------------------------------ the end
 

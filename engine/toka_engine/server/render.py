@@ -32,7 +32,7 @@ class ShownToken(NamedTuple):
 
 
 class Renderer:
-    """The text of one choice without stop strings and logprobs: each character is shown when it is complete."""
+    """The text of one choice without stop strings and logprobs: a character is shown when it is complete."""
 
     __slots__ = ("_bytes_of", "_decode", "finish_reason", "num_tokens")
 

@@ -40,7 +40,7 @@ class StopScanner:
         return max(self._states)
 
     def feed(self, piece: str) -> int | None:
-        """Return the position in the whole text where the first stop string begins, if `piece` completes one."""
+        """Return where in the whole text the stop string begins that `piece` completes, if it does."""
         best: tuple[int, int] | None = None
         for row, pattern in enumerate(self._patterns):
             if not self._states[row] and pattern[0] not in piece:

@@ -90,7 +90,7 @@ class Generation:
         self._streams.end(self)
 
     async def news(self) -> list[Choice]:
-        """Wait for something new; return the choices that have it, each once. Raises what `fail` was given."""
+        """Wait for something new; return the choices that have it, each once. Raises what `fail` got."""
         while not self.dirty:
             if self._error is not None:
                 raise self._error
@@ -255,7 +255,7 @@ class Streams:
 
 
 def _mark_dirty(choice: Choice, touched: list[Generation]) -> None:
-    """Called where `choice` has nothing pending: so it stands in `dirty` once, and `touched` has each once."""
+    """Called where `choice` has nothing pending: so it stands in `dirty` once."""
     generation = choice.generation
     if not generation.dirty:
         touched.append(generation)

@@ -1,4 +1,4 @@
-"""Text to token ids and token ids to bytes, from a model folder's tokenizer.json. Never torch or transformers.
+"""Text to token ids and ids to bytes, from a model folder's tokenizer.json. Never torch or transformers.
 
 Owns: the tokenizer, its thread pool, the table of each token's bytes, and the ids that end a text. Texts are
 encoded with the interpreter lock released (encode_batch_fast), long ones in the pool, so that other requests

@@ -1,7 +1,7 @@
 """A running server process with a scripted manager at the other end of its link.
 
-Only the manager is played here, by the real messages over a real socket pair; everything else is the real process. The
-play runs in a thread: it answers each `Submit` by the script and keeps what it was sent.
+Only the manager is played here, by the real messages over a real socket pair; everything else is the real
+process. The play runs in a thread: it answers each `Submit` by the script and keeps what it was sent.
 """
 
 from __future__ import annotations
@@ -170,8 +170,7 @@ class RunningServer:
     # ------------------------------------------------------------ raw HTTP
 
     def connect(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        return sock
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
