@@ -132,6 +132,11 @@ class EngineProcess:
         except OSError:
             return 0
 
+    def read(self, path: str) -> str:
+        """The body of a GET that must succeed."""
+        with urllib.request.urlopen(self.url + path, timeout=30.0) as response:
+            return str(response.read().decode())
+
     def _read(self) -> None:
         stream = self.process.stderr
         assert stream is not None
