@@ -22,15 +22,15 @@ RUN python3 -m venv --without-pip /opt/toka && mkdir /opt/toka/src
 FROM base AS engine-dependencies
 ARG EXTRAS=""
 COPY --from=uv /requirements/engine.txt /requirements/gpu.txt /requirements/
-COPY constraints.txt /requirements/
+COPY constraints.txt overrides.txt /requirements/
 RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
-    --constraint /requirements/constraints.txt $(printf -- '-r /requirements/%s.txt ' engine ${EXTRAS})
+    --constraint /requirements/constraints.txt --override /requirements/overrides.txt $(printf -- '-r /requirements/%s.txt ' engine ${EXTRAS})
 
+# The converter is one file on purpose: no other change of the code converts again.
 FROM engine-dependencies AS engine-model
-COPY engine/toka_engine/__init__.py engine/toka_engine/errors.py /opt/toka/src/toka_engine/
-COPY engine/toka_engine/model/__init__.py engine/toka_engine/model/convert.py /opt/toka/src/toka_engine/model/
-RUN python -m toka_engine.model.convert /opt/toka/models/smollm2
+COPY engine/toka_engine/model/convert.py /tmp/
+RUN python /tmp/convert.py /opt/toka/models/smollm2
 
 FROM engine-dependencies AS engine
 COPY --from=engine-model /opt/toka/models /opt/toka/models
@@ -46,10 +46,10 @@ COPY engine/toka_engine /opt/toka/src/toka_engine
 
 FROM base AS operator-dependencies
 COPY --from=uv /requirements/operator.txt /requirements/
-COPY constraints.txt /requirements/
+COPY constraints.txt overrides.txt /requirements/
 RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
-    --constraint /requirements/constraints.txt -r /requirements/operator.txt
+    --constraint /requirements/constraints.txt --override /requirements/overrides.txt -r /requirements/operator.txt
 
 FROM operator-dependencies AS operator
 RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_operator.__main__ import main\nsys.exit(main())\n' >/opt/toka/bin/toka-operator \
@@ -60,9 +60,9 @@ COPY operator/toka_operator /opt/toka/src/toka_operator
 
 FROM base AS client
 COPY --from=uv /requirements/client.txt /requirements/
-COPY constraints.txt /requirements/
+COPY constraints.txt overrides.txt /requirements/
 RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
-    --constraint /requirements/constraints.txt -r /requirements/client.txt
+    --constraint /requirements/constraints.txt --override /requirements/overrides.txt -r /requirements/client.txt
 ENTRYPOINT ["python"]
 USER 65532:65532

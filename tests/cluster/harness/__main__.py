@@ -1,8 +1,10 @@
 """`python -m tests.cluster.harness COMMAND`: what scripts/setup, scripts/images and scripts/quickstart call.
 
 tools                        install packages and build the cluster's commands
+bases                        make the base images
 up NAME [--nodes N]          boot a cluster that stays until `down NAME`
 down NAME                    end it: every process, mount, address and control group
+purge                        remove everything that was built, pulled or downloaded for clusters
 images [TARGET ...]          build images; with --push NAME also push them, printing the names for pods
 kubectl NAME ARGUMENT ...    run kubectl for it (helm likewise)
 """
@@ -24,7 +26,7 @@ from tests.cluster.harness.images import (
 )
 from tests.cluster.harness.paths import tool
 from tests.cluster.harness.processes import RunFolder
-from tests.cluster.harness.tools import ensure_tools
+from tests.cluster.harness.tools import ensure_tools, purge
 
 
 def main() -> int:
@@ -41,6 +43,8 @@ def main() -> int:
                 _up(arguments.name, arguments.nodes)
             case "down":
                 RunFolder(arguments.name).stop()
+            case "purge":
+                purge()
             case "images":
                 _images(arguments.targets or list(TARGETS), arguments.push, arguments.extras)
             case "kubectl" | "helm":
@@ -56,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tools")
     commands.add_parser("bases")
+    commands.add_parser("purge")
     up = commands.add_parser("up")
     up.add_argument("name")
     up.add_argument("--nodes", type=int, default=1)

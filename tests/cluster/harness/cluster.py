@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from tests.cluster.harness.control import SERVICE_NAMES, ControlPlane
 from tests.cluster.harness.errors import HarnessError
 from tests.cluster.harness.handle import KubernetesHandle
-from tests.cluster.harness.images import ensure_pause_image
+from tests.cluster.harness.images import buildah, ensure_pause_image
 from tests.cluster.harness.node import BRIDGE_ADDRESS, REGISTRY, start_node
 from tests.cluster.harness.paths import cluster_cache, tool
 from tests.cluster.harness.pki import Pki
 from tests.cluster.harness.processes import RunFolder
 from tests.cluster.harness.tools import require_tools
 from tests.cluster.harness.trees import Machine, Network, run_checked
+
+# Half a minute sooner than Kubernetes' default, with kubelets that renew their leases often (see `node`).
+_LOST_AFTER = "--node-monitor-grace-period=20s"
 
 
 class Cluster(KubernetesHandle):
@@ -80,7 +83,7 @@ class Cluster(KubernetesHandle):
         self.spawn_control("etcd", self.control.etcd())
         self.spawn_control("registry", [tool("registry"), "serve", self._registry_configuration()])
         self.start_api_server()
-        self.spawn_control("kube-controller-manager", self.control.controller_manager(10257))
+        self.spawn_control("kube-controller-manager", [*self.control.controller_manager(10257), _LOST_AFTER])
         self.spawn_control("kube-scheduler", self.control.scheduler(10259))
         self.spawn_control("coredns", [tool("coredns"), "-conf", self._dns_configuration()])
 
@@ -142,10 +145,16 @@ class Cluster(KubernetesHandle):
     # ---- images
 
     def push_image(self, image: str) -> str:
-        """Push a local image to the cluster's registry; returns the name by which pods pull it."""
-        reference = f"{REGISTRY}/{image.removeprefix('localhost/')}"
+        """Push a local image to the cluster's registry; returns the name by which pods pull it.
+
+        The tag is the image's own id: a node that has an older build must not take it for this one.
+        """
+        inspect = buildah("inspect", "--type", "image", "--format", "{{.FromImageID}}", image)
+        image_id = run_checked(inspect).strip()
+        repository = image.removeprefix("localhost/").rpartition(":")[0]
+        reference = f"{REGISTRY}/{repository}:{image_id[:12]}"
         compression = ["--compression-format", "zstd", "--compression-level", "1"]
-        argv = ["buildah", "push", "-q", "--tls-verify=false", *compression, image, f"docker://{reference}"]
+        argv = buildah("push", "-q", "--tls-verify=false", *compression, image, f"docker://{reference}")
         run_checked([*self.network.enter(), *argv], timeout_s=900)
         return reference
 

@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.node import PAUSE_IMAGE
 from tests.cluster.harness.paths import REPOSITORY, cluster_cache
 
@@ -39,6 +40,12 @@ def image_name(target: str) -> str:
     return f"localhost/toka-{target}:dev"
 
 
+def buildah(*arguments: str) -> list[str]:
+    """A buildah command line. Its images are kept apart from the machine's, so that they can be purged."""
+    storage = cluster_cache() / "buildah"
+    return ["buildah", "--root", str(storage / "root"), "--runroot", str(storage / "run"), *arguments]
+
+
 def ensure_pause_image() -> None:
     """Make the image that holds a pod's namespaces, as a file that each node imports."""
     archive = _folder() / "pause.tar"
@@ -53,7 +60,7 @@ def ensure_pause_image() -> None:
     _build([str(build)], PAUSE_IMAGE)
     new = archive.with_suffix(".new")
     new.unlink(missing_ok=True)
-    subprocess.run(["buildah", "push", "-q", PAUSE_IMAGE, f"docker-archive:{new}:{PAUSE_IMAGE}"], check=True)
+    subprocess.run(buildah("push", "-q", PAUSE_IMAGE, f"docker-archive:{new}:{PAUSE_IMAGE}"), check=True)
     new.rename(archive)
 
 
@@ -62,7 +69,7 @@ def ensure_base_image() -> str:
     named = os.environ.get("TOKA_BASE_IMAGE")
     if named:
         return named
-    inspect = ["buildah", "inspect", "--type", "image", TEST_BASE_IMAGE]
+    inspect = buildah("inspect", "--type", "image", TEST_BASE_IMAGE)
     if subprocess.run(inspect, capture_output=True).returncode != 0:
         _build_base_image()
     return TEST_BASE_IMAGE
@@ -104,8 +111,12 @@ def build_image(target: str, extras: str = "") -> str:
 
 def _build(arguments: list[str], name: str) -> None:
     """chroot isolation: a sandbox may not be allowed to mount a container's own filesystems."""
-    argv = ["buildah", "bud", "-q", "--isolation=chroot", "--tag", name, *arguments]
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    argv = buildah("bud", "--isolation=chroot", "--tag", name, *arguments)
+    log_file = _folder() / "build.log"
+    with log_file.open("w") as log:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise CommandFailed(argv, done.returncode, "", log_file.read_text())
 
 
 def _folder() -> Path:

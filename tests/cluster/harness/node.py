@@ -246,6 +246,7 @@ volumePluginDir: {node.folder}/volumeplugins
 maxPods: 200
 serializeImagePulls: false
 nodeStatusUpdateFrequency: 5s
+nodeLeaseDurationSeconds: 12
 """
 
 
