@@ -147,7 +147,7 @@ def close_job(state: ManagerState, job: Job) -> None:
 
 def requeue(state: ManagerState, job: Job, members: list[int], kept: Kept | None = None) -> None:
     """Streams of `job` that were not sampled yet start later by themselves, together with those still waiting."""
-    choices = {}
+    choices: dict[int, None] = {}
     for slot in members:
         stream = state.slots.streams[slot]
         assert stream is not None

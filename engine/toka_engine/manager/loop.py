@@ -10,6 +10,8 @@ import gc
 import logging
 import time
 
+import msgspec
+
 from toka_engine.channel import Channel, wait
 from toka_engine.child import Child
 from toka_engine.errors import MessageError
@@ -69,12 +71,13 @@ class Loop:
         return message
 
     def _turn(self, readable: list[Channel[ServerToManager]] | list[Channel[WorkerToManager]]) -> None:
-        manager, outbox = self._manager, []
+        manager = self._manager
+        outbox: list[msgspec.Struct] = []
         for worker in self._workers:
             if worker in readable:
-                for message in worker.receive_ready():
-                    if worker is self._workers[0] and isinstance(message, Tokens):
-                        outbox += manager.receive(message)
+                for tokens in worker.receive_ready():
+                    if worker is self._workers[0] and isinstance(tokens, Tokens):
+                        outbox += manager.receive(tokens)
         if self._server in readable:
             for request in self._server.receive_ready():
                 outbox += manager.handle(request)

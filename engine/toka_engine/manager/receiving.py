@@ -6,6 +6,8 @@ has changed hands since (`generation`) are dropped.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -114,11 +116,11 @@ def _report_delivered(
     live: Int32s,
     delivered: NDArray[np.bool_],
     logprobs: Floats,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     if not delivered.any():
         return {}
     slots, sent = state.slots, live[delivered]
-    fields: dict[str, object] = {"streams": slots.stream_ids[sent], "tokens": tokens.ids[places[delivered]]}
+    fields: dict[str, Any] = {"streams": slots.stream_ids[sent], "tokens": tokens.ids[places[delivered]]}
     asked = slots.num_logprobs[sent] >= 0
     if logprobs.size and asked.any():
         fields["logprobs"] = np.where(asked, logprobs[delivered], np.float32(np.nan)).astype(np.float32)
@@ -136,7 +138,7 @@ def _report_delivered(
 
 def _report_ended(
     state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]
-) -> tuple[dict[str, object], list[Deltas]]:
+) -> tuple[dict[str, Any], list[Deltas]]:
     """Return the ended_* fields of the step's Deltas, and one Deltas of its own for ended streams with top logprobs."""
     if over.size == 0:
         return {}, []
@@ -150,12 +152,12 @@ def _report_ended(
     return fields, [Deltas(**extra, **_ended_tops(state, topped, extra["ended_lengths"]), top_of_ended=True)]
 
 
-def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]) -> dict[str, object]:
+def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]) -> dict[str, Any]:
     slots, page_size = state.slots, state.sizes.page_size
     num_tokens = slots.num_received[over]
     is_stop = reasons == FINISH_STOP
     lengths = np.where(slots.delivers_each[over], 0, num_tokens - is_stop).astype(np.int32)
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "ended": slots.stream_ids[over],
         "ended_reasons": reasons,
         "ended_num_tokens": num_tokens,
@@ -187,7 +189,7 @@ def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     return fields
 
 
-def _ended_tops(state: ManagerState, over: Int32s, lengths: Int32s) -> dict[str, object]:
+def _ended_tops(state: ManagerState, over: Int32s, lengths: Int32s) -> dict[str, Any]:
     """Return the top_* fields of ended streams, all padded to the widest row."""
     rows: list[int] = []
     ids: list[Int32s] = []

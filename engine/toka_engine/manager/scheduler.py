@@ -7,6 +7,8 @@ on, so one that fits the cache at all always finishes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -105,9 +107,13 @@ def _emit_copies(state: ManagerState, step: StepBuilder) -> None:
     for copy in state.copies:
         is_live = state.slots.generations[copy.slots] == copy.generations
         targets = copy.targets[is_live]
+        source = np.asarray([copy.source], np.int32)
+        if targets.size == 0:
+            state.allocator.release(source)
+            continue
         step.copy_from.append(np.full(targets.size, copy.source, np.int32))
         step.copy_to.append(targets)
-        state.held_pages.append((step.number, np.asarray([copy.source], np.int32)))
+        state.held_pages.append((step.number, source))
     state.copies.clear()
 
 
@@ -215,7 +221,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     state.next_step += 1
     state.counters.steps += 1
     state.counters.hydragen_rows += int(groups.num_rows[groups.first_columns == 0].sum())
-    fields: dict[str, Int32s] = {}
+    fields: dict[str, Any] = {}
     if step.chunk_slots:
         fields |= {
             "prefill_slots": np.asarray(step.chunk_slots, np.int32),
@@ -242,7 +248,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     return Step(number=step.number, decode_slots=rows, **fields)
 
 
-def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, NDArray[np.generic]]:
+def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, Any]:
     streams = [state.slots.streams[slot] for slot in step.new_slots]
     sampling = [stream.request.sampling for stream in streams if stream is not None]
     seeds = [

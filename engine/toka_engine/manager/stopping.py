@@ -44,7 +44,7 @@ class StopPredictor:
         self.caution = min(1.0, self.caution + _CAUTION_STEP)
 
     def predict_remaining(self, num_planned: Int32s, limits: Int32s) -> Int32s:
-        """Return how many tokens each stream will still plan: between 1 and limit - planned (0 where that is 0)."""
+        """Return how many tokens each stream will still plan: at least 1, at most what its limit leaves."""
         left = limits - num_planned
         if not self._is_enabled or self._num_seen < _MIN_FINISHED:
             return left.astype(np.int32)
@@ -54,5 +54,6 @@ class StopPredictor:
             self._means = np.append(np.cumsum(self._sorted[::-1])[::-1] / counts, 1.0)
         beyond = np.searchsorted(self._sorted, num_planned / np.maximum(limits, 1), side="right")
         predicted = np.ceil(self._means[beyond] * limits) - num_planned
-        predicted += self.caution * (left - predicted)
-        return np.minimum(np.maximum(np.ceil(predicted), 1), left).astype(np.int32)
+        predicted = predicted + self.caution * (left - predicted)
+        remaining: Int32s = np.minimum(np.maximum(np.ceil(predicted), 1), left).astype(np.int32)
+        return remaining

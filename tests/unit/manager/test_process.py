@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import toka_engine
-from tests.unit.manager.simulated import HashModel, SimulatedWorker, reference
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ExitCode
@@ -26,6 +24,7 @@ from toka_engine.messages import (
     ManagerToWorker,
     Ping,
     Pong,
+    Progress,
     Sampling,
     Start,
     Stats,
@@ -33,6 +32,10 @@ from toka_engine.messages import (
     Submit,
     WorkerReady,
 )
+
+from tests.unit.manager.simulated import HashModel, SimulatedWorker, reference
+
+pytestmark = pytest.mark.timeout(30)
 
 READY = WorkerReady(
     vocab_size=40,
@@ -122,8 +125,9 @@ def test_requests_go_through_the_real_process_over_its_links(process: Process) -
 
 
 def test_the_control_link_is_answered_while_the_manager_waits_for_its_workers(process: Process) -> None:
+    messages: list[FromChild] = process.control.receive(20)
+    assert isinstance(messages[0], Progress)
     process.control.send(Ping(7))
-    messages: list[FromChild] = []
     while not any(isinstance(message, Pong) and message.number == 7 for message in messages):
         messages += process.control.receive(20)
 
