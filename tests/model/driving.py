@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
+from toka_engine.model.sampling import Sampled, SamplePlan
+from toka_engine.model.state import SlotState
 from toka_engine.model.worker import Worker, load_worker
 
 
@@ -32,6 +35,16 @@ class Driver:
         self.pages: dict[int, list[int]] = {}
         self._next_page = 0
         self._number = 0
+        self.logits = torch.empty(0)
+        """What the last step's sampler was given, one row per sampled token, fp32."""
+        self._sample = worker.runner.sample
+        worker.runner.sample = self._record
+
+    def _record(
+        self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: SlotState
+    ) -> Sampled:
+        self.logits = (logits if rows is None else logits[rows]).float().clone()
+        return self._sample(logits, rows, plan, state)
 
     def reset(self) -> None:
         self.lengths.clear()
@@ -76,7 +89,9 @@ class Driver:
         table = np.array(appended, np.int32).reshape(-1, 3)
         return {"append_slots": table[:, 0], "append_indices": table[:, 1], "append_pages": table[:, 2]}
 
-    def prefill(self, prompts: dict[int, list[int]], fanout: dict[int, list[int]] | None = None, **new: Any) -> Tokens:
+    def prefill(
+        self, prompts: dict[int, list[int]], fanout: dict[int, list[int]] | None = None, **new: Any
+    ) -> Tokens:
         """Prefill each slot's whole remaining prompt in one step and sample for it, or for its `fanout` slots."""
         starts = {slot: self.lengths.get(slot, 0) for slot in prompts}
         setup = new or self.add_slots(list(prompts))
@@ -105,7 +120,9 @@ class Driver:
             self.lengths[slot] += 1
         return tokens
 
-    def generate(self, prompts: list[list[int]], num_tokens: int, first_slot: int = 0, **sampling: Any) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, first_slot: int = 0, **sampling: Any
+    ) -> list[list[int]]:
         """Run all prompts at once; prefill in one step each, decode together."""
         slots = list(range(first_slot, first_slot + len(prompts)))
         outputs: list[list[int]] = []

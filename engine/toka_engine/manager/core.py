@@ -22,7 +22,7 @@ class Manager:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.state.where or self.state.in_flight)
+        return bool(self.state.where or self.state.in_flight or self.state.copies)
 
     def handle(self, message: ServerToManager) -> list[msgspec.Struct]:
         """Take in a message of the server; return the answers that are due at once."""

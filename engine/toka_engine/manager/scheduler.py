@@ -210,7 +210,7 @@ def _begin_decode(state: ManagerState, members: Int32s, length: int, number: int
         stream = slots.streams[slot]
         assert stream is not None
         stream.job = None
-    state.rows.add(members[~is_full])
+    state.rows.add(members[~is_full], slots, state.allocator.refs)
 
 
 def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: Groups) -> Step:

@@ -18,7 +18,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import Int32s, Step, Tokens
 from toka_engine.model.attention.base import AttentionBackend, StepLayout
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.ops import DecodeForward, Ops
+from toka_engine.model.ops import DecodeForward, Ops, Sample
 from toka_engine.model.sampling import Sampled, SamplePlan, plan_sampling
 from toka_engine.model.state import SlotState
 
@@ -50,7 +50,7 @@ class Runner:
         self.attention = attention
         self.state = state
         self.decode_forward: DecodeForward = self._forward_decode
-        self._sample = ops.make_sample(config)
+        self.sample: Sample = ops.make_sample(config)
         self._has_repeatable_rows = ops.has_repeatable_rows
 
     @torch.inference_mode()
@@ -91,16 +91,11 @@ class Runner:
             host_cpu_s=launched.host_cpu_s,
         )
 
-    def forward_logits(self, step: Step) -> torch.Tensor:
-        """Logits [d + s, vocab] of the rows that `step` samples; for parity tests. State and pages must be set up."""
-        logits, logit_rows = self._forward(step)
-        return logits if logit_rows is None else logits[logit_rows]
-
     def _forward_and_sample(self, step: Step, plan: SamplePlan) -> Sampled | None:
         logits, logit_rows = self._forward(step)
         if not plan.slots.size:
             return None
-        sampled = self._sample(logits, logit_rows, plan, self.state)
+        sampled = self.sample(logits, logit_rows, plan, self.state)
         slots = self._to_device(plan.slots).long()
         # The next step may be planned before anybody has seen a -1: its row must stay a valid token.
         self.state.last_tokens.index_copy_(0, slots, sampled.ids.clamp(min=0))

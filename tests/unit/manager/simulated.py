@@ -8,7 +8,7 @@ scheduling changes the output, and a sequential reference (`reference`) says wha
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from toka_engine.config import EngineConfig
@@ -268,6 +268,8 @@ class Harness:
         self.model = model or HashModel()
         self.config = config or EngineConfig(hydragen_min_group_size=2, hydragen_min_prefix_len=4)
         self.manager = Manager(self.config, self.sizes)
+        rows = self.manager.state.rows
+        rows.policy = replace(rows.policy, row_cost=0, group_cost=0)  # so that small groups pay
         self.worker = SimulatedWorker(self.sizes, self.model)
         self.sent: deque[Step] = deque()
         self.writes: deque[set[tuple[int, int]]] = deque()  # per step in flight: (page, slot)

@@ -43,11 +43,11 @@ def test_a_completion_that_reaches_its_limit_says_length(client: openai.OpenAI) 
 
 
 def test_prompts_times_n_are_numbered_by_prompt_then_choice(
-    client: openai.OpenAI, server: RunningServer, sentence_ids: list[int]
+    client: openai.OpenAI, server: RunningServer, sentence_ids: list[int], tokenizer: Tokenizer
 ) -> None:
     def answer_by_prompt(submit: Submit) -> None:
         for stream in reversed(streams_of(submit)):
-            number = len(submit.prompt_ids) * 10 + stream - submit.first_stream
+            number = len(submit.prompt_ids) * 3 + stream - submit.first_stream
             server.manager.send(whole(stream, sentence_ids[:number]))
 
     server.manager.on_submit = answer_by_prompt
@@ -56,8 +56,8 @@ def test_prompts_times_n_are_numbered_by_prompt_then_choice(
     assert [submit.prompt_ids.tolist() for submit in server.manager.submits] == [[5], [5, 6]]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 3
-    lengths = [len(choice.text) for choice in answer.choices]
-    assert lengths[0] < lengths[1] < lengths[2] or lengths == sorted(lengths)
+    expected = [tokenizer.text_of(np.array(sentence_ids[:number], np.int32)) for number in (3, 4, 6, 7)]
+    assert [choice.text for choice in answer.choices] == expected
 
 
 @pytest.mark.parametrize(
