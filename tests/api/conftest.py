@@ -51,9 +51,7 @@ def client(engine: EngineProcess) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 async def async_client(engine: EngineProcess) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=240.0
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=240.0) as client:
         yield client
 
 

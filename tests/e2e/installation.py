@@ -64,9 +64,7 @@ class Installation:
 
     def example(self, namespace: str, **spec: Any) -> Deployment:
         """Apply examples/smollm2.yaml, with the spec's fields replaced by those given."""
-        self.cluster.kubectl(
-            "apply", "--namespace", namespace, "-f", str(REPOSITORY / "examples" / "smollm2.yaml")
-        )
+        self.cluster.kubectl("apply", "--namespace", namespace, "-f", str(REPOSITORY / "examples" / "smollm2.yaml"))
         deployment = Deployment(self, namespace, "smollm2")
         if spec:
             deployment.patch(spec)

@@ -53,9 +53,7 @@ class KubernetesHandle:
         environment = dict(env or {}) if is_bare else {**os.environ, **(env or {})}
         return self.run.spawn(name, [*self.enter_network(), *argv], environment)
 
-    def spawn_python(
-        self, name: str, arguments: Sequence[str], env: Mapping[str, str] | None = None
-    ) -> ProcessHandle:
+    def spawn_python(self, name: str, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> ProcessHandle:
         """Start our Python (say with `-m toka_operator`), our sources on its path and KUBECONFIG set."""
         sources = os.pathsep.join(str(REPOSITORY / folder) for folder in ("operator", "engine", "."))
         defaults = {"PYTHONPATH": sources, "KUBECONFIG": str(self.kubeconfig), "PYTHONUNBUFFERED": "1"}
@@ -165,8 +163,7 @@ class KubernetesHandle:
                 break
             time.sleep(poll_s)
         raise WaitTimeout(
-            f"waited {timeout_s:.0f} s for {what}; last answer {answer!r}, last refusal {refusal}\n"
-            f"{self.logs_tail()}"
+            f"waited {timeout_s:.0f} s for {what}; last answer {answer!r}, last refusal {refusal}\n{self.logs_tail()}"
         )
 
     def logs_tail(self, lines_each: int = 15) -> str:
@@ -192,9 +189,7 @@ class KubernetesHandle:
 
         def is_ready() -> bool:
             if not process.is_running():
-                raise HarnessError(
-                    f"kube-apiserver ended with {process.popen.returncode}:\n{process.log(8000)}"
-                )
+                raise HarnessError(f"kube-apiserver ended with {process.popen.returncode}:\n{process.log(8000)}")
             return self.kubectl("get", "--raw", "/readyz", timeout_s=10) == "ok"
 
         self.wait_for(is_ready, "the API server to be ready", timeout_s, poll_s=0.1)
