@@ -10,8 +10,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.engine_process import EngineProcess
 from toka_engine.model.builtin import ensure_builtin
+
+from tests.engine_process import EngineProcess
 
 CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
 
@@ -51,9 +52,7 @@ def client(engine: EngineProcess) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 async def async_client(engine: EngineProcess) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=240.0
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=240.0) as client:
         yield client
 
 
