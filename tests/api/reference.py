@@ -1,6 +1,6 @@
-"""What transformers generates greedily in fp32 from the same folder, one prompt at a time: the truth of the parity tests.
+"""What transformers generates greedily in fp32 from the same folder: the truth of the parity tests.
 
-Generating takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
+That takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
 on: weights, prompts, versions.
 """
 

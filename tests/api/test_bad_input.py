@@ -23,7 +23,7 @@ FIELDS: list[tuple[str, Any]] = [
         (field, value)
         for field in NUMERIC
         for value in BAD_NUMBERS
-        if (field, value) not in {("seed", -(2**63)), ("seed", 2**31)}
+        if not (field == "seed" and value in (-(2**63), 2**31))  # these are seeds
     ),
     ("prompt", ""),
     ("prompt", []),
@@ -63,7 +63,7 @@ CHAT_FIELDS: list[tuple[str, Any]] = [
     ("response_format", {"type": "json_object"}),
     ("chat_template", "{{ 1 }}"),
     ("top_logprobs", 2),
-    ("max_completion_tokens", 0),
+    ("max_tokens", 0),
 ]
 
 
