@@ -38,6 +38,18 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Streams:
+    """The streams in slots: for the fields see `Load`."""
+
+    rows: Int32s  # [n] slots
+    lengths: Int32s
+    num_pages: Int32s  # [n] columns in use
+    num_held: Int32s
+    """As num_pages, and for those behind a leader what they will share with it."""
+    remaining: Int32s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Running:
     """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else -1)."""
 
@@ -98,7 +110,10 @@ def _collect(state: ManagerState, step: StepBuilder, budget: int, num_free: int)
 def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate, int]:
     """Return how many streams of which candidates start."""
     remaining = _predict(state, candidates)
-    running = measure_running(state)
+    streams = measure_streams(state)
+    if _have_room_to_the_end(state, candidates, remaining, streams):
+        return {candidate: candidate.num_streams for candidate in candidates}
+    running = measure_running(state, streams)
     forecast = Forecast(running.load, remaining, state.sizes.page_size)
     num_available = state.allocator.num_available
     chosen: dict[Candidate, int] = {}
@@ -106,14 +121,13 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
         if num_new > num_available:
             break
-        num_fitting = forecast.count_fitting(arrival, candidate.num_streams, state.sizes.num_pages)
+        num_fitting = forecast.add_fitting(arrival, candidate.num_streams, state.sizes.num_pages)
         if num_fitting == 0:
             break
         chosen[candidate] = num_fitting
         num_available -= num_new
         if num_fitting < candidate.num_streams:
             break
-        forecast.add(arrival, num_fitting)
         running.ends[candidate.matched] = np.maximum(running.ends[candidate.matched], each_remaining)
     if chosen:
         return chosen
@@ -133,9 +147,9 @@ def _skip_ahead(
         1 : 1 + SKIP_WINDOW
     ]:
         arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
-        if num_new <= state.allocator.num_available and forecast.count_fitting(
-            arrival, 1, state.sizes.num_pages
-        ):
+        if num_new > state.allocator.num_available:
+            continue
+        if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
             head.num_skipped += 1
             return {candidate: 1}
     return {}
@@ -157,21 +171,44 @@ def _arrival(state: ManagerState, candidate: Candidate, remaining: int, ends: In
     return Arrival(length, remaining, num_new + candidate.matched.size - held_ends.size, held_ends), num_new
 
 
-def measure_running(state: ManagerState) -> Running:
-    """The streams in slots, with what they share counted once."""
+def measure_streams(state: ManagerState) -> Streams:
     slots, page_size = state.slots, state.sizes.page_size
     rows = np.flatnonzero((slots.states != State.FREE) & (slots.states != State.RETIRING)).astype(np.int32)
     states = slots.states[rows]
     is_reserved = states == State.RESERVED
     is_prefill = is_reserved | (states == State.PREFILL)
     target = slots.prompt_lengths[rows] + slots.num_received[rows]
-    lengths = np.where(is_prefill, target, slots.lengths[rows])
     num_pages = slots.num_pages[rows]
-    remaining = state.predictor.predict_remaining(slots.num_planned[rows] + is_prefill, slots.limits[rows])
-    num_shared = count_shared_columns(slots.table, rows, num_pages, state.allocator.refs)
+    return Streams(
+        rows,
+        np.where(is_prefill, target, slots.lengths[rows]),
+        num_pages,
+        np.where(is_reserved, target // page_size, num_pages),
+        state.predictor.predict_remaining(slots.num_planned[rows] + is_prefill, slots.limits[rows]),
+    )
+
+
+def _have_room_to_the_end(
+    state: ManagerState, candidates: list[Candidate], remaining: Int32s, streams: Streams
+) -> bool:
+    """Whether all would fit even if nobody gave anything back before all have their last page."""
+    page_size = state.sizes.page_size
+    growth = -(-(streams.lengths + streams.remaining) // page_size) - streams.num_held
+    total = state.allocator.num_used + int(growth.sum())
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+        length = candidate.entry.tokens.size
+        last = -(-(length + each_remaining) // page_size)
+        total += last - candidate.matched.size + (candidate.num_streams - 1) * (last - length // page_size)
+    return total <= state.sizes.num_pages
+
+
+def measure_running(state: ManagerState, streams: Streams) -> Running:
+    """What `streams` hold, with what they share counted once."""
+    rows, num_pages, remaining = streams.rows, streams.num_pages, streams.remaining
+    num_shared = count_shared_columns(state.slots.table, rows, num_pages, state.allocator.refs)
     ends = _find_shared_ends(state, rows, num_shared, remaining)
-    num_held = np.where(is_reserved, target // page_size, num_pages)
-    return Running(Load(lengths, num_held, num_pages - num_shared, remaining, ends[ends >= 0]), ends)
+    load = Load(streams.lengths, streams.num_held, num_pages - num_shared, remaining, ends[ends >= 0])
+    return Running(load, ends)
 
 
 def _find_shared_ends(state: ManagerState, rows: Int32s, num_shared: Int32s, remaining: Int32s) -> Int32s:

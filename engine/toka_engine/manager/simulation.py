@@ -67,20 +67,19 @@ class Forecast:
     def peak(self) -> int:
         return int(self.usage.max())
 
-    def count_fitting(self, arrival: Arrival, num_streams: int, num_pages: int) -> int:
-        """Return how many of `num_streams` streams of `arrival` fit into `num_pages` at all times."""
+    def add_fitting(self, arrival: Arrival, num_streams: int, num_pages: int) -> int:
+        """Add as many of `num_streams` streams of `arrival` as fit into `num_pages` at all times; return how many."""
         first, other = self._curves(arrival)
         room = num_pages - self.usage - first
         if int(room.min()) < 0:
             return 0
-        growing = other > 0
-        if num_streams == 1 or not growing.any():
-            return num_streams
-        return min(num_streams, 1 + int((room[growing] // other[growing]).min()))
-
-    def add(self, arrival: Arrival, num_streams: int) -> None:
-        first, other = self._curves(arrival)
-        self.usage = self.usage + first + (num_streams - 1) * other
+        if num_streams > 1:
+            growing = other > 0
+            if growing.any():
+                num_streams = min(num_streams, 1 + int((room[growing] // other[growing]).min()))
+            first = first + (num_streams - 1) * other
+        self.usage = self.usage + first
+        return num_streams
 
     def _curves(self, arrival: Arrival) -> tuple[Int64s, Int64s]:
         """Return what the first stream and each further one adds at each time."""
