@@ -39,6 +39,7 @@ class EngineProcess:
         self._env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("operator", "engine", ".")),
+            "OMP_WAIT_POLICY": "passive",  # threads that spin would take the cores from the other processes
             **(env or {}),
         }
         self._lines: list[str] = []

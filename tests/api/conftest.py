@@ -10,8 +10,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.engine_process import EngineProcess
 from toka_engine.model.builtin import ensure_builtin
+
+from tests.engine_process import EngineProcess
 
 CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
 

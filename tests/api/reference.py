@@ -1,6 +1,6 @@
-"""What transformers generates greedily in fp32 from the same folder, one prompt at a time: the truth of the parity tests.
+"""What transformers generates greedily in fp32 from the same folder: the truth of the parity tests.
 
-Generating takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
+That takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
 on: weights, prompts, versions.
 """
 
@@ -72,16 +72,24 @@ def greedy_answers(model_dir: Path, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def _generate(model_dir: Path, prompts: Sequence[str]) -> list[list[int]]:
+    """Candidates from one batch, each then proved by a forward pass of its own: what is proved is what counts.
+
+    If every token of an answer is the most likely one after its prompt and the tokens before it, the answer is the
+    greedy one, by induction. That takes a fortieth of the time of generating one after another.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
     answers = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**ids, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
-        answers.append(output[0, ids["input_ids"].shape[1] :].tolist())
+    with torch.inference_mode():
+        outputs = model.generate(**batch, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
+        for ids, mask, output in zip(batch["input_ids"], batch["attention_mask"], outputs, strict=True):
+            prompt, answer = ids[mask.bool()], output[ids.shape[0] :]
+            logits = model(torch.cat([prompt, answer])[None]).logits[0, prompt.shape[0] - 1 : -1]
+            assert torch.equal(logits.argmax(-1), answer), "two tokens are equally likely: take another prompt"
+            answers.append(answer.tolist())
     return answers

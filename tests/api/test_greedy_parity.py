@@ -7,10 +7,11 @@ from pathlib import Path
 
 import openai
 import pytest
+from tokenizers import Tokenizer
+
 from tests.api.conftest import client_of, read_metrics, running_engine
 from tests.api.reference import NUM_TOKENS, PROMPTS, greedy_answers
 from tests.engine_process import EngineProcess
-from tokenizers import Tokenizer
 
 
 class Expected:

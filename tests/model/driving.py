@@ -17,7 +17,12 @@ from toka_engine.model.worker import Worker, load_worker
 
 def load(folder: Path, **settings: Any) -> Worker:
     """A worker on the CPU, in fp32 unless told."""
-    defaults: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_num_tokens": 16384}
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "kv_cache_num_tokens": 16384,
+        "num_threads": 1,
+    }
     return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None)
 
 

@@ -114,20 +114,17 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
         backend.append_pages(slots, positions, table.reshape(-1))
     seeds = torch.Generator().manual_seed(5)
     angles = torch.randn(columns * PAGE_SIZE, 8, generator=seeds)
-    # What the sequences have written so far: the longest first, so that shared pages end as their owner left them.
-    history = layout_of({}, [(slot, 0, columns * PAGE_SIZE) for slot in range(8)], [])
-    steps = [(history, 8 * columns * PAGE_SIZE)]
-    steps.append((layout, layout.decode_slots.size + int(layout.prefill_lengths.sum())))
-    for step, rows in steps:
-        q = torch.randn(rows, 6, 8, generator=seeds)
-        k, v = torch.randn(2, rows, 2, 8, generator=seeds)
-        for backend in (ours, reference):
-            backend.plan(step)
-        for layer in range(2):
-            expected = reference.forward(layer, q, k, v, angles)
-            result = ours.forward(layer, q, k, v, angles)
-            if step is layout:
-                torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+    past = torch.randn(2, 2, 8 * columns, PAGE_SIZE, 2, 8, generator=seeds)  # layer, k or v, page, token, head
+    ours.cache[:, :, : 8 * columns] = past.transpose(3, 4) if is_heads_first else past
+    reference._cache.copy_(past.permute(0, 2, 3, 1, 4, 5).reshape(reference._cache.shape))
+    rows = layout.decode_slots.size + int(layout.prefill_lengths.sum())
+    q = torch.randn(rows, 6, 8, generator=seeds)
+    k, v = torch.randn(2, rows, 2, 8, generator=seeds)
+    for backend in (ours, reference):
+        backend.plan(layout)
+    for layer in range(2):
+        expected = reference.forward(layer, q, k, v, angles)
+        torch.testing.assert_close(ours.forward(layer, q, k, v, angles), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:

@@ -258,7 +258,7 @@ _BODIES: dict[str, bytes] = {
     "list": b"[]",
     "number": b"5",
     "string": b'"x"',
-    "two-values": b"{}{}",
+    "two-values": b'{"model":"smollm2","prompt":"a"}{}',
     "trailing-comma": b'{"model":"smollm2",}',
     "single-quotes": b"{'model':'smollm2'}",
     "latin-1": '{"model":"é"}'.encode("latin-1"),

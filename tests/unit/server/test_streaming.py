@@ -29,7 +29,7 @@ def _events(server: RunningServer, path: str, body: dict[str, object]) -> list[s
 
 
 def _one_by_one(server: RunningServer, ids: list[int], reason: int = FINISH_LENGTH) -> None:
-    """Answer with each token alone: the next one is sent when the test has seen the last (by the link's order)."""
+    """Answer with one message per token, and one for the end."""
     server.manager.on_submit = lambda submit: server.manager.send(
         *(each(streams_of(submit), [token] * submit.num_choices) for token in ids),
         end(streams_of(submit), len(ids), reason),

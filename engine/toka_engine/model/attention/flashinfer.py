@@ -72,6 +72,12 @@ class FlashInferAttention:
         self._inputs = Staging(shape.device)
         self._graph_inputs = Staging(shape.device)
 
+    @property
+    def row_slots(self) -> torch.Tensor:
+        """[T] int32 on the device: the slot of each row of the step that was planned last."""
+        assert self._step is not None
+        return self._step.slots
+
     # -------------------------------------------------------------- memory
 
     def kv_bytes_per_token(self) -> int:
