@@ -1,8 +1,8 @@
 """Admission: which waiting requests start now.
 
-First come, first served, as many streams as a simulation of future page use lets in. When not even one stream of the
-first request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing running, one
-stream always starts, so the queue always moves.
+First come, first served, as many streams as a forecast of page use lets in. When not even one stream of the first
+request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing running, one stream
+always starts, so the queue always moves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.manager.sharing import count_shared_columns
-from toka_engine.manager.simulation import Load, bound_pages, peak_pages
+from toka_engine.manager.simulation import Arrival, Forecast, Load
 from toka_engine.manager.slots import State
 from toka_engine.manager.starting import start_entry
 from toka_engine.manager.state import ManagerState, StepBuilder
@@ -27,23 +27,31 @@ MAX_DEFERRED = 32
 """How many requests that wait for another's prefill are passed over in one step."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A waiting entry that may start now."""
 
     entry: Waiting
     matched: Int32s
     """Retained pages of the prefix tree."""
-    remaining: int
-    """Predicted steps after its prefill."""
+    num_streams: int
 
-    def num_new_pages(self, page_size: int) -> int:
-        return -(-self.entry.tokens.size // page_size) - self.matched.size
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Streams:
+    """The streams in slots: for the fields see `Load`."""
+
+    rows: Int32s  # [n] slots
+    lengths: Int32s
+    num_pages: Int32s  # [n] columns in use
+    num_held: Int32s
+    """As num_pages, and for those behind a leader what they will share with it."""
+    remaining: Int32s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Running:
-    """What the streams in slots hold: `load` for what each has alone, `ends` by page for what several share."""
+    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else -1)."""
 
     load: Load
     ends: Int32s  # [num_pages]
@@ -59,22 +67,13 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     candidates = _collect(state, step, budget, num_free)
     if not candidates:
         return
-    num_streams = _choose_num_streams(state, candidates, num_free)
-    if num_streams == 0:
-        candidates = _skip_ahead(state, candidates)
-        num_streams = len(candidates)
-    else:
-        state.has_admission_news = True  # perhaps more in the next step
-    starting: list[tuple[Candidate, int]] = []
+    chosen = _choose(state, candidates)
     for candidate in candidates:
-        num_choices = min(num_streams, len(candidate.entry.choices))
-        num_streams -= num_choices
-        if num_choices:
-            starting.append((candidate, num_choices))
-        else:
+        if candidate not in chosen:
             state.allocator.release(candidate.matched)
-    for candidate, num_choices in starting:
-        start_entry(state, step, candidate.entry, num_choices, candidate.matched)
+    for candidate, num_streams in chosen.items():
+        start_entry(state, step, candidate.entry, num_streams, candidate.matched)
+        state.has_admission_news = True  # perhaps more in the next step
 
 
 def _collect(state: ManagerState, step: StepBuilder, budget: int, num_free: int) -> list[Candidate]:
@@ -88,117 +87,128 @@ def _collect(state: ManagerState, step: StepBuilder, budget: int, num_free: int)
         if entry.job is not None:
             continue
         matched, missing = state.tree.match(entry.tokens)
-        if missing in state.coming or missing in claimed:  # another prefills the very page that this lacks
+        if (
+            missing in state.coming or missing in claimed
+        ):  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
         pages = np.asarray(matched, np.int32)
-        state.allocator.retain(pages)
-        state.tree.touch(pages, step.number)
-        planned = np.asarray([entry.num_kept + 1], np.int32)
-        limits = np.asarray([entry.request.max_tokens], np.int32)
-        remaining = int(state.predictor.predict_remaining(planned, limits)[0])
-        candidates.append(Candidate(entry, pages, remaining))
+        if matched:
+            state.allocator.retain(pages)
+            state.tree.touch(pages, step.number)
         if missing is not None:
             claimed.add(missing)
+        num_streams = min(num_free, len(entry.choices))
+        candidates.append(Candidate(entry, pages, num_streams))
         budget -= entry.tokens.size - pages.size * state.sizes.page_size
-        num_free -= len(entry.choices)
+        num_free -= num_streams
     if num_deferred:
         state.has_admission_news = True
     return candidates
 
 
-def _choose_num_streams(state: ManagerState, candidates: list[Candidate], num_free: int) -> int:
-    """Return how many of the candidates' streams, in order, fit into the cache by the simulation."""
-    most = min(num_free, sum(len(candidate.entry.choices) for candidate in candidates))
-    running = measure_running(state)
-    if _fits(state, running, candidates, most):
-        return most
-    fitting, too_many = 0, most
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        if _fits(state, running, candidates, middle):
-            fitting = middle
-        else:
-            too_many = middle
-    if fitting == 0 and not (state.num_running or state.retiring or state.held_pages):
-        return 1
-    return fitting
-
-
-def _skip_ahead(state: ManagerState, candidates: list[Candidate]) -> list[Candidate]:
-    """The first does not fit: return the first of the next few that does, alone, with one stream; release the others."""
-    head = candidates[0]
-    chosen: list[Candidate] = []
-    if head.entry.num_skipped < MAX_SKIPS:
-        running = measure_running(state)
-        for candidate in candidates[1 : 1 + SKIP_WINDOW]:
-            if _fits(state, running, [candidate], 1):
-                head.entry.num_skipped += 1
-                state.has_admission_news = True
-                chosen = [candidate]
-                break
-    for candidate in candidates:
-        if candidate not in chosen:
-            state.allocator.release(candidate.matched)
-    return chosen
-
-
-def _fits(state: ManagerState, running: Running, candidates: list[Candidate], num_streams: int) -> bool:
-    """Whether the first `num_streams` streams of `candidates` can start now and run to their predicted ends."""
-    page_size = state.sizes.page_size
-    load, ends = running.load, running.ends.copy()
-    num_new = 0
-    for candidate in candidates:
-        count = min(num_streams, len(candidate.entry.choices))
-        if count == 0:
+def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate, int]:
+    """Return how many streams of which candidates start."""
+    remaining = _predict(state, candidates)
+    streams = measure_streams(state)
+    if _have_room_to_the_end(state, candidates, remaining, streams):
+        return {candidate: candidate.num_streams for candidate in candidates}
+    running = measure_running(state, streams)
+    forecast = Forecast(running.load, remaining, state.sizes.page_size)
+    num_available = state.allocator.num_available
+    chosen: dict[Candidate, int] = {}
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+        arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
+        if num_new > num_available:
             break
-        num_streams -= count
-        num_new += candidate.num_new_pages(page_size)
-        load = load.joined(_candidate_load(candidate, count, page_size))
-        ends[candidate.matched] = np.maximum(ends[candidate.matched], candidate.remaining)
-    if num_new > state.allocator.num_available:
-        return False
-    shared = ends[ends >= 0]
-    load = load.holding(shared, np.ones(shared.size, np.int32))
-    if bound_pages(load, page_size) <= state.sizes.num_pages:
-        return True
-    return peak_pages(load, page_size) <= state.sizes.num_pages
+        num_fitting = forecast.add_fitting(arrival, candidate.num_streams, state.sizes.num_pages)
+        if num_fitting == 0:
+            break
+        chosen[candidate] = num_fitting
+        num_available -= num_new
+        if num_fitting < candidate.num_streams:
+            break
+        running.ends[candidate.matched] = np.maximum(running.ends[candidate.matched], each_remaining)
+    if chosen:
+        return chosen
+    if not (state.num_running or state.retiring or state.held_pages):
+        return {candidates[0]: 1}
+    return _skip_ahead(state, candidates, remaining, running, forecast)
 
 
-def _candidate_load(candidate: Candidate, num_streams: int, page_size: int) -> Load:
-    """The streams of one entry: they hold the full pages together, and each its own copy of the last."""
+def _skip_ahead(
+    state: ManagerState, candidates: list[Candidate], remaining: Int32s, running: Running, forecast: Forecast
+) -> dict[Candidate, int]:
+    """The first does not fit: return one stream of the first of the next few that does."""
+    head = candidates[0].entry
+    if head.num_skipped >= MAX_SKIPS:
+        return {}
+    for candidate, each_remaining in list(zip(candidates, remaining.tolist(), strict=True))[
+        1 : 1 + SKIP_WINDOW
+    ]:
+        arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
+        if num_new > state.allocator.num_available:
+            continue
+        if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
+            head.num_skipped += 1
+            return {candidate: 1}
+    return {}
+
+
+def _predict(state: ManagerState, candidates: list[Candidate]) -> Int32s:
+    """Return the predicted steps of each candidate after its prefill, which plans the first token."""
+    planned = np.asarray([candidate.entry.num_kept + 1 for candidate in candidates], np.int32)
+    limits = np.asarray([candidate.entry.request.max_tokens for candidate in candidates], np.int32)
+    return state.predictor.predict_remaining(planned, limits)
+
+
+def _arrival(state: ManagerState, candidate: Candidate, remaining: int, ends: Int32s) -> tuple[Arrival, int]:
+    """Return the candidate's streams for the forecast, and how many pages must be taken for them now."""
     length = candidate.entry.tokens.size
-    num_held = np.full(num_streams, length // page_size, np.int32)
-    num_held[0] = -(-length // page_size)
-    return Load(
-        np.full(num_streams, length, np.int32),
-        num_held,
-        np.full(num_streams, candidate.remaining, np.int32),
-        np.asarray([candidate.remaining], np.int32),
-        np.asarray([candidate.num_new_pages(page_size)], np.int32),
-    )
+    num_new = -(-length // state.sizes.page_size) - candidate.matched.size
+    held_ends = ends[candidate.matched]
+    held_ends = held_ends[held_ends >= 0]
+    return Arrival(length, remaining, num_new + candidate.matched.size - held_ends.size, held_ends), num_new
 
 
-def measure_running(state: ManagerState) -> Running:
-    """The streams in slots, with what they share counted once."""
+def measure_streams(state: ManagerState) -> Streams:
     slots, page_size = state.slots, state.sizes.page_size
-    states = slots.states
-    rows = np.flatnonzero((states != State.FREE) & (states != State.RETIRING)).astype(np.int32)
-    is_prefill = (states[rows] == State.PREFILL) | (states[rows] == State.RESERVED)
-    is_reserved = states[rows] == State.RESERVED
+    rows = np.flatnonzero((slots.states != State.FREE) & (slots.states != State.RETIRING)).astype(np.int32)
+    states = slots.states[rows]
+    is_reserved = states == State.RESERVED
+    is_prefill = is_reserved | (states == State.PREFILL)
     target = slots.prompt_lengths[rows] + slots.num_received[rows]
-    lengths = np.where(is_prefill, target, slots.lengths[rows])
     num_pages = slots.num_pages[rows]
-    remaining = state.predictor.predict_remaining(slots.num_planned[rows] + is_prefill, slots.limits[rows])
-    num_shared = count_shared_columns(slots.table, rows, num_pages, state.allocator.refs)
-    load = Load(
-        lengths.astype(np.int32),
-        np.where(is_reserved, target // page_size, num_pages).astype(np.int32),
-        remaining,
-        remaining,
-        num_pages - num_shared,
+    return Streams(
+        rows,
+        np.where(is_prefill, target, slots.lengths[rows]),
+        num_pages,
+        np.where(is_reserved, target // page_size, num_pages),
+        state.predictor.predict_remaining(slots.num_planned[rows] + is_prefill, slots.limits[rows]),
     )
-    return Running(load, _find_shared_ends(state, rows, num_shared, remaining))
+
+
+def _have_room_to_the_end(
+    state: ManagerState, candidates: list[Candidate], remaining: Int32s, streams: Streams
+) -> bool:
+    """Whether all would fit even if nobody gave anything back before all have their last page."""
+    page_size = state.sizes.page_size
+    growth = -(-(streams.lengths + streams.remaining) // page_size) - streams.num_held
+    total = state.allocator.num_used + int(growth.sum())
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+        length = candidate.entry.tokens.size
+        last = -(-(length + each_remaining) // page_size)
+        total += last - candidate.matched.size + (candidate.num_streams - 1) * (last - length // page_size)
+    return total <= state.sizes.num_pages
+
+
+def measure_running(state: ManagerState, streams: Streams) -> Running:
+    """What `streams` hold, with what they share counted once."""
+    rows, num_pages, remaining = streams.rows, streams.num_pages, streams.remaining
+    num_shared = count_shared_columns(state.slots.table, rows, num_pages, state.allocator.refs)
+    ends = _find_shared_ends(state, rows, num_shared, remaining)
+    load = Load(streams.lengths, streams.num_held, num_pages - num_shared, remaining, ends[ends >= 0])
+    return Running(load, ends)
 
 
 def _find_shared_ends(state: ManagerState, rows: Int32s, num_shared: Int32s, remaining: Int32s) -> Int32s:

@@ -16,7 +16,7 @@ from toka_engine.messages import Int32s
 
 ROOT = -1
 _EVICT_SHARE = 32
-_EVICT_LEAST = 64
+_EVICT_LEAST = 256
 """An eviction takes at least one in _EVICT_SHARE of the evictable pages: the selection is paid per batch."""
 
 Key = tuple[int, bytes]

@@ -1,4 +1,4 @@
-"""How many KV pages will be in use at most, if streams run to their predicted ends. Pure.
+"""How many KV pages will be in use, if streams run to their predicted ends. Pure.
 
 Time is counted in decode steps from now. Pages are only given back when streams end, so use peaks just before an end, and
 only those moments are looked at. A page that several streams hold goes with the last of them.
@@ -19,65 +19,80 @@ class Load:
 
     lengths: Int32s  # [n] tokens whose KV is or will be written before time 0
     num_held: Int32s  # [n] pages that the stream holds now, shared ones too
-    remaining: Int32s  # [n] steps until it ends; at time t < remaining it grows by one token
-    releases: Int32s  # [k] for pages held now: the time of the last holder's end
-    weights: Int32s  # [k] how many pages each entry of `releases` stands for
-
-    def joined(self, other: Load) -> Load:
-        return Load(
-            np.concatenate((self.lengths, other.lengths)),
-            np.concatenate((self.num_held, other.num_held)),
-            np.concatenate((self.remaining, other.remaining)),
-            np.concatenate((self.releases, other.releases)),
-            np.concatenate((self.weights, other.weights)),
-        )
-
-    def holding(self, releases: Int32s, weights: Int32s) -> Load:
-        """Return the same load with more pages held."""
-        return Load(
-            self.lengths,
-            self.num_held,
-            self.remaining,
-            np.concatenate((self.releases, releases)),
-            np.concatenate((self.weights, weights)),
-        )
+    num_alone: Int32s  # [n] those of them that nobody else holds
+    remaining: Int32s  # [n] steps until it ends; at time t <= remaining its length has grown by t
+    shared_ends: Int32s  # [k] for each page with several holders: when the last of them ends
 
 
-def bound_pages(load: Load, page_size: int) -> int:
-    """Return a quick upper bound of `peak_pages`: nobody gives anything back before all have their last page."""
-    last = -(-(load.lengths + load.remaining) // page_size)
-    return int(load.weights.sum() + (last - load.num_held).sum())
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Equal streams that would start now from one prompt."""
+
+    length: int
+    """Tokens of the prompt."""
+    remaining: int
+    num_new: int
+    """Pages of the prompt that nobody holds yet (also those that the prefix tree alone holds)."""
+    held_ends: Int32s
+    """For each page of the prompt that running streams hold: when the last of them ends."""
 
 
-def peak_pages(load: Load, page_size: int) -> int:
-    """Return the largest number of pages in use at any time from now on.
+class Forecast:
+    """Pages in use at each moment that matters; streams are added one after the other."""
 
-    At time t a stream with remaining >= t needs ceil((length + t) / page_size) pages. With length = page_size * q + m
-    and t = page_size * u + v that is q + u + ceil((m + v) / page_size), so sums over streams need only counts by m.
-    """
-    if load.lengths.size == 0:
-        return int(load.weights.sum())
-    order = np.argsort(-load.remaining, kind="stable")
-    remaining = load.remaining[order]
-    whole, rest = np.divmod(load.lengths[order], page_size)
-    num_streams = order.size
-    counts = np.zeros((num_streams + 1, page_size), np.int32)  # of the first k streams, by m
-    counts[np.arange(1, num_streams + 1), rest] = 1
-    np.cumsum(counts, axis=0, out=counts)
-    grown = _running_sum(whole - load.num_held[order])
+    def __init__(self, load: Load, more_ends: Int32s, page_size: int) -> None:
+        """`more_ends`: the `remaining` of every arrival that will be asked about.
 
-    times = np.unique(np.append(remaining, np.int32(0)))
-    alive = num_streams - np.searchsorted(remaining[::-1], times, side="left")
-    turns, within = np.divmod(times, page_size)
-    residues = np.arange(page_size)
-    extra = -(-(residues[:, None] + residues[None, :]) // page_size)  # [v, m]
-    growth = grown[alive] + alive * turns + (counts[alive] * extra[within]).sum(axis=1)
+        At time t a stream with remaining >= t needs ceil((length + t) / page_size) pages. With length = page_size * q
+        + m and t = page_size * u + v that is q + u + ceil((m + v) / page_size): sums need only counts by m.
+        """
+        self._page_size = page_size
+        zero = np.zeros(1, np.int32)
+        self.times = np.unique(np.concatenate((load.remaining, load.shared_ends, more_ends, zero)))
+        num_times = self.times.size
+        ends = np.searchsorted(self.times, load.remaining)
+        whole, rest = np.divmod(load.lengths, page_size)
+        by_rest = np.bincount(ends * page_size + rest, minlength=num_times * page_size)
+        counts = _alive(by_rest.reshape(num_times, page_size))
+        fixed = _alive(np.bincount(ends, weights=whole - load.num_held + load.num_alone, minlength=num_times))
+        shared = _alive(np.bincount(np.searchsorted(self.times, load.shared_ends), minlength=num_times))
+        self._turns, self._within = np.divmod(self.times, page_size)
+        residues = np.arange(page_size)
+        extra = -(-(residues[:, None] + residues[None, :]) // page_size)  # [v, m]
+        grown = (counts * extra[self._within]).sum(axis=1) + counts.sum(axis=1) * self._turns
+        self.usage: Int64s = (fixed + shared + grown).astype(np.int64)
+        """[times] pages in use."""
 
-    by_release = np.argsort(-load.releases, kind="stable")
-    held = _running_sum(load.weights[by_release])
-    num_left = load.releases.size - np.searchsorted(load.releases[by_release][::-1], times, side="left")
-    return int((growth + held[num_left]).max())
+    @property
+    def peak(self) -> int:
+        return int(self.usage.max())
+
+    def add_fitting(self, arrival: Arrival, num_streams: int, num_pages: int) -> int:
+        """Add as many of `num_streams` streams of `arrival` as fit into `num_pages` at all times; return how many."""
+        first, other = self._curves(arrival)
+        room = num_pages - self.usage - first
+        if int(room.min()) < 0:
+            return 0
+        if num_streams > 1:
+            growing = other > 0
+            if growing.any():
+                num_streams = min(num_streams, 1 + int((room[growing] // other[growing]).min()))
+            first = first + (num_streams - 1) * other
+        self.usage = self.usage + first
+        return num_streams
+
+    def _curves(self, arrival: Arrival) -> tuple[Int64s, Int64s]:
+        """Return what the first stream and each further one adds at each time."""
+        is_alive = self.times <= arrival.remaining
+        total = -(-(arrival.length + self.times) // self._page_size)
+        other = np.where(is_alive, total - arrival.length // self._page_size, 0)
+        first = np.where(is_alive, total - -(-arrival.length // self._page_size) + arrival.num_new, 0)
+        if arrival.held_ends.size:  # held on after their present holders' ends
+            held = np.sort(arrival.held_ends)
+            first = first + np.where(is_alive, np.searchsorted(held, self.times, side="left"), 0)
+        return first, other
 
 
-def _running_sum(values: Int32s) -> Int64s:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)))
+def _alive(at_end: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Int64s:
+    """From what ends at each time to what is there until it."""
+    return np.cumsum(at_end[::-1], axis=0)[::-1].astype(np.int64)

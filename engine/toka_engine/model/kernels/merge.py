@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, rows_ptr,
     first_row, num_heads,

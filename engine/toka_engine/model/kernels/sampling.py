@@ -49,8 +49,6 @@ class Workspace:
     threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
     noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
     noisy_token: torch.Tensor  # [n, num_blocks] int32
-    ids: torch.Tensor  # [n] int32
-    logprobs: torch.Tensor  # [n] fp32
 
     @classmethod
     def allocate(
@@ -66,7 +64,7 @@ class Workspace:
 
         return cls(
             block, num_blocks, blocks(), blocks(), blocks(), vector(torch.float32), blocks(),
-            blocks(torch.int32), vector(torch.int32), vector(torch.float32),
+            blocks(torch.int32),
         )  # fmt: skip
 
 
@@ -161,7 +159,8 @@ def _draw_kernel(
         plain = tl.load(plain_ptr + at, mask=in_blocks, other=0.0) * tl.exp(maxima - base)
         total = tl.sum(tl.where(in_blocks & (plain > 0), plain, 0.0), axis=0)
         value = tl.load(logits_ptr + row * row_stride + token).to(tl.float32)
-        tl.store(logprobs_ptr + sample, value - base - tl.log(total))
+        logprob = value - base - tl.log(total)
+        tl.store(logprobs_ptr + sample, tl.where(is_bad, float("nan"), logprob))
     tl.store(ids_ptr + sample, tl.where(is_bad, -1, token))
     tl.store(last_token_ptr + slot, tl.where(is_bad, 0, token))
     tl.store(num_sampled_ptr + slot, tl.load(num_sampled_ptr + slot) + 1)
@@ -185,16 +184,20 @@ def draw(
     state: SlotState,
     work: Workspace,
     random: torch.Tensor,  # [2] int64: engine seed, step number (Philox: key and counter)
-    with_logprobs: bool,
+    ids: torch.Tensor,  # [n] int32
+    logprobs: torch.Tensor | None,  # [n] fp32
     with_seeded: bool,
 ) -> None:
-    """Draw every sample: fills work.ids (-1: not finite), work.logprobs if asked; advances the slots' state."""
+    """Draw every sample: fills ids (-1: not finite) and logprobs (NaN there); advances the slots' state.
+
+    Logprobs need block_stats with_logprobs.
+    """
     if len(samples):
         _draw_kernel[(len(samples),)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots,
             state.temperature, state.seed, state.num_sampled, state.last_token, random,
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.noisy_best, work.noisy_token,
-            work.ids, work.logprobs, work.num_blocks,
+            ids, work.maximum if logprobs is None else logprobs, work.num_blocks,
             BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks),
-            HAS_PLAIN=with_logprobs, HAS_SEEDED=with_seeded, num_warps=8,
+            HAS_PLAIN=logprobs is not None, HAS_SEEDED=with_seeded, num_warps=8,
         )  # fmt: skip

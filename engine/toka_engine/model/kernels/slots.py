@@ -69,7 +69,7 @@ def pack_new_slots(
     return np.concatenate(fields, dtype=np.int32) if slots.size else np.empty(0, np.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _set_slots_kernel(
     words_ptr, count, temperature_ptr, top_p_ptr, top_k_ptr, min_p_ptr, seed_ptr, num_sampled_ptr,
     BLOCK: tl.constexpr,
@@ -102,7 +102,7 @@ def set_slots(state: SlotState, words: torch.Tensor) -> None:
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_decode", "rows"])
 def _gather_ids_kernel(last_token_ptr, slots_ptr, tokens_ptr, out_ptr, num_decode, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
