@@ -377,6 +377,8 @@ class Harness:
         assert not in_flight_slots & set(step.new_slots.tolist()), (
             "a slot is reused while a step still names it"
         )
+        given = set(step.append_pages.tolist())
+        assert not given & set(step.copy_from.tolist()), "a page is given away before it is copied"
         written = set()
         table, size = state.slots.table, self.sizes.page_size
         for slot in step.decode_slots.tolist():
