@@ -7,6 +7,8 @@ always starts, so the queue always moves.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,24 +66,26 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
         return
     state.has_admission_news = False
-    candidates = _collect(state, step, budget, num_free)
+    candidates = _collect(state, state.waiting.values(), step.number, budget, num_free)
     if not candidates:
         return
     chosen = _choose(state, candidates)
-    for candidate in candidates:
-        if candidate not in chosen:
-            state.allocator.release(candidate.matched)
+    _release_others(state, candidates, chosen)
+    if not chosen:
+        chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)
         state.has_admission_news = True  # perhaps more in the next step
 
 
-def _collect(state: ManagerState, step: StepBuilder, budget: int, num_free: int) -> list[Candidate]:
-    """Return the entries next in line that the slots and the forward's tokens allow, their prefixes retained."""
+def _collect(
+    state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int
+) -> list[Candidate]:
+    """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes retained."""
     candidates: list[Candidate] = []
     claimed = set()
     num_deferred = 0
-    for entry in state.waiting.values():
+    for entry in entries:
         if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
             break
         if entry.job is not None:
@@ -95,7 +99,7 @@ def _collect(state: ManagerState, step: StepBuilder, budget: int, num_free: int)
         pages = np.asarray(matched, np.int32)
         if matched:
             state.allocator.retain(pages)
-            state.tree.touch(pages, step.number)
+            state.tree.touch(pages, tick)
         if missing is not None:
             claimed.add(missing)
         num_streams = min(num_free, len(entry.choices))
@@ -133,26 +137,40 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         return chosen
     if not (state.num_running or state.retiring or state.held_pages):
         return {candidates[0]: 1}
-    return _skip_ahead(state, candidates, remaining, running, forecast)
+    return {}
 
 
 def _skip_ahead(
-    state: ManagerState, candidates: list[Candidate], remaining: Int32s, running: Running, forecast: Forecast
+    state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int
 ) -> dict[Candidate, int]:
-    """The first does not fit: return one stream of the first of the next few that does."""
-    head = candidates[0].entry
+    """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}
-    for candidate, each_remaining in list(zip(candidates, remaining.tolist(), strict=True))[
-        1 : 1 + SKIP_WINDOW
-    ]:
+    behind = itertools.dropwhile(lambda entry: entry is not head, state.waiting.values())
+    window = itertools.islice(behind, 1, 1 + SKIP_WINDOW)
+    candidates = _collect(state, window, tick, budget, num_free)
+    if not candidates:
+        return {}
+    remaining = _predict(state, candidates)
+    running = measure_running(state, measure_streams(state))
+    forecast = Forecast(running.load, remaining, state.sizes.page_size)
+    chosen: dict[Candidate, int] = {}
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
         arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
         if num_new > state.allocator.num_available:
             continue
         if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
             head.num_skipped += 1
-            return {candidate: 1}
-    return {}
+            chosen = {candidate: 1}
+            break
+    _release_others(state, candidates, chosen)
+    return chosen
+
+
+def _release_others(state: ManagerState, candidates: list[Candidate], chosen: dict[Candidate, int]) -> None:
+    for candidate in candidates:
+        if candidate not in chosen:
+            state.allocator.release(candidate.matched)
 
 
 def _predict(state: ManagerState, candidates: list[Candidate]) -> Int32s:
@@ -198,7 +216,9 @@ def _have_room_to_the_end(
     for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
         length = candidate.entry.tokens.size
         last = -(-(length + each_remaining) // page_size)
-        total += last - candidate.matched.size + (candidate.num_streams - 1) * (last - length // page_size)
+        total += last - candidate.matched.size
+        if each_remaining:
+            total += (candidate.num_streams - 1) * (last - length // page_size)
     return total <= state.sizes.num_pages
 
 

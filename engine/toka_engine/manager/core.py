@@ -77,6 +77,7 @@ class Manager:
             arrival=state.num_arrivals,
         )
         state.num_arrivals += 1
+        state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)
         state.enqueue(entry, at_front=False)
         return []

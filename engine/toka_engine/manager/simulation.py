@@ -85,7 +85,8 @@ class Forecast:
         """Return what the first stream and each further one adds at each time."""
         is_alive = self.times <= arrival.remaining
         total = -(-(arrival.length + self.times) // self._page_size)
-        other = np.where(is_alive, total - arrival.length // self._page_size, 0)
+        grows = is_alive & (arrival.remaining > 0)  # one that ends with its first token takes no page for it
+        other = np.where(grows, total - arrival.length // self._page_size, 0)
         first = np.where(is_alive, total - -(-arrival.length // self._page_size) + arrival.num_new, 0)
         if arrival.held_ends.size:  # held on after their present holders' ends
             held = np.sort(arrival.held_ends)

@@ -47,8 +47,6 @@ def start_entry(
     step.new_lengths.append(job.position)
     columns = np.arange(num_columns, dtype=np.int32)
     step.appends.append((np.full(num_columns, leader, np.int32), columns, pages))
-    if entry.num_kept == 0:
-        state.counters.prompt_tokens += tokens.size * len(members)
     state.counters.prefix_hit_tokens += job.position
 
 

@@ -184,6 +184,8 @@ class Limits:
         return [self._check_ids(part, f"prompt[{index}]") for index, part in enumerate(prompt)]
 
     def _check_texts(self, texts: list[str]) -> list[str]:
+        if len(texts) > self._config.max_choices_per_request:
+            raise invalid("prompt", f"'prompt' has more than {self._config.max_choices_per_request} texts.")
         for index, text in enumerate(texts):
             if not text:
                 raise invalid(
@@ -226,6 +228,8 @@ class Limits:
         """Return the messages as text."""
         if not messages:
             raise invalid("messages", "'messages' is empty.")
+        if len(messages) >= self.max_request_tokens:  # each has at least one token
+            raise self.too_long("messages", len(messages))
         return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
     # ------------------------------------------------------------ the whole
