@@ -2,10 +2,10 @@
 
 Usage: python -m toka_engine.benchmarks.api TOKENIZER_DIR [connections=256] [seconds=5] [tokens=200]
 
-Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is an
-event of its own. For each, output tokens per second of wall time and per second of the server's CPU time; the
-latter is what counts where the machine is shared. This process, which plays manager and clients, runs on the
-other cores.
+Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is
+an event of its own. For each, output tokens per second of wall time and per second of the server's CPU time;
+the latter is what counts where the machine is shared. This process, which plays manager and clients, runs on
+the other cores.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _answer_whole(bench: _Bench, num_tokens: int) -> None:
 
 
 def _run_events(bench: _Bench, seconds: float) -> int:
-    """Two groups of endless streams; each group's next step is sent when all its clients have the last one."""
+    """Two groups of endless streams; a group's next step is sent when all its clients have the last one."""
     request = _request(3000, is_streamed=True)
     streams = _start_streams(bench, request)
     groups = np.array_split(streams, 2)

@@ -200,7 +200,7 @@ class Limits:
             raise invalid("prompt", f"'{name}' is empty.")
         if len(ids) >= self.max_request_tokens:
             raise self.too_long("prompt", len(ids))
-        if not all(type(token) is int for token in ids):
+        if set(map(type, ids)) != {int}:
             raise invalid("prompt", f"'{name}' mixes token ids with something else.", "invalid_type")
         lowest, highest = min(ids), max(ids)
         if lowest < 0 or highest >= self._info.vocab_size:
