@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 import msgspec
 
-from toka_engine.channel import Channel, wait
+from toka_engine.channel import Channel
 from toka_engine.errors import ExitCode, PeerClosedError, TokaError
 from toka_engine.messages import (
     ChildReady,
@@ -77,13 +78,19 @@ class Child:
             self._busy_since = None
 
     def _answer(self) -> None:
+        # Waits for reading only: writing belongs to `send` and its lock, which other threads take too.
+        poller = select.poll()
+        poller.register(self._control.fileno(), select.POLLIN)
         try:
             while True:
-                wait([self._control], None)
+                poller.poll()
                 for message in self._control.receive_ready():
                     self._handle(message)
         except PeerClosedError:
             os._exit(ExitCode.PROCESS_DIED)  # the supervisor is gone: nobody is left to serve
+        except Exception:  # the outermost loop of the thread
+            traceback.print_exc()
+            os._exit(ExitCode.PROCESS_DIED)
 
     def _handle(self, message: ToChild) -> None:
         match message:

@@ -87,9 +87,7 @@ class Outcome:
 class Supervisor:
     """Runs one engine. Use: `Supervisor(config, listener).run()`."""
 
-    def __init__(
-        self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES
-    ) -> None:
+    def __init__(self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES) -> None:
         self._config = config
         self._listener = listener
         self._modules = modules
@@ -202,7 +200,7 @@ class Supervisor:
 
     def _beat(self) -> None:
         if self._phase not in (Phase.READY, Phase.DRAINING):
-            return
+            return None
         silent = ""
         for child in self._children.values():
             child.beat()

@@ -1,4 +1,4 @@
-"""python -m toka_engine.server CONTROL_FD MANAGER_FD"""
+"""python -m toka_engine.server CONTROL_FD MANAGER_FD [LISTEN_FD]"""
 
 from toka_engine.child import run_child
 from toka_engine.server.process import main

@@ -11,6 +11,7 @@ import errno
 import gc
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,23 +55,22 @@ _ERROR_WRITE_S = 2.0
 class Server:
     """Everything of the process, put together."""
 
-    def __init__(self, child: Child, manager_fd: int) -> None:
+    def __init__(self, child: Child, manager_fd: int, listen_fd: int | None) -> None:
         self._child = child
+        self._listen_fd = listen_fd
         self._config = child.start.config
         self._health = Health()
         self._loop = asyncio.get_running_loop()
         self._link = ManagerLink(manager_fd, self._on_message, self._on_manager_gone)
         self._streams = Streams(self._link.send)
         names = model_names(self._config)
-        self._app = App(
-            self._config, names, KeyCheck(os.environ.get(KEY_VARIABLE)), self._health, self._streams
-        )
+        self._app = App(self._config, names, KeyCheck(os.environ.get(KEY_VARIABLE)), self._health, self._streams)
         self._names = names
         self._connections = Connections()
         self._engine_info: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._drain_asked = asyncio.Event()
         child.on_drain = lambda: self._from_thread(self._drain_asked.set)
-        child.on_failing = lambda message: self._from_thread(lambda: self._fail(_reason(message)))
+        child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
         child.on_silent = lambda process: self._from_thread(lambda: self._note_silence(process))
         child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
 
@@ -112,7 +112,11 @@ class Server:
         limits = ConnectionLimits(config.receive_timeout_s, config.send_timeout_s, config.max_connections)
         factory = connection_factory(http_config, self._connections, limits)
         try:
-            listener = await self._loop.create_server(factory, config.host, config.port, backlog=_BACKLOG)
+            if self._listen_fd is not None:
+                sock = socket.socket(fileno=self._listen_fd)
+                listener = await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
+            else:
+                listener = await self._loop.create_server(factory, config.host, config.port, backlog=_BACKLOG)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -158,6 +162,15 @@ class Server:
 
     def _on_manager_gone(self) -> None:
         self._fail("the manager process is gone")
+
+    def _end(self, reason: str) -> None:
+        """The supervisor is ending the engine: answer everybody, then say that it is done."""
+        self._fail(reason)
+        self._ending = self._loop.create_task(self._finish_answers())
+
+    async def _finish_answers(self) -> None:
+        await self._app.wait_idle()
+        self._child.send(Drained())
 
     def _fail(self, reason: str) -> None:
         logger.error("failing reason=%r", reason)
@@ -209,9 +222,13 @@ def _reason(message: Failing) -> str:
 
 
 def main(child: Child, link_fds: list[int]) -> None:
-    """Entry of the process, for `run_child`."""
+    """Entry of the process, for `run_child`: the link to the manager, and the socket that listens already.
+
+    Without the second it binds the port itself.
+    """
 
     async def run() -> None:
-        await Server(child, link_fds[0]).run()
+        manager_fd, *listen_fd = link_fds
+        await Server(child, manager_fd, listen_fd[0] if listen_fd else None).run()
 
     uvloop.run(run())

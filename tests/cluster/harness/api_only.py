@@ -89,6 +89,7 @@ class ApiServer(KubernetesHandle):
             "--manage-all-nodes=false",
             "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
             f"--server-address=127.0.0.1:{port}",
+            "--node-lease-duration-seconds=40",
             "--cidr=10.200.0.1/16",
             "--node-ip=10.201.0.1",
         ]

@@ -195,9 +195,7 @@ class RunningServer:
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """POST JSON (or raw bytes); return status and the parsed answer."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        status, _, answer = self.request(
-            "POST", path, raw, {"content-type": "application/json", **(headers or {})}
-        )
+        status, _, answer = self.request("POST", path, raw, {"content-type": "application/json", **(headers or {})})
         return status, json.loads(answer)
 
 

@@ -64,9 +64,7 @@ def _numeric_cases() -> list[Any]:
     cases = []
     for field, wrong in _BOUNDS.items():
         values = {str(value): value for value in wrong}
-        values |= {
-            name: value for name, value in _WRONG_NUMBERS.items() if not (field == "seed" and name == "2^31")
-        }
+        values |= {name: value for name, value in _WRONG_NUMBERS.items() if not (field == "seed" and name == "2^31")}
         cases += [pytest.param(field, value, id=f"{field}={name}") for name, value in values.items()]
     return cases
 
@@ -236,9 +234,7 @@ _OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("fields", "param"), _OTHERS.values(), ids=_OTHERS.keys())
-def test_other_wrong_fields_are_refused_by_name(
-    server: RunningServer, fields: dict[str, Any], param: str
-) -> None:
+def test_other_wrong_fields_are_refused_by_name(server: RunningServer, fields: dict[str, Any], param: str) -> None:
     _assert_refused(*server.post(_COMPLETIONS, completion_body(**fields)), param)
 
 
@@ -294,9 +290,7 @@ def test_odd_text_is_served(server: RunningServer, text: str) -> None:
     server.manager.submits.clear()
 
 
-@pytest.mark.parametrize(
-    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "json", "application/jsonx"]
-)
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "json", "application/jsonx"])
 def test_another_content_type_is_a_415(server: RunningServer, kind: str | None) -> None:
     headers = {"content-type": kind} if kind else {}
     status, _, answer = server.request("POST", _COMPLETIONS, json.dumps(completion_body()).encode(), headers)
@@ -304,16 +298,12 @@ def test_another_content_type_is_a_415(server: RunningServer, kind: str | None) 
 
 
 def test_a_content_type_with_a_charset_is_taken(server: RunningServer) -> None:
-    status, _ = server.post(
-        _COMPLETIONS, completion_body(), {"content-type": "Application/JSON; charset=utf-8"}
-    )
+    status, _ = server.post(_COMPLETIONS, completion_body(), {"content-type": "Application/JSON; charset=utf-8"})
     assert status == 200
     server.manager.submits.clear()
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/", "/v1/completions/", "/v1/embeddings", "/v2/models", "/%00", "/é"]
-)
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/completions/", "/v1/embeddings", "/v2/models", "/%00", "/é"])
 def test_another_path_is_a_404(server: RunningServer, path: str) -> None:
     import urllib.parse
 

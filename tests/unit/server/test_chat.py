@@ -69,9 +69,7 @@ def test_a_chat_is_encoded_as_its_template_says(server: RunningServer, tokenizer
     assert server.manager.submits[0].prompt_ids.tolist() == _ids(tokenizer, [expected])
 
 
-def test_ids_equal_those_of_transformers(
-    template: ChatTemplate, tokenizer: Tokenizer, tokenizer_dir: Path
-) -> None:
+def test_ids_equal_those_of_transformers(template: ChatTemplate, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
     from transformers import AutoTokenizer
 
     reference = AutoTokenizer.from_pretrained(tokenizer_dir)

@@ -119,12 +119,8 @@ def keyed_server(tokenizer_dir: Path) -> Any:
     "header",
     [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic x", "secret-key", "Bearer s\u00e9cret-ke"],
 )
-@pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/nothing", "/v1"]
-)
-def test_a_wrong_key_is_a_401_everywhere_under_v1(
-    keyed_server: RunningServer, header: str | None, path: str
-) -> None:
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/nothing", "/v1"])
+def test_a_wrong_key_is_a_401_everywhere_under_v1(keyed_server: RunningServer, header: str | None, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         headers = {} if header is None else {"authorization": header.encode().decode("latin-1")}
         status, sent, answer = keyed_server.request(method, path, None, headers)
@@ -144,9 +140,7 @@ def test_the_right_key_is_taken_and_probes_need_none(keyed_server: RunningServer
 
 @pytest.mark.parametrize("num_choices", [1, 8])
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_client_that_leaves_cancels_its_streams(
-    server: RunningServer, num_choices: int, is_streamed: bool
-) -> None:
+def test_a_client_that_leaves_cancels_its_streams(server: RunningServer, num_choices: int, is_streamed: bool) -> None:
     manager = server.manager
     manager.on_submit = lambda submit: None
     with server.connect() as sock:
@@ -155,16 +149,12 @@ def test_a_client_that_leaves_cancels_its_streams(
     manager.wait_for(lambda: manager.cancelled == set(streams_of(manager.submits[0])))
 
 
-def test_a_client_that_leaves_in_mid_stream_cancels_it(
-    server: RunningServer, sentence_ids: list[int]
-) -> None:
+def test_a_client_that_leaves_in_mid_stream_cancels_it(server: RunningServer, sentence_ids: list[int]) -> None:
     sock, _ = _open_stream(server, completion_body(), sentence_ids)
     sock.close()
     manager = server.manager
     manager.wait_for(lambda: manager.cancelled == set(streams_of(manager.submits[0])))
-    manager.send(
-        each(streams_of(manager.submits[0]), sentence_ids[:1]), end(streams_of(manager.submits[0]), 2)
-    )
+    manager.send(each(streams_of(manager.submits[0]), sentence_ids[:1]), end(streams_of(manager.submits[0]), 2))
     assert "toka_requests_running 0.0" in server.request("GET", "/metrics")[2].decode()
 
 
@@ -198,9 +188,7 @@ def test_a_finished_request_leaves_nothing_to_cancel(server: RunningServer) -> N
 
 
 @pytest.mark.parametrize("how", ["manager-gone", "failing"])
-def test_a_failure_answers_all_who_wait_at_once(
-    tokenizer_dir: Path, sentence_ids: list[int], how: str
-) -> None:
+def test_a_failure_answers_all_who_wait_at_once(tokenizer_dir: Path, sentence_ids: list[int], how: str) -> None:
     with running_server(tokenizer_dir) as server:
         streaming, received = _open_stream(server, completion_body(), sentence_ids)
         waiting = server.connect()
@@ -245,9 +233,7 @@ def test_heartbeats_are_answered_and_short(server: RunningServer) -> None:
 # ---------------------------------------------------------------- drain
 
 
-def test_a_drain_lets_running_streams_finish_and_then_ends(
-    tokenizer_dir: Path, sentence_ids: list[int]
-) -> None:
+def test_a_drain_lets_running_streams_finish_and_then_ends(tokenizer_dir: Path, sentence_ids: list[int]) -> None:
     with running_server(tokenizer_dir, drain_endpoint_delay_s=0.5) as server:
         manager = server.manager
         sock, received = _open_stream(server, completion_body(), sentence_ids)
@@ -256,9 +242,7 @@ def test_a_drain_lets_running_streams_finish_and_then_ends(
         server.drain()
         while server.request("GET", "/readyz")[0] == 200:
             pass
-        status, headers, _ = server.request(
-            "POST", "/v1/completions", json.dumps(completion_body()).encode(), _JSON
-        )
+        status, headers, _ = server.request("POST", "/v1/completions", json.dumps(completion_body()).encode(), _JSON)
         assert (status, headers["connection"]) == (200, "close")
         while server.post("/v1/completions", completion_body())[0] == 200:
             pass
@@ -269,17 +253,13 @@ def test_a_drain_lets_running_streams_finish_and_then_ends(
         assert server.process.wait(20) == 0
 
 
-def test_a_drain_that_takes_too_long_ends_streams_with_an_error(
-    tokenizer_dir: Path, sentence_ids: list[int]
-) -> None:
+def test_a_drain_that_takes_too_long_ends_streams_with_an_error(tokenizer_dir: Path, sentence_ids: list[int]) -> None:
     with running_server(tokenizer_dir, drain_endpoint_delay_s=0, drain_timeout_s=0.2) as server:
         sock, received = _open_stream(server, completion_body(), sentence_ids)
         server.drain()
         received += _read_all(sock)
         assert b"shutting down" in received
-        server.manager.wait_for(
-            lambda: server.manager.cancelled == set(streams_of(server.manager.submits[0]))
-        )
+        server.manager.wait_for(lambda: server.manager.cancelled == set(streams_of(server.manager.submits[0])))
         server.wait_control(Drained)
         assert server.process.wait(20) == 0
 
@@ -320,9 +300,7 @@ def test_the_package_loads_neither_torch_nor_transformers() -> None:
         "    module.name.endswith('__main__') or importlib.import_module(module.name)\n"
         "print(sorted({'torch', 'transformers', 'safetensors', 'pydantic'} & set(sys.modules)))"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "engine")}, capture_output=True
-    )
+    out = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "engine")}, capture_output=True)
     assert (out.stdout.decode().strip(), out.returncode) == ("[]", 0), out.stderr.decode()
 
 
@@ -339,18 +317,14 @@ def test_only_the_http_port_listens(server: RunningServer) -> None:
     assert {part.laddr.port for part in sockets if part.status == psutil.CONN_LISTEN} == {server.port}
 
 
-def test_many_requests_at_once_all_get_their_own_answer(
-    server: RunningServer, sentence_ids: list[int]
-) -> None:
+def test_many_requests_at_once_all_get_their_own_answer(server: RunningServer, sentence_ids: list[int]) -> None:
     manager = server.manager
     manager.on_submit = lambda submit: speak(manager, submit, [28 + len(submit.prompt_ids)])
     texts: dict[int, str] = {}
 
     def ask(length: int) -> None:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        chunks = client.completions.create(
-            model=MODEL, prompt=[5] * length, max_tokens=4, stream=length % 2 == 0
-        )
+        chunks = client.completions.create(model=MODEL, prompt=[5] * length, max_tokens=4, stream=length % 2 == 0)
         if length % 2:
             texts[length] = chunks.choices[0].text  # type: ignore[union-attr]
         else:
@@ -368,7 +342,5 @@ def test_many_requests_at_once_all_get_their_own_answer(
 def server_text(server: RunningServer, token: int) -> str:
     """What the server writes for one token, asked for alone."""
     server.manager.on_submit = lambda submit: speak(server.manager, submit, [token])
-    text: str = server.post("/v1/completions", completion_body(prompt=[5], max_tokens=4))[1]["choices"][0][
-        "text"
-    ]
+    text: str = server.post("/v1/completions", completion_body(prompt=[5], max_tokens=4))[1]["choices"][0]["text"]
     return text

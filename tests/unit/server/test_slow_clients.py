@@ -19,9 +19,7 @@ _POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/
 
 @pytest.fixture(scope="module")
 def hasty_process(tokenizer_dir: Path) -> Iterator[RunningServer]:
-    with running_server(
-        tokenizer_dir, receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=50
-    ) as server:
+    with running_server(tokenizer_dir, receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=50) as server:
         yield server
 
 
@@ -77,9 +75,7 @@ def test_a_head_that_trickles_is_closed_although_bytes_come(hasty_server: Runnin
     assert answer.startswith(b"HTTP/1.1 408")
 
 
-@pytest.mark.parametrize(
-    "line", [b"x: " + b"a" * 70_000, b"x: y\r\n" * 20_000], ids=["long-line", "many-lines"]
-)
+@pytest.mark.parametrize("line", [b"x: " + b"a" * 70_000, b"x: y\r\n" * 20_000], ids=["long-line", "many-lines"])
 def test_a_head_that_is_too_large_is_a_431(hasty_server: RunningServer, line: bytes) -> None:
     with hasty_server.connect() as sock:
         sock.sendall(_POST + line)

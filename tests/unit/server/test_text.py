@@ -65,9 +65,7 @@ def test_pieces_make_the_same_text_as_the_whole(data: bytes, cuts: list[int]) ->
 
 @settings(max_examples=300)
 @given(text=_SMALL_TEXT, stops=_STOPS, cuts=st.lists(st.integers(0, 60), max_size=8))
-def test_stop_strings_cut_where_the_plain_definition_says(
-    text: str, stops: list[str], cuts: list[int]
-) -> None:
+def test_stop_strings_cut_where_the_plain_definition_says(text: str, stops: list[str], cuts: list[int]) -> None:
     data = text.encode()
     places = sorted(cut for cut in cuts if cut <= len(data))
     renderer = TrackingRenderer(_BYTES, StopStrings(tuple(stops)), keeps_tokens=True)
@@ -108,9 +106,7 @@ def test_token_bytes_make_the_same_text_as_the_tokenizer(tokenizer: Tokenizer, t
 
 
 def _write_tokenizer(folder: Path, decoder: Any, vocabulary: list[str]) -> None:
-    model = tokenizers.models.BPE(
-        {token: index for index, token in enumerate(vocabulary)}, [], byte_fallback=True
-    )
+    model = tokenizers.models.BPE({token: index for index, token in enumerate(vocabulary)}, [], byte_fallback=True)
     made = tokenizers.Tokenizer(model)
     made.decoder = decoder
     made.save(str(folder / "tokenizer.json"))
