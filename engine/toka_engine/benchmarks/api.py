@@ -51,9 +51,7 @@ class _Bench:
         manager, manager_theirs = socket_pair()
         cores = sorted(os.sched_getaffinity(0))
         command = ["-m", "toka_engine.server", str(theirs.fileno()), str(manager_theirs.fileno())]
-        self.process = subprocess.Popen(
-            [sys.executable, *command], pass_fds=(theirs.fileno(), manager_theirs.fileno())
-        )
+        self.process = subprocess.Popen([sys.executable, *command], pass_fds=(theirs.fileno(), manager_theirs.fileno()))
         os.sched_setaffinity(self.process.pid, cores[:1])
         os.sched_setaffinity(0, cores[1:] or cores)
         theirs.close()
@@ -174,9 +172,7 @@ def _start_streams(bench: _Bench, request: bytes) -> np.ndarray[Any, Any]:
     return np.array(streams, np.int64)
 
 
-def _measure(
-    tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None
-) -> dict[str, Any]:
+def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None) -> dict[str, Any]:
     bench = _Bench(tokenizer_dir, num_connections)
     try:
         cpu_s, start_s = bench.server_cpu_s(), time.monotonic()

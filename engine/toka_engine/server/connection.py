@@ -143,9 +143,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             seconds = self._limits.receive_timeout_s
-            self._refuse(
-                ApiError(408, f"The request did not arrive within {seconds:g} s.", code="receive_timeout")
-            )
+            self._refuse(ApiError(408, f"The request did not arrive within {seconds:g} s.", code="receive_timeout"))
 
     # ------------------------------------------------------------ sending
 
@@ -166,9 +164,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _refuse_head(self) -> None:
-        self._refuse(
-            ApiError(431, f"The request's head has more than {MAX_HEAD_BYTES} bytes.", code="head_too_large")
-        )
+        self._refuse(ApiError(431, f"The request's head has more than {MAX_HEAD_BYTES} bytes.", code="head_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer outside any request and close."""

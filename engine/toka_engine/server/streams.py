@@ -183,9 +183,7 @@ class Streams:
     def on_refused(self, message: Refused) -> None:
         if choice := self._choices.get(message.first_stream):
             # Its streams are unknown to the manager now; the cancellation at the end ignores them.
-            choice.generation.fail(
-                ApiError(429, message.message, code="queue_full", headers=((b"retry-after", b"1"),))
-            )
+            choice.generation.fail(ApiError(429, message.message, code="queue_full", headers=((b"retry-after", b"1"),)))
 
     def on_deltas(self, deltas: Deltas) -> None:
         """Hand out one message of the manager and wake the tasks concerned."""
@@ -276,6 +274,4 @@ def _top_tokens(deltas: Deltas) -> dict[int, TopTokens]:
 
 
 def _not_finite() -> ApiError:
-    return ApiError(
-        500, "The model produced non-finite values (NaN or infinity) for this request.", code="not_finite"
-    )
+    return ApiError(500, "The model produced non-finite values (NaN or infinity) for this request.", code="not_finite")
