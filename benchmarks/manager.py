@@ -1,12 +1,15 @@
-"""CPU time of the manager alone per step: `python benchmarks/manager.py [--profile NAME]`, one JSON on stdout.
+"""CPU time of the manager alone per step: `python benchmarks/manager.py [--profile NAME]`, one JSON on
+stdout.
 
-The true core with a worker that answers each step at once with random tokens. CPU time (process_time) of everything that
-the manager's process does per step except its system calls: planning, encoding the step, decoding the tokens, advancing
-the slots and encoding the deltas. The worker's and the client's own work is not counted.
+The true core with a worker that answers each step at once with random tokens. CPU time (process_time) of
+everything that the manager's process does per step except its system calls: planning, encoding the step,
+decoding the tokens, advancing the slots and encoding the deltas. The worker's and the client's own work is
+not counted.
 
 Workloads, each for 64 and 4,096 running streams:
-- decode: steady state, nothing arrives or ends (768 shared and 96 own tokens at the start, as in many samples per prompt)
-- mix: ShareGPT-like lengths (log-normal prompts of ~220 and outputs of ~200 tokens); each end lets a waiting one in
+- decode: steady state, nothing arrives or ends (many samples per prompt: 770 shared tokens, 96 own at first)
+- mix: ShareGPT-like lengths (log-normal, prompts of ~220 and outputs of ~200 tokens); each end lets a
+  waiting one in
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The manager's process: the only module here that does I/O.
 
-Sleeps in `wait` until the server or a worker has something to say. Every worker gets the same steps; the first one's
-tokens count.
+Sleeps in `wait` until the server or a worker has something to say. Every worker gets the same steps; the
+first one's tokens count.
 """
 
 from __future__ import annotations

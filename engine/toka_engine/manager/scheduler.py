@@ -1,8 +1,9 @@
-"""Plans one step: decode rows first, then prefill chunks in what is left of the forward. Pure over ManagerState.
+"""Plans one step: decode rows first, then prefill chunks in what is left of the forward. Pure over
+ManagerState.
 
-Decode rows are handled as arrays only. When pages run short, the oldest rows get what there is; the others sit this step
-out, and where nothing is about to come back by itself the newest streams are preempted. The oldest stream always goes
-on, so one that fits the cache at all always finishes.
+Decode rows are handled as arrays only. When pages run short, the oldest rows get what there is; the others
+sit this step out, and where nothing is about to come back by itself the newest streams are preempted. The
+oldest stream always goes on, so one that fits the cache at all always finishes.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None
 
 
 def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
-    """Preempt where nothing else will bring pages; return which of the rows then left take part in this step."""
+    """Preempt where nothing else will bring pages; return which of the rows then left take part in this
+    step."""
     slots, rows = state.slots, state.rows
     page_size = state.sizes.page_size
 
@@ -155,7 +157,8 @@ def _enter_tree(state: ManagerState, job: Job) -> None:
 
 
 def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
-    """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return them."""
+    """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return
+    them."""
     slots, page_size = state.slots, state.sizes.page_size
     length = int(job.tokens.size)
     num_full, tail = divmod(length, page_size)

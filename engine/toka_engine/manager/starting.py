@@ -1,4 +1,5 @@
-"""Puts admitted choices into slots: the leader with its pages and its prefill job, the others in reserve behind it."""
+"""Puts admitted choices into slots: the leader with its pages and its prefill job, the others in reserve
+behind it."""
 
 from __future__ import annotations
 

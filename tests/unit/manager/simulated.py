@@ -1,8 +1,10 @@
-"""A model worker that executes each Step literally, without a model, and a harness that drives the manager with it.
+"""A model worker that executes each Step literally, without a model, and a harness that drives the manager
+with it.
 
-Its "KV" of a token is a hash of that token and of the KV before it, read back through the pages; its next token hashes
-every KV entry of the context, read through the block table. So any error of paging, sharing, copying, preemption or
-scheduling changes the output, and a sequential reference (`reference`) says what it should have been.
+Its "KV" of a token is a hash of that token and of the KV before it, read back through the pages; its next
+token hashes every KV entry of the context, read through the block table. So any error of paging, sharing,
+copying, preemption or scheduling changes the output, and a sequential reference (`reference`) says what it
+should have been.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def mix(left: int, right: int) -> int:
 
 @dataclass(frozen=True)
 class HashModel:
-    """The deterministic model; `failure_period` > 0 makes one context in that many fail (not finite logits)."""
+    """The deterministic model; `failure_period` > 0 makes one context in that many fail (not finite
+    logits)."""
 
     vocab_size: int = 40
     failure_period: int = NO_FAILURE
@@ -220,7 +223,7 @@ class SimulatedWorker:
         assert groups == sorted(groups, key=lambda group: (group[2], group[0])), "groups are not sorted"
         covered: dict[int, int] = {}  # row -> column where its innermost group so far ends
         for first_row, num_rows, first_column, num_columns in groups:
-            assert num_rows >= 1 and num_columns >= 1
+            assert min(num_rows, num_columns) >= 1
             members = step.decode_slots[first_row : first_row + num_rows]
             assert members.size == num_rows, "a group reaches beyond the rows"
             columns = self.table[members, first_column : first_column + num_columns]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
-
-from tests.unit.manager.simulated import Harness, HashModel, reference, small_sizes
 from toka_engine.config import EngineConfig
 from toka_engine.manager import admission, lifecycle, receiving, scheduler
 from toka_engine.manager.allocator import Allocator
 from toka_engine.manager.state import ManagerState
 from toka_engine.messages import Sampling, Submit
+
+from tests.unit.manager.simulated import Harness, HashModel, reference, small_sizes
 
 Patch = pytest.MonkeyPatch
 
@@ -24,7 +23,8 @@ def stopping_request(model: HashModel, prompt: list[int], at: int) -> tuple[int,
 
 
 def overrun(harness: Harness) -> None:
-    """Streams that stop while two more steps are on their way, with others waiting for their slots and pages."""
+    """Streams that stop while two more steps are on their way, with others waiting for their slots and
+    pages."""
     harness.model = harness.worker.model = HashModel(vocab_size=400)
     for first in range(12):
         prompt = [first, first + 1, first + 2]
@@ -190,7 +190,8 @@ def test_a_late_cancel_ends_delivery_at_once_and_frees_everything_within_two_ste
 
 
 def storm(harness: Harness) -> int:
-    """Outputs far longer than any that finished before, in a cache that holds few of them; return preemptions."""
+    """Outputs far longer than any that finished before, in a cache that holds few of them; return
+    preemptions."""
     predictor = harness.manager.state.predictor
     predictor.finished(np.full(64, 30, np.int32), np.full(64, 100, np.int32))
     for first in range(8):

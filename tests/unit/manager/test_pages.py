@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from toka_engine.manager.allocator import Allocator
 from toka_engine.manager.prefix_tree import PrefixTree
 from toka_engine.messages import Int32s

@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tests.unit.manager.simulated import Harness, small_sizes
 from toka_engine.manager.admission import measure_running, measure_streams
 from toka_engine.manager.simulation import Arrival, Forecast, Load
+
+from tests.unit.manager.simulated import Harness, small_sizes
 
 PAGE = 4
 
 
 def gold_peak(streams: list[tuple[int, int, set[int]]], page_size: int) -> int:
-    """streams: (length, remaining, pages held now). Run them step by step; return the most pages ever in use."""
+    """streams: (length, remaining, pages held now). Run them step by step; return the most pages ever in
+    use."""
     peak, fresh = 0, 10**9
     alive = [(length, remaining, set(pages)) for length, remaining, pages in streams]
     time = 0
