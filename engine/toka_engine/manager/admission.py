@@ -80,9 +80,7 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
         state.has_admission_news = True  # perhaps more in the next step
 
 
-def _collect(
-    state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int
-) -> list[Candidate]:
+def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:
     """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes
     retained."""
     candidates: list[Candidate] = []
@@ -94,9 +92,7 @@ def _collect(
         if entry.job is not None:
             continue
         matched, missing = state.tree.match(entry.tokens)
-        if (
-            missing in state.coming or missing in claimed
-        ):  # another prefills the very page that this one lacks
+        if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
         pages = np.asarray(matched, np.int32)
@@ -143,9 +139,7 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
     return {}
 
 
-def _skip_ahead(
-    state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int
-) -> dict[Candidate, int]:
+def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int) -> dict[Candidate, int]:
     """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}

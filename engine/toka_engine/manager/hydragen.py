@@ -113,9 +113,7 @@ class DecodeRows:
             self.is_stale = False
         if self._must_regroup:
             self._must_regroup = False
-            num_full = np.minimum(
-                slots.lengths[self.slots] // self.policy.page_size, slots.num_pages[self.slots]
-            )
+            num_full = np.minimum(slots.lengths[self.slots] // self.policy.page_size, slots.num_pages[self.slots])
             num_shared = count_shared_columns(slots.table, self.slots, num_full, refs)
             self.slots, self.groups = find_groups(slots.table, self.slots, num_shared, self.policy)
 

@@ -112,9 +112,7 @@ def kept_logprobs(state: ManagerState, slot: int, stream: Stream) -> Kept | None
         return None
     start = int(slots.prompt_lengths[slot])
     count = int(slots.num_received[slot])
-    logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[
-        start : start + count
-    ]
+    logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[start : start + count]
     if logprobs.size < count:
         logprobs = np.append(logprobs, slots.last_logprobs[slot])
     logprobs = logprobs.astype(np.float32)

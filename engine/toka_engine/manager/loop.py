@@ -27,9 +27,7 @@ logger = logging.getLogger("manager")
 class Loop:
     """Moves messages between the links and the core."""
 
-    def __init__(
-        self, child: Child, server: Channel[ServerToManager], workers: list[Channel[WorkerToManager]]
-    ) -> None:
+    def __init__(self, child: Child, server: Channel[ServerToManager], workers: list[Channel[WorkerToManager]]) -> None:
         self._child = child
         self._server = server
         self._workers = workers

@@ -63,9 +63,7 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     return messages
 
 
-def _store(
-    state: ManagerState, live: Int32s, ids: Int32s, logprobs: Floats, failed: NDArray[np.bool_]
-) -> None:
+def _store(state: ManagerState, live: Int32s, ids: Int32s, logprobs: Floats, failed: NDArray[np.bool_]) -> None:
     """Write each token into its page, where that exists already."""
     slots = state.slots
     slots.last_tokens[live] = ids
@@ -136,9 +134,7 @@ def _report_delivered(
     return fields
 
 
-def _report_ended(
-    state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]
-) -> tuple[dict[str, Any], list[Deltas]]:
+def _report_ended(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]) -> tuple[dict[str, Any], list[Deltas]]:
     """Return the ended_* fields of the step's Deltas, and one Deltas of its own for ended streams with top
     logprobs."""
     if over.size == 0:

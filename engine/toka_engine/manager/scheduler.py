@@ -182,9 +182,7 @@ def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
             _schedule_copies(state, step, job, siblings, num_full)
         step.new_slots.extend(job.siblings)
         step.new_lengths.extend([0] * len(job.siblings))
-    members = (
-        siblings if not job.is_leader_wanted else np.append(np.int32(job.slot), siblings).astype(np.int32)
-    )
+    members = siblings if not job.is_leader_wanted else np.append(np.int32(job.slot), siblings).astype(np.int32)
     step.fanout_slots.append(members)
     step.fanout_chunks.append(np.full(members.size, len(step.chunk_slots) - 1, np.int32))
     slots.lengths[members] = length
@@ -257,15 +255,11 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
 def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, Any]:
     streams = [state.slots.streams[slot] for slot in step.new_slots]
     sampling = [stream.request.sampling for stream in streams if stream is not None]
-    seeds = [
-        choice_seed(stream.request.sampling.seed, stream.choice) for stream in streams if stream is not None
-    ]
+    seeds = [choice_seed(stream.request.sampling.seed, stream.choice) for stream in streams if stream is not None]
     return {
         "new_slots": np.asarray(step.new_slots, np.int32),
         "new_lengths": np.asarray(step.new_lengths, np.int32),
-        "new_num_sampled": np.asarray(
-            [stream.num_kept for stream in streams if stream is not None], np.int32
-        ),
+        "new_num_sampled": np.asarray([stream.num_kept for stream in streams if stream is not None], np.int32),
         "new_temperatures": np.asarray([each.temperature for each in sampling], np.float32),
         "new_top_ps": np.asarray([each.top_p for each in sampling], np.float32),
         "new_top_ks": np.asarray([each.top_k for each in sampling], np.int32),

@@ -97,14 +97,10 @@ def test_a_row_that_is_not_finite_ends_its_stream_only() -> None:
 
 
 def test_logprobs_survive_preemption() -> None:
-    harness = Harness(
-        small_sizes(num_pages=12, max_request_tokens=48), config=EngineConfig(track_early_stopping=True)
-    )
+    harness = Harness(small_sizes(num_pages=12, max_request_tokens=48), config=EngineConfig(track_early_stopping=True))
     harness.manager.state.predictor.finished(np.full(32, 40, np.int32), np.full(32, 100, np.int32))
     for first in range(4):
-        harness.submit(
-            [first, 3, 4], max_tokens=30, seed=first, num_logprobs=2 * (first % 2), deliver_each=first > 1
-        )
+        harness.submit([first, 3, 4], max_tokens=30, seed=first, num_logprobs=2 * (first % 2), deliver_each=first > 1)
     finish(harness)
     assert harness.manager.state.counters.preemptions > 0
 

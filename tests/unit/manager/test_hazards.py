@@ -28,18 +28,14 @@ def overrun(harness: Harness) -> None:
     harness.model = harness.worker.model = HashModel(vocab_size=400)
     for first in range(12):
         prompt = [first, first + 1, first + 2]
-        harness.submit(
-            prompt, max_tokens=40, stop_ids=stopping_request(harness.model, prompt, 4), deliver_each=True
-        )
+        harness.submit(prompt, max_tokens=40, stop_ids=stopping_request(harness.model, prompt, 4), deliver_each=True)
     harness.run()
     harness.check_results()
     harness.check_nothing_held()
 
 
 def three_ahead() -> Harness:
-    return Harness(
-        small_sizes(num_slots=3, max_running=3, num_pages=34), config=EngineConfig(scheduling_steps_ahead=3)
-    )
+    return Harness(small_sizes(num_slots=3, max_running=3, num_pages=34), config=EngineConfig(scheduling_steps_ahead=3))
 
 
 def test_tokens_of_overrun_steps_are_dropped() -> None:

@@ -28,9 +28,7 @@ def tables(families: list[tuple[list[int], int]], num_columns: int = 64) -> tupl
 
 
 def described(groups: Groups) -> list[tuple[int, int, int]]:
-    return list(
-        zip(groups.num_rows.tolist(), groups.first_columns.tolist(), groups.num_columns.tolist(), strict=True)
-    )
+    return list(zip(groups.num_rows.tolist(), groups.first_columns.tolist(), groups.num_columns.tolist(), strict=True))
 
 
 def find(families: list[tuple[list[int], int]]) -> tuple[Int32s, Int32s, Groups]:
