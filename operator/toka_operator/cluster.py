@@ -23,6 +23,7 @@ from toka_operator.errors import (
     ApiError,
     ConflictError,
     GoneError,
+    NamespaceEndsError,
     NotFoundError,
     NotLeaderError,
     TransientError,

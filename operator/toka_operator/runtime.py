@@ -27,7 +27,7 @@ logger = logging.getLogger("toka.operator")
 WATCH_SILENCE_S = 660.0
 """Two watch timeouts and some: a watch without any contact for so long is stuck."""
 QUEUE_STUCK_S = 600.0
-CHILD_SETTLE_S = 0.2
+CHILD_SETTLE_S = 0.4
 """Children change in bursts (a pod is bound, starts, gets an endpoint): one pass and one status for a
 burst."""
 GAP_SETTLE_S = 2.0
@@ -101,8 +101,8 @@ class Runtime:
 
     def note(self, event_type: str | None, obj: Json) -> None:
         """Takes in one TokaDeployment as kopf saw it; `event_type` None is the initial listing."""
-        key = self._deployments.remove(obj) if event_type == "DELETED" else self._deployments.put(obj)
-        if key is not None:
+        change = self._deployments.remove if event_type == "DELETED" else self._deployments.put
+        for key in change(obj):
             self._queue.add(key)
 
     def is_ready(self) -> bool:

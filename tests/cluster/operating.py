@@ -140,10 +140,12 @@ class Operator:
         return self.require("td", name)
 
     def requests(self) -> list[tuple[str, str]]:
-        """(verb, resource) of each request of the operator so far, but the Lease's."""
-        events = self.server.audit_events(USER)
-        found = [(e["verb"], e.get("objectRef", {}).get("resource", "")) for e in events]
-        return [(verb, resource) for verb, resource in found if resource != "leases"]
+        """(verb, resource) of each request about the test's namespace so far, oldest first."""
+        events = [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+        return [(e["verb"], e.get("objectRef", {}).get("resource", "")) for e in events]
+
+    def _is_ours(self, event: Json) -> bool:
+        return bool(event.get("objectRef", {}).get("namespace") == self.namespace)
 
 
 def deployment(name: str, **spec: Any) -> Json:
