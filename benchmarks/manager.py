@@ -116,7 +116,7 @@ class Bench:
 
 
 def decode(num_streams: int, num_steps: int) -> tuple[Bench, Callable[[], dict[str, float]]]:
-    bench = Bench(num_streams)
+    bench = Bench(num_streams, 1 << 18)
     n = min(256, num_streams // 4)
     for _ in range(num_streams // n):
         bench.submit(bench.rng.integers(0, STOP, 770, dtype=np.int32), num_steps + 400, n)
@@ -132,7 +132,9 @@ def mix(num_streams: int, num_steps: int) -> tuple[Bench, Callable[[], dict[str,
 
     def refill() -> None:
         while bench.num_streams - bench.num_ended < num_streams + 64:
-            prompt = bench.rng.integers(0, STOP, int(np.clip(bench.rng.lognormal(4.9, 1.0), 4, 1024)), np.int32)
+            prompt = bench.rng.integers(
+                0, STOP, int(np.clip(bench.rng.lognormal(4.9, 1.0), 4, 1024)), np.int32
+            )
             bench.submit(prompt, int(np.clip(bench.rng.lognormal(4.9, 0.9), 4, 1024)))
 
     for _ in range(600):
@@ -145,9 +147,13 @@ WORKLOADS = {"decode": decode, "mix": mix}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--profile", metavar="WORKLOAD/STREAMS", help="print a profile of one, such as mix/4096")
+    parser.add_argument(
+        "--profile", metavar="WORKLOAD/STREAMS", help="print a profile of one, such as mix/4096"
+    )
     options = parser.parse_args()
     results: dict[str, Any] = {}
     for name, prepare in WORKLOADS.items():

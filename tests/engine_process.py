@@ -39,6 +39,7 @@ class EngineProcess:
         self._env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("operator", "engine", ".")),
+            "OMP_WAIT_POLICY": "passive",  # threads that spin would take the cores from the other processes
             **(env or {}),
         }
         self._lines: list[str] = []
@@ -131,6 +132,11 @@ class EngineProcess:
             return error.code
         except OSError:
             return 0
+
+    def read(self, path: str) -> str:
+        """The body of a GET that must succeed."""
+        with urllib.request.urlopen(self.url + path, timeout=30.0) as response:
+            return str(response.read().decode())
 
     def _read(self) -> None:
         stream = self.process.stderr

@@ -23,27 +23,31 @@ def cancel(state: ManagerState, stream: int) -> None:
         state.drop_waiting(place, stream - place.request.first_stream)
         return
     slots = state.slots
-    match slots.states[place]:
-        case State.PREFILL | State.RESERVED:
-            _leave_job(state, place)
-        case _:
-            state.predictor.finished(slots.num_received[place : place + 1], slots.limits[place : place + 1])
-            end_slot(state, place)
+    if slots.states[place] in (State.PREFILL, State.RESERVED):
+        _leave_job(state, place)
+    else:
+        state.predictor.finished(slots.num_received[place : place + 1], slots.limits[place : place + 1])
+        end_slot(state, place)
 
 
 def end_slot(state: ManagerState, slot: int) -> None:
     """Take `slot` from its stream: tokens still on their way are dropped, pages go when the last step is back."""
+    end_slots(state, np.asarray([slot], np.int32))
+
+
+def end_slots(state: ManagerState, ended: Int32s) -> None:
+    """As `end_slot`, for several at once."""
     slots = state.slots
-    if slots.states[slot] == State.DECODE:
-        state.rows.is_stale = True
-    slots.generations[slot] += 1
-    slots.states[slot] = State.RETIRING
-    state.num_running -= 1
+    state.rows.is_stale = True
+    slots.generations[ended] += 1
+    slots.states[ended] = State.RETIRING
+    state.num_running -= ended.size
     state.has_admission_news = True
-    if slots.last_steps[slot] <= state.completed_step:
-        _release_slot(state, slot)
-    else:
-        state.retiring.append((int(slots.last_steps[slot]), slot))
+    last_steps = slots.last_steps[ended]
+    is_done = last_steps <= state.completed_step
+    state.retiring += zip(last_steps[~is_done].tolist(), ended[~is_done].tolist(), strict=True)
+    if is_done.any():
+        _release_slots(state, ended[is_done])
 
 
 def release_completed(state: ManagerState) -> None:
@@ -52,8 +56,8 @@ def release_completed(state: ManagerState) -> None:
     if state.retiring:
         ready = [slot for step, slot in state.retiring if step <= done]
         state.retiring = [entry for entry in state.retiring if entry[0] > done]
-        for slot in ready:
-            _release_slot(state, slot)
+        if ready:
+            _release_slots(state, np.asarray(ready, np.int32))
     while state.held_pages and state.held_pages[0][0] <= done:
         state.allocator.release(state.held_pages.popleft()[1])
         state.has_admission_news = True
@@ -160,18 +164,28 @@ def requeue(state: ManagerState, job: Job, members: list[int], kept: Kept | None
     state.enqueue(Waiting(job.request, choices, job.tokens, kept), at_front=True)
 
 
-def _release_slot(state: ManagerState, slot: int) -> None:
-    slots, page_size = state.slots, state.sizes.page_size
-    pages = slots.table[slot, : slots.num_pages[slot]].copy()
-    if pages.size:
-        num_written = min(
-            int(slots.lengths[slot]), int(slots.prompt_lengths[slot] + slots.num_received[slot])
-        )
-        full = min(num_written // page_size, pages.size)
-        if not slots.keeps_output[slot]:
-            full = min(full, int(slots.num_in_tree[slot]))
-        state.tree.insert_released(pages[:full], min(full, int(slots.num_in_tree[slot])), state.next_step)
-        state.allocator.release(pages)
-    slots.num_pages[slot] = 0
-    slots.give_back(slot)
+def _release_slots(state: ManagerState, released: Int32s) -> None:
+    """Give back slots that no step on its way names; what is worth it stays in the prefix tree."""
+    slots = state.slots
+    num_known = slots.prompt_lengths[released] + slots.num_received[released]
+    num_full = np.minimum(slots.lengths[released], num_known) // state.sizes.page_size
+    num_full = np.minimum(num_full, slots.num_pages[released])
+    num_in_tree = slots.num_in_tree[released]
+    num_full = np.where(slots.keeps_output[released], num_full, np.minimum(num_full, num_in_tree))
+    parts = []
+    for slot, count, full, known in zip(
+        released.tolist(),
+        slots.num_pages[released].tolist(),
+        num_full.tolist(),
+        num_in_tree.tolist(),
+        strict=True,
+    ):
+        pages = slots.table[slot, :count]
+        if full:
+            state.tree.insert_released(pages[:full], min(full, known), state.next_step)
+        parts.append(pages)
+    # After each insertion, so that no page of one hangs below a page that another has let go of.
+    state.allocator.release(np.concatenate(parts))
+    slots.num_pages[released] = 0
+    slots.give_back(released)
     state.has_admission_news = True

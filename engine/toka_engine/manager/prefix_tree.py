@@ -16,7 +16,8 @@ from toka_engine.messages import Int32s
 
 ROOT = -1
 _EVICT_SHARE = 32
-"""An eviction takes at least one in this many of the evictable pages: the selection is paid per batch."""
+_EVICT_LEAST = 256
+"""An eviction takes at least one in _EVICT_SHARE of the evictable pages: the selection is paid per batch."""
 
 Key = tuple[int, bytes]
 
@@ -30,7 +31,7 @@ class PrefixTree:
         self._page_size = int(page_tokens.shape[1])
         self._is_enabled = is_enabled
         self._pages: dict[Key, int] = {}
-        self._parents = np.full(allocator.num_pages, ROOT, np.int32)
+        self._keys: list[Key | None] = [None] * allocator.num_pages
         self._depths = np.zeros(allocator.num_pages, np.int64)
         self._ticks = np.zeros(allocator.num_pages, np.int64)
 
@@ -79,15 +80,17 @@ class PrefixTree:
             return num_known
         parent = int(pages[num_known - 1]) if num_known else ROOT
         column = num_known
-        for page in pages[num_known:].tolist():
-            key = self.key(parent, page)
+        added = []
+        for page, content in zip(pages[num_known:].tolist(), self._contents(pages[num_known:]), strict=True):
+            key = parent, content
             if self._pages.setdefault(key, page) != page:
                 break
-            if not self._allocator.is_cached[page]:
-                self._add(page, parent, column)
+            if self._keys[page] is None:
+                self._keys[page] = key
+                added.append(page)
             parent = page
             column += 1
-        self._ticks[pages[:column]] = tick
+        self._note(added, pages[:column], tick)
         return column
 
     def insert_released(self, pages: Int32s, num_known: int, tick: int) -> None:
@@ -99,28 +102,39 @@ class PrefixTree:
         if not self._is_enabled or column == pages.size or (self._allocator.refs[pages[column:]] > 1).any():
             return
         parent = int(pages[column - 1]) if column else ROOT
-        path = []
-        for depth, page in enumerate(pages[column:].tolist(), column):
-            found = self._pages.setdefault(self.key(parent, page), page)
-            if found == page and not self._allocator.is_cached[page]:
-                self._add(page, parent, depth)
+        path, added = [], []
+        for page, content in zip(pages[column:].tolist(), self._contents(pages[column:]), strict=True):
+            key = parent, content
+            found = self._pages.setdefault(key, page)
+            if found == page and self._keys[page] is None:
+                self._keys[page] = key
+                added.append(page)
             path.append(found)
             parent = found
-        self._ticks[path] = tick
+        self._note(added, np.asarray(path, np.int32), tick, column)
 
     def evict(self, count: int) -> None:
         """Free at least `count` pages that only the tree holds (the caller knows that there are as many)."""
         allocator = self._allocator
         candidates = np.flatnonzero(allocator.is_cached & (allocator.refs == 0))
-        count = min(max(count, candidates.size // _EVICT_SHARE), candidates.size)
+        count = min(max(count, candidates.size // _EVICT_SHARE, _EVICT_LEAST), candidates.size)
         if count < candidates.size:
             ages = (self._ticks[candidates] << 24) - self._depths[candidates]
             candidates = candidates[np.argpartition(ages, count - 1)[:count]]
-        for page, parent in zip(candidates.tolist(), self._parents[candidates].tolist(), strict=True):
-            del self._pages[self.key(parent, page)]
+        for page in candidates.tolist():
+            key = self._keys[page]
+            assert key is not None
+            del self._pages[key]
+            self._keys[page] = None
         allocator.uncache(candidates.astype(np.int32))
 
-    def _add(self, page: int, parent: int, depth: int) -> None:
-        self._parents[page] = parent
-        self._depths[page] = depth
-        self._allocator.cache(np.asarray([page], np.int32))
+    def _contents(self, pages: Int32s) -> list[bytes]:
+        content, width = self._page_tokens[pages].tobytes(), 4 * self._page_size
+        return [content[start : start + width] for start in range(0, len(content), width)]
+
+    def _note(self, added: list[int], path: Int32s, tick: int, first_depth: int = 0) -> None:
+        """Keep the books of pages that came in, all on `path`, whose first page has depth `first_depth`."""
+        self._ticks[path] = tick
+        if added:
+            self._depths[path] = np.arange(first_depth, first_depth + path.size)
+            self._allocator.cache(np.asarray(added, np.int32))

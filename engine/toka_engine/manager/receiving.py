@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toka_engine.manager.lifecycle import end_slot, kept_logprobs, release_completed
-from toka_engine.manager.slots import State
+from toka_engine.manager.lifecycle import end_slots, kept_logprobs, release_completed
 from toka_engine.manager.state import EMPTYF, ManagerState
 from toka_engine.manager.streams import Kept
 from toka_engine.messages import (
@@ -58,8 +57,8 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
         messages.append(Deltas(**entries, **ended))
     messages.extend(tops)
     release_completed(state)
-    for slot in live[over].tolist():
-        _end(state, slot)
+    if over.size:
+        _end(state, live[over])
     return messages
 
 
@@ -217,9 +216,9 @@ def _ended_tops(state: ManagerState, over: Int32s, lengths: Int32s) -> dict[str,
     }
 
 
-def _end(state: ManagerState, slot: int) -> None:
+def _end(state: ManagerState, over: Int32s) -> None:
     slots = state.slots
-    state.where.pop(int(slots.stream_ids[slot]), None)
-    state.predictor.finished(slots.num_received[slot : slot + 1], slots.limits[slot : slot + 1])
-    assert slots.states[slot] in (State.DECODE, State.FULL)
-    end_slot(state, slot)
+    for stream in slots.stream_ids[over].tolist():
+        state.where.pop(stream, None)
+    state.predictor.finished(slots.num_received[over], slots.limits[over])
+    end_slots(state, over)

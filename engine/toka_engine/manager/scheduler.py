@@ -119,9 +119,10 @@ def _emit_copies(state: ManagerState, step: StepBuilder) -> None:
 
 def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
     slots = state.slots
+    begun: list[Int32s] = []
     for job in list(state.jobs):
         if budget <= 0:
-            return
+            break
         start = job.position
         length = min(budget, job.tokens.size - start)
         budget -= length
@@ -133,7 +134,9 @@ def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
         slots.last_steps[job.slot] = step.number
         _enter_tree(state, job)
         if job.position == job.tokens.size:
-            _fan_out(state, step, job)
+            begun.append(_fan_out(state, step, job))
+    if begun:
+        _begin_decode(state, np.concatenate(begun), step.number)
 
 
 def _enter_tree(state: ManagerState, job: Job) -> None:
@@ -151,8 +154,8 @@ def _enter_tree(state: ManagerState, job: Job) -> None:
         state.coming[job.coming] = job
 
 
-def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> None:
-    """The prompt is complete: sample for the leader and for the siblings that get a page of their own."""
+def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
+    """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return them."""
     slots, page_size = state.slots, state.sizes.page_size
     length = int(job.tokens.size)
     num_full, tail = divmod(length, page_size)
@@ -181,9 +184,14 @@ def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> None:
     )
     step.fanout_slots.append(members)
     step.fanout_chunks.append(np.full(members.size, len(step.chunk_slots) - 1, np.int32))
-    _begin_decode(state, members, length, step.number)
+    slots.lengths[members] = length
+    for slot in members.tolist():
+        stream = slots.streams[slot]
+        assert stream is not None
+        stream.job = None
     if not job.is_leader_wanted:
         end_slot(state, job.slot)
+    return members
 
 
 def _schedule_copies(state: ManagerState, step: StepBuilder, job: Job, siblings: Int32s, column: int) -> None:
@@ -199,18 +207,13 @@ def _schedule_copies(state: ManagerState, step: StepBuilder, job: Job, siblings:
     state.copies.append(PendingCopy(source, pages, siblings, slots.generations[siblings]))
 
 
-def _begin_decode(state: ManagerState, members: Int32s, length: int, number: int) -> None:
+def _begin_decode(state: ManagerState, members: Int32s, number: int) -> None:
     slots = state.slots
-    slots.lengths[members] = length
     slots.num_planned[members] += 1
     slots.last_steps[members] = number
     is_full = slots.num_planned[members] >= slots.limits[members]
     slots.states[members] = np.where(is_full, State.FULL, State.DECODE)
-    for slot in members.tolist():
-        stream = slots.streams[slot]
-        assert stream is not None
-        stream.job = None
-    state.rows.add(members[~is_full])
+    state.rows.add(members[~is_full], slots, state.allocator.refs)
 
 
 def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: Groups) -> Step:

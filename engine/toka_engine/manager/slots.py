@@ -7,11 +7,12 @@ when every step that names it has come back (`Retirement` in lifecycle).
 
 from __future__ import annotations
 
-from enum import IntEnum
+from typing import Final
 
 import numpy as np
 
 from toka_engine.manager.streams import Stream
+from toka_engine.messages import Int32s
 
 STOP_WIDTH = 8
 """Stop tokens per slot that are compared in one vectorised pass; streams with more pay for a look-up of their own."""
@@ -19,16 +20,18 @@ NO_STOP = -2
 """Fills unused places of `stop_ids`; -1 is the workers' mark of a failed row."""
 
 
-class State(IntEnum):
-    FREE = 0
-    PREFILL = 1
+class State:
+    """Plain integers, because they are compared with arrays in every step."""
+
+    FREE: Final = 0
+    PREFILL: Final = 1
     """Leads a prefill job."""
-    RESERVED = 2
+    RESERVED: Final = 2
     """Waits for a leader's prompt, to be sampled from its last row."""
-    DECODE = 3
-    FULL = 4
+    DECODE: Final = 3
+    FULL: Final = 4
     """Every token up to its limit is planned; the last ones are on their way."""
-    RETIRING = 5
+    RETIRING: Final = 5
     """Ended; steps on their way may still write its pages."""
 
 
@@ -66,7 +69,8 @@ class Slots:
     def take(self) -> int:
         return self._free.pop()
 
-    def give_back(self, slot: int) -> None:
-        self.states[slot] = State.FREE
-        self.streams[slot] = None
-        self._free.append(slot)
+    def give_back(self, released: Int32s) -> None:
+        self.states[released] = State.FREE
+        for slot in released.tolist():
+            self.streams[slot] = None
+            self._free.append(slot)

@@ -73,9 +73,7 @@ class ProcessHandle:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise HarnessError(
-                f"{self.name} did not end within {timeout_s} s of SIGTERM:\n{self.log(4000)}"
-            ) from None
+            raise HarnessError(f"{self.name} did not end within {timeout_s} s of SIGTERM:\n{self.log(4000)}") from None
 
 
 @dataclass(slots=True)
@@ -209,9 +207,7 @@ def _remove_control_groups(run_name: str) -> None:
     deadline = time.monotonic() + _STOP_DEADLINE_S
     roots = list(Path("/sys/fs/cgroup").glob(f"*/{control_group_prefix(run_name)}*"))
     for root in roots:
-        folders = sorted(
-            (path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts)
-        )
+        folders = sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
         for folder in [*folders, root]:
             while folder.exists():
                 try:

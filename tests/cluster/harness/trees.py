@@ -94,9 +94,7 @@ def _namespace(pid: int, kind: str) -> str:
 
 def _first_child(pid: int) -> int | None:
     """The pid of unshare's child once it holds its own mounts: it has become `sleep`."""
-    children = subprocess.run(
-        ["pgrep", "-P", str(pid), "-x", "sleep"], capture_output=True, text=True
-    ).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(pid), "-x", "sleep"], capture_output=True, text=True).stdout.split()
     return int(children[0]) if children and start_time_of(int(children[0])) is not None else None
 
 

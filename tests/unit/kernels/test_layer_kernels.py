@@ -98,9 +98,7 @@ def attention(q, k, v):
     """[rows, heads, d] over keys [rows, n, heads, d]: output and base-2 log-sum-exp, in fp64."""
     scores = torch.einsum("rhd,rnhd->rhn", q.double(), k.double()) * q.shape[-1] ** -0.5
     lse = torch.logsumexp(scores, dim=-1)
-    return torch.einsum(
-        "rhn,rnhd->rhd", torch.exp(scores - lse[..., None]), v.double()
-    ), lse / 0.6931471805599453
+    return torch.einsum("rhn,rnhd->rhd", torch.exp(scores - lse[..., None]), v.double()), lse / 0.6931471805599453
 
 
 @pytest.mark.parametrize("is_indexed", [False, True])

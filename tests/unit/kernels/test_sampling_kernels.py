@@ -133,9 +133,7 @@ def test_the_kept_tokens_are_those_of_a_full_sort(
 ) -> None:
     device = torch.device("cuda" if ON_GPU else "cpu")
     logits = (torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * spread - 3).to(dtype)
-    bench = Bench(
-        logits.to(device), [0], block=64, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    bench = Bench(logits.to(device), [0], block=64, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     bench.draw()
     expected = kept_probabilities(logits[0], temperature, top_k, top_p, min_p)
     kept = logits[0].float() >= bench.work.threshold.cpu()
@@ -144,9 +142,7 @@ def test_the_kept_tokens_are_those_of_a_full_sort(
     at_edge = (logits[0].float() - bench.work.threshold.cpu()).abs() < 1e-4 * spread
     if top_p < 1:
         ordered = logits[0].double().sort(descending=True).values
-        mass = (
-            kept_probabilities(logits[0], temperature, top_k, 1.0, 0.0).sort(descending=True).values.cumsum(0)
-        )
+        mass = kept_probabilities(logits[0], temperature, top_k, 1.0, 0.0).sort(descending=True).values.cumsum(0)
         close = (mass - top_p).abs() < 1e-5
         at_edge |= torch.isin(logits[0].double(), torch.cat([ordered[close], ordered[1:][close[:-1]]]))
     assert not bool((wrong & ~at_edge).any())
@@ -167,9 +163,7 @@ def test_temperature_zero_takes_the_first_maximum(device, generator, dtype) -> N
 
 def test_logprobs_are_of_the_unscaled_distribution(device, generator) -> None:
     logits = torch.randn(3, 150, generator=generator, device=device) * 3
-    bench = Bench(
-        logits, [2, 0, 1, 2], temperature=[0.0, 0.3, 4.0, 1.0], top_k=[0, 3, 0, 0], seed=[-1, -1, 5, -1]
-    )
+    bench = Bench(logits, [2, 0, 1, 2], temperature=[0.0, 0.3, 4.0, 1.0], top_k=[0, 3, 0, 0], seed=[-1, -1, 5, -1])
     ids = bench.draw(with_logprobs=True).long()
     expected = logits[[2, 0, 1, 2]].double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
     torch.testing.assert_close(bench.logprobs.double(), expected, atol=2e-5, rtol=1e-5)
@@ -177,9 +171,7 @@ def test_logprobs_are_of_the_unscaled_distribution(device, generator) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("is_seeded", [False, True])
-def test_a_row_that_is_not_finite_gives_minus_one_and_leaves_the_others(
-    device, generator, bad, is_seeded
-) -> None:
+def test_a_row_that_is_not_finite_gives_minus_one_and_leaves_the_others(device, generator, bad, is_seeded) -> None:
     logits = torch.randn(4, 100, generator=generator, device=device)
     alone = Bench(logits.clone(), [0, 1, 2, 3])
     logits[2, 99] = bad

@@ -8,7 +8,7 @@ scheduling changes the output, and a sequential reference (`reference`) says wha
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from toka_engine.config import EngineConfig
@@ -93,9 +93,7 @@ class SimulatedWorker:
         self.sizes = sizes
         self.model = model
         self.pages = np.zeros((sizes.num_pages, sizes.page_size), np.int64)
-        self.writers = np.full(
-            (sizes.num_pages, sizes.page_size, 2), -1, np.int64
-        )  # (step, slot) of each entry
+        self.writers = np.full((sizes.num_pages, sizes.page_size, 2), -1, np.int64)  # (step, slot) of each entry
         self.table = np.full((sizes.num_slots, sizes.max_pages_per_seq), -1, np.int64)
         self.lengths = [0] * sizes.num_slots
         self.last_tokens = [0] * sizes.num_slots
@@ -170,9 +168,7 @@ class SimulatedWorker:
         assert page >= 0, "a read beyond the slot's pages"
         writer_step, writer_slot = self.writers[page, offset].tolist()
         assert writer_step >= 0, "a read of a page that nobody wrote"
-        assert writer_step < number or writer_slot == slot, (
-            "a read of what another slot writes in the same step"
-        )
+        assert writer_step < number or writer_slot == slot, "a read of what another slot writes in the same step"
         return int(self.pages[page, offset])
 
     def _context(self, number: int, slot: int) -> list[int]:
@@ -226,13 +222,9 @@ class SimulatedWorker:
             columns = self.table[members, first_column : first_column + num_columns]
             assert (columns == columns[0]).all(), "members of a group have different pages"
             for row, slot in enumerate(members.tolist(), first_row):
-                assert covered.get(row, 0) == first_column, (
-                    "an inner group does not begin where its outer ends"
-                )
+                assert covered.get(row, 0) == first_column, "an inner group does not begin where its outer ends"
                 covered[row] = first_column + num_columns
-                assert self.lengths[slot] >= covered[row] * self.sizes.page_size, (
-                    "a group has a page that is not full"
-                )
+                assert self.lengths[slot] >= covered[row] * self.sizes.page_size, "a group has a page that is not full"
         self.num_shared_rows += len(covered)
 
 
@@ -268,6 +260,8 @@ class Harness:
         self.model = model or HashModel()
         self.config = config or EngineConfig(hydragen_min_group_size=2, hydragen_min_prefix_len=4)
         self.manager = Manager(self.config, self.sizes)
+        rows = self.manager.state.rows
+        rows.policy = replace(rows.policy, row_cost=0, group_cost=0)  # so that small groups pay
         self.worker = SimulatedWorker(self.sizes, self.model)
         self.sent: deque[Step] = deque()
         self.writes: deque[set[tuple[int, int]]] = deque()  # per step in flight: (page, slot)
@@ -372,9 +366,7 @@ class Harness:
         in_flight_slots = {
             slot for sent in self.sent for slot in [*sent.decode_slots.tolist(), *sent.prefill_slots.tolist()]
         }
-        assert not in_flight_slots & set(step.new_slots.tolist()), (
-            "a slot is reused while a step still names it"
-        )
+        assert not in_flight_slots & set(step.new_slots.tolist()), "a slot is reused while a step still names it"
         written = set()
         table, size = state.slots.table, self.sizes.page_size
         for slot in step.decode_slots.tolist():
@@ -392,15 +384,11 @@ class Harness:
                 assert state.allocator.refs[page] == 1 + num_held, "a write to a shared page"
             for earlier in self.writes:
                 for other_page, other_slot in earlier:
-                    assert other_page != page or other_slot == slot, (
-                        "a step on its way still writes this page"
-                    )
+                    assert other_page != page or other_slot == slot, "a step on its way still writes this page"
         self.writes.append(written)
 
     def _take(self, deltas: Deltas) -> None:
-        for index, (stream, token) in enumerate(
-            zip(deltas.streams.tolist(), deltas.tokens.tolist(), strict=True)
-        ):
+        for index, (stream, token) in enumerate(zip(deltas.streams.tolist(), deltas.tokens.tolist(), strict=True)):
             result = self.results[stream]
             assert result.reason is None
             result.tokens.append(token)

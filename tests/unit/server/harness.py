@@ -68,6 +68,7 @@ class ScriptedManager:
         self._changed = threading.Condition()
         self._is_stopped = False
         self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_write.setblocking(False)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -75,18 +76,22 @@ class ScriptedManager:
         with self._lock:
             for message in messages:
                 self._channel.send(message)
-        self._wake_write.send(b"x")
+        self._wake()
 
     def close(self) -> None:
         """End the manager: the server sees the end of its link."""
         self._is_stopped = True
-        self._wake_write.send(b"x")
+        self._wake()
         self._thread.join()
         self._channel.close()
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, timeout_s), "the server did not send what was expected"
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            self._wake_write.send(b"x")
 
     def _run(self) -> None:
         wake: Any = Channel(self._wake_read, ServerToManager)
@@ -121,9 +126,10 @@ class RunningServer:
         *,
         sends_info: bool = True,
         env: dict[str, str] | None = None,
+        port: int | None = None,
         **settings: Any,
     ):
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         config = EngineConfig(host="127.0.0.1", port=self.port, **settings)
         ours, theirs = socket_pair()
@@ -189,9 +195,7 @@ class RunningServer:
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """POST JSON (or raw bytes); return status and the parsed answer."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        status, _, answer = self.request(
-            "POST", path, raw, {"content-type": "application/json", **(headers or {})}
-        )
+        status, _, answer = self.request("POST", path, raw, {"content-type": "application/json", **(headers or {})})
         return status, json.loads(answer)
 
 

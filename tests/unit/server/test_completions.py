@@ -43,11 +43,11 @@ def test_a_completion_that_reaches_its_limit_says_length(client: openai.OpenAI) 
 
 
 def test_prompts_times_n_are_numbered_by_prompt_then_choice(
-    client: openai.OpenAI, server: RunningServer, sentence_ids: list[int]
+    client: openai.OpenAI, server: RunningServer, sentence_ids: list[int], tokenizer: Tokenizer
 ) -> None:
     def answer_by_prompt(submit: Submit) -> None:
         for stream in reversed(streams_of(submit)):
-            number = len(submit.prompt_ids) * 10 + stream - submit.first_stream
+            number = len(submit.prompt_ids) * 3 + stream - submit.first_stream
             server.manager.send(whole(stream, sentence_ids[:number]))
 
     server.manager.on_submit = answer_by_prompt
@@ -56,8 +56,8 @@ def test_prompts_times_n_are_numbered_by_prompt_then_choice(
     assert [submit.prompt_ids.tolist() for submit in server.manager.submits] == [[5], [5, 6]]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 3
-    lengths = [len(choice.text) for choice in answer.choices]
-    assert lengths[0] < lengths[1] < lengths[2] or lengths == sorted(lengths)
+    expected = [tokenizer.text_of(np.array(sentence_ids[:number], np.int32)) for number in (3, 4, 6, 7)]
+    assert [choice.text for choice in answer.choices] == expected
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,7 @@ def test_neutral_values_of_unsupported_fields_are_taken(server: RunningServer) -
 
 def test_echo_puts_the_prompt_before_each_choice(server: RunningServer, client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt=["One:", "Two:"], echo=True, n=2, max_tokens=64)
-    assert [choice.text for choice in answer.choices] == [
-        p + SENTENCE for p in ("One:", "One:", "Two:", "Two:")
-    ]
+    assert [choice.text for choice in answer.choices] == [p + SENTENCE for p in ("One:", "One:", "Two:", "Two:")]
     chunks = client.completions.create(model=MODEL, prompt=[1531, 253], echo=True, max_tokens=64, stream=True)
     text = "".join(chunk.choices[0].text for chunk in chunks)
     assert text.endswith(SENTENCE)
@@ -158,9 +156,7 @@ def test_a_stop_string_across_tokens_cuts_text_and_usage(
 def test_a_stop_string_cuts_one_choice_and_leaves_the_others(
     server: RunningServer, client: openai.OpenAI, tokenizer: Tokenizer
 ) -> None:
-    first, second = (
-        ids.tolist() for ids in tokenizer.encode(["a b STOP c", "a b c d e f"], add_special_tokens=False)
-    )
+    first, second = (ids.tolist() for ids in tokenizer.encode(["a b STOP c", "a b c d e f"], add_special_tokens=False))
     manager = server.manager
 
     def answer_apart(submit: Submit) -> None:
@@ -209,17 +205,13 @@ def test_logprobs_come_with_tokens_offsets_and_tops(
     assert logprobs.top_logprobs == [{"The": -0.5, " capital": -1.5}, {}, {" of": -0.25}]
 
 
-def test_logprobs_are_cut_with_the_text_at_a_stop_string(
-    server: RunningServer, sentence_ids: list[int]
-) -> None:
+def test_logprobs_are_cut_with_the_text_at_a_stop_string(server: RunningServer, sentence_ids: list[int]) -> None:
     manager = server.manager
 
     def with_logprobs(submit: Submit) -> None:
         for row, token in enumerate(sentence_ids):
             delta = each([submit.first_stream], [token])
-            manager.send(
-                Deltas(streams=delta.streams, tokens=delta.tokens, logprobs=np.array([-row], np.float32))
-            )
+            manager.send(Deltas(streams=delta.streams, tokens=delta.tokens, logprobs=np.array([-row], np.float32)))
 
     manager.on_submit = with_logprobs
     _, answer = server.post("/v1/completions", completion_body(stop="rance", logprobs=0))
@@ -242,9 +234,7 @@ def test_a_full_queue_is_a_429_and_cancels_the_rest(server: RunningServer, clien
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_stream_refused_before_its_first_token_has_a_status(
-    server: RunningServer, is_streamed: bool
-) -> None:
+def test_a_stream_refused_before_its_first_token_has_a_status(server: RunningServer, is_streamed: bool) -> None:
     server.manager.on_submit = lambda submit: server.manager.send(Refused(submit.first_stream, "full"))
     status, answer = server.post("/v1/completions", completion_body(stream=is_streamed))
     assert status == 429
