@@ -166,6 +166,14 @@ def test_a_client_that_leaves_half_a_body_submits_nothing(server: RunningServer)
     assert len(server.manager.submits) == 1
 
 
+def test_a_client_that_leaves_while_its_texts_are_encoded_submits_nothing(server: RunningServer) -> None:
+    with server.connect() as sock:
+        _post_raw(sock, "/v1/completions", completion_body(prompt=["hello wor " * 900] * 1000))
+    while "toka_requests_cancelled_total 0.0" in server.request("GET", "/metrics")[2].decode():
+        pass
+    assert server.manager.submits == []
+
+
 def test_streams_are_never_numbered_twice(server: RunningServer) -> None:
     for num_choices in (3, 1, 2):
         server.post("/v1/completions", completion_body(n=num_choices))
