@@ -88,6 +88,7 @@ class App:
             exchange.status = exchange.status or _CLIENT_GONE
             self.metrics.cancelled.inc()
         finally:
+            exchange.release()
             self._num_running -= 1
             if self._idle is not None and not self._num_running:
                 self._idle.set()
