@@ -83,6 +83,7 @@ class Exchange:
                     return parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             budget.give_back(held)
+            self.connection.watch_for_end()
 
     async def answer(
         self, status: int, body: bytes, kind: bytes = JSON, headers: tuple[tuple[bytes, bytes], ...] = ()
