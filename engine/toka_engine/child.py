@@ -6,23 +6,35 @@ the one place where any exception becomes an exit code. A child dies with its pa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 import msgspec
 
-from toka_engine.channel import Channel, wait
+from toka_engine.channel import Channel
 from toka_engine.errors import ExitCode, PeerClosedError, TokaError
-from toka_engine.messages import ChildReady, Drain, Failing, Fatal, Ping, Pong, Progress, Start, ToChild
+from toka_engine.messages import (
+    ChildReady,
+    Drain,
+    Failing,
+    Fatal,
+    Ping,
+    Pong,
+    Progress,
+    Silent,
+    Start,
+    ToChild,
+)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -37,6 +49,10 @@ class Child:
         """Called in the control thread when the supervisor asks to drain."""
         self.on_failing: Callable[[Failing], None] | None = None
         """Called in the control thread when another process is dead or stuck."""
+        self.on_silent: Callable[[str], None] | None = None
+        """Called in the control thread with the name of a process that does not answer, and "" when all do."""
+        self.on_progress: Callable[[Progress], None] | None = None
+        """Called in the control thread with what another process does while it starts."""
         self._control = control
         self._lock = threading.Lock()
         self._busy_since: float | None = None
@@ -52,7 +68,7 @@ class Child:
         with self._lock:
             self._control.send(message)
 
-    @contextmanager
+    @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Mark one turn of the main loop: a turn that never ends is what the supervisor calls a stall."""
         self._busy_since = time.monotonic()
@@ -62,13 +78,19 @@ class Child:
             self._busy_since = None
 
     def _answer(self) -> None:
+        # Waits for reading only: writing belongs to `send` and its lock, which other threads take too.
+        poller = select.poll()
+        poller.register(self._control.fileno(), select.POLLIN)
         try:
             while True:
-                wait([self._control], None)
+                poller.poll()
                 for message in self._control.receive_ready():
                     self._handle(message)
         except PeerClosedError:
             os._exit(ExitCode.PROCESS_DIED)  # the supervisor is gone: nobody is left to serve
+        except Exception:  # the outermost loop of the thread
+            traceback.print_exc()
+            os._exit(ExitCode.PROCESS_DIED)
 
     def _handle(self, message: ToChild) -> None:
         match message:
@@ -81,6 +103,12 @@ class Child:
             case Failing():
                 if self.on_failing:
                     self.on_failing(message)
+            case Silent(process):
+                if self.on_silent:
+                    self.on_silent(process)
+            case Progress():
+                if self.on_progress:
+                    self.on_progress(message)
             case Start():
                 raise AssertionError("a second Start")
 
@@ -103,15 +131,18 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
         format=f"%(asctime)s level=%(levelname)s component={name} logger=%(name)s %(message)s",
     )
     child = Child(name, control, start)
-    code, words = ExitCode.OK, ""
+    code, words, is_consequence = ExitCode.OK, "", False
     try:
         main(child, [int(fd) for fd in sys.argv[2:]])
+    except PeerClosedError:
+        code, words, is_consequence = ExitCode.PROCESS_DIED, f"{name}: a process beside it is gone", True
     except TokaError as error:
         code, words = error.exit_code, str(error)
     except Exception as error:  # the outermost loop of the process
         traceback.print_exc()
         code, words = ExitCode.PROCESS_DIED, f"{name}: {type(error).__name__}: {error}"
     if code is not ExitCode.OK:
-        child.send(Fatal(int(code), words))
+        with contextlib.suppress(PeerClosedError):
+            child.send(Fatal(int(code), words, is_consequence))
     sys.stderr.flush()
     os._exit(code)  # threads of libraries must not hold up the end

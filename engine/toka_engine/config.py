@@ -1,80 +1,150 @@
-"""EngineConfig: one frozen object that holds every setting and every limit.
+"""EngineConfig: one frozen object with every setting and every limit: type, bounds, default and meaning.
 
-It is built by `entry` from the command line, checked here, and travels to each process in its `Start` message.
-`None` means "decided by the process that knows": the model worker sizes what depends on the device and reports it in
-`WorkerReady`. A key stands here only if it has an effect.
+`command_line` reads this table: a field's annotation states its type and bounds (checked again on every process
+boundary by the codec), and its `doc` is the line that `toka --help` prints. A key stands here only if it has an
+effect; keys of Tokasaurus without one stand in `UNBUILT`. `None` means "decided by the process that knows": the model
+worker sizes what depends on the device and reports it in `WorkerReady`. May not import anything of ours.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Any, Literal, NamedTuple
+
 import msgspec
+from msgspec import Meta
+
+
+def doc(text: str) -> Meta:
+    """The meaning of a field, as the command line's help prints it."""
+    return Meta(description=text)
+
+
+Name = Annotated[str, Meta(min_length=1, max_length=1024)]
+PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+NumThreads = Annotated[int, Meta(ge=1, le=4096)]
+Seconds = Annotated[float, Meta(ge=0, le=86400)]
+PositiveSeconds = Annotated[float, Meta(gt=0, le=86400)]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+UvicornLogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine. Names follow Tokasaurus where it has the same setting."""
 
     # model
-    model: str = "builtin://smollm2"
-    """Folder, hub name (org/name), or builtin://smollm2."""
-    revision: str | None = None
-    served_model_name: str | None = None
-    """Name in the API; default: the tail of `model`."""
-    model_aliases: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    """Folder or hub name of another tokenizer; default: the model's."""
-    dtype: str = "auto"
-    """auto | bfloat16 | float32."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
+    model: Annotated[Name, doc("folder, hub name (org/name), or builtin://smollm2")] = "builtin://smollm2"
+    revision: Annotated[Name | None, doc("branch, tag or commit of a hub model; default: main")] = None
+    served_model_name: Annotated[Name | None, doc("name in the API; default: the tail of `model`")] = None
+    model_aliases: Annotated[tuple[Name, ...], doc("more names that requests may use, as a,b,c")] = ()
+    tokenizer: Annotated[Name | None, doc("folder or hub name of another tokenizer; default: the model's")] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], doc("auto: bfloat16 where the device computes it fast")
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: a GPU where there is one")] = "auto"
 
     # HTTP
-    host: str = "0.0.0.0"
-    port: int = 10210
-    uvicorn_log_level: str = "info"
-    receive_timeout_s: float = 10.0
-    max_body_bytes: int = 32 * 1024 * 1024
-    max_connections: int = 4096
-    drain_timeout_s: float = 120.0
-    drain_endpoint_delay_s: float = 5.0
-    """After SIGTERM: how long requests are still taken while the Service's endpoints move."""
+    host: Annotated[Name, doc("address to listen on")] = "0.0.0.0"
+    port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210
+    uvicorn_log_level: Annotated[UvicornLogLevel, doc("level of the HTTP server's own log")] = "info"
+    receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
+    send_timeout_s: Annotated[
+        PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")
+    ] = 60.0
+    max_body_bytes: Annotated[PositiveInt, doc("larger bodies get 413")] = 32 * 1024 * 1024
+    max_connections: Annotated[PositiveInt, doc("open connections; more are refused")] = 4096
+    drain_timeout_s: Annotated[Seconds, doc("after SIGTERM: how long running requests may go on")] = 120.0
+    drain_endpoint_delay_s: Annotated[
+        Seconds, doc("after SIGTERM: how long requests are still taken while the Service's endpoints move")
+    ] = 5.0
 
     # limits of one request
-    max_num_tokens_per_request: int | None = None
-    """Prompt plus output; default: what the model's positions and the KV cache allow."""
-    max_choices_per_request: int = 1024
-    max_queued_requests: int = 65536
-    """Waiting sequences beyond which new requests get 429."""
-    max_topk_logprobs: int = 20
+    max_num_tokens_per_request: Annotated[
+        PositiveInt | None,
+        doc("prompt plus output; default: what the model's positions and the KV cache allow"),
+    ] = None
+    max_choices_per_request: Annotated[PositiveInt, doc("n of one request")] = 1024
+    max_queued_requests: Annotated[PositiveInt, doc("waiting sequences beyond which new requests get 429")] = 65536
+    max_topk_logprobs: Annotated[Count, doc("top logprobs per token that a request may ask for")] = 20
 
     # scheduling
-    page_size: int = 16
-    kv_cache_num_tokens: int | None = None
-    """Default: sized from free memory after warm-up (GPU) or from the cgroup's limit (CPU)."""
-    max_tokens_per_forward: int | None = None
-    """Default: 8192 on a GPU, 128 on a CPU."""
-    max_seqs_per_forward: int | None = None
-    """Default: 4096 on a GPU, 256 on a CPU. Also the number of slots."""
-    scheduling_steps_ahead: int = 2
-    """Steps sent to the worker before the first one's tokens are back."""
-    use_prefix_cache: bool = True
-    use_hydragen: bool = True
-    hydragen_min_group_size: int = 4
-    hydragen_min_prefix_len: int = 128
-    track_early_stopping: bool = True
-    """Predict how long outputs get from those that finished; without it, each is taken to reach its limit."""
+    page_size: Annotated[int, Meta(ge=1, le=1024), doc("tokens of one page of KV cache")] = 16
+    kv_cache_num_tokens: Annotated[
+        PositiveInt | None,
+        doc("size of the KV cache; default: from free memory after warm-up (GPU) or the cgroup's limit (CPU)"),
+    ] = None
+    max_tokens_per_forward: Annotated[
+        PositiveInt | None, doc("tokens of one step; default: 8192 on a GPU, 128 on a CPU")
+    ] = None
+    max_seqs_per_forward: Annotated[
+        PositiveInt | None, doc("sequences that run at once; default: 4096 on a GPU, 256 on a CPU")
+    ] = None
+    scheduling_steps_ahead: Annotated[
+        int, Meta(ge=1, le=64), doc("steps sent to the worker before the first one's tokens are back")
+    ] = 2
+    use_prefix_cache: Annotated[bool, doc("keep the KV pages of prompts and share them by content")] = True
+    use_hydragen: Annotated[bool, doc("compute attention over shared prefixes once, where that pays")] = True
+    hydragen_min_group_size: Annotated[int, Meta(ge=2, le=2**31 - 1), doc("sequences that share a prefix")] = 4
+    hydragen_min_prefix_len: Annotated[PositiveInt, doc("tokens of the shared prefix")] = 128
+    track_early_stopping: Annotated[
+        bool, doc("predict output lengths from those that finished; F: each is taken to reach its limit")
+    ] = True
 
     # GPU
-    use_cudagraphs: bool = True
-    cudagraph_max_size: int = 512
-    torch_compile: bool = False
+    use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
+    cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 512
 
     # reporting
-    log_level: str = "INFO"
-    stats_report_seconds: float = 10.0
-    termination_log: str | None = None
-    """File for the last words; default: /dev/termination-log where it can be written."""
+    log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"
+    stats_report_seconds: Annotated[PositiveSeconds, doc("seconds between two lines of statistics")] = 10.0
+    termination_log: Annotated[
+        Name | None, doc("file for the last words; default: /dev/termination-log where it can be written")
+    ] = None
 
-    seed: int = 0
-    """Of the sampler for requests without a seed of their own."""
-    num_threads: int | None = None
-    """CPU threads of the model worker; default: what the cgroup allows."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), doc("of the sampler, for requests without a seed")] = 0
+    num_threads: Annotated[
+        NumThreads | None, doc("CPU threads of the model worker; default: what the cgroup allows")
+    ] = None
+
+
+class Unbuilt(NamedTuple):
+    """A key of Tokasaurus without effect here. `accepted` is the one value that says what is done anyway."""
+
+    accepted: Any
+    sentence: str
+
+
+UNBUILT: dict[str, Unbuilt] = {
+    "trust_remote_code": Unbuilt(False, "code from a model folder is never run; architectures are built in"),
+    "rope_scaling": Unbuilt(None, "RoPE scaling is read from the model's own config.json"),
+    "enable_chosen_logprobs": Unbuilt(True, "each request asks for logprobs itself"),
+    "log_procs": Unbuilt(None, "every process logs under its own component name; filter the log by it"),
+    "local_proc_name": Unbuilt("server", "the processes always run beside each other"),
+    "statsd_addr": Unbuilt(None, "statistics are read from /metrics"),
+    "statsd_server_url": Unbuilt(None, "statistics are read from /metrics"),
+    "torch_compile": Unbuilt(False, "the layers are not compiled; decode steps are replayed as CUDA graphs"),
+    "torch_compile_config": Unbuilt(None, "the layers are not compiled"),
+    "async_tp_threshold": Unbuilt(None, "tensor parallelism is not built yet"),
+    "dp_size": Unbuilt(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
+    "pp_size": Unbuilt(1, "pipeline parallelism is not built yet"),
+    "tp_size": Unbuilt(1, "tensor parallelism is not built yet"),
+    "pp_num_buffer_stages": Unbuilt(1, "pipeline parallelism is not built yet"),
+    "prefill_round_up_multiple": Unbuilt(None, "prefill chunks are cut by max_tokens_per_forward alone"),
+    "stop_string_num_token_lookback": Unbuilt(None, "stop strings are found in the whole text"),
+    "early_stopping_buffer_size": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_num_prediction_buckets": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_initial_wait": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_init_mean": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_init_std": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
+    "enable_precise_onboard": Unbuilt(True, "admission always simulates the future use of the KV cache"),
+    "precise_onboard_batch_size": Unbuilt(None, "the simulation takes all sequences at once"),
+    "greedy_prefill": Unbuilt(True, "prefill fills what decode leaves of each step"),
+    "use_spec_allocation": Unbuilt(True, "set track_early_stopping=F to admit by the limits alone"),
+    "spec_allocation_std_buffer_scale": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
+    "spec_allocation_target_kv_cache_utilization": Unbuilt(1.0, "set kv_cache_num_tokens instead"),
+    "cudagraph_step": Unbuilt(None, "the sizes of captured batches are not tunable yet"),
+    "cudagraph_max_kv_indices_per_seq": Unbuilt(None, "captured batches take sequences of any length"),
+    "allocator_sanity_checks": Unbuilt(False, "the tests check the allocator against a model"),
+    "bump_city_population_me": Unbuilt(False, "it has no meaning here"),
+    "cartridge_dir": Unbuilt(None, "cartridges are not built yet"),
+}

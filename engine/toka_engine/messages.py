@@ -31,10 +31,14 @@ def _empty(dtype: Any) -> Any:
     return msgspec.field(default_factory=lambda: array)
 
 
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of every message: tagged with its class name, fields on the wire by position."""
+
+
 # ---------------------------------------------------------------- control: supervisor <-> child
 
 
-class Start(msgspec.Struct, frozen=True, tag=True):
+class Start(Message, frozen=True):
     """First message to every child: the settings, and where `entry` put the model."""
 
     config: EngineConfig
@@ -42,51 +46,68 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     tokenizer_dir: str
 
 
-class Ping(msgspec.Struct, frozen=True, tag=True):
+class Ping(Message, frozen=True):
     number: int
 
 
-class Pong(msgspec.Struct, frozen=True, tag=True):
+class Pong(Message, frozen=True):
     number: int
     busy_s: float
     """How long the main loop has been inside one step without coming back; 0 when idle."""
 
 
-class Progress(msgspec.Struct, frozen=True, tag=True):
-    """What a child does while it starts (load, warm-up); logged, and shown by /readyz."""
+class Progress(Message, frozen=True):
+    """What a child does while it starts (load, warm-up); logged, and passed on to the server for /readyz."""
 
     phase: str
     detail: str = ""
+    process: str = ""
+    """Filled in by the supervisor when it passes the message on."""
 
 
-class ChildReady(msgspec.Struct, frozen=True, tag=True):
+class Resolved(Message, frozen=True):
+    """From the resolving process: the model's files are in these folders now."""
+
+    model_dir: str
+    tokenizer_dir: str
+
+
+class ChildReady(Message, frozen=True):
     """The child serves. The engine is ready when all children are."""
 
 
-class Drain(msgspec.Struct, frozen=True, tag=True):
+class Drain(Message, frozen=True):
     """To the server on SIGTERM: readiness off, finish what runs, then `Drained`."""
 
 
-class Drained(msgspec.Struct, frozen=True, tag=True):
-    pass
+class Drained(Message, frozen=True):
+    """From the server, after `Drain` or `Failing`: no request is waiting any more."""
 
 
-class Failing(msgspec.Struct, frozen=True, tag=True):
+class Failing(Message, frozen=True):
     """To the server: another process is dead or stuck. Readiness off, waiting requests get 503 now."""
 
     process: str
     reason: str
 
 
-class Fatal(msgspec.Struct, frozen=True, tag=True):
+class Silent(Message, frozen=True):
+    """To the server: another process has not answered for a moment. Readiness off until `process` is "" again."""
+
+    process: str
+
+
+class Fatal(Message, frozen=True):
     """From a child: its last words. `exit_code` is of errors.ExitCode."""
 
     exit_code: int
     message: str
+    is_consequence: bool = False
+    """It ends because another process went away, which is the one to blame."""
 
 
-ToChild: TypeAlias = Start | Ping | Drain | Failing
-FromChild: TypeAlias = Pong | Progress | ChildReady | Drained | Fatal
+ToChild: TypeAlias = Start | Ping | Progress | Drain | Silent | Failing
+FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Fatal
 
 
 # ---------------------------------------------------------------- server -> manager
@@ -106,7 +127,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """-1: none; 0: the chosen token's; k: also the k most likely tokens'."""
 
 
-class Submit(msgspec.Struct, frozen=True, tag=True):
+class Submit(Message, frozen=True):
     """One prompt and its n choices. The server has checked every limit that `EngineInfo` states."""
 
     first_stream: int
@@ -121,7 +142,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """True: tokens in each `Deltas` as they come. False: all at once in the `Deltas` that ends the stream."""
 
 
-class Cancel(msgspec.Struct, frozen=True, tag=True):
+class Cancel(Message, frozen=True):
     """These streams are no longer wanted (client gone, stop string seen). Unknown ones are ignored; no answer comes."""
 
     streams: Int64s  # [k]
@@ -138,7 +159,7 @@ FINISH_ERROR = 2
 """This stream's logits were NaN or infinite: 500 for its request, the others go on."""
 
 
-class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+class EngineInfo(Message, frozen=True):
     """First message to the server, once the workers are ready: the limits that the server enforces."""
 
     vocab_size: int
@@ -151,14 +172,14 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     dtype: str
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class Refused(Message, frozen=True):
     """The queue is full: 429 for this request."""
 
     first_stream: int
     message: str
 
 
-class Deltas(msgspec.Struct, frozen=True, tag=True):
+class Deltas(Message, frozen=True):
     """What one or more steps brought, for all streams.
 
     A stop token that ends a stream is counted in `ended_num_tokens` but is not in any token array.
@@ -181,7 +202,7 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     """The top_* arrays describe ended_tokens. Such a Deltas carries no per-step entries."""
 
 
-class Stats(msgspec.Struct, frozen=True, tag=True):
+class Stats(Message, frozen=True):
     """For /metrics, a few times a second while there is work. Totals only grow."""
 
     running: int
@@ -205,7 +226,7 @@ ManagerToServer: TypeAlias = EngineInfo | Refused | Deltas | Stats
 # ---------------------------------------------------------------- manager -> model worker
 
 
-class Step(msgspec.Struct, frozen=True, tag=True):
+class Step(Message, frozen=True):
     """One forward pass, as differences to the state that the worker keeps by slot.
 
     The worker applies the parts in this order: set up new slots, append pages, copy pages, forward, sample.
@@ -253,7 +274,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     group_num_columns: Int32s = _empty(np.int32)  # [g]
 
 
-class Stop(msgspec.Struct, frozen=True, tag=True):
+class Stop(Message, frozen=True):
     """End after the steps sent so far."""
 
 
@@ -262,7 +283,7 @@ ManagerToWorker: TypeAlias = Step | Stop
 # ---------------------------------------------------------------- model worker -> manager
 
 
-class WorkerReady(msgspec.Struct, frozen=True, tag=True):
+class WorkerReady(Message, frozen=True):
     """The worker has loaded and warmed up; sizes are final."""
 
     vocab_size: int
@@ -282,7 +303,7 @@ class WorkerReady(msgspec.Struct, frozen=True, tag=True):
     head_dim: int
 
 
-class Tokens(msgspec.Struct, frozen=True, tag=True):
+class Tokens(Message, frozen=True):
     """What step `number` sampled, in the order that `Step` states."""
 
     number: int

@@ -62,9 +62,7 @@ def make_tiny(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 def drive_tiny(make_tiny: Callable[..., tuple[Any, Path]]) -> Callable[..., tuple[Any, Driver]]:
     """drive_tiny(family, settings, **config) -> (transformers model, driver of ours on the same weights)."""
 
-    def make(
-        family: str = "Llama", settings: dict[str, Any] | None = None, **overrides: Any
-    ) -> tuple[Any, Driver]:
+    def make(family: str = "Llama", settings: dict[str, Any] | None = None, **overrides: Any) -> tuple[Any, Driver]:
         model, folder = make_tiny(family, **overrides)
         return model, Driver(load(folder, **(settings or {})))
 

@@ -45,9 +45,7 @@ class Driver:
         self._sample = worker.runner.sample
         worker.runner.sample = self._record
 
-    def _record(
-        self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: SlotState
-    ) -> Sampled:
+    def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: SlotState) -> Sampled:
         self.logits = (logits if rows is None else logits[rows]).float().clone()
         return self._sample(logits, rows, plan, state)
 
@@ -94,9 +92,7 @@ class Driver:
         table = np.array(appended, np.int32).reshape(-1, 3)
         return {"append_slots": table[:, 0], "append_indices": table[:, 1], "append_pages": table[:, 2]}
 
-    def prefill(
-        self, prompts: dict[int, list[int]], fanout: dict[int, list[int]] | None = None, **new: Any
-    ) -> Tokens:
+    def prefill(self, prompts: dict[int, list[int]], fanout: dict[int, list[int]] | None = None, **new: Any) -> Tokens:
         """Prefill each slot's whole remaining prompt in one step and sample for it, or for its `fanout` slots."""
         starts = {slot: self.lengths.get(slot, 0) for slot in prompts}
         setup = new or self.add_slots(list(prompts))

@@ -169,9 +169,7 @@ def test_choices_of_one_prompt_share_its_pages_and_copy_the_last(
         for key in ("append_slots", "append_indices", "append_pages")
     }
     source = driver.pages[0][num_full]
-    driver.run(
-        **fields, copy_from=ints(source, source), copy_to=ints(driver.pages[1][-1], driver.pages[2][-1])
-    )
+    driver.run(**fields, copy_from=ints(source, source), copy_to=ints(driver.pages[1][-1], driver.pages[2][-1]))
     outputs = [[token] for token in first]
     for _ in range(7):
         for output, token in zip(outputs, driver.decode([0, 1, 2]).ids.tolist(), strict=True):

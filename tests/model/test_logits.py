@@ -99,9 +99,7 @@ def check_parity(model: Any, driver: Driver, prompt_len: int = 40, total: int = 
 
 
 @pytest.mark.parametrize("name", list(ROPES))
-def test_every_rope_type_gives_the_reference_logits(
-    name: str, drive_tiny: Callable[..., tuple[Any, Driver]]
-) -> None:
+def test_every_rope_type_gives_the_reference_logits(name: str, drive_tiny: Callable[..., tuple[Any, Driver]]) -> None:
     # dynamic scales from max_position_embeddings: 48 puts the last decode steps beyond it
     positions = 48 if name == "dynamic" else 128
     model, driver = drive_tiny(rope_parameters=dict(ROPES[name]), max_position_embeddings=positions)
@@ -149,9 +147,7 @@ def test_a_prompt_cut_into_chunks_gives_the_same_logits(
     expected = reference_logits(model, IDS[:100], 100)
     position = 0
     for length in (1, 30, 2, 16, 51):
-        driver.prefill(
-            {0: IDS[position : position + length]}, **({} if position == 0 else {"new_slots": NONE})
-        )
+        driver.prefill({0: IDS[position : position + length]}, **({} if position == 0 else {"new_slots": NONE}))
         position += length
         assert (driver.logits[0] - expected[position - 1]).abs().max() <= TOLERANCE
 

@@ -46,9 +46,7 @@ def make_state(count: int, **sampling: Any) -> SlotState:
     return state
 
 
-def sample(
-    logits: torch.Tensor, state: SlotState, rows: torch.Tensor | None = None, seed: int = 0
-) -> Sampled:
+def sample(logits: torch.Tensor, state: SlotState, rows: torch.Tensor | None = None, seed: int = 0) -> Sampled:
     slots = np.arange(state.max_seqs, dtype=np.int32)
     return CpuSampler(seed)(logits, rows, plan_sampling(slots, state.host), state)
 
@@ -117,9 +115,7 @@ def test_frequencies_over_seeds_match_the_distribution(name: str) -> None:
 
 def test_frequencies_over_the_positions_of_one_seed_match_the_distribution() -> None:
     logits = make_logits()
-    check_frequencies(
-        draw_many(logits, seed=42, num_sampled=np.arange(NUM_DRAWS)), expected_probabilities(logits)
-    )
+    check_frequencies(draw_many(logits, seed=42, num_sampled=np.arange(NUM_DRAWS)), expected_probabilities(logits))
 
 
 def test_a_vocabulary_that_is_flat_over_its_first_candidates_is_cut_exactly() -> None:

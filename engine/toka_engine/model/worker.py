@@ -30,7 +30,6 @@ from toka_engine.model.ops import Ops, find_device, select_ops
 from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched, Runner
 from toka_engine.model.sizes import Sizes, choose_dtype, choose_sizes
-from toka_engine.model.state import SlotState
 
 _log = logging.getLogger("toka.model")
 
@@ -50,6 +49,7 @@ class Worker:
         """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet."""
         for step in make_warm_up_steps(self.ready):
             self.runner.finish(self.runner.launch(step))
+        self.runner.prepare()
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
         """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
@@ -111,8 +111,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
-    runner = Runner(model, attention, SlotState(sizes.max_seqs, device), ops, config)
-    runner.decode_forward = ops.wrap_decode(runner.decode_forward, config)
+    runner = ops.make_runner(model, attention, sizes.max_seqs, config)
     return Worker(runner, _describe(model_config, sizes, shape), ops)
 
 

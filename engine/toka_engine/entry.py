@@ -1,0 +1,95 @@
+"""`toka`: the command line to a running engine, and an engine's end to an exit code.
+
+Owns the port (taken before anything is loaded, so that a second engine ends at once) and the last words: one line on
+stderr and in the termination log. The outermost loop of the first process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from toka_engine import __version__
+from toka_engine.command_line import format_help, parse_config
+from toka_engine.config import EngineConfig
+from toka_engine.errors import REASONS, ConfigError, ExitCode, PortInUseError, TokaError
+from toka_engine.supervisor import MODULES, Outcome, Supervisor
+
+_TERMINATION_LOG = "/dev/termination-log"
+_MAX_LAST_WORDS_BYTES = 4096
+"""What Kubernetes takes of a termination message."""
+_BACKLOG = 2048
+
+
+def main() -> None:
+    """Entry point of the command `toka`."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & {*arguments}:
+        print(format_help())
+        sys.exit(ExitCode.OK)
+    if "--version" in arguments:
+        print(f"toka {__version__}")
+        sys.exit(ExitCode.OK)
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str], modules: Mapping[str, str] = MODULES) -> ExitCode:
+    """Run the engine that `arguments` describe until it ends; leave its last words where they belong."""
+    termination_log = _TERMINATION_LOG
+    try:
+        config = parse_config(arguments)
+        termination_log = config.termination_log or _TERMINATION_LOG
+        logging.basicConfig(
+            level=config.log_level,
+            stream=sys.stderr,
+            format="%(asctime)s level=%(levelname)s component=supervisor logger=%(name)s %(message)s",
+        )
+        outcome = Supervisor(config, listen(config), modules).run()
+    except TokaError as error:
+        outcome = Outcome(error.exit_code, str(error))
+    except Exception as error:  # the outermost loop of the process
+        traceback.print_exc()
+        outcome = Outcome(ExitCode.PROCESS_DIED, f"supervisor: {type(error).__name__}: {error}")
+    if outcome.code is not ExitCode.OK:
+        leave_last_words(outcome, termination_log)
+    return outcome.code
+
+
+def listen(config: EngineConfig) -> socket.socket:
+    """Take the port. Raises PortInUseError, or ConfigError for an address that is not ours."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Only a listening socket holds its port: bound ones with SO_REUSEADDR may be several.
+        listener.listen(_BACKLOG)
+    except socket.gaierror as error:
+        raise ConfigError(f"host={config.host}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(f"port {config.port} is taken by another program") from error
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from error
+    return listener
+
+
+def leave_last_words(outcome: Outcome, termination_log: str) -> None:
+    """Write why the engine ends to stderr and to the termination log, where there is one."""
+    words = f"{REASONS[outcome.code]}: {outcome.words}"
+    print(f"toka: {words}", file=sys.stderr, flush=True)
+    path = Path(termination_log)
+    if termination_log != _TERMINATION_LOG or path.exists():
+        with contextlib.suppress(OSError):
+            cut = words.encode("utf-8", "replace")[:_MAX_LAST_WORDS_BYTES]
+            path.write_text(cut.decode("utf-8", "ignore"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The engine's first process: it starts the others, watches them, drains, and decides the exit code.
+
+Order: take the port, have the model's files resolved, then start server, manager and model worker, joined by inherited
+socket pairs. Afterwards it only waits for events: messages, ended processes, signals, and a heartbeat every 250 ms.
+Whatever happens first decides the end: a child's death or silence, or SIGTERM. It loads neither torch nor the web
+framework, and it never touches a request.
+
+SIGTERM or SIGINT: before the engine is ready it ends at once with code 0 (nothing is being served); afterwards the
+server drains and the code is 0. A second one ends it at once, also with 0: the operator of the process asked for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from types import TracebackType
+from typing import Self
+
+from toka_engine import resolve
+from toka_engine.channel import socket_pair
+from toka_engine.config import EngineConfig
+from toka_engine.errors import REASONS, ExitCode
+from toka_engine.messages import (
+    ChildReady,
+    Drain,
+    Drained,
+    Failing,
+    Fatal,
+    FromChild,
+    Pong,
+    Progress,
+    Resolved,
+    Silent,
+    Start,
+)
+from toka_engine.processes import (
+    BUSY_PONGS_STALLED,
+    PING_INTERVAL_S,
+    SILENT_PINGS_STALLED,
+    SILENT_PINGS_UNSURE,
+    ChildProcess,
+    count_oom_kills,
+    reap,
+)
+
+log = logging.getLogger(__name__)
+
+MODULES = {
+    "resolve": "toka_engine.resolve",
+    "server": "toka_engine.server",
+    "manager": "toka_engine.manager",
+    "model": "toka_engine.model",
+}
+"""What each process runs."""
+
+_FAILING_GRACE_S = 1.0
+"""For the server to answer waiting requests with 503 before everything is killed."""
+_BLAME_GRACE_S = 0.2
+"""How long to wait for the first cause when only a consequence is known."""
+_DRAIN_MARGIN_S = 5.0
+_KILL_TIMEOUT_S = 0.5
+
+
+class Phase(Enum):
+    STARTING = auto()
+    READY = auto()
+    DRAINING = auto()
+    FAILING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the engine ends."""
+
+    code: ExitCode
+    words: str = ""
+
+
+class Supervisor:
+    """Runs one engine. Use: `Supervisor(config, listener).run()`."""
+
+    def __init__(self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES) -> None:
+        self._config = config
+        self._listener = listener
+        self._modules = modules
+        self._children: dict[str, ChildProcess] = {}
+        self._phase = Phase.STARTING
+        self._outcome: Outcome | None = None
+        self._failures: list[tuple[bool, Outcome]] = []
+        """(is a consequence of another, how it would end the engine), in order of arrival."""
+        self._deadline: float | None = None
+        self._silent_process = ""
+        self._started_at = time.monotonic()
+        self._num_oom_kills = count_oom_kills()
+
+    def run(self) -> Outcome:
+        """Run the engine to its end; afterwards none of its processes is left."""
+        with SignalFd(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD) as signals:
+            try:
+                self._resolve()
+                next_beat = time.monotonic() + PING_INTERVAL_S
+                while self._outcome is None:
+                    self._wait(signals, next_beat)
+                    for signum in signals.take():
+                        self._handle_signal(signum)
+                    self._receive()
+                    self._note_deaths()
+                    if time.monotonic() >= next_beat:
+                        next_beat = time.monotonic() + PING_INTERVAL_S
+                        self._beat()
+                    self._check_deadline()
+                return self._outcome
+            finally:
+                self._kill_all(signals)
+
+    # ------------------------------------------------------------ events
+
+    def _wait(self, signals: SignalFd, until: float) -> None:
+        poller = select.poll()
+        poller.register(signals.fileno(), select.POLLIN)
+        for child in self._children.values():
+            if child.is_linked:
+                poller.register(child.control.fileno(), select.POLLIN)
+        if self._deadline is not None:
+            until = min(until, self._deadline)
+        poller.poll(max(0.0, until - time.monotonic()) * 1e3)
+
+    def _handle_signal(self, signum: int) -> None:
+        if signum == signal.SIGCHLD:
+            return  # `_note_deaths` looks at every child anyway
+        name = signal.Signals(signum).name
+        match self._phase:
+            case Phase.STARTING:
+                log.info("event=stop signal=%s while=starting", name)
+                self._outcome = Outcome(ExitCode.OK)
+            case Phase.READY:
+                log.info("event=drain signal=%s", name)
+                self._phase = Phase.DRAINING
+                limit_s = self._config.drain_endpoint_delay_s + self._config.drain_timeout_s + _DRAIN_MARGIN_S
+                self._deadline = time.monotonic() + limit_s
+                self._children["server"].send(Drain())
+            case Phase.DRAINING:
+                log.warning("event=stop signal=%s while=draining", name)
+                self._outcome = Outcome(ExitCode.OK)
+            case Phase.FAILING:
+                log.info("event=ignored signal=%s while=failing", name)
+
+    def _receive(self) -> None:
+        for child in list(self._children.values()):
+            for message in child.receive():
+                self._handle(child, message)
+
+    def _handle(self, child: ChildProcess, message: FromChild) -> None:
+        match message:
+            case Progress(phase, detail):
+                log.info("event=progress process=%s phase=%s detail=%r", child.name, phase, detail)
+                self._tell_server(Progress(phase, detail, child.name))
+            case Resolved(model_dir, tokenizer_dir):
+                self._start_engine(Start(self._config, model_dir, tokenizer_dir))
+            case ChildReady():
+                child.is_ready = True
+                if self._phase is Phase.STARTING and all(one.is_ready for one in self._children.values()):
+                    self._phase = Phase.READY
+                    seconds = time.monotonic() - self._started_at
+                    log.info("event=ready seconds=%.1f port=%d", seconds, self._config.port)
+            case Drained():
+                if self._phase is Phase.DRAINING:
+                    self._outcome = Outcome(ExitCode.OK)
+                elif self._phase is Phase.FAILING:
+                    self._deadline = min(self._deadline or math.inf, time.monotonic() + _BLAME_GRACE_S)
+            case Fatal(exit_code, words, is_consequence):
+                self._fail(child, Outcome(ExitCode(exit_code), words), is_consequence)
+            case Pong():
+                pass  # taken in by ChildProcess
+
+    def _note_deaths(self) -> None:
+        statuses = reap()
+        for child in list(self._children.values()):
+            child.status = statuses.get(child.pid, child.status)
+            if child.is_running and child.is_linked:
+                continue
+            for message in child.receive():  # what came with the end
+                self._handle(child, message)
+            if self._children.get(child.name) is not child:
+                continue  # its work was done
+            if not child.is_running:
+                self._remove(child)
+                self._fail(child, self._outcome_of_death(child), child.is_end_a_consequence)
+            elif self._phase is not Phase.FAILING:
+                # The link ended first; SIGCHLD follows at once and says how.
+                self._fail(child, Outcome(ExitCode.PROCESS_DIED, child.describe_end()), is_consequence=True)
+
+    def _beat(self) -> None:
+        if self._phase not in (Phase.READY, Phase.DRAINING):
+            return None
+        silent = ""
+        for child in self._children.values():
+            child.beat()
+            if child.silent_pings >= SILENT_PINGS_STALLED:
+                words = f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
+                return self._fail(child, Outcome(ExitCode.PROCESS_STALLED, words))
+            if child.busy_pongs >= BUSY_PONGS_STALLED:
+                words = f"{child.name} has been in one step for {child.busy_s:.0f} s"
+                return self._fail(child, Outcome(ExitCode.PROCESS_STALLED, words))
+            if child.silent_pings >= SILENT_PINGS_UNSURE:
+                silent = child.name
+        if silent != self._silent_process:
+            self._silent_process = silent
+            log.warning("event=%s process=%s", "silent" if silent else "answering", silent or "all")
+            self._tell_server(Silent(silent))
+        return None
+
+    def _check_deadline(self) -> None:
+        if self._outcome is not None or self._deadline is None or time.monotonic() < self._deadline:
+            return
+        if self._phase is Phase.FAILING:
+            self._outcome = self._first_cause()
+        else:
+            log.warning("event=drain_timeout")
+            self._outcome = Outcome(ExitCode.OK)
+
+    # ------------------------------------------------------------ actions
+
+    def _spawn(self, name: str, start: Start, link_fds: tuple[int, ...] = ()) -> None:
+        self._children[name] = ChildProcess(name, self._modules[name], start, link_fds)
+        log.info("event=started process=%s pid=%d", name, self._children[name].pid)
+
+    def _resolve(self) -> None:
+        """Find the model's files: here where they are local folders, else in a process that may take its time."""
+        if resolved := resolve.find_local(self._config):
+            self._start_engine(Start(self._config, resolved.model_dir, resolved.tokenizer_dir))
+        else:
+            self._spawn("resolve", Start(self._config, "", ""))
+
+    def _start_engine(self, start: Start) -> None:
+        if "resolve" in self._children:
+            self._remove(self._children["resolve"])
+        os.environ.pop("HF_TOKEN", None)  # nobody needs it any more
+        server_end, manager_end = socket_pair()
+        worker_end, manager_worker_end = socket_pair()
+        with server_end, manager_end, worker_end, manager_worker_end:
+            self._spawn("server", start, (server_end.fileno(), self._listener.fileno()))
+            self._spawn("manager", start, (manager_end.fileno(), manager_worker_end.fileno()))
+            self._spawn("model", start, (worker_end.fileno(),))
+        self._listener.close()
+
+    def _remove(self, child: ChildProcess) -> None:
+        child.control.close()
+        del self._children[child.name]
+
+    def _fail(self, child: ChildProcess, outcome: Outcome, is_consequence: bool = False) -> None:
+        """Note a cause of the end. The first one tells the server and starts the short way out."""
+        self._failures.append((is_consequence, outcome))
+        if self._phase is Phase.FAILING:
+            return
+        log.error("event=failing process=%s reason=%s message=%r", child.name, REASONS[outcome.code], outcome.words)
+        was_serving = self._phase in (Phase.READY, Phase.DRAINING)
+        self._phase = Phase.FAILING
+        server = self._children.get("server")
+        is_answering = was_serving and server is not None and server is not child
+        self._deadline = time.monotonic() + (_FAILING_GRACE_S if is_answering else _BLAME_GRACE_S)
+        self._tell_server(Failing(child.name, outcome.words))
+
+    def _tell_server(self, message: Progress | Silent | Failing) -> None:
+        server = self._children.get("server")
+        if server is not None:
+            server.send(message)
+
+    def _outcome_of_death(self, child: ChildProcess) -> Outcome:
+        if child.last_words:
+            return Outcome(ExitCode(child.last_words.exit_code), child.last_words.message)
+        if child.was_killed and count_oom_kills() > self._num_oom_kills:
+            return Outcome(ExitCode.OUT_OF_MEMORY, f"{child.name} was killed for memory by the kernel")
+        return Outcome(ExitCode.PROCESS_DIED, child.describe_end())
+
+    def _first_cause(self) -> Outcome:
+        """The first failure that no other one explains; else the first."""
+        return min(self._failures, key=lambda failure: failure[0])[1]
+
+    def _kill_all(self, signals: SignalFd) -> None:
+        """End every child and reap it, without waiting for one that the kernel cannot end now."""
+        for child in self._children.values():
+            child.kill()
+        deadline = time.monotonic() + _KILL_TIMEOUT_S
+        while (remaining := [c for c in self._children.values() if c.is_running]) and time.monotonic() < deadline:
+            poller = select.poll()
+            poller.register(signals.fileno(), select.POLLIN)
+            poller.poll((deadline - time.monotonic()) * 1e3)
+            signals.take()
+            statuses = reap()
+            for child in remaining:
+                child.status = statuses.get(child.pid, child.status)
+
+
+class SignalFd:
+    """Turns signals into a readable file descriptor, so that one poll waits for everything."""
+
+    def __init__(self, *signums: signal.Signals) -> None:
+        self._signums = signums
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for signum in self._signums:
+            # A handler must exist for the byte to be written; it has nothing to do itself.
+            signal.signal(signum, lambda *_: None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(-1)
+        for signum in self._signums:
+            signal.signal(signum, signal.SIG_DFL)
+        os.close(self._read)
+        os.close(self._write)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def take(self) -> list[int]:
+        """The signals that have arrived, in order."""
+        try:
+            return list(os.read(self._read, 4096))
+        except BlockingIOError:
+            return []

@@ -1,0 +1,224 @@
+"""The conditions of a TokaDeployment: what is true, why, since when.
+
+Owns: each condition's meaning and the order in which reasons win. Pure. Conditions are observed, never
+triggers: no module reads them to decide what to do, but for the time of the last progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from toka_operator.fields import Json
+from toka_operator.observed import Failure, Observed, format_time
+from toka_operator.plan import Plan
+from toka_operator.spec import TokaDeploymentSpec
+
+READY, AVAILABLE, PROGRESSING = "Ready", "Available", "Progressing"
+DEGRADED, CONFIG_VALID = "Degraded", "ConfigValid"
+
+_PRIORITY = (
+    "SecretMissing",
+    "ConfigMapMissing",
+    "ClaimMissing",
+    "ImagePullFailed",
+    "ModelNotFound",
+    "ModelAuthFailed",
+    "ModelInvalid",
+    "ConfigInvalid",
+    "OutOfMemory",
+    "DeviceUnavailable",
+    "StorageFailed",
+    "PortInUse",
+    "ContainerNotStarted",
+)
+"""Causes that a user can mend come before symptoms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    type: str
+    is_true: bool
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the API server said to this pass's writes."""
+
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """Child ("StatefulSet smollm2-1a2b3c4d") -> why the API server refused it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Pods of all revisions, those that go not counted, and of the current revision."""
+
+    num_wanted: int
+    num_pods: int
+    num_ready: int
+    num_available: int
+    num_updated: int
+    num_updated_available: int
+    num_old: int
+    """Pods of other revisions, those that go included."""
+
+
+def count_pods(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Counts:
+    staying = [pod for pod in observed.pods if not pod.is_terminating]
+    current = [pod for pod in staying if pod.revision == spec.revision]
+    min_ready_s = spec.rollout.min_ready_s
+    return Counts(
+        num_wanted=spec.num_wanted,
+        num_pods=len(staying),
+        num_ready=sum(pod.is_ready for pod in staying),
+        num_available=sum(pod.is_available(now, min_ready_s) for pod in staying),
+        num_updated=len(current),
+        num_updated_available=sum(pod.is_available(now, min_ready_s) for pod in current),
+        num_old=sum(pod.revision != spec.revision for pod in observed.pods),
+    )
+
+
+def decide_conditions(
+    spec: TokaDeploymentSpec, observed: Observed, plan: Plan, counts: Counts, outcome: Outcome, is_late: bool
+) -> list[Condition]:
+    """Every condition. `is_late`: the rollout made no progress within its deadline."""
+    degraded = _decide_degraded(spec, observed, counts, outcome, is_late)
+    progressing = _decide_progressing(spec, observed, plan, counts, is_late)
+    return [
+        _decide_ready(spec, counts, degraded, progressing),
+        _decide_available(spec, counts),
+        progressing,
+        degraded,
+        _decide_config_valid(outcome),
+    ]
+
+
+def _is_complete(counts: Counts) -> bool:
+    return counts.num_old == 0 and counts.num_updated == counts.num_updated_available == counts.num_wanted
+
+
+def _idle_reason(spec: TokaDeploymentSpec) -> str:
+    return "Suspended" if spec.suspend else "ScaledToZero"
+
+
+def _decide_ready(
+    spec: TokaDeploymentSpec, counts: Counts, degraded: Condition, progressing: Condition
+) -> Condition:
+    if counts.num_wanted == 0:
+        return Condition(READY, False, _idle_reason(spec), "no pods are wanted")
+    summary = (
+        f"{counts.num_updated_available} of {counts.num_wanted} pods of the current revision are available"
+    )
+    if _is_complete(counts):
+        return Condition(READY, True, "AllAvailable", summary)
+    if degraded.is_true:
+        return Condition(READY, False, degraded.reason, degraded.message)
+    return Condition(READY, False, progressing.reason, summary)
+
+
+def _decide_available(spec: TokaDeploymentSpec, counts: Counts) -> Condition:
+    if counts.num_wanted == 0:
+        return Condition(AVAILABLE, False, _idle_reason(spec), "no pods are wanted")
+    needed = max(1, counts.num_wanted - spec.rollout.max_unavailable)
+    message = f"{counts.num_available} pods are available, {needed} are needed"
+    if counts.num_available >= needed:
+        return Condition(AVAILABLE, True, "MinimumAvailable", message)
+    return Condition(AVAILABLE, False, "MinimumUnavailable", message)
+
+
+def _decide_progressing(
+    spec: TokaDeploymentSpec, observed: Observed, plan: Plan, counts: Counts, is_late: bool
+) -> Condition:
+    if counts.num_wanted == 0 and not observed.pods:
+        return Condition(PROGRESSING, False, _idle_reason(spec), "no pods are wanted")
+    if _is_complete(counts):
+        return Condition(PROGRESSING, False, "Complete", f"revision {spec.revision} is rolled out")
+    if spec.rollout.paused:
+        return Condition(PROGRESSING, False, "Paused", "rollout.paused is set")
+    if is_late:
+        deadline = f"no progress within {spec.rollout.progress_deadline_s} s"
+        return Condition(PROGRESSING, False, "ProgressDeadlineExceeded", deadline)
+    blocked = _find_blocked_surge(spec, observed)
+    if blocked is not None and counts.num_old:
+        message = f"no room for the new revision's pod {blocked.pod}: {blocked.message}"
+        return Condition(PROGRESSING, True, "SurgeBlocked", message)
+    if len(plan.targets) > 1 or counts.num_old:
+        return Condition(
+            PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods"
+        )
+    return Condition(
+        PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods"
+    )
+
+
+def _find_blocked_surge(spec: TokaDeploymentSpec, observed: Observed) -> Failure | None:
+    failures = (p.failure for p in observed.pods if p.revision == spec.revision and p.is_failing)
+    return next((f for f in failures if f is not None and f.reason == "Unschedulable"), None)
+
+
+def _decide_degraded(
+    spec: TokaDeploymentSpec, observed: Observed, counts: Counts, outcome: Outcome, is_late: bool
+) -> Condition:
+    if observed.strangers:
+        names = ", ".join(f"{kind} {name}" for kind, name in sorted(observed.strangers))
+        message = f"{names}: the name is taken by an object that does not belong to this TokaDeployment"
+        return Condition(DEGRADED, True, "NameTaken", message)
+    if outcome.rejected:
+        child, why = sorted(outcome.rejected.items())[0]
+        return Condition(DEGRADED, True, "ChildRejected", f"{child}: {why}")
+    failing = [pod.failure for pod in observed.pods if pod.is_failing and pod.failure is not None]
+    if counts.num_old and counts.num_available >= counts.num_wanted:
+        failing = [failure for failure in failing if failure.reason != "Unschedulable"]
+    if failing:
+        worst = min(failing, key=_rank)
+        return Condition(DEGRADED, True, worst.reason, _describe(worst, len(failing)))
+    if is_late:
+        deadline = spec.rollout.progress_deadline_s
+        return Condition(DEGRADED, True, "ProgressDeadlineExceeded", f"no progress within {deadline} s")
+    return Condition(DEGRADED, False, "AsExpected")
+
+
+def _rank(failure: Failure) -> tuple[int, str]:
+    return (_PRIORITY.index(failure.reason) if failure.reason in _PRIORITY else len(_PRIORITY), failure.pod)
+
+
+def _describe(failure: Failure, num_failing: int) -> str:
+    others = f" ({num_failing - 1} more pods fail)" if num_failing > 1 else ""
+    code = (
+        f" (exit code {failure.exit_code}, {failure.restarts} restarts)"
+        if failure.exit_code is not None
+        else ""
+    )
+    return f"pod {failure.pod}{code}: {failure.message}{others}"
+
+
+def _decide_config_valid(outcome: Outcome) -> Condition:
+    if outcome.rejected:
+        child, why = sorted(outcome.rejected.items())[0]
+        return Condition(CONFIG_VALID, False, "ChildRejected", f"the API server refused {child}: {why}")
+    return Condition(CONFIG_VALID, True, "Valid")
+
+
+def merge_conditions(
+    conditions: Iterable[Condition], previous: Iterable[Json], generation: int, now: float
+) -> list[Json]:
+    """Conditions as stored: the time of a transition moves only when the status does."""
+    before = {c.get("type"): c for c in previous}
+    merged = []
+    for condition in conditions:
+        status = "True" if condition.is_true else "False"
+        old = before.get(condition.type, {})
+        since = old.get("lastTransitionTime") if old.get("status") == status else None
+        merged.append(
+            {
+                "type": condition.type,
+                "status": status,
+                "reason": condition.reason,
+                "message": condition.message[:4096],
+                "observedGeneration": generation,
+                "lastTransitionTime": since or format_time(now),
+            }
+        )
+    return merged

@@ -1,0 +1,128 @@
+"""Leader election by a Lease: at most one of the operator's replicas writes.
+
+Owns: who leads, by the rules of client-go: a lease is taken when its holder did not renew it for its whole
+duration *as measured by our own clock*, and a leader that could not renew before the deadline stops by
+itself, before another may start. `is_held` is asked before every write.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from toka_operator.cluster import Cluster
+from toka_operator.errors import ApiError, ConflictError, NotFoundError, TransientError
+from toka_operator.fields import Json
+from toka_operator.settings import LEASE_NAME, Settings
+
+logger = logging.getLogger("toka.lease")
+
+
+class Election(threading.Thread):
+    """Runs until stopped; gives the lease back then, so that the next leader need not wait."""
+
+    def __init__(self, settings: Settings, on_elected: Callable[[], None]) -> None:
+        super().__init__(name="lease", daemon=True)
+        self._settings = settings
+        self._on_elected = on_elected
+        self._stop_event = threading.Event()
+        self._cluster: Cluster | None = None
+        self._known: Json | None = None
+        self._seen_at = 0.0
+        self._held_until = 0.0
+
+    def connect(self, cluster: Cluster) -> None:
+        """The cluster asks `is_held` before writes, so the two are made one after the other."""
+        self._cluster = cluster
+
+    def is_held(self) -> bool:
+        """Whether we surely lead now."""
+        return time.monotonic() < self._held_until
+
+    def stop(self) -> None:
+        self._stop_event.set()
+
+    def run(self) -> None:
+        was_held = False
+        while not self._stop_event.is_set():
+            try:
+                self._try_once()
+            except ConflictError:
+                self._known = None
+            except (ApiError, TransientError) as error:
+                self._known = None
+                logger.warning("lease=%s event=failed error=%r", LEASE_NAME, str(error))
+            if self.is_held() != was_held:
+                was_held = not was_held
+                logger.info("lease=%s held=%s identity=%s", LEASE_NAME, was_held, self._settings.identity)
+                if was_held:
+                    self._on_elected()
+            self._stop_event.wait(self._settings.lease_retry_s)
+        self._release()
+
+    def _try_once(self) -> None:
+        started = time.monotonic()
+        lease = self._known if self.is_held() and self._known else self._read()
+        if lease is None:
+            self._accept(self._write(None), started)
+            return
+        holder = lease["spec"].get("holderIdentity") or ""
+        is_ours = holder == self._settings.identity
+        if not is_ours:
+            self._held_until = 0.0
+        expires = self._seen_at + int(lease["spec"].get("leaseDurationSeconds") or 0)
+        if is_ours or not holder or started >= expires:
+            self._accept(self._write(lease), started)
+
+    def _read(self) -> Json | None:
+        """The lease; its age counts from when *we* saw this state of it first."""
+        assert self._cluster is not None
+        try:
+            lease = self._cluster.read("Lease", self._settings.namespace, LEASE_NAME)
+        except NotFoundError:
+            return None
+        is_same = self._known is not None and self._known["spec"] == lease["spec"]
+        if not is_same:
+            self._seen_at = time.monotonic()
+        self._known = lease
+        return lease
+
+    def _write(self, lease: Json | None) -> Json:
+        assert self._cluster is not None
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec = dict(lease["spec"]) if lease else {}
+        if spec.get("holderIdentity") != self._settings.identity:
+            spec["acquireTime"] = now
+            spec["leaseTransitions"] = int(spec.get("leaseTransitions") or 0) + (1 if lease else 0)
+        spec["holderIdentity"] = self._settings.identity
+        spec["leaseDurationSeconds"] = int(self._settings.lease_duration_s)
+        spec["renewTime"] = now
+        if lease:
+            return self._cluster.replace({**lease, "spec": spec})
+        metadata = {"name": LEASE_NAME, "namespace": self._settings.namespace}
+        manifest = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": metadata,
+            "spec": spec,
+        }
+        return self._cluster.create(manifest)
+
+    def _accept(self, lease: Json, started: float) -> None:
+        """We lead until the renewal deadline, counted from before the request."""
+        self._known = lease
+        self._seen_at = started
+        self._held_until = started + self._settings.lease_renew_deadline_s
+
+    def _release(self) -> None:
+        if not self.is_held() or self._cluster is None or self._known is None:
+            return
+        self._held_until = 0.0
+        spec = {**self._known["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
+        try:
+            self._cluster.replace({**self._known, "spec": spec})
+        except (ApiError, TransientError) as error:
+            logger.warning("lease=%s event=not_released error=%r", LEASE_NAME, str(error))

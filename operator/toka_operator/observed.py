@@ -1,0 +1,197 @@
+"""What the watches have seen of one TokaDeployment's children, as small immutable values.
+
+Owns: reading pods, StatefulSets and EndpointSlices as the API server shows them. Pure. Everything later
+decides on these values, so no other module knows the shape of a pod's status.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from toka_operator.errors import EXIT_REASONS
+from toka_operator.fields import Json
+from toka_operator.podspec import ENGINE_CONTAINER
+from toka_operator.settings import REVISION_LABEL
+
+_IMAGE_REASONS = {
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+}
+_MAX_MESSAGE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a pod does not (or lately did not) run. `reason` is CamelCase and fit for a condition."""
+
+    pod: str
+    container: str
+    reason: str
+    message: str
+    exit_code: int | None = None
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """One engine pod. `ready_since`: since when (Unix time) it is, or is not, ready. `failure`: its
+    latest, also when
+    it runs again."""
+
+    name: str
+    revision: str
+    ordinal: int
+    is_ready: bool
+    ready_since: float
+    is_in_endpoints: bool
+    terminating_until: float | None
+    failure: Failure | None
+
+    @property
+    def is_terminating(self) -> bool:
+        return self.terminating_until is not None
+
+    def is_available(self, now: float, min_ready_s: float) -> bool:
+        """Ready for min_ready_s, and seen in the Service's endpoints, so that clients really reach it."""
+        return (
+            self.is_ready
+            and not self.is_terminating
+            and self.is_in_endpoints
+            and now >= self.ready_since + min_ready_s
+        )
+
+    @property
+    def is_failing(self) -> bool:
+        """Not ready, for a reason that waiting alone does not mend."""
+        return self.failure is not None and not self.is_ready and not self.is_terminating
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Everything seen of one TokaDeployment's children. `children` and `sets` hold only objects that it
+    owns."""
+
+    children: Mapping[tuple[str, str], Json]
+    """(kind, name) -> live object, of every kind but pods and endpoints."""
+    pods: tuple[PodView, ...]
+    strangers: frozenset[tuple[str, str]]
+    """Names of children that another owner's object holds."""
+
+    def of_kind(self, kind: str) -> list[Json]:
+        return [child for (k, _), child in sorted(self.children.items()) if k == kind]
+
+
+def parse_time(text: str | None) -> float:
+    """Unix time of an RFC 3339 time; 0.0 for none."""
+    if not text:
+        return 0.0
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+
+
+def format_time(now: float) -> str:
+    return datetime.fromtimestamp(now, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def is_owned_by(child: Json, uid: str) -> bool:
+    """Whether the object with this uid is the controller of `child`."""
+    owners = child["metadata"].get("ownerReferences") or []
+    return any(owner.get("controller") and owner.get("uid") == uid for owner in owners)
+
+
+def ready_addresses(slices: Iterable[Json]) -> frozenset[str]:
+    """Names of the pods that the Service sends requests to."""
+    return frozenset(
+        endpoint["targetRef"]["name"]
+        for endpoint_slice in slices
+        for endpoint in endpoint_slice.get("endpoints") or []
+        if (endpoint.get("conditions") or {}).get("ready") is not False and endpoint.get("targetRef")
+    )
+
+
+def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
+    """The view of one engine pod; `endpoints` are the pod names that the Service sends requests to."""
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    ready = conditions.get("Ready", {})
+    ordinal = metadata["name"].rsplit("-", 1)[-1]
+    deletion = metadata.get("deletionTimestamp")
+    return PodView(
+        name=metadata["name"],
+        revision=(metadata.get("labels") or {}).get(REVISION_LABEL, ""),
+        ordinal=int(ordinal) if ordinal.isdigit() else 0,
+        is_ready=ready.get("status") == "True",
+        ready_since=parse_time(ready.get("lastTransitionTime")),
+        is_in_endpoints=metadata["name"] in endpoints,
+        terminating_until=parse_time(deletion) if deletion else None,
+        failure=find_failure(metadata["name"], status),
+    )
+
+
+def find_failure(pod_name: str, status: Json) -> Failure | None:
+    """The most telling thing that is, or lately was, wrong with a pod."""
+    statuses = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    failures = [f for f in (_container_failure(pod_name, s) for s in statuses) if f is not None]
+    if failures:
+        return next((f for f in failures if f.container == ENGINE_CONTAINER), failures[0])
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            return _scheduling_failure(pod_name, condition.get("message", ""))
+    if status.get("phase") == "Failed":
+        reason = status.get("reason") or "PodFailed"
+        return Failure(pod_name, "", reason, _shorten(status.get("message", "")))
+    return None
+
+
+def _scheduling_failure(pod_name: str, message: str) -> Failure:
+    missing = re.search(r'persistentvolumeclaim "([^"]+)" not found', message)
+    reason = "ClaimMissing" if missing else "Unschedulable"
+    return Failure(pod_name, "", reason, _shorten(message))
+
+
+def _container_failure(pod_name: str, status: Json) -> Failure | None:
+    name, restarts = status.get("name", ""), int(status.get("restartCount", 0))
+    state = status.get("state") or {}
+    waiting = state.get("waiting") or {}
+    word, message = waiting.get("reason", ""), waiting.get("message", "")
+    if word in _IMAGE_REASONS:
+        return Failure(pod_name, name, "ImagePullFailed", _shorten(message or word), None, restarts)
+    if word == "CreateContainerConfigError":
+        return Failure(pod_name, name, _config_reason(message), _shorten(message), None, restarts)
+    if word in ("CreateContainerError", "RunContainerError", "PreStartHookError", "PostStartHookError"):
+        return Failure(pod_name, name, "ContainerNotStarted", _shorten(message or word), None, restarts)
+    ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated")
+    if ended and (ended.get("exitCode", 0) != 0 or word == "CrashLoopBackOff"):
+        return _ended_failure(pod_name, name, ended, restarts)
+    if word == "CrashLoopBackOff":
+        return Failure(pod_name, name, "CrashLoop", _shorten(message), None, restarts)
+    return None
+
+
+def _config_reason(message: str) -> str:
+    lowered = message.lower()
+    if "secret" in lowered:
+        return "SecretMissing"
+    return "ConfigMapMissing" if "configmap" in lowered else "ContainerNotStarted"
+
+
+def _ended_failure(pod_name: str, container: str, ended: Json, restarts: int) -> Failure:
+    code = int(ended.get("exitCode", 0))
+    reason = "CrashLoop"
+    if ended.get("reason") == "OOMKilled":
+        reason = "OutOfMemory"
+    elif container == ENGINE_CONTAINER:
+        reason = EXIT_REASONS.get(code, "CrashLoop")
+    words = (ended.get("message") or "").strip() or f"container {container} ended with exit code {code}"
+    return Failure(pod_name, container, reason, _shorten(words), code, restarts)
+
+
+def _shorten(message: str) -> str:
+    """The end of a long message: last words say why."""
+    text = message.strip()
+    return text if len(text) <= _MAX_MESSAGE else "..." + text[-(_MAX_MESSAGE - 3) :]

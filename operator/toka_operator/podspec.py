@@ -1,0 +1,223 @@
+"""The engine pod: how a spec becomes a pod template.
+
+Owns: the engine's command line, environment, volumes, probes and security settings. Pure: the same spec
+and image give the same template. The rendered template is stored with its revision, so a change here
+reaches only new revisions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from toka_operator.fields import Json
+from toka_operator.spec import SecretKey, TokaDeploymentSpec
+
+ENGINE_CONTAINER = "engine"
+ENGINE_UID = 65532
+CACHE_PATH = "/cache"
+MODEL_PATH = "/mnt/model"
+DRAIN_ENDPOINT_DELAY_S = 5
+"""After SIGTERM the engine still takes requests this long, while the Service's endpoints move."""
+GRACE_SLACK_S = 15
+"""Between the end of draining and the kubelet's SIGKILL: closing connections, ending processes."""
+PROBE_PERIOD_S = 2
+
+RESTRICTED: Json = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def render_pod_template(
+    spec: TokaDeploymentSpec, default_image: str, labels: dict[str, str], service_account: str
+) -> Json:
+    """The pod template of a new revision. `labels` are the operator's own; the user's are added below
+    them."""
+    scheduling, additions = spec.scheduling, spec.pod_additions
+    pod: Json = {
+        "serviceAccountName": service_account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": DRAIN_ENDPOINT_DELAY_S
+        + spec.rollout.drain_timeout_s
+        + GRACE_SLACK_S,
+        "securityContext": _pod_security(),
+        "containers": [_engine_container(spec, default_image), *map(_restrict_sidecar, additions.sidecars)],
+        "volumes": _volumes(spec),
+        "topologySpreadConstraints": _topology_spread(spec, labels),
+        "nodeSelector": scheduling.node_selector,
+        "tolerations": list(scheduling.tolerations),
+        "affinity": scheduling.affinity,
+        "priorityClassName": scheduling.priority_class_name,
+        "runtimeClassName": scheduling.runtime_class_name,
+        "imagePullSecrets": [{"name": name} for name in spec.engine.pull_secrets],
+    }
+    metadata: Json = {"labels": {**additions.labels, **labels}, "annotations": additions.annotations}
+    return {"metadata": _without_empty(metadata), "spec": _without_empty(pod)}
+
+
+def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
+    """The engine's command line: key=value settings, the user's extra ones last."""
+    model, engine = spec.model, spec.engine
+    settings: dict[str, str | int | bool | None] = {
+        "model": _engine_model(spec),
+        "revision": model.revision,
+        "served_model_name": model.served_name,
+        "model_aliases": ",".join(model.aliases) or None,
+        "tokenizer": model.tokenizer,
+        "dtype": model.dtype,
+        "device": "cuda" if spec.resources.device == "gpu" else "cpu",
+        "port": engine.port,
+        "max_tokens_per_forward": engine.max_tokens_per_forward,
+        "max_seqs_per_forward": engine.max_seqs_per_forward,
+        "kv_cache_num_tokens": engine.kv_cache_num_tokens,
+        "page_size": engine.page_size,
+        "use_hydragen": engine.hydragen,
+        "torch_compile": engine.torch_compile,
+        "use_cudagraphs": engine.cuda_graphs,
+        "log_level": engine.log_level,
+        "drain_endpoint_delay_s": DRAIN_ENDPOINT_DELAY_S,
+        "drain_timeout_s": spec.rollout.drain_timeout_s,
+    }
+    return [f"{key}={_render_value(v)}" for key, v in settings.items() if v is not None] + list(
+        engine.extra_args
+    )
+
+
+def _render_value(value: str | int | bool) -> str:
+    if isinstance(value, bool):
+        return "T" if value else "F"
+    return str(value)
+
+
+def _engine_model(spec: TokaDeploymentSpec) -> str:
+    source = spec.model.source
+    return MODEL_PATH + source.location if source.kind == "pvc" else source.location
+
+
+def _engine_container(spec: TokaDeploymentSpec, default_image: str) -> Json:
+    engine = spec.engine
+    container: Json = {
+        "name": ENGINE_CONTAINER,
+        "image": engine.image or default_image,
+        "imagePullPolicy": engine.pull_policy,
+        "args": render_arguments(spec),
+        "env": _environment(spec),
+        "envFrom": list(engine.env_from),
+        "ports": [{"name": "http", "containerPort": engine.port, "protocol": "TCP"}],
+        "resources": _resources(spec),
+        "volumeMounts": _volume_mounts(spec),
+        "securityContext": {**RESTRICTED, "runAsUser": ENGINE_UID, "runAsGroup": ENGINE_UID},
+        "startupProbe": _probe("/readyz", math.ceil(spec.startup_timeout_s / PROBE_PERIOD_S), PROBE_PERIOD_S),
+        "readinessProbe": _probe("/readyz", 2, PROBE_PERIOD_S),
+        "livenessProbe": _probe("/livez", 3, 10),
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    return _without_empty(container)
+
+
+def _probe(path: str, num_failures: int, period_s: int) -> Json:
+    return {
+        "httpGet": {"path": path, "port": "http", "scheme": "HTTP"},
+        "periodSeconds": period_s,
+        "timeoutSeconds": 3,
+        "failureThreshold": num_failures,
+        "successThreshold": 1,
+    }
+
+
+def _environment(spec: TokaDeploymentSpec) -> list[Json]:
+    env: list[Json] = [
+        {"name": "TOKA_CACHE_DIR", "value": CACHE_PATH},
+        {"name": "HF_HOME", "value": f"{CACHE_PATH}/huggingface"},
+        {"name": "XDG_CACHE_HOME", "value": CACHE_PATH},
+        {"name": "HOME", "value": "/tmp"},
+    ]
+    env += _secret_variable("HF_TOKEN", spec.hf_token) + _secret_variable("TOKA_API_KEY", spec.api_key)
+    return env + list(spec.engine.env)
+
+
+def _secret_variable(name: str, secret: SecretKey | None) -> list[Json]:
+    if secret is None:
+        return []
+    return [{"name": name, "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}]
+
+
+def _resources(spec: TokaDeploymentSpec) -> Json:
+    wanted, requests, limits = spec.resources, {}, {}
+    if wanted.cpu:
+        requests["cpu"] = wanted.cpu
+    if wanted.cpu and wanted.device == "cpu":
+        limits["cpu"] = wanted.cpu
+    if wanted.memory:
+        requests["memory"] = limits["memory"] = wanted.memory
+    if wanted.device == "gpu":
+        requests[wanted.gpu_resource] = limits[wanted.gpu_resource] = "1"
+    return _without_empty({"requests": requests, "limits": limits})
+
+
+def _volumes(spec: TokaDeploymentSpec) -> list[Json]:
+    volumes: list[Json] = [{"name": "tmp", "emptyDir": {}}]
+    if spec.cache.type == "ExistingPVC":
+        volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
+    else:
+        size = {"sizeLimit": spec.cache.size} if spec.cache.size else {}
+        volumes.append({"name": "cache", "emptyDir": size})
+    if spec.model.source.kind == "pvc":
+        claim = {"claimName": spec.model.source.claim, "readOnly": True}
+        volumes.append({"name": "model", "persistentVolumeClaim": claim})
+    if spec.resources.device == "gpu":
+        shared_memory = {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}
+        volumes.append({"name": "shm", "emptyDir": shared_memory})
+    return volumes + list(spec.pod_additions.volumes)
+
+
+def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
+    mounts: list[Json] = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "cache", "mountPath": CACHE_PATH}]
+    if spec.model.source.kind == "pvc":
+        mounts.append({"name": "model", "mountPath": MODEL_PATH, "readOnly": True})
+    if spec.resources.device == "gpu":
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    return mounts + list(spec.pod_additions.volume_mounts)
+
+
+def _topology_spread(spec: TokaDeploymentSpec, labels: dict[str, str]) -> list[Json]:
+    wanted = spec.scheduling.topology_spread
+    if wanted is None:
+        wanted = ({"topologyKey": "topology.kubernetes.io/zone"}, {"topologyKey": "kubernetes.io/hostname"})
+    return [
+        {
+            "topologyKey": constraint["topologyKey"],
+            "maxSkew": constraint.get("maxSkew", 1),
+            "whenUnsatisfiable": constraint.get("whenUnsatisfiable", "ScheduleAnyway"),
+            "labelSelector": {"matchLabels": labels},
+        }
+        for constraint in wanted
+    ]
+
+
+def _pod_security() -> Json:
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": ENGINE_UID,
+        "runAsGroup": ENGINE_UID,
+        "fsGroup": ENGINE_UID,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _restrict_sidecar(container: Json) -> Json:
+    """A sidecar passes Pod Security `restricted` too, unless its own securityContext says otherwise."""
+    own: dict[str, Any] = container.get("securityContext") or {}
+    defaults = {k: v for k, v in RESTRICTED.items() if k != "readOnlyRootFilesystem"}
+    return {**container, "securityContext": {**defaults, **own}}
+
+
+def _without_empty(fields: Json) -> Json:
+    return {key: value for key, value in fields.items() if value not in (None, {}, [])}

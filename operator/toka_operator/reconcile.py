@@ -1,0 +1,295 @@
+"""One pass over one TokaDeployment: observe -> plan -> apply -> status.
+
+Owns: the order of writes and what an API error means. It keeps no state that matters: whatever is
+remembered here only saves requests, and a new process converges to the same end without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from toka_operator import __version__
+from toka_operator.cluster import Cluster
+from toka_operator.conditions import Outcome
+from toka_operator.differences import find_corrections, find_stale_annotations
+from toka_operator.errors import ApiError, ConflictError, NamespaceEndsError, NotFoundError, TransientError
+from toka_operator.fields import Json
+from toka_operator.metrics import WRITES
+from toka_operator.observed import Observed, format_time, is_owned_by, ready_addresses, view_pod
+from toka_operator.plan import Plan, make_plan
+from toka_operator.resources import STATEFUL_SET, Owner
+from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, SERVICE_ANNOTATIONS_KEY, Settings
+from toka_operator.spec import TokaDeploymentSpec, parse
+from toka_operator.status import Event, build_invalid_status, build_status, find_deadline_s, find_events
+from toka_operator.store import Key, Store
+
+logger = logging.getLogger("toka.reconcile")
+
+REJECTED_RETRY_S = 15.0
+"""A child that the API server refused (a quota, an admission policy) is tried again this often."""
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What one pass leaves for the next, to save requests."""
+
+    strangers: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Names that another's object holds -> when to try again (monotonic)."""
+    settled: dict[str, tuple[Json, Json]] = field(default_factory=dict)
+    """uid -> (desired, what no write of ours could correct), so that an admission webhook makes no endless
+    loop."""
+
+
+class Reconciler:
+    """Works on any key in any thread, but on each key in one at a time."""
+
+    def __init__(
+        self, cluster: Cluster, deployments: Store, stores: Mapping[str, Store], settings: Settings
+    ) -> None:
+        self._cluster, self._settings = cluster, settings
+        self._deployments, self._stores = deployments, stores
+        self._memories: dict[Key, _Memory] = {}
+
+    def reconcile(self, key: Key) -> float | None:
+        """One pass; returns in how many seconds time alone may call for another.
+
+        Raises TransientError (try again), NotLeaderError (another replica's task), ApiError (not expected
+        here).
+        """
+        deployment = self._deployments.get(key)
+        if deployment is None or deployment["metadata"].get("deletionTimestamp"):
+            self._memories.pop(key, None)
+            return None
+        metadata = deployment["metadata"]
+        owner = Owner(
+            metadata["namespace"], metadata["name"], metadata["uid"], int(metadata.get("generation", 1))
+        )
+        previous = deployment.get("status") or {}
+        spec = parse(deployment)
+        if isinstance(spec, list):
+            self._write_status(owner, previous, build_invalid_status(owner, spec, previous, time.time()))
+            return None
+        return self._converge(owner, spec, previous)
+
+    def _converge(self, owner: Owner, spec: TokaDeploymentSpec, previous: Json) -> float | None:
+        memory = self._memories.setdefault((owner.namespace, owner.name), _Memory())
+        observed = self._observe(owner, memory)
+        plan = make_plan(owner, spec, observed, self._settings.engine_image, time.time())
+        self._confirm_owner(owner, plan, observed, previous)
+        try:
+            outcome = self._write_children(owner, plan, observed, memory)
+        except NamespaceEndsError:
+            return None
+        observed = replace(observed, strangers=frozenset(memory.strangers))
+        now = time.time()
+        status = build_status(owner, spec, observed, plan, outcome, previous, now)
+        self._write_status(owner, previous, status)
+        delays = [plan.requeue_s, find_deadline_s(spec, status, now)]
+        if memory.strangers:
+            delays.append(max(0.1, min(memory.strangers.values()) - time.monotonic()))
+        if outcome.rejected:
+            delays.append(REJECTED_RETRY_S)
+        return min((delay for delay in delays if delay is not None), default=None)
+
+    def _observe(self, owner: Owner, memory: _Memory) -> Observed:
+        """The state of the watches' caches; no requests."""
+        key = (owner.namespace, owner.name)
+        now = time.monotonic()
+        for name in [name for name, until in memory.strangers.items() if until <= now]:
+            del memory.strangers[name]
+        children: dict[tuple[str, str], Json] = {}
+        for kind, store in self._stores.items():
+            if kind not in ("Pod", "EndpointSlice"):
+                owned = (child for child in store.members(key) if is_owned_by(child, owner.uid))
+                children.update(((kind, child["metadata"]["name"]), child) for child in owned)
+        sets = {c["metadata"]["uid"] for (kind, _), c in children.items() if kind == STATEFUL_SET}
+        endpoints = ready_addresses(
+            s
+            for s in self._stores["EndpointSlice"].members(key)
+            if (s["metadata"].get("labels") or {}).get("kubernetes.io/service-name") == owner.name
+        )
+        pods = self._stores["Pod"].members(key)
+        ours = tuple(view_pod(pod, endpoints) for pod in pods if any(is_owned_by(pod, uid) for uid in sets))
+        return Observed(children, ours, frozenset(memory.strangers))
+
+    def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
+        """Before children are made *again*: kopf may not have told that the object itself is gone.
+
+        Costs one read, and only when a child is missing from an object that was reconciled before.
+        """
+        missing = [c for c in plan.desired if (c["kind"], c["metadata"]["name"]) not in observed.children]
+        if not missing or previous.get("observedGeneration") != owner.generation:
+            return
+        found = self._refresh(owner)
+        if found["metadata"]["uid"] != owner.uid or found["metadata"].get("deletionTimestamp"):
+            raise TransientError(f"{KIND} {owner.namespace}/{owner.name} is being replaced")
+
+    def _refresh(self, owner: Owner) -> Json:
+        """Reads the TokaDeployment itself, which otherwise kopf tells us about."""
+        key = (owner.namespace, owner.name)
+        try:
+            found = self._cluster.read(KIND, *key)
+        except NotFoundError as error:
+            self._deployments.forget(key)
+            raise TransientError(f"{KIND} {owner.namespace}/{owner.name} is gone") from error
+        self._deployments.put(found)
+        return found
+
+    def _write_children(self, owner: Owner, plan: Plan, observed: Observed, memory: _Memory) -> Outcome:
+        rejected: dict[str, str] = {}
+        for desired in plan.desired:
+            kind, name = desired["kind"], desired["metadata"]["name"]
+            try:
+                self._write_child(owner, desired, observed.children.get((kind, name)), memory)
+            except ApiError as error:
+                if error.status not in (400, 403, 422) or isinstance(error, NamespaceEndsError):
+                    raise
+                rejected[f"{kind} {name}"] = error.message[:1024]
+                logger.warning(
+                    "object=%s/%s child=%s/%s rejected=%r",
+                    owner.namespace,
+                    owner.name,
+                    kind,
+                    name,
+                    error.message,
+                )
+        for kind, name, uid in plan.deletions:
+            self._delete_child(owner, kind, name, uid)
+        return Outcome(rejected)
+
+    def _write_child(self, owner: Owner, desired: Json, live: Json | None, memory: _Memory) -> None:
+        kind, name = desired["kind"], desired["metadata"]["name"]
+        if live is None:
+            live = self._create_child(owner, desired, memory)
+            if live is None:
+                return
+        metadata = live["metadata"]
+        if metadata.get("deletionTimestamp"):
+            return
+        corrections = find_corrections(desired, live)
+        stale = find_stale_annotations(desired, live, SERVICE_ANNOTATIONS_KEY)
+        if not stale and (not corrections or memory.settled.get(metadata["uid"]) == (desired, corrections)):
+            return
+        live = self._correct_child(desired, live, _merge(corrections, stale))
+        left = find_corrections(desired, live)
+        if left:
+            logger.warning(
+                "object=%s/%s child=%s/%s not_corrected=%s",
+                owner.namespace,
+                owner.name,
+                kind,
+                name,
+                sorted(left),
+            )
+            memory.settled[metadata["uid"]] = (desired, left)
+
+    def _create_child(self, owner: Owner, desired: Json, memory: _Memory) -> Json | None:
+        """The new child, or the one of ours that no watch showed; None if a stranger holds the name."""
+        kind, name = desired["kind"], desired["metadata"]["name"]
+        try:
+            created = self._cluster.create(desired)
+            WRITES.labels(kind=kind, verb="create").inc()
+        except NotFoundError as error:
+            raise TransientError(f"namespace {owner.namespace} is gone") from error
+        except ConflictError:
+            try:
+                created = self._cluster.read(kind, owner.namespace, name)
+            except NotFoundError as error:
+                raise TransientError(f"{kind} {owner.namespace}/{name} came and went") from error
+            if not is_owned_by(created, owner.uid):
+                logger.warning(
+                    "object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name
+                )
+                memory.strangers[(kind, name)] = time.monotonic() + self._settings.stranger_retry_s
+                return None
+        created.setdefault("kind", kind)
+        self._stores[kind].put(created)
+        return created
+
+    def _correct_child(self, desired: Json, live: Json, patch: Json) -> Json:
+        """One merge patch of just what differs.
+
+        Not a server-side apply: of a child that was created by POST, an apply removes nothing (a changed
+        Service port stays beside the new one), and created by apply, a stranger's child would be taken
+        over.
+        """
+        kind, metadata = desired["kind"], live["metadata"]
+        name, namespace = metadata["name"], metadata["namespace"]
+        try:
+            live = self._cluster.merge(kind, namespace, name, metadata["uid"], patch)
+        except (ConflictError, NotFoundError) as error:
+            self._stores[kind].forget((namespace, name))
+            raise TransientError(f"{kind} {namespace}/{name} changed meanwhile: {error.message}") from error
+        WRITES.labels(kind=kind, verb="patch").inc()
+        live.setdefault("kind", kind)
+        self._stores[kind].put(live)
+        return live
+
+    def _delete_child(self, owner: Owner, kind: str, name: str, uid: str) -> None:
+        try:
+            self._cluster.delete(kind, owner.namespace, name, uid)
+            WRITES.labels(kind=kind, verb="delete").inc()
+        except (NotFoundError, ConflictError):
+            self._stores[kind].forget((owner.namespace, name))
+
+    def _write_status(self, owner: Owner, previous: Json, status: Json) -> None:
+        if status == previous:
+            return
+        manifest = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {"name": owner.name, "namespace": owner.namespace},
+            "status": status,
+        }
+        try:
+            updated = self._cluster.apply_status(manifest, owner.uid)
+        except NotFoundError:
+            self._deployments.forget((owner.namespace, owner.name))
+            return
+        except ConflictError as error:
+            self._refresh(owner)
+            raise TransientError(f"{KIND} {owner.namespace}/{owner.name} changed meanwhile") from error
+        WRITES.labels(kind=KIND, verb="status").inc()
+        self._deployments.put(updated)
+        for event in find_events(previous, status):
+            self._tell(owner, event)
+
+    def _tell(self, owner: Owner, event: Event) -> None:
+        """Posts an Event. One that is lost is not missed: the conditions say the same."""
+        stamp = format_time(time.time())
+        involved = {"apiVersion": API_VERSION, "kind": KIND, "name": owner.name}
+        involved |= {"namespace": owner.namespace, "uid": owner.uid}
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{owner.name}.{time.time_ns():x}", "namespace": owner.namespace},
+            "involvedObject": involved,
+            "type": "Warning" if event.is_warning else "Normal",
+            "reason": event.reason,
+            "message": event.message[:1024],
+            "source": {"component": MANAGED_BY},
+            "reportingComponent": MANAGED_BY,
+            "reportingInstance": f"{self._settings.identity} {__version__}"[:128],
+            "firstTimestamp": stamp,
+            "lastTimestamp": stamp,
+            "count": 1,
+        }
+        try:
+            self._cluster.create(manifest)
+            WRITES.labels(kind="Event", verb="create").inc()
+        except (ApiError, TransientError) as error:
+            logger.warning(
+                "object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error)
+            )
+
+
+def _merge(a: Json, b: Json) -> Json:
+    """Two merge patches as one."""
+    both = {**a, **b}
+    for key in a.keys() & b.keys():
+        if isinstance(a[key], dict) and isinstance(b[key], dict):
+            both[key] = _merge(a[key], b[key])
+    return both

@@ -1,0 +1,142 @@
+"""The children of a TokaDeployment as manifests: pure functions from spec to dict.
+
+Owns: names, labels and selectors of children, and which child exists when. Pure. It never says when a
+child is written; `plan` does. Names are checked by the CRD: at most 43 characters, so that every label
+made from them fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toka_operator import __version__
+from toka_operator.fields import Json
+from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, REVISION_LABEL, SERVICE_ANNOTATIONS_KEY
+from toka_operator.spec import TokaDeploymentSpec
+
+SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
+POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerRevision"
+API_VERSIONS = {
+    SERVICE_ACCOUNT: "v1",
+    SERVICE: "v1",
+    STATEFUL_SET: "apps/v1",
+    CONTROLLER_REVISION: "apps/v1",
+    POD_DISRUPTION_BUDGET: "policy/v1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The TokaDeployment that children belong to."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+
+    def reference(self) -> Json:
+        return {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+        }
+
+
+def selector_labels(name: str) -> dict[str, str]:
+    """What the Service and the disruption budget select: the engine pods of every revision."""
+    return {
+        "app.kubernetes.io/name": "toka-engine",
+        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/component": "engine",
+    }
+
+
+def pod_labels(name: str, revision: str) -> dict[str, str]:
+    return {
+        **selector_labels(name),
+        "app.kubernetes.io/part-of": "toka",
+        "app.kubernetes.io/managed-by": MANAGED_BY,
+        REVISION_LABEL: revision,
+    }
+
+
+def set_name(name: str, revision: str) -> str:
+    return f"{name}-{revision}"
+
+
+def render_service_account(owner: Owner) -> Json:
+    account = _child(owner, SERVICE_ACCOUNT, owner.name, "engine")
+    return {**account, "automountServiceAccountToken": False}
+
+
+def render_service(owner: Owner, spec: TokaDeploymentSpec) -> Json:
+    service = _child(owner, SERVICE, owner.name, "endpoint")
+    if spec.service.annotations:
+        keys = ",".join(sorted(spec.service.annotations))
+        service["metadata"]["annotations"] = {**spec.service.annotations, SERVICE_ANNOTATIONS_KEY: keys}
+    service["spec"] = {
+        "type": spec.service.type,
+        "selector": selector_labels(owner.name),
+        "ports": [{"name": "http", "port": spec.service.port, "targetPort": "http", "protocol": "TCP"}],
+    }
+    return service
+
+
+def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | None:
+    """One pod (or maxUnavailable) at a time may be evicted; none of a single replica, so there it is left
+    out."""
+    if not spec.has_disruption_budget or spec.num_wanted < 2:
+        return None
+    budget = _child(owner, POD_DISRUPTION_BUDGET, owner.name, "endpoint")
+    budget["spec"] = {
+        "minAvailable": max(1, spec.num_wanted - max(1, spec.rollout.max_unavailable)),
+        "selector": {"matchLabels": selector_labels(owner.name)},
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+    }
+    return budget
+
+
+def render_revision(owner: Owner, revision: str, template: Json, number: int) -> Json:
+    """A revision's memory: the pod template as it was rendered, which no newer operator renders again."""
+    stored = _child(owner, CONTROLLER_REVISION, set_name(owner.name, revision), "revision")
+    stored["metadata"]["labels"][REVISION_LABEL] = revision
+    return {**stored, "data": {"template": template}, "revision": number}
+
+
+def render_stateful_set(owner: Owner, revision: str, template: Json, replicas: int) -> Json:
+    """The pods of one revision. OnDelete: the template is not to change, and a hand-made change must
+    restart nothing."""
+    stateful_set = _child(owner, STATEFUL_SET, set_name(owner.name, revision), "engine")
+    stateful_set["metadata"]["labels"][REVISION_LABEL] = revision
+    stateful_set["spec"] = {
+        "replicas": replicas,
+        "serviceName": owner.name,
+        "podManagementPolicy": "Parallel",
+        "updateStrategy": {"type": "OnDelete"},
+        "revisionHistoryLimit": 1,
+        "selector": {"matchLabels": {**selector_labels(owner.name), REVISION_LABEL: revision}},
+        "template": template,
+    }
+    return stateful_set
+
+
+def _child(owner: Owner, kind: str, name: str, component: str) -> Json:
+    labels = {
+        **selector_labels(owner.name),
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/part-of": "toka",
+        "app.kubernetes.io/managed-by": MANAGED_BY,
+        "app.kubernetes.io/version": __version__,
+    }
+    return {
+        "apiVersion": API_VERSIONS[kind],
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": owner.namespace,
+            "labels": labels,
+            "ownerReferences": [owner.reference()],
+        },
+    }

@@ -1,0 +1,93 @@
+"""Settings of one operator process, read once from the environment, and the constants of its API.
+
+Owns: every name and limit that is not part of a TokaDeployment. May not import anything of ours but `errors`.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from toka_operator.errors import SettingsError
+
+GROUP = "toka.dev"
+VERSION = "v1alpha1"
+PLURAL = "tokadeployments"
+KIND = "TokaDeployment"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+FIELD_MANAGER = "toka-operator"
+MANAGED_BY = "toka-operator"
+LEASE_NAME = "toka-operator"
+REVISION_LABEL = f"{GROUP}/revision"
+SERVICE_ANNOTATIONS_KEY = f"{GROUP}/service-annotations"
+"""On the Service: the keys of the annotations that the spec asked for, so that a removed one is known to
+be ours."""
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the chart passes in. Seconds everywhere."""
+
+    engine_image: str
+    """Image of engines whose spec names none. Written into a revision when it is made, never changed in
+    it."""
+    namespace: str = "default"
+    """Where the Lease lives."""
+    watch_namespaces: tuple[str, ...] = ()
+    """Empty: the whole cluster."""
+    identity: str = ""
+    num_workers: int = 8
+    health_port: int = 8080
+    log_level: str = "INFO"
+    lease_duration_s: float = 15.0
+    lease_renew_deadline_s: float = 10.0
+    lease_retry_s: float = 2.0
+    names_check_s: float = 600.0
+    """How often one list of names is compared with what we know, because kopf does not report what
+    vanished in a gap."""
+    stranger_retry_s: float = 30.0
+    """How soon a child's name that a stranger holds is tried again: no watch of ours can see that it was
+    freed."""
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from TOKA_* variables. Raises SettingsError naming the first variable that is missing or
+    invalid."""
+    image = environ.get("TOKA_ENGINE_IMAGE", "")
+    if not image:
+        raise SettingsError(
+            "TOKA_ENGINE_IMAGE is not set: it names the image of engines whose spec names none"
+        )
+    log_level = environ.get("TOKA_LOG_LEVEL", "INFO").upper()
+    if log_level not in LOG_LEVELS:
+        raise SettingsError(f"TOKA_LOG_LEVEL={log_level}: must be one of {', '.join(LOG_LEVELS)}")
+    namespaces = tuple(n.strip() for n in environ.get("TOKA_WATCH_NAMESPACES", "").split(",") if n.strip())
+    return Settings(
+        engine_image=image,
+        namespace=environ.get("TOKA_NAMESPACE", "default"),
+        watch_namespaces=namespaces,
+        identity=environ.get("TOKA_IDENTITY") or socket.gethostname(),
+        num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),
+        health_port=_read_int(environ, "TOKA_HEALTH_PORT", 8080, 0, 65535),
+        log_level=log_level,
+        lease_duration_s=_read_int(environ, "TOKA_LEASE_DURATION_SECONDS", 15, 3, 3600),
+        lease_renew_deadline_s=_read_int(environ, "TOKA_LEASE_RENEW_DEADLINE_SECONDS", 10, 2, 3600),
+        lease_retry_s=_read_int(environ, "TOKA_LEASE_RETRY_SECONDS", 2, 1, 3600),
+        names_check_s=_read_int(environ, "TOKA_NAMES_CHECK_SECONDS", 600, 1, 86400),
+        stranger_retry_s=_read_int(environ, "TOKA_STRANGER_RETRY_SECONDS", 30, 1, 3600),
+    )
+
+
+def _read_int(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = environ.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise SettingsError(f"{name}={text}: must be a whole number") from error
+    if not low <= value <= high:
+        raise SettingsError(f"{name}={text}: must be between {low} and {high}")
+    return value

@@ -1,0 +1,355 @@
+"""TokaDeploymentSpec: the user's wish, typed and complete.
+
+Owns: every default (the CRD repeats them, a test compares), the check of what a body may hold, and the
+hash that names a revision. Pure. The CRD refuses bad objects at `kubectl apply`; `parse` checks again,
+because an object may have been stored under an older CRD, and reports every bad field at once instead of
+raising.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from toka_operator.errors import FieldError
+from toka_operator.fields import Fields, Json
+
+DEFAULTS: Json = {
+    "model": {"dtype": "auto"},
+    "engine": {
+        "pullPolicy": "IfNotPresent",
+        "port": 10210,
+        "hydragen": True,
+        "torchCompile": False,
+        "cudaGraphs": True,
+        "logLevel": "INFO",
+    },
+    "replicas": 1,
+    "resources": {"device": "gpu", "gpuResource": "nvidia.com/gpu"},
+    "scheduling": {},
+    "cache": {"type": "Ephemeral"},
+    "auth": {},
+    "startup": {"timeoutSeconds": 1800},
+    "rollout": {
+        "maxSurge": 1,
+        "maxUnavailable": 0,
+        "minReadySeconds": 5,
+        "progressDeadlineSeconds": 3600,
+        "drainTimeoutSeconds": 120,
+        "paused": False,
+        "revisionHistoryLimit": 3,
+    },
+    "disruption": {"podDisruptionBudget": "Auto"},
+    "service": {"type": "ClusterIP", "port": 80},
+    "podTemplate": {},
+    "suspend": False,
+}
+POD_FIELDS = ("model", "engine", "resources", "scheduling", "cache", "auth", "startup", "podTemplate")
+"""Parts of the spec that alter the pod, besides rollout.drainTimeoutSeconds."""
+
+_SOURCE = re.compile(
+    r"hf://(?P<hub>[A-Za-z0-9][-._A-Za-z0-9]*/[A-Za-z0-9][-._A-Za-z0-9]*)"
+    r"|pvc://(?P<claim>[a-z0-9](?:[-.a-z0-9]*[a-z0-9])?)(?P<folder>(?:/[-._A-Za-z0-9]+)*)"
+    r"|file://(?P<file>(?:/[-._A-Za-z0-9]+)+)"
+    r"|(?P<builtin>builtin://smollm2)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A parsed model.source. `location` is a hub name, a folder inside the claim ("" or "/a/b"), or an
+    absolute path."""
+
+    kind: Literal["hf", "pvc", "file", "builtin"]
+    location: str
+    claim: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    source: ModelSource
+    served_name: str
+    revision: str | None
+    aliases: tuple[str, ...]
+    tokenizer: str | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    image: str | None
+    pull_policy: str
+    pull_secrets: tuple[str, ...]
+    port: int
+    max_tokens_per_forward: int | None
+    max_seqs_per_forward: int | None
+    kv_cache_num_tokens: int | None
+    page_size: int | None
+    hydragen: bool
+    torch_compile: bool
+    cuda_graphs: bool
+    log_level: str
+    extra_args: tuple[str, ...]
+    env: tuple[Json, ...]
+    env_from: tuple[Json, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    device: str
+    gpu_resource: str
+    cpu: str | None
+    memory: str | None
+    shared_memory: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    node_selector: Json
+    tolerations: tuple[Json, ...]
+    affinity: Json
+    topology_spread: tuple[Json, ...] | None
+    """None: the operator's default."""
+    priority_class_name: str | None
+    runtime_class_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    type: str
+    size: str | None
+    claim_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SecretKey:
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    max_surge: int
+    max_unavailable: int
+    min_ready_s: int
+    progress_deadline_s: int
+    drain_timeout_s: int
+    paused: bool
+    revision_history_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    type: str
+    port: int
+    annotations: Json
+
+
+@dataclass(frozen=True, slots=True)
+class PodAdditions:
+    labels: Json
+    annotations: Json
+    volumes: tuple[Json, ...]
+    volume_mounts: tuple[Json, ...]
+    sidecars: tuple[Json, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokaDeploymentSpec:
+    """One valid spec, with every default filled in. `revision` is the 8 hex digits that name its pods'
+    revision."""
+
+    revision: str
+    model: Model
+    engine: Engine
+    replicas: int
+    resources: Resources
+    scheduling: Scheduling
+    cache: Cache
+    hf_token: SecretKey | None
+    api_key: SecretKey | None
+    startup_timeout_s: int
+    rollout: Rollout
+    has_disruption_budget: bool
+    service: Service
+    pod_additions: PodAdditions
+    suspend: bool
+
+    @property
+    def num_wanted(self) -> int:
+        """Pods that there should be: none while suspended."""
+        return 0 if self.suspend else self.replicas
+
+
+def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
+    """The typed spec of a TokaDeployment's body, or every field that is wrong with it."""
+    raw = body.get("spec")
+    root = Fields(raw if isinstance(raw, Mapping) else {}, DEFAULTS, "spec", [])
+    model, engine, resources = root.child("model"), root.child("engine"), root.child("resources")
+    startup, rollout = root.child("startup"), root.child("rollout")
+    spec = TokaDeploymentSpec(
+        revision=compute_revision(root.raw),
+        model=_parse_model(model),
+        engine=_parse_engine(engine),
+        replicas=root.integer("replicas", 0, 1000),
+        resources=Resources(
+            device=resources.choice("device", ("gpu", "cpu")),
+            gpu_resource=resources.text("gpuResource"),
+            cpu=resources.quantity("cpu"),
+            memory=resources.quantity("memory"),
+            shared_memory=resources.quantity("sharedMemory") or "8Gi",
+        ),
+        scheduling=_parse_scheduling(root.child("scheduling")),
+        cache=_parse_cache(root.child("cache")),
+        hf_token=_parse_secret_key(root.child("auth"), "hfTokenSecretRef", "token"),
+        api_key=_parse_secret_key(root.child("auth"), "apiKeySecretRef", "key"),
+        startup_timeout_s=startup.integer("timeoutSeconds", 10, 86400),
+        rollout=_parse_rollout(rollout),
+        has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off"))
+        == "Auto",
+        service=_parse_service(root.child("service")),
+        pod_additions=_parse_pod_additions(root.child("podTemplate")),
+        suspend=root.boolean("suspend"),
+    )
+    if not root.errors and spec.rollout.progress_deadline_s <= spec.startup_timeout_s:
+        rollout.refuse("progressDeadlineSeconds", "must be greater than startup.timeoutSeconds")
+    return root.errors or spec
+
+
+def compute_revision(raw_spec: Mapping[str, Any]) -> str:
+    """8 hex digits over what alters the pod.
+
+    Values equal to their default are left out, so a default written down, or a field that a newer CRD adds
+    with a default, changes no revision; neither does the operator's version or its default image.
+    """
+    parts = {name: _without_defaults(raw_spec.get(name), DEFAULTS[name]) for name in POD_FIELDS}
+    rollout = raw_spec.get("rollout")
+    if isinstance(rollout, Mapping):
+        keep = {k: v for k, v in rollout.items() if k == "drainTimeoutSeconds"}
+        parts["rollout"] = _without_defaults(keep, DEFAULTS["rollout"])
+    text = json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _without_defaults(raw: Any, defaults: Json) -> Json:
+    if not isinstance(raw, Mapping):
+        return {}
+    return {k: v for k, v in raw.items() if v is not None and not (k in defaults and defaults[k] == v)}
+
+
+def parse_source(source: str) -> ModelSource | None:
+    """The parts of a model.source, or None if it is none."""
+    match = _SOURCE.fullmatch(source)
+    if match is None or ".." in source.split("/"):
+        return None
+    if match["hub"]:
+        return ModelSource("hf", match["hub"])
+    if match["claim"]:
+        return ModelSource("pvc", match["folder"], match["claim"])
+    if match["file"]:
+        return ModelSource("file", match["file"])
+    return ModelSource("builtin", source)
+
+
+def _parse_model(fields: Fields) -> Model:
+    text = fields.text("source")
+    source = parse_source(text)
+    if source is None:
+        fields.refuse("source", "must be hf://org/name, pvc://claim/path, file:///path or builtin://smollm2")
+        source = ModelSource("builtin", "builtin://smollm2")
+    revision = fields.optional_text("revision")
+    if revision is not None and source.kind != "hf":
+        fields.refuse("revision", "is only for hf:// sources")
+    return Model(
+        source=source,
+        served_name=fields.optional_text("servedName") or text.rstrip("/").rsplit("/", 1)[-1],
+        revision=revision,
+        aliases=fields.items("aliases", str),
+        tokenizer=fields.optional_text("tokenizer"),
+        dtype=fields.choice("dtype", ("auto", "bfloat16", "float32")),
+    )
+
+
+def _parse_engine(fields: Fields) -> Engine:
+    secrets = fields.items("pullSecrets", dict)
+    return Engine(
+        image=fields.optional_text("image"),
+        pull_policy=fields.choice("pullPolicy", ("Always", "IfNotPresent", "Never")),
+        pull_secrets=tuple(str(s.get("name", "")) for s in secrets),
+        port=fields.integer("port", 1024, 65535),
+        max_tokens_per_forward=fields.optional_integer("maxTokensPerForward", 1, 1048576),
+        max_seqs_per_forward=fields.optional_integer("maxSeqsPerForward", 1, 65536),
+        kv_cache_num_tokens=fields.optional_integer("kvCacheNumTokens", 16, 1000000000),
+        page_size=fields.optional_integer("pageSize", 1, 1024),
+        hydragen=fields.boolean("hydragen"),
+        torch_compile=fields.boolean("torchCompile"),
+        cuda_graphs=fields.boolean("cudaGraphs"),
+        log_level=fields.choice("logLevel", ("DEBUG", "INFO", "WARNING", "ERROR")),
+        extra_args=fields.items("extraArgs", str),
+        env=fields.items("env", dict),
+        env_from=fields.items("envFrom", dict),
+    )
+
+
+def _parse_scheduling(fields: Fields) -> Scheduling:
+    spread = fields.items("topologySpread", dict)
+    return Scheduling(
+        node_selector=fields.mapping("nodeSelector"),
+        tolerations=fields.items("tolerations", dict),
+        affinity=fields.mapping("affinity"),
+        topology_spread=None if fields.get("topologySpread") is None else spread,
+        priority_class_name=fields.optional_text("priorityClassName"),
+        runtime_class_name=fields.optional_text("runtimeClassName"),
+    )
+
+
+def _parse_cache(fields: Fields) -> Cache:
+    cache_type = fields.choice("type", ("Ephemeral", "ExistingPVC"))
+    claim_name = fields.optional_text("claimName")
+    if (cache_type == "ExistingPVC") != (claim_name is not None):
+        fields.refuse("claimName", "is needed for type ExistingPVC, and only there")
+    return Cache(cache_type, fields.quantity("size"), claim_name)
+
+
+def _parse_secret_key(fields: Fields, name: str, default_key: str) -> SecretKey | None:
+    if fields.get(name) is None:
+        return None
+    reference = Fields(fields.mapping(name), {"key": default_key}, f"{fields.path}.{name}", fields.errors)
+    return SecretKey(reference.text("name"), reference.text("key"))
+
+
+def _parse_rollout(fields: Fields) -> Rollout:
+    rollout = Rollout(
+        max_surge=fields.integer("maxSurge", 0, 1000),
+        max_unavailable=fields.integer("maxUnavailable", 0, 1000),
+        min_ready_s=fields.integer("minReadySeconds", 0, 3600),
+        progress_deadline_s=fields.integer("progressDeadlineSeconds", 11, 604800),
+        drain_timeout_s=fields.integer("drainTimeoutSeconds", 0, 86400),
+        paused=fields.boolean("paused"),
+        revision_history_limit=fields.integer("revisionHistoryLimit", 0, 50),
+    )
+    if rollout.max_surge + rollout.max_unavailable == 0:
+        fields.refuse("maxSurge", "may not be 0 together with maxUnavailable: no pod could ever be replaced")
+    return rollout
+
+
+def _parse_service(fields: Fields) -> Service:
+    return Service(
+        type=fields.choice("type", ("ClusterIP", "NodePort", "LoadBalancer")),
+        port=fields.integer("port", 1, 65535),
+        annotations=fields.mapping("annotations"),
+    )
+
+
+def _parse_pod_additions(fields: Fields) -> PodAdditions:
+    return PodAdditions(
+        labels=fields.mapping("labels"),
+        annotations=fields.mapping("annotations"),
+        volumes=fields.items("volumes", dict),
+        volume_mounts=fields.items("volumeMounts", dict),
+        sidecars=fields.items("sidecars", dict),
+    )

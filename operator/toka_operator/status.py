@@ -1,0 +1,210 @@
+"""The status block: what a user sees of a TokaDeployment.
+
+Owns: every field of `status` and the events told on its transitions. Pure: the same observations give the
+same status, so nothing is written while nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from toka_operator.conditions import (
+    CONFIG_VALID,
+    DEGRADED,
+    PROGRESSING,
+    READY,
+    Condition,
+    Counts,
+    Outcome,
+    count_pods,
+    decide_conditions,
+    merge_conditions,
+)
+from toka_operator.errors import FieldError
+from toka_operator.fields import Json
+from toka_operator.observed import Observed, format_time, parse_time
+from toka_operator.plan import Plan
+from toka_operator.podspec import ENGINE_CONTAINER
+from toka_operator.resources import Owner, selector_labels
+from toka_operator.spec import TokaDeploymentSpec
+
+MAX_FAILURES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One transition, as told to the user."""
+
+    is_warning: bool
+    reason: str
+    message: str
+
+
+def build_status(
+    owner: Owner,
+    spec: TokaDeploymentSpec,
+    observed: Observed,
+    plan: Plan,
+    outcome: Outcome,
+    previous: Json,
+    now: float,
+) -> Json:
+    """The whole status. `previous` gives the times of transitions and of the last progress, and nothing
+    else."""
+    counts = count_pods(spec, observed, now)
+    revisions = _describe_revisions(spec, observed, plan, now)
+    last_progress = _find_last_progress(spec, revisions, previous, now)
+    is_late = _is_underway(counts) and now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
+    conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late)
+    phase, reason = _decide_phase(spec, counts, {c.type: c for c in conditions})
+    status: Json = {
+        "observedGeneration": owner.generation,
+        "url": _url(owner, spec),
+        "model": spec.model.served_name,
+        "image": _image(plan.templates.get(spec.revision)),
+        "phase": phase,
+        "reason": reason,
+        "ready": f"{counts.num_ready}/{counts.num_wanted}",
+        "replicas": counts.num_pods,
+        "readyReplicas": counts.num_ready,
+        "updatedReplicas": counts.num_updated,
+        "availableReplicas": counts.num_available,
+        "gpus": counts.num_pods if spec.resources.device == "gpu" else 0,
+        "selector": ",".join(f"{k}={v}" for k, v in sorted(selector_labels(owner.name).items())),
+        "currentRevision": spec.revision,
+        "lastProgressTime": last_progress,
+        "revisions": revisions,
+        "failures": _describe_failures(observed),
+    }
+    merged = merge_conditions(conditions, previous.get("conditions", []), owner.generation, now)
+    return {**status, "conditions": merged}
+
+
+def build_invalid_status(owner: Owner, errors: Sequence[FieldError], previous: Json, now: float) -> Json:
+    """The status of an object whose spec cannot be used: every bad field named, the rest as it was."""
+    message = "; ".join(str(error) for error in errors)
+    invalid = Condition(CONFIG_VALID, False, "InvalidSpec", message)
+    kept = [c for c in previous.get("conditions", []) if c.get("type") != CONFIG_VALID]
+    conditions = merge_conditions([invalid], previous.get("conditions", []), owner.generation, now)
+    status = {**previous, "observedGeneration": owner.generation, "phase": "Invalid", "reason": "InvalidSpec"}
+    return {**status, "conditions": [*kept, *conditions]}
+
+
+def find_deadline_s(spec: TokaDeploymentSpec, status: Json, now: float) -> float | None:
+    """Seconds until the rollout counts as late, or None if it is over or late already."""
+    progressing = next((c for c in status["conditions"] if c["type"] == PROGRESSING), None)
+    if progressing is None or progressing["status"] != "True":
+        return None
+    return max(0.0, parse_time(status["lastProgressTime"]) + spec.rollout.progress_deadline_s - now) + 0.01
+
+
+def find_events(previous: Json, status: Json) -> list[Event]:
+    """What to tell: transitions of Ready, Degraded and ConfigValid and of the current revision."""
+    before = {c["type"]: c for c in previous.get("conditions", [])}
+    events = []
+    old, new = previous.get("currentRevision"), status.get("currentRevision")
+    if old and new and old != new:
+        events.append(Event(False, "RolloutStarted", f"revision {new} replaces {old}"))
+    for condition in status["conditions"]:
+        kind, is_true = condition["type"], condition["status"] == "True"
+        was = before.get(kind, {})
+        is_new_status = was.get("status", "") != condition["status"]
+        is_new_reason = was.get("reason", "") != condition["reason"]
+        if kind == READY and is_true and is_new_status:
+            events.append(Event(False, "Ready", condition["message"]))
+        if kind == DEGRADED and is_true and (is_new_status or is_new_reason):
+            events.append(Event(True, condition["reason"], condition["message"]))
+        if kind == CONFIG_VALID and not is_true and (is_new_status or is_new_reason):
+            events.append(Event(True, condition["reason"], condition["message"]))
+    return events
+
+
+def _url(owner: Owner, spec: TokaDeploymentSpec) -> str:
+    port = "" if spec.service.port == 80 else f":{spec.service.port}"
+    return f"http://{owner.name}.{owner.namespace}.svc{port}/v1"
+
+
+def _image(template: Json | None) -> str:
+    containers = template["spec"]["containers"] if template else []
+    return next((c["image"] for c in containers if c["name"] == ENGINE_CONTAINER), "")
+
+
+def _describe_revisions(spec: TokaDeploymentSpec, observed: Observed, plan: Plan, now: float) -> list[Json]:
+    described = []
+    for revision in sorted(set(plan.targets) | set(plan.revisions), key=lambda r: (r != spec.revision, r)):
+        pods = [p for p in observed.pods if p.revision == revision and not p.is_terminating]
+        if revision != spec.revision and not any(p.revision == revision for p in observed.pods):
+            continue
+        described.append(
+            {
+                "name": revision,
+                "image": _image(plan.templates.get(revision)),
+                "replicas": len(pods),
+                "ready": sum(p.is_ready for p in pods),
+                "available": sum(p.is_available(now, spec.rollout.min_ready_s) for p in pods),
+            }
+        )
+    return described
+
+
+def _find_last_progress(spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float) -> str:
+    """Progress: another revision, more of its pods available, fewer old ones, or a change of what is
+    wanted."""
+    before = {r["name"]: r for r in previous.get("revisions", [])}
+    after = {r["name"]: r for r in revisions}
+    last = previous.get("lastProgressTime")
+    is_same_wish = previous.get("currentRevision") == spec.revision and not _was_over(previous)
+    if not last or not is_same_wish:
+        return str(last) if last and _was_over(previous) and before == after else format_time(now)
+    more_new = _number(after, spec.revision, "available") > _number(before, spec.revision, "available")
+    old_before = sum(r["replicas"] for name, r in before.items() if name != spec.revision)
+    old_after = sum(r["replicas"] for name, r in after.items() if name != spec.revision)
+    return format_time(now) if more_new or old_after < old_before else str(last)
+
+
+def _was_over(previous: Json) -> bool:
+    """Whether nothing was under way, so that whatever starts now has its whole deadline."""
+    conditions = {c["type"]: c for c in previous.get("conditions", [])}
+    reason = conditions.get(PROGRESSING, {}).get("reason")
+    return reason in ("Complete", "Paused", "Suspended", "ScaledToZero")
+
+
+def _number(revisions: dict[str, Json], name: str, key: str) -> int:
+    return int(revisions.get(name, {}).get(key, 0))
+
+
+def _is_underway(counts: Counts) -> bool:
+    return counts.num_wanted > 0 and (counts.num_old > 0 or counts.num_updated_available < counts.num_wanted)
+
+
+def _describe_failures(observed: Observed) -> list[Json]:
+    failures = [pod.failure for pod in observed.pods if pod.failure is not None and not pod.is_terminating]
+    failures.sort(key=lambda failure: failure.pod)
+    described = []
+    for failure in failures[:MAX_FAILURES]:
+        entry: Json = {"pod": failure.pod, "reason": failure.reason, "message": failure.message}
+        entry["restarts"] = failure.restarts
+        if failure.container:
+            entry["container"] = failure.container
+        if failure.exit_code is not None:
+            entry["exitCode"] = failure.exit_code
+        described.append(entry)
+    return described
+
+
+def _decide_phase(
+    spec: TokaDeploymentSpec, counts: Counts, conditions: dict[str, Condition]
+) -> tuple[str, str]:
+    """The one word for a table, and why."""
+    degraded, progressing = conditions[DEGRADED], conditions[PROGRESSING]
+    reason = degraded.reason if degraded.is_true else progressing.reason
+    if counts.num_wanted == 0:
+        return ("Suspended" if spec.suspend else "ScaledToZero"), reason
+    if conditions[READY].is_true:
+        return "Running", reason
+    if degraded.is_true:
+        return "Degraded", reason
+    if counts.num_old:
+        return "Updating", reason
+    return ("Starting" if counts.num_available == 0 else "Scaling"), reason

@@ -1,0 +1,120 @@
+"""The newest known state of watched objects, indexed by the TokaDeployment that they name.
+
+Owns: which of two versions of an object is newer, so that a late watch event never hides our own write.
+Thread-safe. No I/O. An object is known by (namespace, name) within its kind, and belongs to the key that
+`index` derives from it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from toka_operator.fields import Json
+
+Key = tuple[str, str]
+"""(namespace, name) of a TokaDeployment."""
+
+MAX_DELETED = 4096
+
+
+class Store:
+    """Objects of one kind. `index` gives the key that an object belongs to, or None for an object of no
+    interest."""
+
+    def __init__(
+        self, index: Callable[[Json], Key | None], trim: Callable[[Json], Json] = lambda o: o
+    ) -> None:
+        self._index = index
+        self._trim = trim
+        self._lock = threading.Lock()
+        self._objects: dict[Key, Json] = {}
+        self._members: dict[Key, set[Key]] = {}
+        self._deleted: OrderedDict[Key, int] = OrderedDict()
+
+    def put(self, obj: Json) -> set[Key]:
+        """Keeps `obj` if it is newer than what is known. Returns the keys concerned: its own, and the one
+        it left."""
+        obj.get("metadata", {}).pop("managedFields", None)
+        with self._lock:
+            name = _name(obj)
+            known = self._objects.get(name)
+            if known is not None and _version(known) >= _version(obj):
+                return set()
+            if self._deleted.get(name, -1) >= _version(obj):
+                return set()
+            self._deleted.pop(name, None)
+            left = self._discard(name)
+            key = self._index(obj)
+            if key is not None:
+                self._objects[name] = self._trim(obj)
+                self._members.setdefault(key, set()).add(name)
+            return {k for k in (left, key) if k is not None}
+
+    def remove(self, obj: Json) -> set[Key]:
+        """Forgets an object, unless a newer one of that name is known. Returns the keys concerned.
+
+        The deletion's version is remembered for a while: the answer to a write of ours made just before
+        may come later.
+        """
+        with self._lock:
+            self._deleted[_name(obj)] = _version(obj)
+            if len(self._deleted) > MAX_DELETED:
+                self._deleted.popitem(last=False)
+            known = self._objects.get(_name(obj))
+            if known is None:
+                return set()
+            is_other = known["metadata"]["uid"] != obj["metadata"]["uid"]
+            if is_other and _version(known) > _version(obj):
+                return set()
+            left = self._discard(_name(obj))
+            return {left} if left is not None else set()
+
+    def forget(self, name: Key) -> Key | None:
+        """Forgets whatever has this name."""
+        with self._lock:
+            return self._discard(name)
+
+    def replace_all(self, objects: Iterable[Json], version: int) -> set[Key]:
+        """Takes over a complete list made at `version`. Returns the keys of everything that changed."""
+        listed = {_name(obj): obj for obj in objects}
+        with self._lock:
+            gone = [n for n, o in self._objects.items() if n not in listed and _version(o) <= version]
+            changed = {key for key in (self._discard(name) for name in gone) if key is not None}
+        return changed.union(*map(self.put, listed.values()))
+
+    def get(self, name: Key) -> Json | None:
+        with self._lock:
+            return self._objects.get(name)
+
+    def members(self, key: Key) -> list[Json]:
+        """Every object that belongs to a key, by name."""
+        with self._lock:
+            return [self._objects[name] for name in sorted(self._members.get(key, ()))]
+
+    def list_keys(self) -> list[Key]:
+        with self._lock:
+            return list(self._members)
+
+    def _discard(self, name: Key) -> Key | None:
+        known = self._objects.pop(name, None)
+        if known is None:
+            return None
+        key = self._index(known)
+        if key is not None:
+            members = self._members[key]
+            members.discard(name)
+            if not members:
+                del self._members[key]
+        return key
+
+
+def _name(obj: Json) -> Key:
+    return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
+
+
+def _version(obj: Json) -> int:
+    """Resource versions of one kind are numbers that grow; 0 for anything else."""
+    text = str(obj["metadata"].get("resourceVersion", ""))
+    return int(text) if text.isdigit() else 0

@@ -1,0 +1,116 @@
+"""A keyed work queue: each key is worked on by one thread at a time, and waits once however often it is
+added.
+
+Owns: delays, backoff with jitter, and the count of failures of each key. Knows nothing of what a key means.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+BACKOFF_FIRST_S = 0.2
+BACKOFF_LAST_S = 30.0
+
+
+class WorkQueue(Generic[K]):
+    """Thread-safe. A key added while it is worked on is worked on once more afterwards."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._ready: OrderedDict[K, float] = OrderedDict()
+        self._later: list[tuple[float, int, K]] = []
+        self._due: dict[K, float] = {}
+        self._working: set[K] = set()
+        self._again: set[K] = set()
+        self._failures: dict[K, int] = {}
+        self._sequence = 0
+        self._is_closed = False
+
+    def add(self, key: K) -> None:
+        """Asks for work on `key` as soon as possible."""
+        with self._changed:
+            self._add(key)
+
+    def add_after(self, key: K, delay_s: float) -> None:
+        """Asks for work on `key` in `delay_s`, or earlier if that was asked for before."""
+        with self._changed:
+            due = time.monotonic() + delay_s
+            if self._is_closed or self._due.get(key, float("inf")) <= due:
+                return
+            self._due[key] = due
+            self._sequence += 1
+            heapq.heappush(self._later, (due, self._sequence, key))
+            self._changed.notify()
+
+    def get(self) -> K | None:
+        """The next key, or None once the queue is closed. Call `done` or `retry` afterwards."""
+        with self._changed:
+            while not self._is_closed:
+                self._move_due()
+                if self._ready:
+                    key, _ = self._ready.popitem(last=False)
+                    self._working.add(key)
+                    return key
+                self._changed.wait(self._later[0][0] - time.monotonic() if self._later else None)
+            return None
+
+    def done(self, key: K) -> None:
+        """The work succeeded: its failures are forgotten."""
+        with self._changed:
+            self._failures.pop(key, None)
+            self._finish(key)
+
+    def retry(self, key: K, at_least_s: float = 0.0) -> float:
+        """The work failed: `key` comes back after a backoff, whose seconds are returned."""
+        with self._changed:
+            failures = self._failures.get(key, 0)
+            self._failures[key] = failures + 1
+            backoff = min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2.0 ** min(failures, 10))
+            delay_s: float = max(at_least_s, backoff * random.uniform(0.75, 1.25))
+            self._finish(key)
+        self.add_after(key, delay_s)
+        return delay_s
+
+    def close(self) -> None:
+        """Every `get` returns None from now on."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def measure(self) -> tuple[int, float]:
+        """(keys waiting or worked on, seconds that the oldest waiting key has waited)."""
+        with self._changed:
+            oldest = next(iter(self._ready.values()), None)
+            age_s = time.monotonic() - oldest if oldest is not None else 0.0
+            return len(self._ready) + len(self._working), age_s
+
+    def _add(self, key: K) -> None:
+        if self._is_closed or key in self._ready:
+            return
+        if key in self._working:
+            self._again.add(key)
+            return
+        self._ready[key] = time.monotonic()
+        self._changed.notify()
+
+    def _finish(self, key: K) -> None:
+        self._working.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self._add(key)
+
+    def _move_due(self) -> None:
+        now = time.monotonic()
+        while self._later and self._later[0][0] <= now:
+            due, _, key = heapq.heappop(self._later)
+            if self._due.get(key) == due:
+                del self._due[key]
+                self._add(key)

@@ -1,0 +1,111 @@
+"""A real API server without nodes: etcd, kube-apiserver and controller-manager on free loopback ports.
+
+It needs no namespaces, so Python's kubernetes client in the test process can talk to it directly. Nothing
+runs pods unless `simulate_nodes` is called: then the scheduler and kwok bind pods and report them Ready.
+Pods can also be given any status by hand (`kubectl patch --subresource=status`, or a client).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from tests.cluster.harness.control import SERVICE_NAMES, ControlPlane
+from tests.cluster.harness.handle import KubernetesHandle
+from tests.cluster.harness.kwok import write_kwok_configuration
+from tests.cluster.harness.paths import tool
+from tests.cluster.harness.pki import Pki
+from tests.cluster.harness.processes import RunFolder
+from tests.cluster.harness.tools import require_tools
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nobody listens on at this moment, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+class ApiServer(KubernetesHandle):
+    """etcd, kube-apiserver and controller-manager; optionally simulated nodes."""
+
+    @classmethod
+    def start(cls, name: str | None = None) -> ApiServer:
+        """Boot one; ready for requests when this returns."""
+        require_tools("etcd", "kubernetes")
+        run = RunFolder(name or f"api-{os.getpid()}")
+        run.create()
+        api_port, etcd_port, etcd_peer_port, manager_port = free_ports(4)
+        pki = Pki(run.path / "pki", f"https://127.0.0.1:{api_port}")
+        pki.create([*SERVICE_NAMES, "DNS:localhost", "IP:127.0.0.1"])
+        control = ControlPlane(run.path, pki, "127.0.0.1", None, api_port, etcd_port, etcd_peer_port)
+        control.issue_component_keys()
+        server = cls(run, control)
+        try:
+            server.spawn_control("etcd", control.etcd())
+            server.start_api_server()
+            server.spawn_control("kube-controller-manager", control.controller_manager(manager_port))
+            server.wait_for(
+                lambda: server.get("serviceaccount", "default"),
+                "the controller-manager to make service accounts",
+            )
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
+    def simulate_nodes(self, count: int = 1, gpus_each: int = 0, pods_each: int = 1000) -> None:
+        """Add nodes without a machine, whose pods become Ready at once, and the scheduler for them.
+
+        May be called again to add more; nodes are named `simulated-0` and so on.
+        """
+        if "kwok" not in self.run.processes:
+            require_tools("addons")
+            scheduler_port, kwok_port = free_ports(2)
+            self.spawn_control("kube-scheduler", self.control.scheduler(scheduler_port))
+            configuration = write_kwok_configuration(self.run.path)
+            self.spawn_control("kwok", self._kwok(configuration, kwok_port))
+        existing = len(self.list_objects("nodes", selector="type=simulated"))
+        names = [f"simulated-{existing + i}" for i in range(count)]
+        self.apply(*(_node(name, gpus_each, pods_each) for name in names))
+        self.wait_for(lambda: all(self._is_node_ready(name) for name in names), "simulated nodes to be ready")
+
+    def _is_node_ready(self, name: str) -> bool:
+        node = self.get("node", name) or {}
+        conditions = node.get("status", {}).get("conditions", [])
+        return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+    def _kwok(self, configuration: Path, port: int) -> list[str]:
+        return [
+            tool("kwok"),
+            f"--kubeconfig={self.kubeconfig}",
+            f"--config={configuration}",
+            "--manage-all-nodes=false",
+            "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+            f"--server-address=127.0.0.1:{port}",
+            "--node-lease-duration-seconds=40",
+            "--cidr=10.200.0.1/16",
+            "--node-ip=10.201.0.1",
+        ]
+
+
+def _node(name: str, gpus: int, pods: int) -> dict[str, object]:
+    capacity = {"cpu": "1000", "memory": "4Ti", "ephemeral-storage": "4Ti", "pods": str(pods)}
+    if gpus:
+        capacity["nvidia.com/gpu"] = str(gpus)
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {
+            "name": name,
+            "annotations": {"kwok.x-k8s.io/node": "fake", "node.alpha.kubernetes.io/ttl": "0"},
+            "labels": {"type": "simulated", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux"},
+        },
+        "status": {"capacity": capacity, "allocatable": capacity},
+    }

@@ -1,0 +1,119 @@
+"""The harness itself: what it starts works, what it stops is gone, and what a crash leaves is cleaned up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.errors import CommandFailed, WaitTimeout
+from tests.cluster.harness.paths import REPOSITORY, run_root
+from tests.cluster.harness.processes import RunFolder, start_time_of, sweep
+
+
+def test_objects_survive_a_restart_of_the_api_server(api_server: ApiServer, namespace: str) -> None:
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kept"}, "data": {"a": "b"}}
+    api_server.apply(config, namespace=namespace)
+    api_server.restart_api_server()
+    kept = api_server.get("configmap", "kept", namespace)
+    assert kept is not None
+    assert kept["data"] == {"a": "b"}
+
+
+def test_a_refusal_carries_the_servers_sentence(api_server: ApiServer, namespace: str) -> None:
+    with pytest.raises(CommandFailed) as refusal:
+        api_server.kubectl("create", "namespace", namespace)
+    assert "already exists" in refusal.value.stderr
+
+
+def test_a_wait_that_fails_says_what_for_and_shows_logs(api_server: ApiServer) -> None:
+    with pytest.raises(WaitTimeout, match="a thing that never comes") as failure:
+        api_server.wait_for(lambda: None, "a thing that never comes", timeout_s=0.1)
+    assert "kube-apiserver.log" in str(failure.value)
+
+
+def test_the_audit_log_tells_who_asked_what(api_server: ApiServer, namespace: str) -> None:
+    api_server.kubectl("create", "serviceaccount", "curious", "--namespace", namespace)
+    kubeconfig = api_server.service_account_kubeconfig(namespace, "curious")
+    with pytest.raises(CommandFailed) as refusal:
+        api_server.kubectl("get", "pods", "--namespace", namespace, kubeconfig=kubeconfig)
+    assert "forbidden" in refusal.value.stderr
+    user = f"system:serviceaccount:{namespace}:curious"
+    requests = [
+        (event["verb"], event["objectRef"]["resource"], event["responseStatus"]["code"])
+        for event in api_server.audit_events(user)
+    ]
+    assert ("list", "pods", 403) in requests
+
+
+def test_pods_of_simulated_nodes_become_ready_or_wait_as_told(api_server: ApiServer, namespace: str) -> None:
+    api_server.simulate_nodes(2, gpus_each=4)
+    for name, notes in (("ready", {}), ("held", {"simulated.toka.dev/hold": "true"})):
+        template = {
+            "metadata": {"labels": {"app": name}, "annotations": notes},
+            "spec": {
+                "containers": [
+                    {"name": "c", "image": "none", "resources": {"limits": {"nvidia.com/gpu": "1"}}},
+                ]
+            },
+        }
+        spec = {
+            "replicas": 2,
+            "serviceName": name,
+            "selector": {"matchLabels": {"app": name}},
+            "podManagementPolicy": "Parallel",
+            "template": template,
+        }
+        stateful_set = {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+        api_server.apply(stateful_set, namespace=namespace)
+
+    def ready_pods() -> bool:
+        found = api_server.get("statefulset", "ready", namespace)
+        return found is not None and found["status"].get("readyReplicas") == 2
+
+    api_server.wait_for(ready_pods, "two ready pods")
+    api_server.wait_for(
+        lambda: len(api_server.list_objects("pods", namespace, "app=held")) == 2, "the held pods to exist"
+    )
+    held = api_server.list_objects("pods", namespace, "app=held")
+    assert {pod["status"]["phase"] for pod in held} == {"Pending"}
+    api_server.kubectl("delete", "statefulset", "--all", "--namespace", namespace)
+    api_server.wait_for(lambda: not api_server.list_objects("pods", namespace), "the pods to go")
+
+
+def test_a_session_that_is_killed_leaves_no_process() -> None:
+    script = (
+        "import os, signal\n"
+        "from tests.cluster.harness.api_only import ApiServer\n"
+        "server = ApiServer.start('killed-session')\n"
+        "print(*(handle.pid for handle in server.run.processes.values()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 3, done.stderr
+    sweep()
+    assert [pid for pid in pids if start_time_of(pid) is not None] == []
+    assert not (run_root() / "killed-session").exists()
+
+
+def test_a_pid_given_to_another_process_is_never_touched() -> None:
+    run = RunFolder("reused-pid")
+    run.create()
+    bystander = run.spawn("bystander", ["sleep", "60"])
+    try:
+        started = start_time_of(bystander.pid)
+        assert started is not None
+        (run.path / "processes.jsonl").write_text(f'["other", {bystander.pid}, {started - 1}]\n')
+        RunFolder("reused-pid").stop()
+        assert bystander.is_running()
+    finally:
+        bystander.kill()
+        run.stop()
