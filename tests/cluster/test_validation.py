@@ -78,7 +78,7 @@ def test_the_cache_type_is_immutable(api_server: ApiServer, installation: Path, 
 
 def test_an_object_with_every_field_is_accepted(api_server: ApiServer, installation: Path) -> None:
     everything = {
-        "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a", "b"],
+        "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a"],
                   "tokenizer": "org/other", "dtype": "bfloat16"},
         "engine": {"image": "e:2", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}], "port": 9000,
                    "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "kvCacheNumTokens": 1024, "pageSize": 16,
