@@ -2,10 +2,10 @@
 
 Usage: python -m toka_engine.benchmarks.api TOKENIZER_DIR [connections=256] [seconds=5] [tokens=200]
 
-Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is an
-event of its own. For each, output tokens per second of wall time and per second of the server's CPU time; the
-latter is what counts where the machine is shared. This process, which plays manager and clients, runs on the
-other cores.
+Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is
+an event of its own. For each, output tokens per second of wall time and per second of the server's CPU time;
+the latter is what counts where the machine is shared. This process, which plays manager and clients, runs on
+the other cores.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class _Bench:
         manager, manager_theirs = socket_pair()
         cores = sorted(os.sched_getaffinity(0))
         command = ["-m", "toka_engine.server", str(theirs.fileno()), str(manager_theirs.fileno())]
-        self.process = subprocess.Popen(
-            [sys.executable, *command], pass_fds=(theirs.fileno(), manager_theirs.fileno())
-        )
+        self.process = subprocess.Popen([sys.executable, *command], pass_fds=(theirs.fileno(), manager_theirs.fileno()))
         os.sched_setaffinity(self.process.pid, cores[:1])
         os.sched_setaffinity(0, cores[1:] or cores)
         theirs.close()
@@ -134,7 +132,7 @@ def _answer_whole(bench: _Bench, num_tokens: int) -> None:
 
 
 def _run_events(bench: _Bench, seconds: float) -> int:
-    """Two groups of endless streams; each group's next step is sent when all its clients have the last one."""
+    """Two groups of endless streams; a group's next step is sent when all its clients have the last one."""
     request = _request(3000, is_streamed=True)
     streams = _start_streams(bench, request)
     groups = np.array_split(streams, 2)
@@ -174,9 +172,7 @@ def _start_streams(bench: _Bench, request: bytes) -> np.ndarray[Any, Any]:
     return np.array(streams, np.int64)
 
 
-def _measure(
-    tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None
-) -> dict[str, Any]:
+def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None) -> dict[str, Any]:
     bench = _Bench(tokenizer_dir, num_connections)
     try:
         cpu_s, start_s = bench.server_cpu_s(), time.monotonic()

@@ -1,8 +1,8 @@
 """Admission: which waiting requests start now.
 
-First come, first served, as many streams as a forecast of page use lets in. When not even one stream of the first
-request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing running, one stream
-always starts, so the queue always moves.
+First come, first served, as many streams as a forecast of page use lets in. When not even one stream of the
+first request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing
+running, one stream always starts, so the queue always moves.
 """
 
 from __future__ import annotations
@@ -53,14 +53,16 @@ class Streams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Running:
-    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else -1)."""
+    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else
+    -1)."""
 
     load: Load
     ends: Int32s  # [num_pages]
 
 
 def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
-    """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are left."""
+    """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are
+    left."""
     budget -= sum(job.tokens.size - job.position for job in state.jobs)
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
     if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
@@ -78,10 +80,9 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
         state.has_admission_news = True  # perhaps more in the next step
 
 
-def _collect(
-    state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int
-) -> list[Candidate]:
-    """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes retained."""
+def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:
+    """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes
+    retained."""
     candidates: list[Candidate] = []
     claimed = set()
     num_deferred = 0
@@ -91,9 +92,7 @@ def _collect(
         if entry.job is not None:
             continue
         matched, missing = state.tree.match(entry.tokens)
-        if (
-            missing in state.coming or missing in claimed
-        ):  # another prefills the very page that this one lacks
+        if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
         pages = np.asarray(matched, np.int32)
@@ -140,9 +139,7 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
     return {}
 
 
-def _skip_ahead(
-    state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int
-) -> dict[Candidate, int]:
+def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int) -> dict[Candidate, int]:
     """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}
@@ -235,7 +232,8 @@ def _find_shared_ends(state: ManagerState, rows: Int32s, num_shared: Int32s, rem
     """Return for each page that several streams hold when the last of them ends; -1 for all other pages."""
     ends = np.full(state.sizes.num_pages, -1, np.int32)
     has_shared = np.flatnonzero(num_shared)
-    # Those that share their deepest shared page share all before it: one of each such set stands for the others.
+    # Those that share their deepest shared page share all before it: one of each such set stands for the
+    # others.
     by_end = has_shared[np.argsort(remaining[has_shared], kind="stable")]
     table = state.slots.table
     deepest = table[rows[by_end], num_shared[by_end] - 1]

@@ -1,4 +1,5 @@
-"""The manager without its I/O: messages in, messages out. The loop, the tests and the benchmark drive this one class."""
+"""The manager without its I/O: messages in, messages out. The loop, the tests and the benchmark drive this
+one class."""
 
 from __future__ import annotations
 

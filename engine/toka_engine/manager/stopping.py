@@ -1,8 +1,8 @@
 """Predicts how long outputs get, from the share of their limit that finished ones reached.
 
-A ring of the last finished fractions; a running stream that has reached fraction f is expected to end at the mean of
-those fractions that are beyond f. After a preemption (the prediction was too low) predictions move towards the limit,
-and back slowly with each finish, so that a storm of preemptions dies out. Pure.
+A ring of the last finished fractions; a running stream that has reached fraction f is expected to end at the
+mean of those fractions that are beyond f. After a preemption (the prediction was too low) predictions move
+towards the limit, and back slowly with each finish, so that a storm of preemptions dies out. Pure.
 """
 
 from __future__ import annotations

@@ -158,9 +158,7 @@ class ChatFormat(_Format):
                 created=self.created,
                 model=self.model,
                 choices=[
-                    ChatChoice(
-                        index, AnswerMessage(choice.text), self._logprobs(choice.shown), choice.finish_reason
-                    )
+                    ChatChoice(index, AnswerMessage(choice.text), self._logprobs(choice.shown), choice.finish_reason)
                     for index, choice in enumerate(choices)
                 ],
                 usage=usage,

@@ -142,9 +142,7 @@ class App:
     async def _model(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/v1/models/")
         if name not in self._names:
-            raise ApiError(
-                404, f"The model '{name[:100]}' does not exist.", param="model", code="model_not_found"
-            )
+            raise ApiError(404, f"The model '{name[:100]}' does not exist.", param="model", code="model_not_found")
         await exchange.answer(200, msgspec.json.encode(self._card(name)))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -191,9 +189,7 @@ class App:
             num_top=asked.sampling.num_logprobs,
             includes_usage=asked.includes_usage,
         )
-        job = Job(
-            prompts, spec, form, _renderer_factory(engine, asked), asked.is_streamed, asked.includes_usage
-        )
+        job = Job(prompts, spec, form, _renderer_factory(engine, asked), asked.is_streamed, asked.includes_usage)
         await run_job(job, exchange, self._streams, self.metrics)
 
     def _serving_engine(self) -> Engine:

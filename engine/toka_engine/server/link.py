@@ -17,9 +17,7 @@ from toka_engine.messages import EngineInfo, ManagerToServer
 class ManagerLink:
     """Reads when there is something, writes what the socket did not take when it can."""
 
-    def __init__(
-        self, fd: int, on_message: Callable[[ManagerToServer], None], on_closed: Callable[[], None]
-    ) -> None:
+    def __init__(self, fd: int, on_message: Callable[[ManagerToServer], None], on_closed: Callable[[], None]) -> None:
         self._channel: Channel[EngineInfo] = Channel.from_fd(fd, ManagerToServer)
         self._on_message = on_message
         self._on_closed = on_closed

@@ -182,9 +182,7 @@ class Server:
 
     def _note_progress(self, message: Progress) -> None:
         if self._health.phase is Phase.STARTING:
-            self._health.detail = " ".join(
-                part for part in (message.process, message.phase, message.detail) if part
-            )
+            self._health.detail = " ".join(part for part in (message.process, message.phase, message.detail) if part)
 
     # ------------------------------------------------------------ the end
 

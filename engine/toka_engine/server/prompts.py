@@ -21,9 +21,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._limits = limits
 
-    async def encode_prompt(
-        self, prompt: str | list[Any], *, with_text: bool
-    ) -> tuple[list[Int32s], list[str]]:
+    async def encode_prompt(self, prompt: str | list[Any], *, with_text: bool) -> tuple[list[Int32s], list[str]]:
         """Return the ids of each prompt, and with `with_text` its text. Raises a 400."""
         checked = self._limits.check_prompt(prompt)
         texts = [part for part in checked if isinstance(part, str)]

@@ -92,9 +92,7 @@ class Tokenizer:
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return self.encode(texts, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._pool, lambda: self.encode(texts, add_special_tokens=add_special_tokens)
-        )
+        return await loop.run_in_executor(self._pool, lambda: self.encode(texts, add_special_tokens=add_special_tokens))
 
     def text_of(self, ids: Int32s) -> str:
         """The text of a whole output; special tokens have none, broken UTF-8 becomes U+FFFD."""

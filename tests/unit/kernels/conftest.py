@@ -1,4 +1,4 @@
-"""Runs the Triton kernels on the GPU where there is one, in Triton's interpreter (numpy, on the CPU) elsewhere."""
+"""Runs the Triton kernels in Triton's interpreter (numpy, on the CPU), or with TOKA_TEST_KERNELS=gpu on the GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def _use_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_index_too
 
 
-if not torch.cuda.is_available():
+ON_GPU = os.environ.get("TOKA_TEST_KERNELS") == "gpu"
+if not ON_GPU:
     _use_interpreter()
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if ON_GPU else "cpu")
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ON_GPU = torch.cuda.is_available()
+ON_GPU = os.environ.get("TOKA_TEST_KERNELS") == "gpu"
 """The interpreter takes a millisecond per operation, so there the same tests draw few samples."""
 
 
@@ -126,8 +128,10 @@ def test_frequencies_match_the_asked_distribution(device, generator, options, is
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
 )
-def test_the_kept_tokens_are_those_of_a_full_sort(seed, top_k, top_p, min_p, temperature, dtype, spread) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def test_the_kept_tokens_are_those_of_a_full_sort(
+    seed, top_k, top_p, min_p, temperature, dtype, spread
+) -> None:
+    device = torch.device("cuda" if ON_GPU else "cpu")
     logits = (torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * spread - 3).to(dtype)
     bench = Bench(logits.to(device), [0], block=64, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     bench.draw()

@@ -1,8 +1,10 @@
-"""A model worker that executes each Step literally, without a model, and a harness that drives the manager with it.
+"""A model worker that executes each Step literally, without a model, and a harness that drives the manager
+with it.
 
-Its "KV" of a token is a hash of that token and of the KV before it, read back through the pages; its next token hashes
-every KV entry of the context, read through the block table. So any error of paging, sharing, copying, preemption or
-scheduling changes the output, and a sequential reference (`reference`) says what it should have been.
+Its "KV" of a token is a hash of that token and of the KV before it, read back through the pages; its next
+token hashes every KV entry of the context, read through the block table. So any error of paging, sharing,
+copying, preemption or scheduling changes the output, and a sequential reference (`reference`) says what it
+should have been.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def mix(left: int, right: int) -> int:
 
 @dataclass(frozen=True)
 class HashModel:
-    """The deterministic model; `failure_period` > 0 makes one context in that many fail (not finite logits)."""
+    """The deterministic model; `failure_period` > 0 makes one context in that many fail (not finite
+    logits)."""
 
     vocab_size: int = 40
     failure_period: int = NO_FAILURE
@@ -93,9 +96,7 @@ class SimulatedWorker:
         self.sizes = sizes
         self.model = model
         self.pages = np.zeros((sizes.num_pages, sizes.page_size), np.int64)
-        self.writers = np.full(
-            (sizes.num_pages, sizes.page_size, 2), -1, np.int64
-        )  # (step, slot) of each entry
+        self.writers = np.full((sizes.num_pages, sizes.page_size, 2), -1, np.int64)  # (step, slot) of each entry
         self.table = np.full((sizes.num_slots, sizes.max_pages_per_seq), -1, np.int64)
         self.lengths = [0] * sizes.num_slots
         self.last_tokens = [0] * sizes.num_slots
@@ -170,9 +171,7 @@ class SimulatedWorker:
         assert page >= 0, "a read beyond the slot's pages"
         writer_step, writer_slot = self.writers[page, offset].tolist()
         assert writer_step >= 0, "a read of a page that nobody wrote"
-        assert writer_step < number or writer_slot == slot, (
-            "a read of what another slot writes in the same step"
-        )
+        assert writer_step < number or writer_slot == slot, "a read of what another slot writes in the same step"
         return int(self.pages[page, offset])
 
     def _context(self, number: int, slot: int) -> list[int]:
@@ -220,19 +219,15 @@ class SimulatedWorker:
         assert groups == sorted(groups, key=lambda group: (group[2], group[0])), "groups are not sorted"
         covered: dict[int, int] = {}  # row -> column where its innermost group so far ends
         for first_row, num_rows, first_column, num_columns in groups:
-            assert num_rows >= 1 and num_columns >= 1
+            assert min(num_rows, num_columns) >= 1
             members = step.decode_slots[first_row : first_row + num_rows]
             assert members.size == num_rows, "a group reaches beyond the rows"
             columns = self.table[members, first_column : first_column + num_columns]
             assert (columns == columns[0]).all(), "members of a group have different pages"
             for row, slot in enumerate(members.tolist(), first_row):
-                assert covered.get(row, 0) == first_column, (
-                    "an inner group does not begin where its outer ends"
-                )
+                assert covered.get(row, 0) == first_column, "an inner group does not begin where its outer ends"
                 covered[row] = first_column + num_columns
-                assert self.lengths[slot] >= covered[row] * self.sizes.page_size, (
-                    "a group has a page that is not full"
-                )
+                assert self.lengths[slot] >= covered[row] * self.sizes.page_size, "a group has a page that is not full"
         self.num_shared_rows += len(covered)
 
 
@@ -374,9 +369,7 @@ class Harness:
         in_flight_slots = {
             slot for sent in self.sent for slot in [*sent.decode_slots.tolist(), *sent.prefill_slots.tolist()]
         }
-        assert not in_flight_slots & set(step.new_slots.tolist()), (
-            "a slot is reused while a step still names it"
-        )
+        assert not in_flight_slots & set(step.new_slots.tolist()), "a slot is reused while a step still names it"
         given = set(step.append_pages.tolist())
         assert not given & set(step.copy_from.tolist()), "a page is given away before it is copied"
         written = set()
@@ -396,15 +389,11 @@ class Harness:
                 assert state.allocator.refs[page] == 1 + num_held, "a write to a shared page"
             for earlier in self.writes:
                 for other_page, other_slot in earlier:
-                    assert other_page != page or other_slot == slot, (
-                        "a step on its way still writes this page"
-                    )
+                    assert other_page != page or other_slot == slot, "a step on its way still writes this page"
         self.writes.append(written)
 
     def _take(self, deltas: Deltas) -> None:
-        for index, (stream, token) in enumerate(
-            zip(deltas.streams.tolist(), deltas.tokens.tolist(), strict=True)
-        ):
+        for index, (stream, token) in enumerate(zip(deltas.streams.tolist(), deltas.tokens.tolist(), strict=True)):
             result = self.results[stream]
             assert result.reason is None
             result.tokens.append(token)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from tests.unit.manager.simulated import Harness, HashModel, small_sizes
 from toka_engine.config import EngineConfig
 from toka_engine.manager.admission import MAX_SKIPS
 from toka_engine.manager.sizes import choose_sizes, engine_info
 from toka_engine.manager.stopping import StopPredictor
 from toka_engine.manager.streams import choice_seed
 from toka_engine.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, WorkerReady
+
+from tests.unit.manager.simulated import Harness, HashModel, small_sizes
 
 
 def finish(harness: Harness) -> None:
@@ -97,14 +97,10 @@ def test_a_row_that_is_not_finite_ends_its_stream_only() -> None:
 
 
 def test_logprobs_survive_preemption() -> None:
-    harness = Harness(
-        small_sizes(num_pages=12, max_request_tokens=48), config=EngineConfig(track_early_stopping=True)
-    )
+    harness = Harness(small_sizes(num_pages=12, max_request_tokens=48), config=EngineConfig(track_early_stopping=True))
     harness.manager.state.predictor.finished(np.full(32, 40, np.int32), np.full(32, 100, np.int32))
     for first in range(4):
-        harness.submit(
-            [first, 3, 4], max_tokens=30, seed=first, num_logprobs=2 * (first % 2), deliver_each=first > 1
-        )
+        harness.submit([first, 3, 4], max_tokens=30, seed=first, num_logprobs=2 * (first % 2), deliver_each=first > 1)
     finish(harness)
     assert harness.manager.state.counters.preemptions > 0
 
@@ -197,8 +193,9 @@ def test_predictions_follow_what_finished_and_turn_careful_after_a_preemption() 
 
 def test_limits_follow_from_the_model_the_cache_and_the_settings() -> None:
     ready = WorkerReady(
-        vocab_size=10, max_positions=2048, num_pages=64, page_size=16, max_seqs=256, max_tokens_per_forward=128,
-        max_pages_per_seq=128, device="cpu", dtype="float32", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8,
+        vocab_size=10, max_positions=2048, num_pages=64, page_size=16, max_seqs=256,
+        max_tokens_per_forward=128, max_pages_per_seq=128, device="cpu", dtype="float32", num_layers=1,
+        num_heads=1, num_kv_heads=1, head_dim=8,
     )  # fmt: skip
     assert choose_sizes(EngineConfig(), ready).max_request_tokens == 64 * 16
     sizes = choose_sizes(EngineConfig(max_num_tokens_per_request=100), ready)

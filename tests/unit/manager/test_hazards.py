@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
-
-from tests.unit.manager.simulated import Harness, HashModel, reference, small_sizes
 from toka_engine.config import EngineConfig
 from toka_engine.manager import admission, lifecycle, receiving, scheduler
 from toka_engine.manager.allocator import Allocator
 from toka_engine.manager.state import ManagerState
 from toka_engine.messages import Sampling, Submit
+
+from tests.unit.manager.simulated import Harness, HashModel, reference, small_sizes
 
 Patch = pytest.MonkeyPatch
 
@@ -24,22 +23,19 @@ def stopping_request(model: HashModel, prompt: list[int], at: int) -> tuple[int,
 
 
 def overrun(harness: Harness) -> None:
-    """Streams that stop while two more steps are on their way, with others waiting for their slots and pages."""
+    """Streams that stop while two more steps are on their way, with others waiting for their slots and
+    pages."""
     harness.model = harness.worker.model = HashModel(vocab_size=400)
     for first in range(12):
         prompt = [first, first + 1, first + 2]
-        harness.submit(
-            prompt, max_tokens=40, stop_ids=stopping_request(harness.model, prompt, 4), deliver_each=True
-        )
+        harness.submit(prompt, max_tokens=40, stop_ids=stopping_request(harness.model, prompt, 4), deliver_each=True)
     harness.run()
     harness.check_results()
     harness.check_nothing_held()
 
 
 def three_ahead() -> Harness:
-    return Harness(
-        small_sizes(num_slots=3, max_running=3, num_pages=34), config=EngineConfig(scheduling_steps_ahead=3)
-    )
+    return Harness(small_sizes(num_slots=3, max_running=3, num_pages=34), config=EngineConfig(scheduling_steps_ahead=3))
 
 
 def test_tokens_of_overrun_steps_are_dropped() -> None:
@@ -190,7 +186,8 @@ def test_a_late_cancel_ends_delivery_at_once_and_frees_everything_within_two_ste
 
 
 def storm(harness: Harness) -> int:
-    """Outputs far longer than any that finished before, in a cache that holds few of them; return preemptions."""
+    """Outputs far longer than any that finished before, in a cache that holds few of them; return
+    preemptions."""
     predictor = harness.manager.state.predictor
     predictor.finished(np.full(64, 30, np.int32), np.full(64, 100, np.int32))
     for first in range(8):

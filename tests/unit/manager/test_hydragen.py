@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from tests.unit.manager.simulated import Harness, small_sizes
 from toka_engine.config import EngineConfig
 from toka_engine.manager import hydragen
 from toka_engine.manager.hydragen import GroupPolicy, Groups, find_groups
+from toka_engine.messages import Int32s
+
+from tests.unit.manager.simulated import Harness, small_sizes
 
 POLICY = GroupPolicy(page_size=16, min_rows=4, min_columns=8)
 
 
-def tables(families: list[tuple[list[int], int]], num_columns: int = 64) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def tables(families: list[tuple[list[int], int]], num_columns: int = 64) -> tuple[Int32s, Int32s]:
     """families: (shared pages, number of rows). Return (table, shared columns by row), rows interleaved."""
     rows = [pages for pages, count in families for _ in range(count)]
     order = np.random.default_rng(0).permutation(len(rows))
@@ -27,12 +28,10 @@ def tables(families: list[tuple[list[int], int]], num_columns: int = 64) -> tupl
 
 
 def described(groups: Groups) -> list[tuple[int, int, int]]:
-    return list(
-        zip(groups.num_rows.tolist(), groups.first_columns.tolist(), groups.num_columns.tolist(), strict=True)
-    )
+    return list(zip(groups.num_rows.tolist(), groups.first_columns.tolist(), groups.num_columns.tolist(), strict=True))
 
 
-def find(families: list[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray, Groups]:  # type: ignore[type-arg]
+def find(families: list[tuple[list[int], int]]) -> tuple[Int32s, Int32s, Groups]:
     table, shared = tables(families)
     order, groups = find_groups(table, np.arange(len(table), dtype=np.int32), shared, POLICY)
     assert sorted(order.tolist()) == list(range(len(table)))
@@ -52,7 +51,8 @@ def test_choices_of_long_prompts_become_one_group_each() -> None:
 def test_a_long_common_start_of_different_prompts_is_a_level_of_its_own() -> None:
     system = list(range(30))
     _, _, groups = find([([*system, *range(100, 120)], 32), ([*system, *range(200, 220)], 32)])
-    # Two groups would read the common start twice only: not worth a merge of 64 rows. Nor is it read by 64 rows.
+    # Two groups would read the common start twice only: not worth a merge of 64 rows. Nor is it read by 64
+    # rows.
     assert sorted(described(groups)) == [(32, 0, 50), (32, 0, 50)]
     many = [([*system, *range(first, first + 20)], 8) for first in range(1000, 1800, 50)]
     _, _, groups = find(many)
@@ -69,7 +69,7 @@ def test_rows_that_end_leave_their_group_without_a_new_search(monkeypatch: pytes
     calls = []
     search = hydragen.find_groups
 
-    def counted(*arguments: object) -> tuple[np.ndarray, Groups]:  # type: ignore[type-arg]
+    def counted(*arguments: object) -> tuple[Int32s, Groups]:
         calls.append(1)
         return search(*arguments)  # type: ignore[arg-type]
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from toka_engine.manager.allocator import Allocator
 from toka_engine.manager.prefix_tree import PrefixTree
 from toka_engine.messages import Int32s
@@ -91,10 +90,7 @@ class PagesModel:
         full = len(tokens) // PAGE
         self.tree.insert_released(np.asarray(pages[:full], np.int32), 0, self.tick)
         column = 0
-        while (
-            column < full
-            and self.cached.setdefault(self.prefix(tokens, column), pages[column]) == pages[column]
-        ):
+        while column < full and self.cached.setdefault(self.prefix(tokens, column), pages[column]) == pages[column]:
             column += 1
         if all(refs[page] == 1 for page in pages[column:full]):
             for deeper in range(column, full):

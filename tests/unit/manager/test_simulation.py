@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tests.unit.manager.simulated import Harness, small_sizes
 from toka_engine.manager.admission import measure_running, measure_streams
 from toka_engine.manager.simulation import Arrival, Forecast, Load
+
+from tests.unit.manager.simulated import Harness, small_sizes
 
 PAGE = 4
 
 
 def gold_peak(streams: list[tuple[int, int, set[int]]], page_size: int) -> int:
-    """streams: (length, remaining, pages held now). Run them step by step; return the most pages ever in use."""
+    """streams: (length, remaining, pages held now). Run them step by step; return the most pages ever in
+    use."""
     peak, fresh = 0, 10**9
     alive = [(length, remaining, set(pages)) for length, remaining, pages in streams]
     time = 0
@@ -111,9 +112,7 @@ def test_as_many_arrivals_are_added_as_the_step_by_step_simulation_lets_in(
     if gold_peak(streams, PAGE) > num_pages:
         assert added == 0
         return
-    fitting = [
-        count for count in range(num_streams + 1) if gold_peak(with_arrivals(count), PAGE) <= num_pages
-    ]
+    fitting = [count for count in range(num_streams + 1) if gold_peak(with_arrivals(count), PAGE) <= num_pages]
     assert added == max(fitting)
     assert forecast.peak == gold_peak(with_arrivals(added), PAGE)
 
@@ -128,9 +127,7 @@ def compare(harness: Harness) -> None:
         pages = set(state.slots.table[slot, : state.slots.num_pages[slot]].tolist())
         stream = state.slots.streams[slot]
         assert stream is not None
-        if (
-            stream.job is not None and slot != stream.job.slot
-        ):  # reserved: it will share its leader's full pages
+        if stream.job is not None and slot != stream.job.slot:  # reserved: it will share its leader's full pages
             full = stream.job.tokens.size // harness.sizes.page_size
             pages = set(state.slots.table[stream.job.slot, :full].tolist())
         streams.append((int(measured.lengths[row]), int(measured.remaining[row]), pages))

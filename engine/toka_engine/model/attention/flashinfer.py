@@ -89,12 +89,12 @@ class FlashInferAttention:
         shape = self.shape
         self.page_size, self.scratch_slot, self.max_pages_per_seq = page_size, max_seqs, max_pages_per_seq
         page = (shape.num_kv_heads, page_size) if self._layout == HND else (page_size, shape.num_kv_heads)
-        self.cache = torch.empty(
+        # Zeros: a masked key has weight 0, but 0 times a NaN in memory that was never written would be NaN.
+        self.cache = torch.zeros(
             (shape.num_layers, 2, num_pages + 1, *page, shape.head_dim), dtype=shape.dtype, device=shape.device
         )
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
-        self.cache[:, :, num_pages] = 0  # read by padding rows, and NaN would spread through their sums
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 

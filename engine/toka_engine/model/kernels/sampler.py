@@ -40,8 +40,13 @@ class GpuSampler:
         self._step += 1
         turn, count = self._step % _OUTPUTS, plan.slots.size
         random = np.array([self._seed, self._step], "<i8").view("<i4")
-        slots, filtered, seeded, random_words = self._inputs.upload(
-            plan.slots, plan.filtered.astype(np.int32), plan.seeded.astype(np.int32), random
+        slots, filtered, seeded, random_words, top, top_counts = self._inputs.upload(
+            plan.slots,
+            plan.filtered.astype(np.int32),
+            plan.seeded.astype(np.int32),
+            random,
+            plan.top.astype(np.int32),
+            plan.top_counts,
         )
         samples = Samples(self._in_order[:count] if logit_rows is None else logit_rows, slots)
         work, device_state = self._work, self._state
@@ -61,20 +66,18 @@ class GpuSampler:
         )
         if not plan.top.size:
             return Sampled(ids, logprobs if plan.has_logprobs else None, None, None)
-        return Sampled(ids, logprobs, *_find_top(logits, samples.logit_rows, plan))
+        return Sampled(ids, logprobs, *_find_top(logits, samples.logit_rows[top], top_counts, plan.top_width))
 
 
 def _find_top(
-    logits: torch.Tensor, logit_rows: torch.Tensor, plan: SamplePlan
+    logits: torch.Tensor, logit_rows: torch.Tensor, counts: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens and their logprobs of the rows that ask, [rows of plan.top, top_width]."""
-    index = torch.from_numpy(plan.top).to(logits.device, non_blocking=True)
-    counts = torch.from_numpy(plan.top_counts).to(logits.device, non_blocking=True)
+    """The likeliest tokens and their logprobs of logits[logit_rows], [n, width]; beyond a row's count: token -1."""
     tokens, logprobs = [], []
-    for rows in logit_rows.index_select(0, index).split(_TOP_ROWS):
+    for rows in logit_rows.split(_TOP_ROWS):
         wide = logits.index_select(0, rows).float()
-        best = torch.topk(wide, plan.top_width, dim=1)
+        best = torch.topk(wide, width, dim=1)
         tokens.append(best.indices.int())
         logprobs.append(best.values - torch.logsumexp(wide, dim=1, keepdim=True))
-    is_beyond = torch.arange(plan.top_width, device=logits.device)[None, :] >= counts[:, None]
+    is_beyond = torch.arange(width, device=logits.device)[None, :] >= counts[:, None]
     return torch.cat(tokens).masked_fill_(is_beyond, -1), torch.cat(logprobs)
