@@ -128,10 +128,15 @@ def test_the_kernels_give_what_the_definition_gives(name, layout_code, heads) ->
     backend.plan(layout)
     alone = backend.forward(0, q, k, v, angles)
     assert float((merged - alone).float().norm() / alone.float().norm()) < 8e-3
-    if not layout.prefill_slots.size:
-        backend.reserve_graphs(288)
-        backend.plan_graph(layout.decode_slots, layout.decode_positions, 288)
-        padding = 288 - rows
-        padded = [torch.cat((t, torch.zeros_like(t[:1]).expand(padding, -1, -1))) for t in (q, k, v)]
-        replayed = backend.forward(0, *padded, angles)[:rows]
-        assert float((replayed - alone).float().norm() / alone.float().norm()) < 8e-3
+    if layout.prefill_slots.size:
+        return
+    backend.use_groups = True
+    backend._kernels = checked._real
+    backend.reserve_graphs(288)
+    padding = 288 - rows
+    padded = [torch.cat((t, torch.zeros_like(t[:1]).expand(padding, -1, -1))) for t in (q, k, v)]
+    for with_groups in {False, bool(layout.group_first_rows.size)}:
+        assert backend.plan_graph(layout, 288, with_groups) is not None
+        replayed = backend.forward(0, *padded, angles)
+        assert not bool(replayed.isnan().any())
+        assert float((replayed[:rows] - alone).float().norm() / alone.float().norm()) < 8e-3
