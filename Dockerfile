@@ -32,13 +32,15 @@ FROM engine-dependencies AS engine-model
 COPY engine/toka_engine/model/convert.py /tmp/
 RUN python /tmp/convert.py /opt/toka/models/smollm2
 
+# Libraries (kopf, torch) look the user up by name: uid 65532 has an entry.
 FROM engine-dependencies AS engine
 COPY --from=engine-model /opt/toka/models /opt/toka/models
 ENV TOKA_BUILTIN_DIR=/opt/toka/models
 RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.entry import main\nsys.exit(main())\n' >/opt/toka/bin/toka \
  && printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.scripts.ping import main\nsys.exit(main())\n' >/opt/toka/bin/toka-ping \
  && printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.scripts.download import main\nsys.exit(main())\n' >/opt/toka/bin/toka-download \
- && chmod 755 /opt/toka/bin/toka /opt/toka/bin/toka-ping /opt/toka/bin/toka-download
+ && chmod 755 /opt/toka/bin/toka /opt/toka/bin/toka-ping /opt/toka/bin/toka-download \
+ && echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
 EXPOSE 10210
 ENTRYPOINT ["toka"]
 USER 65532:65532
@@ -53,7 +55,8 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
 
 FROM operator-dependencies AS operator
 RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_operator.__main__ import main\nsys.exit(main())\n' >/opt/toka/bin/toka-operator \
- && chmod 755 /opt/toka/bin/toka-operator
+ && chmod 755 /opt/toka/bin/toka-operator \
+ && echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
 ENTRYPOINT ["toka-operator"]
 USER 65532:65532
 COPY operator/toka_operator /opt/toka/src/toka_operator
@@ -64,5 +67,6 @@ COPY constraints.txt overrides.txt /requirements/
 RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
     --constraint /requirements/constraints.txt --override /requirements/overrides.txt -r /requirements/client.txt
+RUN echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
 ENTRYPOINT ["python"]
 USER 65532:65532

@@ -1,12 +1,15 @@
-"""CPU time of the manager alone per step: `python benchmarks/manager.py [--profile NAME]`, one JSON on stdout.
+"""CPU time of the manager alone per step: `python benchmarks/manager.py [--profile NAME]`, one JSON on
+stdout.
 
-The true core with a worker that answers each step at once with random tokens. CPU time (process_time) of everything that
-the manager's process does per step except its system calls: planning, encoding the step, decoding the tokens, advancing
-the slots and encoding the deltas. The worker's and the client's own work is not counted.
+The true core with a worker that answers each step at once with random tokens. CPU time (process_time) of
+everything that the manager's process does per step except its system calls: planning, encoding the step,
+decoding the tokens, advancing the slots and encoding the deltas. The worker's and the client's own work is
+not counted.
 
 Workloads, each for 64 and 4,096 running streams:
-- decode: steady state, nothing arrives or ends (768 shared and 96 own tokens at the start, as in many samples per prompt)
-- mix: ShareGPT-like lengths (log-normal prompts of ~220 and outputs of ~200 tokens); each end lets a waiting one in
+- decode: steady state, nothing arrives or ends (many samples per prompt: 770 shared tokens, 96 own at first)
+- mix: ShareGPT-like lengths (log-normal, prompts of ~220 and outputs of ~200 tokens); each end lets a
+  waiting one in
 """
 
 from __future__ import annotations
@@ -132,9 +135,7 @@ def mix(num_streams: int, num_steps: int) -> tuple[Bench, Callable[[], dict[str,
 
     def refill() -> None:
         while bench.num_streams - bench.num_ended < num_streams + 64:
-            prompt = bench.rng.integers(
-                0, STOP, int(np.clip(bench.rng.lognormal(4.9, 1.0), 4, 1024)), np.int32
-            )
+            prompt = bench.rng.integers(0, STOP, int(np.clip(bench.rng.lognormal(4.9, 1.0), 4, 1024)), np.int32)
             bench.submit(prompt, int(np.clip(bench.rng.lognormal(4.9, 0.9), 4, 1024)))
 
     for _ in range(600):
@@ -147,13 +148,9 @@ WORKLOADS = {"decode": decode, "mix": mix}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument(
-        "--profile", metavar="WORKLOAD/STREAMS", help="print a profile of one, such as mix/4096"
-    )
+    parser.add_argument("--profile", metavar="WORKLOAD/STREAMS", help="print a profile of one, such as mix/4096")
     options = parser.parse_args()
     results: dict[str, Any] = {}
     for name, prepare in WORKLOADS.items():

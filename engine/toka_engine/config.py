@@ -93,7 +93,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # GPU
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
     cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 512
-    torch_compile: Annotated[bool, doc("compile the layers with torch.compile")] = False
 
     # reporting
     log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"
@@ -123,7 +122,8 @@ UNBUILT: dict[str, Unbuilt] = {
     "local_proc_name": Unbuilt("server", "the processes always run beside each other"),
     "statsd_addr": Unbuilt(None, "statistics are read from /metrics"),
     "statsd_server_url": Unbuilt(None, "statistics are read from /metrics"),
-    "torch_compile_config": Unbuilt(None, "torch.compile runs with one fixed configuration"),
+    "torch_compile": Unbuilt(False, "the layers are not compiled; decode steps are replayed as CUDA graphs"),
+    "torch_compile_config": Unbuilt(None, "the layers are not compiled"),
     "async_tp_threshold": Unbuilt(None, "tensor parallelism is not built yet"),
     "dp_size": Unbuilt(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
     "pp_size": Unbuilt(1, "pipeline parallelism is not built yet"),

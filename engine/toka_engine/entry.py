@@ -87,7 +87,8 @@ def leave_last_words(outcome: Outcome, termination_log: str) -> None:
     path = Path(termination_log)
     if termination_log != _TERMINATION_LOG or path.exists():
         with contextlib.suppress(OSError):
-            path.write_bytes(words.encode("utf-8", "replace")[:_MAX_LAST_WORDS_BYTES])
+            cut = words.encode("utf-8", "replace")[:_MAX_LAST_WORDS_BYTES]
+            path.write_text(cut.decode("utf-8", "ignore"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from toka_operator.errors import (
     ApiError,
     ConflictError,
     GoneError,
+    NamespaceEndsError,
     NotFoundError,
     NotLeaderError,
     TransientError,
@@ -125,13 +126,11 @@ class Cluster:
             "PUT", _path(manifest["kind"], metadata["namespace"], metadata["name"]), manifest, _JSON
         )
 
-    def apply(self, manifest: Json, uid: str) -> Json:
-        """Server-side apply to an existing object; ConflictError if that is not the one with this uid."""
-        return self._apply(manifest, uid, "")
-
     def apply_status(self, manifest: Json, uid: str) -> Json:
-        """Server-side apply of the status block."""
-        return self._apply(manifest, uid, "/status")
+        """Server-side apply of the status block; ConflictError if the object is not the one with this uid."""
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"]) + "/status"
+        return self._write("PATCH", path, {**manifest, "metadata": {**metadata, "uid": uid}}, _APPLY)
 
     def merge(self, kind: str, namespace: str, name: str, uid: str, patch: Json) -> Json:
         """JSON merge patch of an existing object; ConflictError if that is not the one with this uid."""
@@ -147,11 +146,6 @@ class Cluster:
             "preconditions": {"uid": uid},
         }
         self._write("DELETE", _path(kind, namespace, name), body, _JSON)
-
-    def _apply(self, manifest: Json, uid: str, subresource: str) -> Json:
-        metadata = manifest["metadata"]
-        path = _path(manifest["kind"], metadata["namespace"], metadata["name"]) + subresource
-        return self._write("PATCH", path, {**manifest, "metadata": {**metadata, "uid": uid}}, _APPLY)
 
     def _write(self, method: str, path: str, body: Json, content_type: str) -> Json:
         if "/leases" not in path and not self._may_write():
@@ -255,10 +249,13 @@ def _to_error(status: int, data: bytes, headers: Any) -> ApiError | TransientErr
     try:
         answer = json.loads(data)
         reason, message = str(answer.get("reason", "")), str(answer.get("message", ""))
+        causes = [c.get("reason") for c in (answer.get("details") or {}).get("causes") or []]
     except (ValueError, AttributeError):
-        reason, message = "", data[:200].decode(errors="replace")
+        causes, reason, message = [], "", data[:200].decode(errors="replace")
     if status == 429 or status >= 500 or status == 401:
         after = headers.get("Retry-After", "")
         return TransientError(f"{status} {reason}: {message}", float(after) if after.isdigit() else None)
+    if status == 403 and "NamespaceTerminating" in causes:
+        return NamespaceEndsError(status, reason, message)
     kinds: dict[int, type[ApiError]] = {404: NotFoundError, 409: ConflictError, 410: GoneError}
     return kinds.get(status, ApiError)(status, reason, message)

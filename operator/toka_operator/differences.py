@@ -58,7 +58,16 @@ def _correct(patch: Json, key: str, wanted: Any, found: Any) -> None:
         if inner:
             patch[key] = inner
     elif not _is_same(key, wanted, found):
-        patch[key] = wanted
+        patch[key] = _fill_in(wanted, found)
+
+
+def _fill_in(wanted: Any, found: Any) -> Any:
+    """A list to replace another, its items with what the API server gave those of the same name (a
+    nodePort, say)."""
+    if not (isinstance(wanted, list) and isinstance(found, list)):
+        return wanted
+    named = {item["name"]: item for item in found if isinstance(item, dict) and "name" in item}
+    return [{**named.get(w.get("name"), {}), **w} if isinstance(w, dict) else w for w in wanted]
 
 
 def _is_same(key: str, wanted: Any, found: Any) -> bool:

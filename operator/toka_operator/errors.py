@@ -77,3 +77,7 @@ class ConflictError(ApiError):
 
 class GoneError(ApiError):
     """410: the resource version asked for is too old; list again."""
+
+
+class NamespaceEndsError(ApiError):
+    """403: the namespace is being deleted, so nothing can be created in it, and nothing needs to be."""

@@ -40,7 +40,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class PodView:
-    """One engine pod. `ready_since` is a Unix time; `failure` its latest, also when it runs again."""
+    """One engine pod. `ready_since`: since when (Unix time) it is, or is not, ready. `failure`: its
+    latest, also when
+    it runs again."""
 
     name: str
     revision: str

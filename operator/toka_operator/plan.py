@@ -31,6 +31,8 @@ from toka_operator.spec import TokaDeploymentSpec
 
 MIN_RESTARTS_OF_HOPELESS = 3
 """A container that failed this often is not taken to come back by itself."""
+HOPELESS_AFTER_S = 60.0
+"""Nor is an old pod that has not been ready for so long, say on a dead node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,17 @@ def _view_revision(
     return RevisionPods(
         replicas=replicas,
         available=frozenset(p.ordinal for p in pods if p.is_available(now, min_ready_s)),
-        hopeless=frozenset(p.ordinal for p in pods if is_hopeless(p)),
+        hopeless=frozenset(p.ordinal for p in pods if _is_hopeless(p, now)),
         num_draining=sum(1 for p in pods if p.ordinal >= replicas and not _is_stuck(p, now)),
     )
 
 
-def is_hopeless(pod: PodView) -> bool:
-    """Failing before its first start, or again and again."""
+def _is_hopeless(pod: PodView, now: float) -> bool:
+    """Failing before its first start or again and again, or not ready for long, whatever the reason."""
+    if pod.is_ready:
+        return False
+    if pod.ready_since and now >= pod.ready_since + HOPELESS_AFTER_S:
+        return True
     if pod.failure is None or not pod.is_failing:
         return False
     return pod.failure.exit_code is None or pod.failure.restarts >= MIN_RESTARTS_OF_HOPELESS
@@ -186,11 +192,16 @@ def _find_surplus(
 
 
 def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> float | None:
-    """Seconds until a pod has been ready for long enough, or is given up as stuck."""
+    """Seconds until a pod has been ready for long enough, or is given up as stuck or hopeless."""
     moments = [
         pod.ready_since + spec.rollout.min_ready_s
         for pod in observed.pods
         if pod.is_ready and not pod.is_terminating
+    ]
+    moments += [
+        pod.ready_since + HOPELESS_AFTER_S
+        for pod in observed.pods
+        if pod.revision != spec.revision and not pod.is_ready and pod.ready_since
     ]
     moments += [p.terminating_until + STUCK_AFTER_S for p in observed.pods if p.terminating_until is not None]
     return min((moment - now + 0.01 for moment in moments if moment >= now), default=None)

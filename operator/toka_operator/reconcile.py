@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from toka_operator import __version__
 from toka_operator.cluster import Cluster
 from toka_operator.conditions import Outcome
 from toka_operator.differences import find_corrections, find_stale_annotations
-from toka_operator.errors import ApiError, ConflictError, NotFoundError, TransientError
+from toka_operator.errors import ApiError, ConflictError, NamespaceEndsError, NotFoundError, TransientError
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, format_time, is_owned_by, ready_addresses, view_pod
@@ -79,7 +79,10 @@ class Reconciler:
         observed = self._observe(owner, memory)
         plan = make_plan(owner, spec, observed, self._settings.engine_image, time.time())
         self._confirm_owner(owner, plan, observed, previous)
-        outcome = self._write_children(owner, plan, observed, memory)
+        try:
+            outcome = self._write_children(owner, plan, observed, memory)
+        except NamespaceEndsError:
+            return None
         observed = replace(observed, strangers=frozenset(memory.strangers))
         now = time.time()
         status = build_status(owner, spec, observed, plan, outcome, previous, now)
@@ -142,7 +145,7 @@ class Reconciler:
             try:
                 self._write_child(owner, desired, observed.children.get((kind, name)), memory)
             except ApiError as error:
-                if error.status not in (400, 403, 422):
+                if error.status not in (400, 403, 422) or isinstance(error, NamespaceEndsError):
                     raise
                 rejected[f"{kind} {name}"] = error.message[:1024]
                 logger.warning(
@@ -170,11 +173,7 @@ class Reconciler:
         stale = find_stale_annotations(desired, live, SERVICE_ANNOTATIONS_KEY)
         if not stale and (not corrections or memory.settled.get(metadata["uid"]) == (desired, corrections)):
             return
-        for attempt in self._correct_child(desired, live, stale):
-            WRITES.labels(kind=kind, verb="apply").inc()
-            attempt.setdefault("kind", kind)
-            self._stores[kind].put(attempt)
-            live = attempt
+        live = self._correct_child(desired, live, _merge(corrections, stale))
         left = find_corrections(desired, live)
         if left:
             logger.warning(
@@ -210,27 +209,24 @@ class Reconciler:
         self._stores[kind].put(created)
         return created
 
-    def _correct_child(self, desired: Json, live: Json, stale: Json) -> Iterator[Json]:
-        """Server-side apply; then a merge patch of what another's field manager still holds against us.
+    def _correct_child(self, desired: Json, live: Json, patch: Json) -> Json:
+        """One merge patch of just what differs.
 
-        Annotations of ours that are wanted no more go first: the apply then rewrites the list that tells
-        which were ours.
+        Not a server-side apply: of a child that was created by POST, an apply removes nothing (a changed
+        Service port stays beside the new one), and created by apply, a stranger's child would be taken
+        over.
         """
         kind, metadata = desired["kind"], live["metadata"]
-        name, namespace, uid = metadata["name"], metadata["namespace"], metadata["uid"]
+        name, namespace = metadata["name"], metadata["namespace"]
         try:
-            if stale:
-                live = self._cluster.merge(kind, namespace, name, uid, stale)
-                yield live
-            if find_corrections(desired, live):
-                live = self._cluster.apply(desired, uid)
-                yield live
-            left = find_corrections(desired, live)
-            if left:
-                yield self._cluster.merge(kind, namespace, name, uid, left)
+            live = self._cluster.merge(kind, namespace, name, metadata["uid"], patch)
         except (ConflictError, NotFoundError) as error:
             self._stores[kind].forget((namespace, name))
             raise TransientError(f"{kind} {namespace}/{name} changed meanwhile: {error.message}") from error
+        WRITES.labels(kind=kind, verb="patch").inc()
+        live.setdefault("kind", kind)
+        self._stores[kind].put(live)
+        return live
 
     def _delete_child(self, owner: Owner, kind: str, name: str, uid: str) -> None:
         try:
@@ -288,3 +284,12 @@ class Reconciler:
             logger.warning(
                 "object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error)
             )
+
+
+def _merge(a: Json, b: Json) -> Json:
+    """Two merge patches as one."""
+    both = {**a, **b}
+    for key in a.keys() & b.keys():
+        if isinstance(a[key], dict) and isinstance(b[key], dict):
+            both[key] = _merge(a[key], b[key])
+    return both

@@ -27,7 +27,7 @@ class RevisionPods:
     replicas: int
     available: frozenset[int] = frozenset()
     hopeless: frozenset[int] = frozenset()
-    """Failing for a reason that waiting does not mend: no loss to anybody."""
+    """Not ready for long, or failing for a reason that waiting does not mend: no loss to anybody."""
     num_draining: int = 0
     """Pods beyond `replicas` that are not gone yet."""
 

@@ -27,6 +27,9 @@ logger = logging.getLogger("toka.operator")
 WATCH_SILENCE_S = 660.0
 """Two watch timeouts and some: a watch without any contact for so long is stuck."""
 QUEUE_STUCK_S = 600.0
+CHILD_SETTLE_S = 0.4
+"""Children change in bursts (a pod is bound, starts, gets an endpoint): one pass and one status for a
+burst."""
 GAP_SETTLE_S = 2.0
 """After a broken connection: how long other watches may notice it too, before names are compared once."""
 
@@ -43,9 +46,10 @@ class Runtime:
         num_watches = len(SELECTORS) * max(1, len(settings.watch_namespaces))
         self._cluster: Cluster = connect(settings.num_workers + num_watches + 4, self._election.is_held)
         self._election.connect(self._cluster)
+        self._gap = threading.Event()
         self._reconciler = Reconciler(self._cluster, self._deployments, self._stores, settings)
         self._watches = [
-            Watch(self._cluster, kind, namespace, self._stores[kind], self._queue.add, self._gap_event_set)
+            Watch(self._cluster, kind, namespace, self._stores[kind], self._note_child, self._gap.set)
             for kind in SELECTORS
             for namespace in settings.watch_namespaces or (None,)
         ]
@@ -53,7 +57,6 @@ class Runtime:
             threading.Thread(target=self._work, name=f"worker-{n}", daemon=True)
             for n in range(settings.num_workers)
         ]
-        self._gap = threading.Event()
         self._stopping = threading.Event()
         self._names_thread = threading.Thread(target=self._compare_names_forever, name="names", daemon=True)
         self._health = HealthServer(settings.health_port, self.describe_trouble, self.is_ready, self._measure)
@@ -98,8 +101,8 @@ class Runtime:
 
     def note(self, event_type: str | None, obj: Json) -> None:
         """Takes in one TokaDeployment as kopf saw it; `event_type` None is the initial listing."""
-        key = self._deployments.remove(obj) if event_type == "DELETED" else self._deployments.put(obj)
-        if key is not None:
+        change = self._deployments.remove if event_type == "DELETED" else self._deployments.put
+        for key in change(obj):
             self._queue.add(key)
 
     def is_ready(self) -> bool:
@@ -118,8 +121,8 @@ class Runtime:
         )
         return ", ".join([f"thread {n} ended" for n in dead] + [f"{n} is silent" for n in silent] + stuck)
 
-    def _gap_event_set(self) -> None:
-        self._gap.set()
+    def _note_child(self, key: Key) -> None:
+        self._queue.add_after(key, CHILD_SETTLE_S)
 
     def _on_elected(self) -> None:
         for key in self._deployments.list_keys():

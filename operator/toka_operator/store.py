@@ -33,26 +33,27 @@ class Store:
         self._members: dict[Key, set[Key]] = {}
         self._deleted: OrderedDict[Key, int] = OrderedDict()
 
-    def put(self, obj: Json) -> Key | None:
-        """Keeps `obj` if it is newer than what is known. Returns its key if anything changed."""
+    def put(self, obj: Json) -> set[Key]:
+        """Keeps `obj` if it is newer than what is known. Returns the keys concerned: its own, and the one
+        it left."""
         obj.get("metadata", {}).pop("managedFields", None)
         with self._lock:
             name = _name(obj)
             known = self._objects.get(name)
             if known is not None and _version(known) >= _version(obj):
-                return None
+                return set()
             if self._deleted.get(name, -1) >= _version(obj):
-                return None
+                return set()
             self._deleted.pop(name, None)
-            self._discard(name)
+            left = self._discard(name)
             key = self._index(obj)
             if key is not None:
                 self._objects[name] = self._trim(obj)
                 self._members.setdefault(key, set()).add(name)
-            return key
+            return {k for k in (left, key) if k is not None}
 
-    def remove(self, obj: Json) -> Key | None:
-        """Forgets an object, unless a newer one of that name is known. Returns the key that it belonged to.
+    def remove(self, obj: Json) -> set[Key]:
+        """Forgets an object, unless a newer one of that name is known. Returns the keys concerned.
 
         The deletion's version is remembered for a while: the answer to a write of ours made just before
         may come later.
@@ -63,11 +64,12 @@ class Store:
                 self._deleted.popitem(last=False)
             known = self._objects.get(_name(obj))
             if known is None:
-                return None
+                return set()
             is_other = known["metadata"]["uid"] != obj["metadata"]["uid"]
             if is_other and _version(known) > _version(obj):
-                return None
-            return self._discard(_name(obj))
+                return set()
+            left = self._discard(_name(obj))
+            return {left} if left is not None else set()
 
     def forget(self, name: Key) -> Key | None:
         """Forgets whatever has this name."""
@@ -80,7 +82,7 @@ class Store:
         with self._lock:
             gone = [n for n, o in self._objects.items() if n not in listed and _version(o) <= version]
             changed = {key for key in (self._discard(name) for name in gone) if key is not None}
-        return changed | {key for key in map(self.put, listed.values()) if key is not None}
+        return changed.union(*map(self.put, listed.values()))
 
     def get(self, name: Key) -> Json | None:
         with self._lock:

@@ -114,8 +114,8 @@ class Watch(threading.Thread):
             version = obj["metadata"]["resourceVersion"]
             if event["type"] == "BOOKMARK":
                 continue
-            key = self._store.remove(obj) if event["type"] == "DELETED" else self._store.put(obj)
-            if key is not None:
+            change = self._store.remove if event["type"] == "DELETED" else self._store.put
+            for key in change(obj):
                 self._on_change(key)
             if self._stop_event.is_set():
                 break

@@ -19,7 +19,7 @@ class Expected:
 
     def __init__(self, model_dir: Path) -> None:
         tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-        self.texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in greedy_answers(model_dir, PROMPTS)]
+        self.texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_answers(model_dir, PROMPTS)]
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ class Installation:
     def install(cls, cluster: Cluster) -> Installation:
         """Build and push the images, install the chart where Pod Security is enforced, start the client."""
         images = {target: cluster.push_image(build_image(target)) for target in TARGETS}
+        cluster.pull_image(images["engine"])  # 5 GB, the first time
         installation = cls(cluster, images)
         cluster.create_namespace(OPERATOR_NAMESPACE, "restricted")
         installation.helm_upgrade()

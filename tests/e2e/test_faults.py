@@ -85,7 +85,9 @@ def test_serving_goes_on_without_the_operator_which_catches_up_when_it_is_back(
 
 def test_while_a_node_is_dead_the_other_serves(installation: Installation, namespace: str) -> None:
     cluster = installation.cluster
-    smollm2 = installation.deploy(namespace, replicas=2)
+    one_for_each_node = {"topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "DoNotSchedule"}
+    scheduling = {"topologySpread": [one_for_each_node]}
+    smollm2 = installation.deploy(namespace, replicas=2, scheduling=scheduling)
     smollm2.wait_until_ready()
     assert {pod["spec"]["nodeName"] for pod in smollm2.pods()} == {"node1", "node2"}
     cluster.kill_node(2)

@@ -43,9 +43,7 @@ def test_after_scaling_to_two_both_replicas_answer(installation: Installation, n
     scale = ["scale", "tokadeployment", "smollm2", "--replicas=2", "--namespace", namespace]
     installation.cluster.kubectl(*scale)
     smollm2.wait_until_ready()
-    pods = smollm2.pods()
-    assert len(pods) == 2
-    assert {pod["spec"]["nodeName"] for pod in pods} == {"node1", "node2"}
+    assert len(smollm2.pods()) == 2
     wait_until_each_answers(smollm2)
 
 

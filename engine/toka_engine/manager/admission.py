@@ -1,12 +1,14 @@
 """Admission: which waiting requests start now.
 
-First come, first served, as many streams as a forecast of page use lets in. When not even one stream of the first
-request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing running, one stream
-always starts, so the queue always moves.
+First come, first served, as many streams as a forecast of page use lets in. When not even one stream of the
+first request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing
+running, one stream always starts, so the queue always moves.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,51 +53,52 @@ class Streams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Running:
-    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else -1)."""
+    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else
+    -1)."""
 
     load: Load
     ends: Int32s  # [num_pages]
 
 
 def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
-    """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are left."""
+    """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are
+    left."""
     budget -= sum(job.tokens.size - job.position for job in state.jobs)
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
     if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
         return
     state.has_admission_news = False
-    candidates = _collect(state, step, budget, num_free)
+    candidates = _collect(state, state.waiting.values(), step.number, budget, num_free)
     if not candidates:
         return
     chosen = _choose(state, candidates)
-    for candidate in candidates:
-        if candidate not in chosen:
-            state.allocator.release(candidate.matched)
+    _release_others(state, candidates, chosen)
+    if not chosen:
+        chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)
         state.has_admission_news = True  # perhaps more in the next step
 
 
-def _collect(state: ManagerState, step: StepBuilder, budget: int, num_free: int) -> list[Candidate]:
-    """Return the entries next in line that the slots and the forward's tokens allow, their prefixes retained."""
+def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:
+    """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes
+    retained."""
     candidates: list[Candidate] = []
     claimed = set()
     num_deferred = 0
-    for entry in state.waiting.values():
+    for entry in entries:
         if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
             break
         if entry.job is not None:
             continue
         matched, missing = state.tree.match(entry.tokens)
-        if (
-            missing in state.coming or missing in claimed
-        ):  # another prefills the very page that this one lacks
+        if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
         pages = np.asarray(matched, np.int32)
         if matched:
             state.allocator.retain(pages)
-            state.tree.touch(pages, step.number)
+            state.tree.touch(pages, tick)
         if missing is not None:
             claimed.add(missing)
         num_streams = min(num_free, len(entry.choices))
@@ -133,26 +136,38 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         return chosen
     if not (state.num_running or state.retiring or state.held_pages):
         return {candidates[0]: 1}
-    return _skip_ahead(state, candidates, remaining, running, forecast)
+    return {}
 
 
-def _skip_ahead(
-    state: ManagerState, candidates: list[Candidate], remaining: Int32s, running: Running, forecast: Forecast
-) -> dict[Candidate, int]:
-    """The first does not fit: return one stream of the first of the next few that does."""
-    head = candidates[0].entry
+def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int) -> dict[Candidate, int]:
+    """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}
-    for candidate, each_remaining in list(zip(candidates, remaining.tolist(), strict=True))[
-        1 : 1 + SKIP_WINDOW
-    ]:
+    behind = itertools.dropwhile(lambda entry: entry is not head, state.waiting.values())
+    window = itertools.islice(behind, 1, 1 + SKIP_WINDOW)
+    candidates = _collect(state, window, tick, budget, num_free)
+    if not candidates:
+        return {}
+    remaining = _predict(state, candidates)
+    running = measure_running(state, measure_streams(state))
+    forecast = Forecast(running.load, remaining, state.sizes.page_size)
+    chosen: dict[Candidate, int] = {}
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
         arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
         if num_new > state.allocator.num_available:
             continue
         if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
             head.num_skipped += 1
-            return {candidate: 1}
-    return {}
+            chosen = {candidate: 1}
+            break
+    _release_others(state, candidates, chosen)
+    return chosen
+
+
+def _release_others(state: ManagerState, candidates: list[Candidate], chosen: dict[Candidate, int]) -> None:
+    for candidate in candidates:
+        if candidate not in chosen:
+            state.allocator.release(candidate.matched)
 
 
 def _predict(state: ManagerState, candidates: list[Candidate]) -> Int32s:
@@ -198,7 +213,9 @@ def _have_room_to_the_end(
     for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
         length = candidate.entry.tokens.size
         last = -(-(length + each_remaining) // page_size)
-        total += last - candidate.matched.size + (candidate.num_streams - 1) * (last - length // page_size)
+        total += last - candidate.matched.size
+        if each_remaining:
+            total += (candidate.num_streams - 1) * (last - length // page_size)
     return total <= state.sizes.num_pages
 
 
@@ -215,7 +232,8 @@ def _find_shared_ends(state: ManagerState, rows: Int32s, num_shared: Int32s, rem
     """Return for each page that several streams hold when the last of them ends; -1 for all other pages."""
     ends = np.full(state.sizes.num_pages, -1, np.int32)
     has_shared = np.flatnonzero(num_shared)
-    # Those that share their deepest shared page share all before it: one of each such set stands for the others.
+    # Those that share their deepest shared page share all before it: one of each such set stands for the
+    # others.
     by_end = has_shared[np.argsort(remaining[has_shared], kind="stable")]
     table = state.slots.table
     deepest = table[rows[by_end], num_shared[by_end] - 1]

@@ -1,8 +1,8 @@
 """KV pages: reference counts and the free list, as numpy arrays.
 
-A page is held by any number of sequences (`refs`) and perhaps by the prefix tree (`is_cached`). It is free when neither
-holds it. Pages that the tree alone holds are counted, because they can be had back by eviction. Pure; knows neither
-slots nor tokens.
+A page is held by any number of sequences (`refs`) and perhaps by the prefix tree (`is_cached`). It is free
+when neither holds it. Pages that the tree alone holds are counted, because they can be had back by eviction.
+Pure; knows neither slots nor tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Allocator:
         return pages
 
     def retain(self, pages: Int32s, times: int = 1) -> None:
-        """Add `times` references to each of `pages` (distinct): held ones, or ones that the tree alone holds."""
+        """Add `times` references to each of `pages` (distinct): held ones, or ones that the tree alone
+        holds."""
         self.num_cached_only -= int(np.count_nonzero(self.refs[pages] == 0))
         self.refs[pages] += times
 

@@ -1,4 +1,5 @@
-"""The manager without its I/O: messages in, messages out. The loop, the tests and the benchmark drive this one class."""
+"""The manager without its I/O: messages in, messages out. The loop, the tests and the benchmark drive this
+one class."""
 
 from __future__ import annotations
 
@@ -77,6 +78,7 @@ class Manager:
             arrival=state.num_arrivals,
         )
         state.num_arrivals += 1
+        state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)
         state.enqueue(entry, at_front=False)
         return []

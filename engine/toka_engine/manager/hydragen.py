@@ -1,8 +1,8 @@
 """The decode rows of a step in order, and the groups of them that share a prefix (Hydragen).
 
-Rows keep their place from step to step. Groups are recomputed only when rows came that may share, or when so many left
-that a group became too small. A group is used where the KV reads that it saves outweigh what it costs; groups nest where
-that pays too. Pure.
+Rows keep their place from step to step. Groups are recomputed only when rows came that may share, or when so
+many left that a group became too small. A group is used where the KV reads that it saves outweigh what it
+costs; groups nest where that pays too. Pure.
 
 Source: Juravsky et al., Hydragen: High-Throughput LLM Inference with Shared Prefixes (2024).
 """
@@ -20,8 +20,8 @@ from toka_engine.manager.slots import Slots, State
 from toka_engine.messages import Int32s
 
 ROW_COST_TOKENS = 48
-"""Cost of merging one row's partial attention, in tokens of KV read for one row (measured on an H100: 0.038 ms against
-0.44 ms for 512 tokens, both for 1,024 rows)."""
+"""Cost of merging one row's partial attention, in tokens of KV read for one row (measured on an H100: 0.038
+ms against 0.44 ms for 512 tokens, both for 1,024 rows)."""
 GROUP_COST_TOKENS = 256
 """Cost of one more group, in the same unit."""
 
@@ -53,7 +53,8 @@ NO_GROUPS = Groups(_NONE, _NONE, _NONE, _NONE)
 
 @dataclass(slots=True)
 class Node:
-    """Sets of rows that share the columns [first_column, end_column); `children` are disjoint parts that share more."""
+    """Sets of rows that share the columns [first_column, end_column); `children` are disjoint parts that
+    share more."""
 
     sets: list[int]
     num_rows: int
@@ -65,7 +66,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class GroupPolicy:
-    """When a group is used: lower bounds of the settings, and the cost model's figures in tokens of KV read."""
+    """When a group is used: lower bounds of the settings, and the cost model's figures in tokens of KV
+    read."""
 
     page_size: int
     min_rows: int
@@ -111,9 +113,7 @@ class DecodeRows:
             self.is_stale = False
         if self._must_regroup:
             self._must_regroup = False
-            num_full = np.minimum(
-                slots.lengths[self.slots] // self.policy.page_size, slots.num_pages[self.slots]
-            )
+            num_full = np.minimum(slots.lengths[self.slots] // self.policy.page_size, slots.num_pages[self.slots])
             num_shared = count_shared_columns(slots.table, self.slots, num_full, refs)
             self.slots, self.groups = find_groups(slots.table, self.slots, num_shared, self.policy)
 
@@ -150,7 +150,8 @@ def find_groups(
 
 
 class _SetTree:
-    """Rows in sets: those of one set have the same deepest page that may be shared, so they share all before it.
+    """Rows in sets: those of one set have the same deepest page that may be shared, so they share all before
+    it.
 
     The sets of n choices of one prompt need no further look at their rows.
     """
@@ -169,7 +170,8 @@ class _SetTree:
         self._depths = depths[by_page][self._starts]
 
     def split(self, sets: NDArray[np.intp], column: int) -> tuple[list[Node], list[int]]:
-        """Part `sets` by their page at `column`; return the parts of at least min_rows rows, and all other sets."""
+        """Part `sets` by their page at `column`; return the parts of at least min_rows rows, and all other
+        sets."""
         is_open = self._depths[sets] > column
         loose: list[int] = sets[~is_open].tolist()
         sets = sets[is_open]
@@ -217,7 +219,8 @@ def _run_starts(values: Int32s) -> NDArray[np.intp]:
 def _choose(node: Node, policy: GroupPolicy) -> tuple[int, int]:
     """Mark the nodes that pay, innermost first; return (rows in groups, outermost groups) under `node`.
 
-    Without a group of its own the node's span is read once by each group inside it and by each row outside those.
+    Without a group of its own the node's span is read once by each group inside it and by each row outside
+    those.
     """
     num_grouped = num_groups = 0
     for child in node.children:
@@ -232,7 +235,8 @@ def _choose(node: Node, policy: GroupPolicy) -> tuple[int, int]:
 def _collect(
     node: Node, first_column: int, min_columns: int, first_row: int, found: list[tuple[int, int, int, int]]
 ) -> None:
-    """Append the groups in use under `node`; a span whose own node is not in use falls to the groups inside it."""
+    """Append the groups in use under `node`; a span whose own node is not in use falls to the groups inside
+    it."""
     if node.is_used and node.end_column - first_column >= min_columns:
         found.append((first_row, node.num_rows, first_column, node.end_column - first_column))
         first_column = node.end_column

@@ -1,7 +1,7 @@
 """How streams leave their slots: end, cancel, preemption, and the release of what they held.
 
-A slot that a step on its way still names is retired: its pages and the slot itself are given back when that step is
-back. Preemption keeps the tokens that have come back and puts the stream at the front of the queue.
+A slot that a step on its way still names is retired: its pages and the slot itself are given back when that
+step is back. Preemption keeps the tokens that have come back and puts the stream at the front of the queue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def cancel(state: ManagerState, stream: int) -> None:
 
 
 def end_slot(state: ManagerState, slot: int) -> None:
-    """Take `slot` from its stream: tokens still on their way are dropped, pages go when the last step is back."""
+    """Take `slot` from its stream: tokens still on their way are dropped, pages go when the last step is
+    back."""
     end_slots(state, np.asarray([slot], np.int32))
 
 
@@ -66,8 +67,8 @@ def release_completed(state: ManagerState) -> None:
 def preempt_newest(state: ManagerState) -> int | None:
     """Preempt the stream (or the prefill job) that arrived last, unless it is the only one.
 
-    Returns how many pages come back when its last step is back, beyond those that are back already; None: there is none
-    to preempt.
+    Returns how many pages come back when its last step is back, beyond those that are back already; None:
+    there is none to preempt.
     """
     slots = state.slots
     candidates = np.flatnonzero((slots.states == State.DECODE) | (slots.states == State.PREFILL))
@@ -111,9 +112,7 @@ def kept_logprobs(state: ManagerState, slot: int, stream: Stream) -> Kept | None
         return None
     start = int(slots.prompt_lengths[slot])
     count = int(slots.num_received[slot])
-    logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[
-        start : start + count
-    ]
+    logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[start : start + count]
     if logprobs.size < count:
         logprobs = np.append(logprobs, slots.last_logprobs[slot])
     logprobs = logprobs.astype(np.float32)
@@ -150,7 +149,8 @@ def close_job(state: ManagerState, job: Job) -> None:
 
 
 def requeue(state: ManagerState, job: Job, members: list[int], kept: Kept | None = None) -> None:
-    """Streams of `job` that were not sampled yet start later by themselves, together with those still waiting."""
+    """Streams of `job` that were not sampled yet start later by themselves, together with those still
+    waiting."""
     choices: dict[int, None] = {}
     for slot in members:
         stream = state.slots.streams[slot]

@@ -1,7 +1,7 @@
 """The manager's process: the only module here that does I/O.
 
-Sleeps in `wait` until the server or a worker has something to say. Every worker gets the same steps; the first one's
-tokens count.
+Sleeps in `wait` until the server or a worker has something to say. Every worker gets the same steps; the
+first one's tokens count.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ logger = logging.getLogger("manager")
 class Loop:
     """Moves messages between the links and the core."""
 
-    def __init__(
-        self, child: Child, server: Channel[ServerToManager], workers: list[Channel[WorkerToManager]]
-    ) -> None:
+    def __init__(self, child: Child, server: Channel[ServerToManager], workers: list[Channel[WorkerToManager]]) -> None:
         self._child = child
         self._server = server
         self._workers = workers

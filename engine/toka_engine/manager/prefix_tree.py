@@ -1,9 +1,10 @@
 """The prefix tree: full pages of KV cache found again by the tokens that lead to them.
 
-A node is a physical page; its key is its parent page and its own tokens, so a dictionary finds it by hash and decides by
-content. Invariant: whoever holds a node holds its parent too, and touches both; so among the nodes that only the tree
-holds, a child is never younger than its parent and the oldest can be evicted in one sorted batch, children first.
-Pure: `tick` is the caller's clock. Evicts only on demand, never pages that a sequence holds.
+A node is a physical page; its key is its parent page and its own tokens, so a dictionary finds it by hash and
+decides by content. Invariant: whoever holds a node holds its parent too, and touches both; so among the nodes
+that only the tree holds, a child is never younger than its parent and the oldest can be evicted in one sorted
+batch, children first. Pure: `tick` is the caller's clock. Evicts only on demand, never pages that a sequence
+holds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Key = tuple[int, bytes]
 
 
 class PrefixTree:
-    """Finds, inserts and evicts full pages. `page_tokens` [num_pages, page_size] holds each page's token ids."""
+    """Finds, inserts and evicts full pages. `page_tokens` [num_pages, page_size] holds each page's token
+    ids."""
 
     def __init__(self, allocator: Allocator, page_tokens: NDArray[np.int32], is_enabled: bool = True) -> None:
         self._allocator = allocator
@@ -46,10 +48,11 @@ class PrefixTree:
         return parent, self._page_tokens[page].tobytes()
 
     def match(self, tokens: Int32s) -> tuple[list[int], Key | None]:
-        """Return the pages that hold the longest known prefix of `tokens`, and the key of the first one missing.
+        """Return the pages that hold the longest known prefix of `tokens`, and the key of the first one
+        missing.
 
-        The last token is never part of a match, because it must be computed to sample from it. The key is None when no
-        further full page could have matched.
+        The last token is never part of a match, because it must be computed to sample from it. The key is
+        None when no further full page could have matched.
         """
         if not self._is_enabled:
             return [], None
@@ -71,10 +74,11 @@ class PrefixTree:
         self._ticks[pages] = tick
 
     def insert_path(self, pages: Int32s, num_known: int, tick: int) -> int:
-        """Enter pages[num_known:], the pages of one sequence's columns in order; return how many columns are in now.
+        """Enter pages[num_known:], the pages of one sequence's columns in order; return how many columns are
+        in now.
 
-        pages[:num_known] are in the tree already. Stops at the first column whose content is there in another page: the
-        sequence does not hold that page, so nothing may hang below it.
+        pages[:num_known] are in the tree already. Stops at the first column whose content is there in another
+        page: the sequence does not hold that page, so nothing may hang below it.
         """
         if not self._is_enabled:
             return num_known

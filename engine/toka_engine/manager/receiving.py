@@ -1,7 +1,8 @@
-"""What comes back from the workers: advances the slots, finds the streams that ended, makes the server's Deltas.
+"""What comes back from the workers: advances the slots, finds the streams that ended, makes the server's
+Deltas.
 
-Arrays only for running streams; Python only for those that ended or asked for top logprobs. Tokens of rows whose slot
-has changed hands since (`generation`) are dropped.
+Arrays only for running streams; Python only for those that ended or asked for top logprobs. Tokens of rows
+whose slot has changed hands since (`generation`) are dropped.
 """
 
 from __future__ import annotations
@@ -62,9 +63,7 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     return messages
 
 
-def _store(
-    state: ManagerState, live: Int32s, ids: Int32s, logprobs: Floats, failed: NDArray[np.bool_]
-) -> None:
+def _store(state: ManagerState, live: Int32s, ids: Int32s, logprobs: Floats, failed: NDArray[np.bool_]) -> None:
     """Write each token into its page, where that exists already."""
     slots = state.slots
     slots.last_tokens[live] = ids
@@ -135,10 +134,9 @@ def _report_delivered(
     return fields
 
 
-def _report_ended(
-    state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]
-) -> tuple[dict[str, Any], list[Deltas]]:
-    """Return the ended_* fields of the step's Deltas, and one Deltas of its own for ended streams with top logprobs."""
+def _report_ended(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]) -> tuple[dict[str, Any], list[Deltas]]:
+    """Return the ended_* fields of the step's Deltas, and one Deltas of its own for ended streams with top
+    logprobs."""
     if over.size == 0:
         return {}, []
     slots = state.slots

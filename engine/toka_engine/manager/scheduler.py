@@ -1,8 +1,9 @@
-"""Plans one step: decode rows first, then prefill chunks in what is left of the forward. Pure over ManagerState.
+"""Plans one step: decode rows first, then prefill chunks in what is left of the forward. Pure over
+ManagerState.
 
-Decode rows are handled as arrays only. When pages run short, the oldest rows get what there is; the others sit this step
-out, and where nothing is about to come back by itself the newest streams are preempted. The oldest stream always goes
-on, so one that fits the cache at all always finishes.
+Decode rows are handled as arrays only. When pages run short, the oldest rows get what there is; the others
+sit this step out, and where nothing is about to come back by itself the newest streams are preempted. The
+oldest stream always goes on, so one that fits the cache at all always finishes.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None
 
 
 def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
-    """Preempt where nothing else will bring pages; return which of the rows then left take part in this step."""
+    """Preempt where nothing else will bring pages; return which of the rows then left take part in this
+    step."""
     slots, rows = state.slots, state.rows
     page_size = state.sizes.page_size
 
@@ -155,7 +157,8 @@ def _enter_tree(state: ManagerState, job: Job) -> None:
 
 
 def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
-    """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return them."""
+    """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return
+    them."""
     slots, page_size = state.slots, state.sizes.page_size
     length = int(job.tokens.size)
     num_full, tail = divmod(length, page_size)
@@ -179,9 +182,7 @@ def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
             _schedule_copies(state, step, job, siblings, num_full)
         step.new_slots.extend(job.siblings)
         step.new_lengths.extend([0] * len(job.siblings))
-    members = (
-        siblings if not job.is_leader_wanted else np.append(np.int32(job.slot), siblings).astype(np.int32)
-    )
+    members = siblings if not job.is_leader_wanted else np.append(np.int32(job.slot), siblings).astype(np.int32)
     step.fanout_slots.append(members)
     step.fanout_chunks.append(np.full(members.size, len(step.chunk_slots) - 1, np.int32))
     slots.lengths[members] = length
@@ -254,15 +255,11 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
 def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, Any]:
     streams = [state.slots.streams[slot] for slot in step.new_slots]
     sampling = [stream.request.sampling for stream in streams if stream is not None]
-    seeds = [
-        choice_seed(stream.request.sampling.seed, stream.choice) for stream in streams if stream is not None
-    ]
+    seeds = [choice_seed(stream.request.sampling.seed, stream.choice) for stream in streams if stream is not None]
     return {
         "new_slots": np.asarray(step.new_slots, np.int32),
         "new_lengths": np.asarray(step.new_lengths, np.int32),
-        "new_num_sampled": np.asarray(
-            [stream.num_kept for stream in streams if stream is not None], np.int32
-        ),
+        "new_num_sampled": np.asarray([stream.num_kept for stream in streams if stream is not None], np.int32),
         "new_temperatures": np.asarray([each.temperature for each in sampling], np.float32),
         "new_top_ps": np.asarray([each.top_p for each in sampling], np.float32),
         "new_top_ks": np.asarray([each.top_k for each in sampling], np.int32),

@@ -1,8 +1,8 @@
 """Which leading columns of sequences' block tables are shared with others. Pure.
 
-Sharing is always of a prefix: two sequences that hold the same page hold the same pages before it. So along the columns
-of one sequence reference counts never rise, and equality of two sequences' pages never comes back once lost; both can be
-found by bisection, vectorised over rows.
+Sharing is always of a prefix: two sequences that hold the same page hold the same pages before it. So along
+the columns of one sequence reference counts never rise, and equality of two sequences' pages never comes back
+once lost; both can be found by bisection, vectorised over rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def count_shared_columns(table: NDArray[np.int32], rows: Int32s, num_columns: In
 
 
 def count_common_columns(table: NDArray[np.int32], rows: Int32s, first: int, most: int) -> int:
-    """Return the largest `end` <= most such that all `rows` hold the same pages up to it; `first` < end is known."""
+    """Return the largest `end` <= most such that all `rows` hold the same pages up to it; `first` < end is
+    known."""
     low, high = first + 1, most
     while low < high:
         middle = (low + high + 1) // 2

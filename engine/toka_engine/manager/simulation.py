@@ -1,7 +1,7 @@
 """How many KV pages will be in use, if streams run to their predicted ends. Pure.
 
-Time is counted in decode steps from now. Pages are only given back when streams end, so use peaks just before an end, and
-only those moments are looked at. A page that several streams hold goes with the last of them.
+Time is counted in decode steps from now. Pages are only given back when streams end, so use peaks just before
+an end, and only those moments are looked at. A page that several streams hold goes with the last of them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Forecast:
     def __init__(self, load: Load, more_ends: Int32s, page_size: int) -> None:
         """`more_ends`: the `remaining` of every arrival that will be asked about.
 
-        At time t a stream with remaining >= t needs ceil((length + t) / page_size) pages. With length = page_size * q
-        + m and t = page_size * u + v that is q + u + ceil((m + v) / page_size): sums need only counts by m.
+        At time t a stream with remaining >= t needs ceil((length + t) / page_size) pages. With length =
+        page_size * q + m and t = page_size * u + v that is q + u + ceil((m + v) / page_size): sums need only
+        counts by m.
         """
         self._page_size = page_size
         zero = np.zeros(1, np.int32)
@@ -68,7 +69,8 @@ class Forecast:
         return int(self.usage.max())
 
     def add_fitting(self, arrival: Arrival, num_streams: int, num_pages: int) -> int:
-        """Add as many of `num_streams` streams of `arrival` as fit into `num_pages` at all times; return how many."""
+        """Add as many of `num_streams` streams of `arrival` as fit into `num_pages` at all times; return how
+        many."""
         first, other = self._curves(arrival)
         room = num_pages - self.usage - first
         if int(room.min()) < 0:
@@ -85,7 +87,8 @@ class Forecast:
         """Return what the first stream and each further one adds at each time."""
         is_alive = self.times <= arrival.remaining
         total = -(-(arrival.length + self.times) // self._page_size)
-        other = np.where(is_alive, total - arrival.length // self._page_size, 0)
+        grows = is_alive & (arrival.remaining > 0)  # one that ends with its first token takes no page for it
+        other = np.where(grows, total - arrival.length // self._page_size, 0)
         first = np.where(is_alive, total - -(-arrival.length // self._page_size) + arrival.num_new, 0)
         if arrival.held_ends.size:  # held on after their present holders' ends
             held = np.sort(arrival.held_ends)

@@ -1,8 +1,8 @@
 """The state of running streams, as numpy arrays by slot. No policy: who runs is decided elsewhere.
 
-A slot's `generation` changes when its stream ends, is cancelled or preempted; rows of steps still on their way carry the
-generation that they were planned for, so that their tokens can be told from the next owner's. A slot is given back only
-when every step that names it has come back (`Retirement` in lifecycle).
+A slot's `generation` changes when its stream ends, is cancelled or preempted; rows of steps still on their
+way carry the generation that they were planned for, so that their tokens can be told from the next owner's. A
+slot is given back only when every step that names it has come back (`Retirement` in lifecycle).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from toka_engine.manager.streams import Stream
 from toka_engine.messages import Int32s
 
 STOP_WIDTH = 8
-"""Stop tokens per slot that are compared in one vectorised pass; streams with more pay for a look-up of their own."""
+"""Stop tokens per slot that are compared in one vectorised pass; streams with more pay for a look-up of their
+own."""
 NO_STOP = -2
 """Fills unused places of `stop_ids`; -1 is the workers' mark of a failed row."""
 

@@ -1,4 +1,5 @@
-"""Puts admitted choices into slots: the leader with its pages and its prefill job, the others in reserve behind it."""
+"""Puts admitted choices into slots: the leader with its pages and its prefill job, the others in reserve
+behind it."""
 
 from __future__ import annotations
 
@@ -10,9 +11,7 @@ from toka_engine.manager.streams import CHOICE_BITS, Job, Stream, Waiting
 from toka_engine.messages import Int32s
 
 
-def start_entry(
-    state: ManagerState, step: StepBuilder, entry: Waiting, num_choices: int, matched: Int32s
-) -> None:
+def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choices: int, matched: Int32s) -> None:
     """Take slots for the first `num_choices` choices of `entry` and pages for its tokens.
 
     `matched` pages hold the KV of a prefix; the caller has retained them for the leader.
@@ -47,8 +46,6 @@ def start_entry(
     step.new_lengths.append(job.position)
     columns = np.arange(num_columns, dtype=np.int32)
     step.appends.append((np.full(num_columns, leader, np.int32), columns, pages))
-    if entry.num_kept == 0:
-        state.counters.prompt_tokens += tokens.size * len(members)
     state.counters.prefix_hit_tokens += job.position
 
 

@@ -1,6 +1,7 @@
 """The manager's state in one object, and what every part needs of it: taking pages, building the next step.
 
-No policy and no I/O. `scheduler`, `admission`, `receiving` and `lifecycle` are functions and small classes over it.
+No policy and no I/O. `scheduler`, `admission`, `receiving` and `lifecycle` are functions and small classes
+over it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class ManagerState:
         self.counters = Counters()
 
     def take_pages(self, count: int) -> Int32s:
-        """Allocate `count` pages, evicting from the prefix tree as needed. The caller knows that they are available."""
+        """Allocate `count` pages, evicting from the prefix tree as needed. The caller knows that they are
+        available."""
         shortage = count - self.allocator.num_free
         if shortage > 0:
             self.tree.evict(shortage)

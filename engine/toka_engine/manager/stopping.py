@@ -1,8 +1,8 @@
 """Predicts how long outputs get, from the share of their limit that finished ones reached.
 
-A ring of the last finished fractions; a running stream that has reached fraction f is expected to end at the mean of
-those fractions that are beyond f. After a preemption (the prediction was too low) predictions move towards the limit,
-and back slowly with each finish, so that a storm of preemptions dies out. Pure.
+A ring of the last finished fractions; a running stream that has reached fraction f is expected to end at the
+mean of those fractions that are beyond f. After a preemption (the prediction was too low) predictions move
+towards the limit, and back slowly with each finish, so that a storm of preemptions dies out. Pure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from toka_engine.messages import Int32s
 _RING = 1024
 _MIN_FINISHED = 16
 """Fewer finished streams predict nothing: each is taken to reach its limit."""
+_ROUNDING = 1e-6
 _CAUTION_STEP = 0.25
 _CAUTION_DECAY = 0.99
 
@@ -53,7 +54,7 @@ class StopPredictor:
             counts = np.arange(self._sorted.size, 0, -1)
             self._means = np.append(np.cumsum(self._sorted[::-1])[::-1] / counts, 1.0)
         beyond = np.searchsorted(self._sorted, num_planned / np.maximum(limits, 1), side="right")
-        predicted = np.ceil(self._means[beyond] * limits) - num_planned
+        predicted = np.ceil(self._means[beyond] * limits - _ROUNDING) - num_planned
         predicted = predicted + self.caution * (left - predicted)
         remaining: Int32s = np.minimum(np.maximum(np.ceil(predicted), 1), left).astype(np.int32)
         return remaining

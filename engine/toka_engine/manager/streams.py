@@ -20,8 +20,8 @@ _MASK = (1 << 64) - 1
 def choice_seed(seed: int, choice: int) -> int:
     """Return the seed of choice `choice` of a request with `seed`: in [0, 2**63), or -1 for none.
 
-    The finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014) over the
-    choice-th point of the sequence that starts at `seed`.
+    The finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014)
+    over the choice-th point of the sequence that starts at `seed`.
     """
     if seed < 0:
         return -1
@@ -92,7 +92,8 @@ class Stream:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A prefill under way: `slot` leads, `siblings` are sampled from its last row. tokens[:position] are planned."""
+    """A prefill under way: `slot` leads, `siblings` are sampled from its last row. tokens[:position] are
+    planned."""
 
     request: Request
     slot: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -64,12 +64,18 @@ class _Format:
     chunk_object: str
 
     def __init__(
-        self, model: str, bytes_of: Sequence[bytes], *, has_logprobs: bool, num_top: int, includes_usage: bool
+        self,
+        model: str,
+        label_of: Callable[[int], bytes],
+        *,
+        has_logprobs: bool,
+        num_top: int,
+        includes_usage: bool,
     ) -> None:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = model
-        self._bytes_of = bytes_of
+        self._label_of = label_of
         self._has_logprobs = has_logprobs
         self._num_top = num_top
         head = _encode(
@@ -88,7 +94,7 @@ class _Format:
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
 
     def _text_of(self, token: int) -> str:
-        return self._bytes_of[token].decode("utf-8", "replace")
+        return self._label_of(token).decode("utf-8", "replace")
 
 
 class CompletionFormat(_Format):
@@ -152,9 +158,7 @@ class ChatFormat(_Format):
                 created=self.created,
                 model=self.model,
                 choices=[
-                    ChatChoice(
-                        index, AnswerMessage(choice.text), self._logprobs(choice.shown), choice.finish_reason
-                    )
+                    ChatChoice(index, AnswerMessage(choice.text), self._logprobs(choice.shown), choice.finish_reason)
                     for index, choice in enumerate(choices)
                 ],
                 usage=usage,
@@ -193,7 +197,7 @@ class ChatFormat(_Format):
         return ChatTokenLogprob(*self._entry(shown.token, shown.logprob), tops)
 
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
-        return self._text_of(token), _plain(logprob), list(self._bytes_of[token])
+        return self._text_of(token), _plain(logprob), list(self._label_of(token))
 
 
 def _plain(logprob: float) -> float:

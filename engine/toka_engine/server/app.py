@@ -30,6 +30,8 @@ from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 
 Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
+_CLIENT_GONE = 499
+"""For the metrics only: what proxies write for a client that closed the connection before its answer."""
 _TOTAL_BODIES = 8
 """Bodies of the largest size that may be held at once."""
 
@@ -83,6 +85,7 @@ class App:
         except ApiError as error:
             await exchange.fail(error)
         except ClientGoneError:
+            exchange.status = exchange.status or _CLIENT_GONE
             self.metrics.cancelled.inc()
         finally:
             self._num_running -= 1
@@ -139,9 +142,7 @@ class App:
     async def _model(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/v1/models/")
         if name not in self._names:
-            raise ApiError(
-                404, f"The model '{name[:100]}' does not exist.", param="model", code="model_not_found"
-            )
+            raise ApiError(404, f"The model '{name[:100]}' does not exist.", param="model", code="model_not_found")
         await exchange.answer(200, msgspec.json.encode(self._card(name)))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -156,7 +157,7 @@ class App:
         spec = engine.limits.plan(asked, prompts, "prompt", DEFAULT_COMPLETION_TOKENS)
         form = CompletionFormat(
             request.model,
-            engine.tokenizer.bytes_of,
+            engine.tokenizer.label_of,
             has_logprobs=asked.sampling.num_logprobs >= 0,
             num_top=asked.sampling.num_logprobs,
             includes_usage=asked.includes_usage,
@@ -183,14 +184,12 @@ class App:
         spec = engine.limits.plan(asked, prompts, "messages")
         form = ChatFormat(
             request.model,
-            engine.tokenizer.bytes_of,
+            engine.tokenizer.label_of,
             has_logprobs=asked.sampling.num_logprobs >= 0,
             num_top=asked.sampling.num_logprobs,
             includes_usage=asked.includes_usage,
         )
-        job = Job(
-            prompts, spec, form, _renderer_factory(engine, asked), asked.is_streamed, asked.includes_usage
-        )
+        job = Job(prompts, spec, form, _renderer_factory(engine, asked), asked.is_streamed, asked.includes_usage)
         await run_job(job, exchange, self._streams, self.metrics)
 
     def _serving_engine(self) -> Engine:

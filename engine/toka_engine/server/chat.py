@@ -67,9 +67,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._beginnings = tuple({text[:cut] for text in special_texts for cut in range(1, len(text))})
         self._ends = tuple({text[cut:] for text in special_texts for cut in range(1, len(text))})
-        self._pattern = re.compile(
-            "|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))) or r"(?!)"
-        )
+        self._pattern = re.compile("|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))) or r"(?!)")
 
     def render(self, turns: Sequence[Turn]) -> list[str]:
         """Return the parts of the prompt, to be encoded each by itself. Raises a 400 where the template
@@ -81,13 +79,9 @@ class ChatTemplate:
             mark = self._unused_mark(turns)
             messages = [{"role": turn.role, "content": self._defuse(turn.content, mark)} for turn in turns]
         try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
+            text = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
-            raise invalid(
-                "messages", f"The model's chat template refuses these messages: {error}."
-            ) from error
+            raise invalid("messages", f"The model's chat template refuses these messages: {error}.") from error
         return [part for part in text.split(mark) if part] if mark else [text]
 
     def _is_suspect(self, content: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from toka_engine.server.errors import ApiError, unavailable
@@ -114,6 +114,7 @@ class Connection(HttpToolsProtocol):
             self._refuse_head()
             return
         super().on_headers_complete()
+        self.scope["state"]["cycle"] = self.cycle
 
     def on_body(self, body: bytes) -> None:
         if self.cycle is not None and not self.transport.is_closing():
@@ -142,9 +143,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             seconds = self._limits.receive_timeout_s
-            self._refuse(
-                ApiError(408, f"The request did not arrive within {seconds:g} s.", code="receive_timeout")
-            )
+            self._refuse(ApiError(408, f"The request did not arrive within {seconds:g} s.", code="receive_timeout"))
 
     # ------------------------------------------------------------ sending
 
@@ -165,9 +164,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _refuse_head(self) -> None:
-        self._refuse(
-            ApiError(431, f"The request's head has more than {MAX_HEAD_BYTES} bytes.", code="head_too_large")
-        )
+        self._refuse(ApiError(431, f"The request's head has more than {MAX_HEAD_BYTES} bytes.", code="head_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer outside any request and close."""
@@ -182,6 +179,37 @@ class Connection(HttpToolsProtocol):
         ]
         self.transport.write(b"".join([*head, body]))
         self.transport.close()
+
+
+class JoinedWrites:
+    """Stands in for the transport of one answer, so that its head and body leave in one write."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._parts: list[bytes] = []
+
+    def __enter__(self) -> None:
+        self._cycle.transport = self  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._cycle.transport = self._transport
+
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def _flush(self) -> None:
+        if self._parts:
+            self._transport.write(b"".join(self._parts))
+            self._parts.clear()
 
 
 def connection_factory(config: Config, state: Connections, limits: ConnectionLimits) -> Callable[[], Any]:

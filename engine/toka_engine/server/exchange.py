@@ -7,7 +7,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from toka_engine.server.connection import Connection
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from toka_engine.server.connection import Connection, JoinedWrites
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
 
 JSON = b"application/json"
@@ -39,6 +41,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.connection: Connection = scope["state"]["connection"]
+        self._cycle: RequestResponseCycle = scope["state"]["cycle"]
         self.started_s = time.monotonic()
         self.status = 0
         """0 until the answer has begun."""
@@ -80,8 +83,9 @@ class Exchange:
         """Write a whole answer."""
         self.status = status
         fixed = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
-        await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
-        await self._send({"type": "http.response.body", "body": body})
+        with JoinedWrites(self._cycle):
+            await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+            await self._send({"type": "http.response.body", "body": body})
 
     async def begin_events(self) -> None:
         self.status = 200

@@ -59,9 +59,7 @@ async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metri
     metrics.request_completion_tokens.inc(usage.completion_tokens)
 
 
-async def _answer_whole(
-    job: Job, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]
-) -> None:
+async def _answer_whole(job: Job, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]) -> None:
     texts = [[job.echo(index)] for index in range(len(renderers))]
     choices = [FinishedChoice("", None, []) for _ in renderers]
     num_unfinished = len(renderers)

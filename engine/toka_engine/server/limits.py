@@ -82,9 +82,7 @@ class Asked(msgspec.Struct, frozen=True):
 class Limits:
     """The limits of this engine, as `EngineInfo` and the settings state them."""
 
-    def __init__(
-        self, config: EngineConfig, info: EngineInfo, names: Sequence[str], end_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, config: EngineConfig, info: EngineInfo, names: Sequence[str], end_ids: tuple[int, ...]) -> None:
         self._config = config
         self._info = info
         self._names = names
@@ -102,13 +100,9 @@ class Limits:
             _int_in(request.logprobs, "logprobs", 0, self._max_top(), -1),
         )
         if request.best_of is not None and request.best_of != asked.num_choices:
-            raise invalid(
-                "best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter"
-            )
+            raise invalid("best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter")
         if request.echo and request.logprobs is not None:
-            raise invalid(
-                "echo", "'echo' is not supported together with 'logprobs'.", "unsupported_parameter"
-            )
+            raise invalid("echo", "'echo' is not supported together with 'logprobs'.", "unsupported_parameter")
         return asked
 
     def check_chat(self, request: ChatRequest) -> Asked:
@@ -123,9 +117,7 @@ class Limits:
             max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
         return self._check_shared(request, max_tokens, name, num_top if request.logprobs else -1)
 
-    def _check_shared(
-        self, request: GenerationRequest, max_tokens: int | None, name: str, num_top: int
-    ) -> Asked:
+    def _check_shared(self, request: GenerationRequest, max_tokens: int | None, name: str, num_top: int) -> Asked:
         self._check_model(request.model)
         _check_neutral(request, _NEUTRAL, "")
         options = request.stream_options
@@ -135,9 +127,7 @@ class Limits:
             raise _unsupported("stream_options.include_obfuscation")
         return Asked(
             num_choices=_int_in(request.n, "n", 1, self._config.max_choices_per_request, 1),
-            max_tokens=None
-            if max_tokens is None
-            else _int_in(max_tokens, name, 1, self.max_request_tokens, 1),
+            max_tokens=None if max_tokens is None else _int_in(max_tokens, name, 1, self.max_request_tokens, 1),
             max_tokens_field=name,
             sampling=self._check_sampling(request, num_top),
             stops=_check_stops(request.stop),
@@ -184,11 +174,11 @@ class Limits:
         return [self._check_ids(part, f"prompt[{index}]") for index, part in enumerate(prompt)]
 
     def _check_texts(self, texts: list[str]) -> list[str]:
+        if len(texts) > self._config.max_choices_per_request:
+            raise invalid("prompt", f"'prompt' has more than {self._config.max_choices_per_request} texts.")
         for index, text in enumerate(texts):
             if not text:
-                raise invalid(
-                    "prompt", "'prompt' is empty." if len(texts) == 1 else f"'prompt[{index}]' is empty."
-                )
+                raise invalid("prompt", "'prompt' is empty." if len(texts) == 1 else f"'prompt[{index}]' is empty.")
         return texts
 
     def _check_ids(self, ids: Any, name: str) -> Int32s:
@@ -198,14 +188,12 @@ class Limits:
             raise invalid("prompt", f"'{name}' is empty.")
         if len(ids) >= self.max_request_tokens:
             raise self.too_long("prompt", len(ids))
-        if not all(type(token) is int for token in ids):
+        if set(map(type, ids)) != {int}:
             raise invalid("prompt", f"'{name}' mixes token ids with something else.", "invalid_type")
         lowest, highest = min(ids), max(ids)
         if lowest < 0 or highest >= self._info.vocab_size:
             wrong = lowest if lowest < 0 else highest
-            raise invalid(
-                "prompt", f"'{name}' has token id {wrong}; valid are 0 to {self._info.vocab_size - 1}."
-            )
+            raise invalid("prompt", f"'{name}' has token id {wrong}; valid are 0 to {self._info.vocab_size - 1}.")
         return np.array(ids, np.int32)
 
     def check_text_size(self, param: str, num_bytes: int, max_bytes: int) -> None:
@@ -226,6 +214,8 @@ class Limits:
         """Return the messages as text."""
         if not messages:
             raise invalid("messages", "'messages' is empty.")
+        if len(messages) >= self.max_request_tokens:  # each has at least one token
+            raise self.too_long("messages", len(messages))
         return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
     # ------------------------------------------------------------ the whole
@@ -305,8 +295,7 @@ def _check_neutral(request: msgspec.Struct, neutral: dict[str, tuple[Any, ...]],
             value = getattr(request, name)
             # 0 and False are equal in Python and are not in JSON.
             if value is not None and not any(
-                value == plain and isinstance(value, bool) == isinstance(plain, bool)
-                for plain in neutral[name]
+                value == plain and isinstance(value, bool) == isinstance(plain, bool) for plain in neutral[name]
             ):
                 raise _unsupported(prefix + name)
 

@@ -46,12 +46,8 @@ class Metrics(Collector):
         self._num_requests = num_requests
         registry = CollectorRegistry(auto_describe=False)
         self._registry = registry
-        self.requests = Counter(
-            "toka_requests", "Answered requests.", ["endpoint", "status"], registry=registry
-        )
-        self.cancelled = Counter(
-            "toka_requests_cancelled", "Requests whose client left early.", registry=registry
-        )
+        self.requests = Counter("toka_requests", "Answered requests.", ["endpoint", "status"], registry=registry)
+        self.cancelled = Counter("toka_requests_cancelled", "Requests whose client left early.", registry=registry)
         self.request_seconds = Histogram(
             "toka_request_seconds",
             "From a request's head to its answer's end.",
@@ -62,16 +58,12 @@ class Metrics(Collector):
             "toka_time_to_first_token_seconds", "Streamed requests.", buckets=_SECONDS, registry=registry
         )
         self.request_prompt_tokens = Counter("toka_request_prompt_tokens", "As in usage.", registry=registry)
-        self.request_completion_tokens = Counter(
-            "toka_request_completion_tokens", "As in usage.", registry=registry
-        )
+        self.request_completion_tokens = Counter("toka_request_completion_tokens", "As in usage.", registry=registry)
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("toka_ready", "1 while /readyz says so.", value=float(self._is_ready()))
-        yield GaugeMetricFamily(
-            "toka_requests_running", "Requests in this server.", value=self._num_requests()
-        )
+        yield GaugeMetricFamily("toka_requests_running", "Requests in this server.", value=self._num_requests())
         if self.info is not None:
             yield from _sizes(self.info)
         if self.stats is not None:
@@ -82,9 +74,7 @@ class Metrics(Collector):
 
 
 def _sizes(info: EngineInfo) -> Iterable[Metric]:
-    yield GaugeMetricFamily(
-        "toka_max_streams", "Output sequences that can run at once.", value=info.max_streams
-    )
+    yield GaugeMetricFamily("toka_max_streams", "Output sequences that can run at once.", value=info.max_streams)
     yield GaugeMetricFamily("toka_kv_tokens", "Tokens that the KV cache holds.", value=info.num_kv_tokens)
     yield GaugeMetricFamily("toka_max_request_tokens", "Longest request.", value=info.max_request_tokens)
 

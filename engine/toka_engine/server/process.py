@@ -79,16 +79,14 @@ class Server:
 
     async def run(self) -> None:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
-        heart = asyncio.create_task(self._beat())
         listener = await self._listen()
         drain = asyncio.create_task(self._drain(listener))
-        start = asyncio.create_task(self._start())
-        await asyncio.wait([drain, start], return_when=asyncio.FIRST_COMPLETED)
-        if start.done():
-            start.result()
-        await drain
-        start.cancel()
-        heart.cancel()
+        others = (self._start(), self._link.run(), self._beat())
+        running = {drain, *map(asyncio.create_task, others)}
+        while not drain.done():
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # whatever ends one of them in error ends the process
 
     async def _beat(self) -> None:
         """Mark the loop as busy since its last turn, so that a loop that hangs shows as a turn that never
@@ -184,9 +182,7 @@ class Server:
 
     def _note_progress(self, message: Progress) -> None:
         if self._health.phase is Phase.STARTING:
-            self._health.detail = " ".join(
-                part for part in (message.process, message.phase, message.detail) if part
-            )
+            self._health.detail = " ".join(part for part in (message.process, message.phase, message.detail) if part)
 
     # ------------------------------------------------------------ the end
 

@@ -21,16 +21,14 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._limits = limits
 
-    async def encode_prompt(
-        self, prompt: str | list[Any], *, with_text: bool
-    ) -> tuple[list[Int32s], list[str]]:
+    async def encode_prompt(self, prompt: str | list[Any], *, with_text: bool) -> tuple[list[Int32s], list[str]]:
         """Return the ids of each prompt, and with `with_text` its text. Raises a 400."""
         checked = self._limits.check_prompt(prompt)
         texts = [part for part in checked if isinstance(part, str)]
         prompts = [part for part in checked if not isinstance(part, str)]
         if texts:
             for text in texts:
-                self._check_size("prompt", text)
+                self._check_size("prompt", [text])
             prompts = await self._tokenizer.encode_aside(texts, add_special_tokens=True)
         elif with_text:
             texts = [self._tokenizer.text_of(ids) for ids in prompts]
@@ -39,13 +37,13 @@ class PromptEncoder:
     async def encode_chat(self, messages: Sequence[ChatMessage], template: ChatTemplate) -> Int32s:
         """Return the ids of the rendered conversation. Raises a 400."""
         turns = self._limits.check_turns(messages)
-        for turn in turns:
-            self._check_size("messages", turn.content)
+        self._check_size("messages", [turn.content for turn in turns])
         parts = template.render(turns)
         encoded = await self._tokenizer.encode_aside(parts, add_special_tokens=False)
         return encoded[0] if len(encoded) == 1 else np.concatenate([*encoded, np.empty(0, np.int32)])
 
-    def _check_size(self, param: str, text: str) -> None:
+    def _check_size(self, param: str, texts: Sequence[str]) -> None:
+        """Refuse what cannot fit into one prompt before it is encoded."""
         most = self._tokenizer.max_text_bytes(self._limits.max_request_tokens)
-        if len(text) * 4 > most:  # a character has at most four bytes
-            self._limits.check_text_size(param, len(text.encode()), most)
+        if sum(map(len, texts)) * 4 > most:  # a character has at most four bytes
+            self._limits.check_text_size(param, sum(len(text.encode()) for text in texts), most)

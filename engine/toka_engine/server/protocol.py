@@ -218,9 +218,7 @@ def _not_json(body: bytes, message: str) -> ApiError:
             value = None
         for name, part in value.items() if isinstance(value, dict) else ():
             if _contains(part, odd):
-                return invalid(
-                    name, f"Invalid value for '{name}': NaN and infinity are not JSON.", "invalid_type"
-                )
+                return invalid(name, f"Invalid value for '{name}': NaN and infinity are not JSON.", "invalid_type")
             if not _is_text(part):
                 return invalid(name, f"Invalid value for '{name}': half a surrogate pair.", "invalid_type")
     return invalid(None, f"The body is not valid JSON: {message}.", "invalid_json")

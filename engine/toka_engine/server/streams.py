@@ -74,6 +74,7 @@ class Generation:
         self.spec = spec
         self.num_open = len(prompts) * spec.num_choices
         """Choices whose stream has neither ended nor been cancelled."""
+        self.has_logprobs = spec.sampling.num_logprobs >= 0
         self.choices: list[Choice] = []
         self.dirty: list[Choice] = []
         self._streams = streams
@@ -182,9 +183,7 @@ class Streams:
     def on_refused(self, message: Refused) -> None:
         if choice := self._choices.get(message.first_stream):
             # Its streams are unknown to the manager now; the cancellation at the end ignores them.
-            choice.generation.fail(
-                ApiError(429, message.message, code="queue_full", headers=((b"retry-after", b"1"),))
-            )
+            choice.generation.fail(ApiError(429, message.message, code="queue_full", headers=((b"retry-after", b"1"),)))
 
     def on_deltas(self, deltas: Deltas) -> None:
         """Hand out one message of the manager and wake the tasks concerned."""
@@ -222,7 +221,8 @@ class Streams:
             if row in tops:
                 choice.tops[len(choice.tokens)] = tops[row]
             choice.tokens.append(token)
-            choice.logprobs.append(logprob)
+            if choice.generation.has_logprobs:
+                choice.logprobs.append(logprob)
 
     def _hand_out_ends(self, deltas: Deltas, touched: list[Generation]) -> None:
         tops = _top_tokens(deltas) if deltas.top_of_ended else {}
@@ -240,7 +240,7 @@ class Streams:
             if not choice.tokens:
                 _mark_dirty(choice, touched)
             begin, end = bounds[row], bounds[row + 1]
-            if end > begin and deltas.ended_logprobs.size:
+            if end > begin and choice.generation.has_logprobs:
                 choice.tokens = deltas.ended_tokens[begin:end].tolist()
                 choice.logprobs = deltas.ended_logprobs[begin:end].tolist()
                 choice.tops = {place - begin: tops[place] for place in range(begin, end) if place in tops}
@@ -274,6 +274,4 @@ def _top_tokens(deltas: Deltas) -> dict[int, TopTokens]:
 
 
 def _not_finite() -> ApiError:
-    return ApiError(
-        500, "The model produced non-finite values (NaN or infinity) for this request.", code="not_finite"
-    )
+    return ApiError(500, "The model produced non-finite values (NaN or infinity) for this request.", code="not_finite")

@@ -57,6 +57,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.special_texts = tuple(token.content for token in layout.added_tokens if token.special)
+        self._specials = {token.id: token.content.encode() for token in layout.added_tokens if token.special}
         self.bytes_of = _byte_table(self._tokenizer, layout, path)
         self._longest_token_bytes = max(map(len, self.bytes_of)) * (1 if layout.normalizer is None else 4)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "tokenize")
@@ -69,23 +70,29 @@ class Tokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def label_of(self, token: int) -> bytes:
+        """What logprobs call `token`: its bytes, and for a special token its name."""
+        return self.bytes_of[token] or self._specials.get(token, b"")
+
     def max_text_bytes(self, num_tokens: int) -> int:
         """No text of more bytes fits in `num_tokens`, so that it need not be encoded to be refused."""
         return num_tokens * self._longest_token_bytes
 
     def encode(self, texts: list[str], *, add_special_tokens: bool) -> list[Int32s]:
         """Return the ids of each text; special tokens that are written out in it are taken as such."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        found: list[Int32s] = []
+        for text in texts:
+            # One at a time: an encoding holds a hundred bytes and more per token until its ids are taken out.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            found.append(np.array(encoding.ids, np.int32))
+        return found
 
     async def encode_aside(self, texts: list[str], *, add_special_tokens: bool) -> list[Int32s]:
         """`encode`, in the pool where it would hold up others."""
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return self.encode(texts, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._pool, lambda: self.encode(texts, add_special_tokens=add_special_tokens)
-        )
+        return await loop.run_in_executor(self._pool, lambda: self.encode(texts, add_special_tokens=add_special_tokens))
 
     def text_of(self, ids: Int32s) -> str:
         """The text of a whole output; special tokens have none, broken UTF-8 becomes U+FFFD."""

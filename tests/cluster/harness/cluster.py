@@ -158,6 +158,18 @@ class Cluster(KubernetesHandle):
         run_checked([*self.network.enter(), *argv], timeout_s=900)
         return reference
 
+    def pull_image(self, reference: str) -> None:
+        """Bring a pushed image to every living node at once, so that what follows does not wait for it."""
+        pulls = []
+        for number, machine in self.nodes.items():
+            folder = self.run.path / f"node{number}"
+            client = ["ctr", "--address", f"{folder}/containerd.sock", "--namespace", "k8s.io"]
+            pull = ["images", "pull", "--hosts-dir", f"{folder}/hosts", reference]
+            pulls.append(self.run.spawn(f"pull-node{number}", [*machine.enter(), *client, *pull], os.environ))
+        for pull_process in pulls:
+            if pull_process.popen.wait() != 0:
+                raise HarnessError(f"cannot pull {reference}:\n{pull_process.log(4000)}")
+
 
 def _control_plane(run: RunFolder, pki: Pki) -> ControlPlane:
     return ControlPlane(run.path, pki, "0.0.0.0", BRIDGE_ADDRESS, 6443, 2379, 2380)

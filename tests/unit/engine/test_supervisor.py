@@ -139,6 +139,12 @@ def test_a_child_in_one_long_step_is_no_stall(start_engine: StartEngine) -> None
     assert "event=silent" not in engine.log
 
 
+def test_a_step_that_never_ends_is_a_stall(start_engine: StartEngine) -> None:
+    engine = start_engine(model="busy", max_busy_s="1")
+    assert engine.wait_end() == ExitCode.PROCESS_STALLED
+    assert engine.last_words().startswith("EngineProcessStalled: model has been in one step for")
+
+
 def test_a_childs_own_error_decides_the_code_and_the_last_words(start_engine: StartEngine) -> None:
     engine = start_engine(model="memory")
     assert engine.wait_end() == ExitCode.OUT_OF_MEMORY

@@ -1,8 +1,10 @@
-"""A model worker that executes each Step literally, without a model, and a harness that drives the manager with it.
+"""A model worker that executes each Step literally, without a model, and a harness that drives the manager
+with it.
 
-Its "KV" of a token is a hash of that token and of the KV before it, read back through the pages; its next token hashes
-every KV entry of the context, read through the block table. So any error of paging, sharing, copying, preemption or
-scheduling changes the output, and a sequential reference (`reference`) says what it should have been.
+Its "KV" of a token is a hash of that token and of the KV before it, read back through the pages; its next
+token hashes every KV entry of the context, read through the block table. So any error of paging, sharing,
+copying, preemption or scheduling changes the output, and a sequential reference (`reference`) says what it
+should have been.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def mix(left: int, right: int) -> int:
 
 @dataclass(frozen=True)
 class HashModel:
-    """The deterministic model; `failure_period` > 0 makes one context in that many fail (not finite logits)."""
+    """The deterministic model; `failure_period` > 0 makes one context in that many fail (not finite
+    logits)."""
 
     vocab_size: int = 40
     failure_period: int = NO_FAILURE
@@ -216,7 +219,7 @@ class SimulatedWorker:
         assert groups == sorted(groups, key=lambda group: (group[2], group[0])), "groups are not sorted"
         covered: dict[int, int] = {}  # row -> column where its innermost group so far ends
         for first_row, num_rows, first_column, num_columns in groups:
-            assert num_rows >= 1 and num_columns >= 1
+            assert min(num_rows, num_columns) >= 1
             members = step.decode_slots[first_row : first_row + num_rows]
             assert members.size == num_rows, "a group reaches beyond the rows"
             columns = self.table[members, first_column : first_column + num_columns]
@@ -367,6 +370,8 @@ class Harness:
             slot for sent in self.sent for slot in [*sent.decode_slots.tolist(), *sent.prefill_slots.tolist()]
         }
         assert not in_flight_slots & set(step.new_slots.tolist()), "a slot is reused while a step still names it"
+        given = set(step.append_pages.tolist())
+        assert not given & set(step.copy_from.tolist()), "a page is given away before it is copied"
         written = set()
         table, size = state.slots.table, self.sizes.page_size
         for slot in step.decode_slots.tolist():

@@ -1,13 +1,14 @@
-"""Random requests, cancels, stops and delays on tiny caches: outputs equal the reference and nothing stays held."""
+"""Random requests, cancels, stops and delays on tiny caches: outputs equal the reference and nothing stays
+held."""
 
 from __future__ import annotations
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toka_engine.config import EngineConfig
 
 from tests.unit.manager.simulated import Harness, HashModel, small_sizes
-from toka_engine.config import EngineConfig
 
 
 def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_rate: float) -> None:

@@ -154,6 +154,7 @@ _PROMPTS: dict[str, Any] = {
     "text-too-long": "word " * 3000,
     "text-of-4-MiB": "a" * (4 << 20),
     "too-many-prompts": [[5]] * 1025,
+    "too-many-texts": ["a"] * 1025,
 }
 
 
@@ -195,6 +196,7 @@ _MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "part-of-text": ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
     "too-long": ([{"role": "user", "content": "word " * 3000}], "messages"),
+    "three-thousand": ([{"role": "user", "content": "x"}] * 3000, "messages"),
     "of-4-MiB": ([{"role": "user", "content": "a" * (4 << 20)}], "messages"),
 }
 

@@ -188,7 +188,7 @@ def test_logprobs_come_with_tokens_offsets_and_tops(
                 ended_tokens=np.array(ids, np.int32),
                 ended_logprobs=np.array([-0.5, np.nan, -np.inf], np.float32),
                 top_rows=np.array([0, 2], np.int32),
-                top_tokens=np.array([ids[0], ids[1], ids[2], -1], np.int32),
+                top_tokens=np.array([ids[0], 2, ids[2], -1], np.int32),
                 top_logprobs=np.array([-0.5, -1.5, -0.25, 0], np.float32),
                 top_width=2,
                 top_of_ended=True,
@@ -202,7 +202,7 @@ def test_logprobs_come_with_tokens_offsets_and_tops(
     assert logprobs.tokens == ["The", " capital", " of"]
     assert logprobs.token_logprobs == [-0.5, None, -9999.0]
     assert logprobs.text_offset == [0, 3, 11]
-    assert logprobs.top_logprobs == [{"The": -0.5, " capital": -1.5}, {}, {" of": -0.25}]
+    assert logprobs.top_logprobs == [{"The": -0.5, "<|im_end|>": -1.5}, {}, {" of": -0.25}]
 
 
 def test_logprobs_are_cut_with_the_text_at_a_stop_string(server: RunningServer, sentence_ids: list[int]) -> None:

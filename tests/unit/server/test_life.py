@@ -209,6 +209,13 @@ def test_a_failure_answers_all_who_wait_at_once(tokenizer_dir: Path, sentence_id
         assert server.request("GET", "/livez")[0] == 200
 
 
+def test_a_broken_frame_of_the_manager_ends_the_process(tokenizer_dir: Path) -> None:
+    with running_server(tokenizer_dir) as server:
+        server.manager.send(Failing("not", "a message of this link"))
+        assert server.wait_control(Fatal).exit_code == ExitCode.PROCESS_DIED
+        assert server.process.wait(20) == ExitCode.PROCESS_DIED
+
+
 def test_a_silent_process_takes_readiness_away_until_it_answers(server: RunningServer) -> None:
     server.control.send(Silent("model"))
     while (answer := server.request("GET", "/readyz"))[0] == 200:

@@ -1,0 +1,185 @@
+"""The operator as a real process against a real API server, for the tests of this folder.
+
+It runs with the chart's own service account, so that every test here is also a test of the chart's RBAC. A
+test takes the fixture `operator`; when it ends, the operator's log is searched for whatever the test did
+not expect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.paths import REPOSITORY
+from tests.cluster.harness.processes import ProcessHandle
+
+Json = dict[str, Any]
+SYSTEM = "toka-system"
+ACCOUNT = "toka-operator"
+USER = f"system:serviceaccount:{SYSTEM}:{ACCOUNT}"
+CHART = REPOSITORY / "charts" / "toka"
+HOLD = {"podTemplate": {"annotations": {"simulated.toka.dev/hold": "true"}}}
+"""A spec whose pods stay Pending, so that a test can give them a status."""
+
+
+@dataclass
+class Operator:
+    """One or more operator processes, and what a test asks of them."""
+
+    server: ApiServer
+    kubeconfig: Path
+    namespace: str
+    processes: list[ProcessHandle] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+    """Patterns of warnings and errors that the test itself brings about."""
+
+    def start(self, **environment: str) -> ProcessHandle:
+        """Starts one more operator; `environment` overrides its TOKA_* settings."""
+        number = len(self.processes)
+        env = {
+            "KUBECONFIG": str(self.kubeconfig),
+            "TOKA_ENGINE_IMAGE": "engine:1",
+            "TOKA_NAMESPACE": SYSTEM,
+            "TOKA_WATCH_NAMESPACES": self.namespace,
+            "TOKA_IDENTITY": f"operator-{number}",
+            "TOKA_HEALTH_PORT": "0",
+            "TOKA_LEASE_DURATION_SECONDS": "4",
+            "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "3",
+            "TOKA_LEASE_RETRY_SECONDS": "1",
+            "TOKA_STRANGER_RETRY_SECONDS": "1",
+            "TOKA_LOG_LEVEL": "INFO",
+            **environment,
+        }
+        process = self.server.spawn_python(f"{self.namespace}-{number}", ["-m", "toka_operator"], env)
+        self.processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Ends every process that still runs, and checks how it ended and what it wrote."""
+        running = [p for p in self.processes if p.is_running()]
+        codes = {p.name: p.terminate() for p in running}
+        assert set(codes.values()) <= {0}, codes
+        surprises = [line for p in self.processes for line in self._surprises(p.log())]
+        self.processes.clear()
+        assert surprises == []
+
+    def _surprises(self, log: str) -> list[str]:
+        known = [re.compile(pattern) for pattern in self.expected]
+        quiet = re.compile(r"level=(INFO|DEBUG) ")
+        return [x for x in log.splitlines() if not quiet.search(x) and not any(k.search(x) for k in known)]
+
+    # ---- objects
+
+    def apply(self, name: str, **spec: Any) -> None:
+        """`kubectl apply` of a TokaDeployment on CPUs whose pods count as available at once."""
+        full = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}, **spec}
+        full["rollout"] = {"minReadySeconds": 0, **spec.get("rollout", {})}
+        self.server.apply(deployment(name, **full), namespace=self.namespace)
+
+    def patch(self, name: str, **spec: Any) -> None:
+        """Merges into a TokaDeployment's spec; None removes a field."""
+        body = json.dumps({"spec": spec})
+        self.kubectl("patch", "td", name, "--type=merge", "-p", body)
+
+    def get(self, kind: str, name: str) -> Json | None:
+        return self.server.get(kind, name, self.namespace)
+
+    def require(self, kind: str, name: str) -> Json:
+        found = self.get(kind, name)
+        assert found is not None, f"no {kind} {name}"
+        return found
+
+    def list(self, kind: str, selector: str = "") -> list[Json]:
+        return self.server.list_objects(kind, self.namespace, selector)
+
+    def kubectl(self, *arguments: str) -> str:
+        return self.server.kubectl(*arguments, "--namespace", self.namespace)
+
+    def sets(self, name: str) -> dict[str, Json]:
+        """StatefulSets of a TokaDeployment by revision."""
+        found = self.list("statefulset", f"app.kubernetes.io/instance={name}")
+        return {s["metadata"]["labels"]["toka.dev/revision"]: s for s in found}
+
+    def pods(self, name: str) -> list[Json]:
+        return self.list("pod", f"app.kubernetes.io/instance={name}")
+
+    def set_pod_status(self, pod: str, **status: Any) -> None:
+        """What a kubelet would report."""
+        body = json.dumps({"status": status})
+        self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", "-p", body)
+
+    # ---- waiting
+
+    def wait_for(self, predicate: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+        return self.server.wait_for(predicate, what, timeout_s)
+
+    def wait_for_condition(self, name: str, kind: str, status: str, reason: str = "") -> Json:
+        """Waits for a condition of the object's newest generation, and returns it."""
+
+        def find() -> Json | None:
+            found = self.require("td", name)
+            for condition in found.get("status", {}).get("conditions", []):
+                is_new = condition["observedGeneration"] == found["metadata"]["generation"]
+                is_it = (condition["type"], condition["status"]) == (kind, status)
+                if is_new and is_it and reason in ("", condition["reason"]):
+                    return dict(condition)
+            return None
+
+        return dict(self.wait_for(find, f"{name} to have {kind}={status} {reason}"))
+
+    def wait_until_ready(self, name: str) -> Json:
+        """Waits for Ready=True and returns the object."""
+        self.wait_for_condition(name, "Ready", "True")
+        return self.require("td", name)
+
+    def requests(self) -> list[tuple[str, str]]:
+        """(verb, resource) of each request about the test's namespace so far, oldest first."""
+        events = [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+        return [(e["verb"], e.get("objectRef", {}).get("resource", "")) for e in events]
+
+    def _is_ours(self, event: Json) -> bool:
+        return bool(event.get("objectRef", {}).get("namespace") == self.namespace)
+
+
+def deployment(name: str, **spec: Any) -> Json:
+    """A TokaDeployment with exactly this spec."""
+    return {
+        "apiVersion": "toka.dev/v1alpha1",
+        "kind": "TokaDeployment",
+        "metadata": {"name": name},
+        "spec": spec,
+    }
+
+
+@pytest.fixture(scope="session")
+def installation(api_server: ApiServer) -> Path:
+    """The chart, installed without pods of the operator; returns a kubeconfig of its service account."""
+    api_server.simulate_nodes(2, gpus_each=8)
+    api_server.create_namespace(SYSTEM, pod_security="restricted")
+    api_server.helm("install", "toka", str(CHART), "--namespace", SYSTEM, "--set", "replicas=0")
+    api_server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
+    return api_server.service_account_kubeconfig(SYSTEM, ACCOUNT)
+
+
+@pytest.fixture
+def operator(api_server: ApiServer, installation: Path, namespace: str) -> Iterator[Operator]:
+    """A running operator for the test's own namespace, whose engine pods must pass Pod Security
+    `restricted`."""
+    label = "pod-security.kubernetes.io/enforce=restricted"
+    api_server.kubectl("label", "namespace", namespace, label)
+    running = Operator(api_server, installation, namespace)
+    running.start()
+    try:
+        yield running
+    except BaseException:
+        for process in running.processes:
+            process.kill()
+        raise
+    running.stop()

@@ -1,0 +1,194 @@
+"""A TokaDeployment's children: made, put back, never taken from a stranger, gone with it."""
+
+from __future__ import annotations
+
+import json
+
+from tests.cluster.operating import Operator, deployment
+
+KINDS = "statefulset,service,serviceaccount,poddisruptionbudget,controllerrevision,pod,endpointslice"
+
+
+def test_an_applied_object_becomes_ready_with_its_children(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    ready = operator.wait_until_ready("chat")
+    status = ready["status"]
+    assert status["url"] == f"http://chat.{operator.namespace}.svc/v1"
+    assert (status["model"], status["phase"], status["ready"]) == ("smollm2", "Running", "2/2")
+    assert (status["replicas"], status["readyReplicas"], status["availableReplicas"]) == (2, 2, 2)
+    (revision,) = operator.sets("chat")
+    assert status["currentRevision"] == revision
+    assert operator.require("service", "chat")["spec"]["ports"][0]["port"] == 80
+    assert operator.require("serviceaccount", "chat")["automountServiceAccountToken"] is False
+    assert operator.require("pdb", "chat")["spec"]["minAvailable"] == 1
+    stored = operator.require("controllerrevision", f"chat-{revision}")
+    assert stored["data"]["template"]["spec"]["containers"][0]["image"] == "engine:1"
+    assert "finalizers" not in ready["metadata"]
+    assert set(ready["metadata"]["annotations"]) == {"kubectl.kubernetes.io/last-applied-configuration"}
+
+
+def test_each_child_of_a_new_object_is_written_once(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    resources = ("serviceaccounts", "services", "controllerrevisions", "statefulsets", "poddisruptionbudgets")
+    writes = [(verb, resource) for verb, resource in operator.requests() if resource in resources]
+    writes = [(verb, resource) for verb, resource in writes if verb not in ("list", "watch")]
+    assert writes == [("create", resource) for resource in resources]
+
+
+def test_deleted_children_are_put_back(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    (revision,) = operator.sets("chat")
+    names = {
+        "statefulset": f"chat-{revision}",
+        "service": "chat",
+        "serviceaccount": "chat",
+        "pdb": "chat",
+        "controllerrevision": f"chat-{revision}",
+    }
+    for kind, name in names.items():
+        old = operator.require(kind, name)["metadata"]["uid"]
+        operator.kubectl("delete", kind, name)
+
+        def is_back(kind: str = kind, name: str = name, old: str = old) -> bool:
+            found = operator.get(kind, name)
+            return found is not None and found["metadata"]["uid"] != old
+
+        operator.wait_for(is_back, f"{kind} {name} to be put back")
+    operator.wait_until_ready("chat")
+
+
+def test_edited_children_are_put_back(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    (revision,) = operator.sets("chat")
+    name = f"chat-{revision}"
+    container = {"name": "engine", "image": "other:1", "env": [{"name": "ADDED", "value": "1"}]}
+    edits = [
+        ("statefulset", name, {"spec": {"replicas": 5}}),
+        ("statefulset", name, {"spec": {"template": {"spec": {"containers": [container]}}}}),
+        ("statefulset", name, {"metadata": {"labels": {"app.kubernetes.io/instance": "other"}}}),
+        ("service", "chat", {"spec": {"selector": {"app.kubernetes.io/instance": "other"}}}),
+        ("service", "chat", {"spec": {"ports": [{"port": 80, "targetPort": 1, "protocol": "TCP"}]}}),
+        ("pdb", "chat", {"spec": {"minAvailable": 0}}),
+        ("serviceaccount", "chat", {"automountServiceAccountToken": True}),
+        ("controllerrevision", name, {"metadata": {"labels": {"app.kubernetes.io/managed-by": None}}}),
+    ]
+    keys = ("spec", "automountServiceAccountToken")
+    for kind, child, edit in edits:
+        right = {k: v for k, v in operator.require(kind, child).items() if k in keys}
+        labels = operator.require(kind, child)["metadata"]["labels"]
+        operator.kubectl("patch", kind, child, "--type=strategic", "-p", json.dumps(edit))
+
+        def is_right(
+            kind: str = kind, child: str = child, right: object = right, labels: object = labels
+        ) -> bool:
+            found = operator.require(kind, child)
+            same = {k: v for k, v in found.items() if k in keys} == right
+            return same and found["metadata"].get("labels") == labels
+
+        operator.wait_for(is_right, f"{kind} {child} to be put back after {edit}")
+    pods = {pod["spec"]["containers"][0]["image"] for pod in operator.pods("chat")}
+    assert pods == {"engine:1"}
+
+
+def test_a_strangers_objects_are_never_touched(operator: Operator) -> None:
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "chat"},
+        "spec": {"ports": [{"port": 1}], "selector": {"app": "theirs"}},
+    }
+    operator.server.apply(service, namespace=operator.namespace)
+    theirs = operator.require("service", "chat")
+    operator.apply("chat")
+    taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
+    assert "Service chat" in taken["message"]
+    assert (
+        operator.require("service", "chat")["metadata"]["resourceVersion"]
+        == theirs["metadata"]["resourceVersion"]
+    )
+    operator.expected.append("event=name_taken")
+    operator.kubectl("delete", "service", "chat")
+    operator.wait_until_ready("chat")
+    operator.wait_for_condition("chat", "Degraded", "False")
+
+
+def test_a_strangers_stateful_set_is_never_touched_even_with_our_labels(operator: Operator) -> None:
+    operator.apply("chat", suspend=True)
+    operator.wait_for_condition("chat", "Ready", "False", "Suspended")
+    (revision,) = operator.sets("chat")
+    name = f"chat-{revision}"
+    manifest = operator.require("statefulset", name)
+    operator.kubectl("delete", "td", "chat")
+    operator.wait_for(lambda: not operator.list(KINDS, "app.kubernetes.io/part-of=toka"), "all to be gone")
+    for key in ("uid", "resourceVersion", "ownerReferences", "managedFields", "creationTimestamp"):
+        manifest["metadata"].pop(key, None)
+    manifest.pop("status")
+    operator.server.apply(manifest, namespace=operator.namespace)
+    theirs = operator.require("statefulset", name)
+    operator.apply("chat")
+    taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
+    assert f"StatefulSet {name}" in taken["message"]
+    now = operator.require("statefulset", name)
+    assert now["spec"] == theirs["spec"]
+    assert now["metadata"]["labels"] == theirs["metadata"]["labels"]
+    operator.expected.append("event=name_taken")
+
+
+def test_deleting_the_object_leaves_nothing(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    operator.kubectl("delete", "td", "chat")
+    selector = "app.kubernetes.io/part-of=toka"
+    operator.wait_for(lambda: not operator.list(KINDS, selector), "every child to be gone")
+
+
+def test_children_follow_each_change_of_the_spec_and_back(operator: Operator) -> None:
+    operator.apply("chat")
+    operator.wait_until_ready("chat")
+    before = operator.require("service", "chat")
+    operator.patch(
+        "chat", service={"port": 8080, "annotations": {"example.com/a": "1", "example.com/b": "2"}}
+    )
+
+    def annotations() -> dict[str, str]:
+        return dict(operator.require("service", "chat")["metadata"].get("annotations", {}))
+
+    operator.wait_for(lambda: annotations().get("example.com/b") == "2", "annotations")
+    assert operator.require("service", "chat")["spec"]["ports"][0]["port"] == 8080
+    operator.patch("chat", service={"annotations": {"example.com/a": None}})
+    operator.wait_for(lambda: "example.com/a" not in annotations(), "the annotation to go")
+    assert annotations()["example.com/b"] == "2"
+    operator.kubectl("annotate", "service", "chat", "example.com/theirs=kept")
+    operator.patch("chat", service=None)
+    operator.wait_for(lambda: annotations() == {"example.com/theirs": "kept"}, "only the other's annotation")
+    assert operator.require("service", "chat")["spec"] == before["spec"]
+
+
+def test_an_object_of_the_same_name_made_anew_gets_children_of_its_own(operator: Operator) -> None:
+    operator.apply("chat")
+    first = operator.wait_until_ready("chat")["metadata"]["uid"]
+    operator.kubectl("delete", "td", "chat", "--wait=false")
+    operator.apply("chat")
+    second = operator.wait_until_ready("chat")["metadata"]["uid"]
+    assert first != second
+
+    def owners() -> set[str]:
+        return {s["metadata"]["ownerReferences"][0]["uid"] for s in operator.list("statefulset,service")}
+
+    operator.wait_for(lambda: owners() == {second}, "children of the second object only")
+    operator.expected.append("event=name_taken")
+
+
+def test_a_child_that_the_api_server_refuses_is_named_with_its_reason(operator: Operator) -> None:
+    sidecar = {"name": "Not A Name", "image": "x"}
+    operator.server.apply(
+        deployment("chat", model={"source": "builtin://smollm2"}, podTemplate={"sidecars": [sidecar]}),
+        namespace=operator.namespace,
+    )
+    refused = operator.wait_for_condition("chat", "ConfigValid", "False", "ChildRejected")
+    assert "StatefulSet" in refused["message"]
+    assert "Not A Name" in refused["message"]
+    operator.expected.append("rejected=")

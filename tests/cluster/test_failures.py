@@ -1,0 +1,111 @@
+"""What is wrong with a pod stands in the status, in the engine's own words.
+
+There is no kubelet here, so each test writes what a kubelet reports; the e2e tests have the real reports.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cluster.operating import HOLD, Operator
+
+ENDED = {"containerID": "x://y", "finishedAt": "2026-01-01T00:00:01Z", "startedAt": "2026-01-01T00:00:00Z"}
+
+
+def report(operator: Operator, restarts: int = 0, **state: Any) -> None:
+    """The status of the engine container of the only pod."""
+    operator.wait_for(lambda: operator.pods("chat"), "the pod")
+    (pod,) = operator.pods("chat")
+    entry = {
+        "name": "engine",
+        "image": "engine:1",
+        "imageID": "",
+        "ready": False,
+        "restartCount": restarts,
+        **state,
+    }
+    operator.set_pod_status(pod["metadata"]["name"], containerStatuses=[entry])
+
+
+@pytest.mark.parametrize(
+    ("reason", "waiting"),
+    [
+        ("ImagePullFailed", {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "none:1"'}),
+        ("SecretMissing", {"reason": "CreateContainerConfigError", "message": 'secret "hf" not found'}),
+        ("ConfigMapMissing", {"reason": "CreateContainerConfigError", "message": 'configmap "c" not found'}),
+    ],
+)
+def test_a_container_that_cannot_start_is_told(
+    operator: Operator, reason: str, waiting: dict[str, str]
+) -> None:
+    operator.apply("chat", **HOLD)
+    report(operator, state={"waiting": waiting})
+    degraded = operator.wait_for_condition("chat", "Degraded", "True", reason)
+    assert waiting["message"] in degraded["message"]
+    (failure,) = operator.require("td", "chat")["status"]["failures"]
+    assert failure["reason"] == reason
+    assert operator.require("td", "chat")["status"]["phase"] == "Degraded"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "word"),
+    [("ModelNotFound", 3, "Error"), ("EngineProcessDied", 10, "Error"), ("OutOfMemory", 137, "OOMKilled"),
+     ("CrashLoop", 1, "Error")],
+)  # fmt: skip
+def test_the_engines_last_words_and_exit_code_are_told(
+    operator: Operator, reason: str, code: int, word: str
+) -> None:
+    operator.apply("chat", **HOLD)
+    last = {"exitCode": code, "reason": word, "message": "toka: model=/none: no such folder", **ENDED}
+    waiting = {"reason": "CrashLoopBackOff", "message": "back-off 10s"}
+    report(operator, 4, state={"waiting": waiting}, lastState={"terminated": last})
+    degraded = operator.wait_for_condition("chat", "Degraded", "True", reason)
+    assert "no such folder" in degraded["message"]
+    (failure,) = operator.require("td", "chat")["status"]["failures"]
+    assert (failure["exitCode"], failure["restarts"], failure["container"]) == (code, 4, "engine")
+    assert failure["message"] == "toka: model=/none: no such folder"
+
+
+def test_a_recovered_pod_is_no_longer_degraded_but_its_failure_stays_visible(operator: Operator) -> None:
+    operator.apply("chat", **HOLD)
+    last = {"exitCode": 10, "reason": "Error", "message": "toka: the worker died", **ENDED}
+    report(operator, 1, state={"running": {}}, lastState={"terminated": last})
+    operator.wait_for_condition("chat", "Degraded", "True", "EngineProcessDied")
+    (pod,) = operator.pods("chat")
+    now = "2026-01-01T00:00:00Z"
+    ready = [{"type": t, "status": "True", "lastTransitionTime": now} for t in ("Ready", "ContainersReady")]
+    operator.set_pod_status(
+        pod["metadata"]["name"],
+        phase="Running",
+        conditions=ready,
+        podIP="10.1.1.1",
+        podIPs=[{"ip": "10.1.1.1"}],
+    )
+    operator.wait_until_ready("chat")
+    operator.wait_for_condition("chat", "Degraded", "False")
+    (failure,) = operator.require("td", "chat")["status"]["failures"]
+    assert failure["reason"] == "EngineProcessDied"
+
+
+def test_a_missing_claim_is_told(operator: Operator) -> None:
+    operator.apply("chat", model={"source": "pvc://weights/llama"})
+    missing = operator.wait_for_condition("chat", "Degraded", "True", "ClaimMissing")
+    assert "weights" in missing["message"]
+
+
+def test_transitions_are_told_as_events_once(operator: Operator) -> None:
+    operator.apply("chat", replicas=1)
+    operator.wait_until_ready("chat")
+    operator.patch("chat", engine={"pageSize": 32})
+    operator.wait_for(lambda: len(operator.sets("chat")) == 1, "the rollout to end")
+    operator.wait_until_ready("chat")
+
+    def reasons() -> list[str]:
+        events = json.loads(operator.kubectl("get", "events", "-o", "json"))["items"]
+        ours = [e for e in events if e["involvedObject"]["kind"] == "TokaDeployment"]
+        return sorted(e["reason"] for e in ours)
+
+    operator.wait_for(lambda: reasons() == ["Ready", "Ready", "RolloutStarted"], "three events")

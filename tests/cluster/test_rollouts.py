@@ -1,0 +1,132 @@
+"""Changes of the spec reach the pods without fewer of them serving."""
+
+from __future__ import annotations
+
+from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
+from tests.cluster.operating import HOLD, Operator
+
+
+def test_a_change_of_the_spec_surges_and_the_old_revision_goes(operator: Operator) -> None:
+    operator.apply("chat", replicas=3)
+    (old,) = operator.wait_until_ready("chat")["status"]["revisions"]
+    operator.patch("chat", engine={"maxSeqsPerForward": 64})
+    most, fewest = 0, 3
+
+    def is_over() -> bool:
+        nonlocal most, fewest
+        pods = [p for p in operator.pods("chat") if "deletionTimestamp" not in p["metadata"]]
+        ready = [p for p in pods if p.get("status", {}).get("phase") == "Running"]
+        most, fewest = max(most, len(pods)), min(fewest, len(ready))
+        found = operator.require("td", "chat")
+        conditions = {c["type"]: c for c in found["status"]["conditions"]}
+        is_seen = found["status"]["observedGeneration"] == found["metadata"]["generation"]
+        return is_seen and conditions["Ready"]["status"] == "True" and len(operator.sets("chat")) == 1
+
+    operator.wait_for(is_over, "the rollout to end")
+    assert most <= 4
+    assert fewest == 3
+    (new,) = operator.require("td", "chat")["status"]["revisions"]
+    assert new["name"] != old["name"]
+    stored = operator.list("controllerrevision", "app.kubernetes.io/component=revision")
+    assert {s["metadata"]["labels"]["toka.dev/revision"]: s["revision"] for s in stored} == {
+        old["name"]: 1,
+        new["name"]: 2,
+    }
+
+
+def test_going_back_uses_the_old_revision_again(operator: Operator) -> None:
+    operator.apply("chat")
+    first = operator.wait_until_ready("chat")["status"]["currentRevision"]
+    operator.patch("chat", engine={"pageSize": 32})
+    second = operator.wait_until_ready("chat")["status"]["currentRevision"]
+    operator.patch("chat", engine={"pageSize": None})
+    third = operator.wait_until_ready("chat")["status"]["currentRevision"]
+    assert first == third != second
+    assert operator.require("controllerrevision", f"chat-{first}")["revision"] == 3
+
+
+def test_history_keeps_no_more_revisions_than_asked(operator: Operator) -> None:
+    operator.apply("chat", suspend=True, rollout={"revisionHistoryLimit": 1})
+    for size in (8, 16, 32):
+        operator.patch("chat", engine={"pageSize": size})
+        operator.wait_for_condition("chat", "Ready", "False", "Suspended")
+    operator.wait_for(
+        lambda: len(operator.list("controllerrevision", "app.kubernetes.io/component=revision")) == 2,
+        "old revisions to go",
+    )
+    assert len(operator.sets("chat")) == 1
+
+
+def test_a_revision_that_never_becomes_ready_keeps_the_old_pods(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    old = operator.wait_until_ready("chat")["status"]["currentRevision"]
+    operator.patch("chat", podTemplate={"annotations": {NEVER_READY_ANNOTATION: "true"}})
+    operator.wait_for_condition("chat", "Progressing", "True", "RolloutUnderway")
+    operator.wait_for(lambda: len(operator.pods("chat")) == 3, "one surge pod")
+    status = operator.require("td", "chat")["status"]
+    assert {r["name"]: r["available"] for r in status["revisions"]}[old] == 2
+    operator.wait_for_condition("chat", "Available", "True")
+    operator.patch("chat", podTemplate={"annotations": {NEVER_READY_ANNOTATION: "false"}})
+    operator.wait_until_ready("chat")
+    operator.wait_for(lambda: len(operator.sets("chat")) == 1, "both older revisions to go")
+
+
+def test_a_paused_rollout_waits_until_it_is_resumed(operator: Operator) -> None:
+    operator.apply("chat")
+    old = operator.wait_until_ready("chat")["status"]["currentRevision"]
+    operator.patch("chat", rollout={"paused": True}, engine={"pageSize": 32})
+    operator.wait_for_condition("chat", "Progressing", "False", "Paused")
+    assert set(operator.sets("chat")) == {old}
+    operator.patch("chat", rollout={"paused": False})
+    assert operator.wait_until_ready("chat")["status"]["currentRevision"] != old
+
+
+def test_the_scale_subresource_scales(operator: Operator) -> None:
+    operator.apply("chat")
+    operator.wait_until_ready("chat")
+    operator.kubectl("scale", "td/chat", "--replicas=3")
+    assert operator.wait_until_ready("chat")["status"]["replicas"] == 3
+    assert operator.require("pdb", "chat")["spec"]["minAvailable"] == 2
+    operator.kubectl("scale", "td/chat", "--replicas=1")
+    operator.wait_for(lambda: operator.require("td", "chat")["status"]["replicas"] == 1, "one pod")
+    operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
+    selector = operator.require("td", "chat")["status"]["selector"]
+    assert len(operator.list("pod", selector)) == 1
+
+
+def test_a_suspended_object_has_no_pods_and_comes_back(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    operator.patch("chat", suspend=True)
+    operator.wait_for_condition("chat", "Ready", "False", "Suspended")
+    operator.wait_for(lambda: not operator.pods("chat"), "the pods to go")
+    assert operator.get("service", "chat") is not None
+    operator.patch("chat", suspend=False)
+    assert operator.wait_until_ready("chat")["status"]["phase"] == "Running"
+
+
+def test_a_surge_without_room_says_so_and_goes_on_when_there_is(operator: Operator) -> None:
+    operator.apply("chat", resources={"device": "gpu", "gpuResource": "example.com/scarce"})
+    operator.wait_for_condition("chat", "Degraded", "True", "Unschedulable")
+    _give_gpus(operator, 1)
+    operator.wait_until_ready("chat")
+    operator.patch("chat", engine={"pageSize": 32})
+    blocked = operator.wait_for_condition("chat", "Progressing", "True", "SurgeBlocked")
+    assert "example.com/scarce" in blocked["message"]
+    operator.wait_for_condition("chat", "Available", "True")
+    operator.wait_for_condition("chat", "Degraded", "False")
+    _give_gpus(operator, 2)
+    operator.wait_until_ready("chat")
+
+
+def _give_gpus(operator: Operator, count: int) -> None:
+    body = f'{{"status": {{"capacity": {{"example.com/scarce": "{count}"}}, "allocatable": {{"example.com/scarce": "{count}"}}}}}}'
+    operator.server.kubectl(
+        "patch", "node", "simulated-0", "--subresource=status", "--type=merge", "-p", body
+    )
+
+
+def test_the_progress_deadline_is_told(operator: Operator) -> None:
+    operator.apply("chat", **HOLD, startup={"timeoutSeconds": 10}, rollout={"progressDeadlineSeconds": 11})
+    operator.wait_for_condition("chat", "Progressing", "False", "ProgressDeadlineExceeded")
+    operator.wait_for_condition("chat", "Degraded", "True", "ProgressDeadlineExceeded")

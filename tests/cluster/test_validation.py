@@ -1,0 +1,106 @@
+"""What `kubectl apply` refuses, each with a sentence that says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.errors import CommandFailed
+from tests.cluster.operating import deployment
+
+REFUSED: list[tuple[str, str, dict[str, Any]]] = [
+    ("Required value", "chat", {"model": {}}),
+    ("model.source must be hf://", "chat", {"model": {"source": "smollm2"}}),
+    ("may not contain '..'", "chat", {"model": {"source": "pvc://claim/../x"}}),
+    ("model.revision is only for hf://", "chat", {"model": {"source": "builtin://smollm2", "revision": "main"}}),
+    ("metadata.name must be at most 43", "x" * 44, {}),
+    ("metadata.name must be at most 43", "1chat", {}),
+    ("metadata.name must be at most 43", "a.b", {}),
+    ("may not both be 0", "chat", {"rollout": {"maxSurge": 0, "maxUnavailable": 0}}),
+    ("must be greater than startup.timeoutSeconds", "chat", {"startup": {"timeoutSeconds": 4000}}),
+    ("cache.claimName is needed for type ExistingPVC", "chat", {"cache": {"type": "ExistingPVC"}}),
+    ("cache.claimName is needed for type ExistingPVC", "chat", {"cache": {"claimName": "c"}}),
+    ("cache.size is only for type Ephemeral", "chat",
+     {"cache": {"type": "ExistingPVC", "claimName": "c", "size": "1Gi"}}),
+    ("resources.sharedMemory is only for device gpu", "chat",
+     {"resources": {"device": "cpu", "sharedMemory": "1Gi"}}),
+    ("may not set a key that belongs to a field", "chat", {"engine": {"extraArgs": ["port=1"]}}),
+    ("are key=value, without spaces", "chat", {"engine": {"extraArgs": ["seed"]}}),
+    ("may not set HF_TOKEN", "chat", {"engine": {"env": [{"name": "HF_TOKEN", "value": "x"}]}}),
+    ("a value or a valueFrom, not both", "chat",
+     {"engine": {"env": [{"name": "A", "value": "x", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}]}}),
+    ("exactly one of secretKeyRef", "chat", {"engine": {"env": [{"name": "A", "valueFrom": {}}]}}),
+    ("exactly one of secretRef and configMapRef", "chat", {"engine": {"envFrom": [{"prefix": "x"}]}}),
+    ("may not use the prefixes", "chat", {"podTemplate": {"labels": {"toka.dev/revision": "x"}}}),
+    ("may not be named 'engine'", "chat", {"podTemplate": {"sidecars": [{"name": "engine", "image": "x"}]}}),
+    ("may not be named cache", "chat", {"podTemplate": {"volumes": [{"name": "cache", "emptyDir": {}}]}}),
+    ("may not use the prefix toka.dev/", "chat", {"service": {"annotations": {"toka.dev/x": "y"}}}),
+    ("Unsupported value", "chat", {"resources": {"device": "tpu"}}),
+    ("should be less than or equal to 1000", "chat", {"replicas": 1001}),
+    ("should be greater than or equal to 0", "chat", {"replicas": -1}),
+    ("unknown field", "chat", {"autoscaling": {"enabled": True}}),
+    ("should match", "chat", {"resources": {"memory": "lots"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sentence", "name", "spec"), REFUSED)
+def test_a_bad_object_is_refused_with_a_sentence(
+    api_server: ApiServer, installation: Path, sentence: str, name: str, spec: dict[str, Any]
+) -> None:
+    full = {"model": {"source": "builtin://smollm2"}, **spec}
+    manifest = deployment(name, **full)
+    with pytest.raises(CommandFailed) as refusal:
+        _create(api_server, manifest)
+    assert sentence in refusal.value.stderr
+
+
+def _create(api_server: ApiServer, manifest: dict[str, Any]) -> None:
+    """As `kubectl apply --dry-run=server` does: every check of the API server, nothing stored."""
+    import json
+
+    api_server.kubectl(
+        "apply", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=json.dumps(manifest)
+    )
+
+
+def test_the_cache_type_is_immutable(api_server: ApiServer, installation: Path, namespace: str) -> None:
+    spec = {"model": {"source": "builtin://smollm2"}}
+    api_server.apply(deployment("chat", **spec), namespace=namespace)
+    changed = deployment("chat", **spec, cache={"type": "ExistingPVC", "claimName": "c"})
+    with pytest.raises(CommandFailed) as refusal:
+        api_server.apply(changed, namespace=namespace)
+    assert "cache.type is immutable" in refusal.value.stderr
+
+
+def test_an_object_with_every_field_is_accepted(api_server: ApiServer, installation: Path) -> None:
+    everything = {
+        "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a", "b"],
+                  "tokenizer": "org/other", "dtype": "bfloat16"},
+        "engine": {"image": "e:2", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}], "port": 9000,
+                   "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "kvCacheNumTokens": 1024, "pageSize": 16,
+                   "hydragen": False, "torchCompile": True, "cudaGraphs": False, "logLevel": "DEBUG",
+                   "extraArgs": ["seed=1"], "env": [{"name": "A", "value": "b"}],
+                   "envFrom": [{"secretRef": {"name": "s"}}]},
+        "replicas": 3,
+        "resources": {"device": "gpu", "gpuResource": "amd.com/gpu", "cpu": 4, "memory": "16Gi",
+                      "sharedMemory": "4Gi"},
+        "scheduling": {"nodeSelector": {"a": "b"}, "tolerations": [{"key": "k", "operator": "Exists"}],
+                       "affinity": {"nodeAffinity": {}}, "topologySpread": [{"topologyKey": "zone"}],
+                       "priorityClassName": "p", "runtimeClassName": "nvidia"},
+        "cache": {"type": "ExistingPVC", "claimName": "models"},
+        "auth": {"hfTokenSecretRef": {"name": "hf"}, "apiKeySecretRef": {"name": "api", "key": "k"}},
+        "startup": {"timeoutSeconds": 600},
+        "rollout": {"maxSurge": 2, "maxUnavailable": 1, "minReadySeconds": 0, "progressDeadlineSeconds": 900,
+                    "drainTimeoutSeconds": 30, "paused": True, "revisionHistoryLimit": 5},
+        "disruption": {"podDisruptionBudget": "Off"},
+        "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"a": "b"}},
+        "podTemplate": {"labels": {"team": "x"}, "annotations": {"n": "v"},
+                        "volumes": [{"name": "data", "emptyDir": {}}],
+                        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+                        "sidecars": [{"name": "log", "image": "log:1", "args": ["-v"]}]},
+        "suspend": True,
+    }  # fmt: skip
+    _create(api_server, deployment("chat", **everything))
