@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from triton.testing import do_bench
-
 from toka_engine.model.attention.base import AttentionShape
 from toka_engine.model.attention.paged_plan import list_pages
 from toka_engine.model.kernels.paged import HND, NHD, DevicePages, PagedKernels
+from triton.testing import do_bench
 
 DEVICE = torch.device("cuda")
 SHAPE = AttentionShape(1, 32, 8, 64, 64**-0.5, torch.bfloat16, DEVICE)

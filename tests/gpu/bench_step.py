@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step
 from toka_engine.model.worker import Worker, load_worker

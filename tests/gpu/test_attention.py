@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from toka_engine.model.attention.base import AttentionShape, StepLayout
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.kernels.paged import HND, NHD
@@ -58,9 +57,7 @@ class Checked:
             error = float((out[rows].float() - expected).norm() / expected.norm())
             assert error < 8e-3, (i, error)
             if lse is not None:
-                torch.testing.assert_close(
-                    lse[rows], scores.logsumexp(-1) / np.log(2).item(), atol=2e-2, rtol=1e-3
-                )
+                torch.testing.assert_close(lse[rows], scores.logsumexp(-1) / np.log(2).item(), atol=2e-2, rtol=1e-3)
             self.num_checked, self.worst = self.num_checked + 1, max(self.worst, error)
 
 
@@ -68,9 +65,7 @@ def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-def layout_of(
-    positions: np.ndarray, prefill: list[tuple[int, int, int]], groups: list[tuple[int, ...]]
-) -> StepLayout:
+def layout_of(positions: np.ndarray, prefill: list[tuple[int, int, int]], groups: list[tuple[int, ...]]) -> StepLayout:
     table, chunks = np.array(groups, np.int32).reshape(-1, 4), np.array(prefill, np.int32).reshape(-1, 3)
     slots = np.arange(positions.size, dtype=np.int32)
     return StepLayout(slots, positions.astype(np.int32), *chunks.T.copy(), *table.T.copy())

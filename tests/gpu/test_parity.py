@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from tests.model.driving import Driver, ints, load
 
 TINY: dict[str, Any] = {

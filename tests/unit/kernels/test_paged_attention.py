@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from toka_engine.model.attention.base import AttentionShape, StepLayout
 from toka_engine.model.attention.cpu import CpuAttention
 

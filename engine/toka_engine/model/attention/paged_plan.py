@@ -69,7 +69,8 @@ def find_depths(first_rows: Int32s, num_rows: Int32s) -> NDArray[np.int64]:
         (first_rows + num_rows)[:, None] <= (first_rows + num_rows)[None, :]
     )
     earlier = np.tri(first_rows.size, k=-1, dtype=bool)
-    return (inside & earlier).sum(axis=1)
+    depths: NDArray[np.int64] = (inside & earlier).sum(axis=1)
+    return depths
 
 
 def plan_decode(layout: StepLayout, page_size: int, with_groups: bool) -> tuple[PageLists, list[QueryBatch]]:
@@ -119,10 +120,8 @@ def cover_rows(level: QueryBatch, num_rows: int, num_requests: int) -> QueryBatc
 
     None if that takes more requests.
     """
-    if level.rows is not None:
-        firsts = level.rows[level.q_indptr[:-1]]
-    else:
-        firsts = level.first_row + level.q_indptr[:-1]
+    begins = level.q_indptr[:-1]
+    firsts = level.first_row + begins if level.rows is None else level.rows[begins]
     ends = firsts + np.diff(level.q_indptr)
     # Each group is followed by the gap to the next one, an empty one where they touch; a gap comes first, too.
     bounds = np.concatenate((np.stack((firsts, ends), axis=1).reshape(-1), [num_rows]))
