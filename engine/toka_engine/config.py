@@ -92,7 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     # GPU
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
-    cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 512
+    cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
 
     # reporting
     log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"

@@ -1,6 +1,6 @@
 """One decode step of a real worker, without manager and server: what the GPU and the host take.
 
-Usage: python tests/gpu/bench_step.py MODEL_DIR [OUT_DIR]
+Usage: python tests/gpu/bench_step.py MODEL_DIR [OUT_DIR [CUDAGRAPH_MAX_SIZE]]
 Rows x (shared prefix + own suffix) as in the design's table; random keys and values. Prints one line per case.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step
 from toka_engine.model.worker import Worker, load_worker
@@ -111,7 +110,7 @@ class Bench:
             "tok_s": round(rows / step_s), "host_cpu_ms": round(float(np.median(host_s)) * 1e3, 3),
         }  # fmt: skip
 
-    def profile(self, case: tuple[int, int, int, int], path: Path) -> None:
+    def profile(self, case: tuple[int, int, int, int]) -> str:
         rows, shared, groups, own = case
         fields = self.set_up(rows, shared, groups, own, 1.0)
         slots = int32(np.arange(rows))
@@ -120,16 +119,16 @@ class Bench:
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(3):
                 self.run(decode_slots=slots, **fields)
-        path.write_text(
-            profile.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70)
-        )
+        table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70)
+        return f"{case}, 3 steps\n{table}\n"
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     out = Path(sys.argv[2]) if len(sys.argv) > 2 else None
     began = time.perf_counter()
-    config = EngineConfig(device="cuda", kv_cache_num_tokens=2_200_000)
+    max_size = int(sys.argv[3]) if len(sys.argv) > 3 else 512
+    config = EngineConfig(device="cuda", kv_cache_num_tokens=2_200_000, cudagraph_max_size=max_size)
     worker = load_worker(config, folder, lambda phase, detail: None)
     loaded = time.perf_counter()
     worker.warm_up()
@@ -141,9 +140,9 @@ def main() -> None:
         results.append(bench.time(*case))
         print(json.dumps(results[-1]), flush=True)
     if out is not None:
-        (out / "step.json").write_text(json.dumps(results, indent=1))
-        for case in ((4096, 768, 16, 96), (4096, 0, 0, 320), (1, 0, 0, 512), (1024, 4096, 1, 32)):
-            bench.profile(case, out / f"profile_{'_'.join(map(str, case))}.txt")
+        (out / f"step_{max_size}.json").write_text(json.dumps(results, indent=1))
+        cases = ((4096, 768, 16, 96), (4096, 0, 0, 320), (1, 0, 0, 512), (1024, 4096, 1, 32))
+        (out / f"profile_{config.cudagraph_max_size}.txt").write_text("\n".join(map(bench.profile, cases)))
 
 
 if __name__ == "__main__":

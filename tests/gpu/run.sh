@@ -17,4 +17,6 @@ part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_pag
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
+lines=60 part bench_attention 60 python3 tests/gpu/bench_attention.py
 lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"
+lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$model" "$out" 4096

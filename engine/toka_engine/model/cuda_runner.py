@@ -27,6 +27,8 @@ _OUTPUTS = 4
 _READ_BYTES_PER_S = 3e12
 _EAGER_OVERHEAD_S = 4e-3
 """What a step without graphs costs more where launches bound it; shared prefixes must save as much to be worth it."""
+_GROUP_OVERHEAD_S = 2e-4
+"""What the merges of a step with groups cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,7 @@ class CudaLaunched(Launched):
 class CudaRunner(Runner):
     """A Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
 
-    def __init__(
-        self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig
-    ) -> None:
+    def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
         sample = GpuSampler(config.seed, self._slots, max_seqs, vocab_size)
@@ -54,9 +54,7 @@ class CudaRunner(Runner):
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self._copies = torch.cuda.Stream(device)
         self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
-        self._pinned_logprobs = [
-            torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)
-        ]
+        self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
         self._turn = 0
         self.graphs: DecodeGraphs | None = None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
@@ -120,9 +118,9 @@ class CudaRunner(Runner):
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         layout = self._make_layout(step)
-        if self._can_replay(layout):
-            assert self.graphs is not None
-            return self.model.logits(self.graphs.run(layout.decode_slots, layout.decode_positions)), None
+        replayed = self._replay(layout)
+        if replayed is not None:
+            return self.model.logits(replayed), None
         self._cuda_attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
         rows, logit_rows = _find_sampled_rows(step, num_decode) if chunks else (None, None)
@@ -138,14 +136,19 @@ class CudaRunner(Runner):
             hidden = hidden.index_select(0, row_index)
         return self.model.logits(hidden), None if logit_rows is None else logit_index
 
-    def _can_replay(self, layout: StepLayout) -> bool:
-        """Decode rows alone, few enough, and no shared prefix whose reading once would save more than graphs do."""
+    def _replay(self, layout: StepLayout) -> torch.Tensor | None:
+        """Hidden states by a graph: decode rows alone, few enough. None where launching one by one is better."""
         count = layout.decode_slots.size
         if self.graphs is None or layout.prefill_slots.size or not 0 < count <= self.graphs.max_rows:
-            return False
+            return None
         pages_saved = int(((layout.group_num_rows - 1) * layout.group_num_columns).sum())
         bytes_per_page = self._cuda_attention.kv_bytes_per_token() * self._cuda_attention.page_size
-        return pages_saved * bytes_per_page / _READ_BYTES_PER_S < _EAGER_OVERHEAD_S
+        saved_s = pages_saved * bytes_per_page / _READ_BYTES_PER_S
+        if saved_s > _GROUP_OVERHEAD_S:
+            hidden = self.graphs.run(layout, with_groups=True)
+            if hidden is not None or saved_s > _EAGER_OVERHEAD_S:
+                return hidden
+        return self.graphs.run(layout, with_groups=False)
 
     def _fetch(
         self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float

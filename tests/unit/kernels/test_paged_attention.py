@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from toka_engine.model.attention.base import AttentionShape, StepLayout
 from toka_engine.model.attention.cpu import CpuAttention
 
@@ -32,7 +31,9 @@ class DefinedKernels:
         assert q_indptr.tolist() == plan.tolist()
         self._attend(q, cache, q_indptr, pages, out, lse, is_causal=False)
 
-    def plan_queries(self, index: int, batch: Any, is_causal: bool) -> Any:
+    has_graph_queries = True
+
+    def plan_queries(self, index: int, batch: Any, is_causal: bool, for_graph: bool = False) -> Any:
         return is_causal
 
     def run_queries(self, planned, q, cache, q_indptr, pages, out, lse) -> None:
@@ -44,6 +45,10 @@ class DefinedKernels:
             first, last = pages.kv_indptr[i].item(), pages.kv_indptr[i + 1].item()
             chosen = pages.kv_indices[first:last].long()
             length = (last - first - 1) * PAGE_SIZE + pages.last_page_lens[i].item()
+            if last == first:
+                out[begin:end] = torch.nan
+                lse[begin:end] = -torch.inf
+                continue
             group = self._shape.num_heads // self._shape.num_kv_heads
             k = keys[chosen].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
             v = values[chosen].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
@@ -125,6 +130,12 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
     for layer in range(2):
         expected = reference.forward(layer, q, k, v, angles)
         torch.testing.assert_close(ours.forward(layer, q, k, v, angles), expected, atol=2e-5, rtol=1e-4)
+    if layout.prefill_slots.size or not layout.group_first_rows.size:
+        return
+    ours.reserve_graphs(8)
+    ours.plan_graph(layout, 8, True)
+    padded = [torch.cat((each, torch.ones(8 - rows, *each.shape[1:]))) for each in (q, k, v)]
+    torch.testing.assert_close(ours.forward(1, *padded, angles)[:rows], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
@@ -136,7 +147,6 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
     ours.allocate(12, PAGE_SIZE, 4, 3)
     ours.cache[:, :, :12] = torch.randn(1, 2, 12, 2, PAGE_SIZE, 8, generator=torch.Generator().manual_seed(1))
     ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 7, 1))
-    slots, positions = int32(2, 0), int32(6, 5)
     layout = layout_of({2: 6, 0: 5}, [], [])
     q, k, v = (torch.randn(4, heads, 8, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
     angles = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
@@ -144,10 +154,10 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
     expected = ours.forward(0, q[:2], k[:2], v[:2], angles)
     pages = ours.cache[:, :, :12].clone()
     ours.reserve_graphs(4)
-    first = ours.plan_graph(slots, positions, 4)
+    first = ours.plan_graph(layout, 4, False)
     result = ours.forward(0, q, k, v, angles)
     torch.testing.assert_close(result[:2], expected)
     assert torch.equal(ours.cache[:, :, :12], pages)
     assert not bool(result.isnan().any())
-    again = ours.plan_graph(slots[:1], positions[:1], 4)
+    again = ours.plan_graph(layout_of({2: 6}, [], []), 4, False)
     assert again.data_ptr() == first.data_ptr()

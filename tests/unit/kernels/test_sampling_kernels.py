@@ -128,9 +128,7 @@ def test_frequencies_match_the_asked_distribution(device, generator, options, is
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
 )
-def test_the_kept_tokens_are_those_of_a_full_sort(
-    seed, top_k, top_p, min_p, temperature, dtype, spread
-) -> None:
+def test_the_kept_tokens_are_those_of_a_full_sort(seed, top_k, top_p, min_p, temperature, dtype, spread) -> None:
     device = torch.device("cuda" if ON_GPU else "cpu")
     logits = (torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * spread - 3).to(dtype)
     bench = Bench(logits.to(device), [0], block=64, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -19,7 +19,9 @@ from toka_engine.model.attention.base import AttentionShape, StepLayout
 from toka_engine.model.attention.paged_plan import (
     PageLists,
     QueryBatch,
+    cover_rows,
     list_pages,
+    outermost,
     plan_decode,
     plan_prefill,
     rows_of,
@@ -29,6 +31,9 @@ from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table
 from toka_engine.model.kernels.rope import rope_append
 from toka_engine.model.staging import Staging
+
+GRAPH_REQUESTS = 256
+"""Requests of the shared-prefix batch in a graph: groups and the gaps between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,11 @@ class FlashInferAttention:
         self._graph_inputs = Staging(shape.device)
 
     @property
+    def has_graph_groups(self) -> bool:
+        """Whether graphs can read shared prefixes once."""
+        return bool(self._kernels.has_graph_queries)
+
+    @property
     def row_slots(self) -> torch.Tensor:
         """[T] int32 on the device: the slot of each row of the step that was planned last."""
         assert self._step is not None
@@ -98,9 +108,7 @@ class FlashInferAttention:
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
-    def append_pages(
-        self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]
-    ) -> None:
+    def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
         """table[slots[i], columns[i]] = pages[i]."""
         if slots.size:
             (entries,) = self._tables.upload(np.concatenate((slots, columns, pages)))
@@ -144,20 +152,33 @@ class FlashInferAttention:
                 step.prefill = queries
         self._step = step
 
-    def plan_graph(self, slots: NDArray[np.int32], positions: NDArray[np.int32], num_rows: int) -> torch.Tensor:
+    def plan_graph(self, layout: StepLayout, num_rows: int, with_groups: bool) -> torch.Tensor | None:
         """Prepare a forward of decode rows alone, padded to `num_rows`; returns the padded slots on the device.
 
-        Everything that the forward reads has an address that depends on `num_rows` alone.
+        Everything that the forward reads has an address that depends on `num_rows` and `with_groups` alone. Groups
+        within groups are ignored. None, with nothing prepared, if there are too many groups.
         """
-        padding = num_rows - slots.size
-        slots = np.concatenate((slots, np.full(padding, self.scratch_slot, np.int32)))
-        positions = np.concatenate((positions, np.zeros(padding, np.int32)))
-        own = list_pages(slots, np.zeros(num_rows, np.int32), positions + 1, self.page_size)
+        own, levels = plan_decode(outermost(layout) if with_groups else layout, self.page_size, with_groups)
+        level = None
+        if with_groups:
+            level = cover_rows(levels[0], num_rows, GRAPH_REQUESTS) if levels else None
+            if level is None:
+                return None
+        padding = num_rows - layout.decode_slots.size
+        slots = np.concatenate((layout.decode_slots, np.full(padding, self.scratch_slot, np.int32)))
+        positions = np.concatenate((layout.decode_positions, np.zeros(padding, np.int32)))
+        first_columns = np.concatenate((own.first_columns, np.zeros(padding, np.int32)))
+        own = list_pages(slots, first_columns, positions + 1, self.page_size)
         q_indptr = np.arange(num_rows + 1, dtype=np.int32)
         uploaded = self._graph_inputs.upload(slots, positions, q_indptr, *_arrays_of(own))
         step = _Plan(uploaded[0], uploaded[1], num_rows, decode_q_indptr=uploaded[2])
         step.decode_pages = self._flatten(own, uploaded[3:], self._graph_indices)
         step.decode = self._kernels.plan_decode(own, True)
+        if level is not None:
+            arrays = self._graph_groups.upload(level.q_indptr, *_arrays_of(level.pages))
+            pages = self._flatten(level.pages, arrays[1:], self._graph_group_indices)
+            planned = self._kernels.plan_queries(0, level, False, True)
+            step.levels.append(_Queries(planned, arrays[0], pages, 0, num_rows, None))
         self._step = step
         return uploaded[0]
 
@@ -167,10 +188,12 @@ class FlashInferAttention:
         self._graph_indices = torch.zeros(
             max_rows * self.max_pages_per_seq, dtype=torch.int32, device=self.shape.device
         )
+        self._graph_groups = Staging(self.shape.device, capacity=8 * (GRAPH_REQUESTS + 8))
+        self._graph_group_indices = torch.zeros(
+            GRAPH_REQUESTS * self.max_pages_per_seq, dtype=torch.int32, device=self.shape.device
+        )
 
-    def _plan_queries(
-        self, index: int, batch: QueryBatch, arrays: list[torch.Tensor], is_causal: bool
-    ) -> _Queries:
+    def _plan_queries(self, index: int, batch: QueryBatch, arrays: list[torch.Tensor], is_causal: bool) -> _Queries:
         return _Queries(
             planned=self._kernels.plan_queries(index, batch, is_causal),
             q_indptr=arrays[0],
@@ -180,9 +203,7 @@ class FlashInferAttention:
             rows=None if batch.rows is None else arrays[5],
         )
 
-    def _flatten(
-        self, pages: PageLists, arrays: list[torch.Tensor], out: torch.Tensor | None = None
-    ) -> DevicePages:
+    def _flatten(self, pages: PageLists, arrays: list[torch.Tensor], out: torch.Tensor | None = None) -> DevicePages:
         slots, first_columns, kv_indptr, last_page_lens = arrays
         if out is None:
             out = torch.empty(max(1, pages.num_pages), dtype=torch.int32, device=self.shape.device)
@@ -233,9 +254,7 @@ class FlashInferAttention:
             else:
                 level_q = q.index_select(0, level.rows)
             part, part_lse = torch.empty_like(level_q), _new_lse(level_q)
-            self._kernels.run_queries(
-                level.planned, level_q, cache, level.q_indptr, level.pages, part, part_lse
-            )
+            self._kernels.run_queries(level.planned, level_q, cache, level.q_indptr, level.pages, part, part_lse)
             merge_state(out, lse, part, part_lse, first_row=level.first_row, rows=level.rows)
 
 

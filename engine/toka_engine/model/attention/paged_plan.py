@@ -6,7 +6,7 @@ batch of queries (the groups' rows) over shared pages; the parts are merged by l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from toka_engine.model.attention.base import StepLayout
 
 Int32s = NDArray[np.int32]
+_GROUP_FIELDS = ("group_first_rows", "group_num_rows", "group_first_columns", "group_num_columns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ def find_depths(first_rows: Int32s, num_rows: Int32s) -> NDArray[np.int64]:
         (first_rows + num_rows)[:, None] <= (first_rows + num_rows)[None, :]
     )
     earlier = np.tri(first_rows.size, k=-1, dtype=bool)
-    return (inside & earlier).sum(axis=1)
+    depths: NDArray[np.int64] = (inside & earlier).sum(axis=1)
+    return depths
 
 
 def plan_decode(layout: StepLayout, page_size: int, with_groups: bool) -> tuple[PageLists, list[QueryBatch]]:
@@ -93,6 +95,12 @@ def plan_decode(layout: StepLayout, page_size: int, with_groups: bool) -> tuple[
     return own_pages, levels
 
 
+def outermost(layout: StepLayout) -> StepLayout:
+    """`layout` with the groups of depth 0 alone: what an inner group would share is then read row by row."""
+    is_outer = find_depths(layout.group_first_rows, layout.group_num_rows) == 0
+    return replace(layout, **{name: getattr(layout, name)[is_outer] for name in _GROUP_FIELDS})
+
+
 def _plan_level(layout: StepLayout, chosen: NDArray[np.int64], page_size: int) -> QueryBatch:
     chosen = chosen[np.argsort(layout.group_first_rows[chosen], kind="stable")]
     first_rows, counts = layout.group_first_rows[chosen], layout.group_num_rows[chosen]
@@ -105,6 +113,39 @@ def _plan_level(layout: StepLayout, chosen: NDArray[np.int64], page_size: int) -
     if not is_contiguous:
         rows = (np.repeat(first_rows - q_indptr[:-1], counts) + np.arange(q_indptr[-1])).astype(np.int32)
     return QueryBatch(q_indptr, pages, int(first_rows[0]), rows)
+
+
+def cover_rows(level: QueryBatch, num_rows: int, num_requests: int) -> QueryBatch | None:
+    """`level` as exactly `num_requests` requests over rows 0..num_rows-1, without keys where it has none.
+
+    None if that takes more requests.
+    """
+    begins = level.q_indptr[:-1]
+    firsts = level.first_row + begins if level.rows is None else level.rows[begins]
+    ends = firsts + np.diff(level.q_indptr)
+    # Each group is followed by the gap to the next one, an empty one where they touch; a gap comes first, too.
+    bounds = np.concatenate((np.stack((firsts, ends), axis=1).reshape(-1), [num_rows]))
+    padding = num_requests + 1 - (bounds.size + 1)
+    if padding < 0:
+        return None
+    q_indptr = np.concatenate(([0], bounds, np.full(padding, num_rows))).astype(np.int32)
+    pages = level.pages
+    is_group = np.zeros(num_requests, bool)
+    is_group[1 : 2 * pages.slots.size : 2] = True
+
+    def spread(values: Int32s, empty: int) -> Int32s:
+        result = np.full(num_requests, empty, np.int32)
+        result[is_group] = values
+        return result
+
+    covered = PageLists(
+        slots=spread(pages.slots, 0),
+        first_columns=spread(pages.first_columns, 0),
+        kv_indptr=indptr_of(spread(np.diff(pages.kv_indptr).astype(np.int32), 0)),
+        kv_lens=spread(pages.kv_lens, 0),
+        last_page_lens=spread(pages.last_page_lens, 1),
+    )
+    return QueryBatch(q_indptr, covered, 0, None)
 
 
 def plan_prefill(layout: StepLayout, page_size: int) -> QueryBatch:

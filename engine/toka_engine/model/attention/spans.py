@@ -82,9 +82,7 @@ def spans_of(layout: StepLayout, page_size: int) -> Spans:
     )
 
 
-def make_buckets(
-    spans: Spans, table: NDArray[np.int32], page_size: int, shape: AttentionShape
-) -> list[Bucket]:
+def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: AttentionShape) -> list[Bucket]:
     """Cut the spans into buckets of similar q_len and number of pages."""
     order = np.lexsort((spans.first_rows, spans.num_pages, spans.q_lens))
     cuts = _cut(spans.q_lens[order], spans.num_pages[order], page_size)
@@ -143,9 +141,7 @@ def _make_bucket(
     q_lens, num_pages = spans.q_lens[chosen], spans.num_pages[chosen]
     max_q, max_pages = int(q_lens.max()), int(num_pages.max())
     # Padding repeats what the span has: a page or row of its own, never another sequence's.
-    page_index = (
-        np.minimum(np.arange(max_pages), num_pages[:, None] - 1) + spans.first_columns[chosen][:, None]
-    )
+    page_index = np.minimum(np.arange(max_pages), num_pages[:, None] - 1) + spans.first_columns[chosen][:, None]
     pages = table[spans.slots[chosen][:, None], page_index].astype(np.int64)
     within = np.minimum(np.arange(max_q), q_lens[:, None] - 1)
     q_rows = (spans.first_rows[chosen][:, None] + within).reshape(-1)

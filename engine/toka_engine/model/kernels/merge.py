@@ -32,7 +32,7 @@ def _merge_kernel(
     at_a = out_ptr + (row * num_heads + head[:, None]) * HEAD_DIM + column
     at_b = part_ptr + (index * num_heads + head[:, None]) * HEAD_DIM + column
     a = tl.load(at_a, mask=both, other=0.0)
-    b = tl.load(at_b, mask=both, other=0.0).to(tl.float32)
+    b = tl.load(at_b, mask=both & (weight_b > 0)[:, None], other=0.0).to(tl.float32)
     merged = a.to(tl.float32) * (weight_a / total)[:, None] + b * (weight_b / total)[:, None]
     tl.store(at_a, merged.to(a.dtype), mask=both)
     tl.store(lse_ptr + row * num_heads + head, top + tl.log2(total), mask=inside)
@@ -46,7 +46,10 @@ def merge_state(
     first_row: int = 0,
     rows: torch.Tensor | None = None,  # [n] int32
 ) -> None:
-    """Merge part row i into row first_row + i of `out` and `lse` (or row rows[i]), in place. Each lse is finite."""
+    """Merge part row i into row first_row + i of `out` and `lse` (or row rows[i]), in place.
+
+    part_lse may be -inf (no keys: the row stays as it is), lse may not.
+    """
     count, num_heads, head_dim = part.shape
     if count:
         heads = min(16, triton.next_power_of_2(num_heads))

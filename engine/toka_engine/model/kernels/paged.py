@@ -125,18 +125,26 @@ class PagedKernels:
                 self._fa2, plan, self._decode_ints, q, cache, pages, q_indptr, _NON_CAUSAL, out, lse
             )  # fmt: skip
 
-    def plan_queries(self, index: int, batch: QueryBatch, is_causal: bool) -> Any:
-        """Schedule a batch of several query rows per request; `index` numbers the batches of one step."""
+    @property
+    def has_graph_queries(self) -> bool:
+        """Whether plan_queries can be made for a graph: only the Hopper kernel's grid does not depend on its work."""
+        return self._fa3 is not None
+
+    def plan_queries(self, index: int, batch: QueryBatch, is_causal: bool, for_graph: bool = False) -> Any:
+        """Schedule a batch of several query rows per request; `index` numbers the batches of one step.
+
+        For a graph the schedule's layout depends on the numbers of rows and requests alone.
+        """
         while len(self._prefill_ints) <= index:
             self._prefill_ints.append(_Workspace(self._shape.device, _INT_WORKSPACE_BYTES))
         shape, work = self._shape, self._prefill_ints[index]
         num_requests, num_rows = batch.pages.slots.size, int(batch.q_indptr[-1])
-        is_fa3 = self._fa3 is not None and num_rows >= _SM90_MIN_ROWS * num_requests
+        is_fa3 = for_graph or (self._fa3 is not None and num_rows >= _SM90_MIN_ROWS * num_requests)
         arguments: list[Any] = [
             self._floats, work.device_ints, work.take_pinned(),
             torch.from_numpy(batch.q_indptr), torch.from_numpy(batch.pages.kv_indptr),
             torch.from_numpy(batch.pages.kv_lens), num_rows, num_requests,
-            shape.num_heads, shape.num_kv_heads, self._page_size, False, shape.head_dim, shape.head_dim,
+            shape.num_heads, shape.num_kv_heads, self._page_size, for_graph, shape.head_dim, shape.head_dim,
             is_causal, _NO_WINDOW,
         ]  # fmt: skip
         if not is_fa3:
@@ -179,5 +187,3 @@ class PagedKernels:
             None, None, None, None, None, None,  # masks, slopes, multi-item arguments
             0.0, self._shape.scale, None, None, None, 1.0, 1.0, 0, 0,
         )  # fmt: skip
-
-

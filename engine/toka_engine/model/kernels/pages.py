@@ -45,7 +45,7 @@ def flatten_table(
     indptr: torch.Tensor,  # [rows + 1] int32
     out: torch.Tensor,  # [>= indptr[-1]] int32
 ) -> None:
-    """out[indptr[i]:indptr[i + 1]] = block_table[slots[i], first_columns[i]:]: the page lists of a batch, side by side."""
+    """out[indptr[i]:indptr[i + 1]] = block_table[slots[i], first_columns[i]:], side by side."""
     rows = slots.shape[0]
     if rows:
         _flatten_kernel[(rows,)](

@@ -42,18 +42,14 @@ class Workspace:
     block: int
     num_blocks: int
     maximum: torch.Tensor  # [n, num_blocks] fp32; +inf: a logit of the block is NaN or +inf
-    scaled_sum: (
-        torch.Tensor
-    )  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
+    scaled_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
     plain_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp(x - maximum)
     threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
     noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
     noisy_token: torch.Tensor  # [n, num_blocks] int32
 
     @classmethod
-    def allocate(
-        cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK
-    ) -> Workspace:
+    def allocate(cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK) -> Workspace:
         num_blocks = triton.cdiv(vocab_size, block)
 
         def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -81,23 +77,24 @@ def _block_stats_kernel(
     maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr,
     BLOCK: tl.constexpr, HAS_PLAIN: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0)
-    block = tl.program_id(1)
+    # Neighbouring programs read neighbouring blocks.
+    block = tl.program_id(0)
+    sample = tl.program_id(1)
     row = tl.load(logit_rows_ptr + sample).to(tl.int64)
     inv_t = inverse_temperature(temperature_ptr, tl.load(slots_ptr + sample))
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < vocab_size
     x = tl.load(logits_ptr + row * row_stride + index, mask=inside, other=float("-inf")).to(tl.float32)
-    is_bad = (x != x) | (x == float("inf"))
-    x = tl.where(is_bad, float("-inf"), x)
     maximum = tl.max(x, axis=0)
-    base = tl.where(maximum == float("-inf"), 0.0, maximum)
-    at = sample.to(tl.int64) * tl.num_programs(1) + block
-    tl.store(scaled_ptr + at, tl.sum(tl.exp((x - base) * inv_t), axis=0))
+    base = tl.where((maximum == float("-inf")) | (maximum == float("inf")), 0.0, maximum)
+    at = sample.to(tl.int64) * tl.num_programs(0) + block
+    scaled = tl.sum(tl.exp2((x - base) * (inv_t * 1.4426950408889634)), axis=0)
+    tl.store(scaled_ptr + at, scaled)
     if HAS_PLAIN:
         tl.store(plain_ptr + at, tl.sum(tl.exp(x - base), axis=0))
-    any_bad = tl.max(is_bad.to(tl.int32), axis=0) > 0
-    tl.store(maximum_ptr + at, tl.where(any_bad, float("inf"), maximum))
+    # A NaN or +inf among the logits shows in the sum, whatever the maximum made of it.
+    is_bad = (scaled != scaled) | (scaled == float("inf"))
+    tl.store(maximum_ptr + at, tl.where(is_bad, float("inf"), maximum))
     tl.store(threshold_ptr + sample, float("-inf"), mask=block == 0)
 
 
@@ -166,12 +163,10 @@ def _draw_kernel(
     tl.store(num_sampled_ptr + slot, tl.load(num_sampled_ptr + slot) + 1)
 
 
-def block_stats(
-    logits: torch.Tensor, samples: Samples, state: SlotState, work: Workspace, with_logprobs: bool
-) -> None:
+def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: Workspace, with_logprobs: bool) -> None:
     """First pass over logits [rows, vocab_size]: fills work.maximum, scaled_sum, threshold and, if asked, plain_sum."""
     if len(samples):
-        _block_stats_kernel[(len(samples), work.num_blocks)](
+        _block_stats_kernel[(work.num_blocks, len(samples))](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state.temperature,
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold,
             BLOCK=work.block, HAS_PLAIN=with_logprobs, num_warps=8,
