@@ -1,5 +1,4 @@
-"""CPU time of the manager alone per step: `python benchmarks/manager.py [--profile NAME]`, one JSON on
-stdout.
+"""CPU time of the manager alone per step: `python -m toka_engine.benchmarks.manager [--profile NAME]`; prints one JSON.
 
 The true core with a worker that answers each step at once with random tokens. CPU time (process_time) of
 everything that the manager's process does per step except its system calls: planning, encoding the step,
@@ -24,12 +23,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 from toka_engine.codec import Decoder, encode
 from toka_engine.config import EngineConfig
