@@ -43,9 +43,7 @@ class CudaLaunched(Launched):
 class CudaRunner(Runner):
     """A Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
 
-    def __init__(
-        self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig
-    ) -> None:
+    def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
         sample = GpuSampler(config.seed, self._slots, max_seqs, vocab_size)
@@ -54,9 +52,7 @@ class CudaRunner(Runner):
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self._copies = torch.cuda.Stream(device)
         self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
-        self._pinned_logprobs = [
-            torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)
-        ]
+        self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
         self._turn = 0
         self.graphs: DecodeGraphs | None = None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0

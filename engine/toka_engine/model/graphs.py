@@ -28,9 +28,7 @@ def graph_sizes(max_rows: int) -> list[int]:
 class DecodeGraphs:
     """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
 
-    def __init__(
-        self, model: CausalModel, attention: FlashInferAttention, state: SlotState, max_rows: int
-    ) -> None:
+    def __init__(self, model: CausalModel, attention: FlashInferAttention, state: SlotState, max_rows: int) -> None:
         self.max_rows = max_rows
         self._model, self._attention, self._state = model, attention, state
         self._ids = torch.zeros(max_rows, dtype=torch.int32, device=state.last_token.device)

@@ -44,17 +44,13 @@ class Staging:
             self._buffer[:total].copy_(pinned[:total], non_blocking=True)
         if event is not None:
             event.record()
-        return [
-            self._buffer[offset : offset + array.size] for offset, array in zip(offsets, arrays, strict=False)
-        ]
+        return [self._buffer[offset : offset + array.size] for offset, array in zip(offsets, arrays, strict=False)]
 
     def _allocate(self, capacity: int) -> None:
         is_cuda = self._device.type == "cuda"
         self._capacity = capacity
         self._buffer = torch.zeros(capacity, dtype=torch.int32, device=self._device)
-        self._pinned = [
-            torch.zeros(capacity, dtype=torch.int32, pin_memory=is_cuda) for _ in range(self._depth)
-        ]
+        self._pinned = [torch.zeros(capacity, dtype=torch.int32, pin_memory=is_cuda) for _ in range(self._depth)]
         self._words = [pinned.numpy() for pinned in self._pinned]
         self._events = [torch.cuda.Event() if is_cuda else None for _ in range(self._depth)]
 

@@ -62,9 +62,7 @@ class CpuAttention:
         self._rows_of_layer = [self._cache[layer].view(-1, self._width) for layer in range(shape.num_layers)]
         self._table: NDArray[np.int32] = np.zeros((max_seqs, max_pages_per_seq), np.int32)
 
-    def append_pages(
-        self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]
-    ) -> None:
+    def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
         self._table[slots, columns] = pages
 
     def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
@@ -117,9 +115,7 @@ class CpuAttention:
             self._merge_group(layer, q, group, out, lse)
         return out
 
-    def _attend_bucket(
-        self, layer: int, q: torch.Tensor, bucket: Bucket
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend_bucket(self, layer: int, q: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
         """q [num_spans * max_q, heads, d] -> out of the same shape, lse [num_spans * max_q, heads]."""
         return self._attend(layer, q, bucket.pages, bucket.num_spans, bucket.mask)
 
@@ -160,9 +156,7 @@ class CpuAttention:
             groups.append(_Group(first_row, num_rows, torch.from_numpy(pages.astype(np.int64))))
         return groups
 
-    def _merge_group(
-        self, layer: int, q: torch.Tensor, group: _Group, out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
+    def _merge_group(self, layer: int, q: torch.Tensor, group: _Group, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Attend the group's shared pages once and merge the result into its rows of `out` and `lse`."""
         rows = slice(group.first_row, group.first_row + group.num_rows)
         part, part_lse = self._attend(layer, q[rows], group.pages, 1, None)

@@ -98,9 +98,7 @@ class FlashInferAttention:
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
-    def append_pages(
-        self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]
-    ) -> None:
+    def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
         """table[slots[i], columns[i]] = pages[i]."""
         if slots.size:
             (entries,) = self._tables.upload(np.concatenate((slots, columns, pages)))
@@ -168,9 +166,7 @@ class FlashInferAttention:
             max_rows * self.max_pages_per_seq, dtype=torch.int32, device=self.shape.device
         )
 
-    def _plan_queries(
-        self, index: int, batch: QueryBatch, arrays: list[torch.Tensor], is_causal: bool
-    ) -> _Queries:
+    def _plan_queries(self, index: int, batch: QueryBatch, arrays: list[torch.Tensor], is_causal: bool) -> _Queries:
         return _Queries(
             planned=self._kernels.plan_queries(index, batch, is_causal),
             q_indptr=arrays[0],
@@ -180,9 +176,7 @@ class FlashInferAttention:
             rows=None if batch.rows is None else arrays[5],
         )
 
-    def _flatten(
-        self, pages: PageLists, arrays: list[torch.Tensor], out: torch.Tensor | None = None
-    ) -> DevicePages:
+    def _flatten(self, pages: PageLists, arrays: list[torch.Tensor], out: torch.Tensor | None = None) -> DevicePages:
         slots, first_columns, kv_indptr, last_page_lens = arrays
         if out is None:
             out = torch.empty(max(1, pages.num_pages), dtype=torch.int32, device=self.shape.device)
@@ -233,9 +227,7 @@ class FlashInferAttention:
             else:
                 level_q = q.index_select(0, level.rows)
             part, part_lse = torch.empty_like(level_q), _new_lse(level_q)
-            self._kernels.run_queries(
-                level.planned, level_q, cache, level.q_indptr, level.pages, part, part_lse
-            )
+            self._kernels.run_queries(level.planned, level_q, cache, level.q_indptr, level.pages, part, part_lse)
             merge_state(out, lse, part, part_lse, first_row=level.first_row, rows=level.rows)
 
 

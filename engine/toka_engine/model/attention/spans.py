@@ -6,6 +6,7 @@ a bucket costs a few kernel calls; buckets are cut so that neither dominates.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,16 +83,14 @@ def spans_of(layout: StepLayout, page_size: int) -> Spans:
     )
 
 
-def make_buckets(
-    spans: Spans, table: NDArray[np.int32], page_size: int, shape: AttentionShape
-) -> list[Bucket]:
+def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: AttentionShape) -> list[Bucket]:
     """Cut the spans into buckets of similar q_len and number of pages."""
     order = np.lexsort((spans.first_rows, spans.num_pages, spans.q_lens))
     cuts = _cut(spans.q_lens[order], spans.num_pages[order], page_size)
     num_rows = int(spans.q_lens.sum())
     return [
         _make_bucket(np.sort(order[begin:end]), spans, table, page_size, shape, num_rows)
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
+        for begin, end in itertools.pairwise(cuts)
     ]
 
 
@@ -124,7 +123,7 @@ def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int
 def _split_large(cuts: list[int], num_pages: NDArray[np.int64], page_size: int) -> list[int]:
     """Split buckets of equal spans that gather more than _MAX_BUCKET_TOKENS keys."""
     result = [0]
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in itertools.pairwise(cuts):
         tokens = int(num_pages[end - 1]) * page_size
         size = max(1, _MAX_BUCKET_TOKENS // tokens)
         result.extend(range(begin + size, end, size))
@@ -143,9 +142,7 @@ def _make_bucket(
     q_lens, num_pages = spans.q_lens[chosen], spans.num_pages[chosen]
     max_q, max_pages = int(q_lens.max()), int(num_pages.max())
     # Padding repeats what the span has: a page or row of its own, never another sequence's.
-    page_index = (
-        np.minimum(np.arange(max_pages), num_pages[:, None] - 1) + spans.first_columns[chosen][:, None]
-    )
+    page_index = np.minimum(np.arange(max_pages), num_pages[:, None] - 1) + spans.first_columns[chosen][:, None]
     pages = table[spans.slots[chosen][:, None], page_index].astype(np.int64)
     within = np.minimum(np.arange(max_q), q_lens[:, None] - 1)
     q_rows = (spans.first_rows[chosen][:, None] + within).reshape(-1)

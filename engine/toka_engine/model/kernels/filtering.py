@@ -45,10 +45,7 @@ def _tail_sums(
         inside = index < vocab_size
         x = tl.load(row_ptr + index, mask=inside, other=float("-inf")).to(tl.float32)
         key = _ordered(x, SHIFT)
-        if IS_COUNT:
-            weight = tl.where(inside, 1.0, 0.0)
-        else:
-            weight = tl.exp((x - base) * inv_t)
+        weight = tl.where(inside, 1.0, 0.0) if IS_COUNT else tl.exp((x - base) * inv_t)
         sum_low += tl.where(key >= low, weight, 0.0)
         sum_middle += tl.where(key >= middle, weight, 0.0)
         sum_high += tl.where(key >= high, weight, 0.0)
@@ -73,12 +70,8 @@ def _search(
         above_first = at_first >= target
         above_second = at_second >= target
         above_third = at_third >= target
-        upper = tl.where(
-            above_third, upper, tl.where(above_second, third, tl.where(above_first, second, first))
-        )
-        lower = tl.where(
-            above_third, third, tl.where(above_second, second, tl.where(above_first, first, lower))
-        )
+        upper = tl.where(above_third, upper, tl.where(above_second, third, tl.where(above_first, second, first)))
+        lower = tl.where(above_third, third, tl.where(above_second, second, tl.where(above_first, first, lower)))
     return lower
 
 

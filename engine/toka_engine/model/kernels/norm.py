@@ -61,9 +61,7 @@ def _launch(
     return out
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return x / rms(x) * weight for x [rows, width] (rows may be strided), weight [width]."""
     return _launch(x, None, weight, eps, out)
 

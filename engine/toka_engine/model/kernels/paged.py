@@ -179,5 +179,3 @@ class PagedKernels:
             None, None, None, None, None, None,  # masks, slopes, multi-item arguments
             0.0, self._shape.scale, None, None, None, 1.0, 1.0, 0, 0,
         )  # fmt: skip
-
-

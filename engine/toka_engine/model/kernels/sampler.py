@@ -27,9 +27,7 @@ class GpuSampler:
         self._seed, self._step, self._state = seed, 0, state
         self._work = Workspace.allocate(max_samples, vocab_size, device)
         self._ids = [torch.empty(max_samples, dtype=torch.int32, device=device) for _ in range(_OUTPUTS)]
-        self._logprobs = [
-            torch.empty(max_samples, dtype=torch.float32, device=device) for _ in range(_OUTPUTS)
-        ]
+        self._logprobs = [torch.empty(max_samples, dtype=torch.float32, device=device) for _ in range(_OUTPUTS)]
         self._in_order = torch.arange(max_samples, dtype=torch.int32, device=device)
         self._inputs = Staging(device)
 

@@ -42,18 +42,14 @@ class Workspace:
     block: int
     num_blocks: int
     maximum: torch.Tensor  # [n, num_blocks] fp32; +inf: a logit of the block is NaN or +inf
-    scaled_sum: (
-        torch.Tensor
-    )  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
+    scaled_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
     plain_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp(x - maximum)
     threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
     noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
     noisy_token: torch.Tensor  # [n, num_blocks] int32
 
     @classmethod
-    def allocate(
-        cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK
-    ) -> Workspace:
+    def allocate(cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK) -> Workspace:
         num_blocks = triton.cdiv(vocab_size, block)
 
         def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -166,9 +162,7 @@ def _draw_kernel(
     tl.store(num_sampled_ptr + slot, tl.load(num_sampled_ptr + slot) + 1)
 
 
-def block_stats(
-    logits: torch.Tensor, samples: Samples, state: SlotState, work: Workspace, with_logprobs: bool
-) -> None:
+def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: Workspace, with_logprobs: bool) -> None:
     """First pass over logits [rows, vocab_size]: fills work.maximum, scaled_sum, threshold and, if asked, plain_sum."""
     if len(samples):
         _block_stats_kernel[(len(samples), work.num_blocks)](

@@ -26,9 +26,7 @@ def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBac
     return FlashInferAttention(shape)
 
 
-def _make_runner(
-    model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig
-) -> CudaRunner:
+def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> CudaRunner:
     if not isinstance(attention, FlashInferAttention):
         raise AssertionError("a CUDA runner needs the CUDA attention")
     return CudaRunner(model, attention, max_seqs, config)
