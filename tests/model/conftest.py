@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.driving import Driver, load
-
 from toka_engine.model.builtin import ensure_builtin
+
+from tests.model.driving import Driver, load
 
 TINY: dict[str, Any] = {
     "vocab_size": 256,

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
 from toka_engine.model.sampling import Sampled, SamplePlan

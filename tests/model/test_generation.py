@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.model.driving import Driver, ints
 from tokenizers import Tokenizer
+
+from tests.model.driving import Driver, ints
 
 NUM_TOKENS = 64
 SUBJECTS = (

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.model.driving import Driver, load
-
 from toka_engine.errors import ConfigError, ModelInvalidError, ModelNotFoundError, OutOfMemoryError
+
+from tests.model.driving import Driver, load
 
 MakeTiny = Callable[..., tuple[Any, Path]]
 
@@ -54,9 +54,7 @@ def test_a_folder_without_config_is_refused(folder: Path) -> None:
     refuse(folder, "config.json")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")]
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")])
 def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str | bytes) -> None:
     (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     refuse(folder, "config.json")
@@ -69,11 +67,7 @@ def test_an_unknown_architecture_is_named(folder: Path, names: Any) -> None:
 
 
 BAD_FIELDS: list[tuple[str, Any]] = [
-    *(
-        (name, value)
-        for name in ("hidden_size", "vocab_size")
-        for value in (0, -1, 2**63, 1.5, "64", True, [64])
-    ),
+    *((name, value) for name in ("hidden_size", "vocab_size") for value in (0, -1, 2**63, 1.5, "64", True, [64])),
     ("num_hidden_layers", 0),
     ("num_attention_heads", None),
     ("num_key_value_heads", 3),
@@ -151,9 +145,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
 
 
 def test_a_tensor_of_integers_is_named(folder: Path) -> None:
-    edit_weights(
-        folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)})
-    )
+    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}))
     refuse(folder, "model.norm.weight", "int32")
 
 
@@ -210,7 +202,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/hostname", "sub/part.safetensors", ".."])
 def test_an_index_that_points_elsewhere_is_refused(folder: Path, name: str) -> None:
-    write_index(folder, {key: name for key in split(folder)})
+    write_index(folder, dict.fromkeys(split(folder), name))
     refuse(folder, "not a file name")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.model.driving import Driver
 
 TOLERANCE = 1e-4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from toka_engine.model import cpu_ops
 
 SHAPES = [(576, 960), (576, 3072), (1536, 576), (1024, 64), (1040, 64), (4096, 64)]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from toka_engine.messages import Step
 from toka_engine.model.gumbel import gumbel_noise
 from toka_engine.model.sampler import CpuSampler, keep_likeliest

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ExitCode
@@ -139,6 +138,7 @@ def test_signals_of_a_terminal_are_left_to_the_supervisor(start: Callable[..., P
 
 def test_a_row_whose_logits_are_not_finite_fails_alone(make_tiny: Callable[..., tuple[Any, Path]]) -> None:
     from safetensors.torch import load_file, save_file
+
     from tests.model.driving import Driver, load
 
     _, folder = make_tiny()

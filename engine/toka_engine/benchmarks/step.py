@@ -126,7 +126,9 @@ def main() -> int:
     worker = load_worker(config, arguments.model_dir, lambda phase, detail: None)
     worker.warm_up()
     axes = [[int(word) for word in text.split(",")] for text in (arguments.rows, arguments.prefix, arguments.suffix)]
-    points = [measure(worker, *point, arguments.repeats) for point in itertools.product(*axes)]
+    points = [
+        measure(worker, rows, prefix, suffix, arguments.repeats) for rows, prefix, suffix in itertools.product(*axes)
+    ]
     print(json.dumps({"device": worker.ready.device, "dtype": worker.ready.dtype, "points": points}, indent=1))
     return 0
 

@@ -56,9 +56,7 @@ def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBac
     return CpuAttention(shape)
 
 
-def _make_runner(
-    model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig
-) -> Runner:
+def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
     state = SlotState(max_seqs, torch.device("cpu"))
     return Runner(model, attention, state, CpuSampler(config.seed), has_repeatable_rows=True)
 

@@ -45,9 +45,7 @@ class Attention:
         names = [f"{prefix}.{name}_proj" for name in "qkv"]
         sizes = [q_size, kv_size, kv_size]
         self._qkv = fused_linear(ops, weights, names, sizes, config.hidden_size, traits.has_qkv_bias)
-        self._out = fused_linear(
-            ops, weights, [f"{prefix}.o_proj"], [config.hidden_size], q_size, traits.has_out_bias
-        )
+        self._out = fused_linear(ops, weights, [f"{prefix}.o_proj"], [config.hidden_size], q_size, traits.has_out_bias)
         self._rms_norm, self._eps = ops.rms_norm, config.rms_norm_eps
         self._head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
         if traits.has_head_norm:
@@ -61,11 +59,9 @@ class Attention:
         """x [T, hidden_size], normed."""
         heads, kv_heads, rows = self._num_heads, self._num_kv_heads, x.shape[0]
         qkv = self._qkv(x).view(rows, heads + 2 * kv_heads, self._head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if self._head_norms is not None:
-            q, k = (
-                self._norm_heads(each, weight) for each, weight in zip((q, k), self._head_norms, strict=True)
-            )
+            q, k = (self._norm_heads(each, weight) for each, weight in zip((q, k), self._head_norms, strict=True))
         mixed = attention.forward(self._index, q, k, v, cos_sin)
         return self._out(mixed.reshape(rows, heads * self._head_dim))
 
@@ -74,9 +70,7 @@ class Attention:
 
 
 class Layer:
-    def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, index: int, traits: AttentionTraits
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, index: int, traits: AttentionTraits) -> None:
         prefix, shape = f"model.layers.{index}", (config.hidden_size,)
         self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", shape)
         self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", shape)
@@ -87,9 +81,7 @@ class Layer:
 class Llama:
     """A causal.CausalModel."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, traits: AttentionTraits | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, traits: AttentionTraits | None = None) -> None:
         bias = config.has_attention_bias
         traits = traits or AttentionTraits(has_qkv_bias=bias, has_out_bias=bias)
         self.config = config

@@ -94,9 +94,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     head_dim = fields.size("head_dim", hidden_size // num_heads)
     num_kv_heads = fields.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise fields.error(
-            f"num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
-        )
+        raise fields.error(f"num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}")
     if head_dim % 2:
         raise fields.error(f"head_dim={head_dim} is odd")
     rope = _read_rope(fields)
@@ -216,8 +214,7 @@ def _check_parameters(nested: _Fields, kind: str) -> dict[str, Any]:
 def _read_factors(nested: _Fields, name: str) -> list[float]:
     values = nested.fields.get(name)
     if not isinstance(values, list) or not all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-        for value in values
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf for value in values
     ):
         raise nested.error(f"{name} must be a list of positive numbers")
     return [float(value) for value in values]

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in_features] -> [rows, out_features]."""
 
+
 class Sample(Protocol):
     def __call__(
         self,
         logits: torch.Tensor,  # [n, vocab], the model's dtype
-        logit_rows: torch.Tensor
-        | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
+        logit_rows: torch.Tensor | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
         plan: SamplePlan,  # R rows
         state: SlotState,
     ) -> Sampled:

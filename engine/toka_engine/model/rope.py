@@ -46,7 +46,8 @@ def _exponents(head_dim: int) -> torch.Tensor:
 
 
 def _frequencies(theta: float, head_dim: int) -> torch.Tensor:
-    return 1.0 / (theta ** _exponents(head_dim))
+    wavelengths: torch.Tensor = theta ** _exponents(head_dim)
+    return wavelengths.reciprocal()
 
 
 def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -56,7 +57,8 @@ def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     frequencies = _frequencies(rope.theta, head_dim)
     turns = length * frequencies / (2 * math.pi)  # over the pretraining length
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - keep) * frequencies / parameters["factor"] + keep * frequencies
+    stretched: torch.Tensor = frequencies / float(parameters["factor"])
+    return torch.lerp(stretched, frequencies, keep)
 
 
 def _dynamic_angles(rope: RopeConfig, head_dim: int, positions: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ def _dynamic_angles(rope: RopeConfig, head_dim: int, positions: torch.Tensor) ->
     growth = factor * lengths / rope.max_positions - (factor - 1)
     bases = rope.theta * growth ** (head_dim / (head_dim - 2))  # [max_positions]
     frequencies = 1.0 / bases.float()[:, None] ** _exponents(head_dim)[None, :]
-    return positions[:, None] * frequencies
+    return torch.mul(positions[:, None], frequencies)
 
 
 def _yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:

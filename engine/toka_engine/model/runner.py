@@ -121,9 +121,7 @@ class Runner:
         logits = self.model.logits(hidden[self._to_device(rows)])
         if chunks.size == step.fanout_chunks.size and (chunks == step.fanout_chunks).all():
             return logits, None
-        logit_rows = np.concatenate(
-            (np.arange(num_decode, dtype=np.int64), num_decode + chunk_of_entry.reshape(-1))
-        )
+        logit_rows = np.concatenate((np.arange(num_decode, dtype=np.int64), num_decode + chunk_of_entry.reshape(-1)))
         return logits, self._to_device(logit_rows)
 
     def _forward_decode(self, slots: torch.Tensor) -> torch.Tensor:
@@ -170,8 +168,6 @@ def leave_out_rows(
     ):
         stays = np.concatenate(([False], ~is_left_out[first : first + count], [False]))
         edges = np.flatnonzero(stays[1:] != stays[:-1])
-        parts.extend(
-            (first + begin, end - begin, column, columns) for begin, end in edges.reshape(-1, 2).tolist()
-        )
+        parts.extend((first + begin, end - begin, column, columns) for begin, end in edges.reshape(-1, 2).tolist())
     table = np.array(parts, np.int32).reshape(-1, 4)
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]

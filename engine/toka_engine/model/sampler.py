@@ -51,9 +51,7 @@ class CpuSampler:
         ids.masked_fill_(~is_finite[rows], -1)
         return _add_logprobs(ids.int(), wide, rows, plan)
 
-    def _draw(
-        self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState
-    ) -> torch.Tensor:
+    def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
         """x [n, vocab] -> [n] ids by inverse transform over blocks."""
         weights = x.sub(maxima[:, None]).div_(state.temperatures[slots][:, None]).exp_()
         blocks = _view_blocks(weights, 0.0)
@@ -86,15 +84,11 @@ def _find_first_maximum(x: torch.Tensor) -> torch.Tensor:
     return block * _BLOCK + blocks[torch.arange(x.shape[0]), block].argmax(dim=1)
 
 
-def _find_maxima(
-    x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState
-) -> torch.Tensor:
+def _find_maxima(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
     return _find_first_maximum(x)
 
 
-def _draw_seeded(
-    x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState
-) -> torch.Tensor:
+def _draw_seeded(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
     noise = gumbel_noise(state.seeds[slots], state.num_sampled[slots], x.shape[1])
     return _find_first_maximum(noise.add_(x / state.temperatures[slots][:, None]))
 

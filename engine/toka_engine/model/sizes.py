@@ -48,16 +48,12 @@ def _has_cpu_bfloat16() -> bool:
     )
 
 
-def choose_sizes(
-    config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int
-) -> Sizes:
+def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int) -> Sizes:
     """Sizes for a model that is loaded already. Raises ConfigError, OutOfMemoryError."""
     is_gpu = device.type == "cuda"
     page_size = config.page_size
     max_seqs = config.max_seqs_per_forward or (_GPU_SEQS if is_gpu else _CPU_SEQS)
-    max_tokens = config.max_tokens_per_forward or (
-        _GPU_TOKENS_PER_FORWARD if is_gpu else _CPU_TOKENS_PER_FORWARD
-    )
+    max_tokens = config.max_tokens_per_forward or (_GPU_TOKENS_PER_FORWARD if is_gpu else _CPU_TOKENS_PER_FORWARD)
     for name, value in (
         ("page_size", page_size),
         ("max_seqs", max_seqs),
@@ -72,9 +68,7 @@ def choose_sizes(
         num_pages = available // bytes_per_page
     else:
         min_pages = min(pages_of_longest, 256)
-        num_pages = choose_num_pages(
-            available, bytes_per_page, min_pages, config.kv_cache_num_tokens, page_size
-        )
+        num_pages = choose_num_pages(available, bytes_per_page, min_pages, config.kv_cache_num_tokens, page_size)
     if num_pages < 1 or num_pages * bytes_per_page > available:
         raise OutOfMemoryError(
             f"the KV cache needs {max(1, num_pages) * bytes_per_page} bytes of memory, {available} are available; "

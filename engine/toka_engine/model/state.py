@@ -72,9 +72,9 @@ class SlotState:
         for name, (_, field) in _PARAMETERS.items():
             getattr(host, name)[slots] = getattr(step, field)
         host.num_logprobs[slots] = step.new_num_logprobs
-        host.is_filtered[slots] = (
-            (step.new_top_ps < 1.0) | (step.new_top_ks > 0) | (step.new_min_ps > 0.0)
-        ) & (step.new_temperatures > 0.0)
+        host.is_filtered[slots] = ((step.new_top_ps < 1.0) | (step.new_top_ks > 0) | (step.new_min_ps > 0.0)) & (
+            step.new_temperatures > 0.0
+        )
         self._upload(slots, tuple(_PARAMETERS))
 
     def advance(self, step: Step) -> None:

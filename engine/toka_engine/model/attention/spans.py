@@ -6,6 +6,7 @@ a bucket costs a few kernel calls; buckets are cut so that neither dominates.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +90,7 @@ def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: 
     num_rows = int(spans.q_lens.sum())
     return [
         _make_bucket(np.sort(order[begin:end]), spans, table, page_size, shape, num_rows)
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
+        for begin, end in itertools.pairwise(cuts)
     ]
 
 
@@ -122,7 +123,7 @@ def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int
 def _split_large(cuts: list[int], num_pages: NDArray[np.int64], page_size: int) -> list[int]:
     """Split buckets of equal spans that gather more than _MAX_BUCKET_TOKENS keys."""
     result = [0]
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in itertools.pairwise(cuts):
         tokens = int(num_pages[end - 1]) * page_size
         size = max(1, _MAX_BUCKET_TOKENS // tokens)
         result.extend(range(begin + size, end, size))
