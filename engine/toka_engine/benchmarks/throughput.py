@@ -2,8 +2,9 @@
 
 Usage: python -m toka_engine.benchmarks.throughput MODEL_DIR [WORKLOAD ...] [key=value ...]
 Workloads (all when none is named): single, prefill, chat, monkeys, sharegpt. `port=` names the engine's port, `scale=`
-shrinks the number of requests, `vocab=` bounds the prompts' token ids (default: a Llama 3's); any other key goes to `toka`. Every request ignores the end token, so the number of
-tokens is known; answers that have another number are counted as errors.
+shrinks the number of requests, `vocab=` bounds the prompts' token ids (default: Llama 3's); any other key goes to
+`toka`. Every request ignores the end token, so the number of tokens is known; answers that have another number are
+counted as errors.
 """
 
 from __future__ import annotations
