@@ -1,6 +1,7 @@
-"""Prints the manifest of a pod that asks the quickstart's model a question and streams the answer to its log.
+"""The quickstart's client: a pod that waits, and the program that is run in it and prints an answer as it streams.
 
-Usage: ask.py CLIENT_IMAGE | kubectl apply -f -
+ask.py pod CLIENT_IMAGE | kubectl apply -f -
+kubectl exec ask -- python -c "$(ask.py program)"
 """
 
 import json
@@ -30,10 +31,15 @@ def manifest(image: str) -> dict[str, object]:
         "capabilities": {"drop": ["ALL"]},
         "readOnlyRootFilesystem": True,
     }
-    container = {"name": "ask", "image": image, "args": ["-c", _PROGRAM], "securityContext": security}
+    container = {
+        "name": "ask",
+        "image": image,
+        "args": ["-c", "import signal; signal.pause()"],
+        "securityContext": security,
+    }
     pod_security = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
     spec = {
-        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 0,
         "automountServiceAccountToken": False,
         "securityContext": pod_security,
         "containers": [container],
@@ -42,4 +48,10 @@ def manifest(image: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(manifest(sys.argv[1])))
+    match sys.argv[1:]:
+        case ["pod", image]:
+            print(json.dumps(manifest(image)))
+        case ["program"]:
+            print(_PROGRAM)
+        case _:
+            sys.exit(__doc__)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import msgspec
@@ -42,7 +42,8 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """The child's side of its control link. A thread of its own answers pings, so a long step is not a stall."""
 
-    def __init__(self, name: str, control: Channel[ToChild], start: Start) -> None:
+    def __init__(self, name: str, control: Channel[ToChild], start: Start, early: Sequence[ToChild] = ()) -> None:
+        """`early`: messages that arrived together with `start`."""
         self.name = name
         self.start = start
         self.on_drain: Callable[[], None] | None = None
@@ -54,6 +55,7 @@ class Child:
         self.on_progress: Callable[[Progress], None] | None = None
         """Called in the control thread with what another process does while it starts."""
         self._control = control
+        self._early = early
         self._lock = threading.Lock()
         self._busy_since: float | None = None
         threading.Thread(target=self._answer, name="control", daemon=True).start()
@@ -82,6 +84,8 @@ class Child:
         poller = select.poll()
         poller.register(self._control.fileno(), select.POLLIN)
         try:
+            for message in self._early:
+                self._handle(message)
             while True:
                 poller.poll()
                 for message in self._control.receive_ready():
@@ -122,7 +126,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     control: Channel[ToChild] = Channel.from_fd(int(sys.argv[1]), ToChild)
-    start = control.receive()[0]
+    start, *early = control.receive()
     if not isinstance(start, Start):
         raise AssertionError(f"{name}: the first message was not Start")
     logging.basicConfig(
@@ -130,7 +134,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
         stream=sys.stderr,
         format=f"%(asctime)s level=%(levelname)s component={name} logger=%(name)s %(message)s",
     )
-    child = Child(name, control, start)
+    child = Child(name, control, start, early)
     code, words, is_consequence = ExitCode.OK, "", False
     try:
         main(child, [int(fd) for fd in sys.argv[2:]])

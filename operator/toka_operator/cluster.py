@@ -186,20 +186,37 @@ class Cluster:
         accept: str = "application/json",
         timeout: tuple[float, float] = (CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S),
     ) -> Any:
-        serialized = self._api.param_serialize(
+        verb, url, headers, *_ = self._api.param_serialize(
             method=method,
             resource_path=path,
             query_params=query,
             header_params={"Accept": accept, "Content-Type": content_type},
-            body=body,
             auth_settings=["BearerToken"],
         )
+        connect_s, read_s = timeout
         try:
-            return self._api.call_api(*serialized, _request_timeout=timeout).response
-        except client.ApiException as error:
-            raise TransientError(f"{method} {path}: {error.reason}") from error
+            return self._api.rest_client.pool_manager.request(
+                verb,
+                url,
+                body=None if body is None else encode_canonically(body),
+                headers=headers,
+                timeout=urllib3.Timeout(connect=connect_s, read=read_s),
+                preload_content=False,
+            )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise TransientError(f"{method} {path}: {error}") from error
+
+
+def encode_canonically(body: Json) -> bytes:
+    """JSON exactly as the API server writes it: sorted, compact, with Go's escapes.
+
+    A ControllerRevision keeps the bytes of its data and compares them on every later patch, whatever that
+    changes.
+    """
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode()
 
 
 def connect(num_connections: int, may_write: Callable[[], bool]) -> Cluster:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from toka_operator import __version__
 from toka_operator.cluster import Cluster
 from toka_operator.conditions import Outcome
-from toka_operator.differences import find_corrections, find_stale_annotations
+from toka_operator.differences import find_corrections, find_stale_annotations, is_satisfied
 from toka_operator.errors import ApiError, ConflictError, NamespaceEndsError, NotFoundError, TransientError
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
@@ -187,27 +187,45 @@ class Reconciler:
             memory.settled[metadata["uid"]] = (desired, left)
 
     def _create_child(self, owner: Owner, desired: Json, memory: _Memory) -> Json | None:
-        """The new child, or the one of ours that no watch showed; None if a stranger holds the name."""
+        """The new child; None if a stranger holds the name."""
         kind, name = desired["kind"], desired["metadata"]["name"]
         try:
             created = self._cluster.create(desired)
-            WRITES.labels(kind=kind, verb="create").inc()
         except NotFoundError as error:
             raise TransientError(f"namespace {owner.namespace} is gone") from error
         except ConflictError:
-            try:
-                created = self._cluster.read(kind, owner.namespace, name)
-            except NotFoundError as error:
-                raise TransientError(f"{kind} {owner.namespace}/{name} came and went") from error
-            if not is_owned_by(created, owner.uid):
-                logger.warning(
-                    "object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name
-                )
-                memory.strangers[(kind, name)] = time.monotonic() + self._settings.stranger_retry_s
-                return None
+            self._meet_holder(owner, desired, memory)
+            return None
+        WRITES.labels(kind=kind, verb="create").inc()
         created.setdefault("kind", kind)
         self._stores[kind].put(created)
+        logger.debug("object=%s/%s child=%s/%s event=created", owner.namespace, owner.name, kind, name)
         return created
+
+    def _meet_holder(self, owner: Owner, desired: Json, memory: _Memory) -> None:
+        """Whoever holds the name of a child that no watch showed: a stranger, or a child of ours without
+        its labels.
+
+        Ours gets its labels back and the pass begins anew, because it was planned without this child.
+        """
+        kind, name = desired["kind"], desired["metadata"]["name"]
+        try:
+            holder = self._cluster.read(kind, owner.namespace, name)
+        except NotFoundError as error:
+            raise TransientError(f"{kind} {owner.namespace}/{name} came and went") from error
+        if not is_owned_by(holder, owner.uid):
+            logger.warning(
+                "object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name
+            )
+            memory.strangers[(kind, name)] = time.monotonic() + self._settings.stranger_retry_s
+            return
+        holder.setdefault("kind", kind)
+        labels = {"metadata": {"labels": desired["metadata"]["labels"]}}
+        if is_satisfied(labels, holder):
+            self._stores[kind].put(holder)
+        else:
+            self._correct_child(desired, holder, labels)
+        raise TransientError(f"{kind} {owner.namespace}/{name} is there already")
 
     def _correct_child(self, desired: Json, live: Json, patch: Json) -> Json:
         """One merge patch of just what differs.

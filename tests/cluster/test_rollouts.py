@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
 from tests.cluster.operating import HOLD, Operator
 
@@ -120,7 +122,8 @@ def test_a_surge_without_room_says_so_and_goes_on_when_there_is(operator: Operat
 
 
 def _give_gpus(operator: Operator, count: int) -> None:
-    body = f'{{"status": {{"capacity": {{"example.com/scarce": "{count}"}}, "allocatable": {{"example.com/scarce": "{count}"}}}}}}'
+    amount = {"example.com/scarce": str(count)}
+    body = json.dumps({"status": {"capacity": amount, "allocatable": amount}})
     operator.server.kubectl(
         "patch", "node", "simulated-0", "--subresource=status", "--type=merge", "-p", body
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("Required value", "chat", {"model": {}}),
     ("model.source must be hf://", "chat", {"model": {"source": "smollm2"}}),
     ("may not contain '..'", "chat", {"model": {"source": "pvc://claim/../x"}}),
-    ("model.revision is only for hf://", "chat", {"model": {"source": "builtin://smollm2", "revision": "main"}}),
+    ("model.revision is only for hf://", "chat",
+     {"model": {"source": "builtin://smollm2", "revision": "main"}}),
     ("metadata.name must be at most 43", "x" * 44, {}),
     ("metadata.name must be at most 43", "1chat", {}),
     ("metadata.name must be at most 43", "a.b", {}),
@@ -31,7 +33,8 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("are key=value, without spaces", "chat", {"engine": {"extraArgs": ["seed"]}}),
     ("may not set HF_TOKEN", "chat", {"engine": {"env": [{"name": "HF_TOKEN", "value": "x"}]}}),
     ("a value or a valueFrom, not both", "chat",
-     {"engine": {"env": [{"name": "A", "value": "x", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}]}}),
+     {"engine": {"env": [{"name": "A", "value": "x",
+                          "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}]}}),
     ("exactly one of secretKeyRef", "chat", {"engine": {"env": [{"name": "A", "valueFrom": {}}]}}),
     ("exactly one of secretRef and configMapRef", "chat", {"engine": {"envFrom": [{"prefix": "x"}]}}),
     ("may not use the prefixes", "chat", {"podTemplate": {"labels": {"toka.dev/revision": "x"}}}),
@@ -59,8 +62,6 @@ def test_a_bad_object_is_refused_with_a_sentence(
 
 def _create(api_server: ApiServer, manifest: dict[str, Any]) -> None:
     """As `kubectl apply --dry-run=server` does: every check of the API server, nothing stored."""
-    import json
-
     api_server.kubectl(
         "apply", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=json.dumps(manifest)
     )
@@ -77,7 +78,7 @@ def test_the_cache_type_is_immutable(api_server: ApiServer, installation: Path, 
 
 def test_an_object_with_every_field_is_accepted(api_server: ApiServer, installation: Path) -> None:
     everything = {
-        "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a", "b"],
+        "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a"],
                   "tokenizer": "org/other", "dtype": "bfloat16"},
         "engine": {"image": "e:2", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}], "port": 9000,
                    "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "kvCacheNumTokens": 1024, "pageSize": 16,

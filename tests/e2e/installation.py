@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.harness.cluster import Cluster
-from tests.cluster.harness.errors import CommandFailed
+from tests.cluster.harness.errors import CommandFailed, WaitTimeout
 from tests.cluster.harness.handle import Object
 from tests.cluster.harness.images import TARGETS, build_image
 from tests.cluster.harness.paths import REPOSITORY
@@ -130,14 +130,15 @@ class Deployment:
         conditions: list[Object] = found["status"].get("conditions", [])
         return next((each for each in conditions if each["type"] == kind), {})
 
-    def wait_until_ready(self, timeout_s: float = 240.0) -> None:
+    def wait_until_ready(self, timeout_s: float = 400.0) -> None:
         """Wait for the condition Ready of the newest spec."""
-        self.cluster.wait_for(
-            lambda: self.condition("Ready").get("status") == "True",
-            f"{self.namespace}/{self.name} to be Ready: {self.explain}",
-            timeout_s,
-            poll_s=0.25,
-        )
+        what = ["--namespace", self.namespace, f"tokadeployment/{self.name}"]
+        wait = ["wait", "--for=condition=Ready", f"--timeout={timeout_s:.0f}s"]
+        try:
+            self.cluster.kubectl(*wait, *what, timeout_s=timeout_s + 30)
+        except CommandFailed as error:
+            shown = self.cluster.kubectl("get", *what, "-o", "yaml")
+            raise WaitTimeout(f"{error}\n{shown}\n{self.cluster.logs_tail()}") from error
 
     @property
     def explain(self) -> str:

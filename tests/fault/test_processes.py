@@ -43,11 +43,13 @@ def running_engine(folder: Path, *arguments: str) -> Iterator[EngineProcess]:
 class Request:
     """A completion asked in a thread; `wait` gives its status, or 0 where the connection ended without one."""
 
-    def __init__(self, engine: EngineProcess, prompt: str = "Once upon a time", stream: bool = False) -> None:
+    def __init__(
+        self, engine: EngineProcess, prompt: str = "Once upon a time", stream: bool = False, max_tokens: int = 3000
+    ) -> None:
         self.status: int | None = None
         self.body = b""
         self.first_chunk = threading.Event()
-        fields = {"model": "m", "prompt": prompt, "max_tokens": 3000, "ignore_eos": True, "stream": stream}
+        fields = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
         self._body = json.dumps(fields)
         self._connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=120)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -75,7 +77,7 @@ class Request:
 
 def wait_running(engine: EngineProcess) -> None:
     """Wait until the engine works on a request."""
-    for _ in range(400):
+    for _ in range(2400):
         if "toka_running 1.0" in engine.read("/metrics"):
             return
         threading.Event().wait(0.05)  # metrics are asked, they do not tell
@@ -174,7 +176,7 @@ def test_during_a_drain(tmp_path: Path, fault: str, victim: str) -> None:
 def test_a_drain_takes_requests_for_a_while_and_finishes_streams(tmp_path: Path) -> None:
     with running_engine(tmp_path, "drain_endpoint_delay_s=3") as engine:
         engine.wait_ready()
-        request = Request(engine, stream=True)
+        request = Request(engine, stream=True, max_tokens=200)
         assert request.first_chunk.wait(60.0)
         engine.signal(signal.SIGTERM)
         wait_not_ready(engine)
@@ -183,7 +185,7 @@ def test_a_drain_takes_requests_for_a_while_and_finishes_streams(tmp_path: Path)
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == 200
-        assert response.getheader("Connection") == "close"
+        assert (response.getheader("Connection") or "").lower() == "close"
         connection.close()
         assert engine.wait_end() == ExitCode.OK
         assert request.wait() == 200

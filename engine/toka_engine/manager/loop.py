@@ -21,6 +21,9 @@ from toka_engine.messages import ServerToManager, Tokens, WorkerReady, WorkerToM
 
 STATS_INTERVAL_S = 0.25
 
+GC_THRESHOLDS = (20_000, 20, 50)
+"""Objects here are many and seldom in cycles: rare collections keep steps even."""
+
 logger = logging.getLogger("manager")
 
 
@@ -60,6 +63,7 @@ class Loop:
         )  # fmt: skip
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         return Manager(self._config, sizes)
 
     def _receive_ready(self, worker: Channel[WorkerToManager]) -> WorkerReady:

@@ -20,6 +20,8 @@ own."""
 NO_STOP = -2
 """Fills unused places of `stop_ids`; -1 is the workers' mark of a failed row."""
 
+_PADDING = 17
+
 
 class State:
     """Plain integers, because they are compared with arrays in every step."""
@@ -40,7 +42,8 @@ class Slots:
     """Arrays [num_slots] unless stated. "Planned" counts include steps whose tokens are not back yet."""
 
     def __init__(self, num_slots: int, max_pages_per_seq: int) -> None:
-        self.table = np.zeros((num_slots, max_pages_per_seq), np.int32)  # pages by column
+        # Pages by column. Rows a power of two apart would compete for the same few cache lines.
+        self.table = np.zeros((num_slots, max_pages_per_seq + _PADDING), np.int32)[:, :max_pages_per_seq]
         self.num_pages = np.zeros(num_slots, np.int32)  # columns in use
         self.lengths = np.zeros(num_slots, np.int32)  # tokens whose KV is written, planned
         self.prompt_lengths = np.zeros(num_slots, np.int32)  # of the request, without kept output

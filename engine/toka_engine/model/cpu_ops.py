@@ -1,8 +1,9 @@
 """The table of implementations for CPUs.
 
 Linear layers are packed by oneDNN once, at load: for one row that is 2-3 times as fast as an unpacked product. In
-bfloat16 the packed product gives each row the same bits whatever the number of rows (a test holds it to that), which is
-what makes seeded requests repeatable whatever else runs.
+bfloat16 its products give each row the same bits whatever the number of rows (a test holds them to that), which is what
+makes seeded requests repeatable whatever else runs. The one exception is a single row of more than 1,024 values, whose
+sum it cuts in two: such a row goes through as two.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from toka_engine.model.sampler import CpuSampler
 from toka_engine.model.state import SlotState
 
 _PACKED_FOR_ROWS = 32
+_MAX_EXACT_SINGLE_ROW = 1024
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -31,7 +33,10 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         result: torch.Tensor = product(x, packed, bias, "none", [], "")
         return result
 
-    return linear
+    def linear_of_two_or_more(x: torch.Tensor) -> torch.Tensor:
+        return linear(x.expand(2, -1).contiguous())[:1] if x.shape[0] == 1 else linear(x)
+
+    return linear if weight.shape[1] <= _MAX_EXACT_SINGLE_ROW else linear_of_two_or_more
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

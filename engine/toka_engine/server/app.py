@@ -88,6 +88,7 @@ class App:
             exchange.status = exchange.status or _CLIENT_GONE
             self.metrics.cancelled.inc()
         finally:
+            exchange.release()
             self._num_running -= 1
             if self._idle is not None and not self._num_running:
                 self._idle.set()
@@ -152,7 +153,7 @@ class App:
         engine = self._serving_engine()
         request = self._completion_decoder.decode(await exchange.read_json(self._budget))
         asked = engine.limits.check_completion(request)
-        encoder = PromptEncoder(engine.tokenizer, engine.limits)
+        encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
         prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
         spec = engine.limits.plan(asked, prompts, "prompt", DEFAULT_COMPLETION_TOKENS)
         form = CompletionFormat(
@@ -179,7 +180,7 @@ class App:
         asked = engine.limits.check_chat(request)
         if engine.template is None:
             raise invalid("messages", "This model has no chat template: use /v1/completions.")
-        encoder = PromptEncoder(engine.tokenizer, engine.limits)
+        encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
         prompts = [await encoder.encode_chat(request.messages, engine.template)]
         spec = engine.limits.plan(asked, prompts, "messages")
         form = ChatFormat(

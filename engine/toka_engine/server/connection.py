@@ -127,6 +127,11 @@ class Connection(HttpToolsProtocol):
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
 
+    def watch_for_end(self) -> None:
+        """Read on after a body whose last piece paused reading: else the client's leaving would go unseen."""
+        if not self.pipeline and not self.is_gone:
+            self.flow.resume_reading()
+
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(self._limits.receive_timeout_s, self._on_deadline)
 

@@ -4,6 +4,7 @@ events.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from typing import Any
 
@@ -14,6 +15,10 @@ from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
 
 JSON = b"application/json"
 EVENTS = b"text/event-stream; charset=utf-8"
+
+
+_LARGE_BODY_BYTES = 1024 * 1024
+_trim_heap = ctypes.CDLL(None).malloc_trim
 
 
 class BodyBudget:
@@ -45,6 +50,7 @@ class Exchange:
         self.started_s = time.monotonic()
         self.status = 0
         """0 until the answer has begun."""
+        self.body_bytes = 0
         self._receive = receive
         self._send = send
 
@@ -71,11 +77,13 @@ class Exchange:
                     raise _too_large(budget)
                 budget.take(len(part))
                 held += len(part)
+                self.body_bytes = held
                 parts.append(part)
                 if not message.get("more_body"):
                     return parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             budget.give_back(held)
+            self.connection.watch_for_end()
 
     async def answer(
         self, status: int, body: bytes, kind: bytes = JSON, headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -98,6 +106,11 @@ class Exchange:
 
     async def end_events(self, events: bytes) -> None:
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
+
+    def release(self) -> None:
+        """Give the memory of a large body back to the system, which the allocator would keep."""
+        if self.body_bytes > _LARGE_BODY_BYTES:
+            _trim_heap(0)
 
     async def fail(self, error: ApiError) -> None:
         """Answer with `error`; in a stream that has begun, as its last event, after which the connection

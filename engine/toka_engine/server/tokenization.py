@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +80,30 @@ class Tokenizer:
         """No text of more bytes fits in `num_tokens`, so that it need not be encoded to be refused."""
         return num_tokens * self._longest_token_bytes
 
-    def encode(self, texts: list[str], *, add_special_tokens: bool) -> list[Int32s]:
-        """Return the ids of each text; special tokens that are written out in it are taken as such."""
+    def encode(
+        self, texts: list[str], *, add_special_tokens: bool, check: Callable[[Int32s], None] | None = None
+    ) -> list[Int32s]:
+        """Return the ids of each text; special tokens that are written out in it are taken as such.
+
+        `check` sees the ids of each text as soon as they are there, and may end the work by raising.
+        """
         found: list[Int32s] = []
         for text in texts:
             # One at a time: an encoding holds a hundred bytes and more per token until its ids are taken out.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             found.append(np.array(encoding.ids, np.int32))
+            if check:
+                check(found[-1])
         return found
 
-    async def encode_aside(self, texts: list[str], *, add_special_tokens: bool) -> list[Int32s]:
-        """`encode`, in the pool where it would hold up others."""
+    async def encode_aside(
+        self, texts: list[str], *, add_special_tokens: bool, check: Callable[[Int32s], None]
+    ) -> list[Int32s]:
+        """`encode`, in the pool where it would hold up others; `check` is called there then."""
+        work = partial(self.encode, texts, add_special_tokens=add_special_tokens, check=check)
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
-            return self.encode(texts, add_special_tokens=add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: self.encode(texts, add_special_tokens=add_special_tokens))
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def text_of(self, ids: Int32s) -> str:
         """The text of a whole output; special tokens have none, broken UTF-8 becomes U+FFFD."""

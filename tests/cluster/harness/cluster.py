@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from tests.cluster.harness.control import SERVICE_NAMES, ControlPlane
 from tests.cluster.harness.errors import HarnessError
-from tests.cluster.harness.handle import KubernetesHandle
+from tests.cluster.harness.handle import KubernetesHandle, Object
 from tests.cluster.harness.images import buildah, ensure_pause_image
 from tests.cluster.harness.node import BRIDGE_ADDRESS, REGISTRY, start_node
 from tests.cluster.harness.paths import cluster_cache, tool
@@ -160,16 +160,19 @@ class Cluster(KubernetesHandle):
 
     def pull_image(self, reference: str) -> None:
         """Bring a pushed image to every living node at once, so that what follows does not wait for it."""
-        pulls = []
-        for number, machine in self.nodes.items():
-            folder = self.run.path / f"node{number}"
-            client = ["ctr", "--address", f"{folder}/containerd.sock", "--namespace", "k8s.io"]
-            pull = ["images", "pull", "--hosts-dir", f"{folder}/hosts", reference]
-            pulls.append(self.run.spawn(f"pull-node{number}", [*machine.enter(), *client, *pull], os.environ))
-        for pull_process in pulls:
-            if pull_process.popen.wait() != 0:
-                raise HarnessError(f"cannot pull {reference}:\n{pull_process.log(4000)}")
+        names = [f"pull-{number}" for number in self.nodes]
+        self.apply(*(_pull_pod(f"pull-{number}", f"node{number}", reference) for number in self.nodes))
+        done = ["wait", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=600s"]
+        self.kubectl(*done, *(f"pod/{name}" for name in names), timeout_s=620)
+        self.kubectl("delete", "pod", *names)
 
 
 def _control_plane(run: RunFolder, pki: Pki) -> ControlPlane:
     return ControlPlane(run.path, pki, "0.0.0.0", BRIDGE_ADDRESS, 6443, 2379, 2380)
+
+
+def _pull_pod(name: str, node: str, image: str) -> Object:
+    """A pod whose start is all that is wanted of it."""
+    container = {"name": "pull", "image": image, "command": ["true"]}
+    spec = {"nodeName": node, "restartPolicy": "Never", "containers": [container]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}

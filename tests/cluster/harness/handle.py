@@ -152,6 +152,7 @@ class KubernetesHandle:
         answer: object = None
         refusal: CommandFailed | None = None
         while True:
+            asked = time.monotonic()
             try:
                 result = predicate()
                 if result:
@@ -161,7 +162,8 @@ class KubernetesHandle:
                 refusal = error
             if time.monotonic() > deadline:
                 break
-            time.sleep(poll_s)
+            # A kubectl costs a tenth of a second of CPU, which what is waited for may need more.
+            time.sleep(max(poll_s, 3 * (time.monotonic() - asked)))
         raise WaitTimeout(
             f"waited {timeout_s:.0f} s for {what}; last answer {answer!r}, last refusal {refusal}\n{self.logs_tail()}"
         )

@@ -175,6 +175,8 @@ state = "{node.folder}/state"
   sandbox_image = "{PAUSE_IMAGE}"
   restrict_oom_score_adj = true
   disable_apparmor = true
+  [{cri}.containerd]
+    discard_unpacked_layers = true
   [{cri}.cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{node.folder}/cni"

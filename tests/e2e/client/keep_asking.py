@@ -13,7 +13,7 @@ url, seconds = sys.argv[1], float(sys.argv[2])
 deadline = time.monotonic() + seconds
 while time.monotonic() < deadline:
     line: dict[str, object] = {"at": time.time()}
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=10) as client:
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
         try:
             answer = client.completions.create(model="smollm2", prompt="Hello", max_tokens=4, temperature=0)
             line["text"] = answer.choices[0].text

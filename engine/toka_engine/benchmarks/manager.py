@@ -1,5 +1,4 @@
-"""CPU time of the manager alone per step: `python benchmarks/manager.py [--profile NAME]`, one JSON on
-stdout.
+"""CPU time of the manager alone per step: `python -m toka_engine.benchmarks.manager [--profile NAME]`; prints one JSON.
 
 The true core with a worker that answers each step at once with random tokens. CPU time (process_time) of
 everything that the manager's process does per step except its system calls: planning, encoding the step,
@@ -10,24 +9,23 @@ Workloads, each for 64 and 4,096 running streams:
 - decode: steady state, nothing arrives or ends (many samples per prompt: 770 shared tokens, 96 own at first)
 - mix: ShareGPT-like lengths (log-normal, prompts of ~220 and outputs of ~200 tokens); each end lets a
   waiting one in
+- shared: the same behind one system prompt of 512 tokens, so that Hydragen's groups change in every step
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import functools
 import json
 import pstats
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 from toka_engine.codec import Decoder, encode
 from toka_engine.config import EngineConfig
@@ -130,13 +128,14 @@ def decode(num_streams: int, num_steps: int) -> tuple[Bench, Callable[[], dict[s
     return bench, lambda: bench.measure(num_steps)
 
 
-def mix(num_streams: int, num_steps: int) -> tuple[Bench, Callable[[], dict[str, float]]]:
+def mix(num_streams: int, num_steps: int, num_shared: int = 0) -> tuple[Bench, Callable[[], dict[str, float]]]:
     bench = Bench(num_streams, 1 << 16)
+    shared = bench.rng.integers(0, STOP, num_shared, np.int32)
 
     def refill() -> None:
         while bench.num_streams - bench.num_ended < num_streams + 64:
             prompt = bench.rng.integers(0, STOP, int(np.clip(bench.rng.lognormal(4.9, 1.0), 4, 1024)), np.int32)
-            bench.submit(prompt, int(np.clip(bench.rng.lognormal(4.9, 0.9), 4, 1024)))
+            bench.submit(np.concatenate((shared, prompt)), int(np.clip(bench.rng.lognormal(4.9, 0.9), 4, 1024)))
 
     for _ in range(600):
         refill()
@@ -144,7 +143,11 @@ def mix(num_streams: int, num_steps: int) -> tuple[Bench, Callable[[], dict[str,
     return bench, lambda: bench.measure(num_steps, refill)
 
 
-WORKLOADS = {"decode": decode, "mix": mix}
+WORKLOADS: dict[str, Callable[[int, int], tuple[Bench, Callable[[], dict[str, float]]]]] = {
+    "decode": decode,
+    "mix": mix,
+    "shared": functools.partial(mix, num_shared=512),
+}
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""A proxy between an operator and the API server that kills the operator right after one of its writes.
+
+Plain HTTP towards the operator, TLS towards the API server; watches are streamed. The write's answer is
+withheld, so the operator dies not knowing whether it was made.
+"""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import urllib3
+import yaml
+
+from tests.cluster.harness.processes import ProcessHandle
+
+WRITES = ("POST", "PUT", "PATCH", "DELETE")
+
+
+class KillingProxy:
+    """Use as a context manager; `kubeconfig` leads through it. 0 writes: it kills nobody."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        config = yaml.safe_load(kubeconfig.read_text())
+        cluster = config["clusters"][0]["cluster"]
+        self._target: str = cluster["server"]
+        ca_file = cluster.get("certificate-authority")
+        ca_data = cluster.get("certificate-authority-data")
+        if ca_file is None:
+            import base64
+
+            ca = kubeconfig.with_suffix(".ca")
+            ca.write_bytes(base64.b64decode(ca_data))
+            ca_file = str(ca)
+        self._pool = urllib3.PoolManager(ca_certs=ca_file, maxsize=32, retries=False)
+        self._lock = threading.Lock()
+        self.kill_after_writes = 0
+        self.victim: ProcessHandle | None = None
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
+        self._server.daemon_threads = True
+        self.kubeconfig = kubeconfig.with_suffix(".proxy")
+        config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{self._server.server_address[1]}"}
+        self.kubeconfig.write_text(yaml.safe_dump(config))
+
+    def __enter__(self) -> KillingProxy:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _must_kill(self, method: str, path: str) -> bool:
+        """Counts one write; Leases do not count, or no operator would ever lead."""
+        if method not in WRITES or "/leases" in path:
+            return False
+        with self._lock:
+            if self.kill_after_writes == 0:
+                return False
+            self.kill_after_writes -= 1
+            return self.kill_after_writes == 0
+
+    def _make_handler(self) -> type[BaseHTTPRequestHandler]:
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def forward(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+                kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                answer: Any = proxy._pool.request(
+                    self.command, proxy._target + self.path, body=body, headers=kept, preload_content=False
+                )
+                if proxy._must_kill(self.command, self.path) and proxy.victim is not None:
+                    proxy.victim.kill()
+                    self.close_connection = True
+                    return
+                self.send_response(answer.status)
+                for name in ("Content-Type", "Retry-After"):
+                    if name in answer.headers:
+                        self.send_header(name, answer.headers[name])
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for chunk in answer.stream(amt=None, decode_content=True):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+                self.wfile.write(b"0\r\n\r\n")
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+            def log_message(self, format: str, *args: object) -> None:
+                """The operator's own log tells more."""
+
+        return Handler

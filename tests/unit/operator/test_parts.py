@@ -1,0 +1,180 @@
+"""The small parts: differences, the store, the queue, the encoding, the settings."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toka_operator.cluster import encode_canonically
+from toka_operator.differences import find_corrections, find_stale_annotations, is_satisfied
+from toka_operator.errors import SettingsError
+from toka_operator.settings import read_settings
+from toka_operator.store import Store
+from toka_operator.workqueue import WorkQueue
+
+
+@pytest.mark.parametrize(
+    ("desired", "live"),
+    [
+        ({"spec": {"a": 1}}, {"spec": {"a": 1, "added": 2}, "status": {}}),
+        ({"spec": {"env": [{"name": "A", "value": ""}]}}, {"spec": {"env": [{"name": "A"}]}}),
+        ({"spec": {"limits": {"memory": "1024Mi"}}}, {"spec": {"limits": {"memory": "1Gi"}}}),
+        ({"spec": {"emptyDir": {"sizeLimit": "1.5Gi"}}}, {"spec": {"emptyDir": {"sizeLimit": "1536Mi"}}}),
+        ({"spec": {"requests": {"cpu": "0.5"}}}, {"spec": {"requests": {"cpu": "500m"}}}),
+    ],
+)
+def test_what_the_api_server_adds_or_rewrites_is_no_difference(desired: Any, live: Any) -> None:
+    assert is_satisfied(desired, live)
+
+
+@pytest.mark.parametrize(
+    ("desired", "live", "patch"),
+    [
+        ({"spec": {"a": 1}}, {"spec": {"a": 2}}, {"spec": {"a": 1}}),
+        ({"spec": {"a": True}}, {"spec": {"a": 1}}, {"spec": {"a": True}}),
+        ({"spec": {"l": [1]}}, {"spec": {"l": [1, 2]}}, {"spec": {"l": [1]}}),
+        (
+            {"spec": {"ports": [{"name": "http", "port": 80}]}},
+            {"spec": {"ports": [{"name": "http", "port": 81, "nodePort": 30000}]}},
+            {"spec": {"ports": [{"name": "http", "port": 80, "nodePort": 30000}]}},
+        ),
+        (
+            {"metadata": {"name": "x", "labels": {"a": "b"}}},
+            {"metadata": {"name": "x"}},
+            {"metadata": {"labels": {"a": "b"}}},
+        ),
+        ({"spec": {"limits": {"memory": "2Gi"}}}, {"spec": {"limits": {"memory": "1Gi"}}},
+         {"spec": {"limits": {"memory": "2Gi"}}}),
+    ],
+)  # fmt: skip
+def test_a_difference_becomes_a_patch_of_just_that(desired: Any, live: Any, patch: Any) -> None:
+    assert find_corrections(desired, live) == patch
+
+
+def test_only_annotations_of_ours_are_taken_away() -> None:
+    live = {"metadata": {"annotations": {"keys": "a,b", "a": "1", "b": "2", "theirs": "3"}}}
+    desired = {"metadata": {"annotations": {"keys": "a", "a": "1"}}}
+    assert find_stale_annotations(desired, live, "keys") == {"metadata": {"annotations": {"b": None}}}
+    assert find_stale_annotations({"metadata": {}}, {"metadata": {"annotations": {"x": "1"}}}, "keys") == {}
+
+
+def obj(version: int, name: str = "x", key: str | None = "k", uid: str = "u") -> dict[str, Any]:
+    return {
+        "metadata": {"namespace": "n", "name": name, "uid": uid, "resourceVersion": str(version), "key": key}
+    }
+
+
+def store() -> Store:
+    return Store(lambda o: ("n", o["metadata"]["key"]) if o["metadata"]["key"] else None)
+
+
+def test_an_older_version_never_hides_a_newer_one() -> None:
+    kept = store()
+    assert kept.put(obj(2)) == {("n", "k")}
+    assert kept.put(obj(1)) == set()
+    assert kept.put(obj(2)) == set()
+    assert kept.members(("n", "k")) == [obj(2)]
+
+
+def test_an_answer_that_comes_after_the_deletion_brings_nothing_back() -> None:
+    kept = store()
+    kept.put(obj(1))
+    assert kept.remove(obj(3)) == {("n", "k")}
+    assert kept.put(obj(2)) == set()
+    assert kept.members(("n", "k")) == []
+    assert kept.put(obj(4, uid="v")) == {("n", "k")}
+
+
+def test_the_end_of_an_older_object_does_not_hide_its_successor() -> None:
+    kept = store()
+    kept.put(obj(5, uid="new"))
+    assert kept.remove(obj(3, uid="old")) == set()
+    assert kept.members(("n", "k")) == [obj(5, uid="new")]
+
+
+def test_an_object_that_changes_its_parent_concerns_both() -> None:
+    kept = store()
+    kept.put(obj(1, key="a"))
+    assert kept.put(obj(2, key="b")) == {("n", "a"), ("n", "b")}
+    assert kept.members(("n", "a")) == []
+
+
+def test_a_list_takes_away_what_it_does_not_hold_unless_that_is_newer() -> None:
+    kept = store()
+    kept.put(obj(1, "old"))
+    kept.put(obj(9, "new", key="other"))
+    assert kept.replace_all([obj(2, "listed", key="third")], 5) == {("n", "k"), ("n", "third")}
+    assert kept.get(("n", "new")) is not None
+
+
+def test_a_key_waits_once_however_often_it_is_added() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for key in ("a", "b", "a", "a"):
+        queue.add(key)
+    assert [queue.get(), queue.get()] == ["a", "b"]
+    assert queue.measure()[0] == 2
+
+
+def test_a_key_added_during_its_work_is_worked_on_once_more() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add("a")
+    assert queue.get() == "a"
+    queue.add("a")
+    queue.add("a")
+    queue.add("b")
+    assert queue.get() == "b", "one key is never worked on twice at a time"
+    queue.done("a")
+    assert queue.get() == "a"
+    queue.done("a")
+    queue.done("b")
+    assert queue.measure()[0] == 0
+
+
+def test_a_failed_key_comes_back_later_each_time() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    delays = []
+    for _ in range(4):
+        queue.add("a")
+        assert queue.get() == "a"
+        delays.append(queue.retry("a"))
+    assert delays == sorted(delays)
+    assert queue.retry("a", 100.0) == 100.0
+
+
+def test_a_delayed_key_comes_at_the_earliest_time_asked_for() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add_after("a", 3600)
+    queue.add_after("a", 0.0)
+    assert queue.get() == "a"
+
+
+def test_closing_the_queue_wakes_every_worker() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    seen: list[str | None] = []
+    threads = [threading.Thread(target=lambda: seen.append(queue.get())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    queue.close()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert seen == [None, None, None]
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers() | st.booleans(), max_size=5))
+def test_the_canonical_encoding_is_json_of_the_same_value(value: dict[str, Any]) -> None:
+    encoded = encode_canonically(value)
+    assert json.loads(encoded) == value
+    assert not set(b"<>&") & set(encoded)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TOKA_WORKERS", "0"), ("TOKA_WORKERS", "many"), ("TOKA_LOG_LEVEL", "LOUD"), ("TOKA_ENGINE_IMAGE", "")],
+)
+def test_a_bad_setting_is_named(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        read_settings({"TOKA_ENGINE_IMAGE": "e", name: value})

@@ -1,0 +1,178 @@
+"""Which children there should be, and what the status says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from toka_operator.conditions import Outcome
+from toka_operator.errors import FieldError
+from toka_operator.observed import Observed
+from toka_operator.status import build_invalid_status, build_status, find_events
+
+from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
+
+
+def status_of(spec: Any, observed: Observed, previous: dict[str, Any] | None = None, now: float = NOW) -> Any:
+    plan = plan_for(spec, observed)
+    return build_status(OWNER, spec, observed, plan, Outcome(), previous or {}, now)
+
+
+def condition(status: dict[str, Any], kind: str) -> tuple[str, str]:
+    (found,) = [c for c in status["conditions"] if c["type"] == kind]
+    return found["status"], found["reason"]
+
+
+def test_the_same_plan_twice_is_the_same() -> None:
+    spec = valid(replicas=2)
+    first = plan_for(spec)
+    assert plan_for(spec, seen(first)).desired == first.desired
+
+
+def test_a_newer_operators_image_changes_no_stored_revision() -> None:
+    spec = valid()
+    observed = seen(plan_for(spec, image="engine:1"))
+    again = plan_for(spec, observed, image="engine:2")
+    assert child(again, "StatefulSet")["spec"]["template"]["spec"]["containers"][0]["image"] == "engine:1"
+
+
+def test_a_revision_whose_memory_was_deleted_is_remembered_from_its_pods_owner() -> None:
+    spec = valid()
+    observed = seen(plan_for(spec, image="engine:1"))
+    children = {k: v for k, v in observed.children.items() if k[0] != "ControllerRevision"}
+    again = plan_for(spec, Observed(children, (), frozenset()), image="engine:2")
+    template = child(again, "ControllerRevision")["data"]["template"]
+    assert template["spec"]["containers"][0]["image"] == "engine:1"
+
+
+def test_a_new_image_reaches_a_new_revision() -> None:
+    spec, other = valid(), valid(engine={"pageSize": 8})
+    observed = seen(plan_for(spec, image="engine:1"))
+    again = plan_for(other, observed, image="engine:2")
+    images = {
+        s["metadata"]["labels"]["toka.dev/revision"]: s["spec"]["template"]["spec"]["containers"][0]["image"]
+        for s in again.desired
+        if s["kind"] == "StatefulSet"
+    }
+    assert images == {spec.revision: "engine:1", other.revision: "engine:2"}
+
+
+def test_one_replica_has_no_disruption_budget() -> None:
+    kinds = [c["kind"] for c in plan_for(valid(replicas=1)).desired]
+    assert "PodDisruptionBudget" not in kinds
+    observed = seen(plan_for(valid(replicas=2)))
+    deletions = plan_for(valid(replicas=1), observed).deletions
+    assert [(kind, name) for kind, name, _ in deletions] == [("PodDisruptionBudget", "chat")]
+
+
+def test_an_empty_old_set_goes_and_its_revision_stays_in_the_history() -> None:
+    spec, other = valid(suspend=True), valid(engine={"pageSize": 8}, suspend=True)
+    observed = seen(plan_for(spec))
+    name = f"chat-{spec.revision}"
+    old = observed.children[("StatefulSet", name)]
+    old["status"] = {"replicas": 0, "observedGeneration": 1}
+    plan = plan_for(other, observed)
+    assert [(kind, n) for kind, n, _ in plan.deletions] == [("StatefulSet", name)]
+
+
+def test_a_name_that_a_stranger_holds_is_left_out_and_told() -> None:
+    spec = valid()
+    observed = Observed({}, (), frozenset({("Service", "chat")}))
+    assert "Service" not in [c["kind"] for c in plan_for(spec, observed).desired]
+    assert condition(status_of(spec, observed), "Degraded") == ("True", "NameTaken")
+
+
+def test_a_pod_counts_once_it_was_ready_for_long_enough_and_has_an_endpoint() -> None:
+    view = pod("r", is_available=True)
+    assert view.is_available(view.ready_since + 5, 5)
+    assert not view.is_available(view.ready_since + 4, 5)
+    status = {
+        "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]
+    }
+    assert not pod("r", status=status).is_available(NOW, 0), "without an endpoint no request reaches it"
+
+
+def test_a_complete_rollout_is_ready() -> None:
+    spec = valid(replicas=2)
+    pods = (pod(spec.revision, 0, is_available=True), pod(spec.revision, 1, is_available=True))
+    status = status_of(spec, seen(plan_for(spec), pods))
+    assert condition(status, "Ready") == ("True", "AllAvailable")
+    assert condition(status, "Progressing") == ("False", "Complete")
+    assert (status["ready"], status["phase"], status["gpus"]) == ("2/2", "Running", 2)
+
+
+def test_a_status_built_from_the_same_facts_is_the_same() -> None:
+    spec = valid()
+    observed = seen(plan_for(spec), (pod(spec.revision, is_available=True),))
+    first = status_of(spec, observed)
+    assert status_of(spec, observed, first, NOW + 1000) == first
+
+
+def test_no_progress_within_the_deadline_is_told() -> None:
+    spec = valid(startup={"timeoutSeconds": 10}, rollout={"progressDeadlineSeconds": 60})
+    observed = seen(plan_for(spec), (pod(spec.revision),))
+    first = status_of(spec, observed)
+    assert condition(status_of(spec, observed, first, NOW + 59), "Progressing") == ("True", "Scaling")
+    late = status_of(spec, observed, first, NOW + 61)
+    assert condition(late, "Progressing") == ("False", "ProgressDeadlineExceeded")
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        ("ImagePullFailed", engine_status(state={"waiting": {"reason": "ErrImagePull", "message": "no"}})),
+        ("ModelAuthFailed", engine_status(lastState={"terminated": {"exitCode": 4, "message": "401"}})),
+        ("OutOfMemory", engine_status(state={"terminated": {"exitCode": 137, "reason": "OOMKilled"}})),
+        ("CrashLoop", engine_status(state={"terminated": {"exitCode": 139}})),
+        ("SecretMissing", engine_status(
+            state={"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}})),
+        ("Unschedulable", {"conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes"}]}),
+        ("ClaimMissing", {"conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+             "message": '0/1 nodes: persistentvolumeclaim "w" not found'}]}),
+    ],
+)  # fmt: skip
+def test_each_failure_of_a_pod_is_named(reason: str, status: dict[str, Any]) -> None:
+    spec = valid()
+    built = status_of(spec, seen(plan_for(spec), (pod(spec.revision, status=status),)))
+    assert condition(built, "Degraded") == ("True", reason)
+    assert [f["reason"] for f in built["failures"]] == [reason]
+
+
+def test_a_container_that_ended_well_is_no_failure() -> None:
+    ended = engine_status(state={"running": {}}, lastState={"terminated": {"exitCode": 0}})
+    assert pod("r", status=ended).failure is None
+
+
+def test_the_end_of_long_last_words_is_kept() -> None:
+    words = "x" * 5000 + " out of disk"
+    failure = pod("r", status=engine_status(state={"terminated": {"exitCode": 9, "message": words}})).failure
+    assert failure is not None
+    assert failure.message.endswith("out of disk")
+    assert len(failure.message) <= 1024
+
+
+def test_an_invalid_spec_names_every_field_and_keeps_the_rest() -> None:
+    spec = valid()
+    before = status_of(spec, seen(plan_for(spec), (pod(spec.revision, is_available=True),)))
+    errors = [FieldError("spec.a", "is bad"), FieldError("spec.b", "too")]
+    status = build_invalid_status(OWNER, errors, before, NOW)
+    assert condition(status, "ConfigValid") == ("False", "InvalidSpec")
+    assert condition(status, "Ready") == ("True", "AllAvailable")
+    (message,) = [c["message"] for c in status["conditions"] if c["type"] == "ConfigValid"]
+    assert message == "spec.a: is bad; spec.b: too"
+
+
+def test_a_transition_is_told_once() -> None:
+    spec = valid()
+    plan = plan_for(spec)
+    starting = status_of(spec, seen(plan, (pod(spec.revision),)))
+    ready = status_of(spec, seen(plan, (pod(spec.revision, is_available=True),)), starting)
+    assert [e.reason for e in find_events(starting, ready)] == ["Ready"]
+    assert find_events(ready, ready) == []
+
+
+def test_a_stored_child_is_seen_as_it_was_written() -> None:
+    plan = plan_for(valid())
+    assert live(child(plan, "Service"))["spec"] == child(plan, "Service")["spec"]

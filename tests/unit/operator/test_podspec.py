@@ -1,0 +1,147 @@
+"""The engine pod that a spec becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.operator.examples import child, plan_for, valid
+
+
+def pod_of(**spec: Any) -> dict[str, Any]:
+    template = child(plan_for(valid(**spec)), "StatefulSet")["spec"]["template"]
+    pod: dict[str, Any] = template["spec"]
+    return pod
+
+
+def engine_of(**spec: Any) -> dict[str, Any]:
+    engine: dict[str, Any] = pod_of(**spec)["containers"][0]
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("model", "argument"),
+    [
+        ({"source": "builtin://smollm2"}, "model=builtin://smollm2"),
+        ({"source": "hf://org/name"}, "model=org/name"),
+        ({"source": "file:///opt/m"}, "model=/opt/m"),
+        ({"source": "pvc://claim/a/b"}, "model=/mnt/model/a/b"),
+        ({"source": "hf://org/name", "revision": "v1"}, "revision=v1"),
+        ({"source": "hf://org/name", "aliases": ["a", "b"]}, "model_aliases=a,b"),
+        ({"source": "hf://org/name"}, "served_model_name=name"),
+        ({"source": "hf://org/name", "servedName": "x"}, "served_model_name=x"),
+        ({"source": "hf://org/name", "tokenizer": "org/t"}, "tokenizer=org/t"),
+        ({"source": "hf://org/name", "dtype": "float32"}, "dtype=float32"),
+    ],
+)
+def test_the_model_becomes_arguments(model: dict[str, Any], argument: str) -> None:
+    assert argument in engine_of(model=model)["args"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "argument"),
+    [
+        ({"port": 9000}, "port=9000"),
+        ({"maxTokensPerForward": 64}, "max_tokens_per_forward=64"),
+        ({"maxSeqsPerForward": 8}, "max_seqs_per_forward=8"),
+        ({"kvCacheNumTokens": 1024}, "kv_cache_num_tokens=1024"),
+        ({"pageSize": 32}, "page_size=32"),
+        ({"hydragen": False}, "use_hydragen=F"),
+        ({"torchCompile": True}, "torch_compile=T"),
+        ({"cudaGraphs": False}, "use_cudagraphs=F"),
+        ({"logLevel": "DEBUG"}, "log_level=DEBUG"),
+        ({"extraArgs": ["seed=1"]}, "seed=1"),
+    ],
+)
+def test_each_engine_field_becomes_an_argument(engine: dict[str, Any], argument: str) -> None:
+    assert argument in engine_of(engine=engine)["args"]
+
+
+def test_a_pvc_model_is_mounted_read_only() -> None:
+    pod = pod_of(model={"source": "pvc://claim/a"})
+    assert {"name": "model", "persistentVolumeClaim": {"claimName": "claim", "readOnly": True}} in pod[
+        "volumes"
+    ]
+    mount = {"name": "model", "mountPath": "/mnt/model", "readOnly": True}
+    assert mount in pod["containers"][0]["volumeMounts"]
+
+
+def test_a_gpu_pod_takes_one_gpu_and_shared_memory() -> None:
+    pod = pod_of(resources={"gpuResource": "amd.com/gpu", "cpu": "4", "memory": "8Gi", "sharedMemory": "2Gi"})
+    resources = pod["containers"][0]["resources"]
+    assert resources["limits"] == {"memory": "8Gi", "amd.com/gpu": "1"}
+    assert resources["requests"] == {"cpu": "4", "memory": "8Gi", "amd.com/gpu": "1"}
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}} in pod["volumes"]
+    assert "device=cuda" in pod["containers"][0]["args"]
+
+
+def test_a_cpu_pod_takes_no_gpu_and_is_limited_to_its_cpus() -> None:
+    pod = pod_of(resources={"device": "cpu", "cpu": "2"})
+    assert pod["containers"][0]["resources"] == {"requests": {"cpu": "2"}, "limits": {"cpu": "2"}}
+    assert "device=cpu" in pod["containers"][0]["args"]
+    assert "shm" not in [v["name"] for v in pod["volumes"]]
+
+
+def test_secrets_become_environment_variables_by_reference() -> None:
+    auth = {"hfTokenSecretRef": {"name": "hf"}, "apiKeySecretRef": {"name": "api", "key": "k"}}
+    env = {e["name"]: e for e in engine_of(auth=auth)["env"]}
+    assert env["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
+    assert env["TOKA_API_KEY"]["valueFrom"] == {"secretKeyRef": {"name": "api", "key": "k"}}
+    assert env["TOKA_CACHE_DIR"]["value"] == "/cache"
+
+
+def test_an_existing_claim_is_the_cache() -> None:
+    pod = pod_of(cache={"type": "ExistingPVC", "claimName": "models"})
+    assert {"name": "cache", "persistentVolumeClaim": {"claimName": "models"}} in pod["volumes"]
+    assert {"name": "cache", "emptyDir": {"sizeLimit": "1Gi"}} in pod_of(cache={"size": "1Gi"})["volumes"]
+
+
+def test_the_grace_period_covers_the_drain() -> None:
+    pod = pod_of(rollout={"drainTimeoutSeconds": 300})
+    assert pod["terminationGracePeriodSeconds"] > 300 + 5
+    assert "drain_timeout_s=300" in pod["containers"][0]["args"]
+
+
+def test_the_startup_probe_waits_as_long_as_asked() -> None:
+    probe = engine_of(startup={"timeoutSeconds": 601})["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 601
+
+
+def test_the_pod_is_restricted_and_so_is_a_sidecar() -> None:
+    pod = pod_of(podTemplate={"sidecars": [{"name": "log", "image": "log:1"}]})
+    assert pod["automountServiceAccountToken"] is False
+    for container in pod["containers"]:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_pods_spread_softly_unless_told_otherwise() -> None:
+    keys = [c["topologyKey"] for c in pod_of()["topologySpreadConstraints"]]
+    assert keys == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+    assert "topologySpreadConstraints" not in pod_of(scheduling={"topologySpread": []})
+
+
+def test_scheduling_and_additions_reach_the_pod() -> None:
+    pod = pod_of(
+        scheduling={"nodeSelector": {"a": "b"}, "priorityClassName": "p", "runtimeClassName": "r",
+                    "tolerations": [{"key": "k"}], "affinity": {"nodeAffinity": {}}},
+        engine={"pullSecrets": [{"name": "s"}], "pullPolicy": "Always",
+                "envFrom": [{"secretRef": {"name": "e"}}]},
+        podTemplate={"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/d"}]},
+    )  # fmt: skip
+    assert (pod["nodeSelector"], pod["priorityClassName"], pod["runtimeClassName"]) == ({"a": "b"}, "p", "r")
+    assert (pod["tolerations"], pod["affinity"]) == ([{"key": "k"}], {"nodeAffinity": {}})
+    assert pod["imagePullSecrets"] == [{"name": "s"}]
+    assert pod["containers"][0]["imagePullPolicy"] == "Always"
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "e"}}]
+    assert {"name": "d", "mountPath": "/d"} in pod["containers"][0]["volumeMounts"]
+
+
+def test_user_labels_never_override_the_operators() -> None:
+    spec = valid(podTemplate={"labels": {"team": "x", "app.kubernetes.io/instance": "other"}})
+    labels = child(plan_for(spec), "StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    assert (labels["team"], labels["app.kubernetes.io/instance"]) == ("x", "chat")
