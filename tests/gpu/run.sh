@@ -12,7 +12,7 @@ part() { # NAME SECONDS COMMAND...
     echo "== $name rc=$? $((SECONDS - began)) s"
     tail -n "${lines:-15}" "$out/$name.log" | cut -c-400
 }
-pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q -x --tb=short -p no:cacheprovider"
+pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q --tb=short -p no:cacheprovider"
 part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py

@@ -2,8 +2,9 @@
 
 Usage: python -m toka_engine.benchmarks.throughput MODEL_DIR [WORKLOAD ...] [key=value ...]
 Workloads (all when none is named): single, prefill, chat, monkeys, sharegpt. `port=` names the engine's port, `scale=`
-shrinks the number of requests; any other key goes to `toka`. Every request ignores the end token, so the number of
-tokens is known; answers that have another number are counted as errors.
+shrinks the number of requests, `vocab=` bounds the prompts' token ids (default: Llama 3's); any other key goes to
+`toka`. Every request ignores the end token, so the number of tokens is known; answers that have another number are
+counted as errors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import aiohttp
 
 _READY_TIMEOUT_S = 600.0
 _FIRST_TOKEN_ID = 300
-_VOCAB_SIZE = 128_000
+_VOCAB_SIZE = "128000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class Result:
     errors: list[str] = field(default_factory=list)
 
 
-def make_workload(name: str, scale: float) -> Workload:
+def make_workload(name: str, scale: float, vocab_size: int) -> Workload:
     """The workloads of the design's tables. Lengths of sharegpt: log-normals, about 220 tokens in and 200 out."""
     source = random.Random(1)
 
     def tokens(count: int) -> list[int]:
-        return [source.randrange(_FIRST_TOKEN_ID, _VOCAB_SIZE) for _ in range(count)]
+        return [source.randrange(_FIRST_TOKEN_ID, vocab_size) for _ in range(count)]
 
     def length(mean: float, deviation: float) -> int:
         return max(4, min(1024, int(source.lognormvariate(mean, deviation))))
@@ -175,13 +176,13 @@ async def wait_until_ready(base_url: str, engine: subprocess.Popen[bytes]) -> fl
     raise SystemExit(f"the engine was not ready after {_READY_TIMEOUT_S:.0f} s")
 
 
-async def measure(base_url: str, names: list[str], scale: float, engine: subprocess.Popen[bytes]) -> dict[str, Any]:
+async def measure(base_url: str, workloads: dict[str, Workload], engine: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """Wait for the engine, then run one workload after the other."""
     report: dict[str, Any] = {"ready_s": round(await wait_until_ready(base_url, engine), 2)}
     async with aiohttp.ClientSession(base_url) as session, session.get("/v1/models") as response:
         model = (await response.json())["data"][0]["id"]
     await drive(base_url, model, Workload([Request([_FIRST_TOKEN_ID] * 8, 8)], 1))
-    for name in names:
-        workload = make_workload(name, scale)
+    for name, workload in workloads.items():
         report[name] = summarize(workload, *await drive(base_url, model, workload))
         print(json.dumps({name: report[name]}), file=sys.stderr, flush=True)
     return report
@@ -193,11 +194,13 @@ def main() -> None:
     names = [argument for argument in rest if "=" not in argument]
     names = names or ["single", "prefill", "chat", "monkeys", "sharegpt"]
     scale, port = float(settings.pop("scale", "1")), settings.setdefault("port", "10210")
+    vocab_size = int(settings.pop("vocab", _VOCAB_SIZE))
+    workloads = {name: make_workload(name, scale, vocab_size) for name in names}
     command = [sys.executable, "-m", "toka_engine", f"model={folder}"]
     command += [f"{key}={value}" for key, value in settings.items()]
     engine = subprocess.Popen(command)
     try:
-        print(json.dumps(asyncio.run(measure(f"http://127.0.0.1:{port}", names, scale, engine))))
+        print(json.dumps(asyncio.run(measure(f"http://127.0.0.1:{port}", workloads, engine))))
     finally:
         engine.terminate()
         try:

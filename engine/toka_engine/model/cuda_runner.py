@@ -16,6 +16,7 @@ from toka_engine.model.attention.base import StepLayout
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.graphs import DecodeGraphs
+from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.runner import Launched, Runner
@@ -61,10 +62,42 @@ class CudaRunner(Runner):
 
     @torch.inference_mode()
     def prepare(self) -> None:
+        """Compile what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
+        self._compile_rest()
         if self._max_graph_rows:
             graphs = DecodeGraphs(self.model, self._cuda_attention, self._slots, self._max_graph_rows)
             graphs.capture()
             self.graphs = graphs
+
+    def _compile_rest(self) -> None:
+        attention, device = self._cuda_attention, self._cuda_attention.shape.device
+        slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
+        none = np.empty(0, np.int64)
+        logits = torch.zeros(1, self.model.config.vocab_size, dtype=attention.shape.dtype, device=device)
+        for has_logprobs in (False, True):
+            for seeded in (none, row):
+                asked = row if has_logprobs else none
+                plan = SamplePlan(
+                    slots=slot,
+                    greedy=none,
+                    drawn=none,
+                    seeded=seeded,
+                    filtered=row,
+                    has_logprobs=has_logprobs,
+                    top=asked,
+                    top_counts=np.ones(asked.size, np.int32),
+                    top_width=asked.size,
+                )
+                self.sample(logits, None, plan, self.state)
+        heads = torch.zeros(
+            1, attention.shape.num_heads, attention.shape.head_dim, dtype=attention.shape.dtype, device=device
+        )
+        lse = torch.zeros(1, attention.shape.num_heads, device=device)
+        for rows in (None, torch.zeros(1, dtype=torch.int32, device=device)):
+            merge_state(heads, lse, heads.clone(), lse.clone(), rows=rows)
+        scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
+        attention.copy_pages(scratch_page, scratch_page)
+        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
