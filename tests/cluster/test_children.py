@@ -6,7 +6,7 @@ import json
 
 from tests.cluster.operating import Operator, deployment
 
-KINDS = "statefulset,service,serviceaccount,poddisruptionbudget,controllerrevision,pod,endpointslice"
+KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
 
 
 def test_an_applied_object_becomes_ready_with_its_children(operator: Operator) -> None:

@@ -57,6 +57,7 @@ def test_a_kill_after_any_single_write_of_a_rollout_ends_the_same(operator: Oper
                 break
             num_kills += 1
             assert num_kills < 60, "every start writes something: no end"
+        operator.wait_for(lambda: "held=True" in process.log(), "the last operator to lead")
         operator.wait_for(lambda: is_settled(operator), "the end")
         after_kills = describe(operator)
         operator.stop()
