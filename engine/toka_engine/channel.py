@@ -125,9 +125,7 @@ class Channel(Generic[T]):
             if end > available:
                 break
             # A copy of its own, so that arrays decoded from it stay valid when the buffer is reused.
-            messages.append(
-                self._decoder.decode(bytes(memoryview(self._received)[start + _LENGTH.size : end]))
-            )
+            messages.append(self._decoder.decode(bytes(memoryview(self._received)[start + _LENGTH.size : end])))
             start = end
         if start:
             del self._received[:start]

@@ -10,17 +10,18 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import msgspec
 
-from toka_engine.channel import Channel, wait
+from toka_engine.channel import Channel
 from toka_engine.errors import ExitCode, PeerClosedError, TokaError
 from toka_engine.messages import (
     ChildReady,
@@ -41,7 +42,8 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """The child's side of its control link. A thread of its own answers pings, so a long step is not a stall."""
 
-    def __init__(self, name: str, control: Channel[ToChild], start: Start) -> None:
+    def __init__(self, name: str, control: Channel[ToChild], start: Start, early: Sequence[ToChild] = ()) -> None:
+        """`early`: messages that arrived together with `start`."""
         self.name = name
         self.start = start
         self.on_drain: Callable[[], None] | None = None
@@ -53,6 +55,7 @@ class Child:
         self.on_progress: Callable[[Progress], None] | None = None
         """Called in the control thread with what another process does while it starts."""
         self._control = control
+        self._early = early
         self._lock = threading.Lock()
         self._busy_since: float | None = None
         threading.Thread(target=self._answer, name="control", daemon=True).start()
@@ -77,13 +80,21 @@ class Child:
             self._busy_since = None
 
     def _answer(self) -> None:
+        # Waits for reading only: writing belongs to `send` and its lock, which other threads take too.
+        poller = select.poll()
+        poller.register(self._control.fileno(), select.POLLIN)
         try:
+            for message in self._early:
+                self._handle(message)
             while True:
-                wait([self._control], None)
+                poller.poll()
                 for message in self._control.receive_ready():
                     self._handle(message)
         except PeerClosedError:
             os._exit(ExitCode.PROCESS_DIED)  # the supervisor is gone: nobody is left to serve
+        except Exception:  # the outermost loop of the thread
+            traceback.print_exc()
+            os._exit(ExitCode.PROCESS_DIED)
 
     def _handle(self, message: ToChild) -> None:
         match message:
@@ -115,7 +126,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     control: Channel[ToChild] = Channel.from_fd(int(sys.argv[1]), ToChild)
-    start = control.receive()[0]
+    start, *early = control.receive()
     if not isinstance(start, Start):
         raise AssertionError(f"{name}: the first message was not Start")
     logging.basicConfig(
@@ -123,7 +134,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
         stream=sys.stderr,
         format=f"%(asctime)s level=%(levelname)s component={name} logger=%(name)s %(message)s",
     )
-    child = Child(name, control, start)
+    child = Child(name, control, start, early)
     code, words, is_consequence = ExitCode.OK, "", False
     try:
         main(child, [int(fd) for fd in sys.argv[2:]])

@@ -15,7 +15,7 @@ from toka_engine.errors import MessageError
 
 T = TypeVar("T")
 
-_EXTENSION_OF_DTYPE = {
+_EXTENSION_OF_DTYPE: dict[np.dtype[Any], int] = {
     np.dtype(np.int32): 1,
     np.dtype(np.int64): 2,
     np.dtype(np.uint8): 3,

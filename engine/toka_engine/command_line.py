@@ -11,20 +11,18 @@ import ast
 import difflib
 import math
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import inspect
 
-from toka_engine.config import UNBUILT, EngineConfig
+from toka_engine.config import UNBUILT, EngineConfig, Unbuilt
 from toka_engine.errors import ConfigError
 
 _BOOLEANS = {"T": True, "True": True, "true": True, "F": False, "False": False, "false": False}
 _MAX_ARITHMETIC_CHARS = 200
 _MAX_NUMBER = 2.0**64
-
-_ANNOTATIONS = get_type_hints(EngineConfig, include_extras=True)
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -37,33 +35,42 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 
 
+S = TypeVar("S", bound=msgspec.Struct)
+
+
 def parse_config(arguments: Iterable[str]) -> EngineConfig:
     """Return the settings of `key=value` arguments. Raises ConfigError that names the first bad key."""
-    return EngineConfig(**parse_keys(arguments))
+    return parse_struct(EngineConfig, arguments, "toka", UNBUILT)
 
 
-def parse_keys(arguments: Iterable[str]) -> dict[str, Any]:
-    """Return the checked values by key, without the defaults. Raises ConfigError."""
-    fields = {field.name: field for field in _struct(EngineConfig).fields}
+def parse_struct(
+    kind: type[S], arguments: Iterable[str], program: str, unbuilt: Mapping[str, Unbuilt] | None = None
+) -> S:
+    """Return a `kind` from `key=value` arguments: every field is a key. Raises ConfigError that names the key."""
+    fields = {field.name: field for field in _struct(kind).fields}
+    annotations = get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals:
-            raise ConfigError(f"{argument!r} is not key=value; toka --help lists the keys")
+            raise ConfigError(f"{argument!r} is not key=value; the keys are in: {program} --help")
         if key in values:
             raise ConfigError(f"{key} is given twice")
-        if key in UNBUILT:
-            _check_unbuilt(key, text)
+        if unbuilt and key in unbuilt:
+            _check_unbuilt(key, text, unbuilt[key])
         elif key in fields:
-            values[key] = _parse_field(key, text, fields[key].type)
+            values[key] = _parse_field(key, text, fields[key].type, annotations[key])
         else:
-            raise ConfigError(f"unknown key {key!r}{_suggestion(key, fields)}; toka --help lists the keys")
-    return values
+            close = _suggestion(key, [*fields, *(unbuilt or ())])
+            raise ConfigError(f"unknown key {key!r}{close}; the keys are in: {program} --help")
+    if missing := [name for name, field in fields.items() if field.required and name not in values]:
+        raise ConfigError(f"{missing[0]} is missing; the keys are in: {program} --help")
+    return kind(**values)
 
 
 def format_help() -> str:
     """The text of `toka --help`: usage and one entry per key with type, default and meaning."""
-    lines = [
+    usage = [
         "usage: toka [model=FOLDER_OR_HUB_NAME] [key=value ...]",
         "",
         "Serves a language model with an OpenAI-compatible API. Values: T/F for booleans, None, arithmetic",
@@ -72,9 +79,15 @@ def format_help() -> str:
         "TOKA_CACHE_DIR (converted models), TOKA_BUILTIN_DIR (models shipped with an image).",
         "",
     ]
-    for field in _struct(EngineConfig).fields:
-        kind, meaning = _describe(field.type)
-        lines.append(f"  {field.name} ({kind}) = {_default(field)}")
+    return "\n".join(usage) + "\n" + format_keys(EngineConfig)
+
+
+def format_keys(kind: type[msgspec.Struct]) -> str:
+    """Two lines per key: its type and default, and its meaning."""
+    lines = []
+    for field in _struct(kind).fields:
+        kind_text, meaning = _describe(field.type)
+        lines.append(f"  {field.name} ({kind_text}) = {_default(field)}")
         lines.append(f"      {meaning}")
     return "\n".join(lines)
 
@@ -125,19 +138,19 @@ def _compute(node: ast.expr) -> int | float:
     return result
 
 
-def _check_unbuilt(key: str, text: str) -> None:
+def _check_unbuilt(key: str, text: str, unbuilt: Unbuilt) -> None:
     """Let pass the one value that describes what is done anyway; refuse every other."""
-    accepted, sentence = UNBUILT[key]
+    accepted, sentence = unbuilt
     spellings = {True: ("T", "True", "true"), False: ("F", "False", "false")}
     allowed = spellings[accepted] if isinstance(accepted, bool) else (str(accepted),)
     if text not in allowed:
         raise ConfigError(f"{key} has no effect here and is refused: {sentence}")
 
 
-def _parse_field(key: str, text: str, kind: inspect.Type) -> Any:
+def _parse_field(key: str, text: str, kind: inspect.Type, annotation: Any) -> Any:
     try:
         value = _parse_value(text, kind)
-        return msgspec.convert(value, _ANNOTATIONS[key], strict=True)
+        return msgspec.convert(value, annotation, strict=True)
     except (ValueError, msgspec.ValidationError) as error:
         reason = str(error).replace("`", "")
         raise ConfigError(f"{key}={text[:100]}: {reason} (expected: {_describe(kind)[0]})") from error
@@ -179,8 +192,8 @@ def _parse_list(text: str) -> tuple[str, ...]:
     return tuple(item for item in items if item)
 
 
-def _suggestion(key: str, fields: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, [*fields], n=1, cutoff=0.6)
+def _suggestion(key: str, keys: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

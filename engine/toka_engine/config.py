@@ -37,9 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     revision: Annotated[Name | None, doc("branch, tag or commit of a hub model; default: main")] = None
     served_model_name: Annotated[Name | None, doc("name in the API; default: the tail of `model`")] = None
     model_aliases: Annotated[tuple[Name, ...], doc("more names that requests may use, as a,b,c")] = ()
-    tokenizer: Annotated[
-        Name | None, doc("folder or hub name of another tokenizer; default: the model's")
-    ] = None
+    tokenizer: Annotated[Name | None, doc("folder or hub name of another tokenizer; default: the model's")] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], doc("auto: bfloat16 where the device computes it fast")
     ] = "auto"
@@ -49,9 +47,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: Annotated[Name, doc("address to listen on")] = "0.0.0.0"
     port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210
     uvicorn_log_level: Annotated[UvicornLogLevel, doc("level of the HTTP server's own log")] = "info"
-    receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = (
-        10.0
-    )
+    receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
+    send_timeout_s: Annotated[
+        PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")
+    ] = 60.0
     max_body_bytes: Annotated[PositiveInt, doc("larger bodies get 413")] = 32 * 1024 * 1024
     max_connections: Annotated[PositiveInt, doc("open connections; more are refused")] = 4096
     drain_timeout_s: Annotated[Seconds, doc("after SIGTERM: how long running requests may go on")] = 120.0
@@ -65,18 +64,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         doc("prompt plus output; default: what the model's positions and the KV cache allow"),
     ] = None
     max_choices_per_request: Annotated[PositiveInt, doc("n of one request")] = 1024
-    max_queued_requests: Annotated[
-        PositiveInt, doc("waiting sequences beyond which new requests get 429")
-    ] = 65536
+    max_queued_requests: Annotated[PositiveInt, doc("waiting sequences beyond which new requests get 429")] = 65536
     max_topk_logprobs: Annotated[Count, doc("top logprobs per token that a request may ask for")] = 20
 
     # scheduling
     page_size: Annotated[int, Meta(ge=1, le=1024), doc("tokens of one page of KV cache")] = 16
     kv_cache_num_tokens: Annotated[
         PositiveInt | None,
-        doc(
-            "size of the KV cache; default: from free memory after warm-up (GPU) or the cgroup's limit (CPU)"
-        ),
+        doc("size of the KV cache; default: from free memory after warm-up (GPU) or the cgroup's limit (CPU)"),
     ] = None
     max_tokens_per_forward: Annotated[
         PositiveInt | None, doc("tokens of one step; default: 8192 on a GPU, 128 on a CPU")
@@ -89,9 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 2
     use_prefix_cache: Annotated[bool, doc("keep the KV pages of prompts and share them by content")] = True
     use_hydragen: Annotated[bool, doc("compute attention over shared prefixes once, where that pays")] = True
-    hydragen_min_group_size: Annotated[
-        int, Meta(ge=2, le=2**31 - 1), doc("sequences that share a prefix")
-    ] = 4
+    hydragen_min_group_size: Annotated[int, Meta(ge=2, le=2**31 - 1), doc("sequences that share a prefix")] = 4
     hydragen_min_prefix_len: Annotated[PositiveInt, doc("tokens of the shared prefix")] = 128
     track_early_stopping: Annotated[
         bool, doc("predict output lengths from those that finished; F: each is taken to reach its limit")
@@ -99,8 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     # GPU
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
-    cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 512
-    torch_compile: Annotated[bool, doc("compile the layers with torch.compile")] = False
+    cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
 
     # reporting
     log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"
@@ -130,20 +122,17 @@ UNBUILT: dict[str, Unbuilt] = {
     "local_proc_name": Unbuilt("server", "the processes always run beside each other"),
     "statsd_addr": Unbuilt(None, "statistics are read from /metrics"),
     "statsd_server_url": Unbuilt(None, "statistics are read from /metrics"),
-    "torch_compile_config": Unbuilt(None, "torch.compile runs with one fixed configuration"),
+    "torch_compile": Unbuilt(False, "the layers are not compiled; decode steps are replayed as CUDA graphs"),
+    "torch_compile_config": Unbuilt(None, "the layers are not compiled"),
     "async_tp_threshold": Unbuilt(None, "tensor parallelism is not built yet"),
-    "dp_size": Unbuilt(
-        1, "data parallelism inside one engine is not built yet; raise the number of replicas"
-    ),
+    "dp_size": Unbuilt(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
     "pp_size": Unbuilt(1, "pipeline parallelism is not built yet"),
     "tp_size": Unbuilt(1, "tensor parallelism is not built yet"),
     "pp_num_buffer_stages": Unbuilt(1, "pipeline parallelism is not built yet"),
     "prefill_round_up_multiple": Unbuilt(None, "prefill chunks are cut by max_tokens_per_forward alone"),
     "stop_string_num_token_lookback": Unbuilt(None, "stop strings are found in the whole text"),
     "early_stopping_buffer_size": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "early_stopping_num_prediction_buckets": Unbuilt(
-        None, "the prediction of output lengths is not tunable yet"
-    ),
+    "early_stopping_num_prediction_buckets": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
     "early_stopping_initial_wait": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
     "early_stopping_init_mean": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
     "early_stopping_init_std": Unbuilt(None, "the prediction of output lengths is not tunable yet"),

@@ -12,14 +12,14 @@ import logging
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from toka_engine import __version__
 from toka_engine.command_line import format_help, parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import REASONS, ConfigError, ExitCode, PortInUseError, TokaError
-from toka_engine.supervisor import Outcome, Supervisor
+from toka_engine.supervisor import MODULES, Outcome, Supervisor
 
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_LAST_WORDS_BYTES = 4096
@@ -34,12 +34,12 @@ def main() -> None:
         print(format_help())
         sys.exit(ExitCode.OK)
     if "--version" in arguments:
-        print(f"toka {metadata.version('toka')}")
+        print(f"toka {__version__}")
         sys.exit(ExitCode.OK)
     sys.exit(run(arguments))
 
 
-def run(arguments: Sequence[str]) -> ExitCode:
+def run(arguments: Sequence[str], modules: Mapping[str, str] = MODULES) -> ExitCode:
     """Run the engine that `arguments` describe until it ends; leave its last words where they belong."""
     termination_log = _TERMINATION_LOG
     try:
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> ExitCode:
             stream=sys.stderr,
             format="%(asctime)s level=%(levelname)s component=supervisor logger=%(name)s %(message)s",
         )
-        outcome = Supervisor(config, listen(config)).run()
+        outcome = Supervisor(config, listen(config), modules).run()
     except TokaError as error:
         outcome = Outcome(error.exit_code, str(error))
     except Exception as error:  # the outermost loop of the process
@@ -87,7 +87,8 @@ def leave_last_words(outcome: Outcome, termination_log: str) -> None:
     path = Path(termination_log)
     if termination_log != _TERMINATION_LOG or path.exists():
         with contextlib.suppress(OSError):
-            path.write_bytes(words.encode("utf-8", "replace")[:_MAX_LAST_WORDS_BYTES])
+            cut = words.encode("utf-8", "replace")[:_MAX_LAST_WORDS_BYTES]
+            path.write_text(cut.decode("utf-8", "ignore"), encoding="utf-8")
 
 
 if __name__ == "__main__":

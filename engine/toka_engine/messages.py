@@ -188,18 +188,14 @@ class Deltas(Message, frozen=True):
     streams: Int64s = _empty(np.int64)  # [k]  one entry per delivered token, deliver_each streams only
     tokens: Int32s = _empty(np.int32)  # [k]
     logprobs: Floats = _empty(np.float32)  # [k] or [0]; NaN where not asked for
-    top_rows: Int32s = _empty(
-        np.int32
-    )  # [r]  indices into the k entries (or into `ended_tokens`: see top_of_ended)
+    top_rows: Int32s = _empty(np.int32)  # [r]  indices into the k entries (or into `ended_tokens`: see top_of_ended)
     top_tokens: Int32s = _empty(np.int32)  # [r * top_width]; -1 where fewer were asked for
     top_logprobs: Floats = _empty(np.float32)  # [r * top_width]
     top_width: int = 0
     ended: Int64s = _empty(np.int64)  # [e]  streams that ended
     ended_reasons: Bytes = _empty(np.uint8)  # [e]  FINISH_*
     ended_num_tokens: Int32s = _empty(np.int32)  # [e]  completion tokens of the whole stream, for usage
-    ended_lengths: Int32s = _empty(
-        np.int32
-    )  # [e]  how many of ended_tokens are this stream's; 0 if deliver_each
+    ended_lengths: Int32s = _empty(np.int32)  # [e]  how many of ended_tokens are this stream's; 0 if deliver_each
     ended_tokens: Int32s = _empty(np.int32)  # [sum(ended_lengths)]
     ended_logprobs: Floats = _empty(np.float32)  # [sum(ended_lengths)] or [0]
     top_of_ended: bool = False
@@ -246,9 +242,7 @@ class Step(Message, frozen=True):
     # new slots
     new_slots: Int32s = _empty(np.int32)  # [a]
     new_lengths: Int32s = _empty(np.int32)  # [a]  tokens whose KV its pages hold already (prefix hit)
-    new_num_sampled: Int32s = _empty(
-        np.int32
-    )  # [a]  output tokens so far (> 0 after preemption): seeded draws go on
+    new_num_sampled: Int32s = _empty(np.int32)  # [a]  output tokens so far (> 0 after preemption): seeded draws go on
     new_temperatures: Floats = _empty(np.float32)  # [a]
     new_top_ps: Floats = _empty(np.float32)  # [a]
     new_top_ks: Int32s = _empty(np.int32)  # [a]
@@ -266,9 +260,7 @@ class Step(Message, frozen=True):
     decode_slots: Int32s = _empty(np.int32)  # [d]
     # prefill chunks
     prefill_slots: Int32s = _empty(np.int32)  # [p]
-    prefill_starts: Int32s = _empty(
-        np.int32
-    )  # [p]  position of the chunk's first token = length[slot] before
+    prefill_starts: Int32s = _empty(np.int32)  # [p]  position of the chunk's first token = length[slot] before
     prefill_lengths: Int32s = _empty(np.int32)  # [p]  >= 1
     prefill_tokens: Int32s = _empty(np.int32)  # [sum(prefill_lengths)]
     fanout_slots: Int32s = _empty(np.int32)  # [s]
@@ -316,9 +308,7 @@ class Tokens(Message, frozen=True):
 
     number: int
     ids: Int32s  # [d + s]; -1: this row's logits were not finite
-    logprobs: Floats = _empty(
-        np.float32
-    )  # [d + s] or [0]: of the chosen token, from the unscaled distribution
+    logprobs: Floats = _empty(np.float32)  # [d + s] or [0]: of the chosen token, from the unscaled distribution
     top_rows: Int32s = _empty(np.int32)  # [r]  rows that asked for top logprobs
     top_tokens: Int32s = _empty(np.int32)  # [r * top_width]
     top_logprobs: Floats = _empty(np.float32)  # [r * top_width]

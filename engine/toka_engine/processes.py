@@ -8,6 +8,7 @@ a silence means is the supervisor's business.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -23,8 +24,10 @@ SILENT_PINGS_UNSURE = 2
 """Silence of 0.5 to 0.75 s: readiness off, and on again when the process answers."""
 SILENT_PINGS_STALLED = 12
 """Silence of about 3 s: the process is stuck. With the grace below the engine has ended within 5 s."""
-MAX_BUSY_S = 120.0
-"""One turn of a main loop. The longest honest one, 8,192 prompt tokens in fp32 on two cores, takes 13 s."""
+MAX_BUSY_S = {"server": 20.0, "manager": 30.0, "model": 120.0}
+"""One turn of a main loop. The longest honest step, 8,192 prompt tokens in fp32 on two cores, takes 13 s."""
+BUSY_PONGS_STALLED = 4
+"""So many answers in a row must tell of one: the first after a pause of the whole container tells of the pause."""
 
 _OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 
@@ -46,6 +49,8 @@ class ChildProcess:
         """As waitpid gives it, once reaped."""
         self.last_words: Fatal | None = None
         self.busy_s = 0.0
+        self.busy_pongs = 0
+        """Answers in a row that told of a turn longer than MAX_BUSY_S."""
         self.silent_pings = 0
         self._is_ping_out = False
         self._num_pings = 0
@@ -74,6 +79,8 @@ class ChildProcess:
         for message in messages:
             if isinstance(message, Pong):
                 self.busy_s = message.busy_s
+                is_long = message.busy_s > MAX_BUSY_S.get(self.name, math.inf)
+                self.busy_pongs = self.busy_pongs + 1 if is_long else 0
                 self.silent_pings = 0
                 self._is_ping_out = False
             elif isinstance(message, Fatal):

@@ -42,7 +42,7 @@ from toka_engine.messages import (
     Start,
 )
 from toka_engine.processes import (
-    MAX_BUSY_S,
+    BUSY_PONGS_STALLED,
     PING_INTERVAL_S,
     SILENT_PINGS_STALLED,
     SILENT_PINGS_UNSURE,
@@ -87,9 +87,7 @@ class Outcome:
 class Supervisor:
     """Runs one engine. Use: `Supervisor(config, listener).run()`."""
 
-    def __init__(
-        self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES
-    ) -> None:
+    def __init__(self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES) -> None:
         self._config = config
         self._listener = listener
         self._modules = modules
@@ -202,14 +200,14 @@ class Supervisor:
 
     def _beat(self) -> None:
         if self._phase not in (Phase.READY, Phase.DRAINING):
-            return
+            return None
         silent = ""
         for child in self._children.values():
             child.beat()
             if child.silent_pings >= SILENT_PINGS_STALLED:
                 words = f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
                 return self._fail(child, Outcome(ExitCode.PROCESS_STALLED, words))
-            if child.busy_s > MAX_BUSY_S:
+            if child.busy_pongs >= BUSY_PONGS_STALLED:
                 words = f"{child.name} has been in one step for {child.busy_s:.0f} s"
                 return self._fail(child, Outcome(ExitCode.PROCESS_STALLED, words))
             if child.silent_pings >= SILENT_PINGS_UNSURE:
@@ -245,6 +243,7 @@ class Supervisor:
     def _start_engine(self, start: Start) -> None:
         if "resolve" in self._children:
             self._remove(self._children["resolve"])
+        os.environ.pop("HF_TOKEN", None)  # nobody needs it any more
         server_end, manager_end = socket_pair()
         worker_end, manager_worker_end = socket_pair()
         with server_end, manager_end, worker_end, manager_worker_end:

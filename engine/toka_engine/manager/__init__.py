@@ -1,1 +1,2 @@
-"""The manager process: slots, KV pages, prefix tree, admission, scheduling. Plain Python and numpy, no torch."""
+"""The manager process: slots, KV pages, prefix tree, admission, scheduling. Plain Python and numpy, no
+torch."""

@@ -1,1 +1,3 @@
-"""The HTTP server process: OpenAI-compatible routes, tokenisation, streams. Never loads torch or transformers."""
+"""The HTTP server process: OpenAI-compatible routes, tokenisation, streams. Never loads torch or
+transformers.
+"""

@@ -22,9 +22,7 @@ class CommandFailed(HarnessError):
         self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
-        super().__init__(
-            f"{' '.join(argv)} ended with status {returncode}: {(stderr or stdout).strip()[-4000:]}"
-        )
+        super().__init__(f"{' '.join(argv)} ended with status {returncode}: {(stderr or stdout).strip()[-4000:]}")
 
 
 class WaitTimeout(HarnessError, AssertionError):

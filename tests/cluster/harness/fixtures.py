@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.cluster import Cluster
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,22 @@ def api_server() -> Iterator[ApiServer]:
     server = ApiServer.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real cluster of one node."""
+    running = Cluster.start(1)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def two_node_cluster() -> Iterator[Cluster]:
+    """A real cluster of two nodes."""
+    running = Cluster.start(2)
+    yield running
+    running.stop()
 
 
 @pytest.fixture

@@ -53,9 +53,7 @@ class KubernetesHandle:
         environment = dict(env or {}) if is_bare else {**os.environ, **(env or {})}
         return self.run.spawn(name, [*self.enter_network(), *argv], environment)
 
-    def spawn_python(
-        self, name: str, arguments: Sequence[str], env: Mapping[str, str] | None = None
-    ) -> ProcessHandle:
+    def spawn_python(self, name: str, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> ProcessHandle:
         """Start our Python (say with `-m toka_operator`), our sources on its path and KUBECONFIG set."""
         sources = os.pathsep.join(str(REPOSITORY / folder) for folder in ("operator", "engine", "."))
         defaults = {"PYTHONPATH": sources, "KUBECONFIG": str(self.kubeconfig), "PYTHONUNBUFFERED": "1"}
@@ -77,7 +75,7 @@ class KubernetesHandle:
         timeout_s: float = 60.0,
     ) -> str:
         """Run kubectl, return its stdout; a refusal raises `CommandFailed`, the sentence in its `stderr`."""
-        argv = [tool("kubectl"), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments]
+        argv = self.kubectl_argv(*arguments, kubeconfig=kubeconfig)
         cache = {**os.environ, "KUBECACHEDIR": str(self.run.path / "kubectl-cache")}
         done = subprocess.run(
             [*self.enter_network(), *argv],
@@ -90,6 +88,10 @@ class KubernetesHandle:
         if done.returncode != 0:
             raise CommandFailed(["kubectl", *arguments], done.returncode, done.stdout, done.stderr)
         return done.stdout
+
+    def kubectl_argv(self, *arguments: str, kubeconfig: Path | None = None) -> list[str]:
+        """The command line of kubectl, for `spawn`."""
+        return [tool("kubectl"), f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments]
 
     def helm(self, *arguments: str, timeout_s: float = 300.0) -> str:
         """Run helm and return its stdout."""
@@ -150,6 +152,7 @@ class KubernetesHandle:
         answer: object = None
         refusal: CommandFailed | None = None
         while True:
+            asked = time.monotonic()
             try:
                 result = predicate()
                 if result:
@@ -159,10 +162,10 @@ class KubernetesHandle:
                 refusal = error
             if time.monotonic() > deadline:
                 break
-            time.sleep(poll_s)
+            # A kubectl costs a tenth of a second of CPU, which what is waited for may need more.
+            time.sleep(max(poll_s, 3 * (time.monotonic() - asked)))
         raise WaitTimeout(
-            f"waited {timeout_s:.0f} s for {what}; last answer {answer!r}, last refusal {refusal}\n"
-            f"{self.logs_tail()}"
+            f"waited {timeout_s:.0f} s for {what}; last answer {answer!r}, last refusal {refusal}\n{self.logs_tail()}"
         )
 
     def logs_tail(self, lines_each: int = 15) -> str:
@@ -188,9 +191,7 @@ class KubernetesHandle:
 
         def is_ready() -> bool:
             if not process.is_running():
-                raise HarnessError(
-                    f"kube-apiserver ended with {process.popen.returncode}:\n{process.log(8000)}"
-                )
+                raise HarnessError(f"kube-apiserver ended with {process.popen.returncode}:\n{process.log(8000)}")
             return self.kubectl("get", "--raw", "/readyz", timeout_s=10) == "ok"
 
         self.wait_for(is_ready, "the API server to be ready", timeout_s, poll_s=0.1)

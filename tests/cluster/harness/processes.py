@@ -8,6 +8,7 @@ is never touched, because its start time differs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -72,9 +73,7 @@ class ProcessHandle:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise HarnessError(
-                f"{self.name} did not end within {timeout_s} s of SIGTERM:\n{self.log(4000)}"
-            ) from None
+            raise HarnessError(f"{self.name} did not end within {timeout_s} s of SIGTERM:\n{self.log(4000)}") from None
 
 
 @dataclass(slots=True)
@@ -129,11 +128,15 @@ class RunFolder:
                 pass_fds=pass_fds,
                 start_new_session=True,
             )
-        with self._record.open("a") as record:
-            record.write(json.dumps([name, popen.pid, start_time_of(popen.pid)]) + "\n")
+        self.record(name, popen.pid)
         handle = ProcessHandle(name, popen, log_file)
         self.processes[name] = handle
         return handle
+
+    def record(self, name: str, pid: int) -> None:
+        """Remember a process that must end with this run."""
+        with self._record.open("a") as record:
+            record.write(json.dumps([name, pid, start_time_of(pid)]) + "\n")
 
     def recorded(self) -> list[tuple[str, int]]:
         """Name and pid of every recorded process that still runs, whichever process of ours started it."""
@@ -142,22 +145,31 @@ class RunFolder:
         entries = [json.loads(line) for line in self._record.read_text().splitlines()]
         return [(name, pid) for name, pid, started in entries if started and start_time_of(pid) == started]
 
+    def kill_recorded(self, machine: str) -> None:
+        """Kill a machine's recorded processes (`machine` and `machine.*`) and wait until each is gone."""
+        mine = [(name, pid) for name, pid in self.recorded() if name.split(".")[0] == machine]
+        self._kill(mine)
+
     def stop(self) -> None:
         """Kill every recorded process, wait until each is gone, remove the control groups. Logs stay."""
-        running = self.recorded()
+        self._kill(self.recorded())
+        self.processes.clear()
+        self._record.unlink(missing_ok=True)
+        _remove_control_groups(self.name)
+
+    def _kill(self, running: list[tuple[str, int]]) -> None:
         for _, pid in running:
-            os.kill(pid, signal.SIGKILL)
-        for handle in self.processes.values():
-            handle.popen.wait()
+            with contextlib.suppress(ProcessLookupError):  # a machine's processes go with its first
+                os.kill(pid, signal.SIGKILL)
+        for name, _ in running:
+            if name in self.processes:
+                self.processes.pop(name).popen.wait()
         deadline = time.monotonic() + _STOP_DEADLINE_S
         for name, pid in running:
             while start_time_of(pid) is not None:
                 if time.monotonic() > deadline:
                     raise HarnessError(f"{name} (pid {pid}) of cluster {self.name} did not end after SIGKILL")
                 time.sleep(0.01)
-        self.processes.clear()
-        self._record.unlink(missing_ok=True)
-        _remove_control_groups(self.name)
 
     def owner_is_gone(self) -> bool:
         """Whether the session that started it has ended without stopping it."""
@@ -195,9 +207,7 @@ def _remove_control_groups(run_name: str) -> None:
     deadline = time.monotonic() + _STOP_DEADLINE_S
     roots = list(Path("/sys/fs/cgroup").glob(f"*/{control_group_prefix(run_name)}*"))
     for root in roots:
-        folders = sorted(
-            (path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts)
-        )
+        folders = sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
         for folder in [*folders, root]:
             while folder.exists():
                 try:

@@ -56,9 +56,7 @@ class AttentionBackend(Protocol):
 
     def kv_bytes_per_token(self) -> int: ...
 
-    def append_pages(
-        self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]
-    ) -> None:
+    def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
         """table[slots[i], columns[i]] = pages[i]."""
         ...
 

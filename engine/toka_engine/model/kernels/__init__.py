@@ -1,1 +1,6 @@
-"""Our own GPU kernels (Triton). Imported only where there is a GPU."""
+"""Triton kernels of the GPU path: what torch and flashinfer do not fuse.
+
+Each module owns its kernels and the Python functions that launch them. Every launch can be captured in a CUDA graph:
+no host synchronisation, sizes from shapes alone. Nothing here is imported on a machine without a GPU, except by the
+tests, which run the kernels in Triton's interpreter.
+"""

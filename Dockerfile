@@ -1,0 +1,72 @@
+# Three images: `engine`, `operator` and `client` (Python with the openai SDK, for trying the endpoint from a pod).
+#   docker build --target engine .                         the engine; add --build-arg EXTRAS=gpu for CUDA kernels
+#   docker build --target operator .                       the operator, without torch
+# Order of the layers: base, dependencies (5 GB in the engine), model, code: a change of code rebuilds only the last.
+ARG BASE_IMAGE=python:3.12-slim
+
+# What builds the others: uv, and one requirements file for each extra of pyproject.toml.
+FROM ${BASE_IMAGE} AS uv
+RUN python3 -m venv /uv && /uv/bin/pip install --quiet --no-cache-dir uv
+COPY pyproject.toml /
+RUN mkdir /requirements && python3 -c "import pathlib, tomllib; \
+extras = tomllib.loads(pathlib.Path('/pyproject.toml').read_text())['project']['optional-dependencies']; \
+[pathlib.Path('/requirements', name + '.txt').write_text('\n'.join(names) + '\n') for name, names in extras.items()]" \
+ && touch -d @0 /requirements/*
+
+FROM ${BASE_IMAGE} AS base
+# The root filesystem is read-only in a pod: nothing writes beside the code, and what must be written goes to /tmp.
+ENV PATH=/opt/toka/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONPATH=/opt/toka/src PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+RUN python3 -m venv --without-pip /opt/toka && mkdir /opt/toka/src
+
+FROM base AS engine-dependencies
+ARG EXTRAS=""
+COPY --from=uv /requirements/engine.txt /requirements/gpu.txt /requirements/
+COPY constraints.txt overrides.txt /requirements/
+RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
+    /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
+    --constraint /requirements/constraints.txt --override /requirements/overrides.txt $(printf -- '-r /requirements/%s.txt ' engine ${EXTRAS})
+
+# The converter is one file on purpose: no other change of the code converts again.
+FROM engine-dependencies AS engine-model
+COPY engine/toka_engine/model/convert.py /tmp/
+RUN python /tmp/convert.py /opt/toka/models/smollm2
+
+# Libraries (kopf, torch) look the user up by name: uid 65532 has an entry.
+FROM engine-dependencies AS engine
+COPY --from=engine-model /opt/toka/models /opt/toka/models
+ENV TOKA_BUILTIN_DIR=/opt/toka/models
+RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.entry import main\nsys.exit(main())\n' >/opt/toka/bin/toka \
+ && printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.scripts.ping import main\nsys.exit(main())\n' >/opt/toka/bin/toka-ping \
+ && printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.scripts.download import main\nsys.exit(main())\n' >/opt/toka/bin/toka-download \
+ && chmod 755 /opt/toka/bin/toka /opt/toka/bin/toka-ping /opt/toka/bin/toka-download \
+ && echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
+EXPOSE 10210
+ENTRYPOINT ["toka"]
+USER 65532:65532
+COPY engine/toka_engine /opt/toka/src/toka_engine
+
+FROM base AS operator-dependencies
+COPY --from=uv /requirements/operator.txt /requirements/
+COPY constraints.txt overrides.txt /requirements/
+RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
+    /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
+    --constraint /requirements/constraints.txt --override /requirements/overrides.txt -r /requirements/operator.txt
+
+FROM operator-dependencies AS operator
+RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_operator.__main__ import main\nsys.exit(main())\n' >/opt/toka/bin/toka-operator \
+ && chmod 755 /opt/toka/bin/toka-operator \
+ && echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
+ENTRYPOINT ["toka-operator"]
+USER 65532:65532
+COPY operator/toka_operator /opt/toka/src/toka_operator
+
+FROM base AS client
+COPY --from=uv /requirements/client.txt /requirements/
+COPY constraints.txt overrides.txt /requirements/
+RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
+    /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
+    --constraint /requirements/constraints.txt --override /requirements/overrides.txt -r /requirements/client.txt
+RUN echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
+ENTRYPOINT ["python"]
+USER 65532:65532

@@ -1,0 +1,205 @@
+"""The HTTP server alone: tokens from a stub manager, requests from raw sockets, the server on one core.
+
+Usage: python -m toka_engine.benchmarks.api TOKENIZER_DIR [connections=256] [seconds=5] [tokens=200]
+
+Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is
+an event of its own. For each, output tokens per second of wall time and per second of the server's CPU time;
+the latter is what counts where the machine is shared. This process, which plays manager and clients, runs on
+the other cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toka_engine.channel import Channel, socket_pair
+from toka_engine.config import EngineConfig
+from toka_engine.messages import (
+    FINISH_LENGTH,
+    ChildReady,
+    Deltas,
+    EngineInfo,
+    FromChild,
+    ServerToManager,
+    Start,
+    Submit,
+)
+
+_PROMPT_TOKENS = 220
+_VOCABULARY = 49152
+_TOKEN = 253
+
+
+class _Bench:
+    """A server process on one core, its manager's end, and client connections."""
+
+    def __init__(self, tokenizer_dir: Path, num_connections: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        control, theirs = socket_pair()
+        manager, manager_theirs = socket_pair()
+        cores = sorted(os.sched_getaffinity(0))
+        command = ["-m", "toka_engine.server", str(theirs.fileno()), str(manager_theirs.fileno())]
+        self.process = subprocess.Popen([sys.executable, *command], pass_fds=(theirs.fileno(), manager_theirs.fileno()))
+        os.sched_setaffinity(self.process.pid, cores[:1])
+        os.sched_setaffinity(0, cores[1:] or cores)
+        theirs.close()
+        manager_theirs.close()
+        self.control: Channel[Any] = Channel(control, FromChild)
+        self.manager: Channel[Any] = Channel(manager, ServerToManager)
+        config = EngineConfig(host="127.0.0.1", port=port, log_level="WARNING")
+        self.control.send(Start(config, str(tokenizer_dir), str(tokenizer_dir)))
+        self.manager.send(EngineInfo(_VOCABULARY, 4096, 1 << 20, num_connections, "cpu", "float32"))
+        while not any(isinstance(message, ChildReady) for message in self.control.receive()):
+            pass
+        self.clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(num_connections)]
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.manager.fileno(), selectors.EVENT_READ, None)
+        for number, client in enumerate(self.clients):
+            client.setblocking(False)
+            self.selector.register(client, selectors.EVENT_READ, number)
+
+    def server_cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _request(num_tokens: int, *, is_streamed: bool) -> bytes:
+    body = json.dumps(
+        {
+            "model": "smollm2",
+            "prompt": [_TOKEN] * _PROMPT_TOKENS,
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "stream": is_streamed,
+        }
+    )
+    head = "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def _run_whole(bench: _Bench, seconds: float, num_tokens: int) -> int:
+    """Keep one request per connection running; return the number of output tokens."""
+    request = _request(num_tokens, is_streamed=False)
+    received = [b""] * len(bench.clients)
+    num_done = 0
+    for client in bench.clients:
+        client.sendall(request)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for key, _ in bench.selector.select():
+            if key.data is None:
+                _answer_whole(bench, num_tokens)
+                continue
+            client = bench.clients[key.data]
+            received[key.data] += client.recv(65536)
+            if received[key.data].endswith(b"}}"):
+                received[key.data] = b""
+                num_done += 1
+                client.sendall(request)
+    return num_done * num_tokens
+
+
+def _answer_whole(bench: _Bench, num_tokens: int) -> None:
+    submits = [message for message in bench.manager.receive_ready() if isinstance(message, Submit)]
+    count = len(submits)
+    bench.manager.send(
+        Deltas(
+            ended=np.array([submit.first_stream for submit in submits], np.int64),
+            ended_reasons=np.full(count, FINISH_LENGTH, np.uint8),
+            ended_num_tokens=np.full(count, num_tokens, np.int32),
+            ended_lengths=np.full(count, num_tokens, np.int32),
+            ended_tokens=np.full(count * num_tokens, _TOKEN, np.int32),
+        )
+    )
+
+
+def _run_events(bench: _Bench, seconds: float) -> int:
+    """Two groups of endless streams; a group's next step is sent when all its clients have the last one."""
+    request = _request(3000, is_streamed=True)
+    streams = _start_streams(bench, request)
+    groups = np.array_split(streams, 2)
+    group_of = [int(number >= len(groups[0])) for number in range(len(bench.clients))]
+    missing = [0, 0]
+    num_events = 0
+
+    def step(group: int) -> None:
+        ids = groups[group]
+        missing[group] += len(ids)
+        bench.manager.send(Deltas(streams=ids, tokens=np.full(len(ids), _TOKEN, np.int32)))
+
+    step(0)
+    step(1)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for key, _ in bench.selector.select():
+            if key.data is None:
+                bench.manager.receive_ready()
+                continue
+            count = bench.clients[key.data].recv(65536).count(b"data: ")
+            num_events += count
+            group = group_of[key.data]
+            missing[group] -= count
+            if missing[group] == 0:
+                step(group)
+    return num_events
+
+
+def _start_streams(bench: _Bench, request: bytes) -> np.ndarray[Any, Any]:
+    """Return the stream of each client, in the order of the clients."""
+    streams = []
+    for client in bench.clients:
+        client.sendall(request)
+        (submit,) = [message for message in bench.manager.receive(10) if isinstance(message, Submit)]
+        streams.append(submit.first_stream)
+    return np.array(streams, np.int64)
+
+
+def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None) -> dict[str, Any]:
+    bench = _Bench(tokenizer_dir, num_connections)
+    try:
+        cpu_s, start_s = bench.server_cpu_s(), time.monotonic()
+        made = _run_events(bench, seconds) if num_tokens is None else _run_whole(bench, seconds, num_tokens)
+        wall_s, cpu_s = time.monotonic() - start_s, bench.server_cpu_s() - cpu_s
+        return {
+            "tokens": made,
+            "tokens_per_s": round(made / wall_s),
+            "tokens_per_cpu_s": round(made / cpu_s),
+            "cpu_share": round(cpu_s / wall_s, 3),
+        }
+    finally:
+        bench.close()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    settings = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    num_connections = int(settings.get("connections", 256))
+    seconds, num_tokens = float(settings.get("seconds", 5)), int(settings.get("tokens", 200))
+    report = {
+        "connections": num_connections,
+        "whole": _measure(folder, num_connections, seconds, num_tokens),
+        "events": _measure(folder, num_connections, seconds, None),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

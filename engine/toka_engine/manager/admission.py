@@ -1,0 +1,243 @@
+"""Admission: which waiting requests start now.
+
+First come, first served, as many streams as a forecast of page use lets in. When not even one stream of the
+first request fits, a few behind it are tried, but only so often: then all wait until it fits. With nothing
+running, one stream always starts, so the queue always moves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from toka_engine.manager.sharing import count_shared_columns
+from toka_engine.manager.simulation import Arrival, Forecast, Load
+from toka_engine.manager.slots import State
+from toka_engine.manager.starting import start_entry
+from toka_engine.manager.state import ManagerState, StepBuilder
+from toka_engine.manager.streams import Waiting
+from toka_engine.messages import Int32s
+
+MAX_SKIPS = 64
+"""How often later requests may start before one that does not fit."""
+SKIP_WINDOW = 8
+"""How many requests behind it are tried."""
+MAX_DEFERRED = 32
+"""How many requests that wait for another's prefill are passed over in one step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A waiting entry that may start now."""
+
+    entry: Waiting
+    matched: Int32s
+    """Retained pages of the prefix tree."""
+    num_streams: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Streams:
+    """The streams in slots: for the fields see `Load`."""
+
+    rows: Int32s  # [n] slots
+    lengths: Int32s
+    num_pages: Int32s  # [n] columns in use
+    num_held: Int32s
+    """As num_pages, and for those behind a leader what they will share with it."""
+    remaining: Int32s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Running:
+    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else
+    -1)."""
+
+    load: Load
+    ends: Int32s  # [num_pages]
+
+
+def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
+    """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are
+    left."""
+    budget -= sum(job.tokens.size - job.position for job in state.jobs)
+    num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
+    if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
+        return
+    state.has_admission_news = False
+    candidates = _collect(state, state.waiting.values(), step.number, budget, num_free)
+    if not candidates:
+        return
+    chosen = _choose(state, candidates)
+    _release_others(state, candidates, chosen)
+    if not chosen:
+        chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
+    for candidate, num_streams in chosen.items():
+        start_entry(state, step, candidate.entry, num_streams, candidate.matched)
+        state.has_admission_news = True  # perhaps more in the next step
+
+
+def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:
+    """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes
+    retained."""
+    candidates: list[Candidate] = []
+    claimed = set()
+    num_deferred = 0
+    for entry in entries:
+        if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
+            break
+        if entry.job is not None:
+            continue
+        matched, missing = state.tree.match(entry.tokens)
+        if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
+            num_deferred += 1
+            continue
+        pages = np.asarray(matched, np.int32)
+        if matched:
+            state.allocator.retain(pages)
+            state.tree.touch(pages, tick)
+        if missing is not None:
+            claimed.add(missing)
+        num_streams = min(num_free, len(entry.choices))
+        candidates.append(Candidate(entry, pages, num_streams))
+        budget -= entry.tokens.size - pages.size * state.sizes.page_size
+        num_free -= num_streams
+    if num_deferred:
+        state.has_admission_news = True
+    return candidates
+
+
+def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate, int]:
+    """Return how many streams of which candidates start."""
+    remaining = _predict(state, candidates)
+    streams = measure_streams(state)
+    if _have_room_to_the_end(state, candidates, remaining, streams):
+        return {candidate: candidate.num_streams for candidate in candidates}
+    running = measure_running(state, streams)
+    forecast = Forecast(running.load, remaining, state.sizes.page_size)
+    num_available = state.allocator.num_available
+    chosen: dict[Candidate, int] = {}
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+        arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
+        if num_new > num_available:
+            break
+        num_fitting = forecast.add_fitting(arrival, candidate.num_streams, state.sizes.num_pages)
+        if num_fitting == 0:
+            break
+        chosen[candidate] = num_fitting
+        num_available -= num_new
+        if num_fitting < candidate.num_streams:
+            break
+        running.ends[candidate.matched] = np.maximum(running.ends[candidate.matched], each_remaining)
+    if chosen:
+        return chosen
+    if not (state.num_running or state.retiring or state.held_pages):
+        return {candidates[0]: 1}
+    return {}
+
+
+def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int) -> dict[Candidate, int]:
+    """`head` does not fit: return one stream of the first of the next few that does."""
+    if head.num_skipped >= MAX_SKIPS:
+        return {}
+    behind = itertools.dropwhile(lambda entry: entry is not head, state.waiting.values())
+    window = itertools.islice(behind, 1, 1 + SKIP_WINDOW)
+    candidates = _collect(state, window, tick, budget, num_free)
+    if not candidates:
+        return {}
+    remaining = _predict(state, candidates)
+    running = measure_running(state, measure_streams(state))
+    forecast = Forecast(running.load, remaining, state.sizes.page_size)
+    chosen: dict[Candidate, int] = {}
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+        arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
+        if num_new > state.allocator.num_available:
+            continue
+        if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
+            head.num_skipped += 1
+            chosen = {candidate: 1}
+            break
+    _release_others(state, candidates, chosen)
+    return chosen
+
+
+def _release_others(state: ManagerState, candidates: list[Candidate], chosen: dict[Candidate, int]) -> None:
+    for candidate in candidates:
+        if candidate not in chosen:
+            state.allocator.release(candidate.matched)
+
+
+def _predict(state: ManagerState, candidates: list[Candidate]) -> Int32s:
+    """Return the predicted steps of each candidate after its prefill, which plans the first token."""
+    planned = np.asarray([candidate.entry.num_kept + 1 for candidate in candidates], np.int32)
+    limits = np.asarray([candidate.entry.request.max_tokens for candidate in candidates], np.int32)
+    return state.predictor.predict_remaining(planned, limits)
+
+
+def _arrival(state: ManagerState, candidate: Candidate, remaining: int, ends: Int32s) -> tuple[Arrival, int]:
+    """Return the candidate's streams for the forecast, and how many pages must be taken for them now."""
+    length = candidate.entry.tokens.size
+    num_new = -(-length // state.sizes.page_size) - candidate.matched.size
+    held_ends = ends[candidate.matched]
+    held_ends = held_ends[held_ends >= 0]
+    return Arrival(length, remaining, num_new + candidate.matched.size - held_ends.size, held_ends), num_new
+
+
+def measure_streams(state: ManagerState) -> Streams:
+    slots, page_size = state.slots, state.sizes.page_size
+    rows = np.flatnonzero((slots.states != State.FREE) & (slots.states != State.RETIRING)).astype(np.int32)
+    states = slots.states[rows]
+    is_reserved = states == State.RESERVED
+    is_prefill = is_reserved | (states == State.PREFILL)
+    target = slots.prompt_lengths[rows] + slots.num_received[rows]
+    num_pages = slots.num_pages[rows]
+    return Streams(
+        rows,
+        np.where(is_prefill, target, slots.lengths[rows]),
+        num_pages,
+        np.where(is_reserved, target // page_size, num_pages),
+        state.predictor.predict_remaining(slots.num_planned[rows] + is_prefill, slots.limits[rows]),
+    )
+
+
+def _have_room_to_the_end(
+    state: ManagerState, candidates: list[Candidate], remaining: Int32s, streams: Streams
+) -> bool:
+    """Whether all would fit even if nobody gave anything back before all have their last page."""
+    page_size = state.sizes.page_size
+    growth = -(-(streams.lengths + streams.remaining) // page_size) - streams.num_held
+    total = state.allocator.num_used + int(growth.sum())
+    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+        length = candidate.entry.tokens.size
+        last = -(-(length + each_remaining) // page_size)
+        total += last - candidate.matched.size
+        if each_remaining:
+            total += (candidate.num_streams - 1) * (last - length // page_size)
+    return total <= state.sizes.num_pages
+
+
+def measure_running(state: ManagerState, streams: Streams) -> Running:
+    """What `streams` hold, with what they share counted once."""
+    rows, num_pages, remaining = streams.rows, streams.num_pages, streams.remaining
+    num_shared = count_shared_columns(state.slots.table, rows, num_pages, state.allocator.refs)
+    ends = _find_shared_ends(state, rows, num_shared, remaining)
+    load = Load(streams.lengths, streams.num_held, num_pages - num_shared, remaining, ends[ends >= 0])
+    return Running(load, ends)
+
+
+def _find_shared_ends(state: ManagerState, rows: Int32s, num_shared: Int32s, remaining: Int32s) -> Int32s:
+    """Return for each page that several streams hold when the last of them ends; -1 for all other pages."""
+    ends = np.full(state.sizes.num_pages, -1, np.int32)
+    has_shared = np.flatnonzero(num_shared)
+    # Those that share their deepest shared page share all before it: one of each such set stands for the
+    # others.
+    by_end = has_shared[np.argsort(remaining[has_shared], kind="stable")]
+    table = state.slots.table
+    deepest = table[rows[by_end], num_shared[by_end] - 1]
+    _, last = np.unique(deepest[::-1], return_index=True)
+    for place in by_end[np.sort(by_end.size - 1 - last)].tolist():  # later ends overwrite earlier ones
+        ends[table[rows[place], : num_shared[place]]] = remaining[place]
+    return ends

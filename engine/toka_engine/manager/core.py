@@ -1,0 +1,84 @@
+"""The manager without its I/O: messages in, messages out. The loop, the tests and the benchmark drive this
+one class."""
+
+from __future__ import annotations
+
+import msgspec
+
+from toka_engine.config import EngineConfig
+from toka_engine.manager.lifecycle import cancel
+from toka_engine.manager.receiving import receive_tokens
+from toka_engine.manager.scheduler import plan_step
+from toka_engine.manager.sizes import Sizes
+from toka_engine.manager.state import ManagerState
+from toka_engine.manager.streams import Request, Waiting
+from toka_engine.messages import Cancel, Deltas, Refused, ServerToManager, Stats, Step, Submit, Tokens
+
+
+class Manager:
+    """Turns requests into steps and tokens into deltas."""
+
+    def __init__(self, config: EngineConfig, sizes: Sizes) -> None:
+        self.state = ManagerState(config, sizes)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.state.where or self.state.in_flight or self.state.copies)
+
+    def handle(self, message: ServerToManager) -> list[msgspec.Struct]:
+        """Take in a message of the server; return the answers that are due at once."""
+        match message:
+            case Submit():
+                return self._submit(message)
+            case Cancel(streams):
+                for stream in streams.tolist():
+                    cancel(self.state, stream)
+                return []
+
+    def receive(self, tokens: Tokens) -> list[Deltas]:
+        return receive_tokens(self.state, tokens)
+
+    def plan(self) -> Step | None:
+        """Return the next step for the workers, or None when there is nothing to send now."""
+        return plan_step(self.state)
+
+    def stats(self, cpu_s: float) -> Stats:
+        """Return the totals; `cpu_s` is the CPU time of this process so far."""
+        state = self.state
+        counters, allocator = state.counters, state.allocator
+        return Stats(
+            running=state.num_running,
+            waiting=state.num_waiting,
+            kv_pages_total=allocator.num_pages,
+            kv_pages_used=allocator.num_used,
+            kv_pages_cached=allocator.num_cached_only,
+            prompt_tokens_total=counters.prompt_tokens,
+            prefix_hit_tokens_total=counters.prefix_hit_tokens,
+            output_tokens_total=counters.output_tokens,
+            preemptions_total=counters.preemptions,
+            steps_total=counters.steps,
+            hydragen_rows_total=counters.hydragen_rows,
+            manager_cpu_s_total=cpu_s,
+            step_wall_s_total=counters.step_wall_s,
+        )
+
+    def _submit(self, submit: Submit) -> list[msgspec.Struct]:
+        state = self.state
+        may_start = max(0, state.sizes.max_running - state.num_running)
+        if state.num_waiting + submit.num_choices > state.config.max_queued_requests + may_start:
+            return [Refused(submit.first_stream, "the queue is full")]
+        request = Request(
+            first_stream=submit.first_stream,
+            num_choices=submit.num_choices,
+            prompt_length=submit.prompt_ids.size,
+            max_tokens=submit.max_tokens,
+            sampling=submit.sampling,
+            stop_ids=frozenset(submit.stop_ids),
+            deliver_each=submit.deliver_each,
+            arrival=state.num_arrivals,
+        )
+        state.num_arrivals += 1
+        state.counters.prompt_tokens += request.prompt_length
+        entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)
+        state.enqueue(entry, at_front=False)
+        return []

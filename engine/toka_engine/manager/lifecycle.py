@@ -1,0 +1,191 @@
+"""How streams leave their slots: end, cancel, preemption, and the release of what they held.
+
+A slot that a step on its way still names is retired: its pages and the slot itself are given back when that
+step is back. Preemption keeps the tokens that have come back and puts the stream at the front of the queue.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toka_engine.manager.slots import State
+from toka_engine.manager.state import ManagerState
+from toka_engine.manager.streams import Job, Kept, Stream, Waiting
+from toka_engine.messages import Int32s
+
+
+def cancel(state: ManagerState, stream: int) -> None:
+    """Forget `stream`, wherever it is. Unknown ones are ignored."""
+    place = state.where.pop(stream, None)
+    if place is None:
+        return
+    if isinstance(place, Waiting):
+        state.drop_waiting(place, stream - place.request.first_stream)
+        return
+    slots = state.slots
+    if slots.states[place] in (State.PREFILL, State.RESERVED):
+        _leave_job(state, place)
+    else:
+        state.predictor.finished(slots.num_received[place : place + 1], slots.limits[place : place + 1])
+        end_slot(state, place)
+
+
+def end_slot(state: ManagerState, slot: int) -> None:
+    """Take `slot` from its stream: tokens still on their way are dropped, pages go when the last step is
+    back."""
+    end_slots(state, np.asarray([slot], np.int32))
+
+
+def end_slots(state: ManagerState, ended: Int32s) -> None:
+    """As `end_slot`, for several at once."""
+    slots = state.slots
+    state.rows.is_stale = True
+    slots.generations[ended] += 1
+    slots.states[ended] = State.RETIRING
+    state.num_running -= ended.size
+    state.has_admission_news = True
+    last_steps = slots.last_steps[ended]
+    is_done = last_steps <= state.completed_step
+    state.retiring += zip(last_steps[~is_done].tolist(), ended[~is_done].tolist(), strict=True)
+    if is_done.any():
+        _release_slots(state, ended[is_done])
+
+
+def release_completed(state: ManagerState) -> None:
+    """Give back what waited for steps that are back by now."""
+    done = state.completed_step
+    if state.retiring:
+        ready = [slot for step, slot in state.retiring if step <= done]
+        state.retiring = [entry for entry in state.retiring if entry[0] > done]
+        if ready:
+            _release_slots(state, np.asarray(ready, np.int32))
+    while state.held_pages and state.held_pages[0][0] <= done:
+        state.allocator.release(state.held_pages.popleft()[1])
+        state.has_admission_news = True
+
+
+def preempt_newest(state: ManagerState) -> int | None:
+    """Preempt the stream (or the prefill job) that arrived last, unless it is the only one.
+
+    Returns how many pages come back when its last step is back, beyond those that are back already; None:
+    there is none to preempt.
+    """
+    slots = state.slots
+    candidates = np.flatnonzero((slots.states == State.DECODE) | (slots.states == State.PREFILL))
+    if candidates.size < 2:
+        return None
+    slot = int(candidates[np.argmax(slots.orders[candidates])])
+    pages = slots.table[slot, : slots.num_pages[slot]]
+    num_freed = int(np.count_nonzero(state.allocator.refs[pages] == 1))
+    state.counters.preemptions += 1
+    state.predictor.preempted()
+    stream = slots.streams[slot]
+    assert stream is not None
+    if stream.job is not None:
+        job = stream.job
+        members = ([slot] if job.is_leader_wanted else []) + job.siblings
+        close_job(state, job)
+        if not job.is_leader_wanted:
+            end_slot(state, slot)
+        requeue(state, job, members, stream.kept)
+    else:
+        tokens, kept = known_tokens(state, slot), kept_logprobs(state, slot, stream)
+        end_slot(state, slot)
+        state.enqueue(Waiting(stream.request, {stream.choice: None}, tokens, kept), at_front=True)
+    return num_freed if slots.states[slot] == State.RETIRING else 0
+
+
+def known_tokens(state: ManagerState, slot: int) -> Int32s:
+    """Return the prompt and every output token received of `slot`, read back from its pages."""
+    slots = state.slots
+    count = int(slots.prompt_lengths[slot] + slots.num_received[slot])
+    tokens = state.page_tokens[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[:count]
+    if tokens.size < count:  # the newest token has no page yet
+        tokens = np.append(tokens, slots.last_tokens[slot])
+    return tokens
+
+
+def kept_logprobs(state: ManagerState, slot: int, stream: Stream) -> Kept | None:
+    """Return the logprobs of every output token received of `slot`, if its request asked for them."""
+    slots = state.slots
+    if slots.num_logprobs[slot] < 0:
+        return None
+    start = int(slots.prompt_lengths[slot])
+    count = int(slots.num_received[slot])
+    logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[start : start + count]
+    if logprobs.size < count:
+        logprobs = np.append(logprobs, slots.last_logprobs[slot])
+    logprobs = logprobs.astype(np.float32)
+    kept = stream.kept or Kept(logprobs)
+    logprobs[: stream.num_kept] = kept.logprobs[: stream.num_kept]
+    kept.logprobs = logprobs
+    return kept
+
+
+def _leave_job(state: ManagerState, slot: int) -> None:
+    stream = state.slots.streams[slot]
+    assert stream is not None
+    assert stream.job is not None
+    job = stream.job
+    if slot == job.slot:
+        job.is_leader_wanted = False
+    else:
+        job.siblings.remove(slot)
+        end_slot(state, slot)
+    if not job.is_leader_wanted and not job.siblings:
+        close_job(state, job)
+        end_slot(state, job.slot)
+
+
+def close_job(state: ManagerState, job: Job) -> None:
+    """The job is over: what waited for its prompt may be admitted."""
+    state.jobs.remove(job)
+    if job.coming is not None:
+        state.coming.pop(job.coming, None)
+        job.coming = None
+    if job.rest is not None:
+        job.rest.job = None
+        state.has_admission_news = True
+
+
+def requeue(state: ManagerState, job: Job, members: list[int], kept: Kept | None = None) -> None:
+    """Streams of `job` that were not sampled yet start later by themselves, together with those still
+    waiting."""
+    choices: dict[int, None] = {}
+    for slot in members:
+        stream = state.slots.streams[slot]
+        assert stream is not None
+        choices[stream.choice] = None
+        end_slot(state, slot)
+    if job.rest is not None and id(job.rest) in state.waiting:
+        choices.update(job.rest.choices)
+        state.num_waiting -= len(job.rest.choices)
+        del state.waiting[id(job.rest)]
+    state.enqueue(Waiting(job.request, choices, job.tokens, kept), at_front=True)
+
+
+def _release_slots(state: ManagerState, released: Int32s) -> None:
+    """Give back slots that no step on its way names; what is worth it stays in the prefix tree."""
+    slots = state.slots
+    num_known = slots.prompt_lengths[released] + slots.num_received[released]
+    num_full = np.minimum(slots.lengths[released], num_known) // state.sizes.page_size
+    num_full = np.minimum(num_full, slots.num_pages[released])
+    num_in_tree = slots.num_in_tree[released]
+    num_full = np.where(slots.keeps_output[released], num_full, np.minimum(num_full, num_in_tree))
+    parts = []
+    for slot, count, full, known in zip(
+        released.tolist(),
+        slots.num_pages[released].tolist(),
+        num_full.tolist(),
+        num_in_tree.tolist(),
+        strict=True,
+    ):
+        pages = slots.table[slot, :count]
+        if full:
+            state.tree.insert_released(pages[:full], min(full, known), state.next_step)
+        parts.append(pages)
+    # After each insertion, so that no page of one hangs below a page that another has let go of.
+    state.allocator.release(np.concatenate(parts))
+    slots.num_pages[released] = 0
+    slots.give_back(released)
+    state.has_admission_news = True

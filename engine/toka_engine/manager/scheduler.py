@@ -1,0 +1,269 @@
+"""Plans one step: decode rows first, then prefill chunks in what is left of the forward. Pure over
+ManagerState.
+
+Decode rows are handled as arrays only. When pages run short, the oldest rows get what there is; the others
+sit this step out, and where nothing is about to come back by itself the newest streams are preempted. The
+oldest stream always goes on, so one that fits the cache at all always finishes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toka_engine.manager.admission import admit
+from toka_engine.manager.hydragen import NO_GROUPS, Groups
+from toka_engine.manager.lifecycle import close_job, end_slot, preempt_newest, requeue
+from toka_engine.manager.slots import State
+from toka_engine.manager.state import EMPTY32, InFlight, ManagerState, StepBuilder
+from toka_engine.manager.streams import Job, PendingCopy, choice_seed
+from toka_engine.messages import Int32s, Step
+
+
+def plan_step(state: ManagerState) -> Step | None:
+    """Return the next step to send, or None where nothing can run before more tokens are back."""
+    if len(state.in_flight) >= max(1, state.config.scheduling_steps_ahead):
+        return None
+    step = StepBuilder(state.next_step)
+    rows, groups, is_short = _plan_decode(state, step)
+    budget = state.sizes.max_tokens_per_forward - rows.size
+    if not is_short:
+        admit(state, step, budget)
+    _emit_copies(state, step)
+    _plan_chunks(state, step, budget)
+    if rows.size == 0 and not step.chunk_slots:
+        return None
+    return _finish_step(state, step, rows, groups)
+
+
+def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups, bool]:
+    """Give each decode row the page that it needs; return (rows, groups, whether some had to sit out)."""
+    slots, rows = state.slots, state.rows
+    rows.refresh(slots, state.allocator.refs)
+    active, groups = rows.slots, rows.groups
+    if active.size == 0:
+        return EMPTY32, NO_GROUPS, False
+    needs = slots.lengths[active] >= slots.num_pages[active] * state.sizes.page_size
+    num_needed = int(np.count_nonzero(needs))
+    is_short = num_needed > state.allocator.num_available
+    if is_short:
+        is_kept = _cope_with_shortage(state)
+        active, groups = rows.slots[is_kept], rows.groups.keep(is_kept)
+        needs = slots.lengths[active] >= slots.num_pages[active] * state.sizes.page_size
+        num_needed = int(np.count_nonzero(needs))
+    if num_needed:
+        _append_pages(state, step, active[needs])
+    slots.lengths[active] += 1
+    num_planned = slots.num_planned[active] + 1
+    slots.num_planned[active] = num_planned
+    slots.last_steps[active] = step.number
+    is_full = num_planned >= slots.limits[active]
+    if is_full.any():
+        slots.states[active[is_full]] = State.FULL
+        rows.is_stale = True
+    return active, groups, is_short
+
+
+def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None:
+    slots = state.slots
+    pages, columns = state.take_pages(needy.size), slots.num_pages[needy]
+    slots.table[needy, columns] = pages
+    slots.num_pages[needy] = columns + 1
+    step.appends.append((needy, columns, pages))
+    # A token that came back before its page existed is written now; the others are on their way.
+    is_known = slots.num_received[needy] == slots.num_planned[needy]
+    known, known_pages = needy[is_known], pages[is_known]
+    state.page_tokens[known_pages, 0] = slots.last_tokens[known]
+    state.page_logprobs[known_pages, 0] = slots.last_logprobs[known]
+
+
+def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
+    """Preempt where nothing else will bring pages; return which of the rows then left take part in this
+    step."""
+    slots, rows = state.slots, state.rows
+    page_size = state.sizes.page_size
+
+    def find_needy() -> NDArray[np.bool_]:
+        return slots.lengths[rows.slots] >= slots.num_pages[rows.slots] * page_size
+
+    promised = 0
+    if not state.retiring and not state.held_pages and not (slots.states == State.FULL).any():
+        while np.count_nonzero(find_needy()) > state.allocator.num_available + promised:
+            num_later = preempt_newest(state)
+            if num_later is None:
+                break
+            promised += num_later
+            rows.refresh(slots, state.allocator.refs)
+    needs = find_needy()
+    needy = np.flatnonzero(needs)
+    needy = needy[np.argsort(slots.orders[rows.slots[needy]])]
+    is_kept = ~needs
+    is_kept[needy[: state.allocator.num_available]] = True
+    return is_kept
+
+
+def _emit_copies(state: ManagerState, step: StepBuilder) -> None:
+    """Copy part-filled prompt pages to the siblings that still run."""
+    for copy in state.copies:
+        is_live = state.slots.generations[copy.slots] == copy.generations
+        targets = copy.targets[is_live]
+        source = np.asarray([copy.source], np.int32)
+        if targets.size == 0:
+            state.allocator.release(source)
+            continue
+        step.copy_from.append(np.full(targets.size, copy.source, np.int32))
+        step.copy_to.append(targets)
+        state.held_pages.append((step.number, source))
+    state.copies.clear()
+
+
+def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
+    slots = state.slots
+    begun: list[Int32s] = []
+    for job in list(state.jobs):
+        if budget <= 0:
+            break
+        start = job.position
+        length = min(budget, job.tokens.size - start)
+        budget -= length
+        job.position = start + length
+        step.chunk_slots.append(job.slot)
+        step.chunk_starts.append(start)
+        step.chunk_tokens.append(job.tokens[start : job.position])
+        slots.lengths[job.slot] = job.position
+        slots.last_steps[job.slot] = step.number
+        _enter_tree(state, job)
+        if job.position == job.tokens.size:
+            begun.append(_fan_out(state, step, job))
+    if begun:
+        _begin_decode(state, np.concatenate(begun), step.number)
+
+
+def _enter_tree(state: ManagerState, job: Job) -> None:
+    """The job's full pages may be matched by every step planned later: the worker runs steps in order."""
+    slots, tree, page_size = state.slots, state.tree, state.sizes.page_size
+    num_full = job.position // page_size
+    pages = slots.table[job.slot]
+    num_known = tree.insert_path(pages[:num_full], int(slots.num_in_tree[job.slot]), state.next_step)
+    slots.num_in_tree[job.slot] = num_known
+    if job.coming is not None:
+        state.coming.pop(job.coming, None)
+        job.coming = None
+    if tree.is_enabled and num_known == num_full and job.tokens.size >= (num_full + 1) * page_size:
+        job.coming = tree.key(int(pages[num_full - 1]) if num_full else -1, int(pages[num_full]))
+        state.coming[job.coming] = job
+
+
+def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
+    """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return
+    them."""
+    slots, page_size = state.slots, state.sizes.page_size
+    length = int(job.tokens.size)
+    num_full, tail = divmod(length, page_size)
+    must_copy = tail > 0 and job.request.max_tokens > 1
+    close_job(state, job)
+    if must_copy and len(job.siblings) > state.allocator.num_available:
+        late = job.siblings[state.allocator.num_available :]
+        job.siblings = job.siblings[: state.allocator.num_available]
+        requeue(state, job, late)
+    siblings = np.asarray(job.siblings, np.int32)
+    if siblings.size:
+        shared = slots.table[job.slot, :num_full].copy()
+        if num_full:
+            state.allocator.retain(shared, siblings.size)
+            slots.table[siblings, :num_full] = shared
+            columns = np.tile(np.arange(num_full, dtype=np.int32), siblings.size)
+            step.appends.append((np.repeat(siblings, num_full), columns, np.tile(shared, siblings.size)))
+        slots.num_pages[siblings] = num_full
+        slots.num_in_tree[siblings] = slots.num_in_tree[job.slot]
+        if must_copy:
+            _schedule_copies(state, step, job, siblings, num_full)
+        step.new_slots.extend(job.siblings)
+        step.new_lengths.extend([0] * len(job.siblings))
+    members = siblings if not job.is_leader_wanted else np.append(np.int32(job.slot), siblings).astype(np.int32)
+    step.fanout_slots.append(members)
+    step.fanout_chunks.append(np.full(members.size, len(step.chunk_slots) - 1, np.int32))
+    slots.lengths[members] = length
+    for slot in members.tolist():
+        stream = slots.streams[slot]
+        assert stream is not None
+        stream.job = None
+    if not job.is_leader_wanted:
+        end_slot(state, job.slot)
+    return members
+
+
+def _schedule_copies(state: ManagerState, step: StepBuilder, job: Job, siblings: Int32s, column: int) -> None:
+    """Give each sibling a page of its own for the prompt's tail, to be filled by a copy in the next step."""
+    slots = state.slots
+    source = int(slots.table[job.slot, column])
+    state.allocator.retain(np.asarray([source], np.int32))
+    pages = state.take_pages(siblings.size)
+    slots.table[siblings, column] = pages
+    slots.num_pages[siblings] = column + 1
+    state.page_tokens[pages] = state.page_tokens[source]
+    step.appends.append((siblings, np.full(siblings.size, column, np.int32), pages))
+    state.copies.append(PendingCopy(source, pages, siblings, slots.generations[siblings]))
+
+
+def _begin_decode(state: ManagerState, members: Int32s, number: int) -> None:
+    slots = state.slots
+    slots.num_planned[members] += 1
+    slots.last_steps[members] = number
+    is_full = slots.num_planned[members] >= slots.limits[members]
+    slots.states[members] = np.where(is_full, State.FULL, State.DECODE)
+    state.rows.add(members[~is_full], slots, state.allocator.refs)
+
+
+def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: Groups) -> Step:
+    slots = state.slots
+    fanout_slots = np.concatenate([EMPTY32, *step.fanout_slots])
+    sampled = np.concatenate((rows, fanout_slots))
+    state.in_flight.append(InFlight(step.number, sampled, slots.generations[sampled]))
+    state.next_step += 1
+    state.counters.steps += 1
+    state.counters.hydragen_rows += int(groups.num_rows[groups.first_columns == 0].sum())
+    fields: dict[str, Any] = {}
+    if step.chunk_slots:
+        fields |= {
+            "prefill_slots": np.asarray(step.chunk_slots, np.int32),
+            "prefill_starts": np.asarray(step.chunk_starts, np.int32),
+            "prefill_lengths": np.asarray([chunk.size for chunk in step.chunk_tokens], np.int32),
+            "prefill_tokens": np.concatenate(step.chunk_tokens),
+            "fanout_slots": fanout_slots,
+            "fanout_chunks": np.concatenate([EMPTY32, *step.fanout_chunks]),
+        }
+    if step.appends:
+        for name, parts in zip(("slots", "indices", "pages"), zip(*step.appends, strict=True), strict=True):
+            fields[f"append_{name}"] = np.concatenate(parts)
+    if step.copy_to:
+        fields |= {"copy_from": np.concatenate(step.copy_from), "copy_to": np.concatenate(step.copy_to)}
+    if groups.first_rows.size:
+        fields |= {
+            "group_first_rows": groups.first_rows,
+            "group_num_rows": groups.num_rows,
+            "group_first_columns": groups.first_columns,
+            "group_num_columns": groups.num_columns,
+        }
+    if step.new_slots:
+        fields |= _new_slot_fields(state, step)
+    return Step(number=step.number, decode_slots=rows, **fields)
+
+
+def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, Any]:
+    streams = [state.slots.streams[slot] for slot in step.new_slots]
+    sampling = [stream.request.sampling for stream in streams if stream is not None]
+    seeds = [choice_seed(stream.request.sampling.seed, stream.choice) for stream in streams if stream is not None]
+    return {
+        "new_slots": np.asarray(step.new_slots, np.int32),
+        "new_lengths": np.asarray(step.new_lengths, np.int32),
+        "new_num_sampled": np.asarray([stream.num_kept for stream in streams if stream is not None], np.int32),
+        "new_temperatures": np.asarray([each.temperature for each in sampling], np.float32),
+        "new_top_ps": np.asarray([each.top_p for each in sampling], np.float32),
+        "new_top_ks": np.asarray([each.top_k for each in sampling], np.int32),
+        "new_min_ps": np.asarray([each.min_p for each in sampling], np.float32),
+        "new_seeds": np.asarray(seeds, np.int64),
+        "new_num_logprobs": np.asarray([each.num_logprobs for each in sampling], np.int32),
+    }

@@ -1,0 +1,59 @@
+"""What the manager may use: the workers' sizes and the limits that follow from them and the settings.
+
+Pure. Every limit that the server enforces for the manager (`EngineInfo`) is made here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toka_engine.config import EngineConfig
+from toka_engine.messages import EngineInfo, WorkerReady
+
+PREFILL_SHARE = 8
+"""One part in this many of a full forward is kept from decode rows, so that prefill never starves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Final sizes of one engine."""
+
+    num_pages: int
+    page_size: int
+    num_slots: int
+    max_running: int
+    """Streams that may own a slot at once: each must fit as a decode row beside a little prefill."""
+    max_tokens_per_forward: int
+    max_pages_per_seq: int
+    max_request_tokens: int
+
+
+def choose_sizes(config: EngineConfig, ready: WorkerReady) -> Sizes:
+    """Return the sizes that `ready` (the first worker's; all ranks agree) and `config` allow."""
+    max_request_tokens = min(
+        ready.max_positions,
+        ready.num_pages * ready.page_size,
+        ready.max_pages_per_seq * ready.page_size,
+        config.max_num_tokens_per_request or ready.max_positions,
+    )
+    most_rows = max(1, ready.max_tokens_per_forward - ready.max_tokens_per_forward // PREFILL_SHARE)
+    return Sizes(
+        num_pages=ready.num_pages,
+        page_size=ready.page_size,
+        num_slots=ready.max_seqs,
+        max_running=min(ready.max_seqs, most_rows),
+        max_tokens_per_forward=ready.max_tokens_per_forward,
+        max_pages_per_seq=ready.max_pages_per_seq,
+        max_request_tokens=max_request_tokens,
+    )
+
+
+def engine_info(sizes: Sizes, ready: WorkerReady) -> EngineInfo:
+    return EngineInfo(
+        vocab_size=ready.vocab_size,
+        max_request_tokens=sizes.max_request_tokens,
+        num_kv_tokens=sizes.num_pages * sizes.page_size,
+        max_streams=sizes.max_running,
+        device=ready.device,
+        dtype=ready.dtype,
+    )

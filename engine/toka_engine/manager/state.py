@@ -1,0 +1,120 @@
+"""The manager's state in one object, and what every part needs of it: taking pages, building the next step.
+
+No policy and no I/O. `scheduler`, `admission`, `receiving` and `lifecycle` are functions and small classes
+over it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toka_engine.config import EngineConfig
+from toka_engine.manager.allocator import Allocator
+from toka_engine.manager.hydragen import DecodeRows
+from toka_engine.manager.prefix_tree import Key, PrefixTree
+from toka_engine.manager.sizes import Sizes
+from toka_engine.manager.slots import Slots
+from toka_engine.manager.stopping import StopPredictor
+from toka_engine.manager.streams import Job, PendingCopy, Waiting
+from toka_engine.messages import Floats, Int32s, Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step sent, whose tokens are not back. Rows in the order in which they are sampled."""
+
+    number: int
+    slots: Int32s
+    generations: Int64s
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals for `Stats`; they only grow."""
+
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    hydragen_rows: int = 0
+    step_wall_s: float = 0.0
+
+
+class ManagerState:
+    """Live state. One per process."""
+
+    def __init__(self, config: EngineConfig, sizes: Sizes) -> None:
+        self.config = config
+        self.sizes = sizes
+        self.slots = Slots(sizes.num_slots, sizes.max_pages_per_seq)
+        self.allocator = Allocator(sizes.num_pages)
+        self.page_tokens: NDArray[np.int32] = np.zeros((sizes.num_pages, sizes.page_size), np.int32)
+        self.page_logprobs: NDArray[np.float32] = np.zeros((sizes.num_pages, sizes.page_size), np.float32)
+        self.tree = PrefixTree(self.allocator, self.page_tokens, config.use_prefix_cache)
+        self.rows = DecodeRows(config, sizes.page_size)
+        self.predictor = StopPredictor(config.track_early_stopping)
+        self.waiting: OrderedDict[int, Waiting] = OrderedDict()  # by id(entry), first is next
+        self.num_waiting = 0  # choices in `waiting`
+        self.jobs: list[Job] = []  # in order of admission
+        self.coming: dict[Key, Job] = {}  # next page that a job will put into the prefix tree
+        self.copies: list[PendingCopy] = []
+        self.where: dict[int, int | Waiting] = {}  # stream -> its slot or its queue entry
+        self.in_flight: deque[InFlight] = deque()
+        self.retiring: list[tuple[int, int]] = []  # (last step, slot)
+        self.held_pages: deque[tuple[int, Int32s]] = deque()  # (step, pages to release when it is back)
+        self.next_step = 1
+        self.completed_step = 0
+        self.num_running = 0  # slots taken and not retiring
+        self.num_arrivals = 0
+        self.has_admission_news = True  # something changed that may let a waiting request in
+        self.counters = Counters()
+
+    def take_pages(self, count: int) -> Int32s:
+        """Allocate `count` pages, evicting from the prefix tree as needed. The caller knows that they are
+        available."""
+        shortage = count - self.allocator.num_free
+        if shortage > 0:
+            self.tree.evict(shortage)
+        return self.allocator.allocate(count)
+
+    def enqueue(self, entry: Waiting, *, at_front: bool) -> None:
+        self.waiting[id(entry)] = entry
+        if at_front:
+            self.waiting.move_to_end(id(entry), last=False)
+        self.num_waiting += len(entry.choices)
+        for choice in entry.choices:
+            self.where[entry.request.first_stream + choice] = entry
+        self.has_admission_news = True
+
+    def drop_waiting(self, entry: Waiting, choice: int) -> None:
+        """Take one choice out of the queue; the entry goes with its last one."""
+        del entry.choices[choice]
+        self.num_waiting -= 1
+        if not entry.choices:
+            del self.waiting[id(entry)]
+
+
+class StepBuilder:
+    """Collects the parts of step `number`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.new_slots: list[int] = []
+        self.new_lengths: list[int] = []
+        self.appends: list[tuple[Int32s, Int32s, Int32s]] = []  # slots, columns, pages
+        self.copy_from: list[Int32s] = []
+        self.copy_to: list[Int32s] = []
+        self.chunk_slots: list[int] = []
+        self.chunk_starts: list[int] = []
+        self.chunk_tokens: list[Int32s] = []
+        self.fanout_slots: list[Int32s] = []
+        self.fanout_chunks: list[Int32s] = []
+
+
+EMPTY32: Int32s = np.empty(0, np.int32)
+EMPTYF: Floats = np.empty(0, np.float32)

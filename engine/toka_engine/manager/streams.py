@@ -1,0 +1,119 @@
+"""Python objects of requests: made at submission, admission and preemption, never touched by a decode step.
+
+Also the seed of each choice. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from toka_engine.messages import Floats, Int32s, Sampling
+
+CHOICE_BITS = 20
+"""A stream's order is its request's arrival number shifted by this, plus its choice."""
+
+_MASK = (1 << 64) - 1
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """Return the seed of choice `choice` of a request with `seed`: in [0, 2**63), or -1 for none.
+
+    The finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014)
+    over the choice-th point of the sequence that starts at `seed`.
+    """
+    if seed < 0:
+        return -1
+    mixed = (seed + (choice + 1) * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (mixed ^ (mixed >> 31)) >> 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What one `Submit` asked for."""
+
+    first_stream: int
+    num_choices: int
+    prompt_length: int
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    deliver_each: bool
+    arrival: int
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """Logprobs of the output tokens that a stream had before it was preempted, and all its top logprobs."""
+
+    logprobs: Floats
+    top_tokens: list[Int32s] = field(default_factory=list)
+    top_logprobs: list[Floats] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """Choices of one request that wait to be admitted; they share `tokens` to prefill."""
+
+    request: Request
+    choices: dict[int, None]
+    """An ordered set."""
+    tokens: Int32s
+    """The prompt, and after preemption the output so far."""
+    kept: Kept | None = None
+    num_skipped: int = 0
+    """How often later ones were admitted before this one."""
+    job: Job | None = None
+    """Prefills these tokens for other choices of this entry: the rest waits for it."""
+
+    @property
+    def num_kept(self) -> int:
+        return int(self.tokens.size) - self.request.prompt_length
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """The stream that owns a slot."""
+
+    request: Request
+    choice: int
+    kept: Kept | None = None
+    num_kept: int = 0
+    job: Job | None = None
+    """The prefill that this stream waits for."""
+
+    @property
+    def id(self) -> int:
+        return self.request.first_stream + self.choice
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A prefill under way: `slot` leads, `siblings` are sampled from its last row. tokens[:position] are
+    planned."""
+
+    request: Request
+    slot: int
+    tokens: Int32s
+    position: int
+    siblings: list[int]
+    rest: Waiting | None
+    """Choices of the same entry that still wait."""
+    coming: tuple[int, bytes] | None = None
+    """Key of the next full page that this job will put into the prefix tree."""
+    is_leader_wanted: bool = True
+    """False: the leader's stream was cancelled, and the slot goes on only for its siblings."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingCopy:
+    """The part-filled last page of a prompt, to be copied to siblings in the next step."""
+
+    source: int
+    """Held by one reference of its own."""
+    targets: Int32s
+    slots: Int32s
+    generations: np.ndarray[tuple[int], np.dtype[np.int64]]

@@ -1,0 +1,186 @@
+"""Executes steps on a GPU without waiting for it: everything that changes goes up through pinned memory in the order of
+one stream, and the tokens come down on a side stream while the next step runs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from toka_engine.config import EngineConfig
+from toka_engine.messages import Int32s, Step, Tokens
+from toka_engine.model.attention.base import StepLayout
+from toka_engine.model.attention.flashinfer import FlashInferAttention
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.graphs import DecodeGraphs
+from toka_engine.model.kernels.sampler import GpuSampler
+from toka_engine.model.kernels.slots import SlotState, gather_ids, pack_new_slots, set_slots
+from toka_engine.model.runner import Launched, Runner
+from toka_engine.model.sampling import Sampled, SamplePlan, plan_sampling
+from toka_engine.model.staging import Staging
+from toka_engine.model.state import SlotState as HostState
+
+_OUTPUTS = 4
+_READ_BYTES_PER_S = 3e12
+_EAGER_OVERHEAD_S = 4e-3
+"""What a step without graphs costs more where launches bound it; shared prefixes must save as much to be worth it."""
+_GROUP_OVERHEAD_S = 2e-4
+"""What the merges of a step with groups cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaLaunched(Launched):
+    """A step in the stream; `done` is behind the copies of its results to the host."""
+
+    done: torch.cuda.Event
+    ids: torch.Tensor | None  # pinned
+    logprobs: torch.Tensor | None
+    top_tokens: torch.Tensor | None
+    top_logprobs: torch.Tensor | None
+
+
+class CudaRunner(Runner):
+    """A Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
+
+    def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
+        device, vocab_size = attention.shape.device, model.config.vocab_size
+        self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
+        sample = GpuSampler(config.seed, self._slots, max_seqs, vocab_size)
+        super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), sample, False)
+        self._cuda_attention = attention
+        self._new_slots, self._tokens = Staging(device), Staging(device)
+        self._copies = torch.cuda.Stream(device)
+        self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
+        self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
+        self._turn = 0
+        self.graphs: DecodeGraphs | None = None
+        self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        if self._max_graph_rows:
+            graphs = DecodeGraphs(self.model, self._cuda_attention, self._slots, self._max_graph_rows)
+            graphs.capture()
+            self.graphs = graphs
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """See Runner.launch."""
+        started_s, cpu_s = time.monotonic(), time.thread_time()
+        self._set_up(step)
+        self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
+        self.attention.copy_pages(step.copy_from, step.copy_to)
+        plan = plan_sampling(np.concatenate((step.decode_slots, step.fanout_slots)), self.state.host)
+        logits, logit_rows = self._forward(step)
+        sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
+        self.state.advance(step)
+        return self._fetch(step, plan, sampled, started_s, cpu_s)
+
+    def finish(self, launched: Launched) -> Tokens:
+        """See Runner.finish."""
+        if not isinstance(launched, CudaLaunched):
+            raise AssertionError("a step of another runner")
+        launched.done.synchronize()
+        none = np.empty(0, np.float32)
+        has_top = launched.top_tokens is not None and launched.top_logprobs is not None
+        return Tokens(
+            launched.number,
+            np.empty(0, np.int32) if launched.ids is None else launched.ids.numpy().copy(),
+            none if launched.logprobs is None else launched.logprobs.numpy().copy(),
+            top_rows=launched.plan.top.astype(np.int32) if has_top else np.empty(0, np.int32),
+            top_tokens=np.empty(0, np.int32)
+            if launched.top_tokens is None
+            else launched.top_tokens.numpy().reshape(-1),
+            top_logprobs=none if launched.top_logprobs is None else launched.top_logprobs.numpy().reshape(-1),
+            top_width=launched.plan.top_width if has_top else 0,
+            step_wall_s=time.monotonic() - launched.started_s,
+            host_cpu_s=launched.host_cpu_s,
+        )
+
+    def _set_up(self, step: Step) -> None:
+        self.state.set_up(step)
+        if step.new_slots.size:
+            (words,) = self._new_slots.upload(
+                pack_new_slots(
+                    step.new_slots,
+                    step.new_temperatures,
+                    step.new_top_ps,
+                    step.new_top_ks,
+                    step.new_min_ps,
+                    step.new_seeds,
+                    step.new_num_sampled,
+                )
+            )
+            set_slots(self._slots, words)
+
+    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layout = self._make_layout(step)
+        replayed = self._replay(layout)
+        if replayed is not None:
+            return self.model.logits(replayed), None
+        self._cuda_attention.plan(layout)
+        num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
+        rows, logit_rows = _find_sampled_rows(step, num_decode) if chunks else (None, None)
+        none = np.empty(0, np.int32)
+        tokens, row_index, logit_index = self._tokens.upload(
+            step.prefill_tokens, none if rows is None else rows, none if logit_rows is None else logit_rows
+        )
+        slots = self._cuda_attention.row_slots
+        ids = torch.empty_like(slots)
+        gather_ids(self._slots, slots, tokens, num_decode, ids)
+        hidden = self.model.forward(ids, self.attention)
+        if rows is not None:
+            hidden = hidden.index_select(0, row_index)
+        return self.model.logits(hidden), None if logit_rows is None else logit_index
+
+    def _replay(self, layout: StepLayout) -> torch.Tensor | None:
+        """Hidden states by a graph: decode rows alone, few enough. None where launching one by one is better."""
+        count = layout.decode_slots.size
+        if self.graphs is None or layout.prefill_slots.size or not 0 < count <= self.graphs.max_rows:
+            return None
+        pages_saved = int(((layout.group_num_rows - 1) * layout.group_num_columns).sum())
+        bytes_per_page = self._cuda_attention.kv_bytes_per_token() * self._cuda_attention.page_size
+        saved_s = pages_saved * bytes_per_page / _READ_BYTES_PER_S
+        if saved_s > _GROUP_OVERHEAD_S:
+            hidden = self.graphs.run(layout, with_groups=True)
+            if hidden is not None or saved_s > _EAGER_OVERHEAD_S:
+                return hidden
+        return self.graphs.run(layout, with_groups=False)
+
+    def _fetch(
+        self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float
+    ) -> CudaLaunched:
+        """Enqueue the copies of the results to the host, beside the main stream."""
+        done = torch.cuda.Event()
+        results: list[torch.Tensor | None] = [None] * 4
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            if sampled is not None:
+                self._turn = (self._turn + 1) % _OUTPUTS
+                count = plan.slots.size
+                results[0] = self._pinned_ids[self._turn][:count].copy_(sampled.ids, non_blocking=True)
+                if sampled.logprobs is not None:
+                    pinned = self._pinned_logprobs[self._turn][:count]
+                    results[1] = pinned.copy_(sampled.logprobs, non_blocking=True)
+                for index, tensor in ((2, sampled.top_tokens), (3, sampled.top_logprobs)):
+                    if tensor is not None:
+                        tensor.record_stream(self._copies)
+                        results[index] = tensor.to("cpu", non_blocking=True)
+            done.record(self._copies)
+        host_cpu_s = time.thread_time() - cpu_s
+        return CudaLaunched(step.number, plan, sampled, started_s, host_cpu_s, done, *results)
+
+
+def _find_sampled_rows(step: Step, num_decode: int) -> tuple[Int32s, Int32s | None]:
+    """Rows whose logits are needed, and each sample's index into those logits (None: one each, in order)."""
+    chunks, chunk_of_entry = np.unique(step.fanout_chunks, return_inverse=True)
+    last_rows = num_decode + np.cumsum(step.prefill_lengths, dtype=np.int32) - 1
+    decode_rows = np.arange(num_decode, dtype=np.int32)
+    rows = np.concatenate((decode_rows, last_rows[chunks])).astype(np.int32)
+    if chunks.size == step.fanout_chunks.size and (chunks == step.fanout_chunks).all():
+        return rows, None
+    entries = num_decode + chunk_of_entry.reshape(-1).astype(np.int32)
+    return rows, np.concatenate((decode_rows, entries)).astype(np.int32)

@@ -1,0 +1,157 @@
+"""top_k, top_p and min_p, exact over the whole vocabulary, without a sort: only samples that ask pay.
+
+Each filter keeps the tokens at or above some logit. That logit is found by a search over the ordered bit patterns of
+the logits: how many tokens (top_k), or how much mass (top_p), lie at or above a pivot; three pivots per pass. Tokens
+that tie with the last kept one are kept too. top_p is of the mass that top_k left; min_p is relative to the best token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_temperature
+from toka_engine.model.kernels.slots import SlotState
+
+
+@triton.jit
+def _ordered(x, SHIFT: tl.constexpr):
+    """int32 keys that sort as the floats do; a bf16 value has its key in the upper 16 bits alone (SHIFT 16)."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _unordered(key, SHIFT: tl.constexpr):
+    """The float of a key."""
+    key = key.to(tl.int32)
+    filler = (1 << SHIFT) - 1
+    wide = tl.where(key < 0, (key << SHIFT) | filler, key << SHIFT)
+    return (wide ^ ((wide >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tail_sums(
+    row_ptr, vocab_size, base, inv_t, low, middle, high,
+    IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Number or mass of the tokens whose key is at or above each of three pivots."""
+    sum_low = tl.zeros([BLOCK], tl.float32)
+    sum_middle = tl.zeros([BLOCK], tl.float32)
+    sum_high = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < vocab_size
+        x = tl.load(row_ptr + index, mask=inside, other=float("-inf")).to(tl.float32)
+        key = _ordered(x, SHIFT)
+        weight = tl.where(inside, 1.0, 0.0) if IS_COUNT else tl.exp((x - base) * inv_t)
+        sum_low += tl.where(key >= low, weight, 0.0)
+        sum_middle += tl.where(key >= middle, weight, 0.0)
+        sum_high += tl.where(key >= high, weight, 0.0)
+    return tl.sum(sum_low, axis=0), tl.sum(sum_middle, axis=0), tl.sum(sum_high, axis=0)
+
+
+@triton.jit
+def _search(
+    row_ptr, vocab_size, base, inv_t, lower, upper, target,
+    IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The greatest key in [lower, upper) whose tail reaches `target`; `lower` if none does. Keys are int64."""
+    while upper - lower > 1:
+        width = upper - lower
+        first = lower + width // 4
+        second = lower + width // 2
+        third = lower + (width * 3) // 4
+        at_first, at_second, at_third = _tail_sums(
+            row_ptr, vocab_size, base, inv_t, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32),
+            IS_COUNT, SHIFT, BLOCK,
+        )  # fmt: skip
+        above_first = at_first >= target
+        above_second = at_second >= target
+        above_third = at_third >= target
+        upper = tl.where(above_third, upper, tl.where(above_second, third, tl.where(above_first, second, first)))
+        lower = tl.where(above_third, third, tl.where(above_second, second, tl.where(above_first, first, lower)))
+    return lower
+
+
+@triton.jit
+def _threshold_kernel(
+    logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr,
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maximum_ptr, threshold_ptr, num_blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    sample = tl.load(chosen_ptr + tl.program_id(0))
+    row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
+    slot = tl.load(slots_ptr + sample)
+    inv_t = inverse_temperature(temperature_ptr, slot)
+    blocks = tl.arange(0, BLOCKS)
+    at = sample.to(tl.int64) * num_blocks + blocks
+    top = tl.max(tl.load(maximum_ptr + at, mask=blocks < num_blocks, other=float("-inf")), axis=0)
+    is_bad = (top == float("inf")) | (top == float("-inf"))
+    base = tl.where(is_bad, 0.0, top)
+    # An empty range ends each search at once: what a sample does not ask for costs it nothing.
+    lowest = _ordered(tl.full([1], float("-inf"), tl.float32), SHIFT).to(tl.int64)
+    lowest = tl.sum(lowest, axis=0)
+    upper = _ordered(base, SHIFT).to(tl.int64) + 1
+    top_k = tl.load(top_k_ptr + slot)
+    top_p = tl.load(top_p_ptr + slot)
+    has_top_k = (top_k > 0) & (top_k < vocab_size) & (is_bad == 0)
+    has_top_p = (top_p < 1.0) & (is_bad == 0)
+    key = _search(
+        row_ptr, vocab_size, base, inv_t, lowest, tl.where(has_top_k, upper, lowest), top_k.to(tl.float32),
+        True, SHIFT, BLOCK,
+    )  # fmt: skip
+    if has_top_p:
+        pivot = key.to(tl.int32)
+        kept, _, _ = _tail_sums(
+            row_ptr, vocab_size, base, inv_t, pivot, pivot, pivot, False, SHIFT, BLOCK
+        )  # fmt: skip
+        key = _search(row_ptr, vocab_size, base, inv_t, key, upper, kept * top_p, False, SHIFT, BLOCK)
+    threshold = _unordered(key, SHIFT)
+    min_p = tl.load(min_p_ptr + slot)
+    floor = base + tl.log(tl.maximum(min_p, 1e-30)) / inv_t
+    threshold = tl.where(min_p > 0, tl.maximum(threshold, tl.minimum(floor, base)), threshold)
+    tl.store(threshold_ptr + sample, tl.where(is_bad, float("-inf"), threshold))
+
+
+@triton.jit
+def _masked_sums_kernel(
+    logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr, temperature_ptr,
+    maximum_ptr, scaled_ptr, threshold_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.load(chosen_ptr + tl.program_id(0))
+    block = tl.program_id(1)
+    row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
+    inv_t = inverse_temperature(temperature_ptr, tl.load(slots_ptr + sample))
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+    at = sample.to(tl.int64) * tl.num_programs(1) + block
+    maximum = tl.load(maximum_ptr + at)
+    base = tl.where((maximum == float("-inf")) | (maximum == float("inf")), 0.0, maximum)
+    mass = tl.where(x >= tl.load(threshold_ptr + sample), tl.exp((x - base) * inv_t), 0.0)
+    tl.store(scaled_ptr + at, tl.sum(mass, axis=0))
+
+
+def apply_filters(
+    logits: torch.Tensor,
+    samples: Samples,
+    chosen: torch.Tensor,  # [f] int32: the samples with a filter
+    state: SlotState,
+    work: Workspace,
+) -> None:
+    """After block_stats: set work.threshold of the chosen samples and limit their work.scaled_sum to what is kept."""
+    count = chosen.shape[0]
+    if not count:
+        return
+    shift = 16 if logits.dtype == torch.bfloat16 else 0
+    _threshold_kernel[(count,)](
+        logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
+        state.temperature, state.top_k, state.top_p, state.min_p, work.maximum, work.threshold, work.num_blocks,
+        BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), SHIFT=shift, num_warps=16,
+    )  # fmt: skip
+    _masked_sums_kernel[(count, work.num_blocks)](
+        logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
+        state.temperature, work.maximum, work.scaled_sum, work.threshold, BLOCK=work.block, num_warps=8,
+    )  # fmt: skip

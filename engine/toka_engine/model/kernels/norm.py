@@ -1,0 +1,77 @@
+"""RMSNorm, alone and fused with the residual sum before it: one pass over each row.
+
+Rounding follows the reference implementation of Llama: the sum is rounded to the model's dtype before it is squared,
+the normalised row is rounded before it is multiplied with the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        at = residual_ptr + row * width + column
+        x = (x.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(at, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    normed = (wide * scale).to(x.dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (normed * weight).to(x.dtype), mask=inside)
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor | None
+) -> torch.Tensor:
+    rows, width = x.shape
+    if out is None:
+        out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _rms_norm_kernel[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            x.stride(0),
+            width,
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x / rms(x) * weight for x [rows, width] (rows may be strided), weight [width]."""
+    return _launch(x, None, weight, eps, out)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add x [rows, width] to `residual` [rows, width, contiguous] in place and return the norm of the sum."""
+    return _launch(x, residual, weight, eps, out)

@@ -1,0 +1,76 @@
+"""Kernels over the block table and whole pages: set entries, flatten rows for attention, copy pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["count"])
+def _set_table_kernel(table_ptr, entries_ptr, count, columns, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    slot = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int64)
+    column = tl.load(entries_ptr + count + index, mask=inside, other=0)
+    page = tl.load(entries_ptr + 2 * count + index, mask=inside, other=0)
+    tl.store(table_ptr + slot * columns + column, page, mask=inside)
+
+
+def set_table(block_table: torch.Tensor, entries: torch.Tensor) -> None:
+    """block_table[slots, columns] = pages, for entries [3 * n] int32: slots, then columns, then pages."""
+    count = entries.shape[0] // 3
+    if count:
+        grid = (triton.cdiv(count, 256),)
+        _set_table_kernel[grid](block_table, entries, count, block_table.shape[1], BLOCK=256, num_warps=4)
+
+
+@triton.jit
+def _flatten_kernel(table_ptr, slots_ptr, first_ptr, indptr_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    begin = tl.load(indptr_ptr + row)
+    count = tl.load(indptr_ptr + row + 1) - begin
+    first = tl.load(first_ptr + row)
+    source = table_ptr + tl.load(slots_ptr + row).to(tl.int64) * columns + first
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < count
+        tl.store(out_ptr + begin + index, tl.load(source + index, mask=inside), mask=inside)
+
+
+def flatten_table(
+    block_table: torch.Tensor,  # [max_seqs, columns] int32
+    slots: torch.Tensor,  # [rows] int32
+    first_columns: torch.Tensor,  # [rows] int32
+    indptr: torch.Tensor,  # [rows + 1] int32
+    out: torch.Tensor,  # [>= indptr[-1]] int32
+) -> None:
+    """out[indptr[i]:indptr[i + 1]] = block_table[slots[i], first_columns[i]:], side by side."""
+    rows = slots.shape[0]
+    if rows:
+        _flatten_kernel[(rows,)](
+            block_table, slots, first_columns, indptr, out, block_table.shape[1], BLOCK=128, num_warps=1
+        )
+
+
+@triton.jit
+def _copy_pages_kernel(cache_ptr, source_ptr, target_ptr, pages, page_numel, BLOCK: tl.constexpr):
+    copy = tl.program_id(0)
+    plane = tl.program_id(1).to(tl.int64) * pages * page_numel
+    source = plane + tl.load(source_ptr + copy).to(tl.int64) * page_numel
+    target = plane + tl.load(target_ptr + copy).to(tl.int64) * page_numel
+    for start in range(0, page_numel, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < page_numel
+        tl.store(cache_ptr + target + index, tl.load(cache_ptr + source + index, mask=inside), mask=inside)
+
+
+def copy_pages(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy pages source[i] -> target[i] ([n] int32) in each plane of cache [planes, pages, page_numel], contiguous.
+
+    No page may be both a source and a target of one call.
+    """
+    planes, pages, page_numel = cache.shape
+    if source.shape[0]:
+        grid = (source.shape[0], planes)
+        _copy_pages_kernel[grid](cache, source, target, pages, page_numel, BLOCK=1024, num_warps=4)

@@ -1,0 +1,198 @@
+"""The sampler's two kernels for every row: block statistics, then the draw.
+
+`block_stats` reads the logits once: per sample and block of the vocabulary the maximum and the sum of
+exp((x - max) / T). `draw` picks a block by one uniform number from those sums and then the token inside it, so that it
+reads one block per sample. Greedy is the maximum; the log-sum-exp of the logprobs falls out of the same pass. Samples
+with a seed are drawn from Gumbel noise (see gumbel), samples with top_k, top_p or min_p above a threshold (filtering).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from toka_engine.model.kernels.slots import SlotState
+
+BLOCK = 4096
+"""Logits per program: 8 KiB of bf16."""
+
+MIN_TEMPERATURE = 1e-5
+"""Below, a sample is greedy."""
+_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One sample per entry: which row of the logits it is drawn from, and for which slot. [n] int32 each."""
+
+    logit_rows: torch.Tensor
+    slots: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.slots.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Scratch of the sampler for up to `max_samples` samples; allocated once, so that graphs may hold it."""
+
+    block: int
+    num_blocks: int
+    maximum: torch.Tensor  # [n, num_blocks] fp32; +inf: a logit of the block is NaN or +inf
+    scaled_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
+    plain_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp(x - maximum)
+    threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
+    noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
+    noisy_token: torch.Tensor  # [n, num_blocks] int32
+
+    @classmethod
+    def allocate(cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK) -> Workspace:
+        num_blocks = triton.cdiv(vocab_size, block)
+
+        def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros((max_samples, num_blocks), dtype=dtype, device=device)
+
+        def vector(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(max_samples, dtype=dtype, device=device)
+
+        return cls(
+            block, num_blocks, blocks(), blocks(), blocks(), vector(torch.float32), blocks(),
+            blocks(torch.int32),
+        )  # fmt: skip
+
+
+@triton.jit
+def inverse_temperature(temperature_ptr, slot):
+    """1 / T of a slot; 1 for greedy ones, whose sums nobody reads."""
+    temperature = tl.load(temperature_ptr + slot)
+    return tl.where(temperature < _MIN_TEMPERATURE, 1.0, 1.0 / tl.maximum(temperature, _MIN_TEMPERATURE))
+
+
+@triton.jit
+def _block_stats_kernel(
+    logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, temperature_ptr,
+    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr,
+    BLOCK: tl.constexpr, HAS_PLAIN: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs read neighbouring blocks.
+    block = tl.program_id(0)
+    sample = tl.program_id(1)
+    row = tl.load(logit_rows_ptr + sample).to(tl.int64)
+    inv_t = inverse_temperature(temperature_ptr, tl.load(slots_ptr + sample))
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < vocab_size
+    x = tl.load(logits_ptr + row * row_stride + index, mask=inside, other=float("-inf")).to(tl.float32)
+    maximum = tl.max(x, axis=0)
+    base = tl.where((maximum == float("-inf")) | (maximum == float("inf")), 0.0, maximum)
+    at = sample.to(tl.int64) * tl.num_programs(0) + block
+    scaled = tl.sum(tl.exp2((x - base) * (inv_t * 1.4426950408889634)), axis=0)
+    tl.store(scaled_ptr + at, scaled)
+    if HAS_PLAIN:
+        tl.store(plain_ptr + at, tl.sum(tl.exp(x - base), axis=0))
+    # A NaN or +inf among the logits shows in the sum, whatever the maximum made of it.
+    is_bad = (scaled != scaled) | (scaled == float("inf"))
+    tl.store(maximum_ptr + at, tl.where(is_bad, float("inf"), maximum))
+    tl.store(threshold_ptr + sample, float("-inf"), mask=block == 0)
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr,
+    temperature_ptr, seed_ptr, num_sampled_ptr, last_token_ptr, random_ptr,
+    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, noisy_best_ptr, noisy_token_ptr,
+    ids_ptr, logprobs_ptr, num_blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, HAS_PLAIN: tl.constexpr, HAS_SEEDED: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0)
+    row = tl.load(logit_rows_ptr + sample).to(tl.int64)
+    slot = tl.load(slots_ptr + sample)
+    is_greedy = tl.load(temperature_ptr + slot) < _MIN_TEMPERATURE
+    inv_t = inverse_temperature(temperature_ptr, slot)
+    blocks = tl.arange(0, BLOCKS)
+    in_blocks = blocks < num_blocks
+    at = sample.to(tl.int64) * num_blocks + blocks
+    maxima = tl.load(maximum_ptr + at, mask=in_blocks, other=float("-inf"))
+    top = tl.max(maxima, axis=0)
+    is_bad = (top == float("inf")) | (top == float("-inf"))
+    base = tl.where(is_bad, 0.0, top)
+
+    # The block: by the running sum of the blocks' masses, or the first one that holds the maximum.
+    weight = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp((maxima - base) * inv_t)
+    weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
+    running = tl.cumsum(weight, axis=0)
+    bits, _, _, _ = tl.philox(tl.load(random_ptr), sample, tl.load(random_ptr + 1).to(tl.int32), 0, 0)
+    uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    target = uniform * tl.sum(weight, axis=0)
+    hit = tl.min(tl.where((running > target) & (weight > 0), blocks, BLOCKS), axis=0)
+    block = tl.minimum(hit, tl.max(tl.where(weight > 0, blocks, 0), axis=0))
+    remaining = target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
+    first_best = tl.min(tl.where((maxima == top) & in_blocks, blocks, BLOCKS), axis=0)
+    block = tl.where(is_greedy, first_best, block)
+    block = tl.where(is_bad, 0, block)
+
+    # The token inside the block.
+    inner = tl.arange(0, BLOCK)
+    index = block * BLOCK + inner
+    x = tl.load(
+        logits_ptr + row * row_stride + index, mask=index < vocab_size, other=float("-inf")
+    ).to(tl.float32)  # fmt: skip
+    mass = tl.where(x >= tl.load(threshold_ptr + sample), tl.exp((x - base) * inv_t), 0.0)
+    hit = tl.min(tl.where((tl.cumsum(mass, axis=0) > remaining) & (mass > 0), inner, BLOCK), axis=0)
+    drawn = tl.minimum(hit, tl.max(tl.where(mass > 0, inner, 0), axis=0))
+    best = tl.min(tl.where(x == top, inner, BLOCK - 1), axis=0)
+    token = block * BLOCK + tl.where(is_greedy, best, drawn)
+    if HAS_SEEDED:
+        is_seeded = (tl.load(seed_ptr + slot) >= 0) & (is_greedy == 0)
+        scores = tl.load(noisy_best_ptr + at, mask=in_blocks & is_seeded, other=float("-inf"))
+        tokens = tl.load(noisy_token_ptr + at, mask=in_blocks & is_seeded, other=0)
+        winner = tl.min(tl.where(scores == tl.max(scores, axis=0), blocks, BLOCKS), axis=0)
+        noisy = tl.sum(tl.where(blocks == winner, tokens, 0), axis=0)
+        token = tl.where(is_seeded, noisy, token)
+    token = tl.minimum(token, vocab_size - 1)
+    if HAS_PLAIN:
+        plain = tl.load(plain_ptr + at, mask=in_blocks, other=0.0) * tl.exp(maxima - base)
+        total = tl.sum(tl.where(in_blocks & (plain > 0), plain, 0.0), axis=0)
+        value = tl.load(logits_ptr + row * row_stride + token).to(tl.float32)
+        logprob = value - base - tl.log(total)
+        tl.store(logprobs_ptr + sample, tl.where(is_bad, float("nan"), logprob))
+    tl.store(ids_ptr + sample, tl.where(is_bad, -1, token))
+    tl.store(last_token_ptr + slot, tl.where(is_bad, 0, token))
+    tl.store(num_sampled_ptr + slot, tl.load(num_sampled_ptr + slot) + 1)
+
+
+def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: Workspace, with_logprobs: bool) -> None:
+    """First pass over logits [rows, vocab_size]: fills work.maximum, scaled_sum, threshold and, if asked, plain_sum."""
+    if len(samples):
+        _block_stats_kernel[(work.num_blocks, len(samples))](
+            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state.temperature,
+            work.maximum, work.scaled_sum, work.plain_sum, work.threshold,
+            BLOCK=work.block, HAS_PLAIN=with_logprobs, num_warps=8,
+        )  # fmt: skip
+
+
+def draw(
+    logits: torch.Tensor,
+    samples: Samples,
+    state: SlotState,
+    work: Workspace,
+    random: torch.Tensor,  # [2] int64: engine seed, step number (Philox: key and counter)
+    ids: torch.Tensor,  # [n] int32
+    logprobs: torch.Tensor | None,  # [n] fp32
+    with_seeded: bool,
+) -> None:
+    """Draw every sample: fills ids (-1: not finite) and logprobs (NaN there); advances the slots' state.
+
+    Logprobs need block_stats with_logprobs.
+    """
+    if len(samples):
+        _draw_kernel[(len(samples),)](
+            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots,
+            state.temperature, state.seed, state.num_sampled, state.last_token, random,
+            work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.noisy_best, work.noisy_token,
+            ids, work.maximum if logprobs is None else logprobs, work.num_blocks,
+            BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks),
+            HAS_PLAIN=logprobs is not None, HAS_SEEDED=with_seeded, num_warps=8,
+        )  # fmt: skip

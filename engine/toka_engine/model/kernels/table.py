@@ -1,0 +1,44 @@
+"""The table of implementations for NVIDIA GPUs (see ops)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from toka_engine.config import EngineConfig
+from toka_engine.model.attention.base import AttentionBackend, AttentionShape
+from toka_engine.model.attention.flashinfer import FlashInferAttention
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.cuda_runner import CudaRunner
+from toka_engine.model.kernels.activation import silu_mul
+from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
+from toka_engine.model.ops import Linear, Ops
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    return linear
+
+
+def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBackend:
+    return FlashInferAttention(shape)
+
+
+def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> CudaRunner:
+    if not isinstance(attention, FlashInferAttention):
+        raise AssertionError("a CUDA runner needs the CUDA attention")
+    return CudaRunner(model, attention, max_seqs, config)
+
+
+def make_ops() -> Ops:
+    return Ops(
+        make_linear=make_linear,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        silu_mul=silu_mul,
+        make_attention=_make_attention,
+        make_runner=_make_runner,
+        max_steps_in_flight=2,
+    )

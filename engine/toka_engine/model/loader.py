@@ -1,0 +1,139 @@
+"""Reads weights from a folder of safetensors, sharded or not, by memory map. Never runs code from the folder.
+
+Every file, header and shape is checked before a tensor is used, and the error names what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from toka_engine.errors import ModelInvalidError, ModelNotFoundError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_INDEX_BYTES = 64 * 1024 * 1024
+
+
+class Weights(AbstractContextManager["Weights"]):
+    """The tensors of one model folder; files stay mapped until the `with` block ends."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._folder = folder
+        self._files = ExitStack()
+        self._file_of: dict[str, Any] = {}
+        self._untaken: set[str] = set()
+
+    def __enter__(self) -> Weights:
+        """Open every file. Raises ModelNotFoundError, ModelInvalidError."""
+        try:
+            for path in _list_files(self._folder):
+                self._open(path)
+        except BaseException:
+            self._files.close()
+            raise
+        self._untaken = set(self._file_of)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file_of.clear()
+        self._files.close()
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return tensor `name` on the device in the model's dtype. Raises ModelInvalidError if missing or misshapen."""
+        file = self._file_of.get(name)
+        if file is None:
+            raise ModelInvalidError(f"{self._folder}: the weights lack the tensor {name}")
+        found = tuple(file.get_slice(name).get_shape())
+        if found != shape:
+            raise ModelInvalidError(
+                f"{self._folder}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
+            )
+        tensor: torch.Tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ModelInvalidError(f"{self._folder}: tensor {name} has dtype {tensor.dtype}, not a float")
+        self._untaken.discard(name)
+        # A copy of its own: a view of the map would keep the file's pages, and would crash if the file is cut later.
+        return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def list_untaken(self) -> Iterator[str]:
+        """Names that no layer has asked for."""
+        yield from sorted(self._untaken)
+
+    def _open(self, path: Path) -> None:
+        _check_header(path)
+        try:
+            file = self._files.enter_context(safe_open(path, framework="pt"))
+            names = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelInvalidError(f"{path}: not a valid safetensors file: {error}") from error
+        for name in names:
+            self._file_of[name] = file
+
+
+def _list_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"the model folder {folder} does not exist")
+    if (folder / _INDEX).exists():
+        return [_resolve(folder, name) for name in _read_index(folder)]
+    if not (folder / _SINGLE).exists():
+        raise ModelInvalidError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
+    return [_resolve(folder, _SINGLE)]
+
+
+def _read_index(folder: Path) -> list[str]:
+    path = _resolve(folder, _INDEX)
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise ModelInvalidError(f"{path}: larger than {_MAX_INDEX_BYTES} bytes")
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelInvalidError(f"{path}: not an index of safetensors files: {error}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelInvalidError(f"{path}: weight_map names no files")
+    return names
+
+
+def _resolve(folder: Path, name: str) -> Path:
+    """The real path of file `name`, which must be inside the folder or a blob of the same hub cache entry."""
+    path = folder / name
+    if Path(name).name != name or name in (".", ".."):
+        raise ModelInvalidError(f"{folder}: {name!r:.120} is not a file name")
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise ModelInvalidError(f"{path} is missing or cannot be read: {error}") from error
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the hub cache: snapshots/<revision>/file -> ../../blobs/<hash>
+        allowed.append((folder.parent.parent / "blobs").resolve())
+    if not any(real.parent == root for root in allowed):
+        raise ModelInvalidError(f"{path} is a link out of the model folder")
+    if not real.is_file():
+        raise ModelInvalidError(f"{path} is not a regular file")
+    return real
+
+
+def _check_header(path: Path) -> None:
+    """Refuse lengths that cannot be before anything is mapped or allocated by them."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise ModelInvalidError(f"{path}: {error.strerror}") from error
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise ModelInvalidError(f"{path}: truncated or damaged: {size} bytes, but a header of {length} bytes")

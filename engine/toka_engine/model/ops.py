@@ -1,0 +1,76 @@
+"""The one place where a device's implementations are chosen.
+
+`Ops` is a table of functions; models, layers, runner and worker use only it and the attention interface. A new device
+adds a table here and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import torch
+
+from toka_engine.config import EngineConfig
+from toka_engine.errors import DeviceUnavailableError
+from toka_engine.model.attention.base import AttentionBackend, AttentionShape
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.sampling import Sampled, SamplePlan
+from toka_engine.model.state import SlotState
+
+if TYPE_CHECKING:
+    from toka_engine.model.runner import Runner
+
+Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""[rows, in_features] -> [rows, out_features]."""
+
+
+class Sample(Protocol):
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [n, vocab], the model's dtype
+        logit_rows: torch.Tensor | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
+        plan: SamplePlan,  # R rows
+        state: SlotState,
+    ) -> Sampled:
+        """Draw one token per row. Does not change `state`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Implementations for one device."""
+
+    make_linear: Callable[[torch.Tensor, torch.Tensor | None], Linear]
+    """weight [out, in] and bias [out] or None, on the device -> the product in the device's best layout."""
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """x [rows, width], weight [width], eps -> normed [rows, width]."""
+    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """x, residual [rows, width], weight, eps: residual += x in place; returns the normed residual."""
+    silu_mul: Callable[[torch.Tensor], torch.Tensor]
+    """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
+    make_attention: Callable[[AttentionShape, EngineConfig], AttentionBackend]
+    make_runner: Callable[[CausalModel, AttentionBackend, int, EngineConfig], Runner]
+    """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
+    max_steps_in_flight: int
+    """Steps launched before the first one's tokens are on the host."""
+
+
+def find_device(config: EngineConfig) -> torch.device:
+    """The device that `config.device` means here. Raises DeviceUnavailableError."""
+    has_cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
+    return torch.device("cuda" if has_cuda else "cpu")
+
+
+def select_ops(device: torch.device) -> Ops:
+    """The table of `device`. Imports what only that device needs."""
+    if device.type == "cuda":
+        from toka_engine.model.kernels.table import make_ops as make_cuda_ops
+
+        return make_cuda_ops()
+    from toka_engine.model.cpu_ops import make_ops
+
+    return make_ops()

@@ -1,0 +1,181 @@
+"""Draws tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, logprobs. Only rows that ask pay.
+
+Unseeded rows: one pass makes exp((x - max) / T) and its sums over blocks of the vocabulary; a uniform number picks the
+block, then the token in it (inverse transform, exact). Seeded rows: Gumbel-max (Gumbel 1954; Maddison et al. 2014) with
+noise by hash(seed, position, token), so that the draw depends on nothing else, and small differences of the logits
+rarely change it. Filters follow common practice: temperature, then top_k, top_p of what is left, then min_p; of equal
+logits at the cut the lowest token ids are kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from toka_engine.model.gumbel import gumbel_noise
+from toka_engine.model.sampling import Sampled, SamplePlan
+from toka_engine.model.state import SlotState
+
+_BLOCK = 256
+_FIRST_CANDIDATES = 1024
+_NEGATIVE = float("-inf")
+
+
+class CpuSampler:
+    """An ops.Sample."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: SlotState
+    ) -> Sampled:
+        wide = logits.float()
+        maxima = wide.amax(dim=1)
+        # The sum finds -inf, which the maximum hides; NaN and +inf show in both.
+        is_finite = torch.isfinite(maxima) & torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
+        rows = torch.arange(plan.slots.size) if logit_rows is None else logit_rows
+        slots = torch.from_numpy(plan.slots.astype(np.int64))
+        ids = torch.empty(plan.slots.size, dtype=torch.int64)
+        filtered = set(plan.filtered.tolist())
+        for chosen, draw in (
+            (plan.greedy, _find_maxima),
+            (plan.drawn, self._draw),
+            (plan.seeded, _draw_seeded),
+        ):
+            if chosen.size:
+                at = torch.from_numpy(chosen)
+                x = wide if chosen.size == wide.shape[0] and logit_rows is None else wide[rows[at]]
+                x = _apply_filters(x, chosen, plan, slots[at], state) if filtered else x
+                ids[at] = draw(x, maxima[rows[at]], slots[at], state)
+        ids.masked_fill_(~is_finite[rows], -1)
+        return _add_logprobs(ids.int(), wide, rows, plan)
+
+    def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+        """x [n, vocab] -> [n] ids by inverse transform over blocks."""
+        weights = x.sub(maxima[:, None]).div_(state.temperatures[slots][:, None]).exp_()
+        blocks = _view_blocks(weights, 0.0)
+        uniforms = torch.rand(2, x.shape[0], 1, generator=self._generator, dtype=torch.float64)
+        block = _pick(blocks.sum(dim=2, dtype=torch.float64), uniforms[0])
+        inside = blocks[torch.arange(x.shape[0]), block].double()
+        return block * _BLOCK + _pick(inside, uniforms[1])
+
+
+def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Index [n] drawn from weights [n, k] (float64, not normalised) with uniforms [n, 1] in [0, 1)."""
+    sums = weights.cumsum(dim=1)
+    index = torch.searchsorted(sums, uniforms * sums[:, -1:], right=True).squeeze(1)
+    # Rounding may point one past the end: the last entry with weight is meant.
+    last = weights.shape[1] - 1 - (weights > 0).flip(1).int().argmax(dim=1)
+    return torch.minimum(index, last)
+
+
+def _view_blocks(x: torch.Tensor, padding: float) -> torch.Tensor:
+    """[n, vocab] -> [n, blocks, _BLOCK]."""
+    rest = -x.shape[1] % _BLOCK
+    padded = torch.nn.functional.pad(x, (0, rest), value=padding) if rest else x
+    return padded.view(x.shape[0], -1, _BLOCK)
+
+
+def _find_first_maximum(x: torch.Tensor) -> torch.Tensor:
+    """The lowest index [n] of each row's maximum. By blocks: torch's argmax over a long row is ten times slower."""
+    blocks = _view_blocks(x, _NEGATIVE)
+    block = blocks.amax(dim=2).argmax(dim=1)
+    return block * _BLOCK + blocks[torch.arange(x.shape[0]), block].argmax(dim=1)
+
+
+def _find_maxima(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+    return _find_first_maximum(x)
+
+
+def _draw_seeded(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+    noise = gumbel_noise(state.seeds[slots], state.num_sampled[slots], x.shape[1])
+    return _find_first_maximum(noise.add_(x / state.temperatures[slots][:, None]))
+
+
+def _apply_filters(
+    x: torch.Tensor,
+    chosen: np.ndarray[tuple[int], np.dtype[np.int64]],
+    plan: SamplePlan,
+    slots: torch.Tensor,
+    state: SlotState,
+) -> torch.Tensor:
+    """A copy of x [n, vocab] with -inf for what top_k, top_p and min_p leave out, in the rows that ask."""
+    asking = np.flatnonzero(np.isin(chosen, plan.filtered, assume_unique=True))
+    if not asking.size:
+        return x
+    at = torch.from_numpy(asking)
+    result = x.clone() if asking.size < x.shape[0] else x
+    kept = keep_likeliest(
+        x[at],
+        state.temperatures[slots[at]],
+        state.top_ks[slots[at]],
+        state.top_ps[slots[at]],
+        state.min_ps[slots[at]],
+    )
+    if result is x:
+        return kept
+    result[at] = kept
+    return result
+
+
+def keep_likeliest(
+    x: torch.Tensor,  # [n, vocab] float32
+    temperatures: torch.Tensor,  # [n]
+    top_ks: torch.Tensor,  # [n]; 0: off
+    top_ps: torch.Tensor,  # [n]; 1: off
+    min_ps: torch.Tensor,  # [n]; 0: off
+) -> torch.Tensor:
+    """x with -inf where a filter leaves a token out; exact over the whole vocabulary."""
+    vocab = x.shape[1]
+    parameters = (temperatures, top_ks, top_ps, min_ps)
+    counts, thresholds, is_known = _find_cuts(x, min(vocab, _FIRST_CANDIDATES), *parameters)
+    if not bool(is_known.all()):  # a flat distribution: sort those rows whole
+        rest = torch.nonzero(~is_known).squeeze(1)
+        counts[rest], thresholds[rest], _ = _find_cuts(x[rest], vocab, *(each[rest] for each in parameters))
+    is_above, is_equal = x > thresholds[:, None], x == thresholds[:, None]
+    num_equal = counts - is_above.sum(dim=1)
+    is_kept = is_above | (is_equal & (is_equal.cumsum(dim=1) <= num_equal[:, None]))
+    return x.masked_fill(~is_kept, _NEGATIVE)
+
+
+def _find_cuts(
+    x: torch.Tensor,
+    width: int,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many tokens [n] the filters keep, the last one's logit [n], and whether `width` candidates sufficed [n]."""
+    vocab = x.shape[1]
+    values = torch.topk(x, width, dim=1).values if width < vocab else x.sort(dim=1, descending=True).values
+    limits = torch.where(top_ks > 0, top_ks.long().clamp(max=vocab), vocab)
+    top = values[:, :1]
+    weights = ((values - top) / temperatures[:, None]).double().exp()
+    inside = torch.arange(width)[None, :] < limits[:, None]
+    totals = ((x - top) / temperatures[:, None]).exp().sum(dim=1, dtype=torch.float64)
+    totals = torch.where(limits <= width, (weights * inside).sum(dim=1), totals)
+    before = weights.cumsum(dim=1) - weights  # a token stays while what comes before it is short of top_p
+    is_kept = inside & ((before < (top_ps.double() * totals)[:, None]) | (top_ps >= 1.0)[:, None])
+    is_kept &= weights >= min_ps.double()[:, None]
+    is_kept[:, 0] = True
+    counts = is_kept.sum(dim=1)
+    thresholds = values.gather(1, (counts - 1)[:, None]).squeeze(1)
+    return counts, thresholds, (counts < width) | (limits <= width) | (width == vocab)
+
+
+def _add_logprobs(ids: torch.Tensor, wide: torch.Tensor, rows: torch.Tensor, plan: SamplePlan) -> Sampled:
+    """Logprobs of the unscaled distribution for the rows that ask; NaN where the logits were not finite."""
+    if not plan.has_logprobs:
+        return Sampled(ids, None, None, None)
+    log_sums = torch.logsumexp(wide, dim=1)
+    logprobs = wide[rows, ids.long().clamp(min=0)] - log_sums[rows]
+    logprobs.masked_fill_(ids < 0, float("nan"))
+    if not plan.top.size:
+        return Sampled(ids, logprobs, None, None)
+    at = rows[torch.from_numpy(plan.top)]
+    best = torch.topk(wide[at], plan.top_width, dim=1)
+    is_beyond = torch.arange(plan.top_width)[None, :] >= torch.from_numpy(plan.top_counts)[:, None]
+    tokens = best.indices.int().masked_fill_(is_beyond, -1)
+    return Sampled(ids, logprobs, tokens, best.values - log_sums[at][:, None])

@@ -1,0 +1,82 @@
+"""Decides dtype and sizes: what the user set, else what fits the device and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from toka_engine.config import EngineConfig
+from toka_engine.errors import ConfigError, OutOfMemoryError
+from toka_engine.model.memory import choose_num_pages, read_limit_bytes
+from toka_engine.model.model_config import ModelConfig
+
+_CPU_TOKENS_PER_FORWARD, _CPU_SEQS = 128, 256
+_GPU_TOKENS_PER_FORWARD, _GPU_SEQS = 8192, 4096
+_GPU_ACTIVATION_RESERVE_BYTES = 2 << 30
+_GPU_SHARE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Final sizes of the worker, as `WorkerReady` reports them."""
+
+    num_pages: int
+    page_size: int
+    max_seqs: int
+    max_tokens_per_forward: int
+    max_pages_per_seq: int
+
+
+def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes with it, float32 elsewhere, unless the user set it. Raises ConfigError."""
+    match config.dtype:
+        case "bfloat16":
+            return torch.bfloat16
+        case "float32":
+            return torch.float32
+        case "auto":
+            return torch.bfloat16 if device.type == "cuda" or _has_cpu_bfloat16() else torch.float32
+        case other:
+            raise ConfigError(f"dtype={other!r} is not one of auto, bfloat16, float32")
+
+
+def _has_cpu_bfloat16() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return capabilities.startswith("AVX512") and bool(
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int) -> Sizes:
+    """Sizes for a model that is loaded already. Raises ConfigError, OutOfMemoryError."""
+    is_gpu = device.type == "cuda"
+    page_size = config.page_size
+    max_seqs = config.max_seqs_per_forward or (_GPU_SEQS if is_gpu else _CPU_SEQS)
+    max_tokens = config.max_tokens_per_forward or (_GPU_TOKENS_PER_FORWARD if is_gpu else _CPU_TOKENS_PER_FORWARD)
+    for name, value in (
+        ("page_size", page_size),
+        ("max_seqs", max_seqs),
+        ("max_tokens_per_forward", max_tokens),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    pages_of_longest = -(-model.max_positions // page_size)
+    bytes_per_page = kv_bytes_per_token * page_size
+    available = _read_gpu_bytes(device) if is_gpu else read_limit_bytes()
+    if is_gpu and config.kv_cache_num_tokens is None:
+        num_pages = available // bytes_per_page
+    else:
+        min_pages = min(pages_of_longest, 256)
+        num_pages = choose_num_pages(available, bytes_per_page, min_pages, config.kv_cache_num_tokens, page_size)
+    if num_pages < 1 or num_pages * bytes_per_page > available:
+        raise OutOfMemoryError(
+            f"the KV cache needs {max(1, num_pages) * bytes_per_page} bytes of memory, {available} are available; "
+            "lower kv_cache_num_tokens"
+        )
+    return Sizes(num_pages, page_size, max_seqs, max_tokens, min(pages_of_longest, num_pages))
+
+
+def _read_gpu_bytes(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _GPU_SHARE) - _GPU_ACTIVATION_RESERVE_BYTES

@@ -1,0 +1,188 @@
+"""The model worker's process: load, size, warm up, then execute steps in order and send their tokens.
+
+Owns the order of things and nothing else: weights are the loader's, a step's work is the runner's. Talks to the manager
+over one link, to the supervisor through `child.Child`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from toka_engine.channel import Channel
+from toka_engine.child import Child
+from toka_engine.config import EngineConfig
+from toka_engine.errors import OutOfMemoryError, PeerClosedError
+from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
+from toka_engine.model.attention.base import AttentionShape
+from toka_engine.model.loader import Weights
+from toka_engine.model.memory import count_threads
+from toka_engine.model.model_config import ModelConfig, read_model_config
+from toka_engine.model.ops import Ops, find_device, select_ops
+from toka_engine.model.registry import build_model
+from toka_engine.model.runner import Launched, Runner
+from toka_engine.model.sizes import Sizes, choose_dtype, choose_sizes
+
+_log = logging.getLogger("toka.model")
+
+Report: TypeAlias = Callable[[str, str], None]
+"""(phase, detail) of the start."""
+
+
+class Worker:
+    """A loaded model with its sizes; made by `load_worker`."""
+
+    def __init__(self, runner: Runner, ready: WorkerReady, ops: Ops) -> None:
+        self.runner = runner
+        self.ready = ready
+        self.ops = ops
+
+    def warm_up(self) -> None:
+        """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet."""
+        for step in make_warm_up_steps(self.ready):
+            self.runner.finish(self.runner.launch(step))
+        self.runner.prepare()
+
+    def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
+        """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
+        waiting: deque[ManagerToWorker] = deque()
+        launched: deque[Launched] = deque()
+        while True:
+            if not waiting and not launched:
+                waiting.extend(link.receive())
+            else:
+                waiting.extend(_receive_ready(link, bool(waiting) or bool(launched)))
+            with child.busy():
+                if waiting and len(launched) < self.ops.max_steps_in_flight:
+                    match waiting.popleft():
+                        case Step() as step:
+                            launched.append(self.runner.launch(step))
+                        case Stop():
+                            return
+                    if waiting and len(launched) < self.ops.max_steps_in_flight:
+                        continue
+                link.send(self.runner.finish(launched.popleft()))
+
+
+def _receive_ready(link: Channel[ManagerToWorker], has_work: bool) -> list[ManagerToWorker]:
+    """What has arrived; a closed link counts only when the steps that came before are done."""
+    try:
+        return link.receive_ready()
+    except PeerClosedError:
+        if has_work:
+            return []
+        raise
+
+
+def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker:
+    """Load the model of `model_dir` and allocate everything. Raises errors of the tree, OutOfMemoryError among them."""
+    device = find_device(config)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or count_threads())
+    ops = select_ops(device)
+    model_config = read_model_config(model_dir)
+    dtype = choose_dtype(config, device)
+    shape = AttentionShape(
+        num_layers=model_config.num_layers,
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        scale=model_config.head_dim**-0.5,
+        dtype=dtype,
+        device=device,
+    )
+    try:
+        report("load", f"{model_config.architecture} {dtype} on {device.type}")
+        with torch.inference_mode(), Weights(model_dir, device, dtype) as weights:
+            model = build_model(model_config, weights, ops)
+            for name in weights.list_untaken():
+                _log.warning("event=unused_tensor name=%s", name)
+        gc.collect()
+        attention = ops.make_attention(shape, config)
+        sizes = choose_sizes(config, model_config, device, attention.kv_bytes_per_token())
+        attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
+    runner = ops.make_runner(model, attention, sizes.max_seqs, config)
+    return Worker(runner, _describe(model_config, sizes, shape), ops)
+
+
+def _describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:
+    return WorkerReady(
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        max_seqs=sizes.max_seqs,
+        max_tokens_per_forward=sizes.max_tokens_per_forward,
+        max_pages_per_seq=sizes.max_pages_per_seq,
+        device=shape.device.type,
+        dtype=str(shape.dtype).removeprefix("torch."),
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+    )
+
+
+def make_warm_up_steps(ready: WorkerReady) -> list[Step]:
+    """A prefill on slot 0 and two decode steps, as large as the first pages of the cache allow."""
+    capacity = min(ready.num_pages, ready.max_pages_per_seq) * ready.page_size
+    length = max(1, min(ready.max_tokens_per_forward, capacity - 2))
+    pages = np.arange(min(-(-(length + 2) // ready.page_size), ready.max_pages_per_seq), dtype=np.int32)
+    slot, zero = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    prefill = Step(
+        number=0,
+        new_slots=slot,
+        new_lengths=slot,
+        new_num_sampled=slot,
+        new_temperatures=zero + 1,
+        new_top_ps=zero + 1,
+        new_top_ks=slot,
+        new_min_ps=zero,
+        new_seeds=np.full(1, -1, np.int64),
+        new_num_logprobs=slot - 1,
+        append_slots=np.zeros(pages.size, np.int32),
+        append_indices=pages,
+        append_pages=pages,
+        prefill_slots=slot,
+        prefill_starts=slot,
+        prefill_lengths=slot + length,
+        prefill_tokens=np.zeros(length, np.int32),
+        fanout_slots=slot,
+        fanout_chunks=slot,
+    )
+    num_decodes = min(2, capacity - length)
+    return [prefill, *(Step(number=0, decode_slots=slot) for _ in range(num_decodes))]
+
+
+def run_worker(child: Child, link_fds: list[int]) -> None:
+    """The process's main: start, tell the manager and the supervisor, serve."""
+    began_s = time.monotonic()
+    link: Channel[ManagerToWorker] = Channel.from_fd(link_fds[0], ManagerToWorker)
+    start = child.start
+    worker = load_worker(start.config, Path(start.model_dir), child.progress)
+    child.progress("warm-up", f"{worker.ready.num_pages} pages of {worker.ready.page_size} tokens")
+    worker.warm_up()
+    gc.collect()
+    gc.freeze()
+    link.send(worker.ready)
+    child.ready()
+    _log.info(
+        "event=ready seconds=%.2f device=%s dtype=%s pages=%d page_size=%d threads=%d",
+        time.monotonic() - began_s,
+        worker.ready.device,
+        worker.ready.dtype,
+        worker.ready.num_pages,
+        worker.ready.page_size,
+        torch.get_num_threads(),
+    )
+    worker.serve(link, child)

@@ -1,0 +1,32 @@
+"""The API key check of /v1/*. The key comes from the environment only, and is compared in constant time."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+
+from toka_engine.server.errors import ApiError
+
+KEY_VARIABLE = "TOKA_API_KEY"
+
+
+class KeyCheck:
+    """Accepts every request where no key is set."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key.encode() if key else None
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Raise a 401 unless `headers` carry `Authorization: Bearer <the key>`."""
+        if self._key is None:
+            return
+        given = next((value for name, value in headers if name == b"authorization"), None)
+        if given is None:
+            raise _denied("No API key was given: send it as `Authorization: Bearer <key>`.")
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+            raise _denied("The API key is wrong.")
+
+
+def _denied(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers=((b"www-authenticate", b"Bearer"),))

@@ -1,0 +1,59 @@
+"""The server's answers to what clients get wrong and to what the engine cannot do, in OpenAI's error shape.
+
+Owns: the mapping of an error to status, type, code and headers. Everything that refuses a request raises
+`ApiError`; `app` is the one place that turns it into an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from toka_engine.errors import TokaError
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ApiError(TokaError):
+    """An answer other than success; `param` names the offending field of the request."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> bytes:
+        """The error as JSON: {"error": {message, type, param, code}}."""
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return msgspec.json.encode({"error": error})
+
+
+class ClientGoneError(TokaError):
+    """The connection closed before the answer was complete: there is nobody to answer."""
+
+
+def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
+    """A 400 that names the field `param`."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str) -> ApiError:
+    """A 503 that asks the client to come again."""
+    return ApiError(503, message, code="unavailable", headers=((b"retry-after", b"1"),))

@@ -1,0 +1,127 @@
+"""One HTTP request and its answer, on top of ASGI: reading a bounded body, writing JSON or server-sent
+events.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from toka_engine.server.connection import Connection, JoinedWrites
+from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
+
+JSON = b"application/json"
+EVENTS = b"text/event-stream; charset=utf-8"
+
+
+_LARGE_BODY_BYTES = 1024 * 1024
+_trim_heap = ctypes.CDLL(None).malloc_trim
+
+
+class BodyBudget:
+    """How many bytes of bodies may be held at once, over all requests."""
+
+    def __init__(self, max_body_bytes: int, max_total_bytes: int) -> None:
+        self.max_body_bytes = max_body_bytes
+        self._max_total_bytes = max_total_bytes
+        self._held_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        if self._held_bytes + num_bytes > self._max_total_bytes:
+            raise unavailable("Too many large requests at once.")
+        self._held_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._held_bytes -= num_bytes
+
+
+class Exchange:
+    """See the module."""
+
+    def __init__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.connection: Connection = scope["state"]["connection"]
+        self._cycle: RequestResponseCycle = scope["state"]["cycle"]
+        self.started_s = time.monotonic()
+        self.status = 0
+        """0 until the answer has begun."""
+        self.body_bytes = 0
+        self._receive = receive
+        self._send = send
+
+    def header(self, wanted: bytes) -> bytes | None:
+        return next((value for name, value in self.headers if name == wanted), None)
+
+    async def read_json(self, budget: BodyBudget) -> bytes:
+        """Return the raw body. Raises 415, 413 or ClientGoneError."""
+        kind = (self.header(b"content-type") or b"").partition(b";")[0].strip().lower()
+        if kind != JSON:
+            raise ApiError(415, "The content-type must be application/json.", code="unsupported_media_type")
+        declared = self.header(b"content-length") or b""
+        if declared.isdigit() and int(declared) > budget.max_body_bytes:
+            raise _too_large(budget)
+        held = 0
+        parts: list[bytes] = []
+        try:
+            while True:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError("the client closed the connection")
+                part = message.get("body", b"")
+                if held + len(part) > budget.max_body_bytes:
+                    raise _too_large(budget)
+                budget.take(len(part))
+                held += len(part)
+                self.body_bytes = held
+                parts.append(part)
+                if not message.get("more_body"):
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            budget.give_back(held)
+            self.connection.watch_for_end()
+
+    async def answer(
+        self, status: int, body: bytes, kind: bytes = JSON, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        """Write a whole answer."""
+        self.status = status
+        fixed = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+        with JoinedWrites(self._cycle):
+            await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+            await self._send({"type": "http.response.body", "body": body})
+
+    async def begin_events(self) -> None:
+        self.status = 200
+        headers = [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write_events(self, events: bytes) -> None:
+        """Write complete events; waits while the client does not read."""
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def end_events(self, events: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": False})
+
+    def release(self) -> None:
+        """Give the memory of a large body back to the system, which the allocator would keep."""
+        if self.body_bytes > _LARGE_BODY_BYTES:
+            _trim_heap(0)
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with `error`; in a stream that has begun, as its last event, after which the connection
+        closes.
+        """
+        if self.status:
+            await self.end_events(b"data: " + error.body() + b"\n\n")
+            self.connection.transport.close()
+        else:
+            await self.answer(error.status, error.body(), headers=error.headers)
+
+
+def _too_large(budget: BodyBudget) -> ApiError:
+    return ApiError(413, f"The body has more than {budget.max_body_bytes} bytes.", code="body_too_large")

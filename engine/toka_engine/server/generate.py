@@ -1,0 +1,111 @@
+"""From a checked request to its answer: submit, render what comes, write it whole or as events.
+
+Owns: the order of these steps. The generation is left in every case through its `with`, which cancels what
+still runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from toka_engine.messages import Int32s
+from toka_engine.server.answers import AnswerFormat, FinishedChoice
+from toka_engine.server.errors import ClientGoneError
+from toka_engine.server.exchange import Exchange
+from toka_engine.server.metrics import Metrics
+from toka_engine.server.protocol import Usage
+from toka_engine.server.render import Renderer
+from toka_engine.server.streams import Generation, GenerationSpec, Streams
+
+_DONE = b"data: [DONE]\n\n"
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One request, ready to run."""
+
+    prompts: Sequence[Int32s]
+    spec: GenerationSpec
+    form: AnswerFormat
+    new_renderer: Callable[[], Renderer]
+    is_streamed: bool
+    includes_usage: bool
+    echoes: Sequence[str] = ()
+    """Per prompt: the text to put before each of its choices; empty without echo."""
+
+    def echo(self, choice_index: int) -> str:
+        return self.echoes[choice_index // self.spec.num_choices] if self.echoes else ""
+
+
+async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metrics) -> None:
+    """Generate and answer. Raises ApiError, and ClientGoneError when there is nobody to answer."""
+    connection = exchange.connection
+    if connection.is_gone:
+        raise ClientGoneError("the client closed the connection")
+    with Generation(streams, job.prompts, job.spec) as generation:
+        connection.gone_callbacks.add(generation.abandon)
+        try:
+            renderers = [job.new_renderer() for _ in generation.choices]
+            if job.is_streamed:
+                await _answer_in_events(job, exchange, generation, renderers, metrics)
+            else:
+                await _answer_whole(job, exchange, generation, renderers)
+        finally:
+            connection.gone_callbacks.discard(generation.abandon)
+    usage = _usage(job, renderers)
+    metrics.request_prompt_tokens.inc(usage.prompt_tokens)
+    metrics.request_completion_tokens.inc(usage.completion_tokens)
+
+
+async def _answer_whole(job: Job, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]) -> None:
+    texts = [[job.echo(index)] for index in range(len(renderers))]
+    choices = [FinishedChoice("", None, []) for _ in renderers]
+    num_unfinished = len(renderers)
+    while num_unfinished:
+        for choice in await generation.news():
+            renderer, finished = renderers[choice.index], choices[choice.index]
+            texts[choice.index].append(renderer.advance(choice))
+            finished.shown += renderer.take_shown()
+            if renderer.finish_reason is not None and finished.finish_reason is None:
+                finished.finish_reason = renderer.finish_reason
+                finished.text = "".join(texts[choice.index])
+                num_unfinished -= 1
+    await exchange.answer(200, job.form.whole(choices, _usage(job, renderers)))
+
+
+async def _answer_in_events(
+    job: Job, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer], metrics: Metrics
+) -> None:
+    form = job.form
+    has_begun = [False] * len(renderers)
+    num_unfinished = len(renderers)
+    while num_unfinished:
+        events: list[bytes] = []
+        for choice in await generation.news():
+            index = choice.index
+            renderer = renderers[index]
+            text = renderer.advance(choice)
+            if not has_begun[index]:
+                has_begun[index] = True
+                text = job.echo(index) + text
+                events.append(form.opening(index))
+            shown = renderer.take_shown()
+            if text or shown or renderer.finish_reason is not None:
+                events.append(form.piece(index, text, shown, renderer.finish_reason))
+                num_unfinished -= renderer.finish_reason is not None
+        if not exchange.status:
+            # Not earlier: until the first token the request may still be refused with a status of its own.
+            metrics.first_token_seconds.observe(time.monotonic() - exchange.started_s)
+            await exchange.begin_events()
+        if events:
+            await exchange.write_events(b"".join(events))
+    tail = form.usage(_usage(job, renderers)) if job.includes_usage else b""
+    await exchange.end_events(tail + _DONE)
+
+
+def _usage(job: Job, renderers: Sequence[Renderer]) -> Usage:
+    num_prompt = sum(map(len, job.prompts))
+    num_completion = sum(renderer.num_tokens for renderer in renderers)
+    return Usage(num_prompt, num_completion, num_prompt + num_completion)

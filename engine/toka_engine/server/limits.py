@@ -1,0 +1,332 @@
+"""Every check of one request against the engine's limits. Nothing is ignored: what is wrong is refused.
+
+Owns: ranges, defaults, and what is unsupported. Each refusal is a 400 that names the field. Pure: no I/O, no
+state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from toka_engine.config import EngineConfig
+from toka_engine.messages import EngineInfo, Int32s, Sampling
+from toka_engine.server.chat import Turn
+from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
+from toka_engine.server.stops import StopStrings
+from toka_engine.server.streams import GenerationSpec
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_TEMPERATURE = 2.0
+MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
+"""Over all choices of one request."""
+MAX_REQUEST_LOGPROBS = 1024 * 1024
+"""Logprobs in one answer: each is about a hundred bytes of JSON."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+    "web_search_options": (),
+    "chat_template": (),
+}
+"""Fields of OpenAI's API that are not supported, with the values (beside null) that ask for nothing."""
+
+_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "name": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a request asks for beyond its prompt, checked; `max_tokens` None: as many as fit."""
+
+    num_choices: int
+    max_tokens: int | None
+    max_tokens_field: str
+    sampling: Sampling
+    stops: StopStrings | None
+    ignores_eos: bool
+    is_streamed: bool
+    includes_usage: bool
+
+
+class Limits:
+    """The limits of this engine, as `EngineInfo` and the settings state them."""
+
+    def __init__(self, config: EngineConfig, info: EngineInfo, names: Sequence[str], end_ids: tuple[int, ...]) -> None:
+        self._config = config
+        self._info = info
+        self._names = names
+        self._end_ids = end_ids
+        self.max_request_tokens = min(info.max_request_tokens, info.num_kv_tokens)
+
+    # ------------------------------------------------------------ fields
+
+    def check_completion(self, request: CompletionRequest) -> Asked:
+        """Check everything but the prompt."""
+        asked = self._check_shared(
+            request,
+            request.max_tokens,
+            "max_tokens",
+            _int_in(request.logprobs, "logprobs", 0, self._max_top(), -1),
+        )
+        if request.best_of is not None and request.best_of != asked.num_choices:
+            raise invalid("best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter")
+        if request.echo and request.logprobs is not None:
+            raise invalid("echo", "'echo' is not supported together with 'logprobs'.", "unsupported_parameter")
+        return asked
+
+    def check_chat(self, request: ChatRequest) -> Asked:
+        """Check everything but the messages."""
+        if request.top_logprobs is not None and not request.logprobs:
+            raise invalid("top_logprobs", "'top_logprobs' needs 'logprobs' to be true.")
+        num_top = _int_in(request.top_logprobs, "top_logprobs", 0, self._max_top(), 0)
+        max_tokens, name = request.max_tokens, "max_tokens"
+        if request.max_completion_tokens is not None:
+            if max_tokens not in (None, request.max_completion_tokens):
+                raise invalid("max_tokens", "'max_tokens' and 'max_completion_tokens' differ.")
+            max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
+        return self._check_shared(request, max_tokens, name, num_top if request.logprobs else -1)
+
+    def _check_shared(self, request: GenerationRequest, max_tokens: int | None, name: str, num_top: int) -> Asked:
+        self._check_model(request.model)
+        _check_neutral(request, _NEUTRAL, "")
+        options = request.stream_options
+        if options is not None and not request.stream:
+            raise invalid("stream_options", "'stream_options' needs 'stream' to be true.")
+        if options is not None and options.include_obfuscation:
+            raise _unsupported("stream_options.include_obfuscation")
+        return Asked(
+            num_choices=_int_in(request.n, "n", 1, self._config.max_choices_per_request, 1),
+            max_tokens=None if max_tokens is None else _int_in(max_tokens, name, 1, self.max_request_tokens, 1),
+            max_tokens_field=name,
+            sampling=self._check_sampling(request, num_top),
+            stops=_check_stops(request.stop),
+            ignores_eos=bool(request.ignore_eos),
+            is_streamed=bool(request.stream),
+            includes_usage=bool(options and options.include_usage),
+        )
+
+    def _check_model(self, name: str) -> None:
+        if name not in self._names:
+            shown = name if len(name) <= 100 else name[:100] + "..."
+            raise ApiError(404, f"The model '{shown}' does not exist.", param="model", code="model_not_found")
+
+    def _check_sampling(self, request: GenerationRequest, num_logprobs: int) -> Sampling:
+        temperature = _float_in(request.temperature, "temperature", 0.0, MAX_TEMPERATURE, 1.0)
+        top_p = _float_in(request.top_p, "top_p", 0.0, 1.0, 1.0)
+        if top_p == 0.0:  # the smallest nucleus is the most likely token
+            top_p, temperature = 1.0, 0.0
+        seed = _int_in(request.seed, "seed", -(2**63), 2**63 - 1, -1)
+        return Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=max(0, _int_in(request.top_k, "top_k", -1, self._info.vocab_size, 0)),
+            min_p=_float_in(request.min_p, "min_p", 0.0, 1.0, 0.0),
+            seed=-1 if request.seed is None else seed & (2**63 - 1),
+            num_logprobs=num_logprobs,
+        )
+
+    def _max_top(self) -> int:
+        return min(self._config.max_topk_logprobs, self._info.vocab_size)
+
+    # ------------------------------------------------------------ prompts
+
+    def check_prompt(self, prompt: str | list[Any]) -> list[str] | list[Int32s]:
+        """Return the texts to encode, or the prompts as ids, checked."""
+        if isinstance(prompt, str):
+            return self._check_texts([prompt])
+        if not prompt:
+            raise invalid("prompt", "'prompt' is empty.")
+        if all(isinstance(part, str) for part in prompt):
+            return self._check_texts(prompt)
+        if isinstance(prompt[0], int):
+            return [self._check_ids(prompt, "prompt")]
+        return [self._check_ids(part, f"prompt[{index}]") for index, part in enumerate(prompt)]
+
+    def _check_texts(self, texts: list[str]) -> list[str]:
+        if len(texts) > self._config.max_choices_per_request:
+            raise invalid("prompt", f"'prompt' has more than {self._config.max_choices_per_request} texts.")
+        for index, text in enumerate(texts):
+            if not text:
+                raise invalid("prompt", "'prompt' is empty." if len(texts) == 1 else f"'prompt[{index}]' is empty.")
+        return texts
+
+    def _check_ids(self, ids: Any, name: str) -> Int32s:
+        if not isinstance(ids, list):
+            raise invalid("prompt", f"'{name}' is of another kind than its neighbours.", "invalid_type")
+        if not ids:
+            raise invalid("prompt", f"'{name}' is empty.")
+        if len(ids) >= self.max_request_tokens:
+            raise self.too_long("prompt", len(ids))
+        if set(map(type, ids)) != {int}:
+            raise invalid("prompt", f"'{name}' mixes token ids with something else.", "invalid_type")
+        lowest, highest = min(ids), max(ids)
+        if lowest < 0 or highest >= self._info.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise invalid("prompt", f"'{name}' has token id {wrong}; valid are 0 to {self._info.vocab_size - 1}.")
+        return np.array(ids, np.int32)
+
+    def check_text_size(self, param: str, num_bytes: int, max_bytes: int) -> None:
+        """Refuse a text that cannot fit before it is encoded."""
+        if num_bytes > max_bytes:
+            raise invalid(
+                param,
+                f"'{param}' has {num_bytes} bytes; at most {self.max_request_tokens - 1} tokens fit.",
+                "context_length_exceeded",
+            )
+
+    def too_long(self, param: str, num_tokens: int) -> ApiError:
+        most = self.max_request_tokens - 1
+        message = f"'{param}' has {num_tokens} tokens; at most {most} fit, with room for one more."
+        return invalid(param, message, "context_length_exceeded")
+
+    def check_turns(self, messages: Sequence[ChatMessage]) -> list[Turn]:
+        """Return the messages as text."""
+        if not messages:
+            raise invalid("messages", "'messages' is empty.")
+        if len(messages) >= self.max_request_tokens:  # each has at least one token
+            raise self.too_long("messages", len(messages))
+        return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+    # ------------------------------------------------------------ the whole
+
+    def plan(
+        self, asked: Asked, prompts: Sequence[Int32s], param: str, default_tokens: int | None = None
+    ) -> GenerationSpec:
+        """Check the request as a whole. `param`: the field of the prompt; `default_tokens` None: as many as
+        fit.
+        """
+        longest = max(map(len, prompts))
+        room = self.max_request_tokens - longest
+        if any(not len(ids) for ids in prompts):
+            raise invalid(param, f"'{param}' has no tokens.")
+        if room < 1:
+            raise self.too_long(param, longest)
+        max_tokens = asked.max_tokens or min(room, default_tokens or room)
+        if max_tokens > room:
+            raise invalid(
+                asked.max_tokens_field,
+                f"'{asked.max_tokens_field}' is {max_tokens}, but {longest} tokens of prompt leave {room} of "
+                f"{self.max_request_tokens}.",
+                "context_length_exceeded",
+            )
+        self._check_size(asked, len(prompts), max_tokens, param)
+        return GenerationSpec(
+            num_choices=asked.num_choices,
+            max_tokens=max_tokens,
+            sampling=asked.sampling,
+            stop_ids=() if asked.ignores_eos else self._end_ids,
+            deliver_each=asked.is_streamed or asked.stops is not None,
+        )
+
+    def _check_size(self, asked: Asked, num_prompts: int, max_tokens: int, param: str) -> None:
+        num_choices = num_prompts * asked.num_choices
+        if num_choices > self._config.max_choices_per_request:
+            raise invalid(
+                "n" if asked.num_choices > 1 else param,
+                f"{num_prompts} prompts times n={asked.num_choices} are more than "
+                f"{self._config.max_choices_per_request} choices.",
+            )
+        if num_choices * max_tokens > MAX_REQUEST_OUTPUT_TOKENS:
+            raise invalid(
+                asked.max_tokens_field,
+                f"{num_choices} choices of {max_tokens} tokens are more than one answer may hold.",
+            )
+        num_logprobs = 1 + asked.sampling.num_logprobs
+        if num_choices * max_tokens * num_logprobs > MAX_REQUEST_LOGPROBS:
+            raise invalid("logprobs", f"The answer could hold more than {MAX_REQUEST_LOGPROBS} logprobs.")
+
+
+def _check_message(message: ChatMessage, path: str) -> Turn:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise invalid(f"{path}.role", f"'{path}.role' must be one of {', '.join(_ROLES)}.", "invalid_value")
+    _check_neutral(message, _MESSAGE_NEUTRAL, f"{path}.")
+    content = message.content
+    if content is None:
+        raise invalid(f"{path}.content", f"'{path}.content' is missing.", "missing_required_parameter")
+    if isinstance(content, str):
+        return Turn(role, content)
+    texts = []
+    for index, part in enumerate(content):
+        if part.type != "text":
+            where = f"{path}.content[{index}].type"
+            raise invalid(where, f"'{where}': only 'text' is supported.", "unsupported_parameter")
+        if part.text is None:
+            where = f"{path}.content[{index}].text"
+            raise invalid(where, f"'{where}' is missing.", "missing_required_parameter")
+        texts.append(part.text)
+    return Turn(role, "\n".join(texts))
+
+
+def _check_neutral(request: msgspec.Struct, neutral: dict[str, tuple[Any, ...]], prefix: str) -> None:
+    for name in request.__struct_fields__:
+        if name in neutral:
+            value = getattr(request, name)
+            # 0 and False are equal in Python and are not in JSON.
+            if value is not None and not any(
+                value == plain and isinstance(value, bool) == isinstance(plain, bool) for plain in neutral[name]
+            ):
+                raise _unsupported(prefix + name)
+
+
+def _unsupported(name: str) -> ApiError:
+    return invalid(name, f"'{name}' is not supported with this value.", "unsupported_parameter")
+
+
+def _check_stops(stop: str | list[str] | None) -> StopStrings | None:
+    if stop is None or stop == []:
+        return None
+    patterns = [stop] if isinstance(stop, str) else stop
+    if len(patterns) > MAX_STOP_STRINGS:
+        raise invalid("stop", f"'stop' has {len(patterns)} strings; at most {MAX_STOP_STRINGS} are allowed.")
+    for pattern in patterns:
+        if not 1 <= len(pattern) <= MAX_STOP_CHARACTERS:
+            raise invalid("stop", f"A stop string must have 1 to {MAX_STOP_CHARACTERS} characters.")
+    return StopStrings(tuple(patterns))
+
+
+def _int_in(value: int | None, name: str, lowest: int, highest: int, default: int) -> int:
+    if value is None:
+        return default
+    if not lowest <= value <= highest:
+        raise invalid(name, f"'{name}' must be from {lowest} to {highest}.", "invalid_value")
+    return value
+
+
+def _float_in(value: float | None, name: str, lowest: float, highest: float, default: float) -> float:
+    if value is None:
+        return default
+    if not (math.isfinite(value) and lowest <= value <= highest):
+        raise invalid(name, f"'{name}' must be from {lowest:g} to {highest:g}.", "invalid_value")
+    return value

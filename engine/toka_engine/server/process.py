@@ -1,0 +1,232 @@
+"""The server process: listens at once, serves when `EngineInfo` has come, drains, and fails with the others.
+
+Owns: the life of the process, from the listening socket to `Drained`. Runs in one event loop; the control
+thread only hands its messages over to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from toka_engine.child import Child
+from toka_engine.config import EngineConfig
+from toka_engine.errors import PortInUseError
+from toka_engine.messages import (
+    Deltas,
+    Drained,
+    EngineInfo,
+    Failing,
+    ManagerToServer,
+    Progress,
+    Refused,
+    Stats,
+)
+from toka_engine.server.app import App, Engine
+from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
+from toka_engine.server.chat import ChatTemplate, find_end_ids, load_chat_template
+from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
+from toka_engine.server.errors import unavailable
+from toka_engine.server.health import Health, Phase
+from toka_engine.server.limits import Limits
+from toka_engine.server.link import ManagerLink
+from toka_engine.server.streams import Streams
+from toka_engine.server.tokenization import Tokenizer
+
+logger = logging.getLogger("toka.server")
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 65
+"""Longer than usual clients keep idle connections, so that it is they who close them."""
+_HEARTBEAT_S = 0.25
+_ERROR_WRITE_S = 2.0
+"""After the drain's end: how long the errors of cut streams may take to be written."""
+
+
+class Server:
+    """Everything of the process, put together."""
+
+    def __init__(self, child: Child, manager_fd: int, listen_fd: int | None) -> None:
+        self._child = child
+        self._listen_fd = listen_fd
+        self._config = child.start.config
+        self._health = Health()
+        self._loop = asyncio.get_running_loop()
+        self._link = ManagerLink(manager_fd, self._on_message, self._on_manager_gone)
+        self._streams = Streams(self._link.send)
+        names = model_names(self._config)
+        self._app = App(self._config, names, KeyCheck(os.environ.get(KEY_VARIABLE)), self._health, self._streams)
+        self._names = names
+        self._connections = Connections()
+        self._engine_info: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._drain_asked = asyncio.Event()
+        child.on_drain = lambda: self._from_thread(self._drain_asked.set)
+        child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
+        child.on_silent = lambda process: self._from_thread(lambda: self._note_silence(process))
+        child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
+
+    def _from_thread(self, action: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(action)
+
+    async def run(self) -> None:
+        """Serve until drained. Raises PortInUseError, ModelInvalidError."""
+        listener = await self._listen()
+        drain = asyncio.create_task(self._drain(listener))
+        others = (self._start(), self._link.run(), self._beat())
+        running = {drain, *map(asyncio.create_task, others)}
+        while not drain.done():
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # whatever ends one of them in error ends the process
+
+    async def _beat(self) -> None:
+        """Mark the loop as busy since its last turn, so that a loop that hangs shows as a turn that never
+        ends.
+        """
+        while True:
+            with self._child.busy():
+                await asyncio.sleep(_HEARTBEAT_S)
+
+    async def _listen(self) -> asyncio.Server:
+        config = self._config
+        http_config = uvicorn.Config(
+            self._app,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            log_level=config.uvicorn_log_level,
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+        )
+        limits = ConnectionLimits(config.receive_timeout_s, config.send_timeout_s, config.max_connections)
+        factory = connection_factory(http_config, self._connections, limits)
+        try:
+            if self._listen_fd is not None:
+                sock = socket.socket(fileno=self._listen_fd)
+                listener = await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
+            else:
+                listener = await self._loop.create_server(factory, config.host, config.port, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise PortInUseError(f"port {config.port} is in use") from error
+        logger.info("listening host=%s port=%d", config.host, config.port)
+        return listener
+
+    async def _start(self) -> None:
+        self._child.progress("load", "tokenizer")
+        tokenizer, template, end_ids = await self._loop.run_in_executor(None, self._load)
+        self._health.detail = "waiting for the model"
+        self._child.progress("wait", "for the manager")
+        info = await self._engine_info
+        tokenizer.cover(info.vocab_size)
+        limits = Limits(self._config, info, self._names, end_ids)
+        self._app.metrics.info = info
+        self._app.engine = Engine(tokenizer, template, limits)
+        gc.collect()
+        gc.freeze()  # what has lived until here lives on: the collector need not look at it again
+        self._health.move(Phase.SERVING)
+        self._child.ready()
+        logger.info("serving model=%s max_request_tokens=%d", self._names[0], limits.max_request_tokens)
+
+    def _load(self) -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...]]:
+        start = self._child.start
+        model_dir, tokenizer_dir = Path(start.model_dir), Path(start.tokenizer_dir)
+        tokenizer = Tokenizer(tokenizer_dir)
+        template = load_chat_template(tokenizer_dir, tokenizer.special_texts)
+        return tokenizer, template, find_end_ids(model_dir, tokenizer_dir, tokenizer.id_of)
+
+    # ------------------------------------------------------------ the manager
+
+    def _on_message(self, message: ManagerToServer) -> None:
+        match message:
+            case Deltas():
+                self._streams.on_deltas(message)
+            case Refused():
+                self._streams.on_refused(message)
+            case Stats():
+                self._app.metrics.stats = message
+            case EngineInfo():
+                self._engine_info.set_result(message)
+
+    def _on_manager_gone(self) -> None:
+        self._fail("the manager process is gone")
+
+    def _end(self, reason: str) -> None:
+        """The supervisor is ending the engine: answer everybody, then say that it is done."""
+        self._fail(reason)
+        self._ending = self._loop.create_task(self._finish_answers())
+
+    async def _finish_answers(self) -> None:
+        await self._app.wait_idle()
+        self._child.send(Drained())
+
+    def _fail(self, reason: str) -> None:
+        logger.error("failing reason=%r", reason)
+        self._health.move(Phase.FAILING, reason)
+        self._streams.fail_all(unavailable(f"The engine has failed: {reason}."))
+
+    def _note_silence(self, process: str) -> None:
+        self._health.silent_process = process
+
+    def _note_progress(self, message: Progress) -> None:
+        if self._health.phase is Phase.STARTING:
+            self._health.detail = " ".join(part for part in (message.process, message.phase, message.detail) if part)
+
+    # ------------------------------------------------------------ the end
+
+    async def _drain(self, listener: asyncio.Server) -> None:
+        """Wait for the order, then: not ready, still serving; refusing; nothing left; `Drained`."""
+        await self._drain_asked.wait()
+        logger.info("draining requests=%d", self._streams.num_generations)
+        self._connections.default_headers.append((b"connection", b"close"))
+        if self._health.phase is Phase.SERVING:
+            self._health.move(Phase.DRAINING)
+            await asyncio.sleep(self._config.drain_endpoint_delay_s)
+        self._health.move(Phase.REFUSING, "shutting down")
+        try:
+            await asyncio.wait_for(self._app.wait_idle(), self._config.drain_timeout_s)
+        except TimeoutError:
+            logger.warning("drain timed out requests=%d", self._streams.num_generations)
+            self._streams.fail_all(unavailable("The engine is shutting down."))
+        listener.close()
+        try:
+            await asyncio.wait_for(self._connections.close_all(), _ERROR_WRITE_S)
+        except TimeoutError:
+            logger.warning("connections left unread count=%d", len(self._connections.connections))
+        self._child.send(Drained())
+        logger.info("drained")
+
+
+def model_names(config: EngineConfig) -> tuple[str, ...]:
+    """The names that requests may give, the first one being the main one."""
+    name = config.served_model_name or config.model.rstrip("/").rpartition("/")[2]
+    return tuple(dict.fromkeys((name, *config.model_aliases)))
+
+
+def _reason(message: Failing) -> str:
+    return f"{message.process}: {message.reason}"
+
+
+def main(child: Child, link_fds: list[int]) -> None:
+    """Entry of the process, for `run_child`: the link to the manager, and the socket that listens already.
+
+    Without the second it binds the port itself.
+    """
+
+    async def run() -> None:
+        manager_fd, *listen_fd = link_fds
+        await Server(child, manager_fd, listen_fd[0] if listen_fd else None).run()
+
+    uvloop.run(run())

@@ -1,0 +1,148 @@
+"""Token ids to text, as they come: UTF-8 never split, stop strings held back and cut, logprobs kept in step.
+
+Owns: what of a choice may be shown so far. A token's logprobs are released with the text that it completes.
+At a stop string the text ends before the match; the tokens shown are those with text before the match; the
+tokens counted are those made up to the one that completed the match, and none that the manager ran ahead.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from toka_engine.messages import FINISH_STOP
+from toka_engine.server.stops import StopStrings
+from toka_engine.server.streams import Choice, TopTokens
+
+_new_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class ShownToken(NamedTuple):
+    """One output token with its logprobs. `begin`, `end`: its characters in the choice's text, before any
+    cut.
+    """
+
+    token: int
+    logprob: float
+    top: TopTokens
+    begin: int
+    end: int
+
+
+class Renderer:
+    """The text of one choice without stop strings and logprobs: a character is shown when it is complete."""
+
+    __slots__ = ("_bytes_of", "_decode", "finish_reason", "num_tokens")
+
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decode = _new_decoder("replace").decode
+        self.finish_reason: str | None = None
+        """As in the API; None while the choice goes on."""
+        self.num_tokens = 0
+        """For usage; valid at the end."""
+
+    def advance(self, choice: Choice) -> str:
+        """Take what has come for `choice`; return the text to show now."""
+        tokens = choice.tokens
+        if len(tokens) == 1:
+            text = self._decode(self._bytes_of[tokens[0]])
+        else:
+            text = self._decode(b"".join(map(self._bytes_of.__getitem__, tokens)))
+        choice.tokens = []
+        if choice.finish_reason is not None:
+            if choice.whole_tokens is not None:
+                text = self._decode(b"".join(map(self._bytes_of.__getitem__, choice.whole_tokens.tolist())))
+            text += self._decode(b"", True)
+            self.finish_reason = finish_reason_name(choice.finish_reason)
+            self.num_tokens = choice.num_tokens
+        return text
+
+    def take_shown(self) -> list[ShownToken]:
+        """The tokens released by the last `advance`; empty without logprobs."""
+        return []
+
+
+class TrackingRenderer(Renderer):
+    """The text of one choice with stop strings, logprobs or both."""
+
+    __slots__ = ("_held", "_keeps_tokens", "_num_decoded", "_num_shown", "_released", "_scanner", "_waiting")
+
+    def __init__(self, bytes_of: Sequence[bytes], stops: StopStrings | None, *, keeps_tokens: bool) -> None:
+        super().__init__(bytes_of)
+        self._scanner = stops.scanner() if stops else None
+        self._keeps_tokens = keeps_tokens
+        self._num_decoded = 0
+        self._num_shown = 0
+        self._held = ""
+        self._waiting: deque[ShownToken] = deque()
+        self._released: list[ShownToken] = []
+
+    def advance(self, choice: Choice) -> str:
+        """Take what has come for `choice`; return the text to show now. Cuts the stream at a stop string."""
+        if self.finish_reason is not None:
+            return ""
+        tokens, choice.tokens = choice.tokens, []
+        logprobs, choice.logprobs = choice.logprobs, []
+        tops, choice.tops = choice.tops, {}
+        for row, token in enumerate(tokens):
+            self.num_tokens += 1
+            begin = self._num_decoded
+            match = self._take(self._decode(self._bytes_of[token]))
+            if self._keeps_tokens:
+                end = self._num_decoded + (1 if self._is_within_character() else 0)
+                logprob = logprobs[row] if logprobs else float("nan")
+                self._waiting.append(ShownToken(token, logprob, tops.get(row, []), begin, end))
+            if match is not None:
+                return self._cut(choice, match)
+        if choice.finish_reason is not None:
+            return self._end(choice)
+        return self._show(self._num_decoded - (self._scanner.num_held if self._scanner else 0))
+
+    def take_shown(self) -> list[ShownToken]:
+        released, self._released = self._released, []
+        return released
+
+    def _take(self, text: str) -> int | None:
+        """Append decoded text; return where the stop string that it completes begins."""
+        self._held += text
+        self._num_decoded += len(text)
+        return self._scanner.feed(text) if self._scanner and text else None
+
+    def _is_within_character(self) -> bool:
+        return bool(self._decode.__self__.getstate()[0])  # type: ignore[attr-defined]
+
+    def _show(self, position: int) -> str:
+        """Show the text up to `position` and release the tokens that it completes."""
+        while self._waiting and self._waiting[0].end <= position:
+            self._released.append(self._waiting.popleft())
+        count = position - self._num_shown
+        text, self._held = self._held[:count], self._held[count:]
+        self._num_shown = position
+        return text
+
+    def _cut(self, choice: Choice, position: int) -> str:
+        choice.generation.cut(choice)
+        self.finish_reason = finish_reason_name(FINISH_STOP)
+        text = self._show(position)
+        self._released.extend(token for token in self._waiting if token.begin < position)
+        self._waiting.clear()
+        return text
+
+    def _end(self, choice: Choice) -> str:
+        match = self._take(self._decode(b"", True))
+        if match is not None:
+            return self._cut(choice, match)
+        text = self._show(self._num_decoded)
+        self._released.extend(self._waiting)
+        self._waiting.clear()
+        self.finish_reason = finish_reason_name(choice.finish_reason)
+        self.num_tokens = choice.num_tokens
+        return text
+
+
+def finish_reason_name(reason: int | None) -> str:
+    """FINISH_* as the API writes it."""
+    return "stop" if reason == FINISH_STOP else "length"

@@ -1,0 +1,62 @@
+"""Fixtures of the API tests: real engines on the CPU with SmolLM2-135M, and the openai SDK in front of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from toka_engine.model.builtin import ensure_builtin
+
+from tests.engine_process import EngineProcess
+
+CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The folder of the model under test: MODEL, by default the embedded one (converted on first use)."""
+    configured = os.environ.get("MODEL")
+    return Path(configured) if configured else ensure_builtin()
+
+
+@contextmanager
+def running_engine(folder: Path, *arguments: str) -> Iterator[EngineProcess]:
+    with EngineProcess(folder, *CPU, *arguments) as engine:
+        engine.wait_ready()
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """One engine in fp32 with everything on, shared by the tests that do no harm to it."""
+    folder = tmp_path_factory.mktemp("engine")
+    arguments = ("dtype=float32", "kv_cache_num_tokens=(32 * 1024)", "hydragen_min_prefix_len=64")
+    with running_engine(folder, f"model={model_dir}", *arguments) as engine:
+        yield engine
+
+
+def client_of(engine: EngineProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=240.0)
+
+
+@pytest.fixture
+def client(engine: EngineProcess) -> Iterator[openai.OpenAI]:
+    with client_of(engine) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(engine: EngineProcess) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=240.0) as client:
+        yield client
+
+
+def read_metrics(engine: EngineProcess) -> dict[str, float]:
+    """Every sample without labels of /metrics, by name."""
+    text = engine.read("/metrics")
+    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}

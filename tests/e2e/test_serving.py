@@ -1,0 +1,143 @@
+"""From `helm install` and `kubectl apply` to answers: what the README promises, on real nodes and images."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.cluster.harness.errors import CommandFailed
+from tests.e2e.installation import Deployment, Installation, deletion_time
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_the_example_becomes_ready_and_streams_an_answer_through_its_services_name(
+    installation: Installation, namespace: str, record_property: Callable[[str, object], None]
+) -> None:
+    applied = time.monotonic()
+    smollm2 = installation.example(namespace)
+    smollm2.wait_until_ready()
+    record_property("seconds_from_apply_to_ready", round(time.monotonic() - applied, 1))
+    assert smollm2.read()["status"]["url"] == smollm2.url
+    lines = installation.run_client("stream.py", smollm2.url, "What is the capital of France?", "40").splitlines()
+    *chunks, end = [json.loads(line) for line in lines]
+    assert len(chunks) > 1
+    assert "".join(chunk["text"] for chunk in chunks) == end["whole"]
+    assert "Paris" in end["whole"]
+    assert end["finish_reason"] == "stop"
+
+
+def test_helm_test_asks_the_endpoint(installation: Installation, namespace: str) -> None:
+    smollm2 = installation.deploy(namespace)
+    smollm2.wait_until_ready()
+    installation.helm_upgrade(f"test.namespace={namespace}")
+    installation.cluster.helm("test", "toka", "--namespace", "toka-system", "--timeout", "3m")
+
+
+def test_after_scaling_to_two_both_replicas_answer(installation: Installation, namespace: str) -> None:
+    smollm2 = installation.deploy(namespace)
+    smollm2.wait_until_ready()
+    scale = ["scale", "tokadeployment", "smollm2", "--replicas=2", "--namespace", namespace]
+    installation.cluster.kubectl(*scale)
+    smollm2.wait_until_ready()
+    assert len(smollm2.pods()) == 2
+    wait_until_each_answers(smollm2)
+
+
+def wait_until_each_answers(deployment: Deployment) -> None:
+    """Ask through the Service, each time on a new connection, until every pod has answered."""
+
+    def each_has_answered() -> bool:
+        assert deployment.ask()
+        return all(deployment.requests_served(pod) > 0 for pod in deployment.pods())
+
+    deployment.cluster.wait_for(each_has_answered, "every replica to have answered", timeout_s=120)
+
+
+def test_a_stream_that_runs_while_the_spec_changes_is_whole_and_unchanged(
+    installation: Installation, namespace: str
+) -> None:
+    cluster = installation.cluster
+    smollm2 = installation.deploy(namespace)
+    smollm2.wait_until_ready()
+    (old,) = smollm2.pods()
+    old_name = old["metadata"]["name"]
+    num_tokens = _tokens_that_take_a_minute(installation, smollm2.url)
+    request = ("stream.py", smollm2.url, "Tell me a long story.", str(num_tokens), "ignore_eos")
+    stream = installation.start_client(f"stream-{namespace}", *request)
+    cluster.wait_for(lambda: "text" in stream.log(), "the stream's first words")
+
+    smollm2.patch({"engine": {"logLevel": "DEBUG"}})
+
+    def is_going() -> float | None:
+        pod = cluster.get("pod", old_name, namespace)
+        assert pod is not None, "the old pod was gone before its deletion was seen"
+        return deletion_time(pod) if "deletionTimestamp" in pod["metadata"] else None
+
+    deleted_at = cluster.wait_for(is_going, "the old pod's deletion", timeout_s=240)
+    assert deleted_at is not None
+    cluster.wait_for(lambda: not stream.is_running(), "the stream's end", timeout_s=240)
+    assert stream.popen.returncode == 0, stream.log()
+    chunks = [json.loads(line) for line in stream.log().splitlines()]
+    assert chunks[0]["at"] < deleted_at < chunks[-1]["at"]
+    smollm2.wait_until_ready()
+    undisturbed = json.loads(installation.run_client(*request, timeout_s=400).splitlines()[-1])
+    for key in ("whole", "finish_reason", "num_tokens"):
+        assert chunks[-1][key] == undisturbed[key]
+    assert undisturbed["num_tokens"] == num_tokens
+
+
+def _tokens_that_take_a_minute(installation: Installation, url: str) -> int:
+    """How many tokens keep one stream busy while another pod starts; machines differ."""
+    started = time.monotonic()
+    installation.run_client("stream.py", url, "Tell me a long story.", "64", "ignore_eos")
+    return min(2000, max(200, int(64 / (time.monotonic() - started) * 60)))
+
+
+def test_an_object_that_cannot_work_is_refused_with_a_sentence(installation: Installation, namespace: str) -> None:
+    with pytest.raises(CommandFailed) as refusal:
+        installation.deploy(namespace, rollout={"maxSurge": 0, "maxUnavailable": 0})
+    assert "rollout.maxSurge and rollout.maxUnavailable may not both be 0" in refusal.value.stderr
+    with pytest.raises(CommandFailed) as refusal:
+        installation.deploy(namespace, model={"source": "builtin://smollm2", "revision": "main"})
+    assert "model.revision is only for hf:// sources" in refusal.value.stderr
+
+
+def test_the_namespace_enforces_restricted_and_the_engine_passes(installation: Installation, namespace: str) -> None:
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "careless"},
+        "spec": {"containers": [{"name": "c", "image": installation.images["client"]}]},
+    }
+    with pytest.raises(CommandFailed) as refusal:
+        installation.cluster.apply(pod, namespace=namespace)
+    assert 'violates PodSecurity "restricted' in refusal.value.stderr
+    smollm2 = installation.deploy(namespace)
+    smollm2.wait_until_ready()
+    (engine,) = smollm2.pods()
+    assert smollm2.exec_in(engine, "python", "-c", "import os; print(os.getuid())").strip() == "65532"
+    with pytest.raises(CommandFailed) as refusal:
+        smollm2.exec_in(engine, "python", "-c", "open('/opt/toka/written', 'w')")
+    assert "Read-only file system" in refusal.value.stderr
+
+
+def test_deleting_it_leaves_nothing(installation: Installation, namespace: str) -> None:
+    cluster = installation.cluster
+    smollm2 = installation.deploy(namespace, replicas=2, rollout={"drainTimeoutSeconds": 5})
+    smollm2.wait_until_ready()
+    kinds = "pods,statefulsets,services,serviceaccounts,poddisruptionbudgets,controllerrevisions,endpointslices"
+    kinds += ",configmaps,secrets,persistentvolumeclaims,leases,roles,rolebindings,networkpolicies"
+    ours_at_work = {each["kind"] for each in cluster.list_objects(kinds, namespace)}
+    assert {"Pod", "StatefulSet", "Service", "ControllerRevision", "PodDisruptionBudget"} <= ours_at_work
+    cluster.kubectl("delete", "tokadeployment", "smollm2", "--namespace", namespace)
+    given = {("ServiceAccount", "default"), ("ConfigMap", "kube-root-ca.crt")}
+
+    def only_what_a_namespace_has() -> bool:
+        left = {(each["kind"], each["metadata"]["name"]) for each in cluster.list_objects(kinds, namespace)}
+        return left == given
+
+    cluster.wait_for(only_what_a_namespace_has, "everything of it to be gone", timeout_s=120)

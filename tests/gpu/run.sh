@@ -1,0 +1,22 @@
+#!/bin/bash
+# On a GPU machine, in the repository root: correctness first, then timing. Usage: tests/gpu/run.sh OUT_DIR MODEL_DIR
+# MODEL_DIR holds a model of the Llama-3.2-1B shape. Details go to OUT_DIR; each part runs whatever the others gave.
+out=$1
+model=$2
+export PYTHONUNBUFFERED=1 TOKA_TEST_KERNELS=gpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+part() { # NAME SECONDS COMMAND...
+    local name=$1 seconds=$2
+    shift 2
+    local began=$SECONDS
+    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
+    echo "== $name rc=$? $((SECONDS - began)) s"
+    tail -n "${lines:-15}" "$out/$name.log" | cut -c-400
+}
+pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q -x --tb=short -p no:cacheprovider"
+part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py
+part attention 100 $pytest tests/gpu/test_attention.py
+part parity 120 $pytest tests/gpu/test_parity.py
+lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
+lines=60 part bench_attention 60 python3 tests/gpu/bench_attention.py
+lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"
+lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$model" "$out" 4096

@@ -1,0 +1,137 @@
+"""flashinfer's kernels under our plans give what the definition gives from the same index arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toka_engine.model.attention.base import AttentionShape, StepLayout
+from toka_engine.model.attention.flashinfer import FlashInferAttention
+from toka_engine.model.kernels.paged import HND, NHD
+
+DEVICE = torch.device("cuda")
+PAGE_SIZE, COLUMNS, SLOTS = 16, 24, 300
+
+
+class Checked:
+    """Passes each call on to the real kernels and compares their result with the definition in fp32."""
+
+    def __init__(self, real: Any, shape: AttentionShape, is_heads_first: bool) -> None:
+        self._real, self._shape, self._is_heads_first = real, shape, is_heads_first
+        self.num_checked, self.worst = 0, 0.0
+
+    def plan_decode(self, pages: Any, for_graph: bool) -> Any:
+        return self._real.plan_decode(pages, for_graph)
+
+    def run_decode(self, plan, q, cache, pages, q_indptr, out, lse) -> None:
+        out.fill_(float("nan"))
+        self._real.run_decode(plan, q, cache, pages, q_indptr, out, lse)
+        self._check(q, cache, q_indptr, pages, out, lse, False)
+
+    def plan_queries(self, index, batch, is_causal) -> Any:
+        return self._real.plan_queries(index, batch, is_causal), is_causal
+
+    def run_queries(self, planned, q, cache, q_indptr, pages, out, lse) -> None:
+        real, is_causal = planned
+        out.fill_(float("nan"))
+        self._real.run_queries(real, q, cache, q_indptr, pages, out, lse)
+        self._check(q, cache, q_indptr, pages, out, lse, is_causal)
+
+    def _check(self, q, cache, q_indptr, pages, out, lse, is_causal) -> None:
+        keys, values = cache.transpose(2, 3) if self._is_heads_first else cache
+        group = self._shape.num_heads // self._shape.num_kv_heads
+        bounds, pages_of, last = q_indptr.tolist(), pages.kv_indptr.tolist(), pages.last_page_lens.tolist()
+        for i in range(len(bounds) - 1):
+            rows = slice(bounds[i], bounds[i + 1])
+            chosen = pages.kv_indices[pages_of[i] : pages_of[i + 1]].long()
+            length = (len(chosen) - 1) * PAGE_SIZE + last[i]
+            k, v = (t[chosen].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for t in (keys, values))
+            scores = torch.einsum("qhd,nhd->qhn", q[rows].float(), k) * self._shape.scale
+            if is_causal:
+                count = bounds[i + 1] - bounds[i]
+                seen = torch.arange(length)[None] <= torch.arange(length - count, length)[:, None]
+                scores = scores.masked_fill(~seen[:, None].to(DEVICE), -torch.inf)
+            expected = torch.einsum("qhn,nhd->qhd", scores.softmax(-1), v)
+            error = float((out[rows].float() - expected).norm() / expected.norm())
+            assert error < 8e-3, (i, error)
+            if lse is not None:
+                torch.testing.assert_close(lse[rows], scores.logsumexp(-1) / np.log(2).item(), atol=2e-2, rtol=1e-3)
+            self.num_checked, self.worst = self.num_checked + 1, max(self.worst, error)
+
+
+def int32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def layout_of(positions: np.ndarray, prefill: list[tuple[int, int, int]], groups: list[tuple[int, ...]]) -> StepLayout:
+    table, chunks = np.array(groups, np.int32).reshape(-1, 4), np.array(prefill, np.int32).reshape(-1, 3)
+    slots = np.arange(positions.size, dtype=np.int32)
+    return StepLayout(slots, positions.astype(np.int32), *chunks.T.copy(), *table.T.copy())
+
+
+RANDOM = np.random.default_rng(0)
+LAYOUTS = {
+    "few rows": layout_of(int32(0, 15, 16, 383), [], []),
+    "many rows": layout_of(RANDOM.integers(0, 384, 280), [], []),
+    "one group": layout_of(RANDOM.integers(192, 384, 200), [], [(0, 200, 0, 12)]),
+    "small group": layout_of(RANDOM.integers(200, 384, 9), [], [(2, 5, 0, 12)]),
+    "nested with gaps": layout_of(
+        RANDOM.integers(200, 384, 240),
+        [(250, 0, 130), (251, 64, 200), (252, 300, 5)],
+        [(0, 100, 0, 4), (130, 100, 0, 6), (0, 60, 4, 8), (130, 50, 6, 3), (180, 50, 6, 2), (140, 20, 9, 3)],
+    ),
+    "prefill": layout_of(int32(), [(1, 0, 384), (2, 100, 100), (3, 383, 1)], []),
+}
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 64), (9, 3, 64), (14, 2, 64), (40, 8, 128)], ids=str)
+@pytest.mark.parametrize("layout_code", [HND, NHD], ids=["HND", "NHD"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_kernels_give_what_the_definition_gives(name, layout_code, heads) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    shape = AttentionShape(1, num_heads, num_kv_heads, head_dim, head_dim**-0.5, torch.bfloat16, DEVICE)
+    backend = FlashInferAttention(shape, layout_code)
+    backend.allocate(SLOTS * COLUMNS, PAGE_SIZE, SLOTS, COLUMNS)
+    checked = backend._kernels = Checked(backend._kernels, shape, layout_code == HND)
+    layout = LAYOUTS[name]
+    table = RANDOM.permutation(SLOTS * COLUMNS).astype(np.int32).reshape(SLOTS, COLUMNS)
+    for first, count, column, columns in zip(
+        layout.group_first_rows,
+        layout.group_num_rows,
+        layout.group_first_columns,
+        layout.group_num_columns,
+        strict=True,
+    ):
+        slots = layout.decode_slots[first : first + count]
+        table[slots, column : column + columns] = table[slots[0], column : column + columns]
+    backend.append_pages(
+        np.repeat(np.arange(SLOTS, dtype=np.int32), COLUMNS),
+        np.tile(np.arange(COLUMNS, dtype=np.int32), SLOTS),
+        table.reshape(-1),
+    )
+    backend.cache.normal_()
+    rows = layout.decode_slots.size + int(layout.prefill_lengths.sum())
+    packed = torch.randn(rows, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).bfloat16()
+    q, k, v = packed.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    angles = torch.randn(COLUMNS * PAGE_SIZE, head_dim, device=DEVICE)
+    backend.plan(layout)
+    merged = backend.forward(0, q, k, v, angles)
+    assert checked.num_checked >= layout.decode_slots.size + layout.prefill_slots.size
+    backend.use_groups = False
+    backend.plan(layout)
+    alone = backend.forward(0, q, k, v, angles)
+    assert float((merged - alone).float().norm() / alone.float().norm()) < 8e-3
+    if layout.prefill_slots.size:
+        return
+    backend.use_groups = True
+    backend._kernels = checked._real
+    backend.reserve_graphs(288)
+    padding = 288 - rows
+    padded = [torch.cat((t, torch.zeros_like(t[:1]).expand(padding, -1, -1))) for t in (q, k, v)]
+    for with_groups in {False, bool(layout.group_first_rows.size)}:
+        assert backend.plan_graph(layout, 288, with_groups) is not None
+        replayed = backend.forward(0, *padded, angles)
+        assert not bool(replayed.isnan().any())
+        assert float((replayed[:rows] - alone).float().norm() / alone.float().norm()) < 8e-3

@@ -1,0 +1,136 @@
+"""Drives a worker's runner with hand-made steps: a minimal stand-in for the manager, plain on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from toka_engine.config import EngineConfig
+from toka_engine.messages import Step, Tokens
+from toka_engine.model.sampling import Sampled, SamplePlan
+from toka_engine.model.state import SlotState
+from toka_engine.model.worker import Worker, load_worker
+
+
+def load(folder: Path, **settings: Any) -> Worker:
+    """A worker on the CPU, in fp32 unless told."""
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "kv_cache_num_tokens": 16384,
+        "num_threads": 1,
+    }
+    return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None)
+
+
+def ints(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(values, np.int32)
+
+
+class Driver:
+    """Owns the pages of one worker: hands out page numbers upwards and never takes any back."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.page_size = worker.ready.page_size
+        self.lengths: dict[int, int] = {}
+        self.pages: dict[int, list[int]] = {}
+        self._next_page = 0
+        self._number = 0
+        self.logits = torch.empty(0)
+        """What the last step's sampler was given, one row per sampled token, fp32."""
+        self._sample = worker.runner.sample
+        worker.runner.sample = self._record
+
+    def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: SlotState) -> Sampled:
+        self.logits = (logits if rows is None else logits[rows]).float().clone()
+        return self._sample(logits, rows, plan, state)
+
+    def reset(self) -> None:
+        self.lengths.clear()
+        self.pages.clear()
+        self._next_page = 0
+
+    def run(self, **fields: Any) -> Tokens:
+        self._number += 1
+        runner = self.worker.runner
+        return runner.finish(runner.launch(Step(number=self._number, **fields)))
+
+    def add_slots(self, slots: list[int], length: int = 0, **sampling: Any) -> dict[str, Any]:
+        """Fields that set up `slots`; sampling values are scalars or one per slot."""
+        count = len(slots)
+        for slot in slots:
+            self.lengths[slot] = length
+            self.pages.setdefault(slot, [])
+
+        def column(name: str, default: float, dtype: Any) -> Any:
+            return np.broadcast_to(np.asarray(sampling.get(name, default), dtype), count).copy()
+
+        return {
+            "new_slots": ints(*slots),
+            "new_lengths": np.full(count, length, np.int32),
+            "new_num_sampled": column("num_sampled", 0, np.int32),
+            "new_temperatures": column("temperature", 0.0, np.float32),
+            "new_top_ps": column("top_p", 1.0, np.float32),
+            "new_top_ks": column("top_k", 0, np.int32),
+            "new_min_ps": column("min_p", 0.0, np.float32),
+            "new_seeds": column("seed", -1, np.int64),
+            "new_num_logprobs": column("num_logprobs", -1, np.int32),
+        }
+
+    def grow(self, upto: dict[int, int]) -> dict[str, Any]:
+        """Fields that append the pages each slot needs to hold upto[slot] tokens."""
+        appended: list[tuple[int, int, int]] = []
+        for slot, length in upto.items():
+            while len(self.pages[slot]) * self.page_size < length:
+                appended.append((slot, len(self.pages[slot]), self._next_page))
+                self.pages[slot].append(self._next_page)
+                self._next_page += 1
+        table = np.array(appended, np.int32).reshape(-1, 3)
+        return {"append_slots": table[:, 0], "append_indices": table[:, 1], "append_pages": table[:, 2]}
+
+    def prefill(self, prompts: dict[int, list[int]], fanout: dict[int, list[int]] | None = None, **new: Any) -> Tokens:
+        """Prefill each slot's whole remaining prompt in one step and sample for it, or for its `fanout` slots."""
+        starts = {slot: self.lengths.get(slot, 0) for slot in prompts}
+        setup = new or self.add_slots(list(prompts))
+        pages = self.grow({slot: starts[slot] + len(ids) for slot, ids in prompts.items()})
+        fanout = {slot: [slot] for slot in prompts} if fanout is None else fanout
+        slots = list(prompts)
+        tokens = self.run(
+            **setup,
+            **pages,
+            prefill_slots=ints(*slots),
+            prefill_starts=ints(*(starts[slot] for slot in slots)),
+            prefill_lengths=ints(*(len(prompts[slot]) for slot in slots)),
+            prefill_tokens=ints(*(token for ids in prompts.values() for token in ids)),
+            fanout_slots=ints(*(entry for slot in fanout for entry in fanout[slot])),
+            fanout_chunks=ints(*(slots.index(slot) for slot in fanout for _ in fanout[slot])),
+        )
+        for slot, ids in prompts.items():
+            self.lengths[slot] = starts[slot] + len(ids)
+        return tokens
+
+    def decode(self, slots: list[int], **fields: Any) -> Tokens:
+        """One token for each of `slots`."""
+        pages = self.grow({slot: self.lengths[slot] + 1 for slot in slots})
+        tokens = self.run(**pages, decode_slots=ints(*slots), **fields)
+        for slot in slots:
+            self.lengths[slot] += 1
+        return tokens
+
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, first_slot: int = 0, **sampling: Any
+    ) -> list[list[int]]:
+        """Run all prompts at once; prefill in one step each, decode together."""
+        slots = list(range(first_slot, first_slot + len(prompts)))
+        outputs: list[list[int]] = []
+        setup = self.add_slots(slots, **sampling)
+        for index, (slot, ids) in enumerate(zip(slots, prompts, strict=True)):
+            new = setup if index == 0 else {"new_slots": ints()}
+            outputs.append([int(self.prefill({slot: ids}, **new).ids[0])])
+        for _ in range(num_tokens - 1):
+            for output, token in zip(outputs, self.decode(slots).ids.tolist(), strict=True):
+                output.append(token)
+        return outputs

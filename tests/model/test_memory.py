@@ -1,0 +1,73 @@
+"""Limits of cgroups decide how large the cache is and how many threads run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
+
+GIB = 1 << 30
+
+
+def write(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def meminfo(root: Path, kib: int) -> Path:
+    path = root / "meminfo"
+    path.write_text(f"MemTotal: {2 * kib} kB\nMemAvailable: {kib} kB\n")
+    return path
+
+
+def test_a_version_2_cgroup_limits_the_memory(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        memory_dot_max=f"{4 * GIB}\n",
+        memory_dot_current=f"{GIB}\n",
+        memory_dot_stat="anon 1\ninactive_file 512\n",
+    )
+    assert read_limit_bytes(tmp_path, meminfo(tmp_path, 16 << 20)) == 3 * GIB + 512
+
+
+def test_a_version_1_cgroup_limits_the_memory(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        memory__memory_dot_limit_in_bytes=f"{4 * GIB}\n",
+        memory__memory_dot_usage_in_bytes=f"{3 * GIB}\n",
+    )
+    assert read_limit_bytes(tmp_path, meminfo(tmp_path, 16 << 20)) == GIB
+
+
+def test_without_a_limit_the_machine_decides(tmp_path: Path) -> None:
+    write(tmp_path, memory_dot_max="max\n", memory_dot_current="5\n")
+    assert read_limit_bytes(tmp_path, meminfo(tmp_path, 1024)) == 1 << 20
+
+
+def test_the_machine_decides_where_it_has_less_than_the_limit(tmp_path: Path) -> None:
+    write(tmp_path, memory_dot_max=f"{64 * GIB}\n", memory_dot_current="0\n")
+    assert read_limit_bytes(tmp_path, meminfo(tmp_path, 1 << 20)) == GIB
+
+
+def test_the_cache_gets_a_share_a_floor_and_what_the_user_says() -> None:
+    assert choose_num_pages(2 * GIB, 1 << 20, 1, None, 16) == int(GIB * 0.6) >> 20
+    assert choose_num_pages(500 * GIB, 1 << 20, 1, None, 16) == 768
+    assert choose_num_pages(GIB // 2, 1 << 20, 40, None, 16) == 40
+    assert choose_num_pages(GIB, 1 << 20, 40, 1000, 16) == 63
+
+
+def test_a_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
+    allowed = len(os.sched_getaffinity(0))
+    assert count_threads(tmp_path) == allowed
+    write(tmp_path, cpu_dot_max="100000 100000\n")
+    assert count_threads(tmp_path) == 1
+    write(tmp_path, cpu_dot_max="max 100000\n")
+    assert count_threads(tmp_path) == allowed
+
+
+def test_a_version_1_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
+    write(tmp_path, cpu__cpu_dot_cfs_quota_us="50000\n", cpu__cpu_dot_cfs_period_us="100000\n")
+    assert count_threads(tmp_path) == 1

@@ -1,0 +1,212 @@
+"""Frequencies of draws against the exact distribution, for every parameter; and what each parameter may never draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toka_engine.messages import Step
+from toka_engine.model.gumbel import gumbel_noise
+from toka_engine.model.sampler import CpuSampler, keep_likeliest
+from toka_engine.model.sampling import Sampled, plan_sampling
+from toka_engine.model.state import SlotState
+
+VOCAB = 300
+NUM_DRAWS = 8_000
+
+
+def make_logits(vocab: int = VOCAB, spread: float = 2.0) -> torch.Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(3)) * spread
+
+
+def make_state(count: int, **sampling: Any) -> SlotState:
+    """`count` slots with these parameters, scalars or one per slot."""
+    state = SlotState(count, torch.device("cpu"))
+
+    def column(name: str, default: float, dtype: Any) -> Any:
+        return np.broadcast_to(np.asarray(sampling.get(name, default), dtype), count).copy()
+
+    state.set_up(
+        Step(
+            number=1,
+            new_slots=np.arange(count, dtype=np.int32),
+            new_lengths=np.zeros(count, np.int32),
+            new_num_sampled=column("num_sampled", 0, np.int32),
+            new_temperatures=column("temperature", 1.0, np.float32),
+            new_top_ps=column("top_p", 1.0, np.float32),
+            new_top_ks=column("top_k", 0, np.int32),
+            new_min_ps=column("min_p", 0.0, np.float32),
+            new_seeds=column("seed", -1, np.int64),
+            new_num_logprobs=column("num_logprobs", -1, np.int32),
+        )
+    )
+    return state
+
+
+def sample(logits: torch.Tensor, state: SlotState, rows: torch.Tensor | None = None, seed: int = 0) -> Sampled:
+    slots = np.arange(state.max_seqs, dtype=np.int32)
+    return CpuSampler(seed)(logits, rows, plan_sampling(slots, state.host), state)
+
+
+def draw_many(logits: torch.Tensor, **sampling: Any) -> np.ndarray[Any, Any]:
+    """NUM_DRAWS draws from one row of logits."""
+    state = make_state(NUM_DRAWS, **sampling)
+    return sample(logits[None, :], state, torch.zeros(NUM_DRAWS, dtype=torch.int64)).ids.numpy()
+
+
+def expected_probabilities(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray[Any, Any]:
+    """The definition, step by step, by sorting: temperature, top_k, top_p of what is left, min_p."""
+    p = torch.softmax(logits.double() / temperature, dim=0).numpy()
+    order = np.argsort(-p, kind="stable")
+    kept = order[:top_k] if top_k else order
+    shares = p[kept] / p[kept].sum()
+    kept = kept[np.cumsum(shares) - shares < top_p]
+    kept = kept[p[kept] >= min_p * p.max()]
+    result = np.zeros_like(p)
+    result[kept] = p[kept] / p[kept].sum()
+    return result
+
+
+def check_frequencies(ids: np.ndarray[Any, Any], p: np.ndarray[Any, Any]) -> None:
+    """Chi-square at five standard deviations over the tokens that are expected five times or more."""
+    counts = np.bincount(ids, minlength=p.size)
+    assert counts[p == 0].sum() == 0
+    expected = p * ids.size
+    is_large = expected >= 5
+    observed = np.append(counts[is_large], counts[~is_large].sum())
+    wanted = np.append(expected[is_large], expected[~is_large].sum())
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    chi_square = ((observed - wanted) ** 2 / wanted).sum()
+    freedom = max(1, wanted.size - 1)
+    assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+CASES: dict[str, dict[str, float]] = {
+    "plain": {},
+    "cold": {"temperature": 0.5},
+    "hot": {"temperature": 1.7},
+    "top_k": {"top_k": 17},
+    "top_p": {"top_p": 0.8},
+    "narrow top_p": {"top_p": 0.05},
+    "min_p": {"min_p": 0.1},
+    "top_k and top_p": {"top_k": 40, "top_p": 0.7},
+    "all": {"temperature": 1.3, "top_k": 100, "top_p": 0.9, "min_p": 0.02},
+    "top_k beyond the vocabulary": {"top_k": 10_000},
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_frequencies_of_draws_match_the_distribution(name: str) -> None:
+    logits = make_logits()
+    check_frequencies(draw_many(logits, **CASES[name]), expected_probabilities(logits, **CASES[name]))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_frequencies_over_seeds_match_the_distribution(name: str) -> None:
+    logits = make_logits()
+    ids = draw_many(logits, seed=np.arange(NUM_DRAWS), **CASES[name])
+    check_frequencies(ids, expected_probabilities(logits, **CASES[name]))
+
+
+def test_frequencies_over_the_positions_of_one_seed_match_the_distribution() -> None:
+    logits = make_logits()
+    check_frequencies(draw_many(logits, seed=42, num_sampled=np.arange(NUM_DRAWS)), expected_probabilities(logits))
+
+
+def test_a_vocabulary_that_is_flat_over_its_first_candidates_is_cut_exactly() -> None:
+    logits = make_logits(5000, spread=0.05)
+    check_frequencies(draw_many(logits, top_p=0.6), expected_probabilities(logits, top_p=0.6))
+
+
+def test_equal_logits_at_the_cut_keep_the_lowest_ids() -> None:
+    logits = torch.zeros(1, 10)
+    one = torch.ones(1)
+    kept = keep_likeliest(logits, one, torch.tensor([3]), one, one * 0)
+    assert torch.isfinite(kept[0]).nonzero().flatten().tolist() == [0, 1, 2]
+    kept = keep_likeliest(logits, one, torch.tensor([0]), one * 0.35, one * 0)
+    assert torch.isfinite(kept[0]).nonzero().flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_rows_with_different_parameters_in_one_batch_do_not_touch_each_other() -> None:
+    logits = make_logits()
+    count = 4 * 3000
+    state = make_state(
+        count,
+        temperature=np.tile([0.0, 1.0, 1.0, 0.7], 3000),
+        top_k=np.tile([0, 5, 0, 0], 3000),
+        top_p=np.tile([1.0, 1.0, 1.0, 0.5], 3000),
+        seed=np.where(np.arange(count) % 4 == 2, np.arange(count), -1),
+    )
+    ids = sample(logits[None, :], state, torch.zeros(count, dtype=torch.int64)).ids.numpy()
+    assert (ids[0::4] == int(logits.argmax())).all()
+    check_frequencies(ids[1::4], expected_probabilities(logits, top_k=5))
+    check_frequencies(ids[2::4], expected_probabilities(logits))
+    check_frequencies(ids[3::4], expected_probabilities(logits, temperature=0.7, top_p=0.5))
+
+
+def test_greedy_takes_the_first_of_equal_maxima() -> None:
+    logits = torch.zeros(2, 1000)
+    logits[0, [700, 300]] = 5.0
+    ids = sample(logits, make_state(2, temperature=0.0)).ids.tolist()
+    assert ids == [300, 0]
+
+
+def test_a_row_that_is_not_finite_gives_minus_one_and_leaves_the_others_alone() -> None:
+    logits = make_logits().repeat(6, 1)
+    logits[1, 5], logits[2, 6], logits[3, 7] = float("nan"), float("inf"), float("-inf")
+    for sampling in ({"temperature": 0.0}, {"seed": 1}, {"top_k": 1}, {"temperature": 0.01}):
+        ids = sample(logits, make_state(6, num_logprobs=2, **sampling)).ids
+        best = int(logits[0].argmax())
+        assert ids[[1, 2, 3]].tolist() == [-1, -1, -1]
+        assert (ids[[0, 4, 5]] >= 0).all()
+        assert "seed" in sampling or ids[0] == best
+
+
+def test_the_same_seed_and_position_draw_the_same_token_in_any_row() -> None:
+    logits = make_logits().repeat(50, 1)
+    seeds = np.arange(50) % 5
+    ids = sample(logits, make_state(50, seed=seeds)).ids.numpy()
+    for seed in range(5):
+        assert len(set(ids[seeds == seed].tolist())) == 1
+    assert len(set(ids.tolist())) > 1
+
+
+def test_seeded_tokens_survive_small_differences_of_the_logits() -> None:
+    logits = make_logits(20_000, spread=0.5).repeat(400, 1)
+    state = make_state(400, seed=np.arange(400))
+    noisy = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) * 1e-3
+    same = (sample(logits, state).ids == sample(noisy, state).ids).float().mean()
+    assert same >= 0.98
+
+
+def test_gumbel_noise_has_the_moments_of_its_distribution_and_no_correlation_between_rows() -> None:
+    noise = gumbel_noise(torch.tensor([1, 2, 1]), torch.tensor([0, 0, 1]), 200_000).double()
+    assert torch.isfinite(noise).all()
+    assert (noise.mean(dim=1) - 0.5772).abs().max() < 0.02
+    assert (noise.var(dim=1) - np.pi**2 / 6).abs().max() < 0.05
+    assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.02
+
+
+def test_logprobs_are_of_the_unscaled_distribution() -> None:
+    logits = make_logits().repeat(3, 1)
+    sampled = sample(logits, make_state(3, temperature=0.3, top_k=2, num_logprobs=[0, 4, -1]))
+    reference = torch.log_softmax(logits, dim=1)
+    assert sampled.logprobs is not None
+    assert sampled.top_tokens is not None
+    assert sampled.top_logprobs is not None
+    rows = torch.arange(3)
+    assert torch.allclose(sampled.logprobs, reference[rows, sampled.ids.long()], atol=1e-5)
+    best = reference[1].topk(4)
+    assert sampled.top_tokens.tolist() == [best.indices.tolist()]
+    assert torch.allclose(sampled.top_logprobs[0], best.values, atol=1e-5)
+
+
+def test_top_logprobs_beyond_what_a_row_asks_for_are_marked() -> None:
+    sampled = sample(make_logits().repeat(2, 1), make_state(2, num_logprobs=[1, 3]))
+    assert sampled.top_tokens is not None
+    assert (sampled.top_tokens[0, 1:] == -1).all()
+    assert (sampled.top_tokens[1] >= 0).all()

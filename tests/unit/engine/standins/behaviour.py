@@ -1,0 +1,40 @@
+"""What the three stand-ins share: they say `ready`, then do what TOKA_TEST_<ROLE> tells them.
+
+ready (default): wait for ever. hold: never become ready. memory, crash: end with an error of ours, with a defect.
+busy: one turn that never ends. peer: end when the other end of the last link is gone. orphan: leave a process behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+
+from toka_engine.channel import Channel
+from toka_engine.child import Child
+from toka_engine.errors import OutOfMemoryError
+from toka_engine.messages import Stop
+
+log = logging.getLogger(__name__)
+
+
+def behave(child: Child, link_fds: list[int]) -> None:
+    behaviour = os.environ.get(f"TOKA_TEST_{child.name.upper()}", "ready")
+    child.progress("load", "weights")
+    if behaviour == "memory":
+        raise OutOfMemoryError(f"{child.name}: 1 GB short")
+    if behaviour == "crash":
+        raise RuntimeError("a defect")
+    if behaviour == "orphan":
+        # The shell ends at once; what it left in the background has no parent then.
+        pid = subprocess.run(["sh", "-c", "true & echo $!"], capture_output=True, text=True, check=True).stdout
+        log.info("event=orphan pid=%s", pid.strip())
+    if behaviour != "hold":
+        child.ready()
+    if behaviour == "peer":
+        Channel[Stop].from_fd(link_fds[-1], Stop).receive()
+    if behaviour == "busy":
+        with child.busy():
+            threading.Event().wait()
+    threading.Event().wait()

@@ -1,0 +1,18 @@
+"""The real `toka` with stand-in children: `python -m tests.unit.engine.standins.engine key=value ...`."""
+
+import ctypes
+import os
+import sys
+
+from toka_engine.entry import run
+from toka_engine.processes import MAX_BUSY_S
+from toka_engine.supervisor import MODULES
+
+NAMES = {name: f"tests.unit.engine.standins.{name}" for name in ("server", "manager", "model")}
+PR_SET_CHILD_SUBREAPER = 36
+
+if limit := os.environ.get("TOKA_TEST_MAX_BUSY_S"):
+    MAX_BUSY_S.update(dict.fromkeys(MAX_BUSY_S, float(limit)))
+if os.environ.get("TOKA_TEST_SUBREAPER"):
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, as they come to process 1
+sys.exit(run(sys.argv[1:], {**MODULES, **NAMES}))

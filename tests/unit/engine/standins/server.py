@@ -1,0 +1,37 @@
+"""Stand-in for the server: it logs what the supervisor tells it, and serves nothing."""
+
+import logging
+import os
+
+from toka_engine.child import Child, run_child
+from toka_engine.messages import Drained, Failing, Progress
+
+from tests.unit.engine.standins.behaviour import behave
+
+log = logging.getLogger(__name__)
+
+
+def main(child: Child, link_fds: list[int]) -> None:
+    def drain() -> None:
+        log.info("event=told what=drain")
+        if os.environ.get("TOKA_TEST_DRAIN") != "never":
+            child.send(Drained())
+
+    def failing(message: Failing) -> None:
+        log.info("event=told what=failing process=%s", message.process)
+        child.send(Drained())
+
+    def silent(process: str) -> None:
+        log.info("event=told what=silent process=%s", process or "none")
+
+    def progress(message: Progress) -> None:
+        log.info("event=told what=progress process=%s phase=%s", message.process, message.phase)
+
+    child.on_drain = drain
+    child.on_failing = failing
+    child.on_silent = silent
+    child.on_progress = progress
+    behave(child, link_fds[:1])
+
+
+run_child("server", main)

@@ -1,0 +1,39 @@
+"""Runs the Triton kernels in Triton's interpreter (numpy, on the CPU), or with TOKA_TEST_KERNELS=gpu on the GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+
+def _use_interpreter() -> None:
+    """Must run before toka_engine.model.kernels is imported: Triton decides when a kernel is defined."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor: Any, scope: Any) -> None:
+        # numpy no longer turns an array of one element into an int, on which Triton 3.6 relies for range().
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_index_too
+
+
+ON_GPU = os.environ.get("TOKA_TEST_KERNELS") == "gpu"
+if not ON_GPU:
+    _use_interpreter()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture
+def generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(1)

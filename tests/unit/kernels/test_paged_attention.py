@@ -1,0 +1,163 @@
+"""The GPU backend's planning, page handling and merging give what the CPU backend gives, for any mix of a step.
+
+Everything of the backend runs but flashinfer itself, which needs a GPU: its two kernels are replaced by their
+definition, computed from the same index arrays. tests/gpu runs the same comparison on the real kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toka_engine.model.attention.base import AttentionShape, StepLayout
+from toka_engine.model.attention.cpu import CpuAttention
+
+PAGE_SIZE = 4
+LN2 = 0.6931471805599453
+
+
+class DefinedKernels:
+    """PagedKernels by their definition, from the device's index arrays."""
+
+    def __init__(self, shape: AttentionShape, is_heads_first: bool) -> None:
+        self._shape, self._is_heads_first = shape, is_heads_first
+
+    def plan_decode(self, pages: Any, for_graph: bool) -> Any:
+        return np.arange(pages.slots.size + 1)
+
+    def run_decode(self, plan, q, cache, pages, q_indptr, out, lse) -> None:
+        assert q_indptr.tolist() == plan.tolist()
+        self._attend(q, cache, q_indptr, pages, out, lse, is_causal=False)
+
+    has_graph_queries = True
+
+    def plan_queries(self, index: int, batch: Any, is_causal: bool, for_graph: bool = False) -> Any:
+        return is_causal
+
+    def run_queries(self, planned, q, cache, q_indptr, pages, out, lse) -> None:
+        self._attend(q, cache, q_indptr, pages, out, lse, is_causal=planned)
+
+    def _attend(self, q, cache, q_indptr, pages, out, lse, is_causal) -> None:
+        keys, values = cache.transpose(2, 3) if self._is_heads_first else cache
+        for i, (begin, end) in enumerate(zip(q_indptr[:-1].tolist(), q_indptr[1:].tolist(), strict=True)):
+            first, last = pages.kv_indptr[i].item(), pages.kv_indptr[i + 1].item()
+            chosen = pages.kv_indices[first:last].long()
+            length = (last - first - 1) * PAGE_SIZE + pages.last_page_lens[i].item()
+            if last == first:
+                out[begin:end] = torch.nan
+                lse[begin:end] = -torch.inf
+                continue
+            group = self._shape.num_heads // self._shape.num_kv_heads
+            k = keys[chosen].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+            v = values[chosen].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+            scores = torch.einsum("qhd,nhd->qhn", q[begin:end], k) * self._shape.scale
+            if is_causal:
+                seen = torch.arange(length)[None] <= torch.arange(length - (end - begin), length)[:, None]
+                scores = scores.masked_fill(~seen[:, None], -torch.inf)
+            out[begin:end] = torch.einsum("qhn,nhd->qhd", scores.softmax(-1), v)
+            if lse is not None:
+                lse[begin:end] = scores.logsumexp(-1) / LN2
+
+
+def int32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def layout_of(decode: dict[int, int], prefill: list[tuple[int, int, int]], groups: list[tuple[int, ...]]) -> StepLayout:
+    """decode: slot -> position; prefill: (slot, start, length); groups: (row, rows, column, columns)."""
+    table = np.array(groups, np.int32).reshape(-1, 4)
+    chunks = np.array(prefill, np.int32).reshape(-1, 3)
+    return StepLayout(
+        int32(*decode), int32(*decode.values()), *chunks.T.copy(), *table.T.copy()
+    )  # fmt: skip
+
+
+LAYOUTS = {
+    "decode": layout_of({3: 0, 1: 4, 0: 13}, [], []),
+    "prefill": layout_of({}, [(2, 0, 9), (4, 5, 3)], []),
+    "both": layout_of({0: 13, 3: 8}, [(1, 3, 6)], []),
+    "one group": layout_of({0: 13, 1: 12, 2: 15}, [], [(0, 3, 0, 2)]),
+    "group and others": layout_of({5: 2, 0: 13, 1: 12, 4: 7}, [(3, 0, 5)], [(1, 2, 0, 3)]),
+    "two groups with a gap": layout_of({0: 13, 1: 12, 5: 6, 2: 15, 3: 14}, [], [(0, 2, 0, 2), (3, 2, 0, 1)]),
+    "nested": layout_of(
+        {0: 22, 1: 20, 2: 18, 3: 17, 6: 12, 7: 13},
+        [(5, 0, 2)],
+        [(0, 4, 0, 2), (4, 2, 0, 1), (4, 2, 1, 2), (0, 2, 2, 3), (2, 2, 2, 1)],
+    ),
+}  # fmt: skip
+
+
+def shared_table(layout: StepLayout, num_columns: int, generator: np.random.Generator) -> np.ndarray:
+    """A page of its own for each entry, except the columns that groups share."""
+    table = generator.permutation(8 * num_columns).astype(np.int32).reshape(8, num_columns)
+    for first, count, column, columns in zip(
+        layout.group_first_rows, layout.group_num_rows, layout.group_first_columns, layout.group_num_columns,
+        strict=True,
+    ):  # fmt: skip
+        slots = layout.decode_slots[first : first + count]
+        table[slots, column : column + columns] = table[slots[0], column : column + columns]
+    return table
+
+
+@pytest.mark.parametrize("is_heads_first", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_first: bool) -> None:
+    from toka_engine.model.attention.flashinfer import FlashInferAttention
+    from toka_engine.model.kernels.paged import HND, NHD
+
+    layout, columns = LAYOUTS[name], 6
+    shape = AttentionShape(2, 6, 2, 8, 8**-0.5, torch.float32, torch.device("cpu"))
+    ours = FlashInferAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
+    reference = CpuAttention(shape)
+    generator = np.random.default_rng(3)
+    table = shared_table(layout, columns, generator)
+    slots, positions = np.repeat(int32(*range(8)), columns), np.tile(int32(*range(columns)), 8)
+    for backend in (ours, reference):
+        backend.allocate(8 * columns, PAGE_SIZE, 8, columns)
+        backend.append_pages(slots, positions, table.reshape(-1))
+    seeds = torch.Generator().manual_seed(5)
+    angles = torch.randn(columns * PAGE_SIZE, 8, generator=seeds)
+    past = torch.randn(2, 2, 8 * columns, PAGE_SIZE, 2, 8, generator=seeds)  # layer, k or v, page, token, head
+    ours.cache[:, :, : 8 * columns] = past.transpose(3, 4) if is_heads_first else past
+    reference._cache.copy_(past.permute(0, 2, 3, 1, 4, 5).reshape(reference._cache.shape))
+    rows = layout.decode_slots.size + int(layout.prefill_lengths.sum())
+    q = torch.randn(rows, 6, 8, generator=seeds)
+    k, v = torch.randn(2, rows, 2, 8, generator=seeds)
+    for backend in (ours, reference):
+        backend.plan(layout)
+    for layer in range(2):
+        expected = reference.forward(layer, q, k, v, angles)
+        torch.testing.assert_close(ours.forward(layer, q, k, v, angles), expected, atol=2e-5, rtol=1e-4)
+    if layout.prefill_slots.size or not layout.group_first_rows.size:
+        return
+    ours.reserve_graphs(8)
+    ours.plan_graph(layout, 8, True)
+    padded = [torch.cat((each, torch.ones(8 - rows, *each.shape[1:]))) for each in (q, k, v)]
+    torch.testing.assert_close(ours.forward(1, *padded, angles)[:rows], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
+    from toka_engine.model.attention.flashinfer import FlashInferAttention
+    from toka_engine.model.kernels.paged import HND
+
+    shape = AttentionShape(1, 4, 2, 8, 8**-0.5, torch.float32, torch.device("cpu"))
+    ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
+    ours.allocate(12, PAGE_SIZE, 4, 3)
+    ours.cache[:, :, :12] = torch.randn(1, 2, 12, 2, PAGE_SIZE, 8, generator=torch.Generator().manual_seed(1))
+    ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 7, 1))
+    layout = layout_of({2: 6, 0: 5}, [], [])
+    q, k, v = (torch.randn(4, heads, 8, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
+    angles = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+    ours.plan(layout)
+    expected = ours.forward(0, q[:2], k[:2], v[:2], angles)
+    pages = ours.cache[:, :, :12].clone()
+    ours.reserve_graphs(4)
+    first = ours.plan_graph(layout, 4, False)
+    result = ours.forward(0, q, k, v, angles)
+    torch.testing.assert_close(result[:2], expected)
+    assert torch.equal(ours.cache[:, :, :12], pages)
+    assert not bool(result.isnan().any())
+    again = ours.plan_graph(layout_of({2: 6}, [], []), 4, False)
+    assert again.data_ptr() == first.data_ptr()

@@ -1,0 +1,77 @@
+"""The kernels over the block table, the pages and the slots move exactly what they are told to."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def int32(device: torch.device, *values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def test_set_table_sets_the_named_entries_only(device) -> None:
+    from toka_engine.model.kernels.pages import set_table
+
+    table = torch.zeros(5, 9, dtype=torch.int32, device=device)
+    set_table(table, int32(device, 4, 0, 4, 8, 0, 2, 11, 12, 13))
+    expected = torch.zeros_like(table)
+    expected[4, 8], expected[0, 0], expected[4, 2] = 11, 12, 13
+    assert torch.equal(table, expected)
+
+
+def test_flatten_table_lays_page_lists_side_by_side(device) -> None:
+    from toka_engine.model.kernels.pages import flatten_table
+
+    table = torch.arange(4 * 300, dtype=torch.int32, device=device).view(4, 300)
+    counts, slots, first = [2, 0, 290, 1], [3, 1, 0, 3], [0, 0, 10, 7]
+    indptr = int32(device, 0, *np.cumsum(counts).tolist())
+    out = torch.full((sum(counts) + 3,), -1, dtype=torch.int32, device=device)
+    flatten_table(table, int32(device, *slots), int32(device, *first), indptr, out)
+    expected = torch.cat([table[s, f : f + n] for s, f, n in zip(slots, first, counts, strict=True)])
+    assert torch.equal(out[: sum(counts)], expected)
+    assert out[sum(counts) :].tolist() == [-1, -1, -1]
+
+
+def test_copy_pages_copies_every_plane_of_the_named_pages(device, generator) -> None:
+    from toka_engine.model.kernels.pages import copy_pages
+
+    cache = torch.randn(6, 7, 1500, generator=generator, device=device)
+    expected = cache.clone()
+    expected[:, [5, 0]] = cache[:, [2, 3]]
+    copy_pages(cache, int32(device, 2, 3), int32(device, 5, 0))
+    assert torch.equal(cache, expected)
+
+
+def test_new_slots_get_their_fields_and_others_keep_theirs(device) -> None:
+    from toka_engine.model.kernels.slots import SlotState, pack_new_slots, set_slots
+
+    state = SlotState.allocate(6, device)
+    slots = np.array([5, 1], np.int32)
+    seeds = np.array([2**62 + 12345678901, -1], np.int64)
+    words = pack_new_slots(
+        slots,
+        np.array([0.7, 0.0], np.float32),
+        np.array([0.9, 1.0], np.float32),
+        np.array([40, 0], np.int32),
+        np.array([0.0, 0.05], np.float32),
+        seeds,
+        np.array([3, 0], np.int32),
+    )
+    set_slots(state, torch.from_numpy(words).to(device))
+    np.testing.assert_array_equal(state.temperature.cpu().numpy()[[5, 1, 0]], np.float32([0.7, 0.0, 0.0]))
+    np.testing.assert_array_equal(state.top_p.cpu().numpy()[[5, 1, 0]], np.float32([0.9, 1.0, 1.0]))
+    assert state.top_k.tolist() == [0, 0, 0, 0, 0, 40]
+    np.testing.assert_array_equal(state.min_p.cpu().numpy()[[5, 1, 0]], np.float32([0.0, 0.05, 0.0]))
+    assert state.seed[[5, 1, 0]].tolist() == [int(seeds[0]), -1, -1]
+    assert state.num_sampled.tolist() == [0, 0, 0, 0, 0, 3]
+
+
+def test_gather_ids_takes_last_tokens_then_prefill_tokens(device) -> None:
+    from toka_engine.model.kernels.slots import SlotState, gather_ids
+
+    state = SlotState.allocate(4, device)
+    state.last_token.copy_(int32(device, 10, 11, 12, 13))
+    out = int32(device, -1, -1, -1, -1, -1)
+    gather_ids(state, int32(device, 3, 1, 0, 0, 0), int32(device, 7, 8, 9), 2, out)
+    assert out.tolist() == [13, 11, 7, 8, 9]

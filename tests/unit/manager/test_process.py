@@ -1,0 +1,139 @@
+"""The manager as a real process over real socket pairs; the test plays supervisor, server and worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toka_engine
+from toka_engine.channel import Channel, socket_pair
+from toka_engine.config import EngineConfig
+from toka_engine.errors import ExitCode
+from toka_engine.manager.sizes import choose_sizes
+from toka_engine.messages import (
+    ChildReady,
+    Deltas,
+    EngineInfo,
+    FromChild,
+    ManagerToServer,
+    ManagerToWorker,
+    Ping,
+    Pong,
+    Progress,
+    Sampling,
+    Start,
+    Stats,
+    Step,
+    Submit,
+    WorkerReady,
+)
+
+from tests.unit.manager.simulated import HashModel, SimulatedWorker, reference
+
+pytestmark = pytest.mark.timeout(30)
+
+READY = WorkerReady(
+    vocab_size=40,
+    max_positions=256,
+    num_pages=64,
+    page_size=4,
+    max_seqs=8,
+    max_tokens_per_forward=32,
+    max_pages_per_seq=64,
+    device="cpu",
+    dtype="float32",
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+)
+
+
+class Process:
+    """A running manager and the other ends of its links."""
+
+    def __init__(self) -> None:
+        pairs = [socket_pair() for _ in range(3)]
+        fds = [theirs.fileno() for _, theirs in pairs]
+        root = Path(toka_engine.__file__).parents[1]
+        command = [sys.executable, "-m", "toka_engine.manager", *map(str, fds)]
+        self.process = subprocess.Popen(
+            command, pass_fds=fds, env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL
+        )
+        for _, theirs in pairs:
+            theirs.close()
+        self.control: Channel[FromChild] = Channel(pairs[0][0], FromChild)
+        self.server: Channel[ManagerToServer] = Channel(pairs[1][0], ManagerToServer)
+        self.worker: Channel[ManagerToWorker] = Channel(pairs[2][0], ManagerToWorker)
+        self.config = EngineConfig()
+        self.control.send(Start(self.config, "", ""))
+
+    def close(self) -> None:
+        for channel in (self.control, self.server, self.worker):
+            channel.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    running = Process()
+    yield running
+    running.close()
+
+
+def test_requests_go_through_the_real_process_over_its_links(process: Process) -> None:
+    process.worker.send(READY)
+    (info,) = process.server.receive(20)
+    assert isinstance(info, EngineInfo)
+    assert (info.max_request_tokens, info.max_streams, info.num_kv_tokens) == (256, 8, 256)
+    phases = []
+    while not phases or not isinstance(phases[-1], ChildReady):
+        phases += process.control.receive(20)
+
+    model = HashModel()
+    worker = SimulatedWorker(choose_sizes(process.config, READY), model)
+    submit = Submit(0, 3, np.arange(10, dtype=np.int32), 20, Sampling(seed=5), (), True)
+    process.server.send(submit)
+    tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    ended: list[int] = []
+    last_stats: Stats | None = None
+    while len(ended) < 3:
+        for step in process.worker.receive(0.05):
+            assert isinstance(step, Step)
+            process.worker.send(worker.run(step))
+        for message in process.server.receive_ready():
+            if isinstance(message, Deltas):
+                for stream, token in zip(message.streams.tolist(), message.tokens.tolist(), strict=True):
+                    tokens[stream].append(token)
+                ended += message.ended.tolist()
+            elif isinstance(message, Stats):
+                last_stats = message
+    assert tokens == {choice: reference(model, submit, choice).tokens for choice in range(3)}
+
+    # Totals come once more when the work is over; then the process sleeps.
+    while last_stats is None or last_stats.output_tokens_total < 60:
+        for message in process.server.receive(20):
+            assert isinstance(message, Stats)
+            last_stats = message
+    assert (last_stats.running, last_stats.waiting, last_stats.kv_pages_used) == (0, 0, 0)
+
+
+def test_the_control_link_is_answered_while_the_manager_waits_for_its_workers(process: Process) -> None:
+    messages: list[FromChild] = process.control.receive(20)
+    assert isinstance(messages[0], Progress)
+    process.control.send(Ping(7))
+    while not any(isinstance(message, Pong) and message.number == 7 for message in messages):
+        messages += process.control.receive(20)
+
+
+def test_a_lost_worker_ends_the_process_with_the_code_of_the_table(process: Process) -> None:
+    process.worker.send(READY)
+    process.server.receive(20)
+    process.worker.close()
+    assert process.process.wait(20) == ExitCode.PROCESS_DIED

@@ -1,0 +1,78 @@
+"""Random requests, cancels, stops and delays on tiny caches: outputs equal the reference and nothing stays
+held."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toka_engine.config import EngineConfig
+
+from tests.unit.manager.simulated import Harness, HashModel, small_sizes
+
+
+def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_rate: float) -> None:
+    """Submit at random moments, cancel at random moments, return tokens at random delays."""
+    most = harness.sizes.max_request_tokens
+    prefixes = [rng.integers(0, 40, rng.integers(1, 24)).tolist() for _ in range(3)]
+    live: list[int] = []
+    left = num_requests
+    while left or harness.sent or harness.manager.has_work:
+        while left and rng.random() < 0.5:
+            left -= 1
+            prompt = prefixes[rng.integers(3)] + rng.integers(0, 40, rng.integers(0, 12)).tolist()
+            prompt = prompt[: most - 1]
+            live += harness.submit(
+                prompt,
+                n=int(rng.choice([1, 1, 1, 2, 5])),
+                max_tokens=int(rng.integers(1, most - len(prompt) + 1)),
+                seed=int(rng.choice([-1, 3, 1 << 62])),
+                stop_ids=tuple(rng.integers(0, 40, rng.choice([0, 1, 10])).tolist()),
+                deliver_each=bool(rng.random() < 0.5),
+                num_logprobs=int(rng.choice([-1, 0, 2])),
+            )
+        if live and rng.random() < cancel_rate:
+            harness.cancel(*rng.choice(live, min(len(live), 3)).tolist())
+        harness.plan()
+        for _ in range(int(rng.integers(0, len(harness.sent) + 1))):
+            harness.return_one()
+        assert harness.num_steps < 20_000, "no progress"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    random_seed=st.integers(0, 1 << 32),
+    num_pages=st.sampled_from([8, 12, 20, 64]),
+    steps_ahead=st.integers(1, 3),
+    max_tokens_per_forward=st.sampled_from([9, 24, 64]),
+    use_prefix_cache=st.booleans(),
+    use_hydragen=st.booleans(),
+    cancel_rate=st.sampled_from([0.0, 0.1]),
+    failure_period=st.sampled_from([0, 60]),
+)
+def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
+    random_seed: int,
+    num_pages: int,
+    steps_ahead: int,
+    max_tokens_per_forward: int,
+    use_prefix_cache: bool,
+    use_hydragen: bool,
+    cancel_rate: float,
+    failure_period: int,
+) -> None:
+    sizes = small_sizes(
+        num_pages=num_pages,
+        max_request_tokens=min(60, num_pages * 4),
+        max_tokens_per_forward=max_tokens_per_forward,
+    )
+    config = EngineConfig(
+        scheduling_steps_ahead=steps_ahead,
+        use_prefix_cache=use_prefix_cache,
+        use_hydragen=use_hydragen,
+        hydragen_min_group_size=2,
+        hydragen_min_prefix_len=4,
+    )
+    harness = Harness(sizes, HashModel(failure_period=failure_period), config)
+    play(harness, np.random.default_rng(random_seed), 12, cancel_rate)
+    harness.check_results()
+    harness.check_nothing_held()
