@@ -27,9 +27,7 @@ class HealthServer:
                 trouble = describe_trouble()
                 return (503 if trouble else 200), (trouble or "ok").encode(), "text/plain"
             if path == "/readyz":
-                return (
-                    (200, b"ok", "text/plain") if is_ready() else (503, b"caches are filling", "text/plain")
-                )
+                return (200, b"ok", "text/plain") if is_ready() else (503, b"caches are filling", "text/plain")
             if path == "/metrics":
                 measure()
                 return 200, generate_latest(), CONTENT_TYPE_LATEST

@@ -54,8 +54,7 @@ class Runtime:
             for namespace in settings.watch_namespaces or (None,)
         ]
         self._workers = [
-            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True)
-            for n in range(settings.num_workers)
+            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(settings.num_workers)
         ]
         self._stopping = threading.Event()
         self._names_thread = threading.Thread(target=self._compare_names_forever, name="names", daemon=True)
@@ -77,9 +76,7 @@ class Runtime:
                 self._cluster.list_identities(KIND, namespace)
                 return
             except (ApiError, TransientError) as error:
-                logger.warning(
-                    "event=waiting_for_resource kind=%s retry_s=%.1f error=%r", KIND, delay_s, str(error)
-                )
+                logger.warning("event=waiting_for_resource kind=%s retry_s=%.1f error=%r", KIND, delay_s, str(error))
             if self._stopping.wait(delay_s):
                 return
             delay_s = min(10.0, delay_s * 2)
@@ -116,9 +113,7 @@ class Runtime:
         dead = [t.name for t in threads if t.ident is not None and not t.is_alive()]
         silent = [w.name for w in self._watches if now - w.last_contact > WATCH_SILENCE_S]
         _, oldest_s = self._queue.measure()
-        stuck = (
-            [f"queue waits {oldest_s:.0f} s"] if oldest_s > QUEUE_STUCK_S and self._election.is_held() else []
-        )
+        stuck = [f"queue waits {oldest_s:.0f} s"] if oldest_s > QUEUE_STUCK_S and self._election.is_held() else []
         return ", ".join([f"thread {n} ended" for n in dead] + [f"{n} is silent" for n in silent] + stuck)
 
     def _note_child(self, key: Key) -> None:

@@ -87,6 +87,13 @@ class Operator:
         surprises = [line for p in self.processes for line in self._surprises(p.log())]
         self.processes.clear()
         assert surprises == []
+        assert self._forbidden() == [], "the chart grants too little"
+
+    def _forbidden(self) -> list[str]:
+        """Requests that RBAC refused (an admission's refusal is also a 403, but was authorised before)."""
+        events = [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+        decision = "authorization.k8s.io/decision"
+        return [e["requestURI"] for e in events if e.get("annotations", {}).get(decision) == "forbid"]
 
     def _surprises(self, log: str) -> list[str]:
         known = [re.compile(pattern) for pattern in self.expected]
