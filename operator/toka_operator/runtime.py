@@ -62,13 +62,16 @@ class Runtime:
 
     def start(self) -> None:
         """Starts every thread; returns at once."""
-        self._health.start()
         threads: list[threading.Thread] = [*self._watches, self._election, self._names_thread, *self._workers]
         for thread in threads:
             thread.start()
 
     def wait_for_resource(self) -> None:
-        """Blocks until the API server serves TokaDeployments: kopf looks only once, when it starts."""
+        """Blocks until the API server serves TokaDeployments: kopf looks only once, when it starts.
+
+        The health port is open meanwhile: to restart would not help.
+        """
+        self._health.start()
         delay_s = 0.5
         namespace = next(iter(self._settings.watch_namespaces), None)
         while True:
@@ -82,14 +85,13 @@ class Runtime:
             delay_s = min(10.0, delay_s * 2)
 
     def stop(self) -> None:
-        """Finishes the passes under way, gives the lease back, and ends the threads that wait on nothing
-        else."""
+        """Finishes the passes under way, gives the lease back, and ends what was started."""
         self._stopping.set()
         self._gap.set()
         self._queue.close()
         for watch in self._watches:
             watch.stop()
-        for worker in self._workers:
+        for worker in filter(threading.Thread.is_alive, self._workers):
             worker.join(timeout=10.0)
         self._election.stop()
         if self._election.is_alive():
