@@ -75,9 +75,7 @@ class Cluster:
         items: list[Json] = []
         token = ""
         while True:
-            page = self._request(
-                "GET", _path(kind, namespace), [*query, ("continue", token)] if token else query
-            )
+            page = self._request("GET", _path(kind, namespace), [*query, ("continue", token)] if token else query)
             items += page.get("items") or []
             token = page["metadata"].get("continue", "")
             if not token:
@@ -122,9 +120,7 @@ class Cluster:
     def replace(self, manifest: Json) -> Json:
         """Whole-object update; ConflictError if its resourceVersion is not the newest."""
         metadata = manifest["metadata"]
-        return self._write(
-            "PUT", _path(manifest["kind"], metadata["namespace"], metadata["name"]), manifest, _JSON
-        )
+        return self._write("PUT", _path(manifest["kind"], metadata["namespace"], metadata["name"]), manifest, _JSON)
 
     def apply_status(self, manifest: Json, uid: str) -> Json:
         """Server-side apply of the status block; ConflictError if the object is not the one with this uid."""

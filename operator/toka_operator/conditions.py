@@ -103,14 +103,10 @@ def _idle_reason(spec: TokaDeploymentSpec) -> str:
     return "Suspended" if spec.suspend else "ScaledToZero"
 
 
-def _decide_ready(
-    spec: TokaDeploymentSpec, counts: Counts, degraded: Condition, progressing: Condition
-) -> Condition:
+def _decide_ready(spec: TokaDeploymentSpec, counts: Counts, degraded: Condition, progressing: Condition) -> Condition:
     if counts.num_wanted == 0:
         return Condition(READY, False, _idle_reason(spec), "no pods are wanted")
-    summary = (
-        f"{counts.num_updated_available} of {counts.num_wanted} pods of the current revision are available"
-    )
+    summary = f"{counts.num_updated_available} of {counts.num_wanted} pods of the current revision are available"
     if _is_complete(counts):
         return Condition(READY, True, "AllAvailable", summary)
     if degraded.is_true:
@@ -145,12 +141,8 @@ def _decide_progressing(
         message = f"no room for the new revision's pod {blocked.pod}: {blocked.message}"
         return Condition(PROGRESSING, True, "SurgeBlocked", message)
     if len(plan.targets) > 1 or counts.num_old:
-        return Condition(
-            PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods"
-        )
-    return Condition(
-        PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods"
-    )
+        return Condition(PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods")
+    return Condition(PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods")
 
 
 def _find_blocked_surge(spec: TokaDeploymentSpec, observed: Observed) -> Failure | None:
@@ -186,11 +178,7 @@ def _rank(failure: Failure) -> tuple[int, str]:
 
 def _describe(failure: Failure, num_failing: int) -> str:
     others = f" ({num_failing - 1} more pods fail)" if num_failing > 1 else ""
-    code = (
-        f" (exit code {failure.exit_code}, {failure.restarts} restarts)"
-        if failure.exit_code is not None
-        else ""
-    )
+    code = f" (exit code {failure.exit_code}, {failure.restarts} restarts)" if failure.exit_code is not None else ""
     return f"pod {failure.pod}{code}: {failure.message}{others}"
 
 

@@ -5,12 +5,16 @@ May not decide, read or write anything: kopf is the runtime that watches TokaDep
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import kopf
 
+from toka_operator import __version__
 from toka_operator.runtime import Runtime
 from toka_operator.settings import GROUP, PLURAL, VERSION
+
+logger = logging.getLogger("toka.handlers")
 
 
 def register(registry: kopf.OperatorRegistry, runtime: Runtime) -> None:
@@ -27,6 +31,7 @@ def register(registry: kopf.OperatorRegistry, runtime: Runtime) -> None:
         settings.watching.connect_timeout = 10
         settings.networking.request_timeout = 30
         settings.networking.connect_timeout = 10
+        logger.info("event=started version=%s", __version__)
 
     @kopf.on.login(registry=registry)
     async def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:

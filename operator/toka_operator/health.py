@@ -27,9 +27,7 @@ class HealthServer:
                 trouble = describe_trouble()
                 return (503 if trouble else 200), (trouble or "ok").encode(), "text/plain"
             if path == "/readyz":
-                return (
-                    (200, b"ok", "text/plain") if is_ready() else (503, b"caches are filling", "text/plain")
-                )
+                return (200, b"ok", "text/plain") if is_ready() else (503, b"caches are filling", "text/plain")
             if path == "/metrics":
                 measure()
                 return 200, generate_latest(), CONTENT_TYPE_LATEST
@@ -61,5 +59,6 @@ class HealthServer:
         self._thread.start()
 
     def stop(self) -> None:
-        self._server.shutdown()
+        if self._thread.is_alive():
+            self._server.shutdown()
         self._server.server_close()

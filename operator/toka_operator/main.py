@@ -25,9 +25,9 @@ def main() -> int:
     runtime = Runtime(settings)
     registry = kopf.OperatorRegistry()
     register(registry, runtime)
-    runtime.wait_for_resource()
-    runtime.start()
     try:
+        runtime.wait_for_resource()
+        runtime.start()
         kopf.run(
             registry=registry,
             standalone=True,

@@ -9,7 +9,5 @@ RECONCILE_SECONDS = Histogram("toka_operator_reconcile_seconds", "Time of one pa
 WRITES = Counter("toka_operator_writes_total", "Writes to the API server.", ["kind", "verb"])
 WATCH_RESTARTS = Counter("toka_operator_watch_restarts_total", "Watches begun anew.", ["kind", "cause"])
 QUEUE_DEPTH = Gauge("toka_operator_queue_depth", "Keys waiting or worked on.")
-QUEUE_OLDEST_SECONDS = Gauge(
-    "toka_operator_queue_oldest_seconds", "How long the oldest waiting key has waited."
-)
+QUEUE_OLDEST_SECONDS = Gauge("toka_operator_queue_oldest_seconds", "How long the oldest waiting key has waited.")
 IS_LEADER = Gauge("toka_operator_is_leader", "1 while this replica holds the Lease.")

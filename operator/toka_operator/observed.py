@@ -60,10 +60,7 @@ class PodView:
     def is_available(self, now: float, min_ready_s: float) -> bool:
         """Ready for min_ready_s, and seen in the Service's endpoints, so that clients really reach it."""
         return (
-            self.is_ready
-            and not self.is_terminating
-            and self.is_in_endpoints
-            and now >= self.ready_since + min_ready_s
+            self.is_ready and not self.is_terminating and self.is_in_endpoints and now >= self.ready_since + min_ready_s
         )
 
     @property

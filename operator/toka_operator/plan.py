@@ -48,9 +48,7 @@ class Plan:
     requeue_s: float | None
 
 
-def make_plan(
-    owner: Owner, spec: TokaDeploymentSpec, observed: Observed, default_image: str, now: float
-) -> Plan:
+def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, default_image: str, now: float) -> Plan:
     """The one next step towards `spec`. `now` is a Unix time; `requeue_s` says when time alone changes the
     answer."""
     sets = _by_revision(observed.of_kind(STATEFUL_SET))
@@ -81,9 +79,7 @@ def _by_revision(children: list[Json]) -> dict[str, Json]:
     return {revision: child for revision, child in labelled if revision}
 
 
-def _view_revision(
-    revision: str, live: Json, spec: TokaDeploymentSpec, observed: Observed, now: float
-) -> RevisionPods:
+def _view_revision(revision: str, live: Json, spec: TokaDeploymentSpec, observed: Observed, now: float) -> RevisionPods:
     replicas = int(live["spec"].get("replicas", 1))
     pods = [pod for pod in observed.pods if pod.revision == revision]
     min_ready_s = spec.rollout.min_ready_s
@@ -194,9 +190,7 @@ def _find_surplus(
 def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> float | None:
     """Seconds until a pod has been ready for long enough, or is given up as stuck or hopeless."""
     moments = [
-        pod.ready_since + spec.rollout.min_ready_s
-        for pod in observed.pods
-        if pod.is_ready and not pod.is_terminating
+        pod.ready_since + spec.rollout.min_ready_s for pod in observed.pods if pod.is_ready and not pod.is_terminating
     ]
     moments += [
         pod.ready_since + HOPELESS_AFTER_S

@@ -42,9 +42,7 @@ def render_pod_template(
         "serviceAccountName": service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": DRAIN_ENDPOINT_DELAY_S
-        + spec.rollout.drain_timeout_s
-        + GRACE_SLACK_S,
+        "terminationGracePeriodSeconds": DRAIN_ENDPOINT_DELAY_S + spec.rollout.drain_timeout_s + GRACE_SLACK_S,
         "securityContext": _pod_security(),
         "containers": [_engine_container(spec, default_image), *map(_restrict_sidecar, additions.sidecars)],
         "volumes": _volumes(spec),
@@ -77,15 +75,12 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "kv_cache_num_tokens": engine.kv_cache_num_tokens,
         "page_size": engine.page_size,
         "use_hydragen": engine.hydragen,
-        "torch_compile": engine.torch_compile,
         "use_cudagraphs": engine.cuda_graphs,
         "log_level": engine.log_level,
         "drain_endpoint_delay_s": DRAIN_ENDPOINT_DELAY_S,
         "drain_timeout_s": spec.rollout.drain_timeout_s,
     }
-    return [f"{key}={_render_value(v)}" for key, v in settings.items() if v is not None] + list(
-        engine.extra_args
-    )
+    return [f"{key}={_render_value(v)}" for key, v in settings.items() if v is not None] + list(engine.extra_args)
 
 
 def _render_value(value: str | int | bool) -> str:

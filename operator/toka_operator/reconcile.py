@@ -46,9 +46,7 @@ class _Memory:
 class Reconciler:
     """Works on any key in any thread, but on each key in one at a time."""
 
-    def __init__(
-        self, cluster: Cluster, deployments: Store, stores: Mapping[str, Store], settings: Settings
-    ) -> None:
+    def __init__(self, cluster: Cluster, deployments: Store, stores: Mapping[str, Store], settings: Settings) -> None:
         self._cluster, self._settings = cluster, settings
         self._deployments, self._stores = deployments, stores
         self._memories: dict[Key, _Memory] = {}
@@ -64,9 +62,7 @@ class Reconciler:
             self._memories.pop(key, None)
             return None
         metadata = deployment["metadata"]
-        owner = Owner(
-            metadata["namespace"], metadata["name"], metadata["uid"], int(metadata.get("generation", 1))
-        )
+        owner = Owner(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata.get("generation", 1)))
         previous = deployment.get("status") or {}
         spec = parse(deployment)
         if isinstance(spec, list):
@@ -214,9 +210,7 @@ class Reconciler:
         except NotFoundError as error:
             raise TransientError(f"{kind} {owner.namespace}/{name} came and went") from error
         if not is_owned_by(holder, owner.uid):
-            logger.warning(
-                "object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name
-            )
+            logger.warning("object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name)
             memory.strangers[(kind, name)] = time.monotonic() + self._settings.stranger_retry_s
             return
         holder.setdefault("kind", kind)
@@ -299,9 +293,7 @@ class Reconciler:
             self._cluster.create(manifest)
             WRITES.labels(kind="Event", verb="create").inc()
         except (ApiError, TransientError) as error:
-            logger.warning(
-                "object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error)
-            )
+            logger.warning("object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error))
 
 
 def _merge(a: Json, b: Json) -> Json:

@@ -84,9 +84,7 @@ def _grow_current(
     targets[current] += max(0, min(room, missing))
 
 
-def _shrink_old(
-    budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods], targets: dict[str, int]
-) -> None:
+def _shrink_old(budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods], targets: dict[str, int]) -> None:
     """Takes old pods away from the top, oldest name order, while the budgets allow it."""
     num_available = sum(pods.num_available(targets[name]) for name, pods in revisions.items())
     spare_available = num_available - budgets.min_available
@@ -115,9 +113,7 @@ def _decide_paused(budgets: Budgets, revisions: Mapping[str, RevisionPods]) -> d
     targets = {name: pods.replicas for name, pods in revisions.items()}
     if not targets:
         return targets
-    main = max(
-        sorted(revisions), key=lambda name: (revisions[name].num_available(), revisions[name].replicas)
-    )
+    main = max(sorted(revisions), key=lambda name: (revisions[name].num_available(), revisions[name].replicas))
     total = sum(targets.values())
     if total < budgets.num_wanted:
         targets[main] += budgets.num_wanted - total

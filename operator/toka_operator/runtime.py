@@ -54,8 +54,7 @@ class Runtime:
             for namespace in settings.watch_namespaces or (None,)
         ]
         self._workers = [
-            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True)
-            for n in range(settings.num_workers)
+            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(settings.num_workers)
         ]
         self._stopping = threading.Event()
         self._names_thread = threading.Thread(target=self._compare_names_forever, name="names", daemon=True)
@@ -63,13 +62,16 @@ class Runtime:
 
     def start(self) -> None:
         """Starts every thread; returns at once."""
-        self._health.start()
         threads: list[threading.Thread] = [*self._watches, self._election, self._names_thread, *self._workers]
         for thread in threads:
             thread.start()
 
     def wait_for_resource(self) -> None:
-        """Blocks until the API server serves TokaDeployments: kopf looks only once, when it starts."""
+        """Blocks until the API server serves TokaDeployments: kopf looks only once, when it starts.
+
+        The health port is open meanwhile: to restart would not help.
+        """
+        self._health.start()
         delay_s = 0.5
         namespace = next(iter(self._settings.watch_namespaces), None)
         while True:
@@ -77,22 +79,19 @@ class Runtime:
                 self._cluster.list_identities(KIND, namespace)
                 return
             except (ApiError, TransientError) as error:
-                logger.warning(
-                    "event=waiting_for_resource kind=%s retry_s=%.1f error=%r", KIND, delay_s, str(error)
-                )
+                logger.warning("event=waiting_for_resource kind=%s retry_s=%.1f error=%r", KIND, delay_s, str(error))
             if self._stopping.wait(delay_s):
                 return
             delay_s = min(10.0, delay_s * 2)
 
     def stop(self) -> None:
-        """Finishes the passes under way, gives the lease back, and ends the threads that wait on nothing
-        else."""
+        """Finishes the passes under way, gives the lease back, and ends what was started."""
         self._stopping.set()
         self._gap.set()
         self._queue.close()
         for watch in self._watches:
             watch.stop()
-        for worker in self._workers:
+        for worker in filter(threading.Thread.is_alive, self._workers):
             worker.join(timeout=10.0)
         self._election.stop()
         if self._election.is_alive():
@@ -116,9 +115,7 @@ class Runtime:
         dead = [t.name for t in threads if t.ident is not None and not t.is_alive()]
         silent = [w.name for w in self._watches if now - w.last_contact > WATCH_SILENCE_S]
         _, oldest_s = self._queue.measure()
-        stuck = (
-            [f"queue waits {oldest_s:.0f} s"] if oldest_s > QUEUE_STUCK_S and self._election.is_held() else []
-        )
+        stuck = [f"queue waits {oldest_s:.0f} s"] if oldest_s > QUEUE_STUCK_S and self._election.is_held() else []
         return ", ".join([f"thread {n} ended" for n in dead] + [f"{n} is silent" for n in silent] + stuck)
 
     def _note_child(self, key: Key) -> None:

@@ -59,9 +59,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     invalid."""
     image = environ.get("TOKA_ENGINE_IMAGE", "")
     if not image:
-        raise SettingsError(
-            "TOKA_ENGINE_IMAGE is not set: it names the image of engines whose spec names none"
-        )
+        raise SettingsError("TOKA_ENGINE_IMAGE is not set: it names the image of engines whose spec names none")
     log_level = environ.get("TOKA_LOG_LEVEL", "INFO").upper()
     if log_level not in LOG_LEVELS:
         raise SettingsError(f"TOKA_LOG_LEVEL={log_level}: must be one of {', '.join(LOG_LEVELS)}")

@@ -24,7 +24,6 @@ DEFAULTS: Json = {
         "pullPolicy": "IfNotPresent",
         "port": 10210,
         "hydragen": True,
-        "torchCompile": False,
         "cudaGraphs": True,
         "logLevel": "INFO",
     },
@@ -90,7 +89,6 @@ class Engine:
     kv_cache_num_tokens: int | None
     page_size: int | None
     hydragen: bool
-    torch_compile: bool
     cuda_graphs: bool
     log_level: str
     extra_args: tuple[str, ...]
@@ -209,8 +207,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         api_key=_parse_secret_key(root.child("auth"), "apiKeySecretRef", "key"),
         startup_timeout_s=startup.integer("timeoutSeconds", 10, 86400),
         rollout=_parse_rollout(rollout),
-        has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off"))
-        == "Auto",
+        has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off")) == "Auto",
         service=_parse_service(root.child("service")),
         pod_additions=_parse_pod_additions(root.child("podTemplate")),
         suspend=root.boolean("suspend"),
@@ -286,7 +283,6 @@ def _parse_engine(fields: Fields) -> Engine:
         kv_cache_num_tokens=fields.optional_integer("kvCacheNumTokens", 16, 1000000000),
         page_size=fields.optional_integer("pageSize", 1, 1024),
         hydragen=fields.boolean("hydragen"),
-        torch_compile=fields.boolean("torchCompile"),
         cuda_graphs=fields.boolean("cudaGraphs"),
         log_level=fields.choice("logLevel", ("DEBUG", "INFO", "WARNING", "ERROR")),
         extra_args=fields.items("extraArgs", str),

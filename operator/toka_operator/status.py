@@ -193,9 +193,7 @@ def _describe_failures(observed: Observed) -> list[Json]:
     return described
 
 
-def _decide_phase(
-    spec: TokaDeploymentSpec, counts: Counts, conditions: dict[str, Condition]
-) -> tuple[str, str]:
+def _decide_phase(spec: TokaDeploymentSpec, counts: Counts, conditions: dict[str, Condition]) -> tuple[str, str]:
     """The one word for a table, and why."""
     degraded, progressing = conditions[DEGRADED], conditions[PROGRESSING]
     reason = degraded.reason if degraded.is_true else progressing.reason

@@ -23,9 +23,7 @@ class Store:
     """Objects of one kind. `index` gives the key that an object belongs to, or None for an object of no
     interest."""
 
-    def __init__(
-        self, index: Callable[[Json], Key | None], trim: Callable[[Json], Json] = lambda o: o
-    ) -> None:
+    def __init__(self, index: Callable[[Json], Key | None], trim: Callable[[Json], Json] = lambda o: o) -> None:
         self._index = index
         self._trim = trim
         self._lock = threading.Lock()

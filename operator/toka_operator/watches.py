@@ -89,6 +89,7 @@ class Watch(threading.Thread):
                 self._on_gap()
             except (ApiError, TransientError) as error:
                 num_failures += 1
+                self.last_contact = time.monotonic()  # the server is silent, this thread is not
                 delay_s = min(BACKOFF_LAST_S, 0.2 * 2 ** min(num_failures, 8)) * random.uniform(0.75, 1.25)
                 logger.warning("watch=%s event=broken error=%r retry_s=%.1f", self._kind, str(error), delay_s)
                 WATCH_RESTARTS.labels(kind=self._kind, cause="error").inc()

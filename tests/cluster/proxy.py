@@ -6,6 +6,8 @@ withheld, so the operator dies not knowing whether it was made.
 
 from __future__ import annotations
 
+import base64
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +21,15 @@ from tests.cluster.harness.processes import ProcessHandle
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that breaks when the operator is killed is what this proxy is for."""
+        if not isinstance(sys.exception(), ConnectionError | urllib3.exceptions.HTTPError):
+            super().handle_error(request, client_address)
+
+
 class KillingProxy:
     """Use as a context manager; `kubeconfig` leads through it. 0 writes: it kills nobody."""
 
@@ -29,17 +40,14 @@ class KillingProxy:
         ca_file = cluster.get("certificate-authority")
         ca_data = cluster.get("certificate-authority-data")
         if ca_file is None:
-            import base64
-
             ca = kubeconfig.with_suffix(".ca")
             ca.write_bytes(base64.b64decode(ca_data))
             ca_file = str(ca)
-        self._pool = urllib3.PoolManager(ca_certs=ca_file, maxsize=32, retries=False)
+        self._pool = urllib3.PoolManager(ca_certs=ca_file, maxsize=128, retries=False)
         self._lock = threading.Lock()
         self.kill_after_writes = 0
         self.victim: ProcessHandle | None = None
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._make_handler())
         self.kubeconfig = kubeconfig.with_suffix(".proxy")
         config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{self._server.server_address[1]}"}
         self.kubeconfig.write_text(yaml.safe_dump(config))

@@ -6,7 +6,7 @@ import json
 
 from tests.cluster.operating import Operator, deployment
 
-KINDS = "statefulset,service,serviceaccount,poddisruptionbudget,controllerrevision,pod,endpointslice"
+KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
 
 
 def test_an_applied_object_becomes_ready_with_its_children(operator: Operator) -> None:
@@ -81,9 +81,7 @@ def test_edited_children_are_put_back(operator: Operator) -> None:
         labels = operator.require(kind, child)["metadata"]["labels"]
         operator.kubectl("patch", kind, child, "--type=strategic", "-p", json.dumps(edit))
 
-        def is_right(
-            kind: str = kind, child: str = child, right: object = right, labels: object = labels
-        ) -> bool:
+        def is_right(kind: str = kind, child: str = child, right: object = right, labels: object = labels) -> bool:
             found = operator.require(kind, child)
             same = {k: v for k, v in found.items() if k in keys} == right
             return same and found["metadata"].get("labels") == labels
@@ -105,10 +103,7 @@ def test_a_strangers_objects_are_never_touched(operator: Operator) -> None:
     operator.apply("chat")
     taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     assert "Service chat" in taken["message"]
-    assert (
-        operator.require("service", "chat")["metadata"]["resourceVersion"]
-        == theirs["metadata"]["resourceVersion"]
-    )
+    assert operator.require("service", "chat")["metadata"]["resourceVersion"] == theirs["metadata"]["resourceVersion"]
     operator.expected.append("event=name_taken")
     operator.kubectl("delete", "service", "chat")
     operator.wait_until_ready("chat")
@@ -149,9 +144,7 @@ def test_children_follow_each_change_of_the_spec_and_back(operator: Operator) ->
     operator.apply("chat")
     operator.wait_until_ready("chat")
     before = operator.require("service", "chat")
-    operator.patch(
-        "chat", service={"port": 8080, "annotations": {"example.com/a": "1", "example.com/b": "2"}}
-    )
+    operator.patch("chat", service={"port": 8080, "annotations": {"example.com/a": "1", "example.com/b": "2"}})
 
     def annotations() -> dict[str, str]:
         return dict(operator.require("service", "chat")["metadata"].get("annotations", {}))

@@ -38,9 +38,7 @@ def report(operator: Operator, restarts: int = 0, **state: Any) -> None:
         ("ConfigMapMissing", {"reason": "CreateContainerConfigError", "message": 'configmap "c" not found'}),
     ],
 )
-def test_a_container_that_cannot_start_is_told(
-    operator: Operator, reason: str, waiting: dict[str, str]
-) -> None:
+def test_a_container_that_cannot_start_is_told(operator: Operator, reason: str, waiting: dict[str, str]) -> None:
     operator.apply("chat", **HOLD)
     report(operator, state={"waiting": waiting})
     degraded = operator.wait_for_condition("chat", "Degraded", "True", reason)
@@ -55,9 +53,7 @@ def test_a_container_that_cannot_start_is_told(
     [("ModelNotFound", 3, "Error"), ("EngineProcessDied", 10, "Error"), ("OutOfMemory", 137, "OOMKilled"),
      ("CrashLoop", 1, "Error")],
 )  # fmt: skip
-def test_the_engines_last_words_and_exit_code_are_told(
-    operator: Operator, reason: str, code: int, word: str
-) -> None:
+def test_the_engines_last_words_and_exit_code_are_told(operator: Operator, reason: str, code: int, word: str) -> None:
     operator.apply("chat", **HOLD)
     last = {"exitCode": code, "reason": word, "message": "toka: model=/none: no such folder", **ENDED}
     waiting = {"reason": "CrashLoopBackOff", "message": "back-off 10s"}

@@ -57,6 +57,7 @@ def test_a_kill_after_any_single_write_of_a_rollout_ends_the_same(operator: Oper
                 break
             num_kills += 1
             assert num_kills < 60, "every start writes something: no end"
+        operator.wait_for(lambda: "held=True" in process.log(), "the last operator to lead")
         operator.wait_for(lambda: is_settled(operator), "the end")
         after_kills = describe(operator)
         operator.stop()
@@ -64,9 +65,7 @@ def test_a_kill_after_any_single_write_of_a_rollout_ends_the_same(operator: Oper
     operator.start()
     operator.kubectl("delete", "td", "chat")
     selector = "app.kubernetes.io/instance=chat"
-    operator.wait_for(
-        lambda: not operator.list("statefulset,service,controllerrevision", selector), "an empty start"
-    )
+    operator.wait_for(lambda: not operator.list("statefulset,service,controllerrevision", selector), "an empty start")
     operator.apply("chat", replicas=2)
     operator.wait_for(lambda: is_settled(operator), "the first revision again")
     operator.patch("chat", engine={"pageSize": 32})
@@ -100,6 +99,14 @@ def test_another_operator_takes_over_when_the_leader_is_killed(operator: Operato
     lease = operator.server.get("lease", "toka-operator", "toka-system")
     assert lease is not None
     assert lease["spec"]["holderIdentity"] == "operator-1"
+
+
+def test_an_operator_of_the_whole_cluster_serves_every_namespace(operator: Operator) -> None:
+    operator.processes[0].terminate()
+    operator.start(TOKA_WATCH_NAMESPACES="")
+    operator.apply("chat")
+    operator.wait_until_ready("chat")
+    operator.expected += ["name_taken", "rejected"]  # of other tests' namespaces, which are on their way out
 
 
 def test_only_the_leader_writes(operator: Operator) -> None:

@@ -62,9 +62,7 @@ def test_a_bad_object_is_refused_with_a_sentence(
 
 def _create(api_server: ApiServer, manifest: dict[str, Any]) -> None:
     """As `kubectl apply --dry-run=server` does: every check of the API server, nothing stored."""
-    api_server.kubectl(
-        "apply", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=json.dumps(manifest)
-    )
+    api_server.kubectl("apply", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=json.dumps(manifest))
 
 
 def test_the_cache_type_is_immutable(api_server: ApiServer, installation: Path, namespace: str) -> None:
@@ -81,9 +79,10 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, installat
         "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a"],
                   "tokenizer": "org/other", "dtype": "bfloat16"},
         "engine": {"image": "e:2", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}], "port": 9000,
-                   "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "kvCacheNumTokens": 1024, "pageSize": 16,
-                   "hydragen": False, "torchCompile": True, "cudaGraphs": False, "logLevel": "DEBUG",
-                   "extraArgs": ["seed=1"], "env": [{"name": "A", "value": "b"}],
+                   "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "kvCacheNumTokens": 1024,
+                   "pageSize": 16, "hydragen": False, "cudaGraphs": False, "logLevel": "DEBUG",
+                   "extraArgs": ["seed=1"],
+                   "env": [{"name": "A", "value": "b"}],
                    "envFrom": [{"secretRef": {"name": "s"}}]},
         "replicas": 3,
         "resources": {"device": "gpu", "gpuResource": "amd.com/gpu", "cpu": 4, "memory": "16Gi",

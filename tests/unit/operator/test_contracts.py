@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
-from toka_engine.config import EngineConfig
+from toka_engine.command_line import parse_config
 from toka_engine.errors import REASONS
 from toka_operator.errors import EXIT_REASONS
 from toka_operator.podspec import render_arguments
@@ -24,13 +25,46 @@ def test_the_chart_holds_the_crd() -> None:
     assert copy.read_text() == (ROOT / "crds" / "tokadeployments.yaml").read_text()
 
 
-def test_every_argument_is_a_key_of_the_engine() -> None:
+def test_the_engine_understands_every_argument_that_the_operator_gives() -> None:
     spec = valid(
-        model={"source": "hf://a/b", "revision": "main", "aliases": ["x"], "tokenizer": "t"},
-        engine={"maxTokensPerForward": 1, "maxSeqsPerForward": 1, "kvCacheNumTokens": 16, "pageSize": 1},
+        model={
+            "source": "hf://a/b",
+            "revision": "v1",
+            "servedName": "m",
+            "aliases": ["x", "y"],
+            "tokenizer": "org/t",
+            "dtype": "float32",
+        },
+        engine={
+            "port": 9000,
+            "maxTokensPerForward": 64,
+            "maxSeqsPerForward": 8,
+            "kvCacheNumTokens": 1024,
+            "pageSize": 32,
+            "hydragen": False,
+            "cudaGraphs": False,
+            "logLevel": "DEBUG",
+        },
+        resources={"device": "cpu"},
+        rollout={"drainTimeoutSeconds": 7},
     )
-    keys = {argument.split("=")[0] for argument in render_arguments(spec)}
-    assert keys <= set(EngineConfig.__struct_fields__)
+    config = parse_config(render_arguments(spec))
+    assert (config.model, config.revision, config.served_model_name) == ("a/b", "v1", "m")
+    assert (config.model_aliases, config.tokenizer, config.dtype) == (("x", "y"), "org/t", "float32")
+    assert (config.device, config.port, config.log_level) == ("cpu", 9000, "DEBUG")
+    assert (config.max_tokens_per_forward, config.max_seqs_per_forward) == (64, 8)
+    assert (config.kv_cache_num_tokens, config.page_size) == (1024, 32)
+    assert (config.use_hydragen, config.use_cudagraphs) == (False, False)
+    assert (config.drain_timeout_s, config.drain_endpoint_delay_s) == (7, 5)
+
+
+@pytest.mark.parametrize("limit", ["minimum", "maximum"])
+def test_the_crds_bounds_of_engine_fields_are_accepted_by_the_engine(limit: str) -> None:
+    crd = yaml.safe_load((ROOT / "crds" / "tokadeployments.yaml").read_text())
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    fields = {n: f[limit] for n, f in schema["engine"]["properties"].items() if limit in f}
+    assert fields
+    parse_config(render_arguments(valid(engine=fields)))
 
 
 def test_extra_arguments_may_not_set_a_key_that_the_operator_sets() -> None:

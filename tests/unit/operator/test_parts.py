@@ -63,9 +63,7 @@ def test_only_annotations_of_ours_are_taken_away() -> None:
 
 
 def obj(version: int, name: str = "x", key: str | None = "k", uid: str = "u") -> dict[str, Any]:
-    return {
-        "metadata": {"namespace": "n", "name": name, "uid": uid, "resourceVersion": str(version), "key": key}
-    }
+    return {"metadata": {"namespace": "n", "name": name, "uid": uid, "resourceVersion": str(version), "key": key}}
 
 
 def store() -> Store:

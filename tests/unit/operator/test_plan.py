@@ -86,9 +86,7 @@ def test_a_pod_counts_once_it_was_ready_for_long_enough_and_has_an_endpoint() ->
     view = pod("r", is_available=True)
     assert view.is_available(view.ready_since + 5, 5)
     assert not view.is_available(view.ready_since + 4, 5)
-    status = {
-        "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]
-    }
+    status = {"conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
     assert not pod("r", status=status).is_available(NOW, 0), "without an endpoint no request reaches it"
 
 

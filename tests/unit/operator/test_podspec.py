@@ -48,7 +48,6 @@ def test_the_model_becomes_arguments(model: dict[str, Any], argument: str) -> No
         ({"kvCacheNumTokens": 1024}, "kv_cache_num_tokens=1024"),
         ({"pageSize": 32}, "page_size=32"),
         ({"hydragen": False}, "use_hydragen=F"),
-        ({"torchCompile": True}, "torch_compile=T"),
         ({"cudaGraphs": False}, "use_cudagraphs=F"),
         ({"logLevel": "DEBUG"}, "log_level=DEBUG"),
         ({"extraArgs": ["seed=1"]}, "seed=1"),
@@ -60,9 +59,7 @@ def test_each_engine_field_becomes_an_argument(engine: dict[str, Any], argument:
 
 def test_a_pvc_model_is_mounted_read_only() -> None:
     pod = pod_of(model={"source": "pvc://claim/a"})
-    assert {"name": "model", "persistentVolumeClaim": {"claimName": "claim", "readOnly": True}} in pod[
-        "volumes"
-    ]
+    assert {"name": "model", "persistentVolumeClaim": {"claimName": "claim", "readOnly": True}} in pod["volumes"]
     mount = {"name": "model", "mountPath": "/mnt/model", "readOnly": True}
     assert mount in pod["containers"][0]["volumeMounts"]
 

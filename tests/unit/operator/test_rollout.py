@@ -192,9 +192,7 @@ TestAnyOrderOfEvents.settings = settings(max_examples=150, stateful_step_count=4
 
 
 @given(st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
-def test_a_rollout_whose_new_pods_never_come_up_keeps_the_old_ones(
-    wanted: int, surge: int, down: int
-) -> None:
+def test_a_rollout_whose_new_pods_never_come_up_keeps_the_old_ones(wanted: int, surge: int, down: int) -> None:
     if surge + down == 0:
         surge = 1
     budgets = Budgets(wanted, surge, down)

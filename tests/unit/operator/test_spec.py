@@ -84,9 +84,7 @@ def test_a_minimal_spec_has_every_default() -> None:
         ("builtin://smollm2", "builtin", "builtin://smollm2", "", "smollm2"),
     ],
 )
-def test_each_kind_of_source_is_taken_apart(
-    source: str, kind: str, location: str, claim: str, served: str
-) -> None:
+def test_each_kind_of_source_is_taken_apart(source: str, kind: str, location: str, claim: str, served: str) -> None:
     parsed = valid(model={"source": source}).model
     assert (parsed.source.kind, parsed.source.location, parsed.source.claim) == (kind, location, claim)
     assert parsed.served_name == served

@@ -1,0 +1,64 @@
+"""The chart: what it installs, what an upgrade changes, what an uninstallation keeps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.errors import CommandFailed
+from tests.cluster.operating import CHART, SYSTEM, deployment
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ApiServer]:
+    """An API server of its own: uninstalling the chart would pull the rug from under the other tests."""
+    own = ApiServer.start("chart")
+    own.create_namespace(SYSTEM, pod_security="restricted")
+    yield own
+    own.stop()
+
+
+def test_the_crd_is_upgraded_with_the_chart_and_kept_by_an_uninstallation(server: ApiServer, tmp_path: Path) -> None:
+    server.simulate_nodes(1)
+    server.helm("install", "toka", str(CHART), "--namespace", SYSTEM, "--wait", "--timeout=120s")
+    server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
+    server.apply(deployment("kept", model={"source": "builtin://smollm2"}))
+    newer = tmp_path / "toka"
+    shutil.copytree(CHART, newer)
+    crd = newer / "files" / "tokadeployments.yaml"
+    crd.write_text(crd.read_text().replace("shortNames: [td, toka]", "shortNames: [td, toka, tokas]"))
+    server.helm("upgrade", "toka", str(newer), "--namespace", SYSTEM)
+    found = server.get("crd", "tokadeployments.toka.dev")
+    assert found is not None
+    assert found["spec"]["names"]["shortNames"] == ["td", "toka", "tokas"]
+    server.helm("uninstall", "toka", "--namespace", SYSTEM)
+    assert server.get("deployment", "toka-operator", SYSTEM) is None
+    assert server.get("tokadeployment", "kept") is not None
+    server.helm("install", "toka", str(CHART), "--namespace", SYSTEM)
+    assert server.get("tokadeployment", "kept") is not None
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("unknown=1", "unknown"),
+        ("replicas=many", "replicas"),
+        ("lease.durationSeconds=0", "durationSeconds"),
+        ("image=", "image"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(server: ApiServer, setting: str, sentence: str) -> None:
+    with pytest.raises(CommandFailed) as refusal:
+        server.helm("template", "toka", str(CHART), "--set", setting)
+    assert sentence in refusal.value.stderr
+
+
+def test_with_namespaces_to_watch_there_is_no_cluster_role(server: ApiServer) -> None:
+    manifests = server.helm("template", "toka", str(CHART), "--set", "watchNamespaces={one,two}")
+    assert "ClusterRole" not in manifests
+    assert manifests.count("namespace: one") == 2
+    assert 'value: "one,two"' in manifests
