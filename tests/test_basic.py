@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import openai
+
 from tests.engine_process import EngineProcess
 
 

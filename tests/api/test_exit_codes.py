@@ -18,14 +18,11 @@ from tests.engine_process import ROOT, EngineProcess
 
 @pytest.fixture
 def broken_model(model_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the model's folder to be damaged; the weights are a link until a test replaces them."""
+    """A copy of the model's folder to be damaged."""
     folder = tmp_path / "broken"
     folder.mkdir()
     for path in model_dir.iterdir():
-        if path.suffix == ".safetensors":
-            (folder / path.name).symlink_to(path)
-        else:
-            shutil.copy(path, folder)
+        shutil.copy(path, folder)
     return folder
 
 
@@ -84,6 +81,14 @@ def test_truncated_weights_are_invalid_and_the_file_is_named(broken_model: Path,
     code, words = end_of(tmp_path, broken_model)
     assert code == ExitCode.MODEL_INVALID
     assert "model.safetensors" in words
+
+
+def test_a_link_out_of_the_folder_is_not_followed(broken_model: Path, model_dir: Path, tmp_path: Path) -> None:
+    (broken_model / "model.safetensors").unlink()
+    (broken_model / "model.safetensors").symlink_to(model_dir / "model.safetensors")
+    code, words = end_of(tmp_path, broken_model)
+    assert code == ExitCode.MODEL_INVALID
+    assert "link out of the model folder" in words
 
 
 def test_a_header_of_two_to_the_63_bytes_is_invalid(broken_model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 from tokenizers import Tokenizer
 
 from tests.api.conftest import client_of, read_metrics, running_engine
@@ -75,11 +76,11 @@ def test_twenty_prompts_at_once_equal_transformers_under(
 
 
 def test_preempted_sequences_equal_transformers(model_dir: Path, expected: Expected, tmp_path: Path) -> None:
-    """The cache holds a part of the 20 answers, and the predictor is led to believe that answers are short."""
+    """The cache holds a part of the 20 answers, and what finished before leads to the belief that answers are short."""
     arguments = ("dtype=float32", "kv_cache_num_tokens=640", "use_hydragen=F")
+    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
     with running_engine(tmp_path, f"model={model_dir}", *arguments) as engine:
         with client_of(engine) as client:
-            for _ in range(4):
-                client.completions.create(model="m", prompt=["a"] * 16, max_tokens=400, stop=[" "], temperature=0)
+            client.chat.completions.create(model="m", messages=question, n=32, max_tokens=500, temperature=0)
         assert complete_at_once(engine) == expected.texts
         assert read_metrics(engine)["toka_preemptions_total"] > 0
