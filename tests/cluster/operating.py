@@ -91,7 +91,7 @@ class Operator:
 
     def _forbidden(self) -> list[str]:
         """Requests that RBAC refused (an admission's refusal is also a 403, but was authorised before)."""
-        events = [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+        events = self.audit_events()
         decision = "authorization.k8s.io/decision"
         return [e["requestURI"] for e in events if e.get("annotations", {}).get(decision) == "forbid"]
 
@@ -184,9 +184,13 @@ class Operator:
         self.wait_for_condition(name, "Ready", "True")
         return self.require("td", name)
 
+    def audit_events(self) -> list[Json]:
+        """The operators' requests about the test's namespace so far, oldest first."""
+        return [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+
     def requests(self) -> list[tuple[str, str]]:
-        """(verb, resource) of each request about the test's namespace so far, oldest first."""
-        events = [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+        """(verb, resource) of each of those requests."""
+        events = self.audit_events()
         return [(e["verb"], e.get("objectRef", {}).get("resource", "")) for e in events]
 
     def _is_ours(self, event: Json) -> bool:

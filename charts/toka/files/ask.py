@@ -20,7 +20,7 @@ def ask(path, body=None):
         except OSError as error:
             is_refusal = isinstance(error, urllib.error.HTTPError) and error.code < 500
             if is_refusal or time.monotonic() > DEADLINE:
-                raise SystemExit(f"{URL}{path}: {error}")
+                raise SystemExit(f"{URL}{path}: {error}") from error
             time.sleep(1)
 
 

@@ -1,0 +1,82 @@
+"""What the chart allows the operator is what it uses, and no more."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+from toka_operator.spec import compute_revision
+
+from tests.cluster.operating import CHART, Operator
+
+TEMPLATE = {
+    "metadata": {"labels": {"app": "theirs"}},
+    "spec": {
+        "containers": [
+            {
+                "name": "c",
+                "image": "none",
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "runAsNonRoot": True,
+                    "capabilities": {"drop": ["ALL"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+            }
+        ]
+    },
+}
+
+
+def granted(operator: Operator) -> set[tuple[str, str]]:
+    """(verb, resource) of the chart's ClusterRole."""
+    manifests = yaml.safe_load_all(operator.server.helm("template", "toka", str(CHART)))
+    (role,) = [m for m in manifests if m and m["kind"] == "ClusterRole"]
+    rules = role["rules"]
+    return {(verb, resource) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+
+
+def used(operator: Operator) -> set[tuple[str, str]]:
+    events = [e["objectRef"] | {"verb": e["verb"]} for e in operator.audit_events()]
+    found = {(e["verb"], "/".join(filter(None, (e["resource"], e.get("subresource"))))) for e in events}
+    return {(verb, resource) for verb, resource in found if resource != "leases"}
+
+
+def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: Operator) -> None:
+    spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
+    name = f"chat-{compute_revision(spec)}"
+    labels = {"matchLabels": {"app": "theirs"}}
+    set_spec = {"serviceName": "x", "replicas": 0, "selector": labels, "template": TEMPLATE}
+    revision = {"apiVersion": "apps/v1", "kind": "ControllerRevision", "metadata": {"name": name}, "revision": 1}
+    revision["data"] = {"theirs": True}
+    operator.server.apply(
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "chat"}},
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "chat"}, "spec": {"ports": [{"port": 1}]}},
+        {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "chat"}, "spec": {}},
+        {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": name}, "spec": set_spec},
+        revision,
+        namespace=operator.namespace,
+    )
+    operator.expected.append("event=name_taken")
+    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0})
+    operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
+    strangers = {"serviceaccount": "chat", "service": "chat", "pdb": "chat", "statefulset": name}
+    for kind, child in {**strangers, "controllerrevision": name}.items():
+        operator.kubectl("delete", kind, child)
+    operator.wait_until_ready("chat")
+    for kind, child in {**strangers, "controllerrevision": name}.items():
+        edit = json.dumps({"metadata": {"labels": {"app.kubernetes.io/part-of": "other"}}})
+        operator.kubectl("patch", kind, child, "--type=merge", "-p", edit)
+        operator.wait_for(
+            lambda kind=kind, child=child: (
+                operator.require(kind, child)["metadata"]["labels"]["app.kubernetes.io/part-of"] == "toka"
+            ),
+            f"{kind} {child} to be put back",
+        )
+    operator.kubectl("delete", "service", "chat")
+    operator.patch("chat", replicas=1, engine={"pageSize": 32})
+    operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
+    operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
+    operator.wait_until_ready("chat")
+    operator.processes[0].terminate()  # watches are recorded when they end
+    assert used(operator) == granted(operator)
