@@ -108,7 +108,8 @@ class EngineProcess:
         assert text in self.log, f"the engine ended without {text!r}"
 
     def wait_ready(self) -> None:
-        self.wait_for_log("event=ready")
+        # Other processes log a readiness of their own.
+        self.wait_for_log("logger=toka_engine.supervisor event=ready")
 
     def signal(self, signum: signal.Signals, process: str | None = None) -> None:
         """Send `signum` to the supervisor or to the child `process`."""
