@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from tests.cluster.harness.control import ControlPlane
 from tests.cluster.harness.errors import CommandFailed, HarnessError, WaitTimeout
 from tests.cluster.harness.paths import REPOSITORY, tool
 from tests.cluster.harness.processes import ProcessHandle, RunFolder
+from tests.cluster.harness.trees import run_checked
 
 Result = TypeVar("Result")
 Object = dict[str, Any]
@@ -77,17 +77,7 @@ class KubernetesHandle:
         """Run kubectl, return its stdout; a refusal raises `CommandFailed`, the sentence in its `stderr`."""
         argv = self.kubectl_argv(*arguments, kubeconfig=kubeconfig)
         cache = {**os.environ, "KUBECACHEDIR": str(self.run.path / "kubectl-cache")}
-        done = subprocess.run(
-            [*self.enter_network(), *argv],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=cache,
-        )
-        if done.returncode != 0:
-            raise CommandFailed(["kubectl", *arguments], done.returncode, done.stdout, done.stderr)
-        return done.stdout
+        return run_checked([*self.enter_network(), *argv], stdin, timeout_s, cache)
 
     def kubectl_argv(self, *arguments: str, kubeconfig: Path | None = None) -> list[str]:
         """The command line of kubectl, for `spawn`."""
@@ -101,12 +91,7 @@ class KubernetesHandle:
             "HELM_CACHE_HOME": f"{self.run.path}/helm",
             "HELM_CONFIG_HOME": f"{self.run.path}/helm",
         }
-        done = subprocess.run(
-            [*self.enter_network(), *argv], capture_output=True, text=True, timeout=timeout_s, env=environment
-        )
-        if done.returncode != 0:
-            raise CommandFailed(["helm", *arguments], done.returncode, done.stdout, done.stderr)
-        return done.stdout
+        return run_checked([*self.enter_network(), *argv], None, timeout_s, environment)
 
     def apply(self, *manifests: Object | str, namespace: str | None = None) -> None:
         """`kubectl apply` of dictionaries or YAML texts, all in one call."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.cluster.harness.errors import CommandFailed, HarnessError
@@ -80,9 +80,17 @@ class Machine:
         self.run("ip", *arguments)
 
 
-def run_checked(argv: Sequence[str], stdin: str | None = None, timeout_s: float = 120.0) -> str:
-    """Run a command and return its stdout; a non-zero status raises `CommandFailed`."""
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout_s)
+def run_checked(
+    argv: Sequence[str],
+    stdin: str | None = None,
+    timeout_s: float = 120.0,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run a command and return its stdout; a non-zero status or no end in time raises `CommandFailed`."""
+    try:
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout_s, env=env)
+    except subprocess.TimeoutExpired as error:
+        raise CommandFailed(list(argv), -1, "", f"did not end within {timeout_s:.0f} s") from error
     if done.returncode != 0:
         raise CommandFailed(list(argv), done.returncode, done.stdout, done.stderr)
     return done.stdout
