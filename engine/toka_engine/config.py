@@ -79,9 +79,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_seqs_per_forward: Annotated[
         PositiveInt | None, doc("sequences that run at once; default: 4096 on a GPU, 256 on a CPU")
     ] = None
+    max_prefill_tokens_per_forward: Annotated[
+        PositiveInt | None,
+        doc(
+            "prompt tokens of one step, so that running streams wait less; default: half of max_tokens_per_forward on a GPU"
+        ),
+    ] = None
     scheduling_steps_ahead: Annotated[
-        int, Meta(ge=1, le=64), doc("steps sent to the worker before the first one's tokens are back")
-    ] = 2
+        Annotated[int, Meta(ge=1, le=64)] | None,
+        doc("steps sent to the worker before the first one's tokens are back; default: 3 on a GPU, 2 on a CPU"),
+    ] = None
     use_prefix_cache: Annotated[bool, doc("keep the KV pages of prompts and share them by content")] = True
     use_hydragen: Annotated[bool, doc("compute attention over shared prefixes once, where that pays")] = True
     hydragen_min_group_size: Annotated[int, Meta(ge=2, le=2**31 - 1), doc("sequences that share a prefix")] = 4

@@ -24,17 +24,19 @@ from toka_engine.messages import Int32s, Step
 
 def plan_step(state: ManagerState) -> Step | None:
     """Return the next step to send, or None where nothing can run before more tokens are back."""
-    if len(state.in_flight) >= max(1, state.config.scheduling_steps_ahead):
+    if len(state.in_flight) >= state.sizes.steps_ahead:
         return None
     step = StepBuilder(state.next_step)
     rows, groups, is_short = _plan_decode(state, step)
-    budget = state.sizes.max_tokens_per_forward - rows.size
+    budget = min(state.sizes.max_tokens_per_forward - rows.size, state.sizes.max_prefill_tokens)
+    copies = _take_live_copies(state)
     if not is_short:
         admit(state, step, budget)
-    _emit_copies(state, step)
     _plan_chunks(state, step, budget)
     if rows.size == 0 and not step.chunk_slots:
+        state.copies = copies  # this step is not sent
         return None
+    _emit_copies(state, step, copies)
     return _finish_step(state, step, rows, groups)
 
 
@@ -104,19 +106,24 @@ def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
     return is_kept
 
 
-def _emit_copies(state: ManagerState, step: StepBuilder) -> None:
-    """Copy part-filled prompt pages to the siblings that still run."""
+def _take_live_copies(state: ManagerState) -> list[PendingCopy]:
+    """The part-filled prompt pages to copy in this step; a page that no sibling wants any more is let go."""
+    live = []
     for copy in state.copies:
-        is_live = state.slots.generations[copy.slots] == copy.generations
-        targets = copy.targets[is_live]
-        source = np.asarray([copy.source], np.int32)
-        if targets.size == 0:
-            state.allocator.release(source)
-            continue
+        if (state.slots.generations[copy.slots] == copy.generations).any():
+            live.append(copy)
+        else:
+            state.allocator.release(np.asarray([copy.source], np.int32))
+    state.copies = []
+    return live
+
+
+def _emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCopy]) -> None:
+    for copy in copies:
+        targets = copy.targets[state.slots.generations[copy.slots] == copy.generations]
         step.copy_from.append(np.full(targets.size, copy.source, np.int32))
         step.copy_to.append(targets)
-        state.held_pages.append((step.number, source))
-    state.copies.clear()
+        state.held_pages.append((step.number, np.asarray([copy.source], np.int32)))
 
 
 def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:

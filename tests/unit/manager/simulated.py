@@ -247,6 +247,8 @@ def small_sizes(**changes: int) -> Sizes:
         "num_slots": 8,
         "max_running": 8,
         "max_tokens_per_forward": 24,
+        "max_prefill_tokens": 24,
+        "steps_ahead": 2,
         "max_pages_per_seq": 32,
         "max_request_tokens": 128,
     } | changes
@@ -259,9 +261,11 @@ class Harness:
     def __init__(
         self, sizes: Sizes | None = None, model: HashModel | None = None, config: EngineConfig | None = None
     ) -> None:
-        self.sizes = sizes or small_sizes()
         self.model = model or HashModel()
         self.config = config or EngineConfig(hydragen_min_group_size=2, hydragen_min_prefix_len=4)
+        self.sizes = sizes or small_sizes()
+        if self.config.scheduling_steps_ahead:
+            self.sizes = replace(self.sizes, steps_ahead=self.config.scheduling_steps_ahead)
         self.manager = Manager(self.config, self.sizes)
         rows = self.manager.state.rows
         rows.policy = replace(rows.policy, row_cost=0, group_cost=0)  # so that small groups pay
@@ -313,7 +317,7 @@ class Harness:
             self._check_sent(step)
             self.sent.append(step)
             count += 1
-            assert len(self.sent) <= max(1, self.config.scheduling_steps_ahead)
+            assert len(self.sent) <= max(1, self.sizes.steps_ahead)
         return count
 
     def return_one(self) -> None:
