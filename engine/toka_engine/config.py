@@ -52,7 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")
     ] = 60.0
     max_body_bytes: Annotated[PositiveInt, doc("larger bodies get 413")] = 32 * 1024 * 1024
-    max_connections: Annotated[PositiveInt, doc("open connections; more are refused")] = 4096
+    max_connections: Annotated[PositiveInt, doc("open connections; more are refused")] = 16384
     drain_timeout_s: Annotated[Seconds, doc("after SIGTERM: how long running requests may go on")] = 120.0
     drain_endpoint_delay_s: Annotated[
         Seconds, doc("after SIGTERM: how long requests are still taken while the Service's endpoints move")
@@ -81,9 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     max_prefill_tokens_per_forward: Annotated[
         PositiveInt | None,
-        doc(
-            "prompt tokens of one step, so that running streams wait less; default: half of max_tokens_per_forward on a GPU"
-        ),
+        doc("prompt tokens of one step; default on a GPU: half a step, so that running streams wait less"),
     ] = None
     scheduling_steps_ahead: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | None,

@@ -11,6 +11,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,8 @@ _KEEP_ALIVE_S = 65
 """Longer than usual clients keep idle connections, so that it is they who close them."""
 _HEARTBEAT_S = 0.25
 _ERROR_WRITE_S = 2.0
+_OTHER_FILES = 128
+"""File descriptors that are not connections."""
 """After the drain's end: how long the errors of cut streams may take to be written."""
 
 
@@ -219,11 +222,24 @@ def _reason(message: Failing) -> str:
     return f"{message.process}: {message.reason}"
 
 
+def _allow_connections(wanted: int) -> None:
+    """Raise the soft limit of open files, which is 1,024 in many places, towards one per connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        limit = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        if limit < enough:
+            logger.warning("event=few_file_descriptors limit=%d max_connections=%d", limit, wanted)
+
+
 def main(child: Child, link_fds: list[int]) -> None:
     """Entry of the process, for `run_child`: the link to the manager, and the socket that listens already.
 
     Without the second it binds the port itself.
     """
+
+    _allow_connections(child.start.config.max_connections)
 
     async def run() -> None:
         manager_fd, *listen_fd = link_fds

@@ -76,5 +76,8 @@ class AttentionBackend(Protocol):
         v: torch.Tensor,  # [T, num_kv_heads, head_dim]
         cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32: cos in the first half, sin in the second
     ) -> torch.Tensor:
-        """Rotate q and k (halves, as Llama does), write k and v to the pages, attend; returns [T, num_heads, head_dim]."""
+        """Rotate q and k (halves, as Llama does), write k and v to the pages, attend.
+
+        Returns [T, num_heads, head_dim].
+        """
         ...
