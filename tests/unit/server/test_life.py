@@ -181,6 +181,23 @@ def test_a_client_that_leaves_while_its_texts_are_encoded_submits_nothing(server
     assert server.manager.submits == []
 
 
+def test_a_client_that_leaves_while_its_ids_are_read_submits_nothing(server: RunningServer) -> None:
+    """So the event loop had a turn meanwhile: else the end of the connection would have been seen too late."""
+    before = _num_cancelled(server)
+    with server.connect() as sock:
+        _post_raw(sock, "/v1/completions", completion_body(prompt=[list(range(2000))] * 1024, max_tokens=4))
+    while _num_cancelled(server) == before:
+        pass
+    assert server.manager.submits == []
+
+
+def test_a_large_prompt_of_ids_arrives_whole(server: RunningServer) -> None:
+    prompts = [list(range(first, first + 2000)) for first in range(1024)]
+    status, answer = server.post("/v1/completions", completion_body(prompt=prompts, max_tokens=4))
+    assert (status, len(answer["choices"])) == (200, 1024)
+    assert [submit.prompt_ids.tolist() for submit in server.manager.submits] == prompts
+
+
 def test_streams_are_never_numbered_twice(server: RunningServer) -> None:
     for num_choices in (3, 1, 2):
         server.post("/v1/completions", completion_body(n=num_choices))
