@@ -1,6 +1,8 @@
 """The HTTP server alone: tokens from a stub manager, requests from raw sockets, the server on one core.
 
-Usage: python -m toka_engine.benchmarks.api TOKENIZER_DIR [connections=256] [seconds=5] [tokens=200]
+Usage: python -m toka_engine.benchmarks.api [tokenizer=FOLDER] [connections=256] [seconds=5] [tokens=200]
+
+The default folder is that of the built-in model, which the first use converts.
 
 Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is
 an event of its own. For each, output tokens per second of wall time and per second of the server's CPU time;
@@ -34,10 +36,13 @@ from toka_engine.messages import (
     Start,
     Submit,
 )
+from toka_engine.model.builtin import ensure_builtin
 
 _PROMPT_TOKENS = 220
 _VOCABULARY = 49152
 _TOKEN = 253
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+"""The unit in which the kernel counts CPU time."""
 
 
 class _Bench:
@@ -72,7 +77,7 @@ class _Bench:
 
     def server_cpu_s(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return (int(fields[11]) + int(fields[12])) * _TICK_S
 
     def close(self) -> None:
         for client in self.clients:
@@ -181,7 +186,7 @@ def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_toke
         return {
             "tokens": made,
             "tokens_per_s": round(made / wall_s),
-            "tokens_per_cpu_s": round(made / cpu_s),
+            "tokens_per_cpu_s": round(made / max(cpu_s, _TICK_S)),
             "cpu_share": round(cpu_s / wall_s, 3),
         }
     finally:
@@ -189,8 +194,8 @@ def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_toke
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    settings = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    folder = Path(settings["tokenizer"]) if "tokenizer" in settings else ensure_builtin()
     num_connections = int(settings.get("connections", 256))
     seconds, num_tokens = float(settings.get("seconds", 5)), int(settings.get("tokens", 200))
     report = {

@@ -7,7 +7,9 @@ with typed bodies. Every refusal, whoever raises it, becomes an answer here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -17,7 +19,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.server.answers import ChatFormat, CompletionFormat
 from toka_engine.server.auth import KeyCheck
 from toka_engine.server.chat import ChatTemplate
-from toka_engine.server.errors import ApiError, ClientGoneError, invalid
+from toka_engine.server.errors import ApiError, ClientGoneError, internal, invalid
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.generate import Job, run_job
 from toka_engine.server.health import Health
@@ -29,11 +31,15 @@ from toka_engine.server.render import Renderer, TrackingRenderer
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 
+logger = logging.getLogger("toka.server")
+
 Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 _CLIENT_GONE = 499
 """For the metrics only: what proxies write for a client that closed the connection before its answer."""
 _TOTAL_BODIES = 8
 """Bodies of the largest size that may be held at once."""
+_LOGGED_FRAMES = 30
+"""Of a defect's traceback, the innermost: endless recursion has a thousand."""
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -87,6 +93,9 @@ class App:
         except ClientGoneError:
             exchange.status = exchange.status or _CLIENT_GONE
             self.metrics.cancelled.inc()
+        except Exception as error:  # the outermost point of one request: a defect of ours ends no other
+            _log_defect(exchange, error)
+            await exchange.fail(internal())
         finally:
             exchange.release()
             self._num_running -= 1
@@ -198,6 +207,12 @@ class App:
         if self.engine is None:
             raise AssertionError("serving without EngineInfo")
         return self.engine
+
+
+def _log_defect(exchange: Exchange, error: Exception) -> None:
+    """Log where `error` comes from, without its message: that may quote the request."""
+    frames = "".join(traceback.format_tb(error.__traceback__, -_LOGGED_FRAMES))
+    logger.error("request failed path=%r error=%s\n%s", exchange.path[:200], type(error).__name__, frames.rstrip())
 
 
 def _renderer_factory(engine: Engine, asked: Asked) -> Callable[[], Renderer]:

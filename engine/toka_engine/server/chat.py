@@ -29,6 +29,8 @@ import msgspec
 from toka_engine.errors import ModelInvalidError
 from toka_engine.server.errors import invalid
 
+_TEMPLATE_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What the expressions of a template raise where the messages are not as it takes for granted."""
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -80,8 +82,11 @@ class ChatTemplate:
             messages = [{"role": turn.role, "content": self._defuse(turn.content, mark)} for turn in turns]
         try:
             text = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+        except jinja2.TemplateError as error:
             raise invalid("messages", f"The model's chat template refuses these messages: {error}.") from error
+        except _TEMPLATE_DEFECTS as error:
+            kind = type(error).__name__
+            raise invalid("messages", f"The model's chat template fails on these messages: {kind}: {error}.") from error
         return [part for part in text.split(mark) if part] if mark else [text]
 
     def _is_suspect(self, content: str) -> bool:

@@ -54,6 +54,11 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
+def internal() -> ApiError:
+    """The 500 of a defect of ours. It says nothing of the defect, which the log does."""
+    return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
 def unavailable(message: str) -> ApiError:
     """A 503 that asks the client to come again."""
     return ApiError(503, message, code="unavailable", headers=((b"retry-after", b"1"),))

@@ -50,6 +50,8 @@ class Exchange:
         self.started_s = time.monotonic()
         self.status = 0
         """0 until the answer has begun."""
+        self._is_stream = False
+        self._is_complete = False
         self.body_bytes = 0
         self._receive = receive
         self._send = send
@@ -94,9 +96,11 @@ class Exchange:
         with JoinedWrites(self._cycle):
             await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
             await self._send({"type": "http.response.body", "body": body})
+        self._is_complete = True
 
     async def begin_events(self) -> None:
         self.status = 200
+        self._is_stream = True
         headers = [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -105,6 +109,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self, events: bytes) -> None:
+        self._is_complete = True
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def release(self) -> None:
@@ -114,13 +119,14 @@ class Exchange:
 
     async def fail(self, error: ApiError) -> None:
         """Answer with `error`; in a stream that has begun, as its last event, after which the connection
-        closes.
+        closes. An answer that has begun otherwise is cut; one that is complete stays.
         """
-        if self.status:
-            await self.end_events(b"data: " + error.body() + b"\n\n")
-            self.connection.transport.close()
-        else:
+        if not self.status:
             await self.answer(error.status, error.body(), headers=error.headers)
+        elif not self._is_complete:
+            if self._is_stream:
+                await self.end_events(b"data: " + error.body() + b"\n\n")
+            self.connection.transport.close()
 
 
 def _too_large(budget: BodyBudget) -> ApiError:

@@ -17,7 +17,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo, Int32s, Sampling
 from toka_engine.server.chat import Turn
 from toka_engine.server.errors import ApiError, invalid
-from toka_engine.server.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
+from toka_engine.server.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode_part
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import GenerationSpec
 
@@ -54,6 +54,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields of OpenAI's API that are not supported, with the values (beside null) that ask for nothing."""
 
+_MAX_NEUTRAL_BYTES = 256
+_MAX_STOP_BYTES = 64 * 1024
+"""Of JSON; what is allowed fits even if every character is written as two escapes."""
+_decode_stop = msgspec.json.Decoder(str | list[str] | None).decode
 _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "name": (),
     "tool_calls": ([],),
@@ -161,35 +165,26 @@ class Limits:
 
     # ------------------------------------------------------------ prompts
 
-    def check_prompt(self, prompt: str | list[Any]) -> list[str] | list[Int32s]:
-        """Return the texts to encode, or the prompts as ids, checked."""
-        if isinstance(prompt, str):
-            return self._check_texts([prompt])
-        if not prompt:
-            raise invalid("prompt", "'prompt' is empty.")
-        if all(isinstance(part, str) for part in prompt):
-            return self._check_texts(prompt)
-        if isinstance(prompt[0], int):
-            return [self._check_ids(prompt, "prompt")]
-        return [self._check_ids(part, f"prompt[{index}]") for index, part in enumerate(prompt)]
+    def check_num_prompts(self, num_prompts: int) -> None:
+        if num_prompts > self._config.max_choices_per_request:
+            raise invalid("prompt", f"'prompt' has more than {self._config.max_choices_per_request} prompts.")
 
-    def _check_texts(self, texts: list[str]) -> list[str]:
-        if len(texts) > self._config.max_choices_per_request:
-            raise invalid("prompt", f"'prompt' has more than {self._config.max_choices_per_request} texts.")
+    def check_texts(self, texts: list[str]) -> list[str]:
+        self.check_num_prompts(len(texts))
         for index, text in enumerate(texts):
             if not text:
                 raise invalid("prompt", "'prompt' is empty." if len(texts) == 1 else f"'prompt[{index}]' is empty.")
         return texts
 
-    def _check_ids(self, ids: Any, name: str) -> Int32s:
-        if not isinstance(ids, list):
-            raise invalid("prompt", f"'{name}' is of another kind than its neighbours.", "invalid_type")
+    def check_num_ids(self, num_ids: int) -> None:
+        if num_ids >= self.max_request_tokens:
+            raise self.too_long("prompt", num_ids)
+
+    def check_ids(self, ids: list[int], name: str) -> Int32s:
+        """Return one prompt's ids as an array."""
         if not ids:
             raise invalid("prompt", f"'{name}' is empty.")
-        if len(ids) >= self.max_request_tokens:
-            raise self.too_long("prompt", len(ids))
-        if set(map(type, ids)) != {int}:
-            raise invalid("prompt", f"'{name}' mixes token ids with something else.", "invalid_type")
+        self.check_num_ids(len(ids))
         lowest, highest = min(ids), max(ids)
         if lowest < 0 or highest >= self._info.vocab_size:
             wrong = lowest if lowest < 0 else highest
@@ -292,7 +287,7 @@ def _check_message(message: ChatMessage, path: str) -> Turn:
 def _check_neutral(request: msgspec.Struct, neutral: dict[str, tuple[Any, ...]], prefix: str) -> None:
     for name in request.__struct_fields__:
         if name in neutral:
-            value = getattr(request, name)
+            value = _small(getattr(request, name))
             # 0 and False are equal in Python and are not in JSON.
             if value is not None and not any(
                 value == plain and isinstance(value, bool) == isinstance(plain, bool) for plain in neutral[name]
@@ -300,11 +295,21 @@ def _check_neutral(request: msgspec.Struct, neutral: dict[str, tuple[Any, ...]],
                 raise _unsupported(prefix + name)
 
 
+def _small(value: Any) -> Any:
+    """A raw value decoded, unless it is too large to be neutral."""
+    if isinstance(value, msgspec.Raw) and memoryview(value).nbytes <= _MAX_NEUTRAL_BYTES:
+        return decode_part(msgspec.json.decode, value, "logit_bias")
+    return value
+
+
 def _unsupported(name: str) -> ApiError:
     return invalid(name, f"'{name}' is not supported with this value.", "unsupported_parameter")
 
 
-def _check_stops(stop: str | list[str] | None) -> StopStrings | None:
+def _check_stops(raw: msgspec.Raw) -> StopStrings | None:
+    if memoryview(raw).nbytes > _MAX_STOP_BYTES:
+        raise invalid("stop", f"'stop' has more than {_MAX_STOP_BYTES} bytes.")
+    stop = decode_part(_decode_stop, raw, "stop")
     if stop is None or stop == []:
         return None
     patterns = [stop] if isinstance(stop, str) else stop

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from toka_engine.messages import Int32s
@@ -14,6 +14,7 @@ from toka_engine.server.connection import Connection
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.limits import Limits
 from toka_engine.server.protocol import ChatMessage
+from toka_engine.server.reading import read_prompt
 from toka_engine.server.tokenization import Tokenizer
 
 
@@ -25,9 +26,9 @@ class PromptEncoder:
         self._limits = limits
         self._connection = connection
 
-    async def encode_prompt(self, prompt: str | list[Any], *, with_text: bool) -> tuple[list[Int32s], list[str]]:
+    async def encode_prompt(self, prompt: msgspec.Raw, *, with_text: bool) -> tuple[list[Int32s], list[str]]:
         """Return the ids of each prompt, and with `with_text` its text. Raises a 400."""
-        checked = self._limits.check_prompt(prompt)
+        checked = await read_prompt(prompt, self._limits, self._connection)
         texts = [part for part in checked if isinstance(part, str)]
         prompts = [part for part in checked if not isinstance(part, str)]
         if texts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from toka_engine.server.errors import ApiError, invalid
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 # ---------------------------------------------------------------- requests
 
@@ -33,7 +35,8 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True,
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: msgspec.Raw = msgspec.Raw(b"null")
+    """A text or a list of texts: decoded in `limits`, unless it is too large."""
     ignore_eos: bool | None = None
     seed: int | None = None
     temperature: float | None = None
@@ -44,11 +47,13 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True,
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Any = None
+    logit_bias: msgspec.Raw = msgspec.Raw(b"null")
+    """Not decoded: it may be large, and it is refused unless it is empty."""
 
 
 class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    prompt: str | list[int | str | list[int]]
+    prompt: msgspec.Raw
+    """Text, ids, or a list of either: see `reading`."""
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
@@ -196,9 +201,19 @@ class BodyDecoder(Generic[R]):
             raise _not_json(body, str(error)) from error
 
 
-def _mistyped(message: str) -> ApiError:
+def decode_part(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, name: str) -> T:
+    """Decode field `name`, which the body's decoder has skipped. Raises a 400 that names it."""
+    try:
+        return decode(raw)
+    except msgspec.ValidationError as error:
+        raise _mistyped(str(error), name) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(name, f"Invalid value for '{name}': {error}.", "invalid_json") from error
+
+
+def _mistyped(message: str, prefix: str = "") -> ApiError:
     found = _PATH.search(message)
-    path = found["path"] if found else ""
+    path = prefix + (found["path"] if found else "")
     text = message[: found.start()] if found else message
     if named := _NAMED.search(message):
         path = f"{path}.{named['name']}" if path else named["name"]

@@ -127,6 +127,7 @@ class RunningServer:
         sends_info: bool = True,
         env: dict[str, str] | None = None,
         port: int | None = None,
+        stderr: Any = None,
         **settings: Any,
     ):
         self.port = port or free_port()
@@ -139,6 +140,7 @@ class RunningServer:
             [sys.executable, "-m", "toka_engine.server", str(theirs.fileno()), str(manager_theirs.fileno())],
             pass_fds=(theirs.fileno(), manager_theirs.fileno()),
             env={**os.environ, "PYTHONPATH": str(ROOT / "engine"), **(env or {})},
+            stderr=stderr,
         )
         theirs.close()
         manager_theirs.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -178,6 +179,23 @@ def test_a_client_that_leaves_while_its_texts_are_encoded_submits_nothing(server
     while _num_cancelled(server) == before:
         pass
     assert server.manager.submits == []
+
+
+def test_a_client_that_leaves_while_its_ids_are_read_submits_nothing(server: RunningServer) -> None:
+    """So the event loop had a turn meanwhile: else the end of the connection would have been seen too late."""
+    before = _num_cancelled(server)
+    with server.connect() as sock:
+        _post_raw(sock, "/v1/completions", completion_body(prompt=[list(range(2000))] * 1024, max_tokens=4))
+    while _num_cancelled(server) == before:
+        pass
+    assert server.manager.submits == []
+
+
+def test_a_large_prompt_of_ids_arrives_whole(server: RunningServer) -> None:
+    prompts = [list(range(first, first + 2000)) for first in range(1024)]
+    status, answer = server.post("/v1/completions", completion_body(prompt=prompts, max_tokens=4))
+    assert (status, len(answer["choices"])) == (200, 1024)
+    assert [submit.prompt_ids.tolist() for submit in server.manager.submits] == prompts
 
 
 def test_streams_are_never_numbered_twice(server: RunningServer) -> None:
@@ -358,3 +376,12 @@ def server_text(server: RunningServer, token: int) -> str:
     server.manager.on_submit = lambda submit: speak(server.manager, submit, [token])
     text: str = server.post("/v1/completions", completion_body(prompt=[5], max_tokens=4))[1]["choices"][0]["text"]
     return text
+
+
+def test_the_benchmark_of_the_server_reports_both_rates(tokenizer_dir: Path) -> None:
+    command = [sys.executable, "-m", "toka_engine.benchmarks.api", f"tokenizer={tokenizer_dir}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "engine")}
+    out = subprocess.run([*command, "connections=4", "seconds=0.2", "tokens=5"], env=env, capture_output=True)
+    assert out.returncode == 0, out.stderr.decode()
+    report = json.loads(out.stdout)
+    assert all(report[kind][rate] > 0 for kind in ("whole", "events") for rate in ("tokens_per_s", "tokens_per_cpu_s"))

@@ -1,0 +1,71 @@
+"""A request's `prompt`, from its raw JSON to texts or token ids, in slices between which others are served.
+
+Owns: the forms that a prompt may have. The body's decoder skips the prompt, which may have megabytes. What
+its bytes show to be hopeless is refused undecoded: too many ids, too many prompts. The others are decoded one
+prompt at a time, on the event loop, which gets its turn after each slice. Not in a thread: the JSON decoder
+keeps the interpreter lock, so a thread would hold up the loop for as long as the loop itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import msgspec
+
+from toka_engine.messages import Int32s
+from toka_engine.server.connection import Connection
+from toka_engine.server.errors import ClientGoneError, invalid
+from toka_engine.server.limits import Limits
+from toka_engine.server.protocol import decode_part
+
+_SLICE_BYTES = 64 * 1024
+"""About a millisecond of decoding and checking."""
+_LIST_START = re.compile(rb"\[\s*(.)", re.DOTALL)
+_decode_text = msgspec.json.Decoder(str).decode
+_decode_ids = msgspec.json.Decoder(list[int]).decode
+_decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+async def read_prompt(raw: msgspec.Raw, limits: Limits, connection: Connection) -> list[str] | list[Int32s]:
+    """Return the texts to encode, or the prompts as ids, checked. Raises a 400 that names the field."""
+    data = bytes(raw)
+    if data.startswith(b'"'):
+        return limits.check_texts([decode_part(_decode_text, raw, "prompt")])
+    start = _LIST_START.match(data)
+    if start is None:
+        raise invalid("prompt", "'prompt' must be a text, token ids, or a list of either.", "invalid_type")
+    match start[1]:
+        case b"]":
+            raise invalid("prompt", "'prompt' is empty.")
+        case b'"':
+            # A quote behind a backslash may be part of a text: there are at least so many texts.
+            limits.check_num_prompts((data.count(b'"') - data.count(b'\\"')) // 2)
+            return limits.check_texts(await _read_each(raw, _decode_text, connection))
+        case b"[":
+            limits.check_num_prompts(data.count(b"[") - 1)
+            return await _read_each(raw, _decode_ids, connection, limits)
+        case _:
+            limits.check_num_ids(data.count(b",") + 1)
+            return [limits.check_ids(decode_part(_decode_ids, raw, "prompt"), "prompt")]
+
+
+async def _read_each(raw: msgspec.Raw, decode: Any, connection: Connection, limits: Limits | None = None) -> list[Any]:
+    """Decode each prompt by itself; with `limits` they are ids, checked at once."""
+    found: list[Any] = []
+    num_bytes = 0
+    for index, part in enumerate(decode_part(_decode_parts, raw, "prompt")):
+        name = f"prompt[{index}]"
+        size = memoryview(part).nbytes
+        if limits is not None and size // 2 >= limits.max_request_tokens:
+            limits.check_num_ids(bytes(part).count(b",") + 1)
+        value = decode_part(decode, part, name)
+        found.append(value if limits is None else limits.check_ids(value, name))
+        num_bytes += size
+        if num_bytes >= _SLICE_BYTES:
+            num_bytes = 0
+            await asyncio.sleep(0)
+            if connection.is_gone:
+                raise ClientGoneError("the client closed the connection")
+    return found
