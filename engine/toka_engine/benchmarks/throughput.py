@@ -15,6 +15,8 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +161,21 @@ def summarize(workload: Workload, result: Result, seconds: float) -> dict[str, A
     }
 
 
+@contextmanager
+def running_engine(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`toka` with these arguments, ended on exit."""
+    engine = subprocess.Popen([sys.executable, "-m", "toka_engine", *arguments])
+    try:
+        yield engine
+    finally:
+        engine.terminate()
+        try:
+            engine.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            engine.kill()
+            engine.wait()
+
+
 async def wait_until_ready(base_url: str, engine: subprocess.Popen[bytes]) -> float:
     """Seconds until /readyz says so. Raises SystemExit when the engine ends first."""
     began = time.perf_counter()
@@ -196,17 +213,8 @@ def main() -> None:
     scale, port = float(settings.pop("scale", "1")), settings.setdefault("port", "10210")
     vocab_size = int(settings.pop("vocab", _VOCAB_SIZE))
     workloads = {name: make_workload(name, scale, vocab_size) for name in names}
-    command = [sys.executable, "-m", "toka_engine", f"model={folder}"]
-    command += [f"{key}={value}" for key, value in settings.items()]
-    engine = subprocess.Popen(command)
-    try:
+    with running_engine(f"model={folder}", *(f"{key}={value}" for key, value in settings.items())) as engine:
         print(json.dumps(asyncio.run(measure(f"http://127.0.0.1:{port}", workloads, engine))))
-    finally:
-        engine.terminate()
-        try:
-            engine.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            engine.kill()
 
 
 if __name__ == "__main__":
