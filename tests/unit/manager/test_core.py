@@ -218,3 +218,17 @@ def test_stats_add_up() -> None:
     assert stats.steps_total == harness.num_steps
     assert stats.kv_pages_cached == 4
     assert stats.manager_cpu_s_total == 2.5
+
+
+def test_where_pages_are_short_only_every_second_step_admits_and_an_idle_engine_never_waits() -> None:
+    harness = Harness(small_sizes(num_pages=16, max_request_tokens=64))
+    for first in range(6):
+        harness.submit([first] * 8, max_tokens=24, seed=first)
+    admitting = []
+    while harness.plan() or harness.sent:
+        admitting += [step.number for step in harness.sent if step.new_slots.size and step.number not in admitting]
+        harness.return_one()
+    assert len(admitting) > 2
+    assert min(np.diff(admitting)) >= 2
+    harness.check_results()
+    harness.check_nothing_held()

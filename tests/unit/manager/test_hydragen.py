@@ -9,6 +9,7 @@ import pytest
 from toka_engine.config import EngineConfig
 from toka_engine.manager import hydragen
 from toka_engine.manager.hydragen import GroupPolicy, Groups, find_groups
+from toka_engine.manager.sharing import count_shared_columns
 from toka_engine.messages import Int32s
 
 from tests.unit.manager.simulated import Harness, small_sizes
@@ -142,3 +143,17 @@ def test_a_group_that_became_too_small_is_dissolved_without_a_search() -> None:
     assert harness.sent[-1].group_num_rows.size == 0
     harness.run()
     harness.check_results()
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 400])  # few pages are looked at one by one, many by bisection
+def test_shared_columns_are_the_leading_pages_with_several_holders(num_rows: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    table = rng.permutation(num_rows * 60).astype(np.int32).reshape(num_rows, 60)
+    num_columns = rng.integers(0, 61, num_rows).astype(np.int32)
+    expected = np.minimum(rng.integers(0, 61, num_rows), num_columns)
+    refs = np.ones(table.size, np.int32)
+    for row, count in enumerate(expected.tolist()):
+        refs[table[row, :count]] = 2
+    rows = rng.permutation(num_rows).astype(np.int32)
+    found = count_shared_columns(table, rows, num_columns[rows], refs)
+    assert found.tolist() == expected[rows].tolist()
