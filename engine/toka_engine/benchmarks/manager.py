@@ -30,6 +30,7 @@ import numpy as np
 from toka_engine.codec import Decoder, encode
 from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
+from toka_engine.manager.loop import make_collections_rare
 from toka_engine.manager.sizes import choose_sizes
 from toka_engine.messages import (
     ManagerToWorker,
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="WORKLOAD/STREAMS", help="print a profile of one, such as mix/4096")
     options = parser.parse_args()
     results: dict[str, Any] = {}
+    make_collections_rare()  # as the process does
     for name, prepare in WORKLOADS.items():
         for num_streams in (64, 4096):
             label = f"{name}/{num_streams}"

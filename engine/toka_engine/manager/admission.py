@@ -25,6 +25,9 @@ MAX_SKIPS = 64
 """How often later requests may start before one that does not fit."""
 SKIP_WINDOW = 8
 """How many requests behind it are tried."""
+PAGE_LIMITED_INTERVAL = 2
+"""Where pages are what is short, one step in this many admits: what ends in between is forecast once, not in
+every step, and a page waits half a step longer for its next owner."""
 MAX_DEFERRED = 32
 """How many requests that wait for another's prefill are passed over in one step."""
 
@@ -67,12 +70,16 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
     if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
         return
+    if step.number < state.next_admission and state.num_running:
+        return
     state.has_admission_news = False
     candidates = _collect(state, state.waiting.values(), step.number, budget, num_free)
     if not candidates:
         return
     chosen = _choose(state, candidates)
     _release_others(state, candidates, chosen)
+    if len(chosen) < len(candidates):
+        state.next_admission = step.number + PAGE_LIMITED_INTERVAL
     if not chosen:
         chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
     for candidate, num_streams in chosen.items():

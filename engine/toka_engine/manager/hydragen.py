@@ -1,7 +1,8 @@
 """The decode rows of a step in order, and the groups of them that share a prefix (Hydragen).
 
-Rows keep their place from step to step. Groups are recomputed only when rows came that may share, or when so
-many left that a group became too small. A group is used where the KV reads that it saves outweigh what it
+Rows keep their place from step to step; one that comes late reads its own pages. Groups are recomputed when
+the reads that late rows and dissolved groups have missed since the last time outweigh the search, so that the
+search never costs more than what waiting did. A group is used where the KV reads that it saves outweigh what it
 costs; groups nest where that pays too. Pure.
 
 Source: Juravsky et al., Hydragen: High-Throughput LLM Inference with Shared Prefixes (2024).
@@ -25,6 +26,11 @@ ms against 0.44 ms for 512 tokens, both for 1,024 rows)."""
 GROUP_COST_TOKENS = 256
 """Cost of one more group, in the same unit."""
 
+REGROUP_COST_TOKENS = 120_000
+"""Cost of a search for groups, in the same unit (1.2 million tokens of KV are read in 1 ms), and"""
+REGROUP_ROW_COST_TOKENS = 400
+"""its part for each decode row (about 1.5 ms of one CPU core for 4,096 rows)."""
+
 _NONE: Int32s = np.empty(0, np.int32)
 
 
@@ -44,8 +50,15 @@ class Groups:
         before = np.concatenate((np.zeros(1, np.int32), np.cumsum(is_kept, dtype=np.int32)))
         first_rows = before[self.first_rows]
         num_rows = before[self.first_rows + self.num_rows] - first_rows
-        left = num_rows > 0
-        return Groups(first_rows[left], num_rows[left], self.first_columns[left], self.num_columns[left])
+        return Groups(first_rows, num_rows, self.first_columns, self.num_columns).select(num_rows > 0)
+
+    def select(self, is_wanted: NDArray[np.bool_]) -> Groups:
+        return Groups(
+            self.first_rows[is_wanted],
+            self.num_rows[is_wanted],
+            self.first_columns[is_wanted],
+            self.num_columns[is_wanted],
+        )
 
 
 NO_GROUPS = Groups(_NONE, _NONE, _NONE, _NONE)
@@ -74,11 +87,18 @@ class GroupPolicy:
     min_columns: int
     row_cost: int = ROW_COST_TOKENS
     group_cost: int = GROUP_COST_TOKENS
+    regroup_cost: int = REGROUP_COST_TOKENS
+    regroup_row_cost: int = REGROUP_ROW_COST_TOKENS
 
     def pays(self, num_rows: int, num_columns: int, num_readers: int) -> bool:
         """Whether reading `num_columns` pages once for `num_rows` rows beats `num_readers` separate reads."""
         saved = num_columns * self.page_size * (num_readers - 1)
         return saved > self.row_cost * num_rows + self.group_cost
+
+    def pays_to_regroup(self, num_missed_tokens: int, num_rows: int) -> bool:
+        """Whether reads of `num_missed_tokens` that groups would have saved outweigh a search over
+        `num_rows`."""
+        return num_missed_tokens > self.regroup_cost + self.regroup_row_cost * num_rows
 
 
 class DecodeRows:
@@ -95,7 +115,11 @@ class DecodeRows:
         self.groups = NO_GROUPS
         self.is_stale = False
         """Some rows' streams no longer decode."""
-        self._must_regroup = False
+        self._missed_per_step = 0
+        """Tokens of KV read in each step because rows that came or lost their group since the last search have
+        none."""
+        self._num_missed = 0
+        """The same, summed over the steps since the last search."""
 
     def add(self, added: Int32s, slots: Slots, refs: Int32s) -> None:
         """Append rows; they get into groups at the next `refresh` if their pages have enough holders."""
@@ -103,27 +127,36 @@ class DecodeRows:
         if not self._is_enabled:
             return
         deep = added[slots.num_pages[added] >= self.policy.min_columns]
-        if (refs[slots.table[deep, self.policy.min_columns - 1]] >= self.policy.min_rows).any():
-            self._must_regroup = True
+        deep = deep[refs[slots.table[deep, self.policy.min_columns - 1]] >= self.policy.min_rows]
+        if deep.size:
+            num_columns = count_shared_columns(slots.table, deep, self._count_full(slots, deep), refs)
+            self._missed_per_step += int(num_columns.sum()) * self.policy.page_size
 
     def refresh(self, slots: Slots, refs: Int32s) -> None:
-        """Drop the rows that no longer decode, and regroup if that is due."""
+        """Drop the rows that no longer decode, and regroup if that is due. Once per step."""
         if self.is_stale:
             self._keep(slots.states[self.slots] == State.DECODE)
             self.is_stale = False
-        if self._must_regroup:
-            self._must_regroup = False
-            num_full = np.minimum(slots.lengths[self.slots] // self.policy.page_size, slots.num_pages[self.slots])
-            num_shared = count_shared_columns(slots.table, self.slots, num_full, refs)
+        if self._missed_per_step == 0:
+            return
+        self._num_missed += self._missed_per_step
+        if self.policy.pays_to_regroup(self._num_missed, self.slots.size):
+            self._missed_per_step = self._num_missed = 0
+            num_shared = count_shared_columns(slots.table, self.slots, self._count_full(slots, self.slots), refs)
             self.slots, self.groups = find_groups(slots.table, self.slots, num_shared, self.policy)
+
+    def _count_full(self, slots: Slots, rows: Int32s) -> Int32s:
+        full: Int32s = np.minimum(slots.lengths[rows] // self.policy.page_size, slots.num_pages[rows])
+        return full
 
     def _keep(self, is_kept: NDArray[np.bool_]) -> None:
         self.slots = self.slots[is_kept]
-        num_before = self.groups.num_rows.size
         self.groups = self.groups.keep(is_kept)
-        sizes = self.groups.num_rows
-        if sizes.size < num_before or (sizes.size and int(sizes.min()) < self.policy.min_rows):
-            self._must_regroup = True
+        is_small = self.groups.num_rows < self.policy.min_rows
+        if is_small.any():  # a group that holds others is never the smaller one, so none loses its outer group
+            dissolved = self.groups.num_rows[is_small] * self.groups.num_columns[is_small]
+            self._missed_per_step += int(dissolved.sum()) * self.policy.page_size
+            self.groups = self.groups.select(~is_small)
 
 
 def find_groups(

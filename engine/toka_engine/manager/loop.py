@@ -27,6 +27,12 @@ GC_THRESHOLDS = (20_000, 20, 50)
 logger = logging.getLogger("manager")
 
 
+def make_collections_rare() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
 class Loop:
     """Moves messages between the links and the core."""
 
@@ -61,9 +67,7 @@ class Loop:
             sizes.num_pages, sizes.page_size, sizes.num_slots, sizes.max_running,
             sizes.max_tokens_per_forward, sizes.max_request_tokens,
         )  # fmt: skip
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
+        make_collections_rare()
         return Manager(self._config, sizes)
 
     def _receive_ready(self, worker: Channel[WorkerToManager]) -> WorkerReady:

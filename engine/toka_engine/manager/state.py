@@ -72,6 +72,7 @@ class ManagerState:
         self.num_running = 0  # slots taken and not retiring
         self.num_arrivals = 0
         self.has_admission_news = True  # something changed that may let a waiting request in
+        self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.counters = Counters()
 
     def take_pages(self, count: int) -> Int32s:

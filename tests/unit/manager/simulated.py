@@ -268,7 +268,9 @@ class Harness:
             self.sizes = replace(self.sizes, steps_ahead=self.config.scheduling_steps_ahead)
         self.manager = Manager(self.config, self.sizes)
         rows = self.manager.state.rows
-        rows.policy = replace(rows.policy, row_cost=0, group_cost=0)  # so that small groups pay
+        rows.policy = replace(
+            rows.policy, row_cost=0, group_cost=0, regroup_cost=0, regroup_row_cost=0
+        )  # so that small groups pay
         self.worker = SimulatedWorker(self.sizes, self.model)
         self.sent: deque[Step] = deque()
         self.writes: deque[set[tuple[int, int]]] = deque()  # per step in flight: (page, slot)

@@ -218,3 +218,17 @@ def test_stats_add_up() -> None:
     assert stats.steps_total == harness.num_steps
     assert stats.kv_pages_cached == 4
     assert stats.manager_cpu_s_total == 2.5
+
+
+def test_where_pages_are_short_at_most_every_second_step_admits() -> None:
+    harness = Harness(small_sizes(num_pages=24, num_slots=32, max_running=32, max_tokens_per_forward=64))
+    for first in range(40):
+        harness.submit([first] * 4, max_tokens=5 + first % 9, seed=first)
+    admitting = []
+    while harness.plan() or harness.sent:
+        admitting += [step.number for step in harness.sent if step.new_slots.size and step.number not in admitting]
+        harness.return_one()
+    assert len(admitting) > 2
+    assert min(np.diff(admitting)) >= 2
+    harness.check_results()
+    harness.check_nothing_held()

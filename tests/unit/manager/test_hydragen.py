@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toka_engine.config import EngineConfig
 from toka_engine.manager import hydragen
 from toka_engine.manager.hydragen import GroupPolicy, Groups, find_groups
+from toka_engine.manager.sharing import count_shared_columns
 from toka_engine.messages import Int32s
 
 from tests.unit.manager.simulated import Harness, small_sizes
@@ -100,3 +103,57 @@ def test_groups_change_no_token() -> None:
         assert (harness.worker.num_shared_rows > 0) == use_hydragen
         outputs.append([result.tokens for result in harness.results.values()])
     assert outputs[0] == outputs[1]
+
+
+def test_rows_that_come_late_join_once_what_they_miss_outweighs_the_search() -> None:
+    harness = Harness(small_sizes(num_pages=200, max_pages_per_seq=64))
+    rows = harness.manager.state.rows
+    prompt = list(range(20))
+    harness.submit(prompt, n=3, max_tokens=60, seed=1)
+    harness.plan()
+    harness.return_one()
+    harness.plan()
+    assert harness.sent[-1].group_num_rows.tolist() == [3]
+    # 2 late rows miss 16 shared tokens each in every step: the third step goes over 90.
+    rows.policy = replace(rows.policy, regroup_cost=90)
+    harness.submit([*prompt, 1], n=2, max_tokens=60, seed=2)
+    sizes = []
+    while len(sizes) < 8:
+        harness.return_one()
+        harness.plan()
+        step = harness.sent[-1]
+        if step.decode_slots.size == 5:
+            sizes.append(int(step.group_num_rows[step.group_first_columns == 0].sum()))
+    assert sizes == [3, 3, 5, 5, 5, 5, 5, 5]
+    harness.run()
+    harness.check_results()
+
+
+def test_a_group_that_became_too_small_is_dissolved_without_a_search() -> None:
+    harness = Harness(small_sizes(num_pages=200, max_pages_per_seq=64))
+    rows = harness.manager.state.rows
+    streams = harness.submit(list(range(20)), n=3, max_tokens=60, seed=1)
+    for _ in range(4):
+        harness.plan()
+        harness.return_one()
+    rows.policy = replace(rows.policy, regroup_cost=1 << 40)
+    harness.cancel(*streams[1:])
+    harness.plan()
+    assert harness.sent[-1].decode_slots.size == 1
+    assert harness.sent[-1].group_num_rows.size == 0
+    harness.run()
+    harness.check_results()
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 400])  # few pages are looked at one by one, many by bisection
+def test_shared_columns_are_the_leading_pages_with_several_holders(num_rows: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    table = rng.permutation(num_rows * 60).astype(np.int32).reshape(num_rows, 60)
+    num_columns = rng.integers(0, 61, num_rows).astype(np.int32)
+    expected = np.minimum(rng.integers(0, 61, num_rows), num_columns)
+    refs = np.ones(table.size, np.int32)
+    for row, count in enumerate(expected.tolist()):
+        refs[table[row, :count]] = 2
+    rows = rng.permutation(num_rows).astype(np.int32)
+    found = count_shared_columns(table, rows, num_columns[rows], refs)
+    assert found.tolist() == expected[rows].tolist()

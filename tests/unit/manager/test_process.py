@@ -19,6 +19,7 @@ from toka_engine.messages import (
     ChildReady,
     Deltas,
     EngineInfo,
+    Fatal,
     FromChild,
     ManagerToServer,
     ManagerToWorker,
@@ -137,3 +138,18 @@ def test_a_lost_worker_ends_the_process_with_the_code_of_the_table(process: Proc
     process.server.receive(20)
     process.worker.close()
     assert process.process.wait(20) == ExitCode.PROCESS_DIED
+
+
+@pytest.mark.parametrize("frame", [b"\x02\x00\x00\x00\xc1\xc1", b"\xff\xff\xff\xff"], ids=["garbage", "too-long"])
+def test_a_broken_frame_ends_the_process_with_a_clear_error(process: Process, frame: bytes) -> None:
+    process.worker.send(READY)
+    process.server.receive(20)
+    os.write(process.worker.fileno(), frame)
+    assert process.process.wait(20) == ExitCode.PROCESS_DIED
+    messages: list[FromChild] = []
+    while not any(isinstance(message, Fatal) for message in messages):
+        messages += process.control.receive(20)
+    (fatal,) = [message for message in messages if isinstance(message, Fatal)]
+    assert fatal.exit_code == ExitCode.PROCESS_DIED
+    assert "frame" in fatal.message
+    assert not fatal.is_consequence
