@@ -221,7 +221,8 @@ def test_stats_add_up() -> None:
 
 
 def test_where_pages_are_short_at_most_every_second_step_admits() -> None:
-    harness = Harness(small_sizes(num_pages=24, num_slots=32, max_running=32, max_tokens_per_forward=64))
+    sizes = small_sizes(num_pages=24, num_slots=32, max_running=32, max_tokens_per_forward=64, max_prefill_tokens=64)
+    harness = Harness(sizes)
     for first in range(40):
         harness.submit([first] * 4, max_tokens=5 + first % 9, seed=first)
     admitting = []
