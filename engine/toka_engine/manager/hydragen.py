@@ -26,9 +26,9 @@ ms against 0.44 ms for 512 tokens, both for 1,024 rows)."""
 GROUP_COST_TOKENS = 256
 """Cost of one more group, in the same unit."""
 
-REGROUP_COST_TOKENS = 120_000
-"""Cost of a search for groups, in the same unit (1.2 million tokens of KV are read in 1 ms), and"""
-REGROUP_ROW_COST_TOKENS = 400
+REGROUP_COST_TOKENS = 8_000
+"""Cost of a search for groups, in the same unit (a GPU reads some 90,000 tokens of KV, in all layers, in 1 ms), and"""
+REGROUP_ROW_COST_TOKENS = 30
 """its part for each decode row (about 1.5 ms of one CPU core for 4,096 rows)."""
 
 _NONE: Int32s = np.empty(0, np.int32)
