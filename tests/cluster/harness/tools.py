@@ -172,7 +172,8 @@ def build(tool_set: ToolSet, go: str) -> None:
     print(f"building {', '.join(tool_set.commands)}", flush=True)
     output = bin_folder() / "new"
     output.mkdir(parents=True, exist_ok=True)
-    argv = [go, "build", "-mod=readonly", "-trimpath", "-ldflags", tool_set.linker_flags, "-o", f"{output}/"]
+    # -v names each package as it is compiled: what a user sees moving for minutes.
+    argv = [go, "build", "-v", "-mod=readonly", "-trimpath", "-ldflags", tool_set.linker_flags, "-o", f"{output}/"]
     environment = os.environ | {
         "CGO_ENABLED": "0",
         "GOFLAGS": "-buildvcs=false -modcacherw",
