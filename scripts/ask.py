@@ -7,6 +7,7 @@ kubectl exec ask -- python -c "$(ask.py program)"
 import json
 import sys
 
+# Asked at temperature 0, so that the reader can compare the answer with the README's.
 _QUESTION = "Why is the sky blue? Answer in two sentences."
 _PROGRAM = f"""\
 from openai import OpenAI
@@ -16,7 +17,7 @@ model = client.models.list().data[0].id
 print("model:", model)
 print("question:", question["content"])
 print("answer: ", end="")
-stream = client.chat.completions.create(model=model, messages=[question], max_tokens=100, stream=True)
+stream = client.chat.completions.create(model=model, messages=[question], max_tokens=100, temperature=0, stream=True)
 for chunk in stream:
     if chunk.choices and chunk.choices[0].delta.content:
         print(chunk.choices[0].delta.content, end="", flush=True)
