@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from typing import Any
 
+import kopf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_operator.cluster import encode_canonically
 from toka_operator.differences import find_corrections, find_stale_annotations, is_satisfied
 from toka_operator.errors import SettingsError
+from toka_operator.handlers import EndlessBackoffs, configure
 from toka_operator.settings import read_settings
 from toka_operator.store import Store
 from toka_operator.workqueue import WorkQueue
@@ -107,6 +110,17 @@ def test_a_list_takes_away_what_it_does_not_hold_unless_that_is_newer() -> None:
     kept.put(obj(9, "new", key="other"))
     assert kept.replace_all([obj(2, "listed", key="third")], 5) == {("n", "k"), ("n", "third")}
     assert kept.get(("n", "new")) is not None
+
+
+def test_kopf_is_told_to_try_for_ever_and_not_to_wait_long() -> None:
+    configured = kopf.OperatorSettings()
+    configure(configured)
+    for _ in range(2):
+        backoffs = configured.networking.error_backoffs
+        assert isinstance(backoffs, EndlessBackoffs)
+        first = list(itertools.islice(backoffs, 1000))
+        assert len(first) == 1000
+        assert max(first) <= 5.0
 
 
 def test_a_key_waits_once_however_often_it_is_added() -> None:
