@@ -17,7 +17,7 @@ from toka_operator.errors import SettingsError
 from toka_operator.handlers import EndlessBackoffs, configure
 from toka_operator.settings import read_settings
 from toka_operator.store import Store
-from toka_operator.workqueue import WorkQueue
+from toka_operator.workqueue import NUM_PROMPT_PER_BULK, WorkQueue
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,27 @@ def test_a_key_waits_once_however_often_it_is_added() -> None:
     for key in ("a", "b", "a", "a"):
         queue.add(key)
     assert [queue.get(), queue.get()] == ["a", "b"]
+    assert queue.measure()[0] == 2
+
+
+def test_keys_that_came_in_bulk_hold_up_no_other_and_are_not_held_up_for_ever() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for n in range(3):
+        queue.add(f"bulk-{n}", is_bulk=True)
+    for n in range(2 * NUM_PROMPT_PER_BULK):
+        queue.add(f"single-{n}")
+    taken = [queue.get() for _ in range(queue.measure()[0])]
+    places = [taken.index(f"bulk-{n}") for n in range(3)]
+    assert places == [NUM_PROMPT_PER_BULK, 2 * NUM_PROMPT_PER_BULK + 1, 2 * NUM_PROMPT_PER_BULK + 2]
+
+
+def test_a_key_of_many_that_is_asked_for_alone_is_prompt() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for key in ("a", "b"):
+        queue.add(key, is_bulk=True)
+    queue.add("b")
+    queue.add("b", is_bulk=True)
+    assert [queue.get(), queue.get()] == ["b", "a"]
     assert queue.measure()[0] == 2
 
 
