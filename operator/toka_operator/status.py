@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toka_operator.conditions import (
+    AVAILABLE,
     CONFIG_VALID,
     DEGRADED,
     PROGRESSING,
@@ -32,6 +33,9 @@ from toka_operator.spec import TokaDeploymentSpec
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
 """A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
+
+_STARTING = {READY: "False", AVAILABLE: "False", DEGRADED: "False", CONFIG_VALID: "True"}
+"""The conditions of a new object with which nothing is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,21 @@ def find_deadline_s(spec: TokaDeploymentSpec, status: Json, now: float) -> float
     if progressing is None or progressing["status"] != "True":
         return None
     return max(0.0, parse_time(status["lastProgressTime"]) + spec.rollout.progress_deadline_s - now) + 0.01
+
+
+def tells_only_progress(previous: Json, status: Json) -> bool:
+    """Whether `status` differs from `previous` just in how far something under way has come: in counts of pods.
+
+    Such a change may be written a moment later, together with the next one. Never what somebody waits for: another
+    condition or reason, a failure, or that a new spec was seen. Of a new object, that it starts may wait too.
+    """
+    before = {c.get("type"): (c.get("status"), c.get("reason")) for c in previous.get("conditions", [])}
+    after = {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+    if after.get(PROGRESSING, ("", ""))[0] != "True" or status["failures"] != previous.get("failures", []):
+        return False
+    if not previous:
+        return all(after[kind][0] == expected for kind, expected in _STARTING.items())
+    return before == after and previous.get("observedGeneration") == status["observedGeneration"]
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:

@@ -9,7 +9,7 @@ import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.errors import FieldError
 from toka_operator.observed import Observed, PodView, format_time, view_pod
-from toka_operator.status import build_invalid_status, build_status, find_events
+from toka_operator.status import build_invalid_status, build_status, find_events, tells_only_progress
 
 from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
 
@@ -218,6 +218,23 @@ def test_a_start_that_the_pods_times_do_not_tell_is_left_out(pod: PodView) -> No
     spec = valid()
     observed = seen(plan_for(spec), (replace(pod, revision=spec.revision),))
     assert "startup" not in status_of(spec, observed)
+
+
+def test_only_counts_of_something_under_way_may_be_told_later() -> None:
+    spec = valid(replicas=3)
+    plan = plan_for(spec)
+    starting = status_of(spec, seen(plan))
+    assert tells_only_progress({}, starting)
+    some = status_of(spec, seen(plan, (pod(spec.revision), pod(spec.revision, 1))), starting)
+    assert starting != some
+    assert tells_only_progress(starting, some)
+    ready = tuple(pod(spec.revision, n, is_available=True) for n in range(3))
+    assert not tells_only_progress(some, status_of(spec, seen(plan, ready), some)), "it is Ready"
+    failed = pod(spec.revision, status=engine_status(state={"waiting": {"reason": "ErrImagePull"}}))
+    assert not tells_only_progress({}, status_of(spec, seen(plan, (failed,)))), "it is Degraded"
+    assert not tells_only_progress(some, {**some, "observedGeneration": 2}), "a new spec was seen"
+    assert not tells_only_progress({}, status_of(valid(suspend=True), seen(plan))), "nothing is under way"
+    assert not tells_only_progress({}, status_of(spec, Observed({}, (), frozenset({("Service", "chat")}))))
 
 
 def test_a_stored_child_is_seen_as_it_was_written() -> None:
