@@ -206,7 +206,15 @@ def test_the_canonical_encoding_is_json_of_the_same_value(value: dict[str, Any])
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("TOKA_WORKERS", "0"), ("TOKA_WORKERS", "many"), ("TOKA_LOG_LEVEL", "LOUD"), ("TOKA_ENGINE_IMAGE", "")],
+    [
+        ("TOKA_WORKERS", "0"),
+        ("TOKA_WORKERS", "many"),
+        ("TOKA_LOG_LEVEL", "LOUD"),
+        ("TOKA_ENGINE_IMAGE", ""),
+        ("TOKA_LEASE_RENEW_DEADLINE_SECONDS", "15"),
+        ("TOKA_LEASE_DURATION_SECONDS", "10"),
+        ("TOKA_LEASE_RETRY_SECONDS", "10"),
+    ],
 )
 def test_a_bad_setting_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name):
