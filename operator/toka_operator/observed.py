@@ -39,10 +39,21 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Startup:
+    """What a pod waited for until it was ready, in whole seconds: the pod's own times have no finer ones."""
+
+    schedule_s: int
+    """From its creation until a node was found."""
+    start_s: int
+    """From there until the engine's container ran: volumes, the pull of images, init containers."""
+    load_s: int
+    """From there until the pod was ready: what the engine loads and warms up."""
+
+
+@dataclass(frozen=True, slots=True)
 class PodView:
     """One engine pod. `ready_since`: since when (Unix time) it is, or is not, ready. `failure`: its
-    latest, also when
-    it runs again."""
+    latest, also when it runs again. `startup`: None unless it is ready and its times tell of its first start."""
 
     name: str
     revision: str
@@ -52,6 +63,7 @@ class PodView:
     is_in_endpoints: bool
     terminating_until: float | None
     failure: Failure | None
+    startup: Startup | None
 
     @property
     def is_terminating(self) -> bool:
@@ -127,7 +139,24 @@ def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
         is_in_endpoints=metadata["name"] in endpoints,
         terminating_until=parse_time(deletion) if deletion else None,
         failure=find_failure(metadata["name"], status),
+        startup=find_startup(metadata, status, conditions),
     )
+
+
+def find_startup(metadata: Json, status: Json, conditions: Mapping[str, Json]) -> Startup | None:
+    """How a ready pod came up. None if its engine was restarted, or if its times are missing or go backwards (a
+    node's clock may differ from the API server's): then they do not tell."""
+    ready, scheduled = conditions.get("Ready", {}), conditions.get("PodScheduled", {})
+    engines = (s for s in status.get("containerStatuses") or [] if s.get("name") == ENGINE_CONTAINER)
+    engine: Json = next(engines, {})
+    running = (engine.get("state") or {}).get("running") or {}
+    is_told = ready.get("status") == scheduled.get("status") == "True" and not engine.get("restartCount")
+    stamps = (metadata.get("creationTimestamp"), scheduled.get("lastTransitionTime"), running.get("startedAt"))
+    times = [parse_time(stamp) for stamp in (*stamps, ready.get("lastTransitionTime"))]
+    if not is_told or 0.0 in times or times != sorted(times):
+        return None
+    created, bound, started, up = times
+    return Startup(int(bound - created), int(started - bound), int(up - started))
 
 
 def find_failure(pod_name: str, status: Json) -> Failure | None:

@@ -22,6 +22,7 @@ DRAIN_ENDPOINT_DELAY_S = 5
 GRACE_SLACK_S = 15
 """Between the end of draining and the kubelet's SIGKILL: closing connections, ending processes."""
 PROBE_PERIOD_S = 2
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 RESTRICTED: Json = {
     "allowPrivilegeEscalation": False,
@@ -49,7 +50,7 @@ def render_pod_template(
         "topologySpreadConstraints": _topology_spread(spec, labels),
         "nodeSelector": scheduling.node_selector,
         "tolerations": list(scheduling.tolerations),
-        "affinity": scheduling.affinity,
+        "affinity": _affinity(spec, labels),
         "priorityClassName": scheduling.priority_class_name,
         "runtimeClassName": scheduling.runtime_class_name,
         "imagePullSecrets": [{"name": name} for name in spec.engine.pull_secrets],
@@ -182,9 +183,11 @@ def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
 
 
 def _topology_spread(spec: TokaDeploymentSpec, labels: dict[str, str]) -> list[Json]:
+    """By default over hosts alone: the scheduler leaves a node that lacks the key of *any* soft constraint out of
+    the scoring of all, so a zone beside the host would end the spreading wherever nodes have no zone."""
     wanted = spec.scheduling.topology_spread
     if wanted is None:
-        wanted = ({"topologyKey": "topology.kubernetes.io/zone"}, {"topologyKey": "kubernetes.io/hostname"})
+        wanted = ({"topologyKey": "kubernetes.io/hostname"},)
     return [
         {
             "topologyKey": constraint["topologyKey"],
@@ -194,6 +197,23 @@ def _topology_spread(spec: TokaDeploymentSpec, labels: dict[str, str]) -> list[J
         }
         for constraint in wanted
     ]
+
+
+def _affinity(spec: TokaDeploymentSpec, labels: dict[str, str]) -> Json:
+    """The user's affinity and, unless the user says how pods spread, a preference for zones with fewer of them.
+
+    What the user wrote in another shape than Kubernetes' is handed on: the API server names what is wrong with it.
+    """
+    affinity = spec.scheduling.affinity
+    apart = affinity.get("podAntiAffinity") or {}
+    if spec.scheduling.topology_spread is not None or not isinstance(apart, dict):
+        return affinity
+    preferred = apart.get(_PREFERRED) or []
+    if not isinstance(preferred, list):
+        return affinity
+    term = {"topologyKey": "topology.kubernetes.io/zone", "labelSelector": {"matchLabels": labels}}
+    by_zone = {"weight": 100, "podAffinityTerm": term}
+    return {**affinity, "podAntiAffinity": {**apart, _PREFERRED: [*preferred, by_zone]}}
 
 
 def _pod_security() -> Json:

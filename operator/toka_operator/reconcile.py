@@ -23,13 +23,23 @@ from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import STATEFUL_SET, Owner
 from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
-from toka_operator.status import Event, build_invalid_status, build_status, find_deadline_s, find_events
+from toka_operator.status import (
+    Event,
+    build_invalid_status,
+    build_status,
+    find_deadline_s,
+    find_events,
+    tells_only_progress,
+)
 from toka_operator.store import Key, Store
 
 logger = logging.getLogger("toka.reconcile")
 
 REJECTED_RETRY_S = 15.0
 """A child that the API server refused (a quota, an admission policy) is tried again this often."""
+PROGRESS_SETTLE_S = 1.0
+"""How long a status that tells only of progress waits for more of it: pods come up one after the other, and one
+write for all of them is enough."""
 
 
 @dataclass(slots=True)
@@ -41,6 +51,8 @@ class _Memory:
     settled: dict[str, tuple[Json, Json]] = field(default_factory=dict)
     """uid -> (desired, what no write of ours could correct), so that an admission webhook makes no endless
     loop."""
+    status_due: float | None = None
+    """When a status that waits for more progress is written (monotonic)."""
 
 
 class Reconciler:
@@ -82,8 +94,9 @@ class Reconciler:
         observed = replace(observed, strangers=frozenset(memory.strangers))
         now = time.time()
         status = build_status(owner, spec, observed, plan, outcome, previous, now)
-        self._write_status(owner, previous, status)
-        delays = [plan.requeue_s, find_deadline_s(spec, status, now)]
+        delays = [plan.requeue_s, find_deadline_s(spec, status, now), _delay_status(memory, previous, status)]
+        if memory.status_due is None:
+            self._write_status(owner, previous, status)
         if memory.strangers:
             delays.append(max(0.1, min(memory.strangers.values()) - time.monotonic()))
         if outcome.rejected:
@@ -294,6 +307,20 @@ class Reconciler:
             WRITES.labels(kind="Event", verb="create").inc()
         except (ApiError, TransientError) as error:
             logger.warning("object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error))
+
+
+def _delay_status(memory: _Memory, previous: Json, status: Json) -> float | None:
+    """Seconds until this status is due, which `memory` keeps over passes; None if it is due now, or no news."""
+    if status == previous or not tells_only_progress(previous, status):
+        memory.status_due = None
+        return None
+    now = time.monotonic()
+    if memory.status_due is None:
+        memory.status_due = now + PROGRESS_SETTLE_S
+    if memory.status_due <= now:
+        memory.status_due = None
+        return None
+    return memory.status_due - now
 
 
 def _merge(a: Json, b: Json) -> Json:

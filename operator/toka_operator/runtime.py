@@ -99,10 +99,14 @@ class Runtime:
         self._health.stop()
 
     def note(self, event_type: str | None, obj: Json) -> None:
-        """Takes in one TokaDeployment as kopf saw it; `event_type` None is the initial listing."""
+        """Takes in one TokaDeployment as kopf saw it; `event_type` None is the initial listing.
+
+        New objects may come by the thousand, and to make their children takes many writes; that of those that
+        have them already is told meanwhile.
+        """
         change = self._deployments.remove if event_type == "DELETED" else self._deployments.put
         for key in change(obj):
-            self._queue.add(key)
+            self._queue.add(key, is_bulk=event_type in (None, "ADDED"))
 
     def is_ready(self) -> bool:
         """Whether every cache is filled, so that this replica could lead."""
@@ -123,7 +127,7 @@ class Runtime:
 
     def _on_elected(self) -> None:
         for key in self._deployments.list_keys():
-            self._queue.add(key)
+            self._queue.add(key, is_bulk=True)
 
     def _measure(self) -> None:
         depth, oldest_s = self._queue.measure()

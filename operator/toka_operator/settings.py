@@ -63,6 +63,19 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     log_level = environ.get("TOKA_LOG_LEVEL", "INFO").upper()
     if log_level not in LOG_LEVELS:
         raise SettingsError(f"TOKA_LOG_LEVEL={log_level}: must be one of {', '.join(LOG_LEVELS)}")
+    duration_s = _read_int(environ, "TOKA_LEASE_DURATION_SECONDS", 15, 3, 3600)
+    deadline_s = _read_int(environ, "TOKA_LEASE_RENEW_DEADLINE_SECONDS", 10, 2, 3600)
+    retry_s = _read_int(environ, "TOKA_LEASE_RETRY_SECONDS", 2, 1, 3600)
+    if deadline_s >= duration_s:
+        raise SettingsError(
+            f"TOKA_LEASE_RENEW_DEADLINE_SECONDS={deadline_s}: must be less than TOKA_LEASE_DURATION_SECONDS="
+            f"{duration_s}, or two operators could write at a time"
+        )
+    if retry_s >= deadline_s:
+        raise SettingsError(
+            f"TOKA_LEASE_RETRY_SECONDS={retry_s}: must be less than TOKA_LEASE_RENEW_DEADLINE_SECONDS={deadline_s}, "
+            "or the Lease would be lost between two renewals"
+        )
     namespaces = tuple(n.strip() for n in environ.get("TOKA_WATCH_NAMESPACES", "").split(",") if n.strip())
     return Settings(
         engine_image=image,
@@ -72,9 +85,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),
         health_port=_read_int(environ, "TOKA_HEALTH_PORT", 8080, 0, 65535),
         log_level=log_level,
-        lease_duration_s=_read_int(environ, "TOKA_LEASE_DURATION_SECONDS", 15, 3, 3600),
-        lease_renew_deadline_s=_read_int(environ, "TOKA_LEASE_RENEW_DEADLINE_SECONDS", 10, 2, 3600),
-        lease_retry_s=_read_int(environ, "TOKA_LEASE_RETRY_SECONDS", 2, 1, 3600),
+        lease_duration_s=duration_s,
+        lease_renew_deadline_s=deadline_s,
+        lease_retry_s=retry_s,
         names_check_s=_read_int(environ, "TOKA_NAMES_CHECK_SECONDS", 600, 1, 86400),
         stranger_retry_s=_read_int(environ, "TOKA_STRANGER_RETRY_SECONDS", 30, 1, 3600),
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toka_operator.conditions import (
+    AVAILABLE,
     CONFIG_VALID,
     DEGRADED,
     PROGRESSING,
@@ -30,6 +31,11 @@ from toka_operator.resources import Owner, selector_labels
 from toka_operator.spec import TokaDeploymentSpec
 
 MAX_FAILURES = 20
+STARTUP_SEEN_WITHIN_S = 30.0
+"""A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
+
+_STARTING = {READY: "False", AVAILABLE: "False", DEGRADED: "False", CONFIG_VALID: "True"}
+"""The conditions of a new object with which nothing is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,8 @@ def build_status(
     previous: Json,
     now: float,
 ) -> Json:
-    """The whole status. `previous` gives the times of transitions and of the last progress, and nothing
-    else."""
+    """The whole status. `previous` gives what cannot be seen twice, and nothing else: the times of transitions
+    and of the last progress, and how the revision's first pod came up."""
     counts = count_pods(spec, observed, now)
     revisions = _describe_revisions(spec, observed, plan, now)
     last_progress = _find_last_progress(spec, revisions, previous, now)
@@ -77,6 +83,9 @@ def build_status(
         "revisions": revisions,
         "failures": _describe_failures(observed),
     }
+    startup = _describe_startup(spec, observed, previous, now)
+    if startup is not None:
+        status["startup"] = startup
     merged = merge_conditions(conditions, previous.get("conditions", []), owner.generation, now)
     return {**status, "conditions": merged}
 
@@ -97,6 +106,21 @@ def find_deadline_s(spec: TokaDeploymentSpec, status: Json, now: float) -> float
     if progressing is None or progressing["status"] != "True":
         return None
     return max(0.0, parse_time(status["lastProgressTime"]) + spec.rollout.progress_deadline_s - now) + 0.01
+
+
+def tells_only_progress(previous: Json, status: Json) -> bool:
+    """Whether `status` differs from `previous` just in how far something under way has come: in counts of pods.
+
+    Such a change may be written a moment later, together with the next one. Never what somebody waits for: another
+    condition or reason, a failure, or that a new spec was seen. Of a new object, that it starts may wait too.
+    """
+    before = {c.get("type"): (c.get("status"), c.get("reason")) for c in previous.get("conditions", [])}
+    after = {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+    if after.get(PROGRESSING, ("", ""))[0] != "True" or status["failures"] != previous.get("failures", []):
+        return False
+    if not previous:
+        return all(after[kind][0] == expected for kind, expected in _STARTING.items())
+    return before == after and previous.get("observedGeneration") == status["observedGeneration"]
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:
@@ -146,6 +170,24 @@ def _describe_revisions(spec: TokaDeploymentSpec, observed: Observed, plan: Plan
             }
         )
     return described
+
+
+def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Json, now: float) -> Json | None:
+    """How the first ready pod of the current revision came up; it stays as it is for as long as the revision."""
+    told: Json | None = previous.get("startup")
+    if told is not None and told.get("revision") == spec.revision:
+        return told
+    pods = [p for p in observed.pods if p.revision == spec.revision and now < p.ready_since + STARTUP_SEEN_WITHIN_S]
+    for pod in sorted(pods, key=lambda pod: (pod.ready_since, pod.ordinal)):
+        if pod.startup is not None:
+            return {
+                "revision": spec.revision,
+                "pod": pod.name,
+                "scheduleSeconds": pod.startup.schedule_s,
+                "startSeconds": pod.startup.start_s,
+                "loadSeconds": pod.startup.load_s,
+            }
+    return None
 
 
 def _find_last_progress(spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float) -> str:

@@ -18,14 +18,21 @@ K = TypeVar("K", bound=Hashable)
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LAST_S = 30.0
+NUM_PROMPT_PER_BULK = 4
+"""Of the keys that came alone, so many go before one of those that came in bulk."""
 
 
 class WorkQueue(Generic[K]):
-    """Thread-safe. A key added while it is worked on is worked on once more afterwards."""
+    """Thread-safe. A key added while it is worked on is worked on once more afterwards.
+
+    Two lines: a thousand keys that came at once, in bulk, do not hold up the one that comes next.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._ready: OrderedDict[K, float] = OrderedDict()
+        self._bulk: OrderedDict[K, float] = OrderedDict()
+        self._num_prompt = 0
         self._later: list[tuple[float, int, K]] = []
         self._due: dict[K, float] = {}
         self._working: set[K] = set()
@@ -34,10 +41,10 @@ class WorkQueue(Generic[K]):
         self._sequence = 0
         self._is_closed = False
 
-    def add(self, key: K) -> None:
-        """Asks for work on `key` as soon as possible."""
+    def add(self, key: K, is_bulk: bool = False) -> None:
+        """Asks for work on `key` as soon as possible; `is_bulk`: as one of many that may wait for others."""
         with self._changed:
-            self._add(key)
+            self._add(key, is_bulk)
 
     def add_after(self, key: K, delay_s: float) -> None:
         """Asks for work on `key` in `delay_s`, or earlier if that was asked for before."""
@@ -55,8 +62,8 @@ class WorkQueue(Generic[K]):
         with self._changed:
             while not self._is_closed:
                 self._move_due()
-                if self._ready:
-                    key, _ = self._ready.popitem(last=False)
+                if self._ready or self._bulk:
+                    key, _ = self._choose_line().popitem(last=False)
                     self._working.add(key)
                     return key
                 self._changed.wait(self._later[0][0] - time.monotonic() if self._later else None)
@@ -88,18 +95,30 @@ class WorkQueue(Generic[K]):
     def measure(self) -> tuple[int, float]:
         """(keys waiting or worked on, seconds that the oldest waiting key has waited)."""
         with self._changed:
-            oldest = next(iter(self._ready.values()), None)
-            age_s = time.monotonic() - oldest if oldest is not None else 0.0
-            return len(self._ready) + len(self._working), age_s
+            now = time.monotonic()
+            oldest = min((next(iter(line.values())) for line in (self._ready, self._bulk) if line), default=now)
+            return len(self._ready) + len(self._bulk) + len(self._working), now - oldest
 
-    def _add(self, key: K) -> None:
+    def _add(self, key: K, is_bulk: bool = False) -> None:
         if self._is_closed or key in self._ready:
             return
         if key in self._working:
             self._again.add(key)
             return
-        self._ready[key] = time.monotonic()
+        if is_bulk:
+            self._bulk.setdefault(key, time.monotonic())
+        else:
+            self._bulk.pop(key, None)
+            self._ready[key] = time.monotonic()
         self._changed.notify()
+
+    def _choose_line(self) -> OrderedDict[K, float]:
+        """The line to take the next key from, given that one of them has a key."""
+        if self._bulk and (not self._ready or self._num_prompt == NUM_PROMPT_PER_BULK):
+            self._num_prompt = 0
+            return self._bulk
+        self._num_prompt = self._num_prompt + 1 if self._bulk else 0
+        return self._ready
 
     def _finish(self, key: K) -> None:
         self._working.discard(key)

@@ -1,6 +1,6 @@
 """Fixtures of the cluster tier."""
 
 from tests.cluster.harness.fixtures import api_server, namespace
-from tests.cluster.operating import installation, operator
+from tests.cluster.operating import installation, operator, own_operator, shared_process, without_operator
 
-__all__ = ["api_server", "installation", "namespace", "operator"]
+__all__ = ["api_server", "installation", "namespace", "operator", "own_operator", "shared_process", "without_operator"]

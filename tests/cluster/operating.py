@@ -1,8 +1,9 @@
 """The operator as a real process against a real API server, for the tests of this folder.
 
 It runs with the chart's own service account, so that every test here is also a test of the chart's RBAC. A
-test takes the fixture `operator`; when it ends, the operator's log is searched for whatever the test did
-not expect.
+test takes the fixture `operator`, whose process serves the whole cluster and all tests of a module, because to
+start one costs two seconds of CPU; or `own_operator`, if it ends, starts or upgrades operators itself. When a
+test ends, the operator's log is searched for whatever the test did not expect.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PATHS = {
     "pdb": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }
+WRITING_VERBS = ("create", "update", "patch", "delete")
 HOLD = {"podTemplate": {"annotations": {"simulated.toka.dev/hold": "true"}}}
 """A spec whose pods stay Pending, so that a test can give them a status."""
 
@@ -55,39 +57,33 @@ class Operator:
     processes: list[ProcessHandle] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
     """Patterns of warnings and errors that the test itself brings about."""
+    may_be_forbidden: bool = False
+    """An API server that has just been started refuses everybody, until it has read its roles."""
+    num_started: int = 0
+    log_begins: dict[str, int] = field(default_factory=dict)
+    """Process -> the size of its log when the test began, if that was not empty."""
 
     def start(self, **environment: str) -> ProcessHandle:
         """Starts one more operator; `environment` overrides its TOKA_* settings."""
-        number = len(self.processes)
-        env = {
-            "KUBECONFIG": str(self.kubeconfig),
-            "TOKA_ENGINE_IMAGE": "engine:1",
-            "TOKA_NAMESPACE": SYSTEM,
-            "TOKA_WATCH_NAMESPACES": self.namespace,
-            "TOKA_IDENTITY": f"operator-{number}",
-            "TOKA_HEALTH_PORT": "0",
-            "TOKA_LEASE_DURATION_SECONDS": "4",
-            "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "3",
-            "TOKA_LEASE_RETRY_SECONDS": "1",
-            "TOKA_STRANGER_RETRY_SECONDS": "1",
-            "TOKA_LOG_LEVEL": "INFO",
-            **environment,
-        }
-        process = self.server.spawn_python(f"{self.namespace}-{number}", ["-m", "toka_operator"], env)
+        number, self.num_started = self.num_started, self.num_started + 1
+        settings = {"TOKA_WATCH_NAMESPACES": self.namespace, "TOKA_IDENTITY": f"operator-{number}", **environment}
+        process = start_operator(self.server, self.kubeconfig, f"{self.namespace}-{number}", **settings)
         self.processes.append(process)
         return process
 
     def stop(self) -> None:
         """Ends every process that still runs, and checks how it ended and what it wrote."""
-        running = [p for p in self.processes if p.is_running()]
-        for process in running:
-            self.wait_for(lambda process=process: "event=started" in process.log(), "the operator's start")
-        codes = {p.name: p.terminate() for p in running}
-        assert set(codes.values()) <= {0}, codes
-        surprises = [line for p in self.processes for line in self._surprises(p.log())]
+        ended = [end_operator(self.server, process) for process in self.processes if process.is_running()]
+        assert set(ended) <= {0}, ended
+        self.check_log()
         self.processes.clear()
-        assert surprises == []
-        assert self._forbidden() == [], "the chart grants too little"
+
+    def check_log(self) -> None:
+        """Fails if an operator wrote of something that the test did not expect, or was refused something."""
+        surprises = [line for process in self.processes for line in self._surprises(process)]
+        assert not surprises, "\n".join(surprises)
+        forbidden = [] if self.may_be_forbidden else self._forbidden()
+        assert not forbidden, f"the chart grants too little: {forbidden}"
 
     def _forbidden(self) -> list[str]:
         """Requests that RBAC refused (an admission's refusal is also a 403, but was authorised before)."""
@@ -95,10 +91,13 @@ class Operator:
         decision = "authorization.k8s.io/decision"
         return [e["requestURI"] for e in events if e.get("annotations", {}).get(decision) == "forbid"]
 
-    def _surprises(self, log: str) -> list[str]:
+    def _surprises(self, process: ProcessHandle) -> list[str]:
         known = [re.compile(pattern) for pattern in self.expected]
-        quiet = re.compile(r"level=(INFO|DEBUG) ")
-        return [x for x in log.splitlines() if not quiet.search(x) and not any(k.search(x) for k in known)]
+        known.append(re.compile(r"level=(INFO|DEBUG) "))
+        known.append(re.compile(rf"object=(?!{self.namespace}/)"))
+        written = process.log_file.read_bytes()[self.log_begins.get(process.name, 0) :]
+        lines = written.decode(errors="replace").splitlines()
+        return [line for line in lines if not any(pattern.search(line) for pattern in known)]
 
     # ---- objects
 
@@ -197,6 +196,47 @@ class Operator:
         return bool(event.get("objectRef", {}).get("namespace") == self.namespace)
 
 
+_STRANGERS_POD = {
+    "metadata": {"labels": {"app": "theirs"}},
+    "spec": {
+        "containers": [
+            {
+                "name": "c",
+                "image": "none",
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "runAsNonRoot": True,
+                    "capabilities": {"drop": ["ALL"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+            }
+        ]
+    },
+}
+
+
+def strangers(name: str, revision: str) -> dict[tuple[str, str], Json]:
+    """(kind, name) of each child of a TokaDeployment -> another's object of that name, without any label."""
+    set_name = f"{name}-{revision}"
+    set_spec = {
+        "serviceName": "x",
+        "replicas": 0,
+        "selector": {"matchLabels": {"app": "theirs"}},
+        "template": _STRANGERS_POD,
+    }
+    bodies: list[tuple[str, str, str, str, Json]] = [
+        ("serviceaccount", name, "v1", "ServiceAccount", {}),
+        ("service", name, "v1", "Service", {"spec": {"ports": [{"port": 1}]}}),
+        ("pdb", name, "policy/v1", "PodDisruptionBudget", {"spec": {}}),
+        ("statefulset", set_name, "apps/v1", "StatefulSet", {"spec": set_spec}),
+        ("controllerrevision", set_name, "apps/v1", "ControllerRevision", {"revision": 1, "data": {"theirs": True}}),
+    ]
+    return {
+        (short, child): {"apiVersion": version, "kind": kind, "metadata": {"name": child}, **rest}
+        for short, child, version, kind, rest in bodies
+    }
+
+
 def deployment(name: str, **spec: Any) -> Json:
     """A TokaDeployment with exactly this spec."""
     return {
@@ -207,29 +247,83 @@ def deployment(name: str, **spec: Any) -> Json:
     }
 
 
+def install(server: ApiServer) -> Path:
+    """Installs the chart without pods of the operator; returns a kubeconfig of its service account."""
+    server.create_namespace(SYSTEM, pod_security="restricted")
+    server.helm("install", "toka", str(CHART), "--namespace", SYSTEM, "--set", "replicas=0")
+    server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
+    return server.service_account_kubeconfig(SYSTEM, ACCOUNT)
+
+
 @pytest.fixture(scope="session")
 def installation(api_server: ApiServer) -> Path:
-    """The chart, installed without pods of the operator; returns a kubeconfig of its service account."""
+    """The chart's kubeconfig, on a server with simulated nodes."""
     api_server.simulate_nodes(2, gpus_each=8)
-    api_server.create_namespace(SYSTEM, pod_security="restricted")
-    api_server.helm("install", "toka", str(CHART), "--namespace", SYSTEM, "--set", "replicas=0")
-    api_server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
-    return api_server.service_account_kubeconfig(SYSTEM, ACCOUNT)
+    return install(api_server)
+
+
+def start_operator(server: ApiServer, kubeconfig: Path, name: str, **environment: str) -> ProcessHandle:
+    """Starts an operator, of the whole cluster unless `environment` says otherwise."""
+    env = {
+        "KUBECONFIG": str(kubeconfig),
+        "TOKA_ENGINE_IMAGE": "engine:1",
+        "TOKA_NAMESPACE": SYSTEM,
+        "TOKA_IDENTITY": name,
+        "TOKA_HEALTH_PORT": "0",
+        "TOKA_LEASE_DURATION_SECONDS": "4",
+        "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "3",
+        "TOKA_LEASE_RETRY_SECONDS": "1",
+        "TOKA_STRANGER_RETRY_SECONDS": "1",
+        "TOKA_LOG_LEVEL": "INFO",
+        **environment,
+    }
+    return server.spawn_python(name, ["-m", "toka_operator"], env)
+
+
+def end_operator(server: ApiServer, process: ProcessHandle) -> int:
+    """SIGTERM once it has started; returns its exit status. It gives its Lease back."""
+    server.wait_for(lambda: "event=started" in process.log(), f"the start of {process.name}")
+    return process.terminate()
+
+
+@pytest.fixture(scope="module")
+def shared_process(
+    api_server: ApiServer, installation: Path, request: pytest.FixtureRequest
+) -> Iterator[ProcessHandle]:
+    """An operator of the whole cluster for the tests of a module."""
+    name = request.module.__name__.rsplit(".", 1)[-1].replace("_", "-")
+    process = start_operator(api_server, installation, f"operator-of-{name}")
+    yield process
+    assert end_operator(api_server, process) == 0
 
 
 @pytest.fixture
-def operator(api_server: ApiServer, installation: Path, namespace: str) -> Iterator[Operator]:
-    """A running operator for the test's own namespace, whose engine pods must pass Pod Security
-    `restricted`."""
+def without_operator(api_server: ApiServer, installation: Path, namespace: str) -> Operator:
+    """What a test asks of operators, before there is one. Pod Security `restricted` is enforced in its namespace."""
     label = "pod-security.kubernetes.io/enforce=restricted"
     api_server.kubectl("label", "namespace", namespace, label)
     client = config.new_client_from_config(str(api_server.kubeconfig))
-    running = Operator(api_server, installation, namespace, client)
-    running.start()
+    return Operator(api_server, installation, namespace, client)
+
+
+@pytest.fixture
+def operator(without_operator: Operator, shared_process: ProcessHandle) -> Iterator[Operator]:
+    """The module's running operator, and a namespace of the test's own."""
+    assert shared_process.is_running(), shared_process.log(4000)
+    without_operator.processes.append(shared_process)
+    without_operator.log_begins[shared_process.name] = shared_process.log_file.stat().st_size
+    yield without_operator
+    without_operator.check_log()
+
+
+@pytest.fixture
+def own_operator(without_operator: Operator) -> Iterator[Operator]:
+    """A running operator for the test's own namespace alone, that the test may end."""
+    without_operator.start()
     try:
-        yield running
+        yield without_operator
     except BaseException:
-        for process in running.processes:
+        for process in without_operator.processes:
             process.kill()
         raise
-    running.stop()
+    without_operator.stop()

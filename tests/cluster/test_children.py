@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from tests.cluster.operating import Operator, deployment
+from toka_operator.spec import compute_revision
+
+from tests.cluster.operating import WRITING_VERBS, Operator, deployment, strangers
 
 KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
 
@@ -23,17 +25,38 @@ def test_an_applied_object_becomes_ready_with_its_children(operator: Operator) -
     assert operator.require("pdb", "chat")["spec"]["minAvailable"] == 1
     stored = operator.require("controllerrevision", f"chat-{revision}")
     assert stored["data"]["template"]["spec"]["containers"][0]["image"] == "engine:1"
+    startup = status["startup"]
+    assert startup["pod"] in {pod["metadata"]["name"] for pod in operator.pods("chat")}
+    assert {"scheduleSeconds", "startSeconds", "loadSeconds"} < startup.keys()
     assert "finalizers" not in ready["metadata"]
     assert set(ready["metadata"]["annotations"]) == {"kubectl.kubernetes.io/last-applied-configuration"}
 
 
-def test_each_child_of_a_new_object_is_written_once(operator: Operator) -> None:
+def test_a_new_object_costs_each_child_once_and_at_most_two_statuses_and_an_event(operator: Operator) -> None:
     operator.apply("chat", replicas=2)
     operator.wait_until_ready("chat")
-    resources = ("serviceaccounts", "services", "controllerrevisions", "statefulsets", "poddisruptionbudgets")
-    writes = [(verb, resource) for verb, resource in operator.requests() if resource in resources]
-    writes = [(verb, resource) for verb, resource in writes if verb not in ("list", "watch")]
-    assert writes == [("create", resource) for resource in resources]
+    operator.wait_for(lambda: ("create", "events") in operator.requests(), "the event")
+    children = ("serviceaccounts", "services", "controllerrevisions", "statefulsets", "poddisruptionbudgets")
+    writes = [(verb, resource) for verb, resource in operator.requests() if verb in WRITING_VERBS]
+    assert [write for write in writes if write[1] in children] == [("create", child) for child in children]
+    assert writes.count(("create", "events")) == 1
+    num_statuses = writes.count(("patch", "tokadeployments"))
+    assert 1 <= num_statuses <= 2
+    assert len(writes) == len(children) + 1 + num_statuses, writes
+
+
+def test_the_table_of_kubectl_get_has_its_columns(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    head, row = operator.kubectl("get", "td", "-o", "wide").splitlines()
+    columns = ["NAME", "MODEL", "READY", "UP-TO-DATE", "PHASE", "REASON", "AGE", "URL", "GPUS", "REVISION", "IMAGE"]
+    assert head.split() == columns
+    cells = dict(zip(columns, row.split(), strict=True))
+    (revision,) = operator.sets("chat")
+    expected = {"NAME": "chat", "MODEL": "smollm2", "READY": "2/2", "UP-TO-DATE": "2", "PHASE": "Running"}
+    expected |= {"REASON": "Complete", "URL": f"http://chat.{operator.namespace}.svc/v1", "GPUS": "0"}
+    expected |= {"REVISION": revision, "IMAGE": "engine:1"}
+    assert {name: cells[name] for name in expected} == expected
 
 
 def test_deleted_children_are_put_back(operator: Operator) -> None:
@@ -57,6 +80,24 @@ def test_deleted_children_are_put_back(operator: Operator) -> None:
 
         operator.wait_for(is_back, f"{kind} {name} to be put back")
     operator.wait_until_ready("chat")
+
+
+def test_pods_whose_set_was_deleted_without_them_go_on(operator: Operator) -> None:
+    operator.apply("chat", replicas=2)
+    operator.wait_until_ready("chat")
+    (name,) = (found["metadata"]["name"] for found in operator.sets("chat").values())
+    old = operator.require("statefulset", name)["metadata"]["uid"]
+    pods = {pod["metadata"]["uid"] for pod in operator.pods("chat")}
+    operator.kubectl("delete", "statefulset", name, "--cascade=orphan")
+
+    def are_adopted() -> bool:
+        owners = {pod["metadata"].get("ownerReferences", [{}])[0].get("uid") for pod in operator.pods("chat")}
+        found = operator.get("statefulset", name)
+        return found is not None and owners == {found["metadata"]["uid"]} != {old}
+
+    operator.wait_for(are_adopted, "another set to take the pods over")
+    operator.wait_until_ready("chat")
+    assert {pod["metadata"]["uid"] for pod in operator.pods("chat")} == pods
 
 
 def test_edited_children_are_put_back(operator: Operator) -> None:
@@ -91,21 +132,20 @@ def test_edited_children_are_put_back(operator: Operator) -> None:
     assert pods == {"engine:1"}
 
 
-def test_a_strangers_objects_are_never_touched(operator: Operator) -> None:
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "chat"},
-        "spec": {"ports": [{"port": 1}], "selector": {"app": "theirs"}},
-    }
-    operator.server.apply(service, namespace=operator.namespace)
-    theirs = operator.require("service", "chat")
-    operator.apply("chat")
-    taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
-    assert "Service chat" in taken["message"]
-    assert operator.require("service", "chat")["metadata"]["resourceVersion"] == theirs["metadata"]["resourceVersion"]
+def test_strangers_objects_under_the_names_of_children_are_never_touched(operator: Operator) -> None:
+    spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
+    theirs = strangers("chat", compute_revision(spec))
+    operator.server.apply(*theirs.values(), namespace=operator.namespace)
+    before = {child: operator.require(*child)["metadata"]["resourceVersion"] for child in theirs}
+    operator.apply("chat", replicas=2)
     operator.expected.append("event=name_taken")
-    operator.kubectl("delete", "service", "chat")
+    taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
+    for (_, name), manifest in theirs.items():
+        assert f"{manifest['kind']} {name}" in taken["message"]
+    operator.wait_for(lambda: operator.requests().count(("create", "services")) >= 2, "another try of the name")
+    assert {child: operator.require(*child)["metadata"]["resourceVersion"] for child in theirs} == before
+    for kind, name in theirs:
+        operator.kubectl("delete", kind, name)
     operator.wait_until_ready("chat")
     operator.wait_for_condition("chat", "Degraded", "False")
 

@@ -86,10 +86,37 @@ def test_a_recovered_pod_is_no_longer_degraded_but_its_failure_stays_visible(ope
     assert failure["reason"] == "EngineProcessDied"
 
 
-def test_a_missing_claim_is_told(operator: Operator) -> None:
+def test_a_missing_claim_is_told_and_nothing_needs_a_restart_once_it_is_there(operator: Operator) -> None:
     operator.apply("chat", model={"source": "pvc://weights/llama"})
     missing = operator.wait_for_condition("chat", "Degraded", "True", "ClaimMissing")
     assert "weights" in missing["message"]
+    (failure,) = operator.require("td", "chat")["status"]["failures"]
+    (pod,) = operator.pods("chat")
+    assert (failure["pod"], failure["reason"]) == (pod["metadata"]["name"], "ClaimMissing")
+    size = {"storage": "1Gi"}
+    common = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+    claim = {**common, "volumeName": operator.namespace, "resources": {"requests": size}}
+    owner = {"namespace": operator.namespace, "name": "weights"}
+    volume = {**common, "capacity": size, "claimRef": owner, "hostPath": {"path": "/nowhere"}}
+    for kind, name, spec in (
+        ("PersistentVolume", operator.namespace, volume),
+        ("PersistentVolumeClaim", "weights", claim),
+    ):
+        manifest = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+        operator.server.apply(manifest, namespace=operator.namespace)
+    operator.wait_until_ready("chat")
+    operator.wait_for_condition("chat", "Degraded", "False")
+    assert [p["metadata"]["uid"] for p in operator.pods("chat")] == [pod["metadata"]["uid"]]
+    operator.server.kubectl("delete", "pv", operator.namespace, "--wait=false")
+
+
+def test_a_pod_that_fits_on_no_node_is_told_in_the_schedulers_words(operator: Operator) -> None:
+    operator.apply("chat", resources={"device": "gpu", "gpuResource": "example.com/none"})
+    degraded = operator.wait_for_condition("chat", "Degraded", "True", "Unschedulable")
+    (failure,) = operator.require("td", "chat")["status"]["failures"]
+    assert failure["reason"] == "Unschedulable"
+    assert "Insufficient example.com/none" in failure["message"]
+    assert failure["message"] in degraded["message"]
 
 
 def test_transitions_are_told_as_events_once(operator: Operator) -> None:

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 from toka_operator.spec import compute_revision
 
-from tests.cluster.operating import CHART, Operator
+from tests.cluster.operating import CHART, Operator, strangers
 
-TEMPLATE = {
-    "metadata": {"labels": {"app": "theirs"}},
-    "spec": {
-        "containers": [
-            {
-                "name": "c",
-                "image": "none",
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "runAsNonRoot": True,
-                    "capabilities": {"drop": ["ALL"]},
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                },
-            }
-        ]
-    },
-}
+
+@pytest.fixture
+def operator(own_operator: Operator) -> Operator:
+    """The test reads what its operator did when that has ended, so it has its own."""
+    return own_operator
 
 
 def granted(operator: Operator) -> set[tuple[str, str]]:
@@ -45,26 +34,15 @@ def used(operator: Operator) -> set[tuple[str, str]]:
 def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: Operator) -> None:
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{compute_revision(spec)}"
-    labels = {"matchLabels": {"app": "theirs"}}
-    set_spec = {"serviceName": "x", "replicas": 0, "selector": labels, "template": TEMPLATE}
-    revision = {"apiVersion": "apps/v1", "kind": "ControllerRevision", "metadata": {"name": name}, "revision": 1}
-    revision["data"] = {"theirs": True}
-    operator.server.apply(
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "chat"}},
-        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "chat"}, "spec": {"ports": [{"port": 1}]}},
-        {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "chat"}, "spec": {}},
-        {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": name}, "spec": set_spec},
-        revision,
-        namespace=operator.namespace,
-    )
+    taken = strangers("chat", compute_revision(spec))
+    operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
     operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0})
     operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
-    strangers = {"serviceaccount": "chat", "service": "chat", "pdb": "chat", "statefulset": name}
-    for kind, child in {**strangers, "controllerrevision": name}.items():
+    for kind, child in taken:
         operator.kubectl("delete", kind, child)
     operator.wait_until_ready("chat")
-    for kind, child in {**strangers, "controllerrevision": name}.items():
+    for kind, child in taken:
         edit = json.dumps({"metadata": {"labels": {"app.kubernetes.io/part-of": "other"}}})
         operator.kubectl("patch", kind, child, "--type=merge", "-p", edit)
         operator.wait_for(

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
 from tests.cluster.operating import HOLD, Operator
+
+
+@dataclass
+class Extremes:
+    """What was seen while a rollout went on."""
+
+    most_pods: int = 0
+    most_revisions: int = 0
+    fewest_ready: int = 1000
+
+
+def watch_rollout(operator: Operator, seen: Extremes) -> bool:
+    """One look, noted in `seen`; whether the rollout is over."""
+    pods = [p for p in operator.pods("chat") if "deletionTimestamp" not in p["metadata"]]
+    num_ready = sum(p.get("status", {}).get("phase") == "Running" for p in pods)
+    revisions = {p["metadata"]["labels"]["toka.dev/revision"] for p in pods}
+    seen.most_pods, seen.fewest_ready = max(seen.most_pods, len(pods)), min(seen.fewest_ready, num_ready)
+    seen.most_revisions = max(seen.most_revisions, len(revisions))
+    found = operator.require("td", "chat")
+    conditions = {c["type"]: c for c in found["status"]["conditions"]}
+    is_seen = found["status"]["observedGeneration"] == found["metadata"]["generation"]
+    return is_seen and conditions["Ready"]["status"] == "True" and len(operator.sets("chat")) == 1
 
 
 def test_a_change_of_the_spec_surges_and_the_old_revision_goes(operator: Operator) -> None:
     operator.apply("chat", replicas=3)
     (old,) = operator.wait_until_ready("chat")["status"]["revisions"]
     operator.patch("chat", engine={"maxSeqsPerForward": 64})
-    most, fewest = 0, 3
-
-    def is_over() -> bool:
-        nonlocal most, fewest
-        pods = [p for p in operator.pods("chat") if "deletionTimestamp" not in p["metadata"]]
-        ready = [p for p in pods if p.get("status", {}).get("phase") == "Running"]
-        most, fewest = max(most, len(pods)), min(fewest, len(ready))
-        found = operator.require("td", "chat")
-        conditions = {c["type"]: c for c in found["status"]["conditions"]}
-        is_seen = found["status"]["observedGeneration"] == found["metadata"]["generation"]
-        return is_seen and conditions["Ready"]["status"] == "True" and len(operator.sets("chat")) == 1
-
-    operator.wait_for(is_over, "the rollout to end")
-    assert most <= 4
-    assert fewest == 3
+    seen = Extremes()
+    operator.wait_for(lambda: watch_rollout(operator, seen), "the rollout to end")
+    assert (seen.most_pods, seen.fewest_ready) == (4, 3)
     (new,) = operator.require("td", "chat")["status"]["revisions"]
     assert new["name"] != old["name"]
     stored = operator.list("controllerrevision", "app.kubernetes.io/component=revision")
@@ -34,6 +45,23 @@ def test_a_change_of_the_spec_surges_and_the_old_revision_goes(operator: Operato
         old["name"]: 1,
         new["name"]: 2,
     }
+
+
+def test_a_third_revision_supersedes_a_rollout_under_way_without_fewer_pods_serving(operator: Operator) -> None:
+    operator.apply("chat", replicas=3, rollout={"minReadySeconds": 1})
+    operator.wait_until_ready("chat")
+    operator.patch("chat", engine={"pageSize": 32})
+
+    def is_half_way() -> bool:
+        revisions = operator.require("td", "chat")["status"]["revisions"]
+        return len(revisions) == 2 and all(revision["available"] for revision in revisions)
+
+    operator.wait_for(is_half_way, "two revisions to serve")
+    operator.patch("chat", engine={"pageSize": 64})
+    seen = Extremes()
+    operator.wait_for(lambda: watch_rollout(operator, seen), "the rollout to end")
+    assert (seen.most_revisions, seen.most_pods, seen.fewest_ready) == (3, 4, 3)
+    assert {"page_size=64"} <= set(operator.pods("chat")[0]["spec"]["containers"][0]["args"])
 
 
 def test_going_back_uses_the_old_revision_again(operator: Operator) -> None:

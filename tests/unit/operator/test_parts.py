@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from typing import Any
 
+import kopf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_operator.cluster import encode_canonically
 from toka_operator.differences import find_corrections, find_stale_annotations, is_satisfied
 from toka_operator.errors import SettingsError
+from toka_operator.handlers import EndlessBackoffs, configure
 from toka_operator.settings import read_settings
 from toka_operator.store import Store
-from toka_operator.workqueue import WorkQueue
+from toka_operator.workqueue import NUM_PROMPT_PER_BULK, WorkQueue
 
 
 @pytest.mark.parametrize(
@@ -109,11 +112,43 @@ def test_a_list_takes_away_what_it_does_not_hold_unless_that_is_newer() -> None:
     assert kept.get(("n", "new")) is not None
 
 
+def test_kopf_is_told_to_try_for_ever_and_not_to_wait_long() -> None:
+    configured = kopf.OperatorSettings()
+    configure(configured)
+    for _ in range(2):
+        backoffs = configured.networking.error_backoffs
+        assert isinstance(backoffs, EndlessBackoffs)
+        first = list(itertools.islice(backoffs, 1000))
+        assert len(first) == 1000
+        assert max(first) <= 5.0
+
+
 def test_a_key_waits_once_however_often_it_is_added() -> None:
     queue: WorkQueue[str] = WorkQueue()
     for key in ("a", "b", "a", "a"):
         queue.add(key)
     assert [queue.get(), queue.get()] == ["a", "b"]
+    assert queue.measure()[0] == 2
+
+
+def test_keys_that_came_in_bulk_hold_up_no_other_and_are_not_held_up_for_ever() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for n in range(3):
+        queue.add(f"bulk-{n}", is_bulk=True)
+    for n in range(2 * NUM_PROMPT_PER_BULK):
+        queue.add(f"single-{n}")
+    taken = [queue.get() for _ in range(queue.measure()[0])]
+    places = [taken.index(f"bulk-{n}") for n in range(3)]
+    assert places == [NUM_PROMPT_PER_BULK, 2 * NUM_PROMPT_PER_BULK + 1, 2 * NUM_PROMPT_PER_BULK + 2]
+
+
+def test_a_key_of_many_that_is_asked_for_alone_is_prompt() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for key in ("a", "b"):
+        queue.add(key, is_bulk=True)
+    queue.add("b")
+    queue.add("b", is_bulk=True)
+    assert [queue.get(), queue.get()] == ["b", "a"]
     assert queue.measure()[0] == 2
 
 
@@ -171,7 +206,15 @@ def test_the_canonical_encoding_is_json_of_the_same_value(value: dict[str, Any])
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("TOKA_WORKERS", "0"), ("TOKA_WORKERS", "many"), ("TOKA_LOG_LEVEL", "LOUD"), ("TOKA_ENGINE_IMAGE", "")],
+    [
+        ("TOKA_WORKERS", "0"),
+        ("TOKA_WORKERS", "many"),
+        ("TOKA_LOG_LEVEL", "LOUD"),
+        ("TOKA_ENGINE_IMAGE", ""),
+        ("TOKA_LEASE_RENEW_DEADLINE_SECONDS", "15"),
+        ("TOKA_LEASE_DURATION_SECONDS", "10"),
+        ("TOKA_LEASE_RETRY_SECONDS", "10"),
+    ],
 )
 def test_a_bad_setting_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name):

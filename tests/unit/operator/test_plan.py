@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.errors import FieldError
-from toka_operator.observed import Observed
-from toka_operator.status import build_invalid_status, build_status, find_events
+from toka_operator.observed import Observed, PodView, format_time, view_pod
+from toka_operator.status import build_invalid_status, build_status, find_events, tells_only_progress
 
 from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
 
@@ -169,6 +170,71 @@ def test_a_transition_is_told_once() -> None:
     ready = status_of(spec, seen(plan, (pod(spec.revision, is_available=True),)), starting)
     assert [e.reason for e in find_events(starting, ready)] == ["Ready"]
     assert find_events(ready, ready) == []
+
+
+def started_pod(revision: str, ordinal: int = 0, restarts: int = 0, ready_at: int = 50, **metadata: Any) -> PodView:
+    """A pod made 60 s before NOW that got its node 2 s, its container 7 s and was ready `ready_at` s later."""
+
+    def at(offset_s: int) -> str:
+        return format_time(NOW - 60 + offset_s)
+
+    conditions = [
+        {"type": "PodScheduled", "status": "True", "lastTransitionTime": at(2)},
+        {"type": "Ready", "status": "True", "lastTransitionTime": at(ready_at)},
+    ]
+    engine = {"name": "engine", "restartCount": restarts, "state": {"running": {"startedAt": at(7)}}}
+    name = f"chat-{revision}-{ordinal}"
+    raw = {
+        "metadata": {"name": name, "labels": {"toka.dev/revision": revision}, "creationTimestamp": at(0), **metadata},
+        "status": {"conditions": conditions, "containerStatuses": [{"name": "log"}, engine]},
+    }
+    return view_pod(raw, frozenset([name]))
+
+
+def test_how_the_first_ready_pod_came_up_is_told_and_stays_as_it_was() -> None:
+    spec = valid(replicas=2)
+    first, second = started_pod(spec.revision, 1), started_pod(spec.revision, 0, ready_at=55)
+    status = status_of(spec, seen(plan_for(spec), (second, first)))
+    expected = {"revision": spec.revision, "pod": first.name}
+    assert status["startup"] == {**expected, "scheduleSeconds": 2, "startSeconds": 5, "loadSeconds": 43}
+    later = status_of(spec, seen(plan_for(spec), (second,)), status, NOW + 1)
+    assert later["startup"] == status["startup"]
+    other = valid(replicas=2, engine={"pageSize": 8})
+    assert "startup" not in status_of(other, seen(plan_for(other)), status)
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        started_pod("r", restarts=1),
+        started_pod("r", ready_at=6),
+        started_pod("r", creationTimestamp=None),
+        started_pod("r", ready_at=29),
+        pod("r"),
+    ],
+    ids=["restarted", "clocks differ", "no time", "ready too long ago to be the first time", "not ready"],
+)
+def test_a_start_that_the_pods_times_do_not_tell_is_left_out(pod: PodView) -> None:
+    spec = valid()
+    observed = seen(plan_for(spec), (replace(pod, revision=spec.revision),))
+    assert "startup" not in status_of(spec, observed)
+
+
+def test_only_counts_of_something_under_way_may_be_told_later() -> None:
+    spec = valid(replicas=3)
+    plan = plan_for(spec)
+    starting = status_of(spec, seen(plan))
+    assert tells_only_progress({}, starting)
+    some = status_of(spec, seen(plan, (pod(spec.revision), pod(spec.revision, 1))), starting)
+    assert starting != some
+    assert tells_only_progress(starting, some)
+    ready = tuple(pod(spec.revision, n, is_available=True) for n in range(3))
+    assert not tells_only_progress(some, status_of(spec, seen(plan, ready), some)), "it is Ready"
+    failed = pod(spec.revision, status=engine_status(state={"waiting": {"reason": "ErrImagePull"}}))
+    assert not tells_only_progress({}, status_of(spec, seen(plan, (failed,)))), "it is Degraded"
+    assert not tells_only_progress(some, {**some, "observedGeneration": 2}), "a new spec was seen"
+    assert not tells_only_progress({}, status_of(valid(suspend=True), seen(plan))), "nothing is under way"
+    assert not tells_only_progress({}, status_of(spec, Observed({}, (), frozenset({("Service", "chat")}))))
 
 
 def test_a_stored_child_is_seen_as_it_was_written() -> None:

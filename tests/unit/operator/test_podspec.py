@@ -116,10 +116,37 @@ def test_the_pod_is_restricted_and_so_is_a_sidecar() -> None:
     assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_pods_spread_softly_unless_told_otherwise() -> None:
-    keys = [c["topologyKey"] for c in pod_of()["topologySpreadConstraints"]]
-    assert keys == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
-    assert "topologySpreadConstraints" not in pod_of(scheduling={"topologySpread": []})
+def preferred(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    """The terms of a pod's soft anti-affinity."""
+    found: list[dict[str, Any]] = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    return found
+
+
+def test_pods_spread_softly_over_hosts_and_zones_unless_told_otherwise() -> None:
+    pod = pod_of()
+    (by_host,) = pod["topologySpreadConstraints"]
+    assert (by_host["topologyKey"], by_host["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    (by_zone,) = preferred(pod)
+    assert by_zone["podAffinityTerm"]["topologyKey"] == "topology.kubernetes.io/zone"
+    assert by_zone["podAffinityTerm"]["labelSelector"] == by_host["labelSelector"]
+    assert not {"topologySpreadConstraints", "affinity"} & pod_of(scheduling={"topologySpread": []}).keys()
+
+
+def test_the_preference_for_other_zones_joins_the_users_affinity() -> None:
+    theirs = {"weight": 1, "podAffinityTerm": {"topologyKey": "rack"}}
+    apart = {"preferredDuringSchedulingIgnoredDuringExecution": [theirs]}
+    pod = pod_of(scheduling={"affinity": {"nodeAffinity": {"a": "b"}, "podAntiAffinity": apart}})
+    assert pod["affinity"]["nodeAffinity"] == {"a": "b"}
+    assert preferred(pod)[0] == theirs
+    assert len(preferred(pod)) == 2
+
+
+@pytest.mark.parametrize(
+    "affinity",
+    [{"podAntiAffinity": "x"}, {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": "x"}}],
+)
+def test_an_affinity_of_the_wrong_shape_is_left_for_the_api_server_to_refuse(affinity: dict[str, Any]) -> None:
+    assert pod_of(scheduling={"affinity": affinity})["affinity"] == affinity
 
 
 def test_scheduling_and_additions_reach_the_pod() -> None:
@@ -131,7 +158,7 @@ def test_scheduling_and_additions_reach_the_pod() -> None:
         podTemplate={"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/d"}]},
     )  # fmt: skip
     assert (pod["nodeSelector"], pod["priorityClassName"], pod["runtimeClassName"]) == ({"a": "b"}, "p", "r")
-    assert (pod["tolerations"], pod["affinity"]) == ([{"key": "k"}], {"nodeAffinity": {}})
+    assert (pod["tolerations"], pod["affinity"]["nodeAffinity"]) == ([{"key": "k"}], {})
     assert pod["imagePullSecrets"] == [{"name": "s"}]
     assert pod["containers"][0]["imagePullPolicy"] == "Always"
     assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "e"}}]

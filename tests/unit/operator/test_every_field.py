@@ -1,0 +1,151 @@
+"""A field that the CRD accepts has an effect on the children or on what the status says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toka_operator.conditions import Outcome
+from toka_operator.observed import Observed, PodView, format_time, view_pod
+from toka_operator.spec import TokaDeploymentSpec
+from toka_operator.status import build_status
+
+from tests.unit.operator.examples import NOW, OWNER, live, plan_for, pod, seen, valid
+
+Json = dict[str, Any]
+CRD = Path(__file__).parents[3] / "crds" / "tokadeployments.yaml"
+NAMED = {"name": "x"}
+
+CHANGES: dict[str, Any] = {
+    "model.source": "file:///m",
+    "model.revision": "v1",
+    "model.servedName": "x",
+    "model.aliases": ["x"],
+    "model.tokenizer": "org/x",
+    "model.dtype": "float32",
+    "engine.image": "x:1",
+    "engine.pullPolicy": "Always",
+    "engine.pullSecrets": [NAMED],
+    "engine.port": 9000,
+    "engine.maxTokensPerForward": 64,
+    "engine.maxSeqsPerForward": 64,
+    "engine.kvCacheNumTokens": 64,
+    "engine.pageSize": 64,
+    "engine.hydragen": False,
+    "engine.cudaGraphs": False,
+    "engine.logLevel": "DEBUG",
+    "engine.extraArgs": ["seed=1"],
+    "engine.env": [{"name": "X", "value": "1"}],
+    "engine.envFrom": [{"secretRef": NAMED}],
+    "replicas": 5,
+    "resources.device": "cpu",
+    "resources.gpuResource": "amd.com/gpu",
+    "resources.cpu": "2",
+    "resources.memory": "2Gi",
+    "resources.sharedMemory": "1Gi",
+    "scheduling.nodeSelector": {"a": "b"},
+    "scheduling.tolerations": [{"key": "x"}],
+    "scheduling.affinity": {"nodeAffinity": {"a": "b"}},
+    "scheduling.topologySpread": [],
+    "scheduling.priorityClassName": "x",
+    "scheduling.runtimeClassName": "x",
+    "cache.type": {"type": "ExistingPVC", "claimName": "x"},
+    "cache.size": "1Gi",
+    "cache.claimName": {"type": "ExistingPVC", "claimName": "x"},
+    "auth.hfTokenSecretRef": NAMED,
+    "auth.apiKeySecretRef": NAMED,
+    "startup.timeoutSeconds": 60,
+    "rollout.maxSurge": 2,
+    "rollout.maxUnavailable": 1,
+    "rollout.minReadySeconds": 10,
+    "rollout.progressDeadlineSeconds": 1900,
+    "rollout.drainTimeoutSeconds": 60,
+    "rollout.paused": True,
+    "rollout.revisionHistoryLimit": 1,
+    "disruption.podDisruptionBudget": "Off",
+    "service.type": "NodePort",
+    "service.port": 8080,
+    "service.annotations": {"a": "b"},
+    "podTemplate.labels": {"a": "b"},
+    "podTemplate.annotations": {"a": "b"},
+    "podTemplate.volumes": [NAMED],
+    "podTemplate.volumeMounts": [{"name": "x", "mountPath": "/x"}],
+    "podTemplate.sidecars": [{"name": "x", "image": "x"}],
+    "suspend": True,
+}
+"""Each field with another value than its default, or, where it needs a neighbour, the object that holds it."""
+
+
+def fields_of(schema: Json, path: str = "") -> set[str]:
+    """Every field of a schema that is not an object of named fields itself; a reference counts as one."""
+    found: set[str] = set()
+    for name, field in schema["properties"].items():
+        inner = f"{path}.{name}".lstrip(".")
+        is_group = field.get("type") == "object" and "properties" in field and not name.endswith("Ref")
+        found |= fields_of(field, inner) if is_group else {inner}
+    return found
+
+
+def spec_with(path: str) -> TokaDeploymentSpec:
+    """Three replicas of a hub model, with one field changed."""
+    spec: Json = {"model": {"source": "hf://org/name"}, "replicas": 3}
+    if path:
+        *groups, name = path.split(".")
+        value = CHANGES[path]
+        if groups and isinstance(value, dict) and name in value:
+            spec[groups[0]] = value
+        else:
+            holder = spec.setdefault(groups[0], {}) if groups else spec
+            holder[name] = value
+    return valid(**spec)
+
+
+def look(spec: TokaDeploymentSpec) -> str:
+    """What a rollout from two older revisions to `spec` comes to next, and what its status says, as one text.
+
+    Half way: the old pods serve, the new revision's first pod was ready 7 s ago, the last progress was 2,000 s ago.
+    """
+    older, old = valid(replicas=3, engine={"pageSize": 8}), valid(replicas=3, engine={"pageSize": 4})
+    children = {**seen(plan_for(older)).children, **seen(plan_for(old)).children}
+    for gone in (older,):
+        del children[("StatefulSet", f"chat-{gone.revision}")]
+    children[("ControllerRevision", "chat-oldest")] = _stored_revision(older)
+    new = plan_for(spec, Observed(children, (), frozenset()))
+    children |= {key: child for key, child in seen(new).children.items() if key not in children}
+    pods = tuple(pod(old.revision, n, is_available=True) for n in range(3))
+    observed = Observed(children, (*pods, _new_pod(spec.revision)), frozenset())
+    plan = plan_for(spec, observed)
+    previous = {"currentRevision": spec.revision, "lastProgressTime": format_time(NOW - 2000)}
+    previous |= {"revisions": [{"name": spec.revision, "available": 1, "replicas": 1}]}
+    status = build_status(OWNER, spec, observed, plan, Outcome(), previous, NOW)
+    for key in ("currentRevision", "revisions"):
+        status.pop(key)
+    text = json.dumps([plan.desired, plan.deletions, status], sort_keys=True, default=str)
+    return text.replace(spec.revision, "REVISION")
+
+
+def _stored_revision(like: TokaDeploymentSpec) -> Json:
+    (stored,) = [c for c in plan_for(like).desired if c["kind"] == "ControllerRevision"]
+    labels = {**stored["metadata"]["labels"], "toka.dev/revision": "oldest"}
+    return live({**stored, "metadata": {**stored["metadata"], "name": "chat-oldest", "labels": labels}})
+
+
+def _new_pod(revision: str) -> PodView:
+    ready = {"type": "Ready", "status": "True", "lastTransitionTime": format_time(NOW - 7)}
+    name = f"chat-{revision}-0"
+    raw = {"metadata": {"name": name, "labels": {"toka.dev/revision": revision}}, "status": {"conditions": [ready]}}
+    return view_pod(raw, frozenset([name]))
+
+
+def test_every_field_of_the_crd_is_tried() -> None:
+    crd = yaml.safe_load(CRD.read_text())
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    assert fields_of(schema) == CHANGES.keys()
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_each_field_changes_something(path: str) -> None:
+    assert look(spec_with(path)) != look(spec_with(""))
