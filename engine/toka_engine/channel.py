@@ -1,7 +1,12 @@
 """Framed messages over an inherited Unix socket pair. No policy: who talks when is up to the owners.
 
 A frame is a little-endian uint32 length and that many bytes of `codec`. A channel never blocks in `send`: what the
-socket does not take is kept and goes out with the next `send`, `flush` or `wait`. Not thread-safe.
+socket does not take is kept and goes out with the next `send`, `flush` or `wait`.
+
+Writing (`send`, `flush`, and the part of `wait` that writes) may be done by any threads at once: frames never mix, and
+those of one thread stay in order. Reading (`receive`, `receive_ready`) belongs to one thread at a time, and `close` to
+the owner when no other thread uses the channel. A `wait` that has begun does not learn of bytes that another thread
+leaves unsent meanwhile. `send` must not be called from a signal handler: it may have interrupted the lock's holder.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import contextlib
 import select
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -39,6 +45,7 @@ class Channel(Generic[T]):
         self._socket = sock
         self._decoder: Decoder[T] = Decoder(incoming)
         self._unsent: deque[memoryview] = deque()
+        self._write_lock = threading.Lock()
         self._received = bytearray()
         self._is_peer_closed = False
 
@@ -57,23 +64,14 @@ class Channel(Generic[T]):
     def send(self, message: msgspec.Struct) -> None:
         """Queue `message` and write what the socket takes. Raises PeerClosedError."""
         body = encode(message)
-        self._unsent.append(memoryview(_LENGTH.pack(len(body)) + body))
-        self.flush()
+        with self._write_lock:
+            self._unsent.append(memoryview(_LENGTH.pack(len(body)) + body))
+            self._write_unsent()
 
     def flush(self) -> None:
-        """Write what the socket takes of the unsent bytes, without waiting. Raises PeerClosedError."""
-        try:
-            while self._unsent:
-                part = self._unsent[0]
-                sent = self._socket.send(part)
-                if sent < len(part):
-                    self._unsent[0] = part[sent:]
-                else:
-                    self._unsent.popleft()
-        except BlockingIOError:
-            return
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise PeerClosedError("the peer closed the channel") from error
+        """Write what the socket takes of the unsent bytes, without waiting for it. Raises PeerClosedError."""
+        with self._write_lock:
+            self._write_unsent()
 
     def receive_ready(self) -> list[T]:
         """Return the messages that are here, without waiting.
@@ -99,6 +97,21 @@ class Channel(Generic[T]):
 
     def close(self) -> None:
         self._socket.close()
+
+    def _write_unsent(self) -> None:
+        """The caller holds the lock: two threads here would send the first part twice."""
+        try:
+            while self._unsent:
+                part = self._unsent[0]
+                sent = self._socket.send(part)
+                if sent < len(part):
+                    self._unsent[0] = part[sent:]
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise PeerClosedError("the peer closed the channel") from error
 
     def _read_socket(self) -> None:
         while not self._is_peer_closed:

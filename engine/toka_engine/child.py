@@ -56,7 +56,6 @@ class Child:
         """Called in the control thread with what another process does while it starts."""
         self._control = control
         self._early = early
-        self._lock = threading.Lock()
         self._busy_since: float | None = None
         threading.Thread(target=self._answer, name="control", daemon=True).start()
 
@@ -67,8 +66,8 @@ class Child:
         self.send(ChildReady())
 
     def send(self, message: msgspec.Struct) -> None:
-        with self._lock:
-            self._control.send(message)
+        """Send to the supervisor; any thread may. Raises PeerClosedError."""
+        self._control.send(message)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -80,7 +79,7 @@ class Child:
             self._busy_since = None
 
     def _answer(self) -> None:
-        # Waits for reading only: writing belongs to `send` and its lock, which other threads take too.
+        # Waits for reading only: what the other threads' sends leave unsent goes out with the next one, a Pong at latest.
         poller = select.poll()
         poller.register(self._control.fileno(), select.POLLIN)
         try:

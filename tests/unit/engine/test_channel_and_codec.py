@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -118,6 +121,57 @@ def test_send_never_blocks_and_wait_sends_what_is_left() -> None:
         wait([sender], 0.01)
     reader.join(60.0)
     assert [int(message.streams[0]) for message in received] == list(range(count))
+    sender.close()
+    receiver.close()
+
+
+class LingeringSocket(socket.socket):
+    """A real socket whose every write gives the other threads time to come in between."""
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        sent = super().send(data, flags)
+        time.sleep(0.0005)
+        return sent
+
+
+def test_threads_that_write_at_once_do_not_mix_their_messages() -> None:
+    left, right = socket_pair()
+    sender: Channel[Any] = Channel(LingeringSocket(fileno=left.detach()), ServerToManager)
+    receiver: Channel[Any] = Channel(right, ServerToManager)
+    num_threads, count = 3, 50
+    problems: list[BaseException] = []
+
+    def watched(work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as problem:
+                problems.append(problem)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def send(number: int) -> None:
+        for index in range(count):
+            sender.send(Cancel(np.full(1 + 20_000 * (index % 3), number * count + index, np.int64)))
+
+    senders = [watched(lambda number=number: send(number)) for number in range(num_threads)]
+
+    def write_rest() -> None:
+        while sender.has_unsent or any(thread.is_alive() for thread in senders):
+            wait([sender], 0.001)
+
+    writer = watched(write_rest)
+    received: list[list[int]] = []
+    while len(received) < num_threads * count and (messages := receiver.receive(10.0)):
+        received += [message.streams.tolist() for message in messages]
+    for thread in (*senders, writer):
+        thread.join(60.0)
+    assert not problems
+    for number in range(num_threads):
+        of_thread = [values for values in received if values[0] // count == number]
+        assert of_thread == [[number * count + index] * (1 + 20_000 * (index % 3)) for index in range(count)]
     sender.close()
     receiver.close()
 

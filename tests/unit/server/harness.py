@@ -64,7 +64,6 @@ class ScriptedManager:
         self.cancelled: set[int] = set()
         self.on_submit: Callable[[Submit], None] = lambda submit: None
         self._channel = channel
-        self._lock = threading.RLock()
         self._changed = threading.Condition()
         self._is_stopped = False
         self._wake_read, self._wake_write = socket.socketpair()
@@ -73,17 +72,20 @@ class ScriptedManager:
         self._thread.start()
 
     def send(self, *messages: Any) -> None:
-        with self._lock:
-            for message in messages:
-                self._channel.send(message)
+        """Send in this order; any thread may. The manager's thread is woken to write what the socket did not take."""
+        for message in messages:
+            self._channel.send(message)
         self._wake()
 
     def close(self) -> None:
-        """End the manager: the server sees the end of its link."""
+        """End the manager, once: the server sees the end of its link."""
+        if self._is_stopped:
+            return
         self._is_stopped = True
         self._wake()
         self._thread.join()
-        self._channel.close()
+        for end in (self._channel, self._wake_read, self._wake_write):
+            end.close()
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         with self._changed:
@@ -99,10 +101,7 @@ class ScriptedManager:
             while not self._is_stopped:
                 if wake in wait([self._channel, wake], None):
                     self._wake_read.recv(4096)
-                with self._lock:
-                    self._channel.flush()
-                    messages = self._channel.receive_ready()
-                for message in messages:
+                for message in self._channel.receive_ready():
                     self._take(message)
 
     def _take(self, message: Any) -> None:
