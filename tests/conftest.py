@@ -1,6 +1,7 @@
 """Which tiers a plain `pytest tests/` collects: those without cluster, GPU or rights to inject faults.
 
 The others are collected when they are named on the command line (`pytest tests/cluster`, `scripts/test e2e`).
+Generated examples have no time limit: how long one takes says more of the machine than of us.
 """
 
 from __future__ import annotations
@@ -8,6 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("toka", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("toka")
 
 _TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault")
 _TESTS = Path(__file__).resolve().parent

@@ -32,7 +32,7 @@ class EngineProcess:
         self, folder: Path, *arguments: str, module: str = "toka_engine", env: dict[str, str] | None = None
     ) -> None:
         self.folder = folder
-        self.port = free_port()
+        self._held_port, self.port = hold_port()
         self.termination_log = folder / "termination.log"
         self.arguments = [f"port={self.port}", "host=127.0.0.1", f"termination_log={self.termination_log}", *arguments]
         self._module = module
@@ -69,6 +69,7 @@ class EngineProcess:
             except ProcessLookupError:
                 continue
         self.process.wait(WAIT_S)
+        self._held_port.close()
         self._reader.join(WAIT_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
@@ -150,10 +151,16 @@ class EngineProcess:
             self._changed.notify_all()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def hold_port() -> tuple[socket.socket, int]:
+    """A free port that is ours while the socket is open, though an engine may listen on it.
+
+    It is bound, so the kernel gives its port to nobody who asks for any. It does not listen and has SO_REUSEADDR, set
+    after its own bind: a program that sets that too and names the port may take it.
+    """
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", 0))
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return holder, int(holder.getsockname()[1])
 
 
 def is_alive(pid: int) -> bool:

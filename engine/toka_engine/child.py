@@ -79,7 +79,7 @@ class Child:
             self._busy_since = None
 
     def _answer(self) -> None:
-        # Waits for reading only: what the other threads' sends leave unsent goes out with the next one, a Pong at latest.
+        # Waits for reading only: what a send of another thread leaves unsent goes out with the next one.
         poller = select.poll()
         poller.register(self._control.fileno(), select.POLLIN)
         try:

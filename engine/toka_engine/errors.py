@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     STORAGE_FAILED = 9
     PROCESS_DIED = 10
     PROCESS_STALLED = 11
+    HUB_UNAVAILABLE = 12
 
 
 REASONS: dict[ExitCode, str] = {
@@ -37,6 +38,7 @@ REASONS: dict[ExitCode, str] = {
     ExitCode.STORAGE_FAILED: "StorageFailed",
     ExitCode.PROCESS_DIED: "EngineProcessDied",
     ExitCode.PROCESS_STALLED: "EngineProcessStalled",
+    ExitCode.HUB_UNAVAILABLE: "HubUnavailable",
 }
 """The CamelCase reason that the operator shows for each code."""
 
@@ -81,6 +83,12 @@ class DeviceUnavailableError(TokaError):
 
 class StorageError(TokaError):
     exit_code = ExitCode.STORAGE_FAILED
+
+
+class HubUnavailableError(TokaError):
+    """The model hub cannot be reached or is in trouble, after every attempt: of the model nothing is known."""
+
+    exit_code = ExitCode.HUB_UNAVAILABLE
 
 
 class PeerClosedError(TokaError):

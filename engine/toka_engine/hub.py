@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from toka_engine.errors import ConfigError, ModelAuthError, ModelNotFoundError, StorageError, TokaError
+from toka_engine.errors import (
+    ConfigError,
+    HubUnavailableError,
+    ModelAuthError,
+    ModelNotFoundError,
+    StorageError,
+    TokaError,
+)
 
 Report = Callable[[str], None]
 """Takes one line of progress."""
@@ -29,7 +36,7 @@ _NEVER = ("*/*", "consolidated*.safetensors")
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _MAX_ATTEMPTS = 6
-_MAX_PAUSE_S = 30.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
 _REPORT_INTERVAL_S = 2.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -37,7 +44,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 def download(name: str, revision: str | None, patterns: tuple[str, ...], report: Report) -> Path:
     """Return the folder with the files of the hub model `name` that match `patterns`, complete.
 
-    Raises ConfigError, ModelNotFoundError, ModelAuthError or StorageError.
+    Raises ConfigError, ModelNotFoundError, ModelAuthError, HubUnavailableError or StorageError.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model={name}: neither a folder nor a hub name (org/name)")
@@ -47,8 +54,8 @@ def download(name: str, revision: str | None, patterns: tuple[str, ...], report:
             return _download_once(name, revision, patterns, report)
         except _TransientError as error:
             if attempt == _MAX_ATTEMPTS:
-                raise ModelNotFoundError(f"cannot download {name}: {error}") from error
-            pause_s = min(_MAX_PAUSE_S, 2.0 ** (attempt - 1))
+                raise HubUnavailableError(f"cannot download {name}: {error}") from error
+            pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1))
             report(f"attempt {attempt} of {_MAX_ATTEMPTS} failed ({error}); again in {pause_s:.0f} s")
             time.sleep(pause_s)
     raise AssertionError("unreachable")
@@ -180,7 +187,7 @@ def _raise_for_status(name: str, status: int, error: Exception) -> None:
         raise ModelNotFoundError(f"the hub has no model {name}") from error
     if status in (408, 429) or status >= 500:
         raise _TransientError(f"the hub answers {status}") from error
-    raise ModelNotFoundError(f"the hub answers {status} for {name}") from error
+    raise HubUnavailableError(f"the hub answers {status} for {name}") from error
 
 
 def _raise_for_os_error(error: OSError) -> None:

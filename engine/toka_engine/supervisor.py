@@ -301,7 +301,10 @@ class Supervisor:
 
 
 class SignalFd:
-    """Turns signals into a readable file descriptor, so that one poll waits for everything."""
+    """Turns signals into a readable file descriptor, so that one poll waits for everything.
+
+    They are ignored afterwards: the process is at its end then, and a second SIGTERM must not change how it ends.
+    """
 
     def __init__(self, *signums: signal.Signals) -> None:
         self._signums = signums
@@ -317,9 +320,9 @@ class SignalFd:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(-1)
         for signum in self._signums:
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
         os.close(self._read)
         os.close(self._write)
 

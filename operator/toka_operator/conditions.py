@@ -29,6 +29,7 @@ _PRIORITY = (
     "OutOfMemory",
     "DeviceUnavailable",
     "StorageFailed",
+    "HubUnavailable",
     "PortInUse",
     "ContainerNotStarted",
 )

@@ -20,6 +20,7 @@ EXIT_REASONS: dict[int, str] = {
     9: "StorageFailed",
     10: "EngineProcessDied",
     11: "EngineProcessStalled",
+    12: "HubUnavailable",
 }
 """The engine's exit codes and the reason shown for each. The two programs share no code, so a test
 compares them."""

@@ -11,7 +11,9 @@ from pathlib import Path
 import openai
 import pytest
 from toka_engine.model.builtin import ensure_builtin
+from tokenizers import Tokenizer
 
+from tests.api.reference import PROMPTS, greedy_answers
 from tests.engine_process import EngineProcess
 
 CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
@@ -22,6 +24,13 @@ def model_dir() -> Path:
     """The folder of the model under test: MODEL, by default the embedded one (converted on first use)."""
     configured = os.environ.get("MODEL")
     return Path(configured) if configured else ensure_builtin()
+
+
+@pytest.fixture(scope="session")
+def expected(model_dir: Path) -> list[str]:
+    """What transformers says after each of PROMPTS, as the API would write it."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_answers(model_dir, PROMPTS)]
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """What transformers generates greedily in fp32 from the same folder: the truth of the parity tests.
 
 That takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
-on: weights, prompts, versions.
+on: weights, prompts, versions. Of several test processes one computes, the others wait for it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from toka_engine.model.builtin import cache_dir
@@ -54,19 +56,18 @@ PROMPTS = [
 
 def greedy_answers(model_dir: Path, prompts: Sequence[str]) -> list[list[int]]:
     """The first NUM_TOKENS greedy token ids of each prompt, whatever end token comes."""
-    import torch
-    import transformers
-
     with (model_dir / "model.safetensors").open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256")
-    digest.update(json.dumps([list(prompts), NUM_TOKENS, transformers.__version__, torch.__version__]).encode())
+    versions = [version(name) for name in ("transformers", "torch")]
+    digest.update(json.dumps([list(prompts), NUM_TOKENS, versions]).encode())
     path = cache_dir() / "tests" / f"greedy-{digest.hexdigest()[:32]}.json"
-    if not path.exists():
-        answers = _generate(model_dir, prompts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(answers))
-        temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            temporary = path.with_suffix(".part")
+            temporary.write_text(json.dumps(_generate(model_dir, prompts)))
+            temporary.replace(path)
     loaded: list[list[int]] = json.loads(path.read_text())
     return loaded
 

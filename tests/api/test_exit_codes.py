@@ -1,4 +1,7 @@
-"""What a model folder can have wrong, and the memory it can lack: the engine's exit code and its last words."""
+"""What a model folder can have wrong, and the memory it can lack: the engine's exit code and its last words.
+
+One case for each way in which the engine ends; every variant of a damaged file is in tests/model/test_loader.py.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,16 @@ from tests.engine_process import ROOT, EngineProcess
 
 @pytest.fixture
 def broken_model(model_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the model's folder to be damaged."""
+    """The model's folder to be damaged: copies, but for the weights, which a test must replace and not change."""
     folder = tmp_path / "broken"
     folder.mkdir()
     for path in model_dir.iterdir():
+        if path.suffix == ".safetensors":
+            try:
+                os.link(path.resolve(), folder / path.name)
+                continue
+            except OSError:  # another file system
+                pass
         shutil.copy(path, folder)
     return folder
 
@@ -38,13 +47,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_a_folder_without_config_is_invalid(broken_model: Path, tmp_path: Path) -> None:
     (broken_model / "config.json").unlink()
-    code, words = end_of(tmp_path, broken_model)
-    assert code == ExitCode.MODEL_INVALID
-    assert "config.json" in words
-
-
-def test_a_config_that_is_no_json_is_invalid(broken_model: Path, tmp_path: Path) -> None:
-    (broken_model / "config.json").write_text("{")
     code, words = end_of(tmp_path, broken_model)
     assert code == ExitCode.MODEL_INVALID
     assert "config.json" in words
@@ -71,30 +73,12 @@ def test_missing_weights_are_invalid(broken_model: Path, tmp_path: Path) -> None
     assert "safetensors" in words
 
 
-@pytest.mark.parametrize("keep", [0, 4, 1000, 10_000_000])
-def test_truncated_weights_are_invalid_and_the_file_is_named(broken_model: Path, tmp_path: Path, keep: int) -> None:
+def test_truncated_weights_are_invalid_and_the_file_is_named(broken_model: Path, tmp_path: Path) -> None:
     weights = broken_model / "model.safetensors"
     with weights.open("rb") as whole:
-        beginning = whole.read(keep)
+        beginning = whole.read(10_000_000)
     weights.unlink()
     weights.write_bytes(beginning)
-    code, words = end_of(tmp_path, broken_model)
-    assert code == ExitCode.MODEL_INVALID
-    assert "model.safetensors" in words
-
-
-def test_a_link_out_of_the_folder_is_not_followed(broken_model: Path, model_dir: Path, tmp_path: Path) -> None:
-    (broken_model / "model.safetensors").unlink()
-    (broken_model / "model.safetensors").symlink_to(model_dir / "model.safetensors")
-    code, words = end_of(tmp_path, broken_model)
-    assert code == ExitCode.MODEL_INVALID
-    assert "link out of the model folder" in words
-
-
-def test_a_header_of_two_to_the_63_bytes_is_invalid(broken_model: Path, tmp_path: Path) -> None:
-    weights = broken_model / "model.safetensors"
-    weights.unlink()
-    weights.write_bytes((2**63).to_bytes(8, "little") + b"{}")
     code, words = end_of(tmp_path, broken_model)
     assert code == ExitCode.MODEL_INVALID
     assert "model.safetensors" in words

@@ -23,6 +23,7 @@ class GatedMlp:
     """down(silu(gate(x)) * up(x)), with gate and up as one product."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, prefix: str) -> None:
+        config.fields.require("hidden_act", "silu")
         hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
         self._silu_mul = ops.silu_mul
         self._gate_up = fused_linear(

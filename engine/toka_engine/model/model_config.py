@@ -31,30 +31,8 @@ class RopeConfig:
     """Positions of the pretraining, for the types that scale from them."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What the model code needs of config.json."""
-
-    architecture: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    rms_norm_eps: float
-    rope: RopeConfig
-    has_attention_bias: bool
-    has_mlp_bias: bool
-    has_tied_embeddings: bool
-    dtype: str
-    """bfloat16, float16 or float32, as stored."""
-
-
-class _Fields:
-    """config.json's fields with checks that name the field."""
+class ConfigFields:
+    """config.json's fields with checks that name the field. Every method raises ModelInvalidError."""
 
     def __init__(self, fields: dict[str, Any], path: Path) -> None:
         self.fields = fields
@@ -83,10 +61,40 @@ class _Fields:
             raise self.error(f"{name} must be true or false, not {value!r:.80}")
         return value
 
+    def require(self, name: str, only: str | bool | None) -> None:
+        """Refuse any value but `only`; a field that is not there or null has it."""
+        value = self.fields.get(name)
+        if value is not None and value != only:
+            raise self.error(f"{name}={value!r:.80} is not supported ({json.dumps(only)} is)")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What the model code needs of config.json."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    has_attention_bias: bool
+    has_mlp_bias: bool
+    has_tied_embeddings: bool
+    dtype: str
+    """bfloat16, float16 or float32, as stored."""
+    fields: ConfigFields
+    """All of config.json, for what only one model's file asks for."""
+
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Read and check `folder`/config.json. Raises ModelNotFoundError, ModelInvalidError."""
-    fields = _Fields(_read_json(folder), folder / "config.json")
+    fields = ConfigFields(_read_json(folder), folder / "config.json")
     architecture = _read_architecture(fields)
     _refuse_unsupported(fields)
     num_heads = fields.size("num_attention_heads")
@@ -114,6 +122,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         has_mlp_bias=fields.flag("mlp_bias"),
         has_tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=_read_dtype(fields),
+        fields=fields,
     )
 
 
@@ -134,34 +143,34 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return value
 
 
-def _read_architecture(fields: _Fields) -> str:
+def _read_architecture(fields: ConfigFields) -> str:
     names = fields.fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise fields.error(f"architectures must hold one name, not {names!r:.80}")
     return names[0]
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
-    if fields.fields.get("hidden_act", "silu") != "silu":
-        raise fields.error(f"hidden_act={fields.fields['hidden_act']!r:.80} is not supported (silu is)")
+def _refuse_unsupported(fields: ConfigFields) -> None:
     if fields.fields.get("quantization_config") is not None:
         raise fields.error("quantization_config: quantised weights are not supported")
-    if fields.fields.get("use_sliding_window"):
-        raise fields.error("use_sliding_window=true is not supported")
+    fields.require("use_sliding_window", False)
+    kinds = fields.fields.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise fields.error(f"layer_types={kinds!r:.80} is not supported (full_attention is, in every layer)")
 
 
-def _read_dtype(fields: _Fields) -> str:
+def _read_dtype(fields: ConfigFields) -> str:
     dtype = fields.fields.get("dtype") or fields.fields.get("torch_dtype") or "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise fields.error(f"dtype={dtype!r:.80} is not supported")
     return str(dtype)
 
 
-def _read_rope(fields: _Fields) -> RopeConfig:
+def _read_rope(fields: ConfigFields) -> RopeConfig:
     parameters = fields.fields.get("rope_parameters") or fields.fields.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise fields.error("rope_parameters must be an object")
-    nested = _Fields(parameters, fields.path)
+    nested = ConfigFields(parameters, fields.path)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str):
         raise fields.error(f"rope_type={kind!r:.80} is not a name")
@@ -192,7 +201,7 @@ _NUMBERS_OF_KIND: dict[str, tuple[str, ...]] = {
 _OPTIONAL_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-def _check_parameters(nested: _Fields, kind: str) -> dict[str, Any]:
+def _check_parameters(nested: ConfigFields, kind: str) -> dict[str, Any]:
     if kind not in _NUMBERS_OF_KIND:
         raise nested.error(f"rope_type={kind!r:.80} is not supported ({', '.join(_NUMBERS_OF_KIND)} are)")
     checked: dict[str, Any] = {}
@@ -211,7 +220,7 @@ def _check_parameters(nested: _Fields, kind: str) -> dict[str, Any]:
     return checked
 
 
-def _read_factors(nested: _Fields, name: str) -> list[float]:
+def _read_factors(nested: ConfigFields, name: str) -> list[float]:
     values = nested.fields.get(name)
     if not isinstance(values, list) or not all(
         isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf for value in values

@@ -45,9 +45,13 @@ def hub() -> Iterator[HubServer]:
 
 
 def download(home: Path, hub: HubServer, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_python(home, hub, "-m", "toka_engine.scripts.download", *(arguments or ("model=org/tiny",)), **env)
+
+
+def run_python(home: Path, hub: HubServer, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "toka_engine.scripts.download", *(arguments or ("model=org/tiny",))],
+        [sys.executable, *arguments],
         env={
             **clean,
             "PYTHONPATH": str(ROOT / "engine"),
@@ -93,6 +97,29 @@ def test_a_hub_in_trouble_is_asked_again(hub: HubServer, tmp_path: Path) -> None
     hub.statuses = [503]
     result = download(tmp_path, hub)
     assert_whole(folder_of(result))
+
+
+UNREACHABLE = {
+    "in trouble": ([503] * 100, "HF_ENDPOINT", "the hub answers 503"),
+    "of no use": ([418] * 100, "HF_ENDPOINT", "the hub answers 418"),
+    "away": ([], "NOWHERE", "the hub cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("hub_is", UNREACHABLE)
+def test_a_hub_that_gives_no_answer_in_the_end_is_unavailable_not_the_model_absent(
+    hub: HubServer, tmp_path: Path, hub_is: str
+) -> None:
+    hub.statuses, endpoint, words = UNREACHABLE[hub_is]
+    url = hub.url if endpoint == "HF_ENDPOINT" else "http://127.0.0.1:1"
+    program = "import sys; from toka_engine import hub; hub._FIRST_PAUSE_S = 0.01\n" + (
+        "from toka_engine.scripts.download import run; sys.exit(run(['model=org/tiny']))"
+    )
+    result = run_python(tmp_path, hub, "-c", program, HF_ENDPOINT=url)
+    assert result.returncode == ExitCode.HUB_UNAVAILABLE, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("toka-download: HubUnavailable: ")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_second_download_fetches_nothing(hub: HubServer, tmp_path: Path) -> None:

@@ -58,6 +58,15 @@ def test_a_second_sigterm_ends_a_drain_that_does_not_finish(start_engine: StartE
     assert_nothing_is_left(engine)
 
 
+def test_a_sigterm_that_comes_after_the_end_was_decided_does_not_change_the_exit_code() -> None:
+    program = (
+        "import os, signal; from toka_engine.supervisor import SignalFd\n"
+        "with SignalFd(signal.SIGTERM): pass\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert run_python("-c", program).returncode == 0
+
+
 def test_a_drain_that_never_finishes_is_ended_by_its_timeout(start_engine: StartEngine) -> None:
     engine = start_engine("drain_timeout_s=0", "drain_endpoint_delay_s=0", drain="never")
     engine.wait_ready()
@@ -236,8 +245,12 @@ def test_orphans_are_reaped_as_process_1_of_a_container_must(start_engine: Start
 
 
 def run_toka(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "toka_engine", *arguments)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "toka_engine", *arguments],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -34,6 +34,7 @@ from toka_engine.messages import (
     WorkerReady,
 )
 
+from tests.engine_process import WAIT_S
 from tests.unit.manager.simulated import HashModel, SimulatedWorker, reference
 
 pytestmark = pytest.mark.timeout(30)
@@ -137,7 +138,7 @@ def test_a_lost_worker_ends_the_process_with_the_code_of_the_table(process: Proc
     process.worker.send(READY)
     process.server.receive(20)
     process.worker.close()
-    assert process.process.wait(20) == ExitCode.PROCESS_DIED
+    assert process.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
 
 
 @pytest.mark.parametrize("frame", [b"\x02\x00\x00\x00\xc1\xc1", b"\xff\xff\xff\xff"], ids=["garbage", "too-long"])
@@ -145,7 +146,7 @@ def test_a_broken_frame_ends_the_process_with_a_clear_error(process: Process, fr
     process.worker.send(READY)
     process.server.receive(20)
     os.write(process.worker.fileno(), frame)
-    assert process.process.wait(20) == ExitCode.PROCESS_DIED
+    assert process.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
     messages: list[FromChild] = []
     while not any(isinstance(message, Fatal) for message in messages):
         messages += process.control.receive(20)

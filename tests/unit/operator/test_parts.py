@@ -193,7 +193,7 @@ def test_closing_the_queue_wakes_every_worker() -> None:
         thread.start()
     queue.close()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
     assert seen == [None, None, None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -12,6 +13,7 @@ import openai
 import pytest
 from toka_engine.server.tokenization import Tokenizer
 
+from tests.engine_process import WAIT_S
 from tests.unit.server.harness import MODEL, RunningServer, running_server, speak
 
 SENTENCE = "The capital of France is Paris. \U0001f600 déjà vu"
@@ -31,7 +33,8 @@ def tokenizer_dir() -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         fresh = Path(tempfile.mkdtemp(prefix="toka-test-tokenizer-"))
         tokenizer.save_pretrained(fresh)
-        fresh.rename(folder)
+        with contextlib.suppress(OSError):  # another test process was first
+            fresh.rename(folder)
     return folder
 
 
@@ -69,7 +72,7 @@ def client(server: RunningServer) -> openai.OpenAI:
 
 
 def client_of(server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
 
 
 def completion_body(**fields: object) -> dict[str, object]:

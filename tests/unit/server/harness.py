@@ -37,7 +37,8 @@ from toka_engine.messages import (
     Submit,
 )
 
-ROOT = Path(__file__).parents[3]
+from tests.engine_process import ROOT, WAIT_S, hold_port
+
 MODEL = "smollm2"
 INFO = EngineInfo(
     vocab_size=49152,
@@ -47,13 +48,6 @@ INFO = EngineInfo(
     device="cpu",
     dtype="float32",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class ScriptedManager:
@@ -87,7 +81,7 @@ class ScriptedManager:
         for end in (self._channel, self._wake_read, self._wake_write):
             end.close()
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, timeout_s), "the server did not send what was expected"
 
@@ -129,7 +123,8 @@ class RunningServer:
         stderr: Any = None,
         **settings: Any,
     ):
-        self.port = port or free_port()
+        self._held_port, free_port = hold_port()
+        self.port = port or free_port
         self.url = f"http://127.0.0.1:{self.port}"
         config = EngineConfig(host="127.0.0.1", port=self.port, **settings)
         ours, theirs = socket_pair()
@@ -149,7 +144,7 @@ class RunningServer:
             self.manager.send(INFO)
             self.wait_control(ChildReady)
 
-    def wait_control(self, kind: type, timeout_s: float = 30.0) -> Any:
+    def wait_control(self, kind: type, timeout_s: float = WAIT_S) -> Any:
         """Return the next control message of `kind`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -171,13 +166,14 @@ class RunningServer:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        self._held_port.close()
         self.manager.close()
         self.control.close()
 
     # ------------------------------------------------------------ raw HTTP
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
 
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
@@ -185,7 +181,7 @@ class RunningServer:
         """One request on a connection of its own: status, headers, body."""
         import http.client
 
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()

@@ -17,6 +17,7 @@ import pytest
 from toka_engine.errors import ExitCode
 from toka_engine.messages import ChildReady, Drained, Failing, Fatal, Progress, Silent, Stats
 
+from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import SENTENCE, chat_body, completion_body
 from tests.unit.server.harness import (
     INFO,
@@ -89,7 +90,7 @@ def test_a_port_in_use_is_said_and_ends_the_process(tokenizer_dir: Path) -> None
         try:
             fatal = second.wait_control(Fatal)
             assert (fatal.exit_code, str(first.port) in fatal.message) == (ExitCode.PORT_IN_USE, True)
-            assert second.process.wait(20) == ExitCode.PORT_IN_USE
+            assert second.process.wait(WAIT_S) == ExitCode.PORT_IN_USE
         finally:
             second.stop()
 
@@ -245,7 +246,7 @@ def test_a_broken_frame_of_the_manager_ends_the_process(tokenizer_dir: Path) -> 
     with running_server(tokenizer_dir) as server:
         server.manager.send(Failing("not", "a message of this link"))
         assert server.wait_control(Fatal).exit_code == ExitCode.PROCESS_DIED
-        assert server.process.wait(20) == ExitCode.PROCESS_DIED
+        assert server.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
 
 
 def test_a_silent_process_takes_readiness_away_until_it_answers(server: RunningServer) -> None:
@@ -282,7 +283,7 @@ def test_a_drain_lets_running_streams_finish_and_then_ends(tokenizer_dir: Path, 
         received += _read_all(sock)
         assert b"[DONE]" in received
         server.wait_control(Drained)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(WAIT_S) == 0
 
 
 def test_a_drain_that_takes_too_long_ends_streams_with_an_error(tokenizer_dir: Path, sentence_ids: list[int]) -> None:
@@ -293,7 +294,7 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(tokenizer_dir: P
         assert b"shutting down" in received
         server.manager.wait_for(lambda: server.manager.cancelled == set(streams_of(server.manager.submits[0])))
         server.wait_control(Drained)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(WAIT_S) == 0
 
 
 def test_an_idle_server_drains_although_connections_are_open(tokenizer_dir: Path) -> None:

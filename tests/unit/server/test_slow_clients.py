@@ -19,7 +19,7 @@ _POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/
 
 @pytest.fixture(scope="module")
 def hasty_process(tokenizer_dir: Path) -> Iterator[RunningServer]:
-    with running_server(tokenizer_dir, receive_timeout_s=0.5, send_timeout_s=0.5, max_connections=50) as server:
+    with running_server(tokenizer_dir, receive_timeout_s=1.0, send_timeout_s=0.5, max_connections=50) as server:
         yield server
 
 

@@ -99,6 +99,14 @@ def _block_stats_kernel(
 
 
 @triton.jit
+def _find_block(weight, target, blocks, BLOCKS: tl.constexpr):
+    """In which block the running sum of the weights passes `target`, and what of `target` is left inside it."""
+    hit = tl.min(tl.where((tl.cumsum(weight, axis=0) > target) & (weight > 0), blocks, BLOCKS), axis=0)
+    block = tl.minimum(hit, tl.max(tl.where(weight > 0, blocks, 0), axis=0))
+    return block, target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
+
+
+@triton.jit
 def _draw_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr,
     temperature_ptr, seed_ptr, num_sampled_ptr, last_token_ptr, random_ptr,
@@ -122,15 +130,11 @@ def _draw_kernel(
     # The block: by the running sum of the blocks' masses, or the first one that holds the maximum.
     weight = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp((maxima - base) * inv_t)
     weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
-    running = tl.cumsum(weight, axis=0)
     bits, _, _, _ = tl.philox(tl.load(random_ptr), sample, tl.load(random_ptr + 1).to(tl.int32), 0, 0)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    target = uniform * tl.sum(weight, axis=0)
-    hit = tl.min(tl.where((running > target) & (weight > 0), blocks, BLOCKS), axis=0)
-    block = tl.minimum(hit, tl.max(tl.where(weight > 0, blocks, 0), axis=0))
-    remaining = target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
+    drawn_block, remaining = _find_block(weight, uniform * tl.sum(weight, axis=0), blocks, BLOCKS)
     first_best = tl.min(tl.where((maxima == top) & in_blocks, blocks, BLOCKS), axis=0)
-    block = tl.where(is_greedy, first_best, block)
+    block = tl.where(is_greedy, first_best, drawn_block)
     block = tl.where(is_bad, 0, block)
 
     # The token inside the block.
