@@ -125,6 +125,13 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """-1: none; else 0 <= seed < 2**63. Choice i of a request uses hash(seed, i)."""
     num_logprobs: int = -1
     """-1: none; 0: the chosen token's; k: also the k most likely tokens'."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
 class Submit(Message, frozen=True):
@@ -249,6 +256,11 @@ class Step(Message, frozen=True):
     new_min_ps: Floats = _empty(np.float32)  # [a]
     new_seeds: Int64s = _empty(np.int64)  # [a]  already mixed with the choice's index; -1: none
     new_num_logprobs: Int32s = _empty(np.int32)  # [a]
+    # those of the new slots that ask for penalties
+    penalty_slots: Int32s = _empty(np.int32)  # [q]
+    presence_penalties: Floats = _empty(np.float32)  # [q]
+    frequency_penalties: Floats = _empty(np.float32)  # [q]
+    repetition_penalties: Floats = _empty(np.float32)  # [q]
     # block table: table[append_slots[i], append_indices[i]] = append_pages[i]
     append_slots: Int32s = _empty(np.int32)  # [b]
     append_indices: Int32s = _empty(np.int32)  # [b]

@@ -94,6 +94,27 @@ def test_a_folder_without_tokenizer_is_invalid(broken_model: Path, tmp_path: Pat
 def test_a_kv_cache_larger_than_memory_is_out_of_memory(model_dir: Path, tmp_path: Path) -> None:
     code, words = end_of(tmp_path, model_dir, "kv_cache_num_tokens=(2**31 - 1)")
     assert code == ExitCode.OUT_OF_MEMORY, words
+    assert len(words.splitlines()) == 1
+    assert "2147483648 tokens" in words  # whole pages
+    assert "kv_cache_num_tokens may be up to" in words
+
+
+def test_weights_larger_than_memory_are_out_of_memory_before_they_are_read(broken_model: Path, tmp_path: Path) -> None:
+    """A file of 4.3 TB, of which the disk holds the header alone."""
+    num_tokens, hidden_size = 2**24, 2**16
+    edit_config(broken_model, vocab_size=num_tokens, hidden_size=hidden_size, head_dim=64)
+    num_bytes = 4 * num_tokens * hidden_size
+    entry = {"dtype": "F32", "shape": [num_tokens, hidden_size], "data_offsets": [0, num_bytes]}
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    weights = broken_model / "model.safetensors"
+    weights.unlink()
+    with weights.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + num_bytes)
+    code, words = end_of(tmp_path, broken_model, "dtype=bfloat16")
+    assert code == ExitCode.OUT_OF_MEMORY, words
+    assert len(words.splitlines()) == 1
+    assert f"model={broken_model}: the weights take 2199.0 GB as dtype=bfloat16" in words
 
 
 def test_a_gpu_that_is_not_there_is_unavailable(model_dir: Path, tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
+from toka_engine.model.runner import Launched
 from toka_engine.model.sampling import Sampled, SamplePlan
 from toka_engine.model.state import SlotState
 from toka_engine.model.worker import Worker, load_worker
+
+PENALTIES = ("presence", "frequency", "repetition")
 
 
 def load(folder: Path, **settings: Any) -> Worker:
@@ -53,13 +56,15 @@ class Driver:
         self.pages.clear()
         self._next_page = 0
 
-    def run(self, **fields: Any) -> Tokens:
+    def launch(self, **fields: Any) -> Launched:
         self._number += 1
-        runner = self.worker.runner
-        return runner.finish(runner.launch(Step(number=self._number, **fields)))
+        return self.worker.runner.launch(Step(number=self._number, **fields))
+
+    def run(self, **fields: Any) -> Tokens:
+        return self.worker.runner.finish(self.launch(**fields))
 
     def add_slots(self, slots: list[int], length: int = 0, **sampling: Any) -> dict[str, Any]:
-        """Fields that set up `slots`; sampling values are scalars or one per slot."""
+        """Fields that set up `slots`; sampling values are scalars or one per slot (penalties: presence, ...)."""
         count = len(slots)
         for slot in slots:
             self.lengths[slot] = length
@@ -68,7 +73,11 @@ class Driver:
         def column(name: str, default: float, dtype: Any) -> Any:
             return np.broadcast_to(np.asarray(sampling.get(name, default), dtype), count).copy()
 
+        penalties = {name: column(name, float(name == "repetition"), np.float32) for name in PENALTIES}
+        asking = (penalties["presence"] != 0) | (penalties["frequency"] != 0) | (penalties["repetition"] != 1)
         return {
+            "penalty_slots": ints(*slots)[asking],
+            **{f"{name}_penalties": values[asking] for name, values in penalties.items()},
             "new_slots": ints(*slots),
             "new_lengths": np.full(count, length, np.int32),
             "new_num_sampled": column("num_sampled", 0, np.int32),
@@ -90,6 +99,16 @@ class Driver:
                 self._next_page += 1
         table = np.array(appended, np.int32).reshape(-1, 3)
         return {"append_slots": table[:, 0], "append_indices": table[:, 1], "append_pages": table[:, 2]}
+
+    def share_pages(self, slot: int, pages: list[int], length: int) -> dict[str, Any]:
+        """Fields that begin `slot` with `pages` and append what it needs beyond them to hold `length` tokens."""
+        self.pages[slot], self.lengths[slot] = list(pages), length
+        own = self.grow({slot: length})
+        shared = (np.full(len(pages), slot), np.arange(len(pages)), np.array(pages))
+        names = ("append_slots", "append_indices", "append_pages")
+        return {
+            name: np.concatenate((part, own[name])).astype(np.int32) for name, part in zip(names, shared, strict=True)
+        }
 
     def prefill(self, prompts: dict[int, list[int]], fanout: dict[int, list[int]] | None = None, **new: Any) -> Tokens:
         """Prefill each slot's whole remaining prompt in one step and sample for it, or for its `fanout` slots."""
@@ -114,11 +133,14 @@ class Driver:
 
     def decode(self, slots: list[int], **fields: Any) -> Tokens:
         """One token for each of `slots`."""
+        return self.worker.runner.finish(self.launch_decode(slots, **fields))
+
+    def launch_decode(self, slots: list[int], **fields: Any) -> Launched:
         pages = self.grow({slot: self.lengths[slot] + 1 for slot in slots})
-        tokens = self.run(**pages, decode_slots=ints(*slots), **fields)
+        launched = self.launch(**pages, decode_slots=ints(*slots), **fields)
         for slot in slots:
             self.lengths[slot] += 1
-        return tokens
+        return launched
 
     def generate(
         self, prompts: list[list[int]], num_tokens: int, first_slot: int = 0, **sampling: Any

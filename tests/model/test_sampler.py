@@ -45,9 +45,13 @@ def make_state(count: int, **sampling: Any) -> SlotState:
     return state
 
 
+def read_nothing(slots: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    raise AssertionError("no row asks for penalties")
+
+
 def sample(logits: torch.Tensor, state: SlotState, rows: torch.Tensor | None = None, seed: int = 0) -> Sampled:
-    slots = np.arange(state.max_seqs, dtype=np.int32)
-    return CpuSampler(seed)(logits, rows, plan_sampling(slots, state.host), state)
+    step = Step(number=2, decode_slots=np.arange(state.max_seqs, dtype=np.int32))
+    return CpuSampler(seed, read_nothing)(logits, rows, plan_sampling(step, state.host), state)
 
 
 def draw_many(logits: torch.Tensor, **sampling: Any) -> np.ndarray[Any, Any]:

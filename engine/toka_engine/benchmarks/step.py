@@ -42,7 +42,7 @@ class StepBench:
         shared = np.tile(np.arange(self._prefix_pages), (rows, 1))
         private = self._prefix_pages + np.arange(rows * own).reshape(rows, own)
         table = np.concatenate((shared, private), axis=1)
-        self._append = {
+        self._append: dict[str, Any] = {
             "append_slots": _ints(np.repeat(np.arange(rows), table.shape[1])),
             "append_indices": _ints(np.tile(np.arange(table.shape[1]), rows)),
             "append_pages": _ints(table.reshape(-1)),

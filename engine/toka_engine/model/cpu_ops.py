@@ -57,8 +57,10 @@ def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBac
 
 
 def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
-    state = SlotState(max_seqs, torch.device("cpu"))
-    return Runner(model, attention, state, CpuSampler(config.seed), has_repeatable_rows=True)
+    if not isinstance(attention, CpuAttention):
+        raise AssertionError("a CPU runner needs the CPU attention")
+    state, sample = SlotState(max_seqs, torch.device("cpu")), CpuSampler(config.seed, attention.read_tokens)
+    return Runner(model, attention, state, sample, has_repeatable_rows=True)
 
 
 def make_ops() -> Ops:

@@ -20,7 +20,7 @@ from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.runner import Launched, Runner
-from toka_engine.model.sampling import Sampled, SamplePlan, plan_sampling
+from toka_engine.model.sampling import Penalties, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.staging import Staging
 from toka_engine.model.state import SlotState as HostState
 
@@ -49,7 +49,7 @@ class CudaRunner(Runner):
     def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
-        sample = GpuSampler(config.seed, self._slots, max_seqs, vocab_size)
+        sample = GpuSampler(config.seed, self._slots, attention, max_seqs, vocab_size)
         super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), sample, False)
         self._cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)
@@ -74,8 +74,9 @@ class CudaRunner(Runner):
         slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
         none = np.empty(0, np.int64)
         logits = torch.zeros(1, self.model.config.vocab_size, dtype=attention.shape.dtype, device=device)
+        penalties = Penalties(row, slot, slot * 0 + 1, slot * 0, *np.ones((3, 1), np.float32))
         for has_logprobs in (False, True):
-            for seeded in (none, row):
+            for seeded, changes in ((none, None), (row, None), (row, penalties)):
                 asked = row if has_logprobs else none
                 plan = SamplePlan(
                     slots=slot,
@@ -87,6 +88,7 @@ class CudaRunner(Runner):
                     top=asked,
                     top_counts=np.ones(asked.size, np.int32),
                     top_width=asked.size,
+                    penalties=changes,
                 )
                 self.sample(logits, None, plan, self.state)
         heads = torch.zeros(
@@ -106,7 +108,7 @@ class CudaRunner(Runner):
         self._set_up(step)
         self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
         self.attention.copy_pages(step.copy_from, step.copy_to)
-        plan = plan_sampling(np.concatenate((step.decode_slots, step.fanout_slots)), self.state.host)
+        plan = plan_sampling(step, self.state.host)
         logits, logit_rows = self._forward(step)
         sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
         self.state.advance(step)
@@ -164,6 +166,7 @@ class CudaRunner(Runner):
         slots = self._cuda_attention.row_slots
         ids = torch.empty_like(slots)
         gather_ids(self._slots, slots, tokens, num_decode, ids)
+        self.attention.write_tokens(ids)
         hidden = self.model.forward(ids, self.attention)
         if rows is not None:
             hidden = hidden.index_select(0, row_index)

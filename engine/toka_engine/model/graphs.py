@@ -1,8 +1,8 @@
 """CUDA graphs of the decode forward, one per padded batch size: below some hundred rows launches cost more than work.
 
-A graph holds the layers alone. What changes from step to step (ids, slots, positions, page lists, flashinfer's
-schedule) is written to fixed addresses before each replay; the head and the sampler follow outside, so that the graphs
-share no large outputs.
+A graph holds the layers, and the note of the rows' tokens in the pages. What changes from step to step (ids, slots,
+positions, page lists, flashinfer's schedule) is written to fixed addresses before each replay; the head and the sampler
+follow outside, so that the graphs share no large outputs.
 """
 
 from __future__ import annotations
@@ -65,12 +65,17 @@ class DecodeGraphs:
                     **{name: np.array([value], np.int32) for name, value in _ONE_GROUP.items()},
                 )
             self._attention.plan_graph(layout, size, with_groups)
-            self._model.forward(self._ids[:size], self._attention)  # compiles and allocates what a capture may not
+            self._forward(size)  # compiles and allocates what a capture may not
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                hidden = self._model.forward(self._ids[:size], self._attention)
+                hidden = self._forward(size)
             self._graphs[size, with_groups] = graph, hidden
+
+    def _forward(self, size: int) -> torch.Tensor:
+        ids = self._ids[:size]
+        self._attention.write_tokens(ids)
+        return self._model.forward(ids, self._attention)
 
     def run(self, layout: StepLayout, with_groups: bool) -> torch.Tensor | None:
         """Hidden states [d, hidden_size] of the decode rows; valid until the next run of this size.

@@ -6,6 +6,7 @@ Every file, header and shape is checked before a tensor is used, and the error n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from toka_engine.errors import ModelInvalidError, ModelNotFoundError
+from toka_engine.errors import ModelInvalidError, ModelNotFoundError, OutOfMemoryError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -26,13 +27,16 @@ _MAX_INDEX_BYTES = 64 * 1024 * 1024
 class Weights(AbstractContextManager["Weights"]):
     """The tensors of one model folder; files stay mapped until the `with` block ends."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, available_bytes: int) -> None:
+        """`available_bytes`: what the device has left for them."""
         self.device = device
         self.dtype = dtype
         self._folder = folder
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._untaken: set[str] = set()
+        self._available_bytes = available_bytes
+        self._taken_bytes = 0
 
     def __enter__(self) -> Weights:
         """Open every file. Raises ModelNotFoundError, ModelInvalidError."""
@@ -52,7 +56,10 @@ class Weights(AbstractContextManager["Weights"]):
         self._files.close()
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return tensor `name` on the device in the model's dtype. Raises ModelInvalidError if missing or misshapen."""
+        """Return tensor `name` on the device in the model's dtype.
+
+        Raises ModelInvalidError if missing or misshapen, OutOfMemoryError before the memory is taken that is not there.
+        """
         file = self._file_of.get(name)
         if file is None:
             raise ModelInvalidError(f"{self._folder}: the weights lack the tensor {name}")
@@ -61,6 +68,9 @@ class Weights(AbstractContextManager["Weights"]):
             raise ModelInvalidError(
                 f"{self._folder}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
             )
+        self._taken_bytes += math.prod(shape) * self.dtype.itemsize
+        if self._taken_bytes > self._available_bytes:
+            raise OutOfMemoryError(self._describe_shortage())
         tensor: torch.Tensor = file.get_tensor(name)
         if not tensor.is_floating_point():
             raise ModelInvalidError(f"{self._folder}: tensor {name} has dtype {tensor.dtype}, not a float")
@@ -71,6 +81,15 @@ class Weights(AbstractContextManager["Weights"]):
     def list_untaken(self) -> Iterator[str]:
         """Names that no layer has asked for."""
         yield from sorted(self._untaken)
+
+    def _describe_shortage(self) -> str:
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name, file in self._file_of.items()]
+        needed_gb, available_gb = sum(sizes) * self.dtype.itemsize / 1e9, self._available_bytes / 1e9
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"model={self._folder}: the weights take {needed_gb:.1f} GB as dtype={dtype}, "
+            f"{available_gb:.1f} GB of {'GPU ' if self.device.type == 'cuda' else ''}memory are available"
+        )
 
     def _open(self, path: Path) -> None:
         _check_header(path)

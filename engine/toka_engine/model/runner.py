@@ -66,7 +66,7 @@ class Runner:
             self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
         if step.copy_from.size:
             self.attention.copy_pages(step.copy_from, step.copy_to)
-        plan = plan_sampling(np.concatenate((step.decode_slots, step.fanout_slots)), self.state.host)
+        plan = plan_sampling(step, self.state.host)
         sampled = self._forward_and_sample(step, plan)
         self.state.advance(step)
         return Launched(step.number, plan, sampled, started_s, time.thread_time() - cpu_s)
@@ -113,6 +113,7 @@ class Runner:
         if not step.prefill_slots.size:
             return self._forward_decode(slots), None
         ids = torch.cat((self.state.last_tokens[slots.long()], self._to_device(step.prefill_tokens)))
+        self.attention.write_tokens(ids)
         hidden = self.model.forward(ids, self.attention)
         num_decode = step.decode_slots.size
         chunks, chunk_of_entry = np.unique(step.fanout_chunks, return_inverse=True)
@@ -126,6 +127,7 @@ class Runner:
 
     def _forward_decode(self, slots: torch.Tensor) -> torch.Tensor:
         ids = self.state.last_tokens[slots.long()]
+        self.attention.write_tokens(ids)
         return self.model.logits(self.model.forward(ids, self.attention))
 
     def _make_layout(self, step: Step) -> StepLayout:

@@ -1,4 +1,5 @@
-"""Draws tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, logprobs. Only rows that ask pay.
+"""Draws tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, penalties, logprobs. Only rows that
+ask pay.
 
 Unseeded rows: one pass makes exp((x - max) / T) and its sums over blocks of the vocabulary; a uniform number picks the
 block, then the token in it (inverse transform, exact). Seeded rows: Gumbel-max (Gumbel 1954; Maddison et al. 2014) with
@@ -9,12 +10,20 @@ logits at the cut the lowest token ids are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from toka_engine.model.gumbel import gumbel_noise
-from toka_engine.model.sampling import Sampled, SamplePlan
+from toka_engine.model.penalties import apply_penalties
+from toka_engine.model.sampling import Penalties, Sampled, SamplePlan
 from toka_engine.model.state import SlotState
+
+ReadTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int64]]
+"""slots and lengths [k] -> the first tokens of each slot, side by side [sum(lengths)]."""
 
 _BLOCK = 256
 _FIRST_CANDIDATES = 1024
@@ -24,32 +33,60 @@ _NEGATIVE = float("-inf")
 class CpuSampler:
     """An ops.Sample."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, read_tokens: ReadTokens) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._read_tokens = read_tokens
 
     def __call__(
         self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: SlotState
     ) -> Sampled:
         wide = logits.float()
-        maxima = wide.amax(dim=1)
-        # The sum finds -inf, which the maximum hides; NaN and +inf show in both.
-        is_finite = torch.isfinite(maxima) & torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
         rows = torch.arange(plan.slots.size) if logit_rows is None else logit_rows
-        slots = torch.from_numpy(plan.slots.astype(np.int64))
+        # The sum finds -inf, which the maximum hides; NaN and +inf show in both.
+        maxima = wide.amax(dim=1)
+        is_finite = torch.isfinite(maxima) & torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
         ids = torch.empty(plan.slots.size, dtype=torch.int64)
-        filtered = set(plan.filtered.tolist())
-        for chosen, draw in (
+        is_plain = np.ones(plan.slots.size, np.bool_)
+        if plan.penalties is not None:
+            is_plain[plan.penalties.rows] = False
+            changed, changed_rows = self._penalize(wide, rows, plan.penalties)
+            self._fill(ids, ~is_plain, changed, changed.amax(dim=1), changed_rows, plan, state)
+        self._fill(ids, is_plain, wide, maxima, rows, plan, state)
+        ids.masked_fill_(~is_finite[rows], -1)
+        return _add_logprobs(ids.int(), wide, rows, plan)
+
+    def _fill(
+        self,
+        ids: torch.Tensor,  # [R] int64, written
+        members: NDArray[np.bool_],  # [R]: the rows to draw
+        wide: torch.Tensor,  # [n, vocab] float32
+        maxima: torch.Tensor,  # [n]
+        rows: torch.Tensor,  # [R] int64: row of `wide` of each member
+        plan: SamplePlan,
+        state: SlotState,
+    ) -> None:
+        slots = torch.from_numpy(plan.slots.astype(np.int64))
+        for of_kind, draw in (
             (plan.greedy, _find_maxima),
             (plan.drawn, self._draw),
             (plan.seeded, _draw_seeded),
         ):
+            chosen = of_kind[members[of_kind]]
             if chosen.size:
                 at = torch.from_numpy(chosen)
-                x = wide if chosen.size == wide.shape[0] and logit_rows is None else wide[rows[at]]
-                x = _apply_filters(x, chosen, plan, slots[at], state) if filtered else x
+                is_whole = chosen.size == wide.shape[0] and bool((rows[at] == torch.arange(chosen.size)).all())
+                x = wide if is_whole else wide[rows[at]]
+                x = _apply_filters(x, chosen, plan, slots[at], state) if plan.filtered.size else x
                 ids[at] = draw(x, maxima[rows[at]], slots[at], state)
-        ids.masked_fill_(~is_finite[rows], -1)
-        return _add_logprobs(ids.int(), wide, rows, plan)
+
+    def _penalize(
+        self, wide: torch.Tensor, rows: torch.Tensor, penalties: Penalties
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed logits [k, vocab] of the rows that ask, and where each row's are [R] (others: anywhere)."""
+        asking = torch.from_numpy(penalties.rows)
+        changed = wide[rows[asking]]
+        apply_penalties(changed, self._read_tokens(penalties.sources, penalties.lengths), penalties)
+        return changed, torch.zeros_like(rows).index_copy_(0, asking, torch.arange(asking.shape[0]))
 
     def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
         """x [n, vocab] -> [n] ids by inverse transform over blocks."""

@@ -63,20 +63,27 @@ def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device,
             raise ConfigError(f"{name}={value} must be at least 1")
     pages_of_longest = -(-model.max_positions // page_size)
     bytes_per_page = kv_bytes_per_token * page_size
-    available = _read_gpu_bytes(device) if is_gpu else read_limit_bytes()
+    available = read_available_bytes(device)
+    if is_gpu:
+        available = int(available * _GPU_SHARE) - _GPU_ACTIVATION_RESERVE_BYTES
     if is_gpu and config.kv_cache_num_tokens is None:
         num_pages = available // bytes_per_page
     else:
         min_pages = min(pages_of_longest, 256)
         num_pages = choose_num_pages(available, bytes_per_page, min_pages, config.kv_cache_num_tokens, page_size)
     if num_pages < 1 or num_pages * bytes_per_page > available:
+        num_pages = max(1, num_pages)
         raise OutOfMemoryError(
-            f"the KV cache needs {max(1, num_pages) * bytes_per_page} bytes of memory, {available} are available; "
-            "lower kv_cache_num_tokens"
+            f"a KV cache of {num_pages * page_size} tokens takes {num_pages * bytes_per_page / 1e9:.1f} GB, "
+            f"{max(0, available) / 1e9:.1f} GB of memory are available beside the weights; "
+            f"kv_cache_num_tokens may be up to {max(0, available // bytes_per_page) * page_size}"
         )
     return Sizes(num_pages, page_size, max_seqs, max_tokens, min(pages_of_longest, num_pages))
 
 
-def _read_gpu_bytes(device: torch.device) -> int:
+def read_available_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on `device`."""
+    if device.type != "cuda":
+        return read_limit_bytes()
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free * _GPU_SHARE) - _GPU_ACTIVATION_RESERVE_BYTES
+    return free

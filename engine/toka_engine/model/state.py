@@ -40,6 +40,11 @@ class HostSlots:
         self.lengths: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         self.num_logprobs: NDArray[np.int32] = np.full(max_seqs, -1, np.int32)
         self.is_filtered: NDArray[np.bool_] = np.zeros(max_seqs, np.bool_)
+        self.has_penalties: NDArray[np.bool_] = np.zeros(max_seqs, np.bool_)
+        # Valid where has_penalties.
+        self.presence_penalties: NDArray[np.float32] = np.zeros(max_seqs, np.float32)
+        self.frequency_penalties: NDArray[np.float32] = np.zeros(max_seqs, np.float32)
+        self.repetition_penalties: NDArray[np.float32] = np.ones(max_seqs, np.float32)
 
 
 class SlotState:
@@ -75,6 +80,13 @@ class SlotState:
         host.is_filtered[slots] = ((step.new_top_ps < 1.0) | (step.new_top_ks > 0) | (step.new_min_ps > 0.0)) & (
             step.new_temperatures > 0.0
         )
+        host.has_penalties[slots] = False
+        if step.penalty_slots.size:
+            asking = step.penalty_slots
+            host.has_penalties[asking] = True
+            host.presence_penalties[asking] = step.presence_penalties
+            host.frequency_penalties[asking] = step.frequency_penalties
+            host.repetition_penalties[asking] = step.repetition_penalties
         self._upload(slots, tuple(_PARAMETERS))
 
     def advance(self, step: Step) -> None:

@@ -29,7 +29,7 @@ from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.ops import Ops, find_device, select_ops
 from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched, Runner
-from toka_engine.model.sizes import Sizes, choose_dtype, choose_sizes
+from toka_engine.model.sizes import Sizes, choose_dtype, choose_sizes, read_available_bytes
 
 _log = logging.getLogger("toka.model")
 
@@ -101,7 +101,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
     )
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
-        with torch.inference_mode(), Weights(model_dir, device, dtype) as weights:
+        with torch.inference_mode(), Weights(model_dir, device, dtype, read_available_bytes(device)) as weights:
             model = build_model(model_config, weights, ops)
             for name in weights.list_untaken():
                 _log.warning("event=unused_tensor name=%s", name)

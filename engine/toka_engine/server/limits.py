@@ -25,15 +25,16 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0
+"""Of presence and frequency, either sign."""
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+"""Far beyond what is of use; within them no logit overflows."""
 MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
 """Over all choices of one request."""
 MAX_REQUEST_LOGPROBS = 1024 * 1024
 """Logprobs in one answer: each is about a hundred bytes of JSON."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "logit_bias": ({},),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
@@ -158,6 +159,11 @@ class Limits:
             min_p=_float_in(request.min_p, "min_p", 0.0, 1.0, 0.0),
             seed=-1 if request.seed is None else seed & (2**63 - 1),
             num_logprobs=num_logprobs,
+            presence_penalty=_float_in(request.presence_penalty, "presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
+            frequency_penalty=_float_in(request.frequency_penalty, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
+            repetition_penalty=_float_in(
+                request.repetition_penalty, "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, 1.0
+            ),
         )
 
     def _max_top(self) -> int:

@@ -75,3 +75,16 @@ def test_gather_ids_takes_last_tokens_then_prefill_tokens(device) -> None:
     out = int32(device, -1, -1, -1, -1, -1)
     gather_ids(state, int32(device, 3, 1, 0, 0, 0), int32(device, 7, 8, 9), 2, out)
     assert out.tolist() == [13, 11, 7, 8, 9]
+
+
+def test_write_tokens_notes_each_rows_token_at_its_place_in_the_pages(device) -> None:
+    from toka_engine.model.kernels.pages import write_tokens
+
+    table = int32(device, 5, 2, 0, 1).view(2, 2)
+    page_tokens = torch.full((6, 3), -1, dtype=torch.int32, device=device)
+    write_tokens(
+        int32(device, 70, 71, 72, 73), int32(device, 0, 1, 1, 0), int32(device, 1, 5, 0, 3), table, page_tokens
+    )
+    expected = torch.full_like(page_tokens, -1)
+    expected[5, 1], expected[1, 2], expected[0, 0], expected[2, 0] = 70, 71, 72, 73
+    assert torch.equal(page_tokens, expected)

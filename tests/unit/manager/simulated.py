@@ -32,6 +32,7 @@ from toka_engine.messages import (
 
 MASK = (1 << 61) - 1
 NO_FAILURE = 0
+NO_PENALTIES = (0.0, 0.0, 1.0)
 
 
 def mix(left: int, right: int) -> int:
@@ -49,8 +50,10 @@ class HashModel:
     def kv(self, previous: int, token: int) -> int:
         return mix(previous, token)
 
-    def sample(self, context: list[int], seed: int, num_sampled: int) -> tuple[int, float]:
-        digest = 0
+    def sample(
+        self, context: list[int], seed: int, num_sampled: int, penalties: tuple[float, ...]
+    ) -> tuple[int, float]:
+        digest = 0 if penalties == NO_PENALTIES else hash(penalties) & MASK
         for entry in context:
             digest = mix(digest, entry)
         if self.failure_period and digest % self.failure_period == 0:
@@ -68,6 +71,10 @@ class Expected:
     num_tokens: int
 
 
+def penalties_of(sampling: Sampling) -> tuple[float, ...]:
+    return sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+
+
 def reference(model: HashModel, submit: Submit, choice: int) -> Expected:
     """What one stream must give, computed alone and in order."""
     context: list[int] = []
@@ -77,7 +84,7 @@ def reference(model: HashModel, submit: Submit, choice: int) -> Expected:
     tokens: list[int] = []
     logprobs: list[float] = []
     while True:
-        token, logprob = model.sample(context, seed, len(tokens))
+        token, logprob = model.sample(context, seed, len(tokens), penalties_of(submit.sampling))
         if token < 0:
             return Expected(tokens, logprobs, FINISH_ERROR, len(tokens))
         if token in submit.stop_ids:
@@ -103,6 +110,7 @@ class SimulatedWorker:
         self.num_sampled = [0] * sizes.num_slots
         self.seeds = [-1] * sizes.num_slots
         self.num_logprobs = [-1] * sizes.num_slots
+        self.penalties = [NO_PENALTIES] * sizes.num_slots
         self.next_number = 1
         self.num_shared_rows = 0
 
@@ -146,6 +154,11 @@ class SimulatedWorker:
             self.num_sampled[slot] = int(step.new_num_sampled[index])
             self.seeds[slot] = int(step.new_seeds[index])
             self.num_logprobs[slot] = int(step.new_num_logprobs[index])
+            self.penalties[slot] = NO_PENALTIES
+        arrays = (step.presence_penalties, step.frequency_penalties, step.repetition_penalties)
+        for slot, *values in zip(step.penalty_slots.tolist(), *(each.tolist() for each in arrays), strict=True):
+            assert slot in step.new_slots
+            self.penalties[slot] = tuple(values)
         self.table[step.append_slots, step.append_indices] = step.append_pages
         assert len(set(step.copy_to.tolist())) == step.copy_to.size
         assert not set(step.copy_to.tolist()) & set(step.copy_from.tolist())
@@ -181,7 +194,7 @@ class SimulatedWorker:
         ids, logprobs, top_rows = [], [], []
         tops: list[tuple[int, float, int]] = []
         for row, (slot, context) in enumerate(rows):
-            token, logprob = self.model.sample(context, self.seeds[slot], self.num_sampled[slot])
+            token, logprob = self.model.sample(context, self.seeds[slot], self.num_sampled[slot], self.penalties[slot])
             self.num_sampled[slot] += 1
             self.last_tokens[slot] = token
             ids.append(token)
@@ -291,8 +304,9 @@ class Harness:
         stop_ids: tuple[int, ...] = (),
         deliver_each: bool = False,
         num_logprobs: int = -1,
+        **penalties: float,
     ) -> list[int]:
-        sampling = Sampling(seed=seed, num_logprobs=num_logprobs)
+        sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
         first = self.num_streams
         ids = np.asarray(prompt, np.int32)
         submit = Submit(first, n, ids, max_tokens, sampling, stop_ids, deliver_each)

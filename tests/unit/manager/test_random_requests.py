@@ -30,6 +30,8 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
                 stop_ids=tuple(rng.integers(0, 40, rng.choice([0, 1, 10])).tolist()),
                 deliver_each=bool(rng.random() < 0.5),
                 num_logprobs=int(rng.choice([-1, 0, 2])),
+                frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
+                repetition_penalty=float(rng.choice([1.0, 1.0, 1.25])),
             )
         if live and rng.random() < cancel_rate:
             harness.cancel(*rng.choice(live, min(len(live), 3)).tolist())

@@ -30,13 +30,13 @@ _BOUNDS: dict[str, list[Any]] = {
     "top_p": [-1, -0.01, 1.01],
     "top_k": [-2, INFO.vocab_size + 1, 1.5],
     "min_p": [-0.01, 1.01],
+    "frequency_penalty": [-2.01, 2.01],
+    "presence_penalty": [-2.01, 2.01],
+    "repetition_penalty": [-1, 0, 0.001, 100.1],
     "logprobs": [-1, 21, 1.5],
     "seed": [2**63 + 1, -(2**63) - 1, 1.5],
 }
 _UNSUPPORTED: dict[str, list[Any]] = {
-    "frequency_penalty": [0.5, -2, True],
-    "presence_penalty": [0.5, 1e308],
-    "repetition_penalty": [1.1, 0],
     "logit_bias": [{"5": 1}, [1], False],
     "best_of": [2, 0, -1],
     "suffix": ["end", 1],
@@ -102,7 +102,9 @@ def test_a_wrong_number_is_refused_by_name(server: RunningServer, field: str, va
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "max_tokens", "n", "seed"])
+@pytest.mark.parametrize(
+    "field", ["temperature", "top_p", "min_p", "max_tokens", "n", "seed", "frequency_penalty", "repetition_penalty"]
+)
 def test_a_number_that_is_none_is_refused_by_name(server: RunningServer, field: str, constant: str) -> None:
     body = json.dumps(completion_body(**{field: 777777})).replace("777777", constant).encode()
     _assert_refused(*server.post(_COMPLETIONS, body), field)

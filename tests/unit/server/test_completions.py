@@ -81,6 +81,9 @@ def test_sampling_fields_reach_the_manager(server: RunningServer) -> None:
         "seed": 11,
         "n": 3,
         "logprobs": 2,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.25,
     }
     status, _ = server.post("/v1/completions", completion_body(**fields))
     submit = server.manager.submits[0]
@@ -89,6 +92,8 @@ def test_sampling_fields_reach_the_manager(server: RunningServer) -> None:
     sampling = submit.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 7, 0.125)
     assert (sampling.seed, sampling.num_logprobs) == (11, 2)
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    assert penalties == (-2.0, 0.5, 1.25)
 
 
 def test_a_top_p_of_zero_is_greedy(server: RunningServer) -> None:
@@ -117,8 +122,6 @@ def test_only_streams_and_stop_strings_ask_for_each_token(server: RunningServer)
 
 def test_neutral_values_of_unsupported_fields_are_taken(server: RunningServer) -> None:
     fields = {
-        "frequency_penalty": 0,
-        "presence_penalty": 0.0,
         "logit_bias": {},
         "best_of": 1,
         "suffix": None,

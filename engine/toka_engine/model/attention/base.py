@@ -1,6 +1,7 @@
 """The interface of attention backends. A model calls `forward` once per layer; all else happens between steps.
 
-The backend owns the KV cache and the block table on its device. RoPE and the write of K and V into the pages belong to
+The backend owns the KV cache, with the id of each token beside its keys and values, and the block table, all on its
+device. RoPE and the write of K and V into the pages belong to
 `forward`, because on a GPU they are one kernel.
 """
 
@@ -51,7 +52,8 @@ class AttentionBackend(Protocol):
     """Paged attention over slots. One instance per worker."""
 
     def allocate(self, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int) -> None:
-        """Allocate the KV cache [layers, 2, pages, ...] and the block table [max_seqs, max_pages_per_seq]."""
+        """Allocate the KV cache [layers, 2, pages, ...], the pages' token ids and the block table
+        [max_seqs, max_pages_per_seq]."""
         ...
 
     def kv_bytes_per_token(self) -> int: ...
@@ -61,11 +63,18 @@ class AttentionBackend(Protocol):
         ...
 
     def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
-        """Copy whole pages in every layer."""
+        """Copy whole pages in every layer, and their token ids."""
         ...
 
     def plan(self, layout: StepLayout) -> None:
         """Prepare the forward of this step."""
+        ...
+
+    def write_tokens(self, ids: torch.Tensor) -> None:
+        """After `plan`: note ids [T] int32 of the step's rows where their keys and values go.
+
+        So pages that are shared, copied or found again bring their tokens along, and penalties can read them.
+        """
         ...
 
     def forward(

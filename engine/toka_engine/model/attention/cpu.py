@@ -60,6 +60,7 @@ class CpuAttention:
         self._cache = cache.view(shape.num_layers, num_pages, page_size, self._width)
         self._pages_of_layer = [self._cache[layer].view(num_pages, -1) for layer in range(shape.num_layers)]
         self._rows_of_layer = [self._cache[layer].view(-1, self._width) for layer in range(shape.num_layers)]
+        self._page_tokens: NDArray[np.int32] = np.zeros((num_pages, page_size), np.int32)
         self._table: NDArray[np.int32] = np.zeros((max_seqs, max_pages_per_seq), np.int32)
 
     def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
@@ -67,6 +68,7 @@ class CpuAttention:
 
     def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
         self._cache[:, target.astype(np.int64)] = self._cache[:, source.astype(np.int64)]
+        self._page_tokens[target] = self._page_tokens[source]
 
     def plan(self, layout: StepLayout) -> None:
         page_size = self._page_size
@@ -84,6 +86,18 @@ class CpuAttention:
             positions=torch.from_numpy(positions),
             cache_rows=torch.from_numpy(pages * page_size + offsets),
         )
+
+    def write_tokens(self, ids: torch.Tensor) -> None:
+        assert self._plan is not None, "write_tokens without plan"
+        self._page_tokens.reshape(-1)[self._plan.cache_rows.numpy()] = ids.numpy()
+
+    def read_tokens(self, slots: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The first lengths[i] tokens of each of `slots` [k], side by side [sum(lengths)]."""
+        owners = np.repeat(slots, lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        positions = np.arange(owners.size) - np.repeat(ends - lengths, lengths)
+        columns, offsets = np.divmod(positions, self._page_size)
+        return self._page_tokens[self._table[owners, columns], offsets].astype(np.int64)
 
     def forward(
         self,

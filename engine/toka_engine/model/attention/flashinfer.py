@@ -28,7 +28,7 @@ from toka_engine.model.attention.paged_plan import (
 )
 from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
-from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table
+from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
 from toka_engine.model.kernels.rope import rope_append
 from toka_engine.model.staging import Staging
 
@@ -105,6 +105,7 @@ class FlashInferAttention:
         )
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
+        self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
@@ -115,11 +116,12 @@ class FlashInferAttention:
             set_table(self.table, entries)
 
     def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
-        """Copy whole pages in every layer. No page is both source and target."""
+        """Copy whole pages in every layer, and their token ids. No page is both source and target."""
         if source.size:
             from_pages, to_pages = self._tables.upload(source, target)
             planes, pages = 2 * self.shape.num_layers, self.cache.shape[2]
             copy_pages(self.cache.view(planes, pages, -1), from_pages, to_pages)
+            copy_pages(self.page_tokens.unsqueeze(0), from_pages, to_pages)
 
     # -------------------------------------------------------------- planning
 
@@ -211,6 +213,12 @@ class FlashInferAttention:
         return DevicePages(kv_indptr, out, last_page_lens)
 
     # -------------------------------------------------------------- forward
+
+    def write_tokens(self, ids: torch.Tensor) -> None:
+        """See attention.base.AttentionBackend. A graph may hold it: its addresses are those of `plan_graph`."""
+        step = self._step
+        assert step is not None
+        write_tokens(ids, step.slots, step.positions, self.table, self.page_tokens)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Kernels over the block table and whole pages: set entries, flatten rows for attention, copy pages."""
+"""Kernels over the block table and the pages: set entries, flatten rows for attention, copy pages, note token ids."""
 
 from __future__ import annotations
 
@@ -74,3 +74,33 @@ def copy_pages(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) 
     if source.shape[0]:
         grid = (source.shape[0], planes)
         _copy_pages_kernel[grid](cache, source, target, pages, page_numel, BLOCK=1024, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _write_tokens_kernel(
+    ids_ptr, slots_ptr, positions_ptr, table_ptr, columns, page_tokens_ptr, rows,
+    PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    slot = tl.load(slots_ptr + row, mask=inside, other=0).to(tl.int64)
+    position = tl.load(positions_ptr + row, mask=inside, other=0)
+    page = tl.load(table_ptr + slot * columns + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    token = tl.load(ids_ptr + row, mask=inside, other=0)
+    tl.store(page_tokens_ptr + page * PAGE_SIZE + position % PAGE_SIZE, token, mask=inside)
+
+
+def write_tokens(
+    ids: torch.Tensor,  # [rows] int32
+    slots: torch.Tensor,  # [rows] int32
+    positions: torch.Tensor,  # [rows] int32
+    block_table: torch.Tensor,  # [max_seqs, columns] int32
+    page_tokens: torch.Tensor,  # [pages, page_size] int32
+) -> None:
+    """page_tokens[block_table[slots, positions // page_size], positions % page_size] = ids."""
+    rows = ids.shape[0]
+    if rows:
+        _write_tokens_kernel[(triton.cdiv(rows, 256),)](
+            ids, slots, positions, block_table, block_table.shape[1], page_tokens, rows,
+            PAGE_SIZE=page_tokens.shape[1], BLOCK=256, num_warps=4,
+        )  # fmt: skip
