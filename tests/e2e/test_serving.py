@@ -62,7 +62,7 @@ def test_a_stream_that_runs_while_the_spec_changes_is_whole_and_unchanged(
 ) -> None:
     cluster = installation.cluster
     applied = time.monotonic()
-    smollm2 = installation.deploy(namespace)
+    smollm2 = installation.deploy(namespace, rollout={"drainTimeoutSeconds": 600})  # a loaded machine is slow
     smollm2.wait_until_ready()
     # The stream slows the next pod's start down: three times what this one took.
     num_tokens = _tokens_that_take(3 * (time.monotonic() - applied), installation, smollm2.url)
