@@ -31,7 +31,7 @@ SELECTORS = {
     "Pod": f"{_OURS},app.kubernetes.io/component=engine",
     "EndpointSlice": _OURS,
 }
-BACKOFF_LAST_S = 10.0
+BACKOFF_LAST_S = 5.0
 
 
 def child_key(obj: Json) -> Key | None:

@@ -1,12 +1,13 @@
-"""A proxy between an operator and the API server that kills the operator right after one of its writes.
+"""A proxy between an operator and the API server that makes writes go wrong, and may kill the operator for one.
 
-Plain HTTP towards the operator, TLS towards the API server; watches are streamed. The write's answer is
-withheld, so the operator dies not knowing whether it was made.
+Plain HTTP towards the operator, TLS towards the API server; watches are streamed. The answer to a write that
+kills is withheld, so the operator dies not knowing whether it was made.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,8 @@ import yaml
 from tests.cluster.harness.processes import ProcessHandle
 
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
+CUT, GARBAGE = "cut", "garbage"
+"""The write is made, and then the connection breaks, or the answer is no JSON."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -30,8 +33,12 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class KillingProxy:
-    """Use as a context manager; `kubeconfig` leads through it. 0 writes: it kills nobody."""
+class FaultProxy:
+    """Use as a context manager; `kubeconfig` leads through it.
+
+    `kill_after_writes`: the `victim` is killed after so many; 0: never. `fail_once`: the last word of a path
+    ("services", "status") -> what its next write gets: a status code that refuses it, CUT or GARBAGE.
+    """
 
     def __init__(self, kubeconfig: Path) -> None:
         config = yaml.safe_load(kubeconfig.read_text())
@@ -47,12 +54,13 @@ class KillingProxy:
         self._lock = threading.Lock()
         self.kill_after_writes = 0
         self.victim: ProcessHandle | None = None
+        self.fail_once: dict[str, int | str] = {}
         self._server = _Server(("127.0.0.1", 0), self._make_handler())
         self.kubeconfig = kubeconfig.with_suffix(".proxy")
         config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{self._server.server_address[1]}"}
         self.kubeconfig.write_text(yaml.safe_dump(config))
 
-    def __enter__(self) -> KillingProxy:
+    def __enter__(self) -> FaultProxy:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
@@ -70,6 +78,12 @@ class KillingProxy:
             self.kill_after_writes -= 1
             return self.kill_after_writes == 0
 
+    def _take_fault(self, method: str, path: str) -> int | str | None:
+        if method not in WRITES:
+            return None
+        with self._lock:
+            return self.fail_once.pop(path.partition("?")[0].rsplit("/", 1)[-1], None)
+
     def _make_handler(self) -> type[BaseHTTPRequestHandler]:
         proxy = self
 
@@ -78,13 +92,22 @@ class KillingProxy:
 
             def forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+                fault = proxy._take_fault(self.command, self.path)
+                if isinstance(fault, int):
+                    self.refuse(fault)
+                    return
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
                 answer: Any = proxy._pool.request(
                     self.command, proxy._target + self.path, body=body, headers=kept, preload_content=False
                 )
                 if proxy._must_kill(self.command, self.path) and proxy.victim is not None:
                     proxy.victim.kill()
+                    fault = CUT
+                if fault == CUT:
                     self.close_connection = True
+                    return
+                if fault == GARBAGE:
+                    self.answer(answer.status, b"<html>")
                     return
                 self.send_response(answer.status)
                 for name in ("Content-Type", "Retry-After"):
@@ -95,6 +118,17 @@ class KillingProxy:
                 for chunk in answer.stream(amt=None, decode_content=True):
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
                 self.wfile.write(b"0\r\n\r\n")
+
+            def refuse(self, code: int) -> None:
+                status = {"kind": "Status", "apiVersion": "v1", "code": code, "message": "so says the proxy"}
+                self.answer(code, json.dumps(status).encode(), {"Retry-After": "1"} if code == 429 else {})
+
+            def answer(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+                self.send_response(code)
+                for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
 

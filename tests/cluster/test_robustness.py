@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.harness.processes import ProcessHandle
 from tests.cluster.operating import Operator
-from tests.cluster.proxy import KillingProxy
+from tests.cluster.proxy import CUT, GARBAGE, FaultProxy
 
 BROKEN = (
     "event=broken",
@@ -18,6 +18,7 @@ BROKEN = (
     "event=failed",
     "event=retry",
     "event=names_not_compared",
+    "event=Ready lost=",
     "Traceback",
 )
 
@@ -56,7 +57,7 @@ def kill_after_each_write(operator: Operator) -> int:
     All have one identity, as a container that restarts in its pod has: the Lease is theirs at once. Returns the
     number of kills between writes.
     """
-    with KillingProxy(operator.kubeconfig) as proxy:
+    with FaultProxy(operator.kubeconfig) as proxy:
         for num_kills in range(60):
             proxy.kill_after_writes = 1
             process = proxy.victim = operator.start(KUBECONFIG=str(proxy.kubeconfig), TOKA_IDENTITY="operator-0")
@@ -98,6 +99,29 @@ def test_a_kill_after_any_single_write_ends_the_same(
     make_change("chat")
     assert kill_after_each_write(operator) >= at_least
     assert describe(operator, "chat") == describe(operator, "calm")
+
+
+def test_writes_that_go_wrong_are_made_again_and_none_twice(without_operator: Operator) -> None:
+    operator = without_operator
+    faults = {
+        "serviceaccounts": 429,
+        "services": CUT,
+        "controllerrevisions": 500,
+        "statefulsets": GARBAGE,
+        "status": 409,
+    }
+    with FaultProxy(operator.kubeconfig) as proxy:
+        proxy.fail_once = dict(faults)
+        process = operator.start(KUBECONFIG=str(proxy.kubeconfig))
+        operator.apply("chat")
+        operator.wait_until_ready("chat")
+        process.kill()
+    assert proxy.fail_once == {}
+    made = [
+        (e["verb"], e["objectRef"]["resource"]) for e in operator.audit_events() if e["responseStatus"]["code"] < 300
+    ]
+    assert [made.count(("create", resource)) for resource in [*faults][:-1]] == [1, 1, 1, 1]
+    operator.check_log()
 
 
 def test_an_operator_upgrade_restarts_no_engine(operator: Operator) -> None:
