@@ -98,12 +98,11 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             break
         if entry.job is not None:
             continue
-        matched, missing = state.tree.match(entry.tokens)
+        pages, missing = state.tree.match(entry.tokens)
         if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
-        pages = np.asarray(matched, np.int32)
-        if matched:
+        if pages.size:
             state.allocator.retain(pages)
             state.tree.touch(pages, tick)
         if missing is not None:
