@@ -70,8 +70,10 @@ def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     slots.last_steps[slot] = state.completed_step
     stops = list(request.stop_ids)
     slots.has_more_stops[slot] = len(stops) > STOP_WIDTH
-    slots.stop_ids[slot] = NO_STOP
-    slots.stop_ids[slot, : min(len(stops), STOP_WIDTH)] = stops[:STOP_WIDTH]
+    num_places = min(len(stops), STOP_WIDTH)
+    slots.num_stop_places = max(slots.num_stop_places, num_places)
+    slots.stop_ids[:, slot] = NO_STOP
+    slots.stop_ids[:num_places, slot] = stops[:num_places]
     state.where[stream.id] = slot
     return slot
 
