@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.config import EngineConfig
+from toka_engine.manager.arrays import find_run_starts
 from toka_engine.manager.sharing import count_common_columns, count_shared_columns
 from toka_engine.manager.slots import Slots, State
 from toka_engine.messages import Int32s
@@ -197,7 +198,7 @@ class _SetTree:
         deepest = table[rows, depths - 1]
         by_page = np.argsort(deepest, kind="stable")
         self._rows, deepest = rows[by_page], deepest[by_page]
-        self._starts = _run_starts(deepest)
+        self._starts = find_run_starts(deepest)
         self.sizes = np.diff(np.append(self._starts, self._rows.size))
         self._first = self._rows[self._starts]
         self._depths = depths[by_page][self._starts]
@@ -210,7 +211,7 @@ class _SetTree:
         sets = sets[is_open]
         pages = self._table[self._first[sets], column]
         by_page = np.argsort(pages, kind="stable")
-        sets, starts = sets[by_page], _run_starts(pages[by_page])
+        sets, starts = sets[by_page], find_run_starts(pages[by_page])
         if sets.size == 0:
             return [], loose
         num_rows = np.add.reduceat(self.sizes[sets], starts)
@@ -242,11 +243,14 @@ class _SetTree:
         return Node([*inside, *rest], num_rows, column, common, children)
 
 
-def _run_starts(values: Int32s) -> NDArray[np.intp]:
-    """Return where runs of equal values begin."""
-    is_start = np.ones(values.size, np.bool_)
-    is_start[1:] = values[1:] != values[:-1]
-    return np.flatnonzero(is_start)
+def _inserted(rows: Int32s, places: NDArray[np.int32], added: Int32s) -> Int32s:
+    """Return `rows` with added[i] before what is at places[i], which rise."""
+    whole = np.empty(rows.size + added.size, np.int32)
+    is_old = np.ones(whole.size, np.bool_)
+    targets = places + np.arange(added.size)
+    is_old[targets] = False
+    whole[targets], whole[is_old] = added, rows
+    return whole
 
 
 def _choose(node: Node, policy: GroupPolicy) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     slots.states[leader] = State.PREFILL
     slots.table[leader, :num_columns] = pages
     slots.num_pages[leader] = num_columns
-    slots.num_in_tree[leader] = num_matched
+    slots.num_in_tree[leader] = slots.num_shared[leader] = num_matched
     slots.lengths[leader] = num_matched * page_size
     rest = entry if entry.choices else None
     job = Job(entry.request, leader, tokens, num_matched * page_size, members[1:], rest)

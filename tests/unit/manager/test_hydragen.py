@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from toka_engine.config import EngineConfig
 from toka_engine.manager import hydragen
-from toka_engine.manager.hydragen import GroupPolicy, Groups, find_groups
-from toka_engine.manager.sharing import count_shared_columns
-from toka_engine.messages import Int32s
+from toka_engine.manager.hydragen import DecodeRows, GroupPolicy, Groups, find_groups
+from toka_engine.manager.sharing import count_shared_columns, recount_shared_columns
+from toka_engine.manager.slots import Slots, State
+from toka_engine.messages import Int32s, Step
 
 from tests.unit.manager.simulated import Harness, small_sizes
 
@@ -157,3 +158,6 @@ def test_shared_columns_are_the_leading_pages_with_several_holders(num_rows: int
     rows = rng.permutation(num_rows).astype(np.int32)
     found = count_shared_columns(table, rows, num_columns[rows], refs)
     assert found.tolist() == expected[rows].tolist()
+    for guesses in (expected, rng.integers(0, 70, num_rows), np.where(rng.random(num_rows) < 0.5, expected, 60)):
+        found = recount_shared_columns(table, rows, num_columns[rows], refs, guesses[rows].astype(np.int32))
+        assert found.tolist() == expected[rows].tolist()
