@@ -22,12 +22,13 @@ _EXTENSION_OF_DTYPE: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): 4,
 }
 _DTYPE_OF_EXTENSION = {code: dtype for dtype, code in _EXTENSION_OF_DTYPE.items()}
+_EMPTY = {code: msgspec.msgpack.Ext(code, b"") for code in _DTYPE_OF_EXTENSION}
+"""Most arrays of most steps are empty."""
 
 
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:
-    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _EXTENSION_OF_DTYPE:
-        code = _EXTENSION_OF_DTYPE[value.dtype]
-        return msgspec.msgpack.Ext(code, np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+    if isinstance(value, np.ndarray) and value.ndim == 1 and (code := _EXTENSION_OF_DTYPE.get(value.dtype)):
+        return msgspec.msgpack.Ext(code, np.ascontiguousarray(value).data.cast("B")) if value.size else _EMPTY[code]
     raise MessageError(f"cannot encode {type(value).__name__} of {getattr(value, 'dtype', '?')}")
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toka_engine.manager.sharing import count_shared_columns
+from toka_engine.manager.arrays import distinct
+from toka_engine.manager.sharing import recount_shared_columns
 from toka_engine.manager.simulation import Arrival, Forecast, Load
 from toka_engine.manager.slots import State
 from toka_engine.manager.starting import start_entry
@@ -51,7 +52,9 @@ class Streams:
     num_pages: Int32s  # [n] columns in use
     num_held: Int32s
     """As num_pages, and for those behind a leader what they will share with it."""
-    remaining: Int32s
+    num_planned: Int32s
+    """Output tokens, when its prefill is done."""
+    limits: Int32s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,12 +101,11 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             break
         if entry.job is not None:
             continue
-        matched, missing = state.tree.match(entry.tokens)
+        pages, missing = state.tree.match(entry.tokens)
         if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
-        pages = np.asarray(matched, np.int32)
-        if matched:
+        if pages.size:
             state.allocator.retain(pages)
             state.tree.touch(pages, tick)
         if missing is not None:
@@ -119,16 +121,21 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
 
 def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate, int]:
     """Return how many streams of which candidates start."""
-    remaining = _predict(state, candidates)
     streams = measure_streams(state)
-    if _have_room_to_the_end(state, candidates, remaining, streams):
-        return {candidate: candidate.num_streams for candidate in candidates}
-    running = measure_running(state, streams)
+    planned, limits = _planned_and_limits(candidates)
+    everyone = {candidate: candidate.num_streams for candidate in candidates}
+    if _have_room_to_the_end(state, candidates, limits - planned, streams, streams.limits - streams.num_planned):
+        return everyone  # whatever was predicted
+    remaining = state.predictor.predict_remaining(planned, limits)
+    streams_remaining = state.predictor.predict_remaining(streams.num_planned, streams.limits)
+    if _have_room_to_the_end(state, candidates, remaining, streams, streams_remaining):
+        return everyone
+    running = measure_running(state, streams, streams_remaining)
     forecast = Forecast(running.load, remaining, state.sizes.page_size)
     num_available = state.allocator.num_available
     chosen: dict[Candidate, int] = {}
-    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
-        arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
+    for candidate, num_steps in zip(candidates, remaining.tolist(), strict=True):
+        arrival, num_new = _arrival(state, candidate, num_steps, running.ends)
         if num_new > num_available:
             break
         num_fitting = forecast.add_fitting(arrival, candidate.num_streams, state.sizes.num_pages)
@@ -138,7 +145,7 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         num_available -= num_new
         if num_fitting < candidate.num_streams:
             break
-        running.ends[candidate.matched] = np.maximum(running.ends[candidate.matched], each_remaining)
+        running.ends[candidate.matched] = np.maximum(running.ends[candidate.matched], num_steps)
     if chosen:
         return chosen
     if not (state.num_running or state.retiring or state.held_pages):
@@ -155,12 +162,14 @@ def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_
     candidates = _collect(state, window, tick, budget, num_free)
     if not candidates:
         return {}
-    remaining = _predict(state, candidates)
-    running = measure_running(state, measure_streams(state))
+    remaining = state.predictor.predict_remaining(*_planned_and_limits(candidates))
+    streams = measure_streams(state)
+    streams_remaining = state.predictor.predict_remaining(streams.num_planned, streams.limits)
+    running = measure_running(state, streams, streams_remaining)
     forecast = Forecast(running.load, remaining, state.sizes.page_size)
     chosen: dict[Candidate, int] = {}
-    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
-        arrival, num_new = _arrival(state, candidate, each_remaining, running.ends)
+    for candidate, num_steps in zip(candidates, remaining.tolist(), strict=True):
+        arrival, num_new = _arrival(state, candidate, num_steps, running.ends)
         if num_new > state.allocator.num_available:
             continue
         if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
@@ -177,11 +186,11 @@ def _release_others(state: ManagerState, candidates: list[Candidate], chosen: di
             state.allocator.release(candidate.matched)
 
 
-def _predict(state: ManagerState, candidates: list[Candidate]) -> Int32s:
-    """Return the predicted steps of each candidate after its prefill, which plans the first token."""
+def _planned_and_limits(candidates: list[Candidate]) -> tuple[Int32s, Int32s]:
+    """Return the output tokens of each candidate after its prefill, which plans the first one, and its limit."""
     planned = np.asarray([candidate.entry.num_kept + 1 for candidate in candidates], np.int32)
     limits = np.asarray([candidate.entry.request.max_tokens for candidate in candidates], np.int32)
-    return state.predictor.predict_remaining(planned, limits)
+    return planned, limits
 
 
 def _arrival(state: ManagerState, candidate: Candidate, remaining: int, ends: Int32s) -> tuple[Arrival, int]:
@@ -206,30 +215,36 @@ def measure_streams(state: ManagerState) -> Streams:
         np.where(is_prefill, target, slots.lengths[rows]),
         num_pages,
         np.where(is_reserved, target // page_size, num_pages),
-        state.predictor.predict_remaining(slots.num_planned[rows] + is_prefill, slots.limits[rows]),
+        slots.num_planned[rows] + is_prefill,
+        slots.limits[rows],
     )
 
 
 def _have_room_to_the_end(
-    state: ManagerState, candidates: list[Candidate], remaining: Int32s, streams: Streams
+    state: ManagerState, candidates: list[Candidate], remaining: Int32s, streams: Streams, streams_remaining: Int32s
 ) -> bool:
-    """Whether all would fit even if nobody gave anything back before all have their last page."""
+    """Whether all would fit even if nobody gave anything back before all have their last page.
+
+    Candidates have `remaining` steps to go, `streams` have `streams_remaining`.
+    """
     page_size = state.sizes.page_size
-    growth = -(-(streams.lengths + streams.remaining) // page_size) - streams.num_held
+    growth = -(-(streams.lengths + streams_remaining) // page_size) - streams.num_held
     total = state.allocator.num_used + int(growth.sum())
-    for candidate, each_remaining in zip(candidates, remaining.tolist(), strict=True):
+    for candidate, num_steps in zip(candidates, remaining.tolist(), strict=True):
         length = candidate.entry.tokens.size
-        last = -(-(length + each_remaining) // page_size)
+        last = -(-(length + num_steps) // page_size)
         total += last - candidate.matched.size
-        if each_remaining:
+        if num_steps:
             total += (candidate.num_streams - 1) * (last - length // page_size)
     return total <= state.sizes.num_pages
 
 
-def measure_running(state: ManagerState, streams: Streams) -> Running:
-    """What `streams` hold, with what they share counted once."""
-    rows, num_pages, remaining = streams.rows, streams.num_pages, streams.remaining
-    num_shared = count_shared_columns(state.slots.table, rows, num_pages, state.allocator.refs)
+def measure_running(state: ManagerState, streams: Streams, remaining: Int32s) -> Running:
+    """What `streams` hold, with what they share counted once, if each has `remaining` steps to go."""
+    rows, num_pages = streams.rows, streams.num_pages
+    slots = state.slots
+    num_shared = recount_shared_columns(slots.table, rows, num_pages, state.allocator.refs, slots.num_shared[rows])
+    slots.num_shared[rows] = num_shared
     ends = _find_shared_ends(state, rows, num_shared, remaining)
     load = Load(streams.lengths, streams.num_held, num_pages - num_shared, remaining, ends[ends >= 0])
     return Running(load, ends)
@@ -237,14 +252,17 @@ def measure_running(state: ManagerState, streams: Streams) -> Running:
 
 def _find_shared_ends(state: ManagerState, rows: Int32s, num_shared: Int32s, remaining: Int32s) -> Int32s:
     """Return for each page that several streams hold when the last of them ends; -1 for all other pages."""
-    ends = np.full(state.sizes.num_pages, -1, np.int32)
-    has_shared = np.flatnonzero(num_shared)
+    ends, last_ends = np.full((2, state.sizes.num_pages), -1, np.int32)
+    places = np.flatnonzero(num_shared)
     # Those that share their deepest shared page share all before it: one of each such set stands for the
     # others.
-    by_end = has_shared[np.argsort(remaining[has_shared], kind="stable")]
     table = state.slots.table
-    deepest = table[rows[by_end], num_shared[by_end] - 1]
-    _, last = np.unique(deepest[::-1], return_index=True)
-    for place in by_end[np.sort(by_end.size - 1 - last)].tolist():  # later ends overwrite earlier ones
-        ends[table[rows[place], : num_shared[place]]] = remaining[place]
+    deepest = table[rows[places], num_shared[places] - 1]
+    np.maximum.at(last_ends, deepest, remaining[places])
+    members = np.zeros(state.sizes.num_pages, np.intp)
+    members[deepest] = places
+    sets = distinct(deepest)
+    sets = sets[np.argsort(last_ends[sets])]
+    for place, end in zip(members[sets].tolist(), last_ends[sets].tolist(), strict=True):
+        ends[table[rows[place], : num_shared[place]]] = end  # later ends overwrite earlier ones
     return ends

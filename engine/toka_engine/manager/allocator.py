@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from toka_engine.manager.arrays import distinct
 from toka_engine.messages import Int32s
+
+_ONE = np.int32(1)
+"""Of the counts' own type: numpy subtracts any other one by one."""
 
 
 class Allocator:
@@ -51,9 +55,8 @@ class Allocator:
         """Drop one reference per entry of `pages`; entries may repeat."""
         if pages.size == 0:
             return
-        distinct, counts = np.unique(pages, return_counts=True)
-        self.refs[distinct] -= counts.astype(np.int32)
-        unheld = distinct[self.refs[distinct] == 0]
+        np.subtract.at(self.refs, pages, _ONE)
+        unheld = distinct(pages[self.refs[pages] == 0])
         cached = self.is_cached[unheld]
         self.num_cached_only += int(np.count_nonzero(cached))
         self._push(unheld[~cached])

@@ -1,9 +1,9 @@
 """The decode rows of a step in order, and the groups of them that share a prefix (Hydragen).
 
-Rows keep their place from step to step; one that comes late reads its own pages. Groups are recomputed when
-the reads that late rows and dissolved groups have missed since the last time outweigh the search, so that the
-search never costs more than what waiting did. A group is used where the KV reads that it saves outweigh what it
-costs; groups nest where that pays too. Pure.
+Rows keep their order from step to step. One that comes late joins the groups whose pages it holds; where it shares
+more than they do, it reads that alone. Groups are recomputed when the reads that late rows and dissolved groups have
+missed since the last time outweigh the search, so that the search never costs more than what waiting did. A group is
+used where the KV reads that it saves outweigh what it costs; groups nest where that pays too. Pure.
 
 Source: Juravsky et al., Hydragen: High-Throughput LLM Inference with Shared Prefixes (2024).
 """
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.config import EngineConfig
+from toka_engine.manager.arrays import find_run_starts
 from toka_engine.manager.sharing import count_common_columns, count_shared_columns
 from toka_engine.manager.slots import Slots, State
 from toka_engine.messages import Int32s
@@ -117,20 +118,21 @@ class DecodeRows:
         """Some rows' streams no longer decode."""
         self._missed_per_step = 0
         """Tokens of KV read in each step because rows that came or lost their group since the last search have
-        none."""
+        none for them."""
         self._num_missed = 0
         """The same, summed over the steps since the last search."""
 
     def add(self, added: Int32s, slots: Slots, refs: Int32s) -> None:
-        """Append rows; they get into groups at the next `refresh` if their pages have enough holders."""
+        """Take in rows: where their pages have enough holders, into the groups that read those already."""
+        if self._is_enabled:
+            is_deep = slots.num_pages[added] >= self.policy.min_columns
+            is_deep[is_deep] = refs[slots.table[added[is_deep], self.policy.min_columns - 1]] >= self.policy.min_rows
+            if is_deep.any():
+                deep = added[is_deep]
+                num_joined = self._join(deep, slots)
+                self._missed_per_step += self._count_missed(deep, num_joined, slots, refs) * self.policy.page_size
+                added = np.concatenate((deep[num_joined == 0], added[~is_deep]))
         self.slots = np.concatenate((self.slots, added))
-        if not self._is_enabled:
-            return
-        deep = added[slots.num_pages[added] >= self.policy.min_columns]
-        deep = deep[refs[slots.table[deep, self.policy.min_columns - 1]] >= self.policy.min_rows]
-        if deep.size:
-            num_columns = count_shared_columns(slots.table, deep, self._count_full(slots, deep), refs)
-            self._missed_per_step += int(num_columns.sum()) * self.policy.page_size
 
     def refresh(self, slots: Slots, refs: Int32s) -> None:
         """Drop the rows that no longer decode, and regroup if that is due. Once per step."""
@@ -144,6 +146,41 @@ class DecodeRows:
             self._missed_per_step = self._num_missed = 0
             num_shared = count_shared_columns(slots.table, self.slots, self._count_full(slots, self.slots), refs)
             self.slots, self.groups = find_groups(slots.table, self.slots, num_shared, self.policy)
+
+    def _join(self, added: Int32s, slots: Slots) -> Int32s:
+        """Put each of `added` behind the rows of the innermost group whose pages it holds; return how many columns
+        its groups read, 0 for a row that has none and is not taken in."""
+        groups = self.groups
+        ends = groups.first_columns + groups.num_columns
+        last_pages = slots.table[self.slots[groups.first_rows], ends - 1]
+        # Who holds the last page of a group holds those before it: its other groups are those around that one.
+        is_member = slots.table[added[:, None], ends - 1] == last_pages
+        is_member &= slots.num_pages[added, None] >= ends
+        if not is_member.any():
+            return np.zeros(added.size, np.int32)
+        depths = np.where(is_member, ends, 0)
+        innermost = depths.argmax(axis=1)
+        num_columns: Int32s = depths.max(axis=1)
+        joining = np.flatnonzero(num_columns)
+        places = (groups.first_rows + groups.num_rows)[innermost[joining]]
+        if joining.size > 1:  # where several groups end at one row, the inner one's members come first
+            order = np.lexsort((-num_columns[joining], places))
+            joining, places = joining[order], places[order]
+        self.slots = _inserted(self.slots, places, added[joining])
+        first_rows = groups.first_rows + np.searchsorted(places, groups.first_rows, side="right").astype(np.int32)
+        num_rows = groups.num_rows + is_member.sum(axis=0, dtype=np.int32)
+        self.groups = Groups(first_rows, num_rows, groups.first_columns, groups.num_columns)
+        return num_columns
+
+    def _count_missed(self, added: Int32s, num_joined: Int32s, slots: Slots, refs: Int32s) -> int:
+        """Return how many pages that `added` share with others no group reads for them."""
+        full = self._count_full(slots, added)
+        rows = np.flatnonzero(num_joined < full)
+        rows = rows[refs[slots.table[added[rows], num_joined[rows]]] > 1]
+        if rows.size == 0:
+            return 0
+        shared = count_shared_columns(slots.table, added[rows], full[rows], refs)
+        return int((shared - num_joined[rows]).sum())
 
     def _count_full(self, slots: Slots, rows: Int32s) -> Int32s:
         full: Int32s = np.minimum(slots.lengths[rows] // self.policy.page_size, slots.num_pages[rows])
@@ -197,7 +234,7 @@ class _SetTree:
         deepest = table[rows, depths - 1]
         by_page = np.argsort(deepest, kind="stable")
         self._rows, deepest = rows[by_page], deepest[by_page]
-        self._starts = _run_starts(deepest)
+        self._starts = find_run_starts(deepest)
         self.sizes = np.diff(np.append(self._starts, self._rows.size))
         self._first = self._rows[self._starts]
         self._depths = depths[by_page][self._starts]
@@ -210,7 +247,7 @@ class _SetTree:
         sets = sets[is_open]
         pages = self._table[self._first[sets], column]
         by_page = np.argsort(pages, kind="stable")
-        sets, starts = sets[by_page], _run_starts(pages[by_page])
+        sets, starts = sets[by_page], find_run_starts(pages[by_page])
         if sets.size == 0:
             return [], loose
         num_rows = np.add.reduceat(self.sizes[sets], starts)
@@ -242,11 +279,14 @@ class _SetTree:
         return Node([*inside, *rest], num_rows, column, common, children)
 
 
-def _run_starts(values: Int32s) -> NDArray[np.intp]:
-    """Return where runs of equal values begin."""
-    is_start = np.ones(values.size, np.bool_)
-    is_start[1:] = values[1:] != values[:-1]
-    return np.flatnonzero(is_start)
+def _inserted(rows: Int32s, places: NDArray[np.int32], added: Int32s) -> Int32s:
+    """Return `rows` with added[i] before what is at places[i], which rise."""
+    whole = np.empty(rows.size + added.size, np.int32)
+    is_old = np.ones(whole.size, np.bool_)
+    targets = places + np.arange(added.size)
+    is_old[targets] = False
+    whole[targets], whole[is_old] = added, rows
+    return whole
 
 
 def _choose(node: Node, policy: GroupPolicy) -> tuple[int, int]:

@@ -78,9 +78,12 @@ def _store(state: ManagerState, live: Int32s, ids: Int32s, logprobs: Floats, fai
 
 def _find_stops(state: ManagerState, live: Int32s, ids: Int32s) -> NDArray[np.bool_]:
     slots = state.slots
-    stopped: NDArray[np.bool_] = (slots.stop_ids[live] == ids[:, None]).any(axis=1)
-    if slots.has_more_stops[live].any():
-        for row in np.flatnonzero(slots.has_more_stops[live]).tolist():
+    stopped = np.zeros(live.size, np.bool_)
+    for place in slots.stop_ids[: slots.num_stop_places]:
+        stopped |= place[live] == ids
+    has_more = slots.has_more_stops[live]
+    if has_more.any():
+        for row in np.flatnonzero(has_more).tolist():
             stream = slots.streams[live[row]]
             assert stream is not None
             stopped[row] = int(ids[row]) in stream.request.stop_ids

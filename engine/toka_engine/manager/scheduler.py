@@ -47,17 +47,19 @@ def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups
     active, groups = rows.slots, rows.groups
     if active.size == 0:
         return EMPTY32, NO_GROUPS, False
-    needs = slots.lengths[active] >= slots.num_pages[active] * state.sizes.page_size
+    lengths = slots.lengths[active]
+    needs = lengths >= slots.num_pages[active] * state.sizes.page_size
     num_needed = int(np.count_nonzero(needs))
     is_short = num_needed > state.allocator.num_available
     if is_short:
         is_kept = _cope_with_shortage(state)
         active, groups = rows.slots[is_kept], rows.groups.keep(is_kept)
-        needs = slots.lengths[active] >= slots.num_pages[active] * state.sizes.page_size
+        lengths = slots.lengths[active]
+        needs = lengths >= slots.num_pages[active] * state.sizes.page_size
         num_needed = int(np.count_nonzero(needs))
     if num_needed:
         _append_pages(state, step, active[needs])
-    slots.lengths[active] += 1
+    slots.lengths[active] = lengths + 1
     num_planned = slots.num_planned[active] + 1
     slots.num_planned[active] = num_planned
     slots.last_steps[active] = step.number
@@ -189,7 +191,7 @@ def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
             _schedule_copies(state, step, job, siblings, num_full)
         step.new_slots.extend(job.siblings)
         step.new_lengths.extend([0] * len(job.siblings))
-    members = siblings if not job.is_leader_wanted else np.append(np.int32(job.slot), siblings).astype(np.int32)
+    members = np.asarray([job.slot, *job.siblings] if job.is_leader_wanted else job.siblings, np.int32)
     step.fanout_slots.append(members)
     step.fanout_chunks.append(np.full(members.size, len(step.chunk_slots) - 1, np.int32))
     slots.lengths[members] = length

@@ -38,6 +38,19 @@ def count_shared_columns(table: NDArray[np.int32], rows: Int32s, num_columns: In
     return shared
 
 
+def recount_shared_columns(
+    table: NDArray[np.int32], rows: Int32s, num_columns: Int32s, refs: Int32s, guesses: Int32s
+) -> Int32s:
+    """As `count_shared_columns`, for rows most of which still share `guesses[i]` columns: two looks at each tell."""
+    shared = np.minimum(guesses, num_columns)
+    is_right = (shared == 0) | (refs[table[rows, np.maximum(shared, 1) - 1]] > 1)
+    is_right &= (shared == num_columns) | (refs[table[rows, np.minimum(shared, table.shape[1] - 1)]] <= 1)
+    wrong = np.flatnonzero(~is_right)
+    if wrong.size:
+        shared[wrong] = count_shared_columns(table, rows[wrong], num_columns[wrong], refs)
+    return shared
+
+
 def count_common_columns(table: NDArray[np.int32], rows: Int32s, first: int, most: int) -> int:
     """Return the largest `end` <= most such that all `rows` hold the same pages up to it; `first` < end is
     known."""

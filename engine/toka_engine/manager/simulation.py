@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from toka_engine.manager.arrays import distinct
 from toka_engine.messages import Int32s, Int64s
 
 
@@ -49,7 +50,7 @@ class Forecast:
         """
         self._page_size = page_size
         zero = np.zeros(1, np.int32)
-        self.times = np.unique(np.concatenate((load.remaining, load.shared_ends, more_ends, zero)))
+        self.times = distinct(np.concatenate((load.remaining, load.shared_ends, more_ends, zero)))
         num_times = self.times.size
         ends = np.searchsorted(self.times, load.remaining)
         whole, rest = np.divmod(load.lengths, page_size)
@@ -71,29 +72,24 @@ class Forecast:
     def add_fitting(self, arrival: Arrival, num_streams: int, num_pages: int) -> int:
         """Add as many of `num_streams` streams of `arrival` as fit into `num_pages` at all times; return how
         many."""
-        first, other = self._curves(arrival)
-        room = num_pages - self.usage - first
-        if int(room.min()) < 0:
-            return 0
-        if num_streams > 1:
-            growing = other > 0
-            if growing.any():
-                num_streams = min(num_streams, 1 + int((room[growing] // other[growing]).min()))
-            first = first + (num_streams - 1) * other
-        self.usage = self.usage + first
-        return num_streams
-
-    def _curves(self, arrival: Arrival) -> tuple[Int64s, Int64s]:
-        """Return what the first stream and each further one adds at each time."""
-        is_alive = self.times <= arrival.remaining
-        total = -(-(arrival.length + self.times) // self._page_size)
-        grows = is_alive & (arrival.remaining > 0)  # one that ends with its first token takes no page for it
-        other = np.where(grows, total - arrival.length // self._page_size, 0)
-        first = np.where(is_alive, total - -(-arrival.length // self._page_size) + arrival.num_new, 0)
+        num_alive = int(np.searchsorted(self.times, arrival.remaining, side="right"))
+        times, usage = self.times[:num_alive], self.usage[:num_alive]
+        total = -(-(arrival.length + times) // self._page_size)
+        first = total + (arrival.num_new - -(-arrival.length // self._page_size))
         if arrival.held_ends.size:  # held on after their present holders' ends
-            held = np.sort(arrival.held_ends)
-            first = first + np.where(is_alive, np.searchsorted(held, self.times, side="left"), 0)
-        return first, other
+            first += np.searchsorted(np.sort(arrival.held_ends), times, side="left")
+        room = num_pages - usage - first
+        if int(room.min()) < 0 or (self.usage[num_alive:] > num_pages).any():
+            return 0
+        # A stream that ends with its first token takes no page for it.
+        if num_streams > 1 and arrival.remaining > 0:
+            other = total - arrival.length // self._page_size
+            is_growing = other > 0
+            if is_growing.any():
+                num_streams = min(num_streams, 1 + int((room[is_growing] // other[is_growing]).min()))
+            first += (num_streams - 1) * other
+        usage += first
+        return num_streams
 
 
 def _alive(at_end: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Int64s:

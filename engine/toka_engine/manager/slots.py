@@ -15,7 +15,7 @@ from toka_engine.manager.streams import Stream
 from toka_engine.messages import Int32s
 
 STOP_WIDTH = 8
-"""Stop tokens per slot that are compared in one vectorised pass; streams with more pay for a look-up of their
+"""Stop tokens per slot that are compared in vectorised passes; streams with more pay for a look-up of their
 own."""
 NO_STOP = -2
 """Fills unused places of `stop_ids`; -1 is the workers' mark of a failed row."""
@@ -57,12 +57,14 @@ class Slots:
         self.stream_ids = np.zeros(num_slots, np.int64)
         self.delivers_each = np.zeros(num_slots, np.bool_)
         self.num_logprobs = np.zeros(num_slots, np.int32)
-        self.stop_ids = np.full((num_slots, STOP_WIDTH), NO_STOP, np.int32)
+        self.stop_ids = np.full((STOP_WIDTH, num_slots), NO_STOP, np.int32)  # by place: one contiguous pass for each
+        self.num_stop_places = 0  # the most that any stream so far has used of them
         self.has_more_stops = np.zeros(num_slots, np.bool_)
         self.last_tokens = np.zeros(num_slots, np.int32)  # newest received: its page may not exist yet
         self.last_logprobs = np.zeros(num_slots, np.float32)
         self.keeps_output = np.zeros(num_slots, np.bool_)  # its output pages enter the prefix tree at the end
         self.num_in_tree = np.zeros(num_slots, np.int32)  # leading columns known to be in the prefix tree
+        self.num_shared = np.zeros(num_slots, np.int32)  # leading columns with several holders when last counted
         self.streams: list[Stream | None] = [None] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
 

@@ -31,7 +31,7 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     slots.states[leader] = State.PREFILL
     slots.table[leader, :num_columns] = pages
     slots.num_pages[leader] = num_columns
-    slots.num_in_tree[leader] = num_matched
+    slots.num_in_tree[leader] = slots.num_shared[leader] = num_matched
     slots.lengths[leader] = num_matched * page_size
     rest = entry if entry.choices else None
     job = Job(entry.request, leader, tokens, num_matched * page_size, members[1:], rest)
@@ -70,8 +70,10 @@ def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     slots.last_steps[slot] = state.completed_step
     stops = list(request.stop_ids)
     slots.has_more_stops[slot] = len(stops) > STOP_WIDTH
-    slots.stop_ids[slot] = NO_STOP
-    slots.stop_ids[slot, : min(len(stops), STOP_WIDTH)] = stops[:STOP_WIDTH]
+    num_places = min(len(stops), STOP_WIDTH)
+    slots.num_stop_places = max(slots.num_stop_places, num_places)
+    slots.stop_ids[:, slot] = NO_STOP
+    slots.stop_ids[:num_places, slot] = stops[:num_places]
     state.where[stream.id] = slot
     return slot
 

@@ -287,6 +287,7 @@ class Harness:
         self.worker = SimulatedWorker(self.sizes, self.model)
         self.sent: deque[Step] = deque()
         self.writes: deque[set[tuple[int, int]]] = deque()  # per step in flight: (page, slot)
+        self.copied: deque[set[int]] = deque()  # per step in flight: pages that it copies
         self.results: dict[int, Result] = {}
         self.submits: dict[int, tuple[Submit, int]] = {}
         self.refused: set[int] = set()
@@ -326,10 +327,10 @@ class Harness:
         self.cancelled.update(stream for stream in streams if self.results[stream].reason is None)
         self.manager.handle(Cancel(np.asarray(streams, np.int64)))
 
-    def plan(self) -> int:
-        """Send every step that the manager can plan now; return how many."""
+    def plan(self, most: int | None = None) -> int:
+        """Send every step that the manager can plan now, or `most` of them; return how many."""
         count = 0
-        while step := self.manager.plan():
+        while count != most and (step := self.manager.plan()):
             self._check_sent(step)
             self.sent.append(step)
             count += 1
@@ -340,6 +341,7 @@ class Harness:
         """Run the oldest step that was sent and hand its tokens to the manager."""
         step = self.sent.popleft()
         self.writes.popleft()
+        self.copied.popleft()
         for deltas in self.manager.receive(self.worker.run(step)):
             self._take(deltas)
         self.num_steps += 1
@@ -387,11 +389,16 @@ class Harness:
         """What the worker cannot know: who owns what at the time of planning."""
         state = self.manager.state
         in_flight_slots = {
-            slot for sent in self.sent for slot in [*sent.decode_slots.tolist(), *sent.prefill_slots.tolist()]
+            slot
+            for sent in self.sent
+            for named in (sent.decode_slots, sent.prefill_slots, sent.fanout_slots)
+            for slot in named.tolist()
         }
         assert not in_flight_slots & set(step.new_slots.tolist()), "a slot is reused while a step still names it"
         given = set(step.append_pages.tolist())
         assert not given & set(step.copy_from.tolist()), "a page is given away before it is copied"
+        assert not given & set().union(*self.copied), "a step on its way still copies this page"
+        self.copied.append(set(step.copy_from.tolist()))
         written = set()
         table, size = state.slots.table, self.sizes.page_size
         for slot in step.decode_slots.tolist():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from toka_engine.config import EngineConfig
@@ -97,14 +99,33 @@ def test_pages_entered_before_their_step_would_be_read_before_they_are_written(m
         same_prompts(Harness(small_sizes(max_tokens_per_forward=12)))
 
 
-def lose_the_owner(harness: Harness) -> None:
-    """The owner of a prompt is cancelled while another reads its pages and a third wants pages."""
+def cancel(harness: Harness, stream: int) -> None:
+    harness.cancel(stream)
+
+
+def preempt(harness: Harness, stream: int) -> None:
+    """As the shortage of pages does to the newest."""
+    state = harness.manager.state
+    slot = state.where[stream]
+    assert isinstance(slot, int)
+    state.slots.orders[slot] = 1 << 60
+    assert lifecycle.preempt_newest(state) is not None
+    assert not isinstance(state.where[stream], int)
+
+
+Lose = Callable[[Harness, int], None]
+
+
+def lose_the_owner(harness: Harness, lose: Lose) -> None:
+    """The owner of a prompt leaves while another reads its pages and others want pages."""
     (owner,) = harness.submit(list(range(20)), max_tokens=30)
     harness.plan()
     harness.return_one()
-    harness.submit([*range(20), 7, 8], max_tokens=30, deliver_each=True)
+    (reader,) = harness.submit([*range(20), 7, 8], max_tokens=30, deliver_each=True)
     harness.plan()
-    harness.cancel(owner)
+    state = harness.manager.state
+    assert state.allocator.refs[state.slots.table[state.where[reader], :5]].tolist() == [2] * 5
+    lose(harness, owner)
     for first in range(3):
         harness.submit(list(range(first + 5, first + 25)), max_tokens=20)
     harness.run()
@@ -112,17 +133,19 @@ def lose_the_owner(harness: Harness) -> None:
     harness.check_nothing_held()
 
 
-def test_pages_of_a_cancelled_owner_stay_for_those_who_matched_them() -> None:
-    lose_the_owner(Harness(small_sizes(num_pages=18)))
+@pytest.mark.parametrize("lose", [cancel, preempt])
+def test_pages_of_an_owner_that_left_stay_for_those_who_matched_them(lose: Lose) -> None:
+    lose_the_owner(Harness(small_sizes(num_pages=24)), lose)
 
 
-def test_without_references_the_matched_pages_would_be_lost(monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("lose", [cancel, preempt])
+def test_without_references_the_matched_pages_would_be_lost(monkeypatch: Patch, lose: Lose) -> None:
     def without_guard(self: Allocator, pages: np.ndarray, times: int = 1) -> None:  # type: ignore[type-arg]
         self.refs[pages] = np.maximum(self.refs[pages], 1)
 
     monkeypatch.setattr(Allocator, "retain", without_guard)
     with pytest.raises(AssertionError):
-        lose_the_owner(Harness(small_sizes(num_pages=18)))
+        lose_the_owner(Harness(small_sizes(num_pages=24)), lose)
 
 
 def lose_the_leader(harness: Harness) -> None:
@@ -183,6 +206,149 @@ def test_a_late_cancel_ends_delivery_at_once_and_frees_everything_within_two_ste
     harness.return_one()
     harness.check_nothing_held()
     harness.check_results()
+
+
+def leave_with_tokens_on_their_way(harness: Harness) -> None:
+    """A stream is cancelled while steps on their way fill a page whose tokens the manager will never learn; another
+    asks for what that page seems to hold."""
+    (stream,) = harness.submit([1, 2, 3, 4, 5], max_tokens=30, deliver_each=True)
+    while not harness.results[stream].tokens:
+        harness.plan()
+        harness.return_one()
+    harness.plan()
+    assert len(harness.sent) == 3  # they write the rest of the second page
+    state = harness.manager.state
+    page = state.slots.table[state.where[stream], 1]
+    seeming = state.page_tokens[page].tolist()
+    harness.cancel(stream)
+    while harness.sent:
+        harness.return_one()
+    assert harness.worker.writers[page, 3, 0] > 0
+    harness.submit([1, 2, 3, 4, *seeming, 6], max_tokens=10)
+    harness.run()
+    harness.check_results()
+    harness.check_nothing_held()
+    assert seeming != [5, *reference(harness.model, harness.submits[stream][0], 0).tokens[:3]]
+
+
+def test_a_page_that_a_queued_step_filled_for_a_stream_that_left_is_not_found_again() -> None:
+    leave_with_tokens_on_their_way(three_ahead())
+
+
+def test_without_counting_what_came_back_that_page_would_be_found_by_what_it_held_before(monkeypatch: Patch) -> None:
+    release = lifecycle._release_slots
+
+    def without_guard(state: ManagerState, released: np.ndarray) -> None:  # type: ignore[type-arg]
+        slots = state.slots
+        slots.num_received[released] = slots.lengths[released] - slots.prompt_lengths[released]
+        release(state, released)
+
+    monkeypatch.setattr(lifecycle, "_release_slots", without_guard)
+    with pytest.raises(AssertionError):
+        leave_with_tokens_on_their_way(three_ahead())
+
+
+def leave_in_mid_prefill(harness: Harness) -> None:
+    """A stream is cancelled while a chunk of its prompt is on its way, and another waits for its slot."""
+    (stream,) = harness.submit(list(range(60)), max_tokens=5)
+    harness.plan()
+    assert harness.manager.state.jobs
+    harness.cancel(stream)
+    harness.submit([7, 8, 9], max_tokens=5)
+    harness.plan()
+    harness.run()
+    harness.check_results()
+    harness.check_nothing_held()
+
+
+def one_slot() -> Harness:
+    return Harness(small_sizes(num_slots=1, max_running=1, num_pages=20))
+
+
+def test_a_slot_is_kept_until_the_chunk_that_fills_it_is_back() -> None:
+    leave_in_mid_prefill(one_slot())
+
+
+def leave_when_sampled_for(harness: Harness) -> None:
+    """Choices are cancelled while the step that samples their first tokens is on its way."""
+    streams = harness.submit(list(range(18)), n=3, max_tokens=9, seed=2)
+    harness.plan(1)
+    assert harness.sent[-1].fanout_slots.size == 3
+    harness.cancel(*streams)
+    harness.submit([7, 8, 9], n=3, max_tokens=5)
+    harness.plan()
+    harness.run()
+    harness.check_results()
+    harness.check_nothing_held()
+
+
+def three_slots() -> Harness:
+    return Harness(small_sizes(num_slots=3, max_running=3))
+
+
+def test_slots_are_kept_until_the_step_that_samples_for_them_is_back() -> None:
+    leave_when_sampled_for(three_slots())
+
+
+@pytest.mark.parametrize("play", [leave_in_mid_prefill, leave_when_sampled_for])
+def test_without_the_number_of_their_last_step_such_slots_are_reused_too_early(
+    monkeypatch: Patch, play: Callable[[Harness], None]
+) -> None:
+    end = lifecycle.end_slots
+
+    def without_guard(state: ManagerState, ended: np.ndarray) -> None:  # type: ignore[type-arg]
+        state.slots.last_steps[ended] = 0
+        end(state, ended)
+
+    monkeypatch.setattr(lifecycle, "end_slots", without_guard)
+    with pytest.raises(AssertionError, match="still names it"):
+        play(one_slot() if play is leave_in_mid_prefill else three_slots())
+
+
+def test_the_page_of_a_choice_that_left_before_its_copy_is_not_copied_to() -> None:
+    harness = one_ahead()
+    streams = harness.submit(list(range(18)), n=3, max_tokens=9, seed=2)
+    harness.plan()
+    harness.cancel(streams[1])
+    harness.return_one()
+    harness.plan()
+    assert harness.sent[-1].copy_to.size == 1
+    harness.run()
+    harness.check_results()
+    harness.check_nothing_held()
+
+
+def copy_on_its_way(harness: Harness) -> None:
+    """The leader is gone when the step that copies the prompt's last page is sent, and another wants pages."""
+    streams = harness.submit(list(range(18)), n=3, max_tokens=9, seed=2)
+    harness.plan(1)
+    harness.cancel(streams[0])
+    harness.return_one()
+    harness.plan(1)
+    assert harness.sent[-1].copy_from.size == 2
+    harness.submit(list(range(12, 32)), max_tokens=5)
+    assert harness.plan() == 1
+    assert harness.sent[-1].prefill_tokens.size == 20
+    harness.run()
+    harness.check_results()
+    harness.check_nothing_held()
+
+
+def test_the_prompts_last_page_stays_until_its_copy_is_back() -> None:
+    copy_on_its_way(Harness())
+
+
+def test_without_holding_it_the_last_page_would_be_given_away_under_its_copy(monkeypatch: Patch) -> None:
+    emit = scheduler._emit_copies
+
+    def without_guard(state: ManagerState, *arguments: object) -> None:
+        emit(state, *arguments)  # type: ignore[arg-type]
+        while state.held_pages:
+            state.allocator.release(state.held_pages.popleft()[1])
+
+    monkeypatch.setattr(scheduler, "_emit_copies", without_guard)
+    with pytest.raises(AssertionError, match="still copies this page"):
+        copy_on_its_way(Harness())
 
 
 def storm(harness: Harness) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toka_engine.config import EngineConfig
 from toka_engine.manager import hydragen
-from toka_engine.manager.hydragen import GroupPolicy, Groups, find_groups
-from toka_engine.manager.sharing import count_shared_columns
-from toka_engine.messages import Int32s
+from toka_engine.manager.hydragen import DecodeRows, GroupPolicy, Groups, find_groups
+from toka_engine.manager.sharing import count_shared_columns, recount_shared_columns
+from toka_engine.manager.slots import Slots, State
+from toka_engine.messages import Int32s, Step
 
 from tests.unit.manager.simulated import Harness, small_sizes
 
@@ -32,6 +36,11 @@ def tables(families: list[tuple[list[int], int]], num_columns: int = 64) -> tupl
 
 def described(groups: Groups) -> list[tuple[int, int, int]]:
     return list(zip(groups.num_rows.tolist(), groups.first_columns.tolist(), groups.num_columns.tolist(), strict=True))
+
+
+def described_step(step: Step) -> list[tuple[int, int, int]]:
+    groups = Groups(step.group_first_rows, step.group_num_rows, step.group_first_columns, step.group_num_columns)
+    return described(groups)
 
 
 def find(families: list[tuple[list[int], int]]) -> tuple[Int32s, Int32s, Groups]:
@@ -105,7 +114,7 @@ def test_groups_change_no_token() -> None:
     assert outputs[0] == outputs[1]
 
 
-def test_rows_that_come_late_join_once_what_they_miss_outweighs_the_search() -> None:
+def test_rows_that_come_late_join_the_groups_whose_pages_they_hold_without_a_search() -> None:
     harness = Harness(small_sizes(num_pages=200, max_pages_per_seq=64))
     rows = harness.manager.state.rows
     prompt = list(range(20))
@@ -114,19 +123,119 @@ def test_rows_that_come_late_join_once_what_they_miss_outweighs_the_search() -> 
     harness.return_one()
     harness.plan()
     assert harness.sent[-1].group_num_rows.tolist() == [3]
-    # 2 late rows miss 16 shared tokens each in every step: the third step goes over 90.
-    rows.policy = replace(rows.policy, regroup_cost=90)
+    rows.policy = replace(rows.policy, regroup_cost=1 << 40)
     harness.submit([*prompt, 1], n=2, max_tokens=60, seed=2)
-    sizes = []
-    while len(sizes) < 8:
+    while harness.sent[-1].decode_slots.size < 5:
+        harness.return_one()
+        harness.plan()
+    assert harness.sent[-1].group_num_rows.tolist() == [5]
+    harness.run()
+    harness.check_results()
+
+
+def test_what_late_rows_share_beyond_their_groups_is_searched_for_once_it_outweighs_the_search() -> None:
+    harness = Harness(small_sizes(num_pages=200, max_pages_per_seq=64))
+    rows = harness.manager.state.rows
+    prompt = list(range(20))
+    harness.submit(prompt, n=3, max_tokens=60, seed=1)
+    harness.plan()
+    harness.return_one()
+    harness.plan()
+    # 2 late rows share 7 pages and join a group of 5: they miss 8 tokens each in every step, so the third goes
+    # over 40.
+    rows.policy = replace(rows.policy, regroup_cost=40)
+    harness.submit([*prompt, *range(8)], n=2, max_tokens=60, seed=2)
+    found = []
+    while len(found) < 5:
         harness.return_one()
         harness.plan()
         step = harness.sent[-1]
         if step.decode_slots.size == 5:
-            sizes.append(int(step.group_num_rows[step.group_first_columns == 0].sum()))
-    assert sizes == [3, 3, 5, 5, 5, 5, 5, 5]
+            found.append(described_step(step))
+    assert found == [[(5, 0, 5)]] * 2 + [[(5, 0, 5), (2, 5, 2)]] * 3
     harness.run()
     harness.check_results()
+
+
+class Family:
+    """Rows as paths through a tree of pages, in a block table that find_groups and DecodeRows read."""
+
+    def __init__(self) -> None:
+        self.slots = Slots(64, 20)
+        self.refs = np.zeros(2000, np.int32)
+        self.pages: dict[tuple[int, ...], int] = {}
+        self.rows = DecodeRows(EngineConfig(), 16)
+        self.rows.policy = GroupPolicy(16, 2, 2, row_cost=0, group_cost=0, regroup_cost=0, regroup_row_cost=0)
+
+    def add(self, paths: list[list[int]]) -> None:
+        added = []
+        for path in paths:
+            slot = self.slots.take()
+            for column in range(len(path)):
+                page = self.pages.setdefault(tuple(path[: column + 1]), len(self.pages))
+                self.slots.table[slot, column] = page
+                self.refs[page] += 1
+            self.slots.num_pages[slot] = len(path)
+            self.slots.table[slot, len(path)] = 0  # left behind by an earlier owner
+            self.slots.lengths[slot] = 16 * len(path)
+            self.slots.states[slot] = State.DECODE
+            added.append(slot)
+        self.rows.add(np.asarray(added, np.int32), self.slots, self.refs)
+
+    def end(self, places: set[int]) -> None:
+        ended = np.asarray([slot for at, slot in enumerate(self.rows.slots.tolist()) if at in places], np.int32)
+        for slot in ended.tolist():
+            self.refs[self.slots.table[slot, : self.slots.num_pages[slot]]] -= 1
+        self.slots.give_back(ended)
+        self.rows.is_stale = True
+
+    def check(self) -> None:
+        """Each group has exactly the rows that hold its pages, side by side; inner ones begin where outer ones
+        end."""
+        groups, order = self.rows.groups, self.rows.slots.tolist()
+        decoding = np.flatnonzero(self.slots.states == State.DECODE).tolist()
+        assert sorted(order) == decoding
+        described = list(zip(groups.first_rows, groups.num_rows, groups.first_columns, groups.num_columns, strict=True))
+        assert described == sorted(described, key=lambda group: (group[2], group[0]))
+        covered = dict.fromkeys(order, 0)
+        for first, count, column, width in described:
+            end = column + width
+            members = order[first : first + count]
+            assert len(members) == count
+            pages = self.slots.table[members[0], :end]
+            for slot in members:
+                assert covered[slot] == column
+                covered[slot] = end
+            holders = [
+                slot
+                for slot in order
+                if self.slots.num_pages[slot] >= end and (self.slots.table[slot, :end] == pages).all()
+            ]
+            assert sorted(holders) == sorted(members)
+
+
+twos = st.lists(st.sampled_from([(0, 0), (1, 1), (2, 2)]), max_size=3)
+path = st.builds(lambda parts, last: [*itertools.chain(*parts), last], twos, st.integers(0, 9))
+paths = st.lists(path, min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(paths, st.lists(st.tuples(paths, st.sets(st.integers(0, 30), max_size=4), st.booleans()), max_size=6))
+def test_whoever_comes_and_goes_each_group_has_the_rows_that_hold_its_pages(
+    first: list[list[int]], later: list[tuple[list[list[int]], set[int], bool]]
+) -> None:
+    family = Family()
+    family.add([*first, *first])
+    family.rows.refresh(family.slots, family.refs)
+    family.check()
+    for added, ended, may_search in later:
+        cost = 0 if may_search else 1 << 40
+        family.rows.policy = replace(family.rows.policy, regroup_cost=cost)
+        family.add(added)
+        family.check()
+        family.end(ended)
+        family.rows.refresh(family.slots, family.refs)
+        family.check()
 
 
 def test_a_group_that_became_too_small_is_dissolved_without_a_search() -> None:
@@ -157,3 +266,6 @@ def test_shared_columns_are_the_leading_pages_with_several_holders(num_rows: int
     rows = rng.permutation(num_rows).astype(np.int32)
     found = count_shared_columns(table, rows, num_columns[rows], refs)
     assert found.tolist() == expected[rows].tolist()
+    for guesses in (expected, rng.integers(0, 70, num_rows), np.where(rng.random(num_rows) < 0.5, expected, 60)):
+        found = recount_shared_columns(table, rows, num_columns[rows], refs, guesses[rows].astype(np.int32))
+        assert found.tolist() == expected[rows].tolist()

@@ -121,7 +121,8 @@ def compare(harness: Harness) -> None:
     """The peak of what the manager measures of itself is that of its block tables, step by step."""
     state = harness.manager.state
     measured = measure_streams(state)
-    running = measure_running(state, measured)
+    remaining = state.predictor.predict_remaining(measured.num_planned, measured.limits)
+    running = measure_running(state, measured, remaining)
     streams = []
     for row, slot in enumerate(measured.rows.tolist()):
         pages = set(state.slots.table[slot, : state.slots.num_pages[slot]].tolist())
@@ -130,7 +131,7 @@ def compare(harness: Harness) -> None:
         if stream.job is not None and slot != stream.job.slot:  # reserved: it will share its leader's full pages
             full = stream.job.tokens.size // harness.sizes.page_size
             pages = set(state.slots.table[stream.job.slot, :full].tolist())
-        streams.append((int(measured.lengths[row]), int(measured.remaining[row]), pages))
+        streams.append((int(measured.lengths[row]), int(remaining[row]), pages))
     peak = Forecast(running.load, np.empty(0, np.int32), harness.sizes.page_size).peak
     assert peak == gold_peak(streams, harness.sizes.page_size)
 
