@@ -1,8 +1,9 @@
 # Three images: `engine`, `operator` and `client` (Python with the openai SDK, for trying the endpoint from a pod).
-#   docker build --target engine .                         the engine; add --build-arg EXTRAS=gpu for CUDA kernels
+#   docker build --target engine .                         the engine; add --build-arg EXTRAS=gpu for GPUs
 #   docker build --target operator .                       the operator, without torch
 # Order of the layers: base, dependencies (5 GB in the engine), model, code: a change of code rebuilds only the last.
 ARG BASE_IMAGE=python:3.12-slim
+ARG EXTRAS=""
 
 # What builds the others: uv, and one requirements file for each extra of pyproject.toml.
 FROM ${BASE_IMAGE} AS uv
@@ -20,7 +21,7 @@ ENV PATH=/opt/toka/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 RUN python3 -m venv --without-pip /opt/toka && mkdir /opt/toka/src
 
 FROM base AS engine-dependencies
-ARG EXTRAS=""
+ARG EXTRAS
 COPY --from=uv /requirements/engine.txt /requirements/gpu.txt /requirements/
 COPY constraints.txt overrides.txt /requirements/
 RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
@@ -32,8 +33,32 @@ FROM engine-dependencies AS engine-model
 COPY engine/toka_engine/model/convert.py /tmp/
 RUN python /tmp/convert.py /opt/toka/models/smollm2
 
+# flashinfer's kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles them. The
+# compiler stays in this stage. Few files on purpose, again: half an hour on two cores.
+FROM engine-dependencies AS engine-kernels
+RUN apt-get update -q && apt-get install -q -y --no-install-recommends g++
+COPY --from=uv /requirements/kernels.txt /requirements/
+RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
+    /uv/bin/uv pip install --quiet --no-cache --no-deps --python /opt/toka/bin/python \
+    --constraint /requirements/constraints.txt -r /requirements/kernels.txt
+COPY engine/toka_engine/errors.py /tmp/build/toka_engine/
+COPY engine/toka_engine/model/memory.py /tmp/build/toka_engine/model/
+COPY engine/toka_engine/model/compiled /tmp/build/toka_engine/model/compiled
+ARG CUDA_ARCHITECTURES="9.0a"
+RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels --architectures ${CUDA_ARCHITECTURES}
+
+# What differs between the engine's two images. Triton compiles its launchers with gcc and Python's headers when the
+# engine starts, which a base may have.
+FROM engine-dependencies AS engine-cpu
+FROM engine-dependencies AS engine-gpu
+RUN apt-get update -q && headers=$(python -c 'import sysconfig; print(sysconfig.get_paths("posix_prefix")["include"])') \
+ && apt-get install -q -y --no-install-recommends gcc libc6-dev $([ -e $headers/Python.h ] || echo libpython3-dev) \
+ && rm -rf /var/lib/apt/lists/*
+COPY --from=engine-kernels /opt/toka/kernels /opt/toka/kernels
+ENV TOKA_KERNELS_DIR=/opt/toka/kernels
+
 # Libraries (kopf, torch) look the user up by name: uid 65532 has an entry.
-FROM engine-dependencies AS engine
+FROM engine-${EXTRAS:-cpu} AS engine
 COPY --from=engine-model /opt/toka/models /opt/toka/models
 ENV TOKA_BUILTIN_DIR=/opt/toka/models
 RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.entry import main\nsys.exit(main())\n' >/opt/toka/bin/toka \

@@ -76,7 +76,8 @@ def format_help() -> str:
         "Serves a language model with an OpenAI-compatible API. Values: T/F for booleans, None, arithmetic",
         "in brackets as kv_cache_num_tokens='(512 * 1024)', lists as a,b.",
         "Environment: TOKA_API_KEY (clients must send it), HF_TOKEN, HF_ENDPOINT and HF_HOME (hub models),",
-        "TOKA_CACHE_DIR (converted models), TOKA_BUILTIN_DIR (models shipped with an image).",
+        "TOKA_CACHE_DIR (converted models), TOKA_BUILTIN_DIR and TOKA_KERNELS_DIR (models and compiled GPU kernels",
+        "shipped with an image).",
         "",
     ]
     return "\n".join(usage) + "\n" + format_keys(EngineConfig)

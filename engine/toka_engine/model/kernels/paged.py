@@ -16,9 +16,9 @@ import torch
 from toka_engine.errors import ModelInvalidError
 from toka_engine.model.attention.base import AttentionShape
 from toka_engine.model.attention.paged_plan import PageLists, QueryBatch
+from toka_engine.model.compiled.modules import HEAD_DIMS, Kind, list_kinds, load_modules
 
 GROUPS_WITHOUT_TENSOR_CORES = frozenset({1, 2, 3, 4, 6, 8, 16})
-HEAD_DIMS = (64, 128, 256)
 NHD, HND = 0, 1
 _FLOAT_WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
@@ -66,23 +66,19 @@ class PagedKernels:
     def __init__(self, shape: AttentionShape, page_size: int, layout: int) -> None:
         if shape.head_dim not in HEAD_DIMS:
             raise ModelInvalidError(f"head_dim={shape.head_dim} is not supported on a GPU ({HEAD_DIMS} are)")
-        from flashinfer.decode import get_batch_decode_module
-        from flashinfer.prefill import get_batch_prefill_module
-
         self._shape, self._page_size, self._layout = shape, page_size, layout
-        dim, dtype = shape.head_dim, shape.dtype
         group = shape.num_heads // shape.num_kv_heads
         self.has_plain_decode = group in GROUPS_WITHOUT_TENSOR_CORES
-        no_position, no_window, no_cap, wide_products = 0, False, False, False
-        types = (dtype, dtype, dtype, torch.int32, dim, dim, no_position, no_window, no_cap)
-        self._decode: Any = get_batch_decode_module(*types) if self.has_plain_decode else None
-        self._fa2: Any = get_batch_prefill_module("fa2", *types, wide_products)
-        is_hopper = torch.cuda.get_device_capability(shape.device)[0] == 9
-        self._fa3: Any = get_batch_prefill_module("fa3", *types, wide_products) if is_hopper else None
+        kinds = list_kinds(torch.cuda.get_device_capability(shape.device)[0])
+        needed = [kind for kind in kinds if self.has_plain_decode or kind is not Kind.DECODE]
+        modules = load_modules(needed, shape.head_dim)
+        self._decode: Any = modules.get(Kind.DECODE)
+        self._fa2: Any = modules[Kind.FA2]
+        self._fa3: Any = modules.get(Kind.FA3)
         self._floats = torch.zeros(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
         self._decode_ints = _Workspace(shape.device, _INT_WORKSPACE_BYTES)
         self._prefill_ints = [_Workspace(shape.device, _INT_WORKSPACE_BYTES) for _ in range(_USUAL_BATCHES)]
-        self._empty = torch.empty(0, dtype=dtype)
+        self._empty = torch.empty(0, dtype=shape.dtype)
 
     def plan_decode(self, pages: PageLists, for_graph: bool) -> Any:
         """Schedule one query row per request. For a graph the schedule's layout depends on the batch size alone."""
