@@ -98,6 +98,19 @@ def test_toka_ping_without_a_server_fails_in_one_line() -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_toka_download_of_the_embedded_model_prints_its_folder() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "toka_engine.scripts.download", "model=builtin://smollm2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "engine")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.removesuffix("\n"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
 def test_an_engine_with_a_key_serves_only_those_who_have_it(model_dir: Path, tmp_path: Path) -> None:
     with EngineProcess(tmp_path, f"model={model_dir}", "device=cpu", env={"TOKA_API_KEY": "k-5"}) as engine:
         engine.wait_ready()

@@ -1,11 +1,16 @@
-"""Limits of cgroups decide how large the cache is and how many threads run."""
+"""What the machine decides: cgroups how large the cache is and how many threads run, the CPU its dtype."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
+import pytest
+import torch
+from toka_engine.config import EngineConfig
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
+from toka_engine.model.sizes import choose_dtype
 
 GIB = 1 << 30
 
@@ -71,3 +76,15 @@ def test_a_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
 def test_a_version_1_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
     write(tmp_path, cpu__cpu_dot_cfs_quota_us="50000\n", cpu__cpu_dot_cfs_period_us="100000\n")
     assert count_threads(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("asked", "given"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_dtype_is_the_one_that_the_user_says(asked: Literal["float32", "bfloat16"], given: torch.dtype) -> None:
+    assert choose_dtype(EngineConfig(dtype=asked), torch.device("cpu")) is given
+
+
+def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_it() -> None:
+    flags = {word for line in Path("/proc/cpuinfo").read_text().splitlines() for word in line.split()}
+    has_it = "avx512f" in flags and bool(flags & {"avx512_bf16", "amx_tile"})
+    expected = torch.bfloat16 if has_it else torch.float32
+    assert choose_dtype(EngineConfig(), torch.device("cpu")) is expected
