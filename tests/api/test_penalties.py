@@ -1,111 +1,164 @@
-"""Penalties through the whole engine: greedy answers in fp32 equal transformers' logits changed by the definition."""
+"""Penalties through the whole engine: greedy answers in fp32 follow transformers' logits, changed by the definition.
+
+The model is a tiny random one of tied embeddings, which likes to repeat itself: a token that counted one step late, or
+not again after preemption, would show at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
-from tokenizers import Tokenizer
+import torch
+from toka_engine.server.tokenization import Tokenizer
 
 from tests.api.conftest import client_of, read_metrics, running_engine
-from tests.api.reference import NUM_TOKENS, PROMPTS, greedy_answers
+from tests.api.test_leaving_early import wait_idle
 from tests.engine_process import EngineProcess
-from tests.model.penalized import PLAIN, Asked
+from tests.model.conftest import TINY
+from tests.model.penalized import CASES, PLAIN, Asked, penalize
 
-ASKED = Asked(presence=0.5, frequency=0.3, repetition=1.1)
-FIELDS = {f"{name}_penalty": value for name, value in asdict(ASKED).items()}
+NUM_TOKENS = 48
+SHARED = list(range(1000, 1040))
+PROMPTS = [[*SHARED, 2000 + index, 2100, 2000 + index] for index in range(8)] + [
+    [3000 + index] * 3 for index in range(4)
+]
+ENDS_SOON = [5]
+"""Its sixth token, where none comes twice, is made the end token; all others ignore it."""
+ASKED_OF_ALL = Asked(presence=0.5, frequency=0.7, repetition=1.3)
+ASKED = [*CASES.values(), *CASES.values()][: len(PROMPTS)]
 
 
-class Expected:
-    """Answers with and without penalties, as the API would write them."""
+class Model:
+    """The folder that the engine serves, and transformers' model of the same weights."""
 
-    def __init__(self, model_dir: Path) -> None:
-        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    def __init__(self, folder: Path, tokenizer_dir: Path) -> None:
+        import transformers
 
-        def texts_of(asked: Asked) -> list[str]:
-            answers = greedy_answers(model_dir, PROMPTS, asked)
-            return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        self.num_changed = 0
+        """Tokens of all answers that would have been others without penalties."""
+        torch.manual_seed(7)
+        changes = {
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.05,
+            "max_position_embeddings": 512,
+        }
+        self._reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, **changes})).float().eval()
+        self.folder, self.tokenizer_dir = folder, tokenizer_dir
+        end = self._generate(ENDS_SOON, Asked(presence=2.0), 6)[-1]
+        self._reference.config.eos_token_id = self._reference.generation_config.eos_token_id = end
+        self._reference.save_pretrained(folder)
+        self._tokenizer = Tokenizer(tokenizer_dir)
 
-        self.penalized, self.plain = texts_of(ASKED), texts_of(PLAIN)
+        self.answers = [self.answer(prompt, asked) for prompt, asked in zip(PROMPTS, ASKED, strict=True)]
+
+    def answer(self, prompt: list[int], asked: Asked) -> list[str]:
+        """The greedy answer, as the labels of its tokens."""
+        ids = self._generate(prompt, asked, NUM_TOKENS)
+        return [self._tokenizer.label_of(token).decode("utf-8", "replace") for token in ids]
+
+    @torch.inference_mode()
+    def _generate(self, prompt: list[int], asked: Asked, num_tokens: int) -> list[int]:
+        ids: list[int] = []
+        for _ in range(num_tokens):
+            logits = self._reference(torch.tensor([prompt + ids])).logits[0, -1]
+            ids.append(int(penalize(logits, prompt, ids, asked).argmax()))
+            self.num_changed += ids[-1] != int(logits.argmax())
+        return ids
 
 
 @pytest.fixture(scope="module")
-def expected(model_dir: Path) -> Expected:
-    return Expected(model_dir)
+def model(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("tied") / "model", model_dir)
 
 
-def complete(client: openai.OpenAI, prompt: str, num_choices: int, fields: dict[str, float]) -> list[str]:
-    """The text of each choice: whole for one, streamed for several."""
-    answer = client.completions.create(
+@contextmanager
+def serving(model: Model, folder: Path, *arguments: str) -> Iterator[EngineProcess]:
+    where = (f"model={model.folder}", f"tokenizer={model.tokenizer_dir}")
+    with running_engine(folder, "dtype=float32", *where, *arguments) as engine:
+        yield engine
+
+
+def complete(client: openai.OpenAI, prompt: list[int], num_choices: int, asked: Asked) -> list[list[str]]:
+    """The labels of each choice's tokens: whole for one choice, streamed for several."""
+    fields = {} if asked == PLAIN else {f"{name}_penalty": value for name, value in asdict(asked).items()}
+    answer: Any = client.completions.create(
         model="m",
         prompt=prompt,
         n=num_choices,
         max_tokens=NUM_TOKENS,
         temperature=0,
+        logprobs=0,
         stream=num_choices > 1,
         extra_body={"ignore_eos": True, **fields},
     )
-    if isinstance(answer, openai.Stream):
-        texts = [""] * num_choices
-        for chunk in answer:
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
-        return texts
-    return [choice.text for choice in answer.choices]
+    tokens: list[list[str]] = [[] for _ in range(num_choices)]
+    for piece in answer if num_choices > 1 else [answer]:
+        for choice in piece.choices:
+            tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    return tokens
 
 
-def check_all_at_once(engine: EngineProcess, expected: Expected, num_choices: list[int]) -> None:
-    """Every prompt with penalties, every fourth without them too, side by side."""
-    plain = range(0, len(PROMPTS), 4)
-    with client_of(engine) as client, ThreadPoolExecutor(len(PROMPTS) + len(plain)) as pool:
-        penalized = [
-            pool.submit(complete, client, prompt, num_choices[index % len(num_choices)], FIELDS)
-            for index, prompt in enumerate(PROMPTS)
-        ]
-        others = [pool.submit(complete, client, PROMPTS[index], 1, {}) for index in plain]
-        for future, text in zip(penalized, expected.penalized, strict=True):
-            assert set(future.result()) == {text}
-        assert [future.result()[0] for future in others] == [expected.plain[index] for index in plain]
+def check_all_at_once(engine: EngineProcess, model: Model, num_choices: list[int]) -> None:
+    with client_of(engine) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        counts = [num_choices[index % len(num_choices)] for index in range(len(PROMPTS))]
+        answers = list(pool.map(lambda *each: complete(client, *each), PROMPTS, counts, ASKED))
+    for choices, expected in zip(answers, model.answers, strict=True):
+        assert all(labels == expected for labels in choices)
 
 
-@pytest.mark.timeout(900)
 def test_penalized_answers_equal_the_definition_with_shared_prefixes_choices_and_streams(
-    engine: EngineProcess, expected: Expected
+    model: Model, tmp_path: Path
 ) -> None:
-    assert sum(a != b for a, b in zip(expected.penalized, expected.plain, strict=True)) > len(PROMPTS) // 2
-    before = read_metrics(engine)
-    check_all_at_once(engine, expected, [1, 3])
-    after = read_metrics(engine)
-    assert after["toka_hydragen_rows_total"] > before.get("toka_hydragen_rows_total", 0.0)
-    assert after["toka_prefix_hit_tokens_total"] > before.get("toka_prefix_hit_tokens_total", 0.0)
+    assert model.num_changed > 200
+    with serving(model, tmp_path) as engine:
+        check_all_at_once(engine, model, [1, 3])
+        before = read_metrics(engine)["toka_prefix_hit_tokens_total"]
+        check_all_at_once(engine, model, [3, 1])
+        assert read_metrics(engine)["toka_prefix_hit_tokens_total"] > before
 
 
-@pytest.mark.timeout(900)
-def test_penalized_answers_that_are_preempted_equal_the_definition(
-    model_dir: Path, expected: Expected, tmp_path: Path
-) -> None:
+def test_penalized_answers_that_are_preempted_equal_the_definition(model: Model, tmp_path: Path) -> None:
     """The cache holds a part of the answers, and what finished before leads to the belief that answers are short."""
-    arguments = ("dtype=float32", "kv_cache_num_tokens=640")
-    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
-    with running_engine(tmp_path, f"model={model_dir}", *arguments) as engine:
+    with serving(model, tmp_path, "kv_cache_num_tokens=448") as engine:
         with client_of(engine) as client:
-            client.chat.completions.create(model="m", messages=question, n=32, max_tokens=500, temperature=0)
-        check_all_at_once(engine, expected, [1])
-        assert read_metrics(engine)["toka_preemptions_total"] > 0
+            short = client.completions.create(
+                model="m", prompt=ENDS_SOON, n=32, max_tokens=NUM_TOKENS, temperature=0, presence_penalty=2.0
+            )
+            assert {choice.finish_reason for choice in short.choices} == {"stop"}
+            before = read_metrics(engine)["toka_preemptions_total"]
+            # Choices of one prompt start at once; there are pages for a part of what they grow to.
+            tokens = complete(client, PROMPTS[0], 24, ASKED_OF_ALL)
+        wait_idle(engine)
+        assert read_metrics(engine)["toka_preemptions_total"] > before
+    expected = model.answer(PROMPTS[0], ASKED_OF_ALL)
+    assert all(labels == expected for labels in tokens)
 
 
-def test_chat_takes_penalties(client: openai.OpenAI) -> None:
-    """A token that is never taken twice: with the largest presence penalty a model that lists numbers soon stops."""
-    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say the word yes thirty times."}]
+def test_chat_takes_penalties(model: Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path) as engine, client_of(engine) as client:
 
-    def ask(presence_penalty: float) -> str:
-        answer = client.chat.completions.create(
-            model="m", messages=question, max_tokens=40, temperature=0, presence_penalty=presence_penalty
-        )
-        return answer.choices[0].message.content or ""
+        def ask(**penalties: float) -> list[str]:
+            answer = client.chat.completions.create(
+                model="m",
+                messages=[{"role": "user", "content": "Hello"}],
+                max_tokens=20,
+                temperature=0,
+                logprobs=True,
+                extra_body={"ignore_eos": True},
+                **penalties,  # type: ignore[arg-type]
+            )
+            logprobs = answer.choices[0].logprobs
+            assert logprobs is not None
+            assert logprobs.content is not None
+            return [entry.token for entry in logprobs.content]
 
-    assert ask(0.0) != ask(2.0)
+        assert len(set(ask())) < 20
+        assert len(set(ask(presence_penalty=2.0, frequency_penalty=2.0))) == 20
