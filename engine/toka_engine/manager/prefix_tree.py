@@ -146,8 +146,9 @@ class PrefixTree:
             content = self._page_tokens[pages[num_known:]].tobytes()
             run, offset = self._root, 0
             if num_known:
-                run = self._by_first[int(self._firsts[pages[num_known - 1]])]
-                offset = num_known - run.depth
+                known = self._by_first.get(int(self._firsts[pages[num_known - 1]]))
+                assert known is not None, "a known page is not in the tree"
+                run, offset = known, num_known - known.depth
         while column < pages.size:
             position = (column - num_known) * self._width
             num_common = self._count_common(run, offset, content, position)
