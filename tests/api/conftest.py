@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from toka_engine.model.builtin import ensure_builtin
 from tokenizers import Tokenizer
 
-from tests.api.reference import PROMPTS, greedy_answers
+from tests.api.reference import PROMPTS, find_model, greedy_answers
 from tests.engine_process import EngineProcess
 
 CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
@@ -21,9 +19,7 @@ CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The folder of the model under test: MODEL, by default the embedded one (converted on first use)."""
-    configured = os.environ.get("MODEL")
-    return Path(configured) if configured else ensure_builtin()
+    return find_model()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """What transformers generates greedily in fp32 from the same folder: the truth of the parity tests.
 
 That takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
-on: weights, prompts, versions. Of several test processes one computes, the others wait for it.
+on: weights, prompts, versions. `python -m tests.api.reference` makes them ahead of the tests, whose time limit would
+count it; otherwise one of several test processes does, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from toka_engine.model.builtin import cache_dir
+from toka_engine.model.builtin import cache_dir, ensure_builtin
 
 NUM_TOKENS = 64
 
@@ -94,3 +96,13 @@ def _generate(model_dir: Path, prompts: Sequence[str]) -> list[list[int]]:
             assert torch.equal(logits.argmax(-1), answer), "two tokens are equally likely: take another prompt"
             answers.append(answer.tolist())
     return answers
+
+
+def find_model() -> Path:
+    """The folder of the model under test: MODEL, by default the embedded one (converted on first use)."""
+    configured = os.environ.get("MODEL")
+    return Path(configured) if configured else ensure_builtin()
+
+
+if __name__ == "__main__":
+    greedy_answers(find_model(), PROMPTS)
