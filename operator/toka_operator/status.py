@@ -173,21 +173,26 @@ def _describe_revisions(spec: TokaDeploymentSpec, observed: Observed, plan: Plan
 
 
 def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Json, now: float) -> Json | None:
-    """How the first ready pod of the current revision came up; it stays as it is for as long as the revision."""
+    """How the first ready pod of the current revision came up; just the revision, if that cannot be told.
+
+    It stays as it is for as long as the revision: a pod that is ready again later did not start then.
+    """
     told: Json | None = previous.get("startup")
     if told is not None and told.get("revision") == spec.revision:
         return told
-    pods = [p for p in observed.pods if p.revision == spec.revision and now < p.ready_since + STARTUP_SEEN_WITHIN_S]
-    for pod in sorted(pods, key=lambda pod: (pod.ready_since, pod.ordinal)):
-        if pod.startup is not None:
-            return {
-                "revision": spec.revision,
-                "pod": pod.name,
-                "scheduleSeconds": pod.startup.schedule_s,
-                "startSeconds": pod.startup.start_s,
-                "loadSeconds": pod.startup.load_s,
-            }
-    return None
+    ready = [p for p in observed.pods if p.revision == spec.revision and p.is_ready and not p.is_terminating]
+    if not ready:
+        return None
+    first = min(ready, key=lambda pod: (pod.ready_since, pod.ordinal))
+    if first.startup is None or now >= first.ready_since + STARTUP_SEEN_WITHIN_S:
+        return {"revision": spec.revision}
+    return {
+        "revision": spec.revision,
+        "pod": first.name,
+        "scheduleSeconds": first.startup.schedule_s,
+        "startSeconds": first.startup.start_s,
+        "loadSeconds": first.startup.load_s,
+    }
 
 
 def _find_last_progress(spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float) -> str:

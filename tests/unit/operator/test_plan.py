@@ -210,14 +210,15 @@ def test_how_the_first_ready_pod_came_up_is_told_and_stays_as_it_was() -> None:
         started_pod("r", ready_at=6),
         started_pod("r", creationTimestamp=None),
         started_pod("r", ready_at=29),
-        pod("r"),
     ],
-    ids=["restarted", "clocks differ", "no time", "ready too long ago to be the first time", "not ready"],
+    ids=["restarted", "clocks differ", "no time", "ready too long ago to be the first time"],
 )
-def test_a_start_that_the_pods_times_do_not_tell_is_left_out(pod: PodView) -> None:
+def test_a_start_that_the_pods_times_do_not_tell_is_never_told(pod: PodView) -> None:
     spec = valid()
-    observed = seen(plan_for(spec), (replace(pod, revision=spec.revision),))
-    assert "startup" not in status_of(spec, observed)
+    status = status_of(spec, seen(plan_for(spec), (replace(pod, revision=spec.revision),)))
+    assert status["startup"] == {"revision": spec.revision}
+    again = seen(plan_for(spec), (started_pod(spec.revision),))
+    assert status_of(spec, again, status)["startup"] == status["startup"], "it is ready again, it does not start"
 
 
 def test_only_counts_of_something_under_way_may_be_told_later() -> None:
