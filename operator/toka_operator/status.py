@@ -127,8 +127,13 @@ def find_patience_s(previous: Json, status: Json) -> float:
         return READINESS_PATIENCE_S if is_well else 0.0
     if before != after or previous.get("observedGeneration") != status["observedGeneration"]:
         return 0.0
-    is_same = all(previous.get(key) == status[key] for key in ("readyReplicas", "availableReplicas"))
-    return COUNTS_PATIENCE_S if is_same else READINESS_PATIENCE_S
+    return COUNTS_PATIENCE_S if _readiness(previous) == _readiness(status) else READINESS_PATIENCE_S
+
+
+def _readiness(status: Json) -> dict[str, tuple[int, int]]:
+    """(ready, available) pods of each revision that has any."""
+    revisions = status.get("revisions", [])
+    return {r["name"]: (r["ready"], r["available"]) for r in revisions if r["ready"]}
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:
