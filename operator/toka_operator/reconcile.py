@@ -7,6 +7,7 @@ remembered here only saves requests, and a new process converges to the same end
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from toka_operator.status import (
     build_status,
     find_deadline_s,
     find_events,
-    tells_only_progress,
+    find_patience_s,
 )
 from toka_operator.store import Key, Store
 
@@ -37,9 +38,6 @@ logger = logging.getLogger("toka.reconcile")
 
 REJECTED_RETRY_S = 15.0
 """A child that the API server refused (a quota, an admission policy) is tried again this often."""
-PROGRESS_SETTLE_S = 1.0
-"""How long a status that tells only of progress waits for more of it: pods come up one after the other, and one
-write for all of them is enough."""
 
 
 @dataclass(slots=True)
@@ -311,16 +309,11 @@ class Reconciler:
 
 def _delay_status(memory: _Memory, previous: Json, status: Json) -> float | None:
     """Seconds until this status is due, which `memory` keeps over passes; None if it is due now, or no news."""
-    if status == previous or not tells_only_progress(previous, status):
-        memory.status_due = None
-        return None
+    patience_s = 0.0 if status == previous else find_patience_s(previous, status)
     now = time.monotonic()
-    if memory.status_due is None:
-        memory.status_due = now + PROGRESS_SETTLE_S
-    if memory.status_due <= now:
-        memory.status_due = None
-        return None
-    return memory.status_due - now
+    due = min(now + patience_s, memory.status_due or math.inf)
+    memory.status_due = due if patience_s and due > now else None
+    return due - now if memory.status_due else None
 
 
 def _merge(a: Json, b: Json) -> Json:

@@ -33,6 +33,10 @@ from toka_operator.spec import TokaDeploymentSpec
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
 """A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
+READINESS_PATIENCE_S = 1.0
+"""How long the readiness of some pods waits for that of the others."""
+COUNTS_PATIENCE_S = 5.0
+"""How long it waits to be told that pods exist, of which none is ready or no longer ready."""
 
 _STARTING = {READY: "False", AVAILABLE: "False", DEGRADED: "False", CONFIG_VALID: "True"}
 """The conditions of a new object with which nothing is wrong."""
@@ -108,19 +112,28 @@ def find_deadline_s(spec: TokaDeploymentSpec, status: Json, now: float) -> float
     return max(0.0, parse_time(status["lastProgressTime"]) + spec.rollout.progress_deadline_s - now) + 0.01
 
 
-def tells_only_progress(previous: Json, status: Json) -> bool:
-    """Whether `status` differs from `previous` just in how far something under way has come: in counts of pods.
+def find_patience_s(previous: Json, status: Json) -> float:
+    """How long a change of the status may wait for the next one, so that a start of many pods is a few writes.
 
-    Such a change may be written a moment later, together with the next one. Never what somebody waits for: another
-    condition or reason, a failure, or that a new spec was seen. Of a new object, that it starts may wait too.
+    Not at all if somebody waits for it: another condition or reason, a failure, or that a new spec was seen. Counts
+    of something under way, and that a new object starts, may wait; longest, what says nothing of readiness.
     """
     before = {c.get("type"): (c.get("status"), c.get("reason")) for c in previous.get("conditions", [])}
     after = {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
     if after.get(PROGRESSING, ("", ""))[0] != "True" or status["failures"] != previous.get("failures", []):
-        return False
+        return 0.0
     if not previous:
-        return all(after[kind][0] == expected for kind, expected in _STARTING.items())
-    return before == after and previous.get("observedGeneration") == status["observedGeneration"]
+        is_well = all(after[kind][0] == expected for kind, expected in _STARTING.items())
+        return READINESS_PATIENCE_S if is_well else 0.0
+    if before != after or previous.get("observedGeneration") != status["observedGeneration"]:
+        return 0.0
+    return COUNTS_PATIENCE_S if _readiness(previous) == _readiness(status) else READINESS_PATIENCE_S
+
+
+def _readiness(status: Json) -> dict[str, tuple[int, int]]:
+    """(ready, available) pods of each revision that has any."""
+    revisions = status.get("revisions", [])
+    return {r["name"]: (r["ready"], r["available"]) for r in revisions if r["ready"]}
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:
@@ -173,21 +186,26 @@ def _describe_revisions(spec: TokaDeploymentSpec, observed: Observed, plan: Plan
 
 
 def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Json, now: float) -> Json | None:
-    """How the first ready pod of the current revision came up; it stays as it is for as long as the revision."""
+    """How the first ready pod of the current revision came up; just the revision, if that cannot be told.
+
+    It stays as it is for as long as the revision: a pod that is ready again later did not start then.
+    """
     told: Json | None = previous.get("startup")
     if told is not None and told.get("revision") == spec.revision:
         return told
-    pods = [p for p in observed.pods if p.revision == spec.revision and now < p.ready_since + STARTUP_SEEN_WITHIN_S]
-    for pod in sorted(pods, key=lambda pod: (pod.ready_since, pod.ordinal)):
-        if pod.startup is not None:
-            return {
-                "revision": spec.revision,
-                "pod": pod.name,
-                "scheduleSeconds": pod.startup.schedule_s,
-                "startSeconds": pod.startup.start_s,
-                "loadSeconds": pod.startup.load_s,
-            }
-    return None
+    ready = [p for p in observed.pods if p.revision == spec.revision and p.is_ready and not p.is_terminating]
+    if not ready:
+        return None
+    first = min(ready, key=lambda pod: (pod.ready_since, pod.ordinal))
+    if first.startup is None or now >= first.ready_since + STARTUP_SEEN_WITHIN_S:
+        return {"revision": spec.revision}
+    return {
+        "revision": spec.revision,
+        "pod": first.name,
+        "scheduleSeconds": first.startup.schedule_s,
+        "startSeconds": first.startup.start_s,
+        "loadSeconds": first.startup.load_s,
+    }
 
 
 def _find_last_progress(spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.errors import FieldError
 from toka_operator.observed import Observed, PodView, format_time, view_pod
-from toka_operator.status import build_invalid_status, build_status, find_events, tells_only_progress
+from toka_operator.status import build_invalid_status, build_status, find_events, find_patience_s
 
 from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
 
@@ -210,31 +210,37 @@ def test_how_the_first_ready_pod_came_up_is_told_and_stays_as_it_was() -> None:
         started_pod("r", ready_at=6),
         started_pod("r", creationTimestamp=None),
         started_pod("r", ready_at=29),
-        pod("r"),
     ],
-    ids=["restarted", "clocks differ", "no time", "ready too long ago to be the first time", "not ready"],
+    ids=["restarted", "clocks differ", "no time", "ready too long ago to be the first time"],
 )
-def test_a_start_that_the_pods_times_do_not_tell_is_left_out(pod: PodView) -> None:
+def test_a_start_that_the_pods_times_do_not_tell_is_never_told(pod: PodView) -> None:
     spec = valid()
-    observed = seen(plan_for(spec), (replace(pod, revision=spec.revision),))
-    assert "startup" not in status_of(spec, observed)
+    status = status_of(spec, seen(plan_for(spec), (replace(pod, revision=spec.revision),)))
+    assert status["startup"] == {"revision": spec.revision}
+    again = seen(plan_for(spec), (started_pod(spec.revision),))
+    assert status_of(spec, again, status)["startup"] == status["startup"], "it is ready again, it does not start"
 
 
 def test_only_counts_of_something_under_way_may_be_told_later() -> None:
     spec = valid(replicas=3)
     plan = plan_for(spec)
     starting = status_of(spec, seen(plan))
-    assert tells_only_progress({}, starting)
-    some = status_of(spec, seen(plan, (pod(spec.revision), pod(spec.revision, 1))), starting)
-    assert starting != some
-    assert tells_only_progress(starting, some)
+    assert find_patience_s({}, starting) > 0
+    waiting = status_of(spec, seen(plan, tuple(pod(spec.revision, n) for n in range(3))), starting)
+    one = pod(spec.revision, is_available=True)
+    some = status_of(spec, seen(plan, (one, pod(spec.revision, 1), pod(spec.revision, 2))), waiting)
+    assert find_patience_s(starting, waiting) > find_patience_s(waiting, some) > 0
     ready = tuple(pod(spec.revision, n, is_available=True) for n in range(3))
-    assert not tells_only_progress(some, status_of(spec, seen(plan, ready), some)), "it is Ready"
     failed = pod(spec.revision, status=engine_status(state={"waiting": {"reason": "ErrImagePull"}}))
-    assert not tells_only_progress({}, status_of(spec, seen(plan, (failed,)))), "it is Degraded"
-    assert not tells_only_progress(some, {**some, "observedGeneration": 2}), "a new spec was seen"
-    assert not tells_only_progress({}, status_of(valid(suspend=True), seen(plan))), "nothing is under way"
-    assert not tells_only_progress({}, status_of(spec, Observed({}, (), frozenset({("Service", "chat")}))))
+    taken = Observed({}, (), frozenset({("Service", "chat")}))
+    urgent = {
+        "it is Ready": (some, status_of(spec, seen(plan, ready), some)),
+        "it is Degraded": ({}, status_of(spec, seen(plan, (failed,)))),
+        "a new spec was seen": (some, {**some, "observedGeneration": 2}),
+        "nothing is under way": ({}, status_of(valid(suspend=True), seen(plan))),
+        "a name is taken": ({}, status_of(spec, taken)),
+    }
+    assert {why: find_patience_s(*pair) for why, pair in urgent.items()} == dict.fromkeys(urgent, 0.0)
 
 
 def test_a_stored_child_is_seen_as_it_was_written() -> None:
