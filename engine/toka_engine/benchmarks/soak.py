@@ -1,0 +1,193 @@
+"""Minutes of random requests against one engine; ends with code 1 if a promise broke. Prints one JSON object.
+
+Usage: python -m toka_engine.benchmarks.soak [MODEL_DIR] [minutes=5] [clients=32] [seed=0] [tie=0.25] [growth=1.0]
+           [checkers=8] [vocab=...] [port=10320] [key=value ...]
+Starts `toka` with MODEL_DIR (default: the built-in model) and the other keys; a small kv_cache_num_tokens forces
+preemptions. What must hold:
+- every request gets its answer, whole and with as many tokens as asked for, or a 429; no other status, no lost stream;
+- afterwards nothing runs, waits or holds a page, the engine is ready, and it ends with code 0;
+- every greedy answer, asked for again in peace, agrees in 99 % of its tokens, and each that differs was a near tie:
+  at most `tie` nats less likely (bfloat16 rounds logits of 16 to 32 by up to 0.125);
+- no process grows by more than `growth` MiB a minute over the second half. On a CPU that takes a cache that is
+  soon full: its pages take memory when they are first used.
+Needs psutil.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
+from toka_engine.benchmarks.soak_traffic import Limits, Traffic
+from toka_engine.benchmarks.throughput import running_engine, wait_until_ready
+
+_MIN_AGREEMENT = 0.99
+_IDLE_TIMEOUT_S = 60.0
+_MEMORY_PERIOD_S = 1.0
+_HELD = ("toka_running", "toka_waiting", "toka_kv_pages_used", "toka_requests_running")
+_DEFAULTS = {
+    "minutes": "5",
+    "clients": "32",
+    "checkers": "8",
+    "seed": "0",
+    "tie": "0.25",
+    "growth": "1.0",
+}
+
+
+async def read_metrics(base_url: str) -> dict[str, float]:
+    """Every sample without labels of /metrics, by name."""
+    async with aiohttp.ClientSession(base_url) as session, session.get("/metrics") as response:
+        text = await response.text()
+    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}
+
+
+async def wait_idle(base_url: str) -> dict[str, float]:
+    """What is still held when nothing is any more, or when that has taken too long."""
+    until = time.monotonic() + _IDLE_TIMEOUT_S
+    while True:
+        metrics = await read_metrics(base_url)
+        held = {name: metrics[name] for name in _HELD if metrics[name]}
+        if not held or time.monotonic() > until:
+            return held
+        await asyncio.sleep(0.2)  # the manager reports a few times a second
+
+
+class MemoryWatch:
+    """Resident MiB of the engine's processes, by name, over time."""
+
+    def __init__(self, engine: subprocess.Popen[bytes]) -> None:
+        root = psutil.Process(engine.pid)
+        self._processes = {"supervisor": root}
+        for child in root.children():
+            module = next((word for word in child.cmdline() if word.startswith("toka_engine.")), "toka_engine.other")
+            self._processes[module.removeprefix("toka_engine.")] = child
+        self._times: list[float] = []
+        self._sizes: dict[str, list[float]] = {name: [] for name in self._processes}
+
+    async def watch(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            self._times.append(time.monotonic())
+            for name, process in self._processes.items():
+                self._sizes[name].append(process.memory_info().rss / 2**20)
+            await asyncio.sleep(_MEMORY_PERIOD_S)
+
+    def growth(self) -> dict[str, float]:
+        """MiB a minute over the second half, by least squares."""
+        half = len(self._times) // 2
+        return {name: round(60 * _slope(self._times[half:], sizes[half:]), 3) for name, sizes in self._sizes.items()}
+
+    def last(self) -> dict[str, int]:
+        return {name: round(sizes[-1]) for name, sizes in self._sizes.items()}
+
+
+def _slope(times: list[float], values: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    mean_time, mean_value = sum(times) / len(times), sum(values) / len(values)
+    spread = sum((at - mean_time) ** 2 for at in times)
+    return sum((at - mean_time) * (value - mean_value) for at, value in zip(times, values, strict=True)) / spread
+
+
+def judge(
+    traffic_broken: list[str],
+    held: dict[str, float],
+    agreement: Agreement,
+    growth: dict[str, float],
+    tie: float,
+    max_growth: float,
+) -> list[str]:
+    """The promises that broke, a sentence each."""
+    broken = list(traffic_broken)
+    if held:
+        broken.append(f"still held: {held}")
+    if not agreement.num_tokens:
+        broken.append("no greedy answer came to be checked")
+    if agreement.share < _MIN_AGREEMENT:
+        broken.append(f"{agreement.share:.2%} of the greedy tokens agree, not {_MIN_AGREEMENT:.0%}")
+    far = [gap for gap in agreement.gaps if gap > tie]
+    if far:
+        broken.append(f"{len(far)} greedy tokens differ by more than {tie} nats, the worst by {max(far):.3f}")
+    broken += [f"{name} grows by {rate} MiB a minute" for name, rate in growth.items() if rate > max_growth]
+    return broken
+
+
+async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, options: dict[str, str]) -> dict[str, Any]:
+    """Traffic, then peace, then the check; returns the report, with `broken` empty if every promise held."""
+    ready_s = await wait_until_ready(base_url, engine)
+    async with aiohttp.ClientSession(base_url) as session, session.get("/v1/models") as response:
+        model = (await response.json())["data"][0]["id"]
+    sizes = await read_metrics(base_url)
+    vocab_size = int(options.get("vocab") or json.loads((folder / "config.json").read_text())["vocab_size"])
+    limits = Limits(int(sizes["toka_max_request_tokens"]), int(sizes["toka_max_streams"]), vocab_size)
+    traffic = Traffic(base_url, model, limits, random.Random(int(options["seed"])))
+    memory = MemoryWatch(engine)
+    watching = asyncio.create_task(memory.watch())
+    await traffic.run(60 * float(options["minutes"]), int(options["clients"]))
+    watching.cancel()
+    held = await wait_idle(base_url)
+    metrics = await read_metrics(base_url)
+    began = time.monotonic()
+    agreement = await check_greedy(base_url, model, traffic.greedy, Labels(folder), int(options["checkers"]))
+    held |= await wait_idle(base_url)
+    growth = memory.growth()
+    gaps = sorted(agreement.gaps)
+    return {
+        "ready_s": round(ready_s, 2),
+        "limits": {"request_tokens": limits.max_request_tokens, "streams": limits.max_streams},
+        "requests": dict(traffic.counts),
+        "engine_output_tokens": int(metrics["toka_output_tokens_total"]),
+        "preemptions": int(metrics["toka_preemptions_total"]),
+        "prefix_hit_tokens": int(metrics["toka_prefix_hit_tokens_total"]),
+        "hydragen_rows": int(metrics["toka_hydragen_rows_total"]),
+        "greedy": {
+            "answers": len(traffic.greedy),
+            "tokens": agreement.num_tokens,
+            "unchecked": agreement.num_unchecked,
+            "agreement": round(agreement.share, 6),
+            "gaps": [round(gap, 4) for gap in gaps[-5:]],
+            "check_s": round(time.monotonic() - began, 1),
+        },
+        "memory_mib": memory.last(),
+        "growth_mib_per_minute": growth,
+        "broken": judge(traffic.broken, held, agreement, growth, float(options["tie"]), float(options["growth"])),
+    }
+
+
+def main() -> int:
+    words = [argument for argument in sys.argv[1:] if "=" not in argument]
+    settings = {"port": "10320", "host": "127.0.0.1", "drain_endpoint_delay_s": "0"}
+    settings |= dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    options = {name: settings.pop(name, default) for name, default in _DEFAULTS.items()}
+    options["vocab"] = settings.pop("vocab", "")
+    folder = Path(words[0]) if words else _builtin_folder()
+    arguments = [f"model={folder}", *(f"{key}={value}" for key, value in settings.items())]
+    with running_engine(*arguments) as engine:
+        report = asyncio.run(soak(f"http://127.0.0.1:{settings['port']}", engine, folder, options))
+    report["exit_code"] = engine.returncode
+    if engine.returncode:
+        report["broken"].append(f"the engine ended with code {engine.returncode}")
+    print(json.dumps(report, indent=1))
+    return 1 if report["broken"] else 0
+
+
+def _builtin_folder() -> Path:
+    from toka_engine.model.builtin import ensure_builtin
+
+    return ensure_builtin()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

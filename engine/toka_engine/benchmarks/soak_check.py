@@ -1,0 +1,105 @@
+"""Greedy answers of a soak, held against what the engine gives when it is left in peace.
+
+Each answer is asked for again. Where the two part, the token that the soak gave must have been nearly as likely as the
+other one; the rest is then asked for from there on (teacher forcing), so that one near tie is counted once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from toka_engine.benchmarks.soak_traffic import Greedy
+from toka_engine.server.tokenization import Tokenizer
+
+_NUM_TOP = 5
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Over all answers. `gaps`: by how much each token that differs was less likely, in nats."""
+
+    num_tokens: int = 0
+    num_unchecked: int = 0
+    """After a difference, where a label does not say which token it was."""
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        checked = self.num_tokens - self.num_unchecked
+        return 1.0 - len(self.gaps) / checked if checked else 1.0
+
+
+class Labels:
+    """Token ids by the label that logprobs give them, where only one token has it."""
+
+    def __init__(self, tokenizer_dir: Path) -> None:
+        tokenizer = Tokenizer(tokenizer_dir)
+        self._ids: dict[str, int | None] = {}
+        for token in range(len(tokenizer.bytes_of)):
+            label = tokenizer.label_of(token).decode("utf-8", "replace")
+            self._ids[label] = token if label not in self._ids else None
+
+    def ids_of(self, labels: Iterable[str]) -> list[int] | None:
+        """None if one of them could be several tokens."""
+        found = [self._ids.get(label) for label in labels]
+        known = [token for token in found if token is not None]
+        return known if len(known) == len(found) else None
+
+
+async def check_greedy(
+    base_url: str, model: str, answers: Iterable[Greedy], labels: Labels, num_clients: int
+) -> Agreement:
+    """Ask for every answer again, `num_clients` at a time."""
+    agreement, waiting = Agreement(), list(answers)
+    async with aiohttp.ClientSession(base_url, timeout=aiohttp.ClientTimeout(total=None)) as session:
+
+        async def work() -> None:
+            while waiting:
+                await _check_one(session, model, waiting.pop(), labels, agreement)
+
+        await asyncio.gather(*(work() for _ in range(num_clients)))
+    return agreement
+
+
+async def _check_one(
+    session: aiohttp.ClientSession, model: str, answer: Greedy, labels: Labels, agreement: Agreement
+) -> None:
+    agreement.num_tokens += len(answer.tokens)
+    given: list[int] | None = []
+    done = 0
+    while done < len(answer.tokens):
+        if given is None:
+            agreement.num_unchecked += len(answer.tokens) - done
+            return
+        logprobs = await _ask(session, model, [*answer.prompt, *given], len(answer.tokens) - done)
+        pairs = zip(answer.tokens[done:], logprobs["tokens"], strict=True)
+        num_equal = next((at for at, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
+        if num_equal is None:
+            return
+        top = logprobs["top_logprobs"][num_equal]
+        done += num_equal
+        agreement.gaps.append(max(top.values()) - top.get(answer.tokens[done], -math.inf))
+        done += 1
+        given = labels.ids_of(answer.tokens[:done])
+
+
+async def _ask(session: aiohttp.ClientSession, model: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": _NUM_TOP,
+    }
+    async with session.post("/v1/completions", json=body) as response:
+        response.raise_for_status()
+        found: dict[str, Any] = (await response.json())["choices"][0]["logprobs"]
+        return found

@@ -1,0 +1,92 @@
+"""The soak passes on a healthy engine, and sees each promise that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toka_engine.benchmarks.soak import judge
+from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
+from toka_engine.benchmarks.soak_traffic import Greedy
+
+from tests.api.conftest import client_of, running_engine
+from tests.engine_process import ROOT, free_port
+from tests.model.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model under the embedded one's tokenizer: thousands of tokens a second."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("soak") / "tiny"
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(**{**TINY, "vocab_size": 49152, "max_position_embeddings": 512})
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
+    for path in model_dir.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_a_healthy_engine_passes(tiny: Path) -> None:
+    options = ("minutes=0.15", "clients=24", "tie=0.001", "growth=1000", "checkers=4")
+    settings = ("dtype=float32", "device=cpu", "kv_cache_num_tokens=2048", "num_threads=1", f"port={free_port()}")
+    result = subprocess.run(
+        [sys.executable, "-m", "toka_engine.benchmarks.soak", str(tiny), *options, *settings],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "engine")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
+    report = json.loads(result.stdout)
+    assert report["broken"] == []
+    assert report["requests"]["answered"] > 0
+    assert report["requests"]["left"] > 0
+    assert report["greedy"]["tokens"] > 0
+    assert report["engine_output_tokens"] > 0
+
+
+def test_an_answer_that_the_engine_would_not_give_is_seen(tiny: Path, tmp_path: Path) -> None:
+    prompt = [1000, 1001, 1002]
+    with running_engine(tmp_path, f"model={tiny}", "dtype=float32") as engine, client_of(engine) as client:
+        answer = client.completions.create(
+            model="m", prompt=prompt, max_tokens=12, temperature=0, logprobs=0, extra_body={"ignore_eos": True}
+        )
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        true = tuple(logprobs.tokens)
+        forged = (*true[:5], " never", *true[6:])
+
+        def check(tokens: tuple[str, ...]) -> Agreement:
+            return asyncio.run(check_greedy(engine.url, "m", [Greedy(tuple(prompt), tokens)], Labels(tiny), 1))
+
+        assert check(true).gaps == []
+        assert check(forged).gaps[0] > 0.1
+
+
+BROKEN = {
+    "an answer": (["status 500"], {}, Agreement(10), {}),
+    "a page held": ([], {"toka_kv_pages_used": 3.0}, Agreement(10), {}),
+    "nothing to check": ([], {}, Agreement(0), {}),
+    "no agreement": ([], {}, Agreement(100, gaps=[0.01, 0.01]), {}),
+    "no near tie": ([], {}, Agreement(1000, gaps=[0.3]), {}),
+    "a process that grows": ([], {}, Agreement(10), {"server": 1.5}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_broken_promise_is_named(name: str) -> None:
+    assert len(judge(*BROKEN[name], tie=0.25, max_growth=1.0)) == 1
+
+
+def test_near_ties_and_small_growth_break_nothing() -> None:
+    assert judge([], {}, Agreement(1000, gaps=[0.2] * 10), {"server": 0.9}, tie=0.25, max_growth=1.0) == []
