@@ -34,7 +34,7 @@ COPY engine/toka_engine/model/convert.py /tmp/
 RUN python /tmp/convert.py /opt/toka/models/smollm2
 
 # flashinfer's kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles them. The
-# compiler stays in this stage. Few files on purpose, again: half an hour on two cores.
+# compiler stays in this stage. Few files on purpose, again: it takes long on few cores.
 FROM engine-dependencies AS engine-kernels
 RUN apt-get update -q && apt-get install -q -y --no-install-recommends g++
 COPY --from=uv /requirements/kernels.txt /requirements/

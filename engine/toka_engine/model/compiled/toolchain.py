@@ -16,8 +16,8 @@ from pathlib import Path
 from toka_engine.errors import DeviceUnavailableError, StorageError
 from toka_engine.model.memory import count_threads, read_limit_bytes
 
-_BYTES_PER_JOB = 2 << 30
-"""What one compilation of nvcc is allowed for: well above what was seen, which grows with the head size."""
+_BYTES_PER_JOB = 4 << 30
+"""What one compilation of nvcc may take: 3.3 GB was seen with Hopper's kernel, 0.5 GB with the others."""
 _SYSTEM_HOME = Path("/usr/local/cuda")
 _HOME_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 _REMEDY = "install the packages of the extra `kernels`, or let CUDA_HOME name a CUDA toolkit"
