@@ -71,5 +71,6 @@ def make_ops() -> Ops:
         silu_mul=silu_mul,
         make_attention=_make_attention,
         make_runner=_make_runner,
+        fits_cache=False,
         max_steps_in_flight=1,
     )

@@ -51,7 +51,7 @@ class CudaRunner(Runner):
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
         sample = GpuSampler(config.seed, self._slots, attention, max_seqs, vocab_size)
         super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), sample, False)
-        self._cuda_attention = attention
+        self.cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self._copies = torch.cuda.Stream(device)
         self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
@@ -65,12 +65,19 @@ class CudaRunner(Runner):
         """Compile what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
         self._compile_rest()
         if self._max_graph_rows:
-            graphs = DecodeGraphs(self.model, self._cuda_attention, self._slots, self._max_graph_rows)
+            graphs = DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows)
             graphs.capture()
             self.graphs = graphs
 
+    @torch.inference_mode()
+    def measure_graphs(self) -> int:
+        """Bytes that the graphs of `prepare` will take."""
+        if not self._max_graph_rows:
+            return 0
+        return DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows).measure()
+
     def _compile_rest(self) -> None:
-        attention, device = self._cuda_attention, self._cuda_attention.shape.device
+        attention, device = self.cuda_attention, self.cuda_attention.shape.device
         slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
         none = np.empty(0, np.int64)
         logits = torch.zeros(1, self.model.config.vocab_size, dtype=attention.shape.dtype, device=device)
@@ -156,14 +163,14 @@ class CudaRunner(Runner):
         replayed = self._replay(layout)
         if replayed is not None:
             return self.model.logits(replayed), None
-        self._cuda_attention.plan(layout)
+        self.cuda_attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
         rows, logit_rows = _find_sampled_rows(step, num_decode) if chunks else (None, None)
         none = np.empty(0, np.int32)
         tokens, row_index, logit_index = self._tokens.upload(
             step.prefill_tokens, none if rows is None else rows, none if logit_rows is None else logit_rows
         )
-        slots = self._cuda_attention.row_slots
+        slots = self.cuda_attention.row_slots
         ids = torch.empty_like(slots)
         gather_ids(self._slots, slots, tokens, num_decode, ids)
         self.attention.write_tokens(ids)
@@ -178,7 +185,7 @@ class CudaRunner(Runner):
         if self.graphs is None or layout.prefill_slots.size or not 0 < count <= self.graphs.max_rows:
             return None
         pages_saved = int(((layout.group_num_rows - 1) * layout.group_num_columns).sum())
-        bytes_per_page = self._cuda_attention.kv_bytes_per_token() * self._cuda_attention.page_size
+        bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size
         saved_s = pages_saved * bytes_per_page / _READ_BYTES_PER_S
         if saved_s > _GROUP_OVERHEAD_S:
             hidden = self.graphs.run(layout, with_groups=True)

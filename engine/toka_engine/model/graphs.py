@@ -21,6 +21,7 @@ _SMALL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 11
 _STEPS = ((512, 32), (2048, 128), (1 << 30, 256))
 """(up to this size, distance)."""
 _MIN_ROWS_WITH_GROUPS = 32
+_MEASURED_GRAPHS = 4
 _ONE_GROUP = {"group_first_rows": 0, "group_num_rows": 2, "group_first_columns": 0, "group_num_columns": 1}
 
 
@@ -50,27 +51,50 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """Capture every size, the largest first, so that the others fit into its memory."""
+        self._begin()
+        for size, with_groups in self._kinds():
+            self._capture(size, with_groups)
+
+    def measure(self) -> int:
+        """Bytes of the device that `capture` will take, from the first few captures. Not to be run afterwards."""
+        kinds = self._kinds()
+        free = [_read_free_bytes()]
+        self._begin()
+        for index, (size, with_groups) in enumerate(kinds[:_MEASURED_GRAPHS]):
+            self._capture(size, with_groups)
+            if index % 2:  # the two largest share little, all others fit into their memory
+                free.append(_read_free_bytes())
+        if len(free) < 3:
+            return free[0] - _read_free_bytes()
+        per_graph = (free[1] - free[2]) / 2
+        return free[0] - free[1] + int(per_graph * (len(kinds) - 2))
+
+    def _begin(self) -> None:
         self._attention.reserve_graphs(self.max_rows)
-        pool = torch.cuda.graph_pool_handle()
-        nobody = _rows_of(0)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _kinds(self) -> list[tuple[int, bool]]:
+        """(size, with groups) of each graph, the largest first."""
         kinds = [(size, False) for size in self._sizes.tolist()]
         if self._attention.has_graph_groups:
             kinds += [(size, True) for size in self._sizes.tolist() if size >= _MIN_ROWS_WITH_GROUPS]
-        for size, with_groups in sorted(kinds, reverse=True):
-            layout = nobody
-            if with_groups:  # two rows over the first page of slot 0
-                layout = replace(
-                    _rows_of(2),
-                    decode_positions=np.full(2, self._attention.page_size, np.int32),
-                    **{name: np.array([value], np.int32) for name, value in _ONE_GROUP.items()},
-                )
-            self._attention.plan_graph(layout, size, with_groups)
-            self._forward(size)  # compiles and allocates what a capture may not
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                hidden = self._forward(size)
-            self._graphs[size, with_groups] = graph, hidden
+        return sorted(kinds, reverse=True)
+
+    def _capture(self, size: int, with_groups: bool) -> None:
+        layout = _rows_of(0)
+        if with_groups:  # two rows over the first page of slot 0
+            layout = replace(
+                _rows_of(2),
+                decode_positions=np.full(2, self._attention.page_size, np.int32),
+                **{name: np.array([value], np.int32) for name, value in _ONE_GROUP.items()},
+            )
+        self._attention.plan_graph(layout, size, with_groups)
+        self._forward(size)  # compiles and allocates what a capture may not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden = self._forward(size)
+        self._graphs[size, with_groups] = graph, hidden
 
     def _forward(self, size: int) -> torch.Tensor:
         ids = self._ids[:size]
@@ -93,3 +117,10 @@ class DecodeGraphs:
         graph, hidden = self._graphs[size, with_groups]
         graph.replay()
         return hidden[:count]
+
+
+def _read_free_bytes() -> int:
+    """Of the device, when torch has given back what it only keeps."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])

@@ -53,6 +53,8 @@ class Ops:
     make_attention: Callable[[AttentionShape, EngineConfig], AttentionBackend]
     make_runner: Callable[[CausalModel, AttentionBackend, int, EngineConfig], Runner]
     """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
+    fits_cache: bool
+    """Whether the KV cache is sized by what the largest steps leave (measuring.fit_cache), unless the user sizes it."""
     max_steps_in_flight: int
     """Steps launched before the first one's tokens are on the host."""
 

@@ -13,8 +13,8 @@ from toka_engine.model.model_config import ModelConfig
 
 _CPU_TOKENS_PER_FORWARD, _CPU_SEQS = 128, 256
 _GPU_TOKENS_PER_FORWARD, _GPU_SEQS = 8192, 4096
-_GPU_ACTIVATION_RESERVE_BYTES = 2 << 30
-_GPU_SHARE = 0.95
+TOKEN_ID_BYTES = 4
+"""Beside the keys and values of each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,10 @@ def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device,
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     pages_of_longest = -(-model.max_positions // page_size)
-    bytes_per_page = kv_bytes_per_token * page_size
+    bytes_per_page = (kv_bytes_per_token + TOKEN_ID_BYTES) * page_size
     available = read_available_bytes(device)
-    if is_gpu:
-        available = int(available * _GPU_SHARE) - _GPU_ACTIVATION_RESERVE_BYTES
     if is_gpu and config.kv_cache_num_tokens is None:
-        num_pages = available // bytes_per_page
+        num_pages = available // bytes_per_page  # an upper bound, see measuring.fit_cache
     else:
         min_pages = min(pages_of_longest, 256)
         num_pages = choose_num_pages(available, bytes_per_page, min_pages, config.kv_cache_num_tokens, page_size)

@@ -24,6 +24,7 @@ from toka_engine.errors import OutOfMemoryError, PeerClosedError
 from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
 from toka_engine.model.attention.base import AttentionShape
 from toka_engine.model.loader import Weights
+from toka_engine.model.measuring import provisional_sizes
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.ops import Ops, find_device, select_ops
@@ -40,16 +41,39 @@ Report: TypeAlias = Callable[[str, str], None]
 class Worker:
     """A loaded model with its sizes; made by `load_worker`."""
 
-    def __init__(self, runner: Runner, ready: WorkerReady, ops: Ops) -> None:
+    def __init__(self, runner: Runner, ready: WorkerReady, ops: Ops, is_provisional: bool) -> None:
+        """`is_provisional`: the KV cache is only large enough for the largest steps, until `warm_up` has measured."""
+        self._is_provisional = is_provisional
         self.runner = runner
         self.ready = ready
         self.ops = ops
 
     def warm_up(self) -> None:
-        """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet."""
-        for step in make_warm_up_steps(self.ready):
-            self.runner.finish(self.runner.launch(step))
-        self.runner.prepare()
+        """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet; fit the cache.
+
+        Afterwards `ready` is final. Raises OutOfMemoryError.
+        """
+        try:
+            for step in make_warm_up_steps(self.ready):
+                self.runner.finish(self.runner.launch(step))
+            if self._is_provisional:
+                self.ready = self._fit_cache()
+            self.runner.prepare()
+        except torch.OutOfMemoryError as error:
+            num_tokens = self.ready.num_pages * self.ready.page_size
+            raise OutOfMemoryError(
+                f"a KV cache of {num_tokens} tokens leaves too little memory for the largest step; lower "
+                "kv_cache_num_tokens, max_tokens_per_forward or max_seqs_per_forward"
+            ) from error
+
+    @torch.inference_mode()
+    def _fit_cache(self) -> WorkerReady:
+        from toka_engine.model.cuda_runner import CudaRunner
+        from toka_engine.model.measuring import fit_cache
+
+        if not isinstance(self.runner, CudaRunner):
+            raise AssertionError("a cache is fitted on a GPU only")
+        return fit_cache(self.runner, self.ready)
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
         """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
@@ -107,12 +131,15 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
                 _log.warning("event=unused_tensor name=%s", name)
         gc.collect()
         attention = ops.make_attention(shape, config)
+        is_provisional = ops.fits_cache and config.kv_cache_num_tokens is None
         sizes = choose_sizes(config, model_config, device, attention.kv_bytes_per_token())
+        if is_provisional:
+            sizes = provisional_sizes(sizes)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
     runner = ops.make_runner(model, attention, sizes.max_seqs, config)
-    return Worker(runner, _describe(model_config, sizes, shape), ops)
+    return Worker(runner, _describe(model_config, sizes, shape), ops, is_provisional)
 
 
 def _describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:
@@ -170,7 +197,7 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     link: Channel[ManagerToWorker] = Channel.from_fd(link_fds[0], ManagerToWorker)
     start = child.start
     worker = load_worker(start.config, Path(start.model_dir), child.progress)
-    child.progress("warm-up", f"{worker.ready.num_pages} pages of {worker.ready.page_size} tokens")
+    child.progress("warm-up", "the largest steps")
     worker.warm_up()
     gc.collect()
     gc.freeze()

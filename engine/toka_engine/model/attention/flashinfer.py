@@ -109,6 +109,11 @@ class FlashInferAttention:
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
+    def release(self) -> None:
+        """Let go of the cache, so that `allocate` may make another one."""
+        self._step = None
+        self.cache = self.page_tokens = self.table = torch.empty(0)
+
     def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
         """table[slots[i], columns[i]] = pages[i]."""
         if slots.size:

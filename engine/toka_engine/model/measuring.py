@@ -1,0 +1,129 @@
+"""How large the KV cache may be on a GPU: what is left beside the largest steps and the graphs, measured.
+
+The worker starts with a provisional cache, just large enough for the largest steps. They run, the largest graphs are
+captured and dropped, and the real cache takes what is then left. So whatever holds an address of the cache or of the
+block table is made after `fit_cache`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch
+
+from toka_engine.errors import OutOfMemoryError
+from toka_engine.messages import Step, WorkerReady
+from toka_engine.model.sizes import TOKEN_ID_BYTES, Sizes
+
+if TYPE_CHECKING:
+    from toka_engine.model.cuda_runner import CudaRunner
+
+_log = logging.getLogger("toka.model")
+
+_MARGIN_BYTES = 512 << 20
+_MARGIN_SHARE = 0.01
+"""Of the device: left for rows that ask for top logprobs, for fragmentation, and for what libraries load late."""
+
+
+def provisional_sizes(sizes: Sizes) -> Sizes:
+    """`sizes` with as few pages as `make_largest_steps` needs."""
+    num_chunks, _, pages_per_chunk = _cut_prefill(sizes)
+    return replace(sizes, num_pages=num_chunks * pages_per_chunk)
+
+
+def _cut_prefill(sizes: Sizes | WorkerReady) -> tuple[int, int, int]:
+    """The largest prefill: chunks, tokens of one (the last may have fewer), pages of one."""
+    num_pages = max(1, min(sizes.max_pages_per_seq - 1, sizes.max_tokens_per_forward // sizes.page_size))
+    # The last page of the longest sequence may reach beyond the model's positions.
+    length = num_pages * sizes.page_size if sizes.max_pages_per_seq > 1 else 1
+    length = min(length, sizes.max_tokens_per_forward)
+    return min(-(-sizes.max_tokens_per_forward // length), sizes.max_seqs), length, num_pages
+
+
+def make_largest_steps(ready: WorkerReady) -> list[Step]:
+    """A prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet."""
+    num_tokens = ready.max_tokens_per_forward
+    num_chunks, length, pages_per_chunk = _cut_prefill(ready)
+    lengths = np.diff(np.minimum(np.arange(num_chunks + 1) * length, num_tokens)).astype(np.int32)
+    chunks = np.arange(num_chunks, dtype=np.int32)
+    pages = np.arange(num_chunks * pages_per_chunk, dtype=np.int32)
+    prefill = Step(
+        number=0,
+        **_new_slots(num_chunks),
+        append_slots=pages // pages_per_chunk,
+        append_indices=pages % pages_per_chunk,
+        append_pages=pages,
+        prefill_slots=chunks,
+        prefill_starts=np.zeros(num_chunks, np.int32),
+        prefill_lengths=lengths,
+        prefill_tokens=np.zeros(int(lengths.sum()), np.int32),
+        fanout_slots=chunks,
+        fanout_chunks=chunks,
+    )
+    num_rows = min(ready.max_seqs, num_tokens)
+    # Slots without pages write to page 0, all of them to the same place: nobody reads it.
+    decode = Step(number=0, **_new_slots(num_rows), decode_slots=np.arange(num_rows, dtype=np.int32))
+    return [prefill, decode]
+
+
+def _new_slots(count: int) -> dict[str, Any]:
+    zeros = np.zeros(count, np.int32)
+    return {
+        "new_slots": np.arange(count, dtype=np.int32),
+        "new_lengths": zeros,
+        "new_num_sampled": zeros,
+        "new_temperatures": np.ones(count, np.float32),
+        "new_top_ps": np.ones(count, np.float32),
+        "new_top_ks": zeros,
+        "new_min_ps": np.zeros(count, np.float32),
+        "new_seeds": np.full(count, -1, np.int64),
+        "new_num_logprobs": zeros,
+    }
+
+
+def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
+    """Measure, allocate the real cache in the place of the provisional one, and return the final sizes.
+
+    Raises OutOfMemoryError if not even one page is left.
+    """
+    attention = runner.cuda_attention
+    device = attention.shape.device
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    for step in make_largest_steps(ready):
+        runner.finish(runner.launch(step))
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    graph_bytes = runner.measure_graphs()
+    attention.release()
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    margin = _MARGIN_BYTES + int(total * _MARGIN_SHARE)
+    available = free - step_bytes - graph_bytes - margin
+    bytes_per_page = (attention.kv_bytes_per_token() + TOKEN_ID_BYTES) * ready.page_size
+    num_pages = available // bytes_per_page - 1  # one is the backend's own
+    _log.info(
+        "event=memory free_gb=%.2f largest_step_gb=%.2f graphs_gb=%.2f margin_gb=%.2f pages=%d",
+        *(value / 1e9 for value in (free, step_bytes, graph_bytes, margin)),
+        num_pages,
+    )
+    if num_pages < 1:
+        raise OutOfMemoryError(
+            f"no room for a KV cache: {free / 1e9:.1f} GB of GPU memory are free beside the weights, the largest step "
+            f"takes {step_bytes / 1e9:.1f} GB and graphs {graph_bytes / 1e9:.1f} GB; lower max_tokens_per_forward or "
+            "max_seqs_per_forward"
+        )
+    fitted = msgspec.structs.replace(
+        ready, num_pages=num_pages, max_pages_per_seq=min(ready.max_pages_per_seq, num_pages)
+    )
+    attention.allocate(num_pages, ready.page_size, ready.max_seqs, fitted.max_pages_per_seq)
+    if num_pages >= ready.num_pages:  # once more, so that torch keeps what the steps need
+        for step in make_largest_steps(ready):
+            runner.finish(runner.launch(step))
+    return fitted
