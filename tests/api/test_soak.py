@@ -17,7 +17,7 @@ from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
 from toka_engine.benchmarks.soak_traffic import Greedy
 
 from tests.api.conftest import client_of, running_engine
-from tests.engine_process import ROOT, free_port
+from tests.engine_process import ROOT, hold_port
 from tests.model.conftest import TINY
 
 
@@ -37,14 +37,16 @@ def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_healthy_engine_passes(tiny: Path) -> None:
     options = ("minutes=0.15", "clients=24", "tie=0.001", "growth=1000", "checkers=4")
-    settings = ("dtype=float32", "device=cpu", "kv_cache_num_tokens=2048", "num_threads=1", f"port={free_port()}")
-    result = subprocess.run(
-        [sys.executable, "-m", "toka_engine.benchmarks.soak", str(tiny), *options, *settings],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "engine")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    held, port = hold_port()
+    settings = ("dtype=float32", "device=cpu", "kv_cache_num_tokens=2048", "num_threads=1", f"port={port}")
+    with held:
+        result = subprocess.run(
+            [sys.executable, "-m", "toka_engine.benchmarks.soak", str(tiny), *options, *settings],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "engine")},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
     report = json.loads(result.stdout)
     assert report["broken"] == []
