@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed, WaitTimeout
 from tests.cluster.harness.paths import REPOSITORY, run_root
 from tests.cluster.harness.processes import RunFolder, start_time_of, sweep
+from tests.cluster.harness.trees import Network, add_bridge, run_checked
 
 
 def test_objects_survive_a_restart_of_the_api_server(api_server: ApiServer, namespace: str) -> None:
@@ -116,4 +118,29 @@ def test_a_pid_given_to_another_process_is_never_touched() -> None:
         assert bystander.is_running()
     finally:
         bystander.kill()
+        run.stop()
+
+
+def test_a_pod_keeps_its_gateway_while_others_come_and_go() -> None:
+    run = RunFolder("bridge")
+    run.create()
+    try:
+        node, pod = Network.create(run, "node"), Network.create(run, "pod")
+        add_bridge(node, "toka0", "10.244.9.1/24")
+        node.ip("link", "add", "pod", "master", "toka0", "up", "type", "veth", "peer", "eth0", "netns", str(pod.pid))
+        pod.ip("addr", "add", "10.244.9.10/24", "dev", "eth0")
+        pod.ip("link", "set", "eth0", "up")
+
+        def reaches_gateway() -> bool:
+            """Nothing listens there, so it is the gateway that refuses; without an answer this takes a second."""
+            knock = "import socket; s = socket.socket(); s.settimeout(1); print(s.connect_ex(('10.244.9.1', 1)))"
+            return int(run_checked([*pod.enter(), sys.executable, "-c", knock])) == errno.ECONNREFUSED
+
+        assert reaches_gateway()
+        lower = ["address", "02:00:00:00:00:01"]  # than any address that is drawn at random
+        node.ip("link", "add", "other", *lower, "master", "toka0", "up", "type", "veth", "peer", "its-pod")
+        assert reaches_gateway()
+        node.ip("link", "del", "other")
+        assert reaches_gateway()
+    finally:
         run.stop()

@@ -75,10 +75,12 @@ def test_serving_goes_on_without_the_operator_which_catches_up_when_it_is_back(
     (before,) = smollm2.pods()
     operators = ["deployment", "--all", "--namespace", OPERATOR_NAMESPACE]
     cluster.kubectl("scale", *operators, "--replicas=0")
-    cluster.wait_for(lambda: not cluster.list_objects("pods", OPERATOR_NAMESPACE), "the operator to be gone")
-    assert smollm2.ask()
-    smollm2.patch({"replicas": 2})
-    cluster.kubectl("scale", *operators, "--replicas=2")
+    try:
+        cluster.wait_for(lambda: not cluster.list_objects("pods", OPERATOR_NAMESPACE), "the operator to be gone")
+        assert smollm2.ask()
+        smollm2.patch({"replicas": 2})
+    finally:  # the tests that follow need it
+        cluster.kubectl("scale", *operators, "--replicas=2")
     smollm2.wait_until_ready()
     after = smollm2.pods()
     assert len(after) == 2

@@ -20,7 +20,7 @@ from tests.cluster.harness.paths import cluster_cache, tool
 from tests.cluster.harness.pki import Pki
 from tests.cluster.harness.processes import RunFolder
 from tests.cluster.harness.tools import require_tools
-from tests.cluster.harness.trees import Machine, Network, run_checked
+from tests.cluster.harness.trees import Machine, Network, add_bridge, run_checked
 
 # Half a minute sooner than Kubernetes' default, with kubelets that renew their leases often (see `node`).
 _LOST_AFTER = "--node-monitor-grace-period=20s"
@@ -76,9 +76,7 @@ class Cluster(KubernetesHandle):
         return self.network.enter()
 
     def _start_control_plane(self) -> None:
-        self.network.ip("link", "add", "nodes", "type", "bridge")
-        self.network.ip("addr", "add", f"{BRIDGE_ADDRESS}/24", "dev", "nodes")
-        self.network.ip("link", "set", "nodes", "up")
+        add_bridge(self.network, "nodes", f"{BRIDGE_ADDRESS}/24")
         run_checked([*self.network.enter(), "sysctl", "-qw", "net.ipv4.ip_forward=1"])
         self.spawn_control("etcd", self.control.etcd())
         self.spawn_control("registry", [tool("registry"), "serve", self._registry_configuration()])

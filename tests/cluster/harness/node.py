@@ -20,7 +20,7 @@ from tests.cluster.harness.errors import HarnessError
 from tests.cluster.harness.paths import cluster_cache, tool
 from tests.cluster.harness.pki import Pki
 from tests.cluster.harness.processes import RunFolder, control_group_prefix
-from tests.cluster.harness.trees import Machine, Network
+from tests.cluster.harness.trees import Machine, Network, add_bridge
 
 BRIDGE_ADDRESS = "10.243.0.1"
 REGISTRY = f"{BRIDGE_ADDRESS}:5000"
@@ -89,9 +89,7 @@ def _connect(node: NodeFiles, machine: Machine, control: Network, num_nodes: int
     control.ip("link", "set", node.name, "master", "nodes", "up")
     machine.ip("addr", "add", f"{node.address}/24", "dev", "eth0")
     machine.ip("link", "set", "eth0", "up")
-    machine.ip("link", "add", "toka0", "type", "bridge")
-    machine.ip("addr", "add", f"{node.pod_prefix}.1/24", "dev", "toka0")
-    machine.ip("link", "set", "toka0", "up")
+    add_bridge(machine, "toka0", f"{node.pod_prefix}.1/24")
     # kube-proxy rewrites service addresses, but the kernel looks for a route before that.
     machine.ip("route", "add", SERVICE_RANGE, "dev", "toka0")
     for other in range(1, num_nodes + 1):

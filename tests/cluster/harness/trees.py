@@ -80,6 +80,19 @@ class Machine:
         self.run("ip", *arguments)
 
 
+def add_bridge(place: Network | Machine, name: str, address: str) -> None:
+    """Add a bridge that is up and has an address, such as 10.244.1.1/24.
+
+    Its hardware address is made from that one. Left to the kernel it is the lowest of the bridge's ports and
+    changes as pods come and go; then whoever knows the old one loses every packet, for 20 s and more.
+    """
+    octets = address.partition("/")[0].split(".")
+    hardware = ":".join(["0a", "58", *(f"{int(octet):02x}" for octet in octets)])
+    place.ip("link", "add", name, "address", hardware, "type", "bridge")
+    place.ip("addr", "add", address, "dev", name)
+    place.ip("link", "set", name, "up")
+
+
 def run_checked(
     argv: Sequence[str],
     stdin: str | None = None,
