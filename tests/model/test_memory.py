@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -88,3 +90,28 @@ def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_
     has_it = "avx512f" in flags and bool(flags & {"avx512_bf16", "amx_tile"})
     expected = torch.bfloat16 if has_it else torch.float32
     assert choose_dtype(EngineConfig(), torch.device("cpu")) is expected
+
+
+_PRODUCTS = """
+import torch
+from toka_engine.model.cpu_ops import make_ops
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+torch.set_num_threads(1)
+make_linear = make_ops().make_linear
+linears = [make_linear(torch.ones(out, 576, dtype=torch.bfloat16), None) for out in (576, 960, 1536)]
+for rows in range(1, 5):
+    [linear(torch.ones(rows, 576, dtype=torch.bfloat16)) for linear in linears]
+before = resident_mib()
+for rows in range(5, 160):
+    [linear(torch.ones(rows, 576, dtype=torch.bfloat16)) for linear in linears]
+print(int(resident_mib() - before))
+"""
+
+
+def test_products_of_ever_new_sizes_do_not_pile_up_in_onednns_caches() -> None:
+    done = subprocess.run([sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
