@@ -17,8 +17,8 @@ from toka_engine.model.attention.base import AttentionShape, StepLayout
 
 _BUCKET_COST_TOKENS = 512
 """What the calls of one more bucket cost, in (query row, key) pairs of padding that would cost the same."""
-_MAX_BUCKET_TOKENS = 16384
-"""Keys gathered at once: what stays in the cache of the CPU."""
+_MAX_BUCKET_BYTES = 2 << 20
+"""Keys and values gathered at once: they are read again at once, and that should be from the cache of the CPU core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ def spans_of(layout: StepLayout, page_size: int) -> Spans:
 def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: AttentionShape) -> list[Bucket]:
     """Cut the spans into buckets of similar q_len and number of pages."""
     order = np.lexsort((spans.first_rows, spans.num_pages, spans.q_lens))
-    cuts = _cut(spans.q_lens[order], spans.num_pages[order], page_size)
+    bytes_per_page = 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize * page_size
+    max_pages = max(1, _MAX_BUCKET_BYTES // bytes_per_page)
+    cuts = _cut(spans.q_lens[order], spans.num_pages[order], page_size, max_pages)
     num_rows = int(spans.q_lens.sum())
     return [
         _make_bucket(np.sort(order[begin:end]), spans, table, page_size, shape, num_rows)
@@ -94,7 +96,7 @@ def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: 
     ]
 
 
-def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int) -> list[int]:
+def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int, max_pages: int) -> list[int]:
     """Boundaries of buckets in the sorted spans; walks the distinct sizes, not the spans."""
     count = q_lens.size
     if not count:
@@ -107,7 +109,7 @@ def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int
         before = at - begin
         grown_q = before * int(q_lens[at] * num_pages[at] - q_lens[at - 1] * num_pages[at - 1])
         waste += grown_q * page_size
-        too_many = (end - begin) * int(num_pages[at]) * page_size > _MAX_BUCKET_TOKENS
+        too_many = (end - begin) * int(num_pages[at]) > max_pages
         if (
             waste > _BUCKET_COST_TOKENS
             or q_lens[at] > 2 * q_lens[begin]
@@ -117,15 +119,14 @@ def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int
             cuts.append(at)
             begin, waste = at, 0
     cuts.append(count)
-    return _split_large(cuts, num_pages, page_size)
+    return _split_large(cuts, num_pages, max_pages)
 
 
-def _split_large(cuts: list[int], num_pages: NDArray[np.int64], page_size: int) -> list[int]:
-    """Split buckets of equal spans that gather more than _MAX_BUCKET_TOKENS keys."""
+def _split_large(cuts: list[int], num_pages: NDArray[np.int64], max_pages: int) -> list[int]:
+    """Split buckets of equal spans that gather more than `max_pages` pages."""
     result = [0]
     for begin, end in itertools.pairwise(cuts):
-        tokens = int(num_pages[end - 1]) * page_size
-        size = max(1, _MAX_BUCKET_TOKENS // tokens)
+        size = max(1, max_pages // int(num_pages[end - 1]))
         result.extend(range(begin + size, end, size))
         result.append(end)
     return result
