@@ -72,8 +72,6 @@ class Generation:
     def __init__(self, streams: Streams, prompts: Sequence[Int32s], spec: GenerationSpec) -> None:
         self.prompts = prompts
         self.spec = spec
-        self.num_open = len(prompts) * spec.num_choices
-        """Choices whose stream has neither ended nor been cancelled."""
         self.has_logprobs = spec.sampling.num_logprobs >= 0
         self.choices: list[Choice] = []
         self.dirty: list[Choice] = []
@@ -106,7 +104,6 @@ class Generation:
         """Stop the stream of `choice` here: its stop string has been seen."""
         if not choice.is_closed:
             choice.is_closed = True
-            self.num_open -= 1
             self._streams.cancel([choice.stream])
 
     def fail(self, error: Exception) -> None:
@@ -249,7 +246,6 @@ class Streams:
             choice.finish_reason = reason
             choice.num_tokens = num_tokens
             choice.is_closed = True
-            choice.generation.num_open -= 1
             if reason == FINISH_ERROR:
                 choice.generation.fail(_not_finite())
 
