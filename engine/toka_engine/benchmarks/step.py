@@ -1,4 +1,4 @@
-"""One-step model bench: seconds of a decode step for rows x shared prefix x own suffix, with and without Hydragen.
+"""One decode step of the model: rows x shared prefix x own tokens, with and without Hydragen.
 
 `python -m toka_engine.benchmarks.step MODEL_DIR [--rows 1,32] [--prefix 0,2048] [--suffix 64] [--key key=value ...]`
 prints one JSON object. Both ways share the prefix's pages; the two are measured in turns, so that a busy machine
