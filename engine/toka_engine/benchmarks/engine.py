@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import aiohttp
 
@@ -16,6 +18,16 @@ _READY_TIMEOUT_S = 600.0
 _IDLE_TIMEOUT_S = 60.0
 _HELD = ("toka_running", "toka_waiting", "toka_kv_pages_used", "toka_requests_running")
 _PEAK_PERIOD_S = 0.1
+
+
+def measure_machine(settings: Sequence[str]) -> dict[str, Any]:
+    """The report of `machine` for an engine with these settings. Raises SystemExit with its exit code."""
+    command = [sys.executable, "-m", "toka_engine.benchmarks.machine", *settings]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 @contextmanager

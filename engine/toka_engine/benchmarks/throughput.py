@@ -34,6 +34,7 @@ from toka_engine.benchmarks import workloads
 from toka_engine.benchmarks.client import Job, Result, drive, drive_in_processes
 from toka_engine.benchmarks.engine import (
     PeakWatch,
+    measure_machine,
     read_metrics,
     read_model,
     running_engine,
@@ -191,16 +192,6 @@ def compare(workload: Workload, result: Result, bound: dict[str, float]) -> dict
         "fraction": round(best_s / result.seconds, 4),
         "parts_s": {name: round(part_s, 4) for name, part_s in bound.items()},
     }
-
-
-def measure_machine(settings: Sequence[str]) -> dict[str, Any]:
-    """The report of `machine` for an engine with these settings. Raises SystemExit with its exit code."""
-    command = [sys.executable, "-m", "toka_engine.benchmarks.machine", *settings]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], ThroughputConfig, dict[str, str]]:
