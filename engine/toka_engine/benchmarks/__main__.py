@@ -6,7 +6,7 @@ import ast
 import sys
 from pathlib import Path
 
-NAMES = ("throughput", "cpu", "step", "hydragen", "manager", "api", "soak", "machine")
+NAMES = ("throughput", "cpu", "step", "hydragen", "manager", "api", "soak", "machine", "plot")
 
 
 def describe(name: str) -> str:
