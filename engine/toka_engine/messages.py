@@ -226,6 +226,11 @@ class Stats(Message, frozen=True):
     hydragen_rows_total: int
     manager_cpu_s_total: float
     step_wall_s_total: float
+    """From each step's launch to its tokens: steps that overlap count more than once."""
+    step_busy_s_total: float
+    """While at least one step was under way."""
+    model_cpu_s_total: float
+    """Of the model worker, to launch the steps."""
 
 
 ManagerToServer: TypeAlias = EngineInfo | Refused | Deltas | Stats
@@ -326,7 +331,9 @@ class Tokens(Message, frozen=True):
     top_logprobs: Floats = _empty(np.float32)  # [r * top_width]
     top_width: int = 0
     step_wall_s: float = 0.0
+    """From the step's launch until its tokens are on the host."""
     host_cpu_s: float = 0.0
+    """CPU time of the thread that launched it."""
 
 
 WorkerToManager: TypeAlias = WorkerReady | Tokens

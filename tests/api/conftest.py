@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 
 from tests.api.reference import PROMPTS, find_model, greedy_answers
 from tests.engine_process import EngineProcess
+from tests.model.conftest import TINY
 
 CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
 
@@ -20,6 +22,21 @@ CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
     return find_model()
+
+
+@pytest.fixture(scope="session")
+def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model under the embedded one's tokenizer: thousands of tokens a second."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(**{**TINY, "vocab_size": 49152, "max_position_embeddings": 512})
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
+    for path in model_dir.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

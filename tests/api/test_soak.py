@@ -5,34 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from toka_engine.benchmarks.soak import judge
 from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
 from toka_engine.benchmarks.soak_traffic import Greedy
 
 from tests.api.conftest import client_of, running_engine
 from tests.engine_process import ROOT, hold_port
-from tests.model.conftest import TINY
-
-
-@pytest.fixture(scope="module")
-def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model under the embedded one's tokenizer: thousands of tokens a second."""
-    import transformers
-
-    folder = tmp_path_factory.mktemp("soak") / "tiny"
-    torch.manual_seed(7)
-    config = transformers.LlamaConfig(**{**TINY, "vocab_size": 49152, "max_position_embeddings": 512})
-    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
-    for path in model_dir.glob("*token*"):
-        shutil.copy(path, folder)
-    return folder
 
 
 def test_a_healthy_engine_passes(tiny: Path) -> None:

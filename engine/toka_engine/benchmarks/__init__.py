@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one JSON object and compares with a peer or a physical limit."""
+"""Benchmarks: each prints JSON and compares with a peer or a physical limit; `plot` draws what they printed."""

@@ -19,7 +19,9 @@ from typing import Any
 
 import psutil
 
-from toka_engine.benchmarks.throughput import Request, Workload, drive, running_engine, wait_until_ready
+from toka_engine.benchmarks.client import drive
+from toka_engine.benchmarks.engine import running_engine, wait_until_ready
+from toka_engine.benchmarks.workloads import Request, Workload
 from toka_engine.model.builtin import ensure_builtin
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _ROUNDS = 32, 64, 3
@@ -69,10 +71,10 @@ def measure_memory(engine: subprocess.Popen[bytes]) -> dict[str, int]:
 
 async def measure_speed(base_url: str, requests: list[Request], concurrency: int) -> float:
     """Output tokens per second."""
-    result, seconds = await drive(base_url, "smollm2", Workload(requests, concurrency))
+    result = await drive(base_url, "smollm2", Workload(requests, concurrency))
     if result.errors:
-        raise SystemExit(f"errors: {result.errors[:2]}")
-    return result.output_tokens / seconds
+        raise SystemExit(f"errors: {result.errors}")
+    return result.output_tokens / result.seconds
 
 
 def run_engine(port: str, *settings: str) -> dict[str, Any]:

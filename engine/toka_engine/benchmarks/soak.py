@@ -18,24 +18,20 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 
+from toka_engine.benchmarks.engine import read_metrics, read_model, running_engine, wait_idle, wait_until_ready
 from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
 from toka_engine.benchmarks.soak_traffic import Limits, Traffic
-from toka_engine.benchmarks.throughput import running_engine, wait_until_ready
 
 _MIN_AGREEMENT = 0.99
-_IDLE_TIMEOUT_S = 60.0
 _MEMORY_PERIOD_S = 1.0
-_HELD = ("toka_running", "toka_waiting", "toka_kv_pages_used", "toka_requests_running")
 _DEFAULTS = {
     "minutes": "5",
     "clients": "32",
@@ -44,24 +40,6 @@ _DEFAULTS = {
     "tie": "0.25",
     "growth": "1.0",
 }
-
-
-async def read_metrics(base_url: str) -> dict[str, float]:
-    """Every sample without labels of /metrics, by name."""
-    async with aiohttp.ClientSession(base_url) as session, session.get("/metrics") as response:
-        text = await response.text()
-    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}
-
-
-async def wait_idle(base_url: str) -> dict[str, float]:
-    """What is still held when nothing is any more, or when that has taken too long."""
-    until = time.monotonic() + _IDLE_TIMEOUT_S
-    while True:
-        metrics = await read_metrics(base_url)
-        held = {name: metrics[name] for name in _HELD if metrics[name]}
-        if not held or time.monotonic() > until:
-            return held
-        await asyncio.sleep(0.2)  # the manager reports a few times a second
 
 
 class MemoryWatch:
@@ -127,8 +105,7 @@ def judge(
 async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, options: dict[str, str]) -> dict[str, Any]:
     """Traffic, then peace, then the check; returns the report, with `broken` empty if every promise held."""
     ready_s = await wait_until_ready(base_url, engine)
-    async with aiohttp.ClientSession(base_url) as session, session.get("/v1/models") as response:
-        model = (await response.json())["data"][0]["id"]
+    model = await read_model(base_url)
     sizes = await read_metrics(base_url)
     vocab_size = int(options.get("vocab") or json.loads((folder / "config.json").read_text())["vocab_size"])
     limits = Limits(int(sizes["toka_max_request_tokens"]), int(sizes["toka_max_streams"]), vocab_size)

@@ -1,4 +1,4 @@
-"""One-step model bench: seconds of a decode step for rows x shared prefix x own suffix, with and without Hydragen.
+"""One decode step of the model: rows x shared prefix x own tokens, with and without Hydragen.
 
 `python -m toka_engine.benchmarks.step MODEL_DIR [--rows 1,32] [--prefix 0,2048] [--suffix 64] [--key key=value ...]`
 prints one JSON object. Both ways share the prefix's pages; the two are measured in turns, so that a busy machine
@@ -12,92 +12,26 @@ import itertools
 import json
 import statistics
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from toka_engine.benchmarks.decoding import DecodeBench
+from toka_engine.command_line import parse_config
 from toka_engine.config import EngineConfig
-from toka_engine.messages import Step
 from toka_engine.model.worker import Worker, load_worker
-
-
-def _ints(values: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return np.asarray(values, np.int32)
-
-
-class StepBench:
-    """Slots [0, rows) over one prefix; their own pages follow the prefix's in the cache."""
-
-    def __init__(self, worker: Worker, rows: int, prefix_tokens: int, suffix_tokens: int) -> None:
-        self._runner = worker.runner
-        self._rows = rows
-        size = worker.ready.page_size
-        self._prefix_pages = prefix_tokens // size
-        self._length = self._prefix_pages * size + suffix_tokens
-        own = -(-(suffix_tokens + 64) // size)
-        if self._prefix_pages + rows * own > worker.ready.num_pages or rows > worker.ready.max_seqs:
-            raise SystemExit(f"rows={rows} prefix={prefix_tokens} suffix={suffix_tokens} do not fit the KV cache")
-        shared = np.tile(np.arange(self._prefix_pages), (rows, 1))
-        private = self._prefix_pages + np.arange(rows * own).reshape(rows, own)
-        table = np.concatenate((shared, private), axis=1)
-        self._append: dict[str, Any] = {
-            "append_slots": _ints(np.repeat(np.arange(rows), table.shape[1])),
-            "append_indices": _ints(np.tile(np.arange(table.shape[1]), rows)),
-            "append_pages": _ints(table.reshape(-1)),
-        }
-        self.reset()
-
-    def reset(self) -> None:
-        """Put every slot back to its first length; the cache's content does not matter to the time."""
-        rows = self._rows
-        self._run(
-            Step(
-                number=0,
-                new_slots=_ints(np.arange(rows)),
-                new_lengths=_ints(np.full(rows, self._length)),
-                new_num_sampled=_ints(np.zeros(rows)),
-                new_temperatures=np.zeros(rows, np.float32),
-                new_top_ps=np.ones(rows, np.float32),
-                new_top_ks=_ints(np.zeros(rows)),
-                new_min_ps=np.zeros(rows, np.float32),
-                new_seeds=np.full(rows, -1, np.int64),
-                new_num_logprobs=_ints(np.full(rows, -1)),
-                **self._append,
-            )
-        )
-
-    def decode(self, with_hydragen: bool) -> float:
-        """Wall seconds of one decode step."""
-        groups: dict[str, Any] = {}
-        if with_hydragen:
-            groups = {
-                "group_first_rows": _ints([0]),
-                "group_num_rows": _ints([self._rows]),
-                "group_first_columns": _ints([0]),
-                "group_num_columns": _ints([self._prefix_pages]),
-            }
-        return self._run(Step(number=0, decode_slots=_ints(np.arange(self._rows)), **groups))
-
-    def _run(self, step: Step) -> float:
-        began_s = time.perf_counter()
-        self._runner.finish(self._runner.launch(step))
-        return time.perf_counter() - began_s
 
 
 def measure(worker: Worker, rows: int, prefix: int, suffix: int, repeats: int) -> dict[str, Any]:
     """Median step times in ms, Hydragen off and (with a prefix and two rows or more) on."""
-    bench = StepBench(worker, rows, prefix, suffix)
-    ways = [False, True] if prefix and rows > 1 else [False]
+    bench = DecodeBench(worker, rows, prefix, suffix)
+    ways = [False, True] if bench.shared and rows > 1 else [False]
     times: dict[bool, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):
         for way in ways:
-            seconds = bench.decode(way)
+            seconds = bench.time(1, way).step_s
             if repeat:
                 times[way].append(seconds)
-        if repeat % 16 == 15:
-            bench.reset()
     medians = {way: statistics.median(values) * 1e3 for way, values in times.items()}
     result: dict[str, Any] = {"rows": rows, "prefix": prefix, "suffix": suffix, "plain_ms": round(medians[False], 2)}
     if True in medians:
@@ -106,29 +40,37 @@ def measure(worker: Worker, rows: int, prefix: int, suffix: int, repeats: int) -
     return result
 
 
-def _read_settings(pairs: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, _, text = pair.partition("=")
-        settings[key] = int(text) if text.lstrip("-").isdecimal() else text
-    return settings
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_axes(parser: argparse.ArgumentParser, rows: str, prefix: str, suffix: str) -> None:
+    """The arguments that say what is measured: see `read_axes`."""
     parser.add_argument("model_dir", type=Path)
-    for name, default in (("rows", "1,32"), ("prefix", "0,2048"), ("suffix", "64")):
-        parser.add_argument(f"--{name}", default=default, help="comma-separated counts")
-    parser.add_argument("--repeats", type=int, default=20)
+    for name, default in (("rows", rows), ("prefix", prefix), ("suffix", suffix)):
+        parser.add_argument(f"--{name}", type=_counts, default=default, help=f"comma-separated counts ({default})")
     parser.add_argument("--key", action="append", default=[], help="engine setting, key=value")
-    arguments = parser.parse_args()
-    config = EngineConfig(**_read_settings(arguments.key))
-    worker = load_worker(config, arguments.model_dir, lambda phase, detail: None)
+
+
+def read_axes(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """Every (rows, prefix, suffix)."""
+    return list(itertools.product(arguments.rows, arguments.prefix, arguments.suffix))
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def start_worker(config: EngineConfig, folder: Path) -> Worker:
+    """Loaded and warmed up."""
+    worker = load_worker(config, folder, lambda phase, detail: None)
     worker.warm_up()
-    axes = [[int(word) for word in text.split(",")] for text in (arguments.rows, arguments.prefix, arguments.suffix)]
-    points = [
-        measure(worker, rows, prefix, suffix, arguments.repeats) for rows, prefix, suffix in itertools.product(*axes)
-    ]
+    return worker
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_axes(parser, rows="1,32", prefix="0,2048", suffix="64")
+    parser.add_argument("--repeats", type=int, default=20)
+    arguments = parser.parse_args(words)
+    worker = start_worker(parse_config(arguments.key), arguments.model_dir)
+    points = [measure(worker, *axes, arguments.repeats) for axes in read_axes(arguments)]
     print(json.dumps({"device": worker.ready.device, "dtype": worker.ready.dtype, "points": points}, indent=1))
     return 0
 

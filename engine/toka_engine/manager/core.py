@@ -42,8 +42,8 @@ class Manager:
         """Return the next step for the workers, or None when there is nothing to send now."""
         return plan_step(self.state)
 
-    def stats(self, cpu_s: float) -> Stats:
-        """Return the totals; `cpu_s` is the CPU time of this process so far."""
+    def stats(self, cpu_s: float, step_busy_s: float) -> Stats:
+        """Return the totals; `cpu_s` is the CPU time of this process so far, `step_busy_s` that of `BusyTime`."""
         state = self.state
         counters, allocator = state.counters, state.allocator
         return Stats(
@@ -60,6 +60,8 @@ class Manager:
             hydragen_rows_total=counters.hydragen_rows,
             manager_cpu_s_total=cpu_s,
             step_wall_s_total=counters.step_wall_s,
+            step_busy_s_total=step_busy_s,
+            model_cpu_s_total=counters.model_cpu_s,
         )
 
     def _submit(self, submit: Submit) -> list[msgspec.Struct]:

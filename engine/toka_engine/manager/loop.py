@@ -15,6 +15,7 @@ import msgspec
 from toka_engine.channel import Channel, wait
 from toka_engine.child import Child
 from toka_engine.errors import MessageError
+from toka_engine.manager.busy import BusyTime
 from toka_engine.manager.core import Manager
 from toka_engine.manager.sizes import choose_sizes, engine_info
 from toka_engine.messages import ServerToManager, Tokens, WorkerReady, WorkerToManager
@@ -44,6 +45,7 @@ class Loop:
         self._next_stats = 0.0
         self._next_report = 0.0
         self._is_reported = True
+        self._busy_time = BusyTime()
         self._manager = self._set_up()
 
     def run(self) -> None:
@@ -83,6 +85,7 @@ class Loop:
             if worker in readable:
                 for tokens in worker.receive_ready():
                     if worker is self._workers[0] and isinstance(tokens, Tokens):
+                        self._busy_time.add_step(time.monotonic(), tokens.step_wall_s)
                         outbox += manager.receive(tokens)
         if self._server in readable:
             for request in self._server.receive_ready():
@@ -100,7 +103,7 @@ class Loop:
         has_work = self._manager.has_work
         if now >= self._next_stats and (has_work or not self._is_reported):
             self._next_stats = now + STATS_INTERVAL_S
-            stats = self._manager.stats(time.process_time())
+            stats = self._manager.stats(time.process_time(), self._busy_time.total_s)
             self._server.send(stats)
             if now >= self._next_report and self._config.stats_report_seconds > 0:
                 self._next_report = now + self._config.stats_report_seconds

@@ -35,6 +35,7 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     assert flight.number == tokens.number, "steps come back in order"
     state.completed_step = tokens.number
     state.counters.step_wall_s += tokens.step_wall_s
+    state.counters.model_cpu_s += tokens.host_cpu_s
     slots = state.slots
     places = np.flatnonzero(slots.generations[flight.slots] == flight.generations)
     live, ids = flight.slots[places], tokens.ids[places]

@@ -43,6 +43,7 @@ class Counters:
     steps: int = 0
     hydragen_rows: int = 0
     step_wall_s: float = 0.0
+    model_cpu_s: float = 0.0
 
 
 class ManagerState:

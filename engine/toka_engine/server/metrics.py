@@ -31,9 +31,11 @@ _TOTALS = {
     "steps_total": "Forward passes.",
     "hydragen_rows_total": "Decode rows that attended to a shared prefix as a group.",
     "manager_cpu_s_total": "CPU seconds of the manager.",
-    "step_wall_s_total": "Wall seconds of forward passes.",
+    "step_wall_s_total": "Wall seconds of forward passes, launch to tokens; of overlapping ones, all.",
+    "step_busy_s_total": "Wall seconds in which at least one forward pass was under way.",
+    "model_cpu_s_total": "CPU seconds of the model worker's thread to launch forward passes.",
 }
-_UNITS = {"manager_cpu_s_total": "manager_cpu_seconds_total", "step_wall_s_total": "step_wall_seconds_total"}
+_UNITS = {name: name.replace("_s_total", "_seconds_total") for name in _TOTALS if name.endswith("_s_total")}
 
 
 class Metrics(Collector):

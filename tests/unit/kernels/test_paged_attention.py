@@ -161,3 +161,26 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
     assert not bool(result.isnan().any())
     again = ours.plan_graph(layout_of({2: 6}, [], []), 4, False)
     assert again.data_ptr() == first.data_ptr()
+
+
+def test_a_benchmark_can_skip_attention_and_nothing_else() -> None:
+    from toka_engine.benchmarks.decoding import skip_attention
+    from toka_engine.model.attention.flashinfer import FlashInferAttention
+    from toka_engine.model.kernels.paged import HND
+
+    shape = AttentionShape(1, 4, 2, 8, 8**-0.5, torch.float32, torch.device("cpu"))
+    ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
+    ours.allocate(12, PAGE_SIZE, 4, 3)
+    ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 7, 1))
+    q, k, v = (torch.randn(2, heads, 8, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
+    angles = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+    ours.plan(layout_of({2: 6, 0: 5}, [], []))
+    expected = ours.forward(0, q, k, v, angles)
+    written = ours.cache.clone()
+    ours.cache.zero_()
+    names = skip_attention(ours)
+    assert not ours.forward(0, q, k, v, angles).any()
+    assert torch.equal(ours.cache, written), "keys and values are written all the same"
+    for name in names:
+        delattr(ours, name)
+    torch.testing.assert_close(ours.forward(0, q, k, v, angles), expected)

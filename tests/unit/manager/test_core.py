@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toka_engine.config import EngineConfig
 from toka_engine.manager.admission import MAX_SKIPS
+from toka_engine.manager.busy import BusyTime
 from toka_engine.manager.sizes import choose_sizes, engine_info
 from toka_engine.manager.stopping import StopPredictor
 from toka_engine.manager.streams import choice_seed
@@ -208,16 +209,23 @@ def test_stats_add_up() -> None:
     harness = Harness()
     harness.submit(list(range(18)), n=3, max_tokens=6, seed=1)
     harness.plan()
-    running = harness.manager.stats(1.5)
+    running = harness.manager.stats(1.5, 0.5)
     assert (running.running, running.waiting, running.kv_pages_used) == (3, 0, 7)
     harness.run()
-    stats = harness.manager.stats(2.5)
+    stats = harness.manager.stats(2.5, 1.25)
     assert (stats.running, stats.waiting, stats.kv_pages_used) == (0, 0, 0)
     assert stats.output_tokens_total == 18
     assert stats.prompt_tokens_total == 18
     assert stats.steps_total == harness.num_steps
     assert stats.kv_pages_cached == 4
-    assert stats.manager_cpu_s_total == 2.5
+    assert (stats.manager_cpu_s_total, stats.step_busy_s_total) == (2.5, 1.25)
+
+
+def test_time_in_which_steps_overlap_counts_once_and_idle_time_not_at_all() -> None:
+    busy = BusyTime()
+    for end_s, wall_s in ((3.0, 2.0), (4.0, 2.5), (5.0, 3.0), (9.0, 1.0)):  # 1-3, 1.5-4, 2-5, 8-9
+        busy.add_step(end_s, wall_s)
+    assert busy.total_s == 5.0
 
 
 def test_where_pages_are_short_at_most_every_second_step_admits() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import toka_engine
@@ -108,7 +109,7 @@ def test_requests_go_through_the_real_process_over_its_links(process: Process) -
     while len(ended) < 3:
         for step in process.worker.receive(0.05):
             assert isinstance(step, Step)
-            process.worker.send(worker.run(step))
+            process.worker.send(msgspec.structs.replace(worker.run(step), step_wall_s=1000.0, host_cpu_s=0.5))
         for message in process.server.receive_ready():
             if isinstance(message, Deltas):
                 for stream, token in zip(message.streams.tolist(), message.tokens.tolist(), strict=True):
@@ -124,6 +125,10 @@ def test_requests_go_through_the_real_process_over_its_links(process: Process) -
             assert isinstance(message, Stats)
             last_stats = message
     assert (last_stats.running, last_stats.waiting, last_stats.kv_pages_used) == (0, 0, 0)
+    num_steps = last_stats.steps_total
+    assert num_steps >= 20
+    assert (last_stats.step_wall_s_total, last_stats.model_cpu_s_total) == (1000.0 * num_steps, 0.5 * num_steps)
+    assert 1000.0 <= last_stats.step_busy_s_total < 2000.0, "steps that overlap count once"
 
 
 def test_the_control_link_is_answered_while_the_manager_waits_for_its_workers(process: Process) -> None:

@@ -313,7 +313,7 @@ def test_an_idle_server_drains_although_connections_are_open(tokenizer_dir: Path
 
 def test_metrics_show_requests_and_the_managers_figures(server: RunningServer) -> None:
     server.post("/v1/completions", completion_body())
-    server.manager.send(Stats(3, 4, 100, 60, 30, 1000, 400, 2000, 1, 50, 10, 1.5, 2.5))
+    server.manager.send(Stats(3, 4, 100, 60, 30, 1000, 400, 2000, 1, 50, 10, 1.5, 2.5, 2.0, 0.75))
     while "toka_waiting 4.0" not in (text := server.request("GET", "/metrics")[2].decode()):
         pass
     for line in (
@@ -321,6 +321,10 @@ def test_metrics_show_requests_and_the_managers_figures(server: RunningServer) -
         "toka_running 3.0",
         "toka_kv_pages_used 60.0",
         "toka_output_tokens_total 2000.0",
+        "toka_manager_cpu_seconds_total 1.5",
+        "toka_step_wall_seconds_total 2.5",
+        "toka_step_busy_seconds_total 2.0",
+        "toka_model_cpu_seconds_total 0.75",
     ):
         assert f"\n{line}\n" in text
     assert 'toka_requests_total{endpoint="/v1/completions",status="200"}' in text

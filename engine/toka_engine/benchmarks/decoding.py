@@ -1,0 +1,188 @@
+"""Decode steps of a real worker without manager and server: rows over shared prefixes and tokens of their own.
+
+Every slot, its pages and the groups are laid out here; what a step takes is measured, not what it says. The contents of
+the KV cache do not matter to the time, but that its pages are real memory does: they are written once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from toka_engine.messages import Int32s, Step
+from toka_engine.model.attention.base import AttentionBackend, StepLayout
+from toka_engine.model.attention.cpu import CpuAttention
+from toka_engine.model.runner import Launched
+from toka_engine.model.worker import Worker
+
+_PAGES_AT_ONCE = 64
+
+
+def ints(values: Any) -> Int32s:
+    """As the arrays of messages.Step are."""
+    return np.ascontiguousarray(values, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one step, over those of one call."""
+
+    step_s: float
+    """Wall time: of all steps, by their number."""
+    host_cpu_s: float
+    """Median CPU time of the thread that launches one; on a CPU the work itself, or its share."""
+
+    def with_least_of(self, other: Timing) -> Timing:
+        return Timing(min(self.step_s, other.step_s), min(self.host_cpu_s, other.host_cpu_s))
+
+
+class DecodeBench:
+    """Slots [0, rows): `num_groups` equal groups over `shared` tokens each, and `own` tokens of each row.
+
+    `shared` is rounded down to whole pages. Room for `max_steps` steps; each `time` begins where the first one did.
+    """
+
+    def __init__(
+        self, worker: Worker, rows: int, shared: int, own: int, num_groups: int = 1, max_steps: int = 64
+    ) -> None:
+        """Raises SystemExit if the worker has too few slots, pages or positions."""
+        self._worker, self._runner, self.rows = worker, worker.runner, rows
+        self._max_steps = max_steps
+        size = worker.ready.page_size
+        shared_pages, own_pages = shared // size, -(-(own + max_steps) // size)
+        self.shared, self.own = shared_pages * size, own
+        num_groups = min(num_groups, rows) if shared_pages else 0
+        num_used = num_groups * shared_pages
+        self.num_pages = num_used + rows * own_pages
+        columns = shared_pages + own_pages
+        if self.num_pages > worker.ready.num_pages or columns > worker.ready.max_pages_per_seq:
+            raise SystemExit(f"rows={rows} shared={shared} own={own} do not fit the KV cache or the model's positions")
+        if rows > worker.ready.max_seqs:
+            raise SystemExit(f"rows={rows} are more than max_seqs_per_forward={worker.ready.max_seqs}")
+        first_rows = np.arange(num_groups) * rows // max(num_groups, 1)
+        counts = np.diff(np.append(first_rows, rows)) if num_groups else np.empty(0, np.int64)
+        table = np.empty((rows, columns), np.int32)
+        if num_groups:
+            group_of_row = np.repeat(np.arange(num_groups), counts)
+            table[:, :shared_pages] = group_of_row[:, None] * shared_pages + np.arange(shared_pages)
+        order = np.random.default_rng(0).permutation(rows * own_pages) + num_used
+        table[:, shared_pages:] = order.reshape(rows, own_pages)
+        self._table = table
+        self._groups: dict[str, Any] = {
+            "group_first_rows": ints(first_rows),
+            "group_num_rows": ints(counts),
+            "group_first_columns": ints(np.zeros(num_groups)),
+            "group_num_columns": ints(np.full(num_groups, shared_pages)),
+        }
+        _write_pages(self._runner.attention, self.num_pages)
+
+    def time(self, num_steps: int, is_grouped: bool, in_flight: int | None = None) -> Timing:
+        """Run `num_steps` decode steps, `in_flight` at once (None: as many as the worker would)."""
+        if num_steps > self._max_steps:
+            raise ValueError(f"{num_steps} steps where there is room for {self._max_steps}")
+        self._reset()
+        depth = in_flight or self._worker.ops.max_steps_in_flight
+        step = Step(number=0, decode_slots=ints(np.arange(self.rows)), **(self._groups if is_grouped else {}))
+        flight: deque[Launched] = deque()
+        host_cpu_s = []
+        began_s = time.perf_counter()
+        for _ in range(num_steps):
+            flight.append(self._runner.launch(step))
+            if len(flight) == depth:
+                host_cpu_s.append(self._runner.finish(flight.popleft()).host_cpu_s)
+        while flight:
+            host_cpu_s.append(self._runner.finish(flight.popleft()).host_cpu_s)
+        return Timing((time.perf_counter() - began_s) / num_steps, float(np.median(host_cpu_s)))
+
+    def _reset(self) -> None:
+        """Put every slot back to its first length, with its pages."""
+        rows, columns = self._table.shape
+        step = Step(
+            number=0,
+            new_slots=ints(np.arange(rows)),
+            new_lengths=ints(np.full(rows, self.shared + self.own)),
+            new_num_sampled=ints(np.zeros(rows)),
+            new_temperatures=np.ones(rows, np.float32),
+            new_top_ps=np.ones(rows, np.float32),
+            new_top_ks=ints(np.zeros(rows)),
+            new_min_ps=np.zeros(rows, np.float32),
+            new_seeds=np.full(rows, -1, np.int64),
+            new_num_logprobs=ints(np.full(rows, -1)),
+            append_slots=ints(np.repeat(np.arange(rows), columns)),
+            append_indices=ints(np.tile(np.arange(columns), rows)),
+            append_pages=self._table.reshape(-1),
+        )
+        self._runner.finish(self._runner.launch(step))
+
+
+@torch.inference_mode()
+def _write_pages(attention: AttentionBackend, num_pages: int) -> None:
+    """Give the first pages memory: a CPU's cache is one page of zeros until it is written."""
+    for first in range(1, num_pages, _PAGES_AT_ONCE):
+        target = ints(np.arange(first, min(num_pages, first + _PAGES_AT_ONCE)))
+        attention.copy_pages(ints(np.zeros(target.size)), target)
+
+
+@contextmanager
+def attention_skipped(worker: Worker) -> Iterator[None]:
+    """Meanwhile the worker's decode steps do all but attend: they still plan, rotate, and write keys and values.
+
+    The backends have no such switch, since an engine has no use for it: this replaces the methods that attend. Graphs
+    are captured anew, for which a GPU needs as much free memory again as they take.
+    """
+    attention = worker.runner.attention
+    names = skip_attention(attention)
+    _capture_again(worker)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(attention, name)
+        _capture_again(worker)
+
+
+def skip_attention(attention: AttentionBackend) -> list[str]:
+    """Replace methods of this one object; returns their names, to be deleted from it."""
+    if isinstance(attention, CpuAttention):
+        replaced = {"plan": _plan_without_attention(attention), "forward": _forward_to_zeros(attention)}
+    else:
+        replaced = {"_attend_decode": lambda step, q, cache, out: out.zero_()}
+    for name, method in replaced.items():
+        getattr(attention, name)  # a backend without it is not one that this knows
+        setattr(attention, name, method)
+    return list(replaced)
+
+
+def _plan_without_attention(attention: CpuAttention) -> Callable[[StepLayout], None]:
+    plan_all = attention.plan
+
+    def plan(layout: StepLayout) -> None:
+        plan_all(layout)
+        planned = attention._plan
+        assert planned is not None, "plan has just made it"
+        planned.buckets.clear()
+        planned.groups.clear()
+
+    return plan
+
+
+def _forward_to_zeros(attention: CpuAttention) -> Callable[..., torch.Tensor]:
+    forward_all = attention.forward
+
+    def forward(*arguments: Any) -> torch.Tensor:
+        return forward_all(*arguments).zero_()
+
+    return forward
+
+
+def _capture_again(worker: Worker) -> None:
+    if getattr(worker.runner, "graphs", None) is not None:
+        worker.runner.graphs = None  # type: ignore[attr-defined]
+        worker.runner.prepare()
