@@ -34,8 +34,8 @@ FROM engine-dependencies AS engine-model
 COPY engine/toka_engine/model/convert.py /tmp/
 RUN python /tmp/convert.py /opt/toka/models/smollm2
 
-# The kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles any.
-# flashinfer's take long on few cores: few files on purpose, again.
+# The kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles any. The compilers
+# stay in these two stages. flashinfer's take long on few cores: few files on purpose, again.
 FROM engine-dependencies AS engine-kernels
 RUN apt-get update -q && apt-get install -q -y --no-install-recommends g++
 COPY --from=uv /requirements/kernels.txt /requirements/
@@ -60,13 +60,9 @@ ARG CUDA_ARCHITECTURES="9.0a"
 RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels \
     --kinds triton --architectures ${CUDA_ARCHITECTURES}
 
-# What differs between the engine's two images. Triton compiles its launchers with gcc and Python's headers when the
-# engine starts, which a base may have.
+# What differs between the engine's two images.
 FROM engine-dependencies AS engine-cpu
 FROM engine-dependencies AS engine-gpu
-RUN apt-get update -q && headers=$(python -c 'import sysconfig; print(sysconfig.get_paths("posix_prefix")["include"])') \
- && apt-get install -q -y --no-install-recommends gcc libc6-dev $([ -e $headers/Python.h ] || echo libpython3-dev) \
- && rm -rf /var/lib/apt/lists/*
 COPY --from=engine-triton /opt/toka/kernels /opt/toka/kernels
 ENV TOKA_KERNELS_DIR=/opt/toka/kernels
 
