@@ -1,7 +1,8 @@
 # Three images: `engine`, `operator` and `client` (Python with the openai SDK, for trying the endpoint from a pod).
 #   docker build --target engine .                         the engine; add --build-arg EXTRAS=gpu for GPUs
 #   docker build --target operator .                       the operator, without torch
-# Order of the layers: base, dependencies (5 GB in the engine), model, code: a change of code rebuilds only the last.
+# Order of the layers: base, dependencies (5 GB in the engine), model, code: a change of code rebuilds only the last, and
+# for GPUs our own kernels, a minute's work.
 ARG BASE_IMAGE=python:3.12-slim
 ARG EXTRAS=""
 
@@ -33,8 +34,8 @@ FROM engine-dependencies AS engine-model
 COPY engine/toka_engine/model/convert.py /tmp/
 RUN python /tmp/convert.py /opt/toka/models/smollm2
 
-# flashinfer's kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles them. The
-# compiler stays in this stage. Few files on purpose, again: it takes long on few cores.
+# The kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles any. The compilers
+# stay in these two stages. flashinfer's take long on few cores: few files on purpose, again.
 FROM engine-dependencies AS engine-kernels
 RUN apt-get update -q && apt-get install -q -y --no-install-recommends g++
 COPY --from=uv /requirements/kernels.txt /requirements/
@@ -45,16 +46,24 @@ COPY engine/toka_engine/errors.py /tmp/build/toka_engine/
 COPY engine/toka_engine/model/memory.py /tmp/build/toka_engine/model/
 COPY engine/toka_engine/model/compiled /tmp/build/toka_engine/model/compiled
 ARG CUDA_ARCHITECTURES="9.0a"
-RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels --architectures ${CUDA_ARCHITECTURES}
+RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels \
+    --kinds decode fa2 fa3 --architectures ${CUDA_ARCHITECTURES}
 
-# What differs between the engine's two images. Triton compiles its launchers with gcc and Python's headers when the
-# engine starts, which a base may have.
+# Our own, in Triton, take a minute: so all that a start of the model worker needs may be here, to ask what it compiles.
+# Triton compiles modules that launch kernels too, with gcc and Python's headers, which a base may have.
+FROM engine-kernels AS engine-triton
+RUN headers=$(python -c 'import sysconfig; print(sysconfig.get_paths("posix_prefix")["include"])') \
+ && { [ -e $headers/Python.h ] || { apt-get update -q && apt-get install -q -y --no-install-recommends libpython3-dev; }; }
+COPY engine/toka_engine/*.py /tmp/build/toka_engine/
+COPY engine/toka_engine/model /tmp/build/toka_engine/model
+ARG CUDA_ARCHITECTURES="9.0a"
+RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels \
+    --kinds triton --architectures ${CUDA_ARCHITECTURES}
+
+# What differs between the engine's two images.
 FROM engine-dependencies AS engine-cpu
 FROM engine-dependencies AS engine-gpu
-RUN apt-get update -q && headers=$(python -c 'import sysconfig; print(sysconfig.get_paths("posix_prefix")["include"])') \
- && apt-get install -q -y --no-install-recommends gcc libc6-dev $([ -e $headers/Python.h ] || echo libpython3-dev) \
- && rm -rf /var/lib/apt/lists/*
-COPY --from=engine-kernels /opt/toka/kernels /opt/toka/kernels
+COPY --from=engine-triton /opt/toka/kernels /opt/toka/kernels
 ENV TOKA_KERNELS_DIR=/opt/toka/kernels
 
 # Libraries (kopf, torch) look the user up by name: uid 65532 has an entry.

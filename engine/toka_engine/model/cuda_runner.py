@@ -12,6 +12,7 @@ import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Int32s, Step, Tokens
+from toka_engine.model.ahead.cache import log_compiled
 from toka_engine.model.attention.base import StepLayout
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
@@ -53,30 +54,40 @@ class CudaRunner(Runner):
         super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), sample, False)
         self.cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)
+        self.graphs: DecodeGraphs | None = None
+        self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
+        self._reserve_outputs(device, max_seqs)
+
+    def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
         self._copies = torch.cuda.Stream(device)
         self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
         self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
         self._turn = 0
-        self.graphs: DecodeGraphs | None = None
-        self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Compile what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
-        self._compile_rest()
+        """Launch what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
+        self.launch_rest()
+        torch.cuda.synchronize()
         if self._max_graph_rows:
-            graphs = DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows)
+            graphs = self.make_graphs()
             graphs.capture()
             self.graphs = graphs
+        log_compiled()
+
+    def make_graphs(self) -> DecodeGraphs:
+        """Graphs that are not captured yet."""
+        return DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
         """Bytes that the graphs of `prepare` will take."""
         if not self._max_graph_rows:
             return 0
-        return DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows).measure()
+        return self.make_graphs().measure()
 
-    def _compile_rest(self) -> None:
+    def launch_rest(self) -> None:
+        """Launch, once each, the variants of kernels that the warm-up steps do not."""
         attention, device = self.cuda_attention, self.cuda_attention.shape.device
         slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
         none = np.empty(0, np.int64)
@@ -106,7 +117,6 @@ class CudaRunner(Runner):
             merge_state(heads, lse, heads.clone(), lse.clone(), rows=rows)
         scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
         attention.copy_pages(scratch_page, scratch_page)
-        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -193,9 +203,7 @@ class CudaRunner(Runner):
                 return hidden
         return self.graphs.run(layout, with_groups=False)
 
-    def _fetch(
-        self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float
-    ) -> CudaLaunched:
+    def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
         """Enqueue the copies of the results to the host, beside the main stream."""
         done = torch.cuda.Event()
         results: list[torch.Tensor | None] = [None] * 4

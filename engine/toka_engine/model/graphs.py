@@ -80,7 +80,8 @@ class DecodeGraphs:
             kinds += [(size, True) for size in self._sizes.tolist() if size >= _MIN_ROWS_WITH_GROUPS]
         return sorted(kinds, reverse=True)
 
-    def _capture(self, size: int, with_groups: bool) -> None:
+    def launch(self, size: int, with_groups: bool) -> None:
+        """Launch what a graph holds and what goes before each replay, one by one. Takes `reserve_graphs` before."""
         layout = _rows_of(0)
         if with_groups:  # two rows over the first page of slot 0
             layout = replace(
@@ -88,8 +89,13 @@ class DecodeGraphs:
                 decode_positions=np.full(2, self._attention.page_size, np.int32),
                 **{name: np.array([value], np.int32) for name, value in _ONE_GROUP.items()},
             )
-        self._attention.plan_graph(layout, size, with_groups)
-        self._forward(size)  # compiles and allocates what a capture may not
+        padded_slots = self._attention.plan_graph(layout, size, with_groups)
+        assert padded_slots is not None
+        gather_ids(self._state, padded_slots, self._ids, size, self._ids[:size])
+        self._forward(size)
+
+    def _capture(self, size: int, with_groups: bool) -> None:
+        self.launch(size, with_groups)  # compiles and allocates what a capture may not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

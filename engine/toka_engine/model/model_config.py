@@ -94,7 +94,11 @@ class ModelConfig:
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Read and check `folder`/config.json. Raises ModelNotFoundError, ModelInvalidError."""
-    fields = ConfigFields(_read_json(folder), folder / "config.json")
+    return parse_model_config(ConfigFields(_read_json(folder), folder / "config.json"))
+
+
+def parse_model_config(fields: ConfigFields) -> ModelConfig:
+    """Check the fields of a config.json. Raises ModelInvalidError."""
     architecture = _read_architecture(fields)
     _refuse_unsupported(fields)
     num_heads = fields.size("num_attention_heads")

@@ -68,10 +68,13 @@ def find_device(config: EngineConfig) -> torch.device:
 
 
 def select_ops(device: torch.device) -> Ops:
-    """The table of `device`. Imports what only that device needs."""
+    """The table of `device`. Imports what only that device needs, and decides where its kernels are looked for."""
     if device.type == "cuda":
+        from toka_engine.model.ahead.cache import use_built
         from toka_engine.model.kernels.table import make_ops as make_cuda_ops
 
+        major, minor = torch.cuda.get_device_capability(device)
+        use_built(10 * major + minor)
         return make_cuda_ops()
     from toka_engine.model.cpu_ops import make_ops
 

@@ -139,10 +139,11 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
     runner = ops.make_runner(model, attention, sizes.max_seqs, config)
-    return Worker(runner, _describe(model_config, sizes, shape), ops, is_provisional)
+    return Worker(runner, describe(model_config, sizes, shape), ops, is_provisional)
 
 
-def _describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:
+def describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:
+    """What the manager is told of a worker with these sizes."""
     return WorkerReady(
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,

@@ -7,12 +7,10 @@ architecture. Each case is a process of its own, since flashinfer reads its envi
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -24,7 +22,8 @@ from toka_engine.errors import ExitCode
 from toka_engine.model.compiled.modules import BUILT_HEAD_DIMS, Kind, list_kinds
 from toka_engine.model.compiled.toolchain import choose_num_jobs
 
-ROOT = Path(__file__).parents[3]
+from tests.unit.compiled.image import ROOT, copy_stage, run
+
 pytestmark = pytest.mark.timeout(900)
 DECODE = ("--kinds", "decode", "--head-dims", "64")
 
@@ -39,13 +38,6 @@ except TokaError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 """
-
-
-def run(*arguments: str, source: Path = ROOT / "engine", **env: str | Path) -> subprocess.CompletedProcess[str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "FLASHINFER_"))}
-    whole = {**inherited, "PYTHONPATH": str(source), **{key: str(value) for key, value in env.items()}}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=whole, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
 def build(
@@ -75,16 +67,9 @@ def without_compiler(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def image_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source tree that the Dockerfile's stage of kernels sees: what it copies, and nothing else."""
-    stage = re.search(r"^FROM \S+ AS engine-kernels$(.*?)^FROM ", (ROOT / "Dockerfile").read_text(), re.M | re.S)
-    assert stage is not None
+    """The source tree that the Dockerfile's stage of these kernels sees."""
     root = tmp_path_factory.mktemp("image")
-    for source, target in re.findall(r"^COPY (engine/\S+) /tmp/build/(\S+)$", stage[1], re.M):
-        if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, root / target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            (root / target).mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / source, root / target)
+    copy_stage("engine-kernels", root)
     return root
 
 

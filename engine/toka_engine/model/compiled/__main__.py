@@ -1,6 +1,6 @@
 """`python -m toka_engine.model.compiled OUT_DIR`: build the kernels that the engine needs. Takes a compiler, no GPU.
 
-Each library appears in OUT_DIR whole or not at all, and what is there is not built again. The engine finds it by
+Each kernel appears in OUT_DIR whole or not at all, and what is there is not built again. The engine finds it by
 TOKA_KERNELS_DIR=OUT_DIR. Progress goes to stderr; the exit codes are those of `toka`.
 """
 
@@ -20,11 +20,13 @@ from toka_engine.errors import REASONS, ConfigError, TokaError
 from toka_engine.model.compiled import modules, toolchain
 from toka_engine.model.compiled.modules import Kind
 
-_ARCHITECTURE = re.compile(r"(?P<major>[1-9][0-9]?)\.[0-9][af]?")
+_ARCHITECTURE = re.compile(r"(?P<major>[1-9][0-9]?)\.(?P<minor>[0-9])[af]?")
+_TRITON = "triton"
+"""Beside the kinds of flashinfer's modules: all of our own kernels."""
 
 
-def build(out_dir: Path, architecture: str, kinds: Sequence[Kind], head_dims: Sequence[int]) -> None:
-    """Build modules for one architecture. Decides, once per process, what flashinfer compiles for.
+def build(out_dir: Path, architecture: str, kinds: Sequence[str], head_dims: Sequence[int]) -> None:
+    """Build kernels for one architecture. Decides, once per process, what is compiled for.
 
     Raises ConfigError, DeviceUnavailableError (the compiler is missing or fails), StorageError.
     """
@@ -33,11 +35,21 @@ def build(out_dir: Path, architecture: str, kinds: Sequence[Kind], head_dims: Se
         raise ConfigError(f"--architectures {architecture}: not a compute capability, as 8.0 or 9.0a")
     needed = [kind for kind in modules.list_kinds(int(match["major"])) if kind in kinds]
     modules.check_writable(out_dir, "the folder")
+    if needed:
+        _build_modules(out_dir, architecture, needed, head_dims)
+    if _TRITON in kinds:
+        # Imported only here: it takes most of the engine, and the image builds flashinfer's modules without.
+        from toka_engine.model.ahead import build as ahead
+
+        ahead.build(out_dir, int(match["major"]) * 10 + int(match["minor"]), ahead.list_shapes(head_dims))
+
+
+def _build_modules(out_dir: Path, architecture: str, kinds: Sequence[Kind], head_dims: Sequence[int]) -> None:
     with tempfile.TemporaryDirectory(prefix=".building-", dir=out_dir) as temporary:
         os.environ["FLASHINFER_CUDA_ARCH_LIST"] = architecture
         os.environ[modules.WORKSPACE_VARIABLE] = temporary
         toolchain.prepare_build(Path(temporary) / "links")
-        table = [(kind, head_dim) for kind in needed for head_dim in head_dims]
+        table = [(kind, head_dim) for kind in kinds for head_dim in head_dims]
         for number, (kind, head_dim) in enumerate(table, start=1):
             began_s = time.monotonic()
             title = f"{number}/{len(table)} {kind} head_dim={head_dim} architecture={architecture}"
@@ -80,7 +92,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--architectures", nargs="+", default=modules.BUILT_ARCHITECTURES, metavar="A", help="as 8.0 9.0a"
     )
     parser.add_argument("--head-dims", nargs="+", type=int, choices=modules.HEAD_DIMS, default=modules.BUILT_HEAD_DIMS)
-    parser.add_argument("--kinds", nargs="+", type=Kind, choices=tuple(Kind), default=tuple(Kind))
+    all_kinds = (*map(str, Kind), _TRITON)
+    parser.add_argument("--kinds", nargs="+", choices=all_kinds, default=all_kinds)
     return parser.parse_args(arguments)
 
 

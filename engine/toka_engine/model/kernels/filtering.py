@@ -75,7 +75,7 @@ def _search(
     return lower
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _threshold_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maximum_ptr, threshold_ptr, num_blocks,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "num_heads"])
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, rows_ptr,
     first_row, num_heads,

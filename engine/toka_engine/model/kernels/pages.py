@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "columns"])
 def _set_table_kernel(table_ptr, entries_ptr, count, columns, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
@@ -25,7 +25,7 @@ def set_table(block_table: torch.Tensor, entries: torch.Tensor) -> None:
         _set_table_kernel[grid](block_table, entries, count, block_table.shape[1], BLOCK=256, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _flatten_kernel(table_ptr, slots_ptr, first_ptr, indptr_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     begin = tl.load(indptr_ptr + row)
@@ -53,7 +53,7 @@ def flatten_table(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])
 def _copy_pages_kernel(cache_ptr, source_ptr, target_ptr, pages, page_numel, BLOCK: tl.constexpr):
     copy = tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64) * pages * page_numel
@@ -76,7 +76,7 @@ def copy_pages(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) 
         _copy_pages_kernel[grid](cache, source, target, pages, page_numel, BLOCK=1024, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["columns", "rows"])
 def _write_tokens_kernel(
     ids_ptr, slots_ptr, positions_ptr, table_ptr, columns, page_tokens_ptr, rows,
     PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,

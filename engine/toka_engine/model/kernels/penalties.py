@@ -50,7 +50,7 @@ class PenaltyWorkspace:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _count_tokens_kernel(
     counts_ptr, vocab_size, sources_ptr, lengths_ptr, num_generated_ptr, table_ptr, columns, page_tokens_ptr,
     PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,

@@ -24,14 +24,13 @@ class HeadNorm:
 
 @triton.jit
 def _load_rotated(
-    x_ptr, head_stride, cos, sin, weight_ptr, eps,
-    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    x_ptr, head_stride, cos, sin, weight_ptr, eps, num_heads,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Both rotated halves, [HEADS, HALF_BLOCK] each, of the heads at x_ptr."""
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF_BLOCK)[None, :]
-    inside = (head < NUM_HEADS) & (column < HALF)
+    inside = (head < num_heads) & (column < HALF)
     at = x_ptr + head * head_stride + column
     a = tl.load(at, mask=inside, other=0.0)
     b = tl.load(at + HALF, mask=inside, other=0.0)
@@ -48,15 +47,15 @@ def _load_rotated(
     return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
-@triton.jit
+# Head counts are no constants of the kernel, only their powers of two: few variants serve all models (see ahead.build).
+@triton.jit(do_not_specialize=["table_stride", "num_heads", "num_kv_heads"])
 def _rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
     cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, q_weight_ptr, k_weight_ptr, eps,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-    table_stride, page_stride, token_stride, head_stride,
-    PAGE_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    table_stride, page_stride, token_stride, head_stride, num_heads, num_kv_heads,
+    PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -68,22 +67,22 @@ def _rope_append_kernel(
     sin = tl.load(cos_at + HALF, mask=half < HALF, other=0.0)[None, :]
 
     q_a, q_b = _load_rotated(
-        q_ptr + row * q_row_stride, q_head_stride, cos, sin, q_weight_ptr, eps,
-        NUM_HEADS, HEADS, HALF, HALF_BLOCK, HAS_NORM,
+        q_ptr + row * q_row_stride, q_head_stride, cos, sin, q_weight_ptr, eps, num_heads,
+        HEADS, HALF, HALF_BLOCK, HAS_NORM,
     )  # fmt: skip
     head = tl.arange(0, HEADS)[:, None]
     column = half[None, :]
-    inside = (head < NUM_HEADS) & (column < HALF)
-    q_at = q_out_ptr + row * (NUM_HEADS * 2 * HALF) + head * (2 * HALF) + column
+    inside = (head < num_heads) & (column < HALF)
+    q_at = q_out_ptr + row * (num_heads * 2 * HALF) + head * (2 * HALF) + column
     tl.store(q_at, q_a, mask=inside)
     tl.store(q_at + HALF, q_b, mask=inside)
 
     k_a, k_b = _load_rotated(
-        k_ptr + row * k_row_stride, k_head_stride, cos, sin, k_weight_ptr, eps,
-        NUM_KV_HEADS, KV_HEADS, HALF, HALF_BLOCK, HAS_NORM,
+        k_ptr + row * k_row_stride, k_head_stride, cos, sin, k_weight_ptr, eps, num_kv_heads,
+        KV_HEADS, HALF, HALF_BLOCK, HAS_NORM,
     )  # fmt: skip
     kv_head = tl.arange(0, KV_HEADS)[:, None]
-    inside = (kv_head < NUM_KV_HEADS) & (column < HALF)
+    inside = (kv_head < num_kv_heads) & (column < HALF)
     offset = page * page_stride + (position % PAGE_SIZE) * token_stride + kv_head * head_stride + column
     tl.store(k_cache_ptr + offset, k_a, mask=inside)
     tl.store(k_cache_ptr + offset + HALF, k_b, mask=inside)
@@ -118,9 +117,8 @@ def rope_append(
         q if head_norm is None else head_norm.k_weight,
         0.0 if head_norm is None else head_norm.eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-        PAGE_SIZE=k_cache.shape[1], NUM_HEADS=num_heads, NUM_KV_HEADS=k.shape[1],
-        HEADS=heads, KV_HEADS=triton.next_power_of_2(k.shape[1]),
+        block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), num_heads, k.shape[1],
+        PAGE_SIZE=k_cache.shape[1], HEADS=heads, KV_HEADS=triton.next_power_of_2(k.shape[1]),
         HALF=half, HALF_BLOCK=triton.next_power_of_2(half),
         HAS_NORM=head_norm is not None,
         num_warps=4 if heads * head_dim <= 4096 else 8,

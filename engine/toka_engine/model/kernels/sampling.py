@@ -106,7 +106,7 @@ def _find_block(weight, target, blocks, BLOCKS: tl.constexpr):
     return block, target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _draw_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr,
     temperature_ptr, seed_ptr, num_sampled_ptr, last_token_ptr, random_ptr,
