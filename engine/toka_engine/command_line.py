@@ -40,7 +40,10 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 def parse_config(arguments: Iterable[str]) -> EngineConfig:
     """Return the settings of `key=value` arguments. Raises ConfigError that names the first bad key."""
-    return parse_struct(EngineConfig, arguments, "toka", UNBUILT)
+    config = parse_struct(EngineConfig, arguments, "toka", UNBUILT)
+    if config.torch_compile_config != "default" and not config.torch_compile:
+        raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
+    return config
 
 
 def parse_struct(

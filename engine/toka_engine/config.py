@@ -99,6 +99,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
     cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
 
+    # torch.compile
+    torch_compile: Annotated[
+        bool, doc("compile the layers before ready; needs a compiler, starts slower; see docs/tuning.md")
+    ] = False
+    torch_compile_config: Annotated[
+        Literal["default", "max-autotune-no-cudagraphs"],
+        doc("mode of torch_compile=T; the second, on a GPU alone, also tries several kernels for each product"),
+    ] = "default"
+
     # reporting
     log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"
     stats_report_seconds: Annotated[PositiveSeconds, doc("seconds between two lines of statistics")] = 10.0
@@ -127,8 +136,6 @@ UNBUILT: dict[str, Unbuilt] = {
     "local_proc_name": Unbuilt("server", "the processes always run beside each other"),
     "statsd_addr": Unbuilt(None, "statistics are read from /metrics"),
     "statsd_server_url": Unbuilt(None, "statistics are read from /metrics"),
-    "torch_compile": Unbuilt(False, "the layers are not compiled; decode steps are replayed as CUDA graphs"),
-    "torch_compile_config": Unbuilt(None, "the layers are not compiled"),
     "async_tp_threshold": Unbuilt(None, "tensor parallelism is not built yet"),
     "dp_size": Unbuilt(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
     "pp_size": Unbuilt(1, "pipeline parallelism is not built yet"),

@@ -1,6 +1,6 @@
 """One decode step of a real worker, without manager and server: what the GPU and the host take.
 
-Usage: python tests/gpu/bench_step.py MODEL_DIR [OUT_DIR [CUDAGRAPH_MAX_SIZE]]
+Usage: python tests/gpu/bench_step.py MODEL_DIR [OUT_DIR [CUDAGRAPH_MAX_SIZE]] [key=value ...]
 Rows x (shared prefix + own suffix) as in the design's table; random keys and values. Prints one line per case.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from toka_engine.benchmarks.decoding import DecodeBench
-from toka_engine.config import EngineConfig
+from toka_engine.command_line import parse_config
 from toka_engine.model.worker import Worker, load_worker
 
 # rows, shared tokens, groups, own tokens
@@ -60,11 +60,14 @@ def profile(worker: Worker, case: tuple[int, int, int, int]) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    out = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    settings = [word for word in sys.argv[1:] if "=" in word]
+    words = [word for word in sys.argv[1:] if "=" not in word]
+    folder = Path(words[0])
+    out = Path(words[1]) if len(words) > 1 else None
     began = time.perf_counter()
-    max_size = int(sys.argv[3]) if len(sys.argv) > 3 else 512
-    config = EngineConfig(device="cuda", kv_cache_num_tokens=2_200_000, cudagraph_max_size=max_size)
+    max_size = int(words[2]) if len(words) > 2 else 512
+    fixed = ["device=cuda", "kv_cache_num_tokens=2200000", f"cudagraph_max_size={max_size}"]
+    config = parse_config([*fixed, *settings])
     worker = load_worker(config, folder, lambda phase, detail: None)
     loaded = time.perf_counter()
     worker.warm_up()
@@ -75,10 +78,11 @@ def main() -> None:
         results.append(measure(worker, case))
         print(json.dumps(results[-1]), flush=True)
     if out is not None:
-        (out / f"step_{max_size}.json").write_text(json.dumps(results, indent=1))
+        name = f"step_{max_size}{'_compiled' if config.torch_compile else ''}"
+        (out / f"{name}.json").write_text(json.dumps(results, indent=1))
         cases = ((4096, 768, 16, 96), (4096, 0, 0, 320), (1, 0, 0, 512), (1024, 4096, 1, 32))
         profiles = "\n".join(profile(worker, case) for case in cases)
-        (out / f"profile_{config.cudagraph_max_size}.txt").write_text(profiles)
+        (out / f"profile_{name}.txt").write_text(profiles)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q --tb=short -p n
 part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
+part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
@@ -24,3 +25,6 @@ lines=60 part bench_products 60 python3 tests/gpu/bench_products.py
 lines=60 part bench_attention 60 python3 tests/gpu/bench_attention.py
 lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"
 lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$model" "$out" 4096
+lines=25 part bench_step_compiled 180 python3 tests/gpu/bench_step.py "$model" "$out" 4096 torch_compile=T
+lines=60 part versus_compiled 180 python3 -m toka_engine.benchmarks.step "$model" --rows 1,64,1024 --suffix 512 \
+    --prefill 2048,8192 --key kv_cache_num_tokens=700000 --versus torch_compile=T

@@ -68,8 +68,9 @@ def test_the_documents_proof_passes_for_both_models(tree: Path) -> None:
     assert re.findall(r"\[(\w+)\] PASSED", result.stdout) == ["gemma", "mistral"], result.stdout
 
 
+@pytest.mark.parametrize("torch_compile", ["F", "T"])
 def test_a_model_of_the_document_is_served_and_says_what_transformers_says(
-    tree: Path, make_tiny: Callable[..., tuple[Any, Path]], smollm2: Path, tmp_path: Path
+    torch_compile: str, tree: Path, make_tiny: Callable[..., tuple[Any, Path]], smollm2: Path, tmp_path: Path
 ) -> None:
     tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     model, folder = make_tiny("Gemma", vocab_size=49152, head_dim=32)
@@ -79,6 +80,7 @@ def test_a_model_of_the_document_is_served_and_says_what_transformers_says(
     model.generation_config.eos_token_id = None
     output = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)[0, ids.shape[1] :]
     settings = (f"model={folder}", "device=cpu", "dtype=float32", "kv_cache_num_tokens=4096", "num_threads=1")
+    settings += (f"torch_compile={torch_compile}",)
     with EngineProcess(tmp_path, *settings, env={"PYTHONPATH": str(tree / "engine")}) as engine:
         engine.wait_ready()
         client = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=120.0)

@@ -44,15 +44,17 @@ class Process:
     link: Channel[WorkerToManager]
 
 
-def start_process(model_dir: Path, **settings: Any) -> Process:
+def start_process(
+    model_dir: Path, env: dict[str, str] | None = None, stderr: int = subprocess.DEVNULL, **settings: Any
+) -> Process:
     control, child_control = socket_pair()
     link, child_link = socket_pair()
     fds = (child_control.fileno(), child_link.fileno())
     popen = subprocess.Popen(
         [sys.executable, "-m", "toka_engine.model", *map(str, fds)],
         pass_fds=fds,
-        env={**os.environ, "PYTHONPATH": str(ENGINE)},
-        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ENGINE), **(env or {})},
+        stderr=stderr,
     )
     child_control.close()
     child_link.close()

@@ -6,12 +6,12 @@ the KV cache do not matter to the time, but that its pages are real memory does:
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from toka_engine.model.worker import Worker
 
 _PAGES_AT_ONCE = 64
 
+Clock: TypeAlias = Callable[[], float]
+"""Seconds since some moment: perf_counter, or process_time where a busy machine would disturb that."""
+
 
 def ints(values: Any) -> Int32s:
     """As the arrays of messages.Step are."""
@@ -35,7 +38,7 @@ class Timing:
     """Of one step, over those of one call."""
 
     step_s: float
-    """Wall time: of all steps, by their number."""
+    """Time by the clock: of all steps, by their number."""
     host_cpu_s: float
     """Median CPU time of the thread that launches one; on a CPU the work itself, or its share."""
 
@@ -83,7 +86,9 @@ class DecodeBench:
         }
         _write_pages(self._runner.attention, self.num_pages)
 
-    def time(self, num_steps: int, is_grouped: bool, in_flight: int | None = None) -> Timing:
+    def time(
+        self, num_steps: int, is_grouped: bool, in_flight: int | None = None, clock: Clock = perf_counter
+    ) -> Timing:
         """Run `num_steps` decode steps, `in_flight` at once (None: as many as the worker would)."""
         if num_steps > self._max_steps:
             raise ValueError(f"{num_steps} steps where there is room for {self._max_steps}")
@@ -92,14 +97,30 @@ class DecodeBench:
         step = Step(number=0, decode_slots=ints(np.arange(self.rows)), **(self._groups if is_grouped else {}))
         flight: deque[Launched] = deque()
         host_cpu_s = []
-        began_s = time.perf_counter()
+        began_s = clock()
         for _ in range(num_steps):
             flight.append(self._runner.launch(step))
             if len(flight) == depth:
                 host_cpu_s.append(self._runner.finish(flight.popleft()).host_cpu_s)
         while flight:
             host_cpu_s.append(self._runner.finish(flight.popleft()).host_cpu_s)
-        return Timing((time.perf_counter() - began_s) / num_steps, float(np.median(host_cpu_s)))
+        return Timing((clock() - began_s) / num_steps, float(np.median(host_cpu_s)))
+
+    def time_prefill(self, num_tokens: int, clock: Clock = perf_counter) -> float:
+        """Seconds of a step that prefills `num_tokens` from the start of slot 0, over its first pages."""
+        slot = ints([0])
+        step = Step(
+            number=0,
+            prefill_slots=slot,
+            prefill_starts=slot,
+            prefill_lengths=ints([num_tokens]),
+            prefill_tokens=ints(np.zeros(num_tokens)),
+            fanout_slots=slot,
+            fanout_chunks=slot,
+        )
+        began_s = clock()
+        self._runner.finish(self._runner.launch(step))
+        return clock() - began_s
 
     def _reset(self) -> None:
         """Put every slot back to its first length, with its pages."""

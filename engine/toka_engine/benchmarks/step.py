@@ -3,6 +3,9 @@
 `python -m toka_engine.benchmarks.step MODEL_DIR [--rows 1,32] [--prefix 0,2048] [--suffix 64] [--key key=value ...]`
 prints one JSON object. Both ways share the prefix's pages; the two are measured in turns, so that a busy machine
 disturbs both alike, and the median is reported. It drives the worker's runner directly: no manager, no server.
+
+With `--versus key=value ...` (as `torch_compile=T`) a second engine has these settings too, and decode and prefill
+steps of both are measured in turns, on a CPU in CPU time: what each took least, and the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,39 @@ def measure(worker: Worker, rows: int, prefix: int, suffix: int, repeats: int) -
         result["hydragen_ms"] = round(medians[True], 2)
         result["speedup"] = round(medians[False] / medians[True], 2)
     return result
+
+
+def compare(
+    workers: tuple[Worker, Worker], rows: list[int], suffix: int, prefill: list[int], repeats: int
+) -> list[dict[str, Any]]:
+    """Steps of both in ms: decode steps of `rows`, prefill steps of `prefill` tokens; `ratio` is second by first.
+
+    CPU time on a CPU; wall time on a GPU, where a CPU only waits.
+    """
+    clock = time.process_time if workers[0].ready.device == "cpu" else time.perf_counter
+
+    def decode(bench: DecodeBench) -> float:
+        return bench.time(1, False, clock=clock).step_s
+
+    points: list[dict[str, Any]] = []
+    for count in rows:
+        benches = [DecodeBench(worker, count, 0, suffix) for worker in workers]
+        points.append({"step": "decode", "rows": count, **_measure_pairs(benches, decode, repeats)})
+    for count in prefill:
+        benches = [DecodeBench(worker, 1, 0, count) for worker in workers]
+        run = partial(DecodeBench.time_prefill, num_tokens=count, clock=clock)
+        points.append({"step": "prefill", "rows": count, **_measure_pairs(benches, run, repeats)})
+    return points
+
+
+def _measure_pairs(benches: list[DecodeBench], run: Callable[[DecodeBench], float], repeats: int) -> dict[str, float]:
+    """Run both in turns; the first pair does not count."""
+    pairs = [tuple(map(run, benches)) for _ in range(repeats + 1)][1:]
+    return {
+        "first_ms": round(min(pair[0] for pair in pairs) * 1e3, 2),
+        "second_ms": round(min(pair[1] for pair in pairs) * 1e3, 2),
+        "ratio": round(statistics.median(later / earlier for earlier, later in pairs), 3),
+    }
 
 
 def add_axes(parser: argparse.ArgumentParser, rows: str, prefix: str, suffix: str) -> None:
@@ -67,9 +105,17 @@ def start_worker(config: EngineConfig, folder: Path) -> Worker:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_axes(parser, rows="1,32", prefix="0,2048", suffix="64")
+    parser.add_argument("--prefill", type=_counts, default="128", help="tokens of prefill steps, with --versus (128)")
+    parser.add_argument("--versus", action="append", default=[], help="setting of a second engine, key=value")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args(words)
     worker = start_worker(parse_config(arguments.key), arguments.model_dir)
+    if arguments.versus:
+        other = start_worker(parse_config([*arguments.key, *arguments.versus]), arguments.model_dir)
+        suffix = arguments.suffix[0]
+        points = compare((worker, other), arguments.rows, suffix, arguments.prefill, arguments.repeats)
+        print(json.dumps({"device": worker.ready.device, "dtype": worker.ready.dtype, "points": points}, indent=1))
+        return 0
     points = [measure(worker, *axes, arguments.repeats) for axes in read_axes(arguments)]
     print(json.dumps({"device": worker.ready.device, "dtype": worker.ready.dtype, "points": points}, indent=1))
     return 0

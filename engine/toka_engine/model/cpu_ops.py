@@ -84,5 +84,6 @@ def make_ops() -> Ops:
         make_attention=_make_attention,
         make_runner=_make_runner,
         fits_cache=False,
+        has_packed_products=True,
         max_steps_in_flight=1,
     )

@@ -55,6 +55,8 @@ class Ops:
     """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
     fits_cache: bool
     """Whether the KV cache is sized by what the largest steps leave (measuring.fit_cache), unless the user sizes it."""
+    has_packed_products: bool
+    """Whether torch.compile must leave the products of `make_linear` alone: it cannot look into their weights."""
     max_steps_in_flight: int
     """Steps launched before the first one's tokens are on the host."""
 
@@ -67,15 +69,27 @@ def find_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda" if has_cuda else "cpu")
 
 
-def select_ops(device: torch.device) -> Ops:
-    """The table of `device`. Imports what only that device needs, and decides where its kernels are looked for."""
+def select_ops(device: torch.device, config: EngineConfig) -> Ops:
+    """The table of `device`. Imports what only that device needs, and decides where its kernels are looked for.
+
+    Raises ConfigError, StorageError.
+    """
     if device.type == "cuda":
         from toka_engine.model.ahead.cache import use_built
         from toka_engine.model.kernels.table import make_ops as make_cuda_ops
 
         major, minor = torch.cuda.get_device_capability(device)
         use_built(10 * major + minor)
-        return make_cuda_ops()
-    from toka_engine.model.cpu_ops import make_ops
+        ops = make_cuda_ops()
+    else:
+        from toka_engine.model.cpu_ops import make_ops
 
-    return make_ops()
+        ops = make_ops()
+    if not config.torch_compile:
+        return ops
+    from toka_engine.model.compile_cache import choose_compile_cache
+
+    choose_compile_cache()
+    from toka_engine.model.compilation import compile_ops
+
+    return compile_ops(ops, device, config)

@@ -111,7 +111,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
     device = find_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or count_threads())
-    ops = select_ops(device)
+    ops = select_ops(device, config)
     model_config = read_model_config(model_dir)
     dtype = choose_dtype(config, device)
     shape = AttentionShape(
@@ -136,9 +136,11 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
         if is_provisional:
             sizes = provisional_sizes(sizes)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+        if config.torch_compile:
+            report("compile", "the layers, with torch.compile")
+        runner = ops.make_runner(model, attention, sizes.max_seqs, config)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
-    runner = ops.make_runner(model, attention, sizes.max_seqs, config)
     return Worker(runner, describe(model_config, sizes, shape), ops, is_provisional)
 
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 BUILD = """
 import sys
 from pathlib import Path
+from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
 from toka_engine.model.ahead import build
 stands_for_smollm2 = build.make_model("Qwen3ForCausalLM", hidden_size=1024, num_attention_heads=16,
@@ -83,7 +84,7 @@ ctypes.CDLL(sys.argv[1] + "/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
 what, capability = sys.argv[2], int(sys.argv[3])
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-select_ops(torch.device("cuda"))
+select_ops(torch.device("cuda"), EngineConfig())
 cache = knobs.cache.manager_class.__self__
 try:
     fake = Driver(capability)

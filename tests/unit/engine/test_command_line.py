@@ -90,6 +90,8 @@ KEYS_OF_TOKASAURUS = [
         ("model_aliases=('a', \"b\")", "model_aliases", ("a", "b")),
         ("model_aliases=[]", "model_aliases", ()),
         ("log_level=DEBUG", "log_level", "DEBUG"),
+        ("torch_compile=T", "torch_compile", True),
+        ("torch_compile_config=default", "torch_compile_config", "default"),
         ("served_model_name=None", "served_model_name", None),
     ],
 )
@@ -135,6 +137,10 @@ def test_a_value_is_read_by_its_keys_type(argument: str, key: str, value: object
         "model=" + "x" * 2000,
         "num_threads=0",
         "max_queued_requests=(2**40)",
+        "torch_compile=default",
+        "torch_compile_config=reduce-overhead",
+        "torch_compile_config=max-autotune",
+        "torch_compile_config=",
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(argument: str) -> None:
@@ -176,6 +182,13 @@ def test_an_unbuilt_key_is_refused_with_its_sentence() -> None:
 
 def test_an_unbuilt_key_may_say_what_is_done_anyway() -> None:
     assert parse_config(["tp_size=1", "trust_remote_code=F"]) == EngineConfig()
+
+
+def test_a_mode_of_torch_compile_is_refused_without_it() -> None:
+    mode = "torch_compile_config=max-autotune-no-cudagraphs"
+    with pytest.raises(ConfigError, match=f"{mode} has no effect without torch_compile=T"):
+        parse_config([mode])
+    assert parse_config([mode, "torch_compile=T"]).torch_compile_config == "max-autotune-no-cudagraphs"
 
 
 def test_code_from_a_model_folder_is_never_allowed() -> None:

@@ -41,5 +41,6 @@ def make_ops() -> Ops:
         make_attention=_make_attention,
         make_runner=_make_runner,
         fits_cache=True,
+        has_packed_products=False,
         max_steps_in_flight=2,
     )
