@@ -50,6 +50,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
+from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
 from toka_engine.model.ahead.build import make_model
 from toka_engine.model.ahead.cache import log_compiled
