@@ -160,3 +160,22 @@ def test_the_step_bench_compares_both_ways(make_tiny: Tiny, capsys: pytest.Captu
     assert [(each["rows"], each["prefix"], "speedup" in each) for each in points] == [
         (1, 0, False), (1, 32, False), (4, 0, False), (4, 32, True),
     ]  # fmt: skip
+
+
+def test_a_prefill_is_timed_over_the_pages_of_its_slot(driver: Driver) -> None:
+    bench = DecodeBench(driver.worker, rows=1, shared=0, own=40, max_steps=3)
+    cache = fill(driver.worker)
+    before = cache.clone()
+    assert bench.time_prefill(40) > 0
+    pages = sorted(bench._table[0, : -(-40 // driver.page_size)].tolist())
+    changed = (cache != before).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    assert changed == pages
+
+
+def test_two_engines_are_compared_step_by_step(make_tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = make_tiny()
+    sizes = ["--rows", "1,3", "--suffix", "8", "--prefill", "20", "--repeats", "2"]
+    assert step.main([str(folder), *sizes, *KEYS, "--versus", "use_hydragen=F"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [(point["step"], point["rows"]) for point in points] == [("decode", 1), ("decode", 3), ("prefill", 20)]
+    assert all(point["first_ms"] > 0 and point["second_ms"] > 0 and point["ratio"] > 0 for point in points)

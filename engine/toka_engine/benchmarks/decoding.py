@@ -108,6 +108,7 @@ class DecodeBench:
 
     def time_prefill(self, num_tokens: int, clock: Clock = perf_counter) -> float:
         """Seconds of a step that prefills `num_tokens` from the start of slot 0, over its first pages."""
+        self._reset()
         slot = ints([0])
         step = Step(
             number=0,
@@ -156,17 +157,17 @@ def attention_skipped(worker: Worker) -> Iterator[None]:
     """Meanwhile the worker's decode steps do all but attend: they still plan, rotate, and write keys and values.
 
     The backends have no such switch, since an engine has no use for it: this replaces the methods that attend. Graphs
-    are captured anew, for which a GPU needs as much free memory again as they take.
+    are captured anew.
     """
     attention = worker.runner.attention
     names = skip_attention(attention)
-    _capture_again(worker)
+    worker.runner.prepare()
     try:
         yield
     finally:
         for name in names:
             delattr(attention, name)
-        _capture_again(worker)
+        worker.runner.prepare()
 
 
 def skip_attention(attention: AttentionBackend) -> list[str]:
@@ -201,9 +202,3 @@ def _forward_to_zeros(attention: CpuAttention) -> Callable[..., torch.Tensor]:
         return forward_all(*arguments).zero_()
 
     return forward
-
-
-def _capture_again(worker: Worker) -> None:
-    if getattr(worker.runner, "graphs", None) is not None:
-        worker.runner.graphs = None  # type: ignore[attr-defined]
-        worker.runner.prepare()

@@ -69,6 +69,7 @@ class CudaRunner(Runner):
         """Launch what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
         self.launch_rest()
         torch.cuda.synchronize()
+        self.graphs = None  # earlier ones give their memory back
         if self._max_graph_rows:
             graphs = self.make_graphs()
             graphs.capture()

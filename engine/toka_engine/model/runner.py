@@ -55,7 +55,7 @@ class Runner:
         self._has_repeatable_rows = has_repeatable_rows
 
     def prepare(self) -> None:
-        """Called once, after the warm-up steps: a device may capture graphs."""
+        """Called after the warm-up steps, and whenever what graphs hold has changed: a device may capture them."""
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:

@@ -114,15 +114,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
     ops = select_ops(device, config)
     model_config = read_model_config(model_dir)
     dtype = choose_dtype(config, device)
-    shape = AttentionShape(
-        num_layers=model_config.num_layers,
-        num_heads=model_config.num_heads,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        scale=model_config.head_dim**-0.5,
-        dtype=dtype,
-        device=device,
-    )
+    shape = attention_shape(model_config, dtype, device)
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
         with torch.inference_mode(), Weights(model_dir, device, dtype, read_available_bytes(device)) as weights:
@@ -142,6 +134,19 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
     return Worker(runner, describe(model_config, sizes, shape), ops, is_provisional)
+
+
+def attention_shape(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionShape:
+    """What a backend has to know of the model."""
+    return AttentionShape(
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        scale=model.head_dim**-0.5,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:

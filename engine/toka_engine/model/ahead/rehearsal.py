@@ -17,7 +17,6 @@ import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, WorkerReady
-from toka_engine.model.attention.base import AttentionShape
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.cuda_runner import CudaRunner
 from toka_engine.model.kernels.table import make_ops
@@ -28,7 +27,7 @@ from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched
 from toka_engine.model.sampling import Sampled, SamplePlan
 from toka_engine.model.sizes import Sizes
-from toka_engine.model.worker import describe, make_warm_up_steps
+from toka_engine.model.worker import attention_shape, describe, make_warm_up_steps
 
 _META = torch.device("meta")
 _SIZES = Sizes(num_pages=64, page_size=0, max_seqs=40, max_tokens_per_forward=96, max_pages_per_seq=64)
@@ -58,15 +57,7 @@ class RehearsalRunner(CudaRunner):
 def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[RehearsalRunner, WorkerReady]:
     """What runs steps of this model, and what its worker would report. `sizes`: other than the page size."""
     sizes = replace(sizes, page_size=page_size)
-    shape = AttentionShape(
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        scale=model.head_dim**-0.5,
-        dtype=torch.bfloat16,
-        device=_META,
-    )
+    shape = attention_shape(model, torch.bfloat16, _META)
     attention = FlashInferAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     with torch.inference_mode():
