@@ -102,7 +102,7 @@ except TokaError as error:
     sys.exit(error.exit_code)
 log_compiled()
 assert set(fake.binaries) == {b"\\x7fELF"}
-print(json.dumps([len(fake.binaries), cache.num_built, cache.num_compiled, cache.num_modules_compiled]))
+print(json.dumps([len(fake.binaries), cache.num_built, len(cache.compiled), cache.num_modules_compiled]))
 """
 
 

@@ -175,7 +175,10 @@ def skip_attention(attention: AttentionBackend) -> list[str]:
     if isinstance(attention, CpuAttention):
         replaced = {"plan": _plan_without_attention(attention), "forward": _forward_to_zeros(attention)}
     else:
-        replaced = {"_attend_decode": lambda step, q, cache, out: out.zero_()}
+        replaced = {
+            "_attend_decode": lambda step, q, cache, out: out.zero_(),
+            "_attend_few_rows": _append_alone(attention),
+        }
     for name, method in replaced.items():
         getattr(attention, name)  # a backend without it is not one that this knows
         setattr(attention, name, method)
@@ -193,6 +196,19 @@ def _plan_without_attention(attention: CpuAttention) -> Callable[[StepLayout], N
         planned.groups.clear()
 
     return plan
+
+
+def _append_alone(attention: Any) -> Callable[..., torch.Tensor]:
+    from toka_engine.model.kernels.rope import rope_append
+
+    def attend_few_rows(
+        step: Any, work: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        rope_append(q, k, v, cos_sin, step.slots, step.positions, attention.table, cache[0], cache[1], out)
+        return out.zero_()
+
+    return attend_few_rows
 
 
 def _forward_to_zeros(attention: CpuAttention) -> Callable[..., torch.Tensor]:

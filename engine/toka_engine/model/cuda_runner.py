@@ -1,5 +1,7 @@
 """Executes steps on a GPU without waiting for it: everything that changes goes up through pinned memory in the order of
 one stream, and the tokens come down on a side stream while the next step runs.
+
+Decode steps of few rows go another way: all they need is in a graph (whole_steps), so that the host replays and waits.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.graphs import DecodeGraphs
 from toka_engine.model.kernels.merge import merge_state
+from toka_engine.model.kernels.packets import RING
 from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.runner import Launched, Runner
 from toka_engine.model.sampling import Penalties, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.staging import Staging
 from toka_engine.model.state import SlotState as HostState
+from toka_engine.model.whole_steps import MAX_ROWS, WholeSteps
 
 _OUTPUTS = 4
 _READ_BYTES_PER_S = 3e12
@@ -38,10 +42,12 @@ class CudaLaunched(Launched):
     """A step in the stream; `done` is behind the copies of its results to the host."""
 
     done: torch.cuda.Event
-    ids: torch.Tensor | None  # pinned
-    logprobs: torch.Tensor | None
-    top_tokens: torch.Tensor | None
-    top_logprobs: torch.Tensor | None
+    ids: torch.Tensor | None = None  # pinned
+    logprobs: torch.Tensor | None = None
+    top_tokens: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    place: int | None = None
+    """Where a whole step publishes its tokens, which are then all of its results."""
 
 
 class CudaRunner(Runner):
@@ -50,16 +56,20 @@ class CudaRunner(Runner):
     def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
-        sample = GpuSampler(config.seed, self._slots, attention, max_seqs, vocab_size)
-        super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), sample, False)
+        self.sampler = GpuSampler(config.seed, self._slots, attention, max_seqs, vocab_size)
+        super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), self.sampler, False)
         self.cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self.graphs: DecodeGraphs | None = None
+        self.whole_steps: WholeSteps | None = None
+        self._last_plan: SamplePlan | None = None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
         self._reserve_outputs(device, max_seqs)
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
-        self._copies = torch.cuda.Stream(device)
+        self._stream, self._copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        self._published = [torch.cuda.Event() for _ in range(RING)]
+        self._is_awaited = [False] * RING
         self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
         self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
         self._turn = 0
@@ -69,23 +79,29 @@ class CudaRunner(Runner):
         """Launch what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
         self.launch_rest()
         torch.cuda.synchronize()
-        self.graphs = None  # earlier ones give their memory back
+        self.graphs = self.whole_steps = None  # earlier ones give their memory back
         if self._max_graph_rows:
-            graphs = self.make_graphs()
+            graphs, whole_steps = self.make_graphs(), self.make_whole_steps()
             graphs.capture()
-            self.graphs = graphs
+            whole_steps.capture()
+            self.graphs, self.whole_steps = graphs, whole_steps
         log_compiled()
 
     def make_graphs(self) -> DecodeGraphs:
         """Graphs that are not captured yet."""
-        return DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows)
+        return DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows, MAX_ROWS)
+
+    def make_whole_steps(self) -> WholeSteps:
+        """Not captured yet."""
+        max_rows = min(MAX_ROWS, self._max_graph_rows)
+        return WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, max_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
         """Bytes that the graphs of `prepare` will take."""
         if not self._max_graph_rows:
             return 0
-        return self.make_graphs().measure()
+        return self.make_graphs().measure() + self.make_whole_steps().measure()
 
     def launch_rest(self) -> None:
         """Launch, once each, the variants of kernels that the warm-up steps do not."""
@@ -124,13 +140,52 @@ class CudaRunner(Runner):
         """See Runner.launch."""
         started_s, cpu_s = time.monotonic(), time.thread_time()
         self._set_up(step)
-        self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
+        plan = self._plan_sampling(step)
         self.attention.copy_pages(step.copy_from, step.copy_to)
-        plan = plan_sampling(step, self.state.host)
-        logits, logit_rows = self._forward(step)
+        if self.whole_steps is not None and self._is_whole(step, self.whole_steps):
+            hidden, place = self.whole_steps.forward(
+                step.decode_slots,
+                self.state.host.lengths[step.decode_slots],
+                (step.append_slots, step.append_indices, step.append_pages),
+            )
+            if plan.is_plain:
+                self.whole_steps.draw(plan.slots.size)
+                self.state.advance(step)
+                return self._await_published(step, plan, place, started_s, cpu_s)
+            logits, logit_rows = self.model.logits(hidden), None
+        else:
+            self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
+            logits, logit_rows = self._forward(step)
         sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
         self.state.advance(step)
         return self._fetch(step, plan, sampled, started_s, cpu_s)
+
+    def _plan_sampling(self, step: Step) -> SamplePlan:
+        """As plan_sampling. Decode steps of the same rows share one plan: nothing in it changes from step to step."""
+        last, slots = self._last_plan, step.decode_slots
+        is_as_before = last is not None and not step.new_slots.size and not step.fanout_slots.size
+        if last is not None and is_as_before and np.array_equal(slots, last.slots):
+            return last
+        plan = plan_sampling(step, self.state.host)
+        self._last_plan = plan if plan.penalties is None else None
+        return plan
+
+    def _is_whole(self, step: Step, whole_steps: WholeSteps) -> bool:
+        count = step.decode_slots.size
+        if step.prefill_slots.size or not 0 < count <= whole_steps.max_rows:
+            return False
+        if step.append_slots.size > MAX_ROWS:
+            return False
+        return self._saved_s(step.group_num_rows, step.group_num_columns) <= _GROUP_OVERHEAD_S
+
+    def _await_published(self, step: Step, plan: SamplePlan, place: int, started_s: float, cpu_s: float) -> Launched:
+        if self._is_awaited[place]:
+            raise AssertionError("more steps in flight than there are packets")
+        self._is_awaited[place] = True
+        done = self._published[place]
+        done.record(self._stream)
+        host_cpu_s = time.thread_time() - cpu_s
+        return CudaLaunched(step.number, plan, None, started_s, host_cpu_s, done, place=place)
 
     def finish(self, launched: Launched) -> Tokens:
         """See Runner.finish."""
@@ -138,6 +193,11 @@ class CudaRunner(Runner):
             raise AssertionError("a step of another runner")
         launched.done.synchronize()
         none = np.empty(0, np.float32)
+        if launched.place is not None and self.whole_steps is not None:
+            self._is_awaited[launched.place] = False
+            ids = self.whole_steps.packets.tokens(launched.place, launched.plan.slots.size).copy()
+            wall_s = time.monotonic() - launched.started_s
+            return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
         has_top = launched.top_tokens is not None and launched.top_logprobs is not None
         return Tokens(
             launched.number,
@@ -195,35 +255,44 @@ class CudaRunner(Runner):
         count = layout.decode_slots.size
         if self.graphs is None or layout.prefill_slots.size or not 0 < count <= self.graphs.max_rows:
             return None
-        pages_saved = int(((layout.group_num_rows - 1) * layout.group_num_columns).sum())
-        bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size
-        saved_s = pages_saved * bytes_per_page / _READ_BYTES_PER_S
+        saved_s = self._saved_s(layout.group_num_rows, layout.group_num_columns)
         if saved_s > _GROUP_OVERHEAD_S:
             hidden = self.graphs.run(layout, with_groups=True)
             if hidden is not None or saved_s > _EAGER_OVERHEAD_S:
                 return hidden
         return self.graphs.run(layout, with_groups=False)
 
+    def _saved_s(self, group_num_rows: Int32s, group_num_columns: Int32s) -> float:
+        """What reading the shared pages of these groups once saves."""
+        if not group_num_rows.size:
+            return 0.0
+        pages_saved = int(((group_num_rows - 1) * group_num_columns).sum())
+        bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size
+        return pages_saved * bytes_per_page / _READ_BYTES_PER_S
+
     def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
         """Enqueue the copies of the results to the host, beside the main stream."""
         done = torch.cuda.Event()
-        results: list[torch.Tensor | None] = [None] * 4
-        self._copies.wait_stream(torch.cuda.current_stream())
+        ids = logprobs = top_tokens = top_logprobs = None
+        self._copies.wait_stream(self._stream)
         with torch.cuda.stream(self._copies):
             if sampled is not None:
                 self._turn = (self._turn + 1) % _OUTPUTS
                 count = plan.slots.size
-                results[0] = self._pinned_ids[self._turn][:count].copy_(sampled.ids, non_blocking=True)
+                ids = self._pinned_ids[self._turn][:count].copy_(sampled.ids, non_blocking=True)
                 if sampled.logprobs is not None:
                     pinned = self._pinned_logprobs[self._turn][:count]
-                    results[1] = pinned.copy_(sampled.logprobs, non_blocking=True)
-                for index, tensor in ((2, sampled.top_tokens), (3, sampled.top_logprobs)):
-                    if tensor is not None:
+                    logprobs = pinned.copy_(sampled.logprobs, non_blocking=True)
+                if sampled.top_tokens is not None and sampled.top_logprobs is not None:
+                    for tensor in (sampled.top_tokens, sampled.top_logprobs):
                         tensor.record_stream(self._copies)
-                        results[index] = tensor.to("cpu", non_blocking=True)
+                    top_tokens = sampled.top_tokens.to("cpu", non_blocking=True)
+                    top_logprobs = sampled.top_logprobs.to("cpu", non_blocking=True)
             done.record(self._copies)
         host_cpu_s = time.thread_time() - cpu_s
-        return CudaLaunched(step.number, plan, sampled, started_s, host_cpu_s, done, *results)
+        return CudaLaunched(
+            step.number, plan, sampled, started_s, host_cpu_s, done, ids, logprobs, top_tokens, top_logprobs
+        )
 
 
 def _find_sampled_rows(step: Step, num_decode: int) -> tuple[Int32s, Int32s | None]:

@@ -42,8 +42,16 @@ def _rows_of(count: int) -> StepLayout:
 class DecodeGraphs:
     """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
 
-    def __init__(self, model: CausalModel, attention: FlashInferAttention, state: SlotState, max_rows: int) -> None:
-        self.max_rows = max_rows
+    def __init__(
+        self,
+        model: CausalModel,
+        attention: FlashInferAttention,
+        state: SlotState,
+        max_rows: int,
+        max_rows_elsewhere: int = 0,
+    ) -> None:
+        """Steps of up to `max_rows_elsewhere` rows come here only if they have groups."""
+        self.max_rows, self._max_rows_elsewhere = max_rows, max_rows_elsewhere
         self._model, self._attention, self._state = model, attention, state
         self._ids = torch.zeros(max_rows, dtype=torch.int32, device=state.last_token.device)
         self._sizes = np.array(graph_sizes(max_rows))
@@ -58,14 +66,14 @@ class DecodeGraphs:
     def measure(self) -> int:
         """Bytes of the device that `capture` will take, from the first few captures. Not to be run afterwards."""
         kinds = self._kinds()
-        free = [_read_free_bytes()]
+        free = [read_free_bytes()]
         self._begin()
         for index, (size, with_groups) in enumerate(kinds[:_MEASURED_GRAPHS]):
             self._capture(size, with_groups)
             if index % 2:  # the two largest share little, all others fit into their memory
-                free.append(_read_free_bytes())
+                free.append(read_free_bytes())
         if len(free) < 3:
-            return free[0] - _read_free_bytes()
+            return free[0] - read_free_bytes()
         per_graph = (free[1] - free[2]) / 2
         return free[0] - free[1] + int(per_graph * (len(kinds) - 2))
 
@@ -75,7 +83,7 @@ class DecodeGraphs:
 
     def _kinds(self) -> list[tuple[int, bool]]:
         """(size, with groups) of each graph, the largest first."""
-        kinds = [(size, False) for size in self._sizes.tolist()]
+        kinds = [(size, False) for size in self._sizes.tolist() if size > self._max_rows_elsewhere]
         if self._attention.has_graph_groups:
             kinds += [(size, True) for size in self._sizes.tolist() if size >= _MIN_ROWS_WITH_GROUPS]
         return sorted(kinds, reverse=True)
@@ -125,7 +133,7 @@ class DecodeGraphs:
         return hidden[:count]
 
 
-def _read_free_bytes() -> int:
+def read_free_bytes() -> int:
     """Of the device, when torch has given back what it only keeps."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

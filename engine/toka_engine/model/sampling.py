@@ -47,6 +47,11 @@ class SamplePlan:
     penalties: Penalties | None = None
     """None: no row asks."""
 
+    @property
+    def is_plain(self) -> bool:
+        """No row asks for more than a temperature."""
+        return not (self.seeded.size or self.filtered.size or self.has_logprobs or self.penalties is not None)
+
 
 def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
     """Sort the rows that `step` samples by what they ask for. `host` as before the step's forward."""

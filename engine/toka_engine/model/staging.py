@@ -20,6 +20,8 @@ class Staging:
 
     def __init__(self, device: torch.device, capacity: int = 1 << 15, depth: int = 4) -> None:
         self._device = device
+        # Asked for once: torch takes as long to look it up as to record the event.
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._depth = depth
         self._turn = 0
         self._allocate(capacity)
@@ -43,7 +45,7 @@ class Staging:
         if total:
             self._buffer[:total].copy_(pinned[:total], non_blocking=True)
         if event is not None:
-            event.record()
+            event.record(self._stream)
         return [self._buffer[offset : offset + array.size] for offset, array in zip(offsets, arrays, strict=False)]
 
     def _allocate(self, capacity: int) -> None:

@@ -93,6 +93,9 @@ class SlotState:
         """Count what the forward of `step` wrote and what it sampled. The sampler writes `last_tokens`."""
         host = self.host
         host.lengths[step.decode_slots] += 1
+        if self.device.type == "cpu" and not step.prefill_slots.size:  # mirrors are all there is to change
+            host.num_sampled[step.decode_slots] += 1
+            return
         host.lengths[step.prefill_slots] += step.prefill_lengths
         host.lengths[step.fanout_slots] = host.lengths[step.prefill_slots[step.fanout_chunks]]
         sampled = np.concatenate((step.decode_slots, step.fanout_slots))

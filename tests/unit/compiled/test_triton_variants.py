@@ -95,6 +95,9 @@ def launch_steps(shape):
     runner.cuda_attention.reserve_graphs(40)
     for size in (1, 2, 8, 40):
         graphs.launch(size, size > 2)
+    whole_steps = runner.make_whole_steps()
+    for size in (1, 3, 40):
+        whole_steps.launch(size)
 
 def record(name, shapes):
     variants = Variants(90)

@@ -163,18 +163,46 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
     assert again.data_ptr() == first.data_ptr()
 
 
-def test_a_benchmark_can_skip_attention_and_nothing_else() -> None:
+@pytest.mark.parametrize("is_heads_first", [False, True])
+def test_without_a_plan_rows_find_their_pages_themselves(is_heads_first: bool) -> None:
+    from toka_engine.model.attention.flashinfer import FlashInferAttention
+    from toka_engine.model.kernels.paged import HND, NHD
+
+    shape = AttentionShape(2, 6, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
+    ours = FlashInferAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
+    ours.allocate(12, PAGE_SIZE, 4, 3)
+    seeds = torch.Generator().manual_seed(1)
+    ours.cache[:, :, :12] = torch.randn(ours.cache[:, :, :12].shape, generator=seeds)
+    ours.append_pages(int32(0, 0, 2, 2, 2), int32(0, 1, 0, 1, 2), int32(3, 5, 7, 1, 9))
+    before = ours.cache.clone()
+    q, k, v = (torch.randn(4, heads, 32, generator=seeds) for heads in (6, 2, 2))
+    angles = torch.randn(12, 32, generator=seeds)
+    ours.plan(layout_of({2: 11, 0: 5}, [], []))
+    expected = ours.forward(1, q[:2], k[:2], v[:2], angles)
+    written = ours.cache.clone()
+    ours.cache.copy_(before)
+    ours.plan_nothing(torch.tensor([2, 0, 4, 4], dtype=torch.int32), torch.tensor([11, 5, 0, 0], dtype=torch.int32))
+    torch.testing.assert_close(ours.forward(1, q, k, v, angles)[:2], expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(ours.cache[:, :, :12], written[:, :, :12])
+    assert not torch.equal(written, before)
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_benchmark_can_skip_attention_and_nothing_else(is_planned: bool) -> None:
     from toka_engine.benchmarks.decoding import skip_attention
     from toka_engine.model.attention.flashinfer import FlashInferAttention
     from toka_engine.model.kernels.paged import HND
 
-    shape = AttentionShape(1, 4, 2, 8, 8**-0.5, torch.float32, torch.device("cpu"))
+    shape = AttentionShape(1, 4, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
     ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
     ours.allocate(12, PAGE_SIZE, 4, 3)
     ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 7, 1))
-    q, k, v = (torch.randn(2, heads, 8, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
-    angles = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
-    ours.plan(layout_of({2: 6, 0: 5}, [], []))
+    q, k, v = (torch.randn(2, heads, 32, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
+    angles = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
+    if is_planned:
+        ours.plan(layout_of({2: 6, 0: 5}, [], []))
+    else:
+        ours.plan_nothing(torch.tensor([2, 0], dtype=torch.int32), torch.tensor([6, 5], dtype=torch.int32))
     expected = ours.forward(0, q, k, v, angles)
     written = ours.cache.clone()
     ours.cache.zero_()

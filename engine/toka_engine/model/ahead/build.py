@@ -151,7 +151,7 @@ def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
         raise DeviceUnavailableError(f"{title}: {toolchain.summarise(str(error))}") from error
     num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(
-        f"{title}: {time.monotonic() - began_s:.0f} s, {cache.num_compiled} kernels and {cache.num_modules_compiled} "
+        f"{title}: {time.monotonic() - began_s:.0f} s, {len(cache.compiled)} kernels and {cache.num_modules_compiled} "
         f"modules compiled, {num_bytes / 1e6:.1f} MB",
         file=sys.stderr,
         flush=True,

@@ -28,6 +28,7 @@ from toka_engine.model.compiled.modules import KERNELS_VARIABLE
 
 _log = logging.getLogger("toka.model")
 
+_KERNEL_SUFFIX = ".cubin"
 _MODULE_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -39,7 +40,8 @@ class KernelCache:
         self.folder = folder
         self.num_built = 0
         """Kernels found in `folder`."""
-        self.num_compiled = 0
+        self.compiled: list[str] = []
+        """Names of kernels that were not there."""
         self.num_modules_compiled = 0
         self._lock = threading.Lock()
 
@@ -51,7 +53,8 @@ class KernelCache:
 
     def note_compiled(self, filename: str) -> None:
         with self._lock:
-            self.num_compiled += filename.endswith(".cubin")
+            if filename.endswith(_KERNEL_SUFFIX):
+                self.compiled.append(filename.removesuffix(_KERNEL_SUFFIX))
             self.num_modules_compiled += filename.endswith(_MODULE_SUFFIX)
 
 
@@ -159,10 +162,11 @@ def log_compiled() -> None:
     """At the end of a start: how much of it was compiling."""
     if _used is not None:
         _log.info(
-            "event=triton_kernels_ready built=%d compiled=%d modules_compiled=%d",
+            "event=triton_kernels_ready built=%d compiled=%d modules_compiled=%d%s",
             _used.num_built,
-            _used.num_compiled,
+            len(_used.compiled),
             _used.num_modules_compiled,
+            f" names={','.join(sorted(_used.compiled))}" if _used.compiled else "",
         )
 
 

@@ -78,6 +78,9 @@ def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
     runner.cuda_attention.reserve_graphs(ready.max_seqs)
     for size, with_groups in ((1, False), (ready.max_seqs, False), (ready.max_seqs, True)):
         graphs.launch(size, with_groups)
+    whole_steps = runner.make_whole_steps()
+    for size in (1, 2, whole_steps.max_rows):
+        whole_steps.launch(size)
 
 
 def _without_kernels() -> Any:

@@ -26,6 +26,7 @@ from toka_engine.model.attention.paged_plan import (
     plan_prefill,
     rows_of,
 )
+from toka_engine.model.kernels.few_rows_attention import Workspace, attend_few_rows
 from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
@@ -55,6 +56,8 @@ class _Plan:
     slots: torch.Tensor
     positions: torch.Tensor
     num_decode: int = 0
+    work: Workspace | None = None
+    """Set if nothing was planned: attention finds the pages itself."""
     decode: Any = None
     decode_pages: DevicePages | None = None
     decode_q_indptr: torch.Tensor | None = None
@@ -106,6 +109,7 @@ class FlashInferAttention:
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
+        self._few_rows_work = Workspace.allocate(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device)
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
@@ -189,6 +193,13 @@ class FlashInferAttention:
         self._step = step
         return uploaded[0]
 
+    def plan_nothing(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Prepare a forward of decode rows alone, at the slots and positions [rows] int32 that these hold when it runs.
+
+        A graph may hold the forward.
+        """
+        self._step = _Plan(slots, positions, slots.shape[0], work=self._few_rows_work)
+
     def reserve_graphs(self, max_rows: int) -> None:
         """Allocate what `plan_graph` needs for up to `max_rows` rows."""
         self._graph_inputs = Staging(self.shape.device, capacity=8 * (max_rows + 8))
@@ -238,6 +249,8 @@ class FlashInferAttention:
         assert step is not None
         cache = self.cache[layer]
         by_token = cache.transpose(2, 3) if self._layout == HND else cache
+        if step.work is not None:
+            return self._attend_few_rows(step, step.work, q, k, v, cos_sin, by_token)
         rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rope_append(q, k, v, cos_sin, step.slots, step.positions, self.table, by_token[0], by_token[1], rotated)
         out = torch.empty_like(rotated)
@@ -254,6 +267,23 @@ class FlashInferAttention:
                 out[chunk.first_row :],
                 None,
             )
+        return out
+
+    def _attend_few_rows(
+        self,
+        step: _Plan,
+        work: Workspace,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos_sin: torch.Tensor,
+        by_token: torch.Tensor,
+    ) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        attend_few_rows(
+            q, k, v, cos_sin, step.slots, step.positions, self.table, by_token[0], by_token[1], out, work,
+            self.shape.scale,
+        )  # fmt: skip
         return out
 
     def _attend_decode(self, step: _Plan, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:

@@ -47,6 +47,7 @@ class _Workspace:
         self.device_ints = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._pinned = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(_RING)]
         self._events = [torch.cuda.Event() for _ in range(_RING)]
+        self._stream = torch.cuda.current_stream(device)
         self._turn = 0
 
     def take_pinned(self) -> torch.Tensor:
@@ -57,7 +58,7 @@ class _Workspace:
 
     def planned(self) -> None:
         """The copy from the buffer taken last is in the stream now."""
-        self._events[self._turn].record()
+        self._events[self._turn].record(self._stream)
 
 
 class PagedKernels:

@@ -56,7 +56,7 @@ class GpuSampler:
                 plan.slots,
                 plan.filtered.astype(np.int32),
                 plan.seeded.astype(np.int32),
-                self._next_random(),
+                self.next_random(),
                 plan.top.astype(np.int32),
                 plan.top_counts,
             )
@@ -67,10 +67,22 @@ class GpuSampler:
             return Sampled(ids, logprobs, None, None)
         return Sampled(ids, logprobs, *_find_top(logits, rows[top], top_counts, plan.top_width))
 
-    def _next_random(self) -> NDArray[np.int32]:
+    def next_random(self) -> NDArray[np.int32]:
         """The words that make the draws of one launch its own."""
         self._step += 1
         return np.array([self._seed, self._step], "<i8").view("<i4")
+
+    def draw_plain(
+        self,
+        logits: torch.Tensor,  # [n, vocab] bf16
+        slots: torch.Tensor,  # [n] int32
+        random: torch.Tensor,  # [2] int64: next_random
+        ids: torch.Tensor,  # [n] int32, written
+    ) -> None:
+        """Draw row i for slots[i], none of which asks for more than a temperature. A graph may hold it."""
+        samples = Samples(self._in_order[: slots.shape[0]], slots)
+        block_stats(logits, samples, self._state, self._work, False)
+        draw(logits, samples, self._state, self._work, random, ids, None, False)
 
     def _draw(
         self,
@@ -132,7 +144,7 @@ class GpuSampler:
             plan.slots[chosen],
             filtered.astype(np.int32),
             seeded.astype(np.int32),
-            self._next_random(),
+            self.next_random(),
         ]
 
     def _draw_part(

@@ -1,0 +1,136 @@
+"""A step's inputs from the host, and its tokens on their way back, without a copy: kernels read and write host memory.
+
+A copy, its event and the launches around it cost the host more than a step of few rows may take. So all that such a
+step has to be told is one packet in pinned memory, which the step's first kernel takes; its last kernel publishes the
+tokens there. Packets and results lie in rings, and how many packets were taken is counted on the device: a CUDA graph,
+whose addresses are fixed, finds its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+
+from toka_engine.model.kernels.slots import SlotState
+
+RING = 4
+"""Packets that may be on their way. More than the steps in flight."""
+_HEADER = 8
+"""int32 words: how many pages are appended, one unused, then random as two int64. Then five arrays [max_rows]."""
+_RANDOM = 2
+
+
+class Packets:
+    """The rings, and what a packet is unpacked to: arrays at fixed addresses, for up to `max_rows` rows."""
+
+    def __init__(self, max_rows: int, padding_slot: int, device: torch.device) -> None:
+        """`padding_slot`: the slot of rows that a packet does not fill; their position is 0."""
+        is_cuda, words = device.type == "cuda", _HEADER + 5 * max_rows
+        self.max_rows, self._padding_slot = max_rows, padding_slot
+        self._ring = torch.zeros((RING, words), dtype=torch.int32, pin_memory=is_cuda, device=_host(device))
+        self._results = torch.zeros((RING, max_rows), dtype=torch.int32, pin_memory=is_cuda, device=_host(device))
+        self._num_taken = torch.zeros(1, dtype=torch.int32, device=device)
+        self._num_written = 0
+        if device.type != "meta":
+            self._words, self._tokens = self._ring.numpy(), self._results.numpy()
+        self.slots, self.positions, self.ids, self.drawn = (
+            torch.zeros(max_rows, dtype=torch.int32, device=device) for _ in range(4)
+        )
+        self.random = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def write(
+        self,
+        slots: NDArray[np.int32],  # [rows]
+        positions: NDArray[np.int32],  # [rows]
+        appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # slots, columns, pages
+        random: NDArray[np.int32],  # [4]
+    ) -> int:
+        """Lay the packet that the next `take` finds; returns its place in the ring.
+
+        Whatever was launched RING packets ago must be done.
+        """
+        place = self._num_written % RING
+        self._num_written += 1
+        words, size = self._words[place], self.max_rows
+        words[0] = appends[0].size
+        words[_RANDOM:6] = random
+        for index, array in enumerate((slots, positions, *appends)):
+            begin = _HEADER + index * size
+            words[begin : begin + array.size] = array
+        words[_HEADER + slots.size : _HEADER + size] = self._padding_slot
+        words[_HEADER + size + slots.size : _HEADER + 2 * size] = 0
+        return place
+
+    def tokens(self, place: int, count: int) -> NDArray[np.int32]:
+        """[count] int32 that `publish` wrote for the packet at this place of the ring; a view."""
+        tokens: NDArray[np.int32] = self._tokens[place, :count]
+        return tokens
+
+    def take(self, state: SlotState, block_table: torch.Tensor, page_tokens: torch.Tensor) -> None:
+        """Unpack the next packet: append its pages to `block_table`, set slots, positions, ids (each slot's last token)
+        and random, and note the ids in `page_tokens` [pages, page_size] as the tokens at these positions.
+        """
+        _take_kernel[(1,)](
+            self._ring, self._num_taken, state.last_token, block_table, block_table.shape[1], page_tokens,
+            self.slots, self.positions, self.ids, self.random,
+            ROWS=self.max_rows, BLOCK=triton.next_power_of_2(self.max_rows), PAGE_SIZE=page_tokens.shape[1],
+            HEADER=_HEADER, RING_SIZE=RING, num_warps=2,
+        )  # fmt: skip
+
+    def publish(self) -> None:
+        """Write `drawn` to the results, for the packet that was taken last."""
+        _publish_kernel[(1,)](
+            self._results, self._num_taken, self.drawn,
+            ROWS=self.max_rows, BLOCK=triton.next_power_of_2(self.max_rows), RING_SIZE=RING, num_warps=2,
+        )  # fmt: skip
+
+
+def _host(device: torch.device) -> torch.device:
+    """Of memory that the host writes; a rehearsal has none."""
+    return device if device.type == "meta" else torch.device("cpu")
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _take_kernel(
+    ring_ptr, num_taken_ptr, last_token_ptr, table_ptr, columns, page_tokens_ptr,
+    slots_ptr, positions_ptr, ids_ptr, random_ptr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADER: tl.constexpr, RING_SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, BLOCK)
+    inside = row < ROWS
+    taken = tl.load(num_taken_ptr)
+    packet = ring_ptr + (taken % RING_SIZE) * (HEADER + 5 * ROWS)
+    rows_at = packet + HEADER + row
+    # Volatile: the host writes here between launches, which no cache may hide.
+    count = tl.load(packet, volatile=True)
+    slot = tl.load(rows_at, mask=inside, other=0, volatile=True)
+    position = tl.load(rows_at + ROWS, mask=inside, other=0, volatile=True)
+    appended = inside & (row < count)
+    append_slot = tl.load(rows_at + 2 * ROWS, mask=appended, other=0, volatile=True).to(tl.int64)
+    append_column = tl.load(rows_at + 3 * ROWS, mask=appended, other=0, volatile=True)
+    append_page = tl.load(rows_at + 4 * ROWS, mask=appended, other=0, volatile=True)
+    word = tl.arange(0, 4)
+    random = tl.load(packet + 2 + word, volatile=True)
+
+    tl.store(table_ptr + append_slot * columns + append_column, append_page, mask=appended)
+    tl.store(random_ptr.to(tl.pointer_type(tl.int32)) + word, random)
+    last = tl.load(last_token_ptr + slot, mask=inside, other=0)
+    tl.store(slots_ptr + row, slot, mask=inside)
+    tl.store(positions_ptr + row, position, mask=inside)
+    tl.store(ids_ptr + row, last, mask=inside)
+    tl.debug_barrier()  # other threads appended the pages, and all have read the counter
+    page = tl.load(table_ptr + slot.to(tl.int64) * columns + position // PAGE_SIZE, mask=inside, other=0)
+    tl.store(page_tokens_ptr + page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, last, mask=inside)
+    tl.store(num_taken_ptr, taken + 1)
+
+
+@triton.jit
+def _publish_kernel(
+    results_ptr, num_taken_ptr, drawn_ptr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RING_SIZE: tl.constexpr
+):
+    row = tl.arange(0, BLOCK)
+    place = (tl.load(num_taken_ptr) - 1) % RING_SIZE
+    tl.store(results_ptr + place * ROWS + row, tl.load(drawn_ptr + row, mask=row < ROWS), mask=row < ROWS)

@@ -1,0 +1,111 @@
+"""Decode steps of few rows, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
+
+The graphs of `graphs` begin behind what flashinfer needs from the host: page lists, a schedule, their copies. Here all
+that goes up is one packet, and attention reads the block table itself. A step is two graphs of its padded size: the
+forward, and the head with a draw that asks for no more than temperature, whose tokens the last kernel publishes to the
+host. Where a row asks for more, head and sampler follow the first graph as they follow those of `graphs`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toka_engine.model.attention.flashinfer import FlashInferAttention
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.graphs import graph_sizes, read_free_bytes
+from toka_engine.model.kernels.packets import Packets
+from toka_engine.model.kernels.sampler import GpuSampler
+from toka_engine.model.kernels.slots import SlotState
+
+MAX_ROWS = 64
+"""Beyond, flashinfer's kernels gain more than planning for them costs the host."""
+
+
+class WholeSteps:
+    """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        attention: FlashInferAttention,
+        state: SlotState,
+        sampler: GpuSampler,
+        max_rows: int,
+    ) -> None:
+        """`attention`, whose memory may not be replaced afterwards, and `sampler` work on the same `state`."""
+        self.max_rows = max_rows
+        self._model, self._attention, self._state, self._sampler = model, attention, state, sampler
+        self.packets = Packets(MAX_ROWS, attention.scratch_slot, attention.shape.device)
+        self._sizes = np.array(graph_sizes(max_rows))
+        self._forwards: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._draws: dict[int, torch.cuda.CUDAGraph] = {}
+
+    # -------------------------------------------------------------- capturing
+
+    def capture(self) -> None:
+        """Capture every size, the largest first, so that the others fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes.tolist()):
+            self._capture(size, pool)
+
+    def measure(self) -> int:
+        """Bytes of the device that `capture` will take, from two captures. Not to be run afterwards."""
+        pool, free = torch.cuda.graph_pool_handle(), [read_free_bytes()]
+        for size in reversed(self._sizes.tolist()[-2:]):
+            self._capture(size, pool)
+            free.append(read_free_bytes())
+        return free[0] - free[1] + (len(self._sizes) - 1) * (free[-2] - free[-1] if len(free) > 2 else 0)
+
+    def launch(self, size: int) -> None:
+        """Launch what the graphs of `size` hold, one by one, for rows of the padding slot."""
+        if self.packets.slots.device.type != "meta":
+            none = np.empty(0, np.int32)
+            self.packets.write(none, none, (none, none, none), np.zeros(4, np.int32))
+        self._draw(size, self._forward(size))
+
+    def _capture(self, size: int, pool: Any) -> None:
+        self.launch(size)  # compiles and allocates what a capture may not
+        torch.cuda.synchronize()
+        forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=pool):
+            hidden = self._forward(size)
+        with torch.cuda.graph(draw, pool=pool):
+            self._draw(size, hidden)
+        self._forwards[size], self._draws[size] = (forward, hidden), draw
+
+    def _forward(self, size: int) -> torch.Tensor:
+        packets, attention = self.packets, self._attention
+        packets.take(self._state, attention.table, attention.page_tokens)
+        attention.plan_nothing(packets.slots[:size], packets.positions[:size])
+        return self._model.forward(packets.ids[:size], attention)
+
+    def _draw(self, size: int, hidden: torch.Tensor) -> None:
+        packets = self.packets
+        logits = self._model.logits(hidden)
+        self._sampler.draw_plain(logits, packets.slots[:size], packets.random, packets.drawn[:size])
+        packets.publish()
+
+    # -------------------------------------------------------------- running
+
+    def forward(
+        self,
+        slots: NDArray[np.int32],  # [rows], 1 <= rows <= max_rows
+        positions: NDArray[np.int32],  # [rows]
+        appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most MAX_ROWS] each
+    ) -> tuple[torch.Tensor, int]:
+        """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
+        place = self.packets.write(slots, positions, appends, self._sampler.next_random())
+        graph, hidden = self._forwards[self._pad(slots.size)]
+        graph.replay()
+        return hidden[: slots.size], place
+
+    def draw(self, num_rows: int) -> None:
+        """Draw tokens from what the last forward, of `num_rows` rows, gave, and publish them."""
+        self._draws[self._pad(num_rows)].replay()
+
+    def _pad(self, num_rows: int) -> int:
+        return int(self._sizes[np.searchsorted(self._sizes, num_rows)])

@@ -1,0 +1,75 @@
+"""Packets: what the host writes is what the next kernel takes, and tokens come back to the place of their packet."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toka_engine.model.kernels.packets import RING, Packets
+from toka_engine.model.kernels.slots import SlotState
+
+SCRATCH, PAGE_SIZE, COLUMNS = 9, 4, 6
+
+
+def ints(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(values, np.int32)
+
+
+NO_APPENDS = (ints(), ints(), ints())
+
+
+@pytest.fixture
+def parts(device: torch.device) -> tuple[Packets, SlotState, torch.Tensor, torch.Tensor]:
+    packets, state = Packets(5, SCRATCH, device), SlotState.allocate(SCRATCH + 1, device)
+    state.last_token.copy_(torch.arange(SCRATCH + 1) * 11)
+    table = torch.zeros((SCRATCH + 1, COLUMNS), dtype=torch.int32, device=device)
+    table[SCRATCH] = 19
+    return packets, state, table, torch.full((20, PAGE_SIZE), -1, dtype=torch.int32, device=device)
+
+
+def test_a_packet_sets_rows_ids_and_random_and_pads_with_the_padding_slot(parts) -> None:
+    packets, state, table, page_tokens = parts
+    packets.write(ints(3, 7), ints(5, 2), NO_APPENDS, ints(1, 2, 3, 4))
+    packets.take(state, table, page_tokens)
+    assert packets.slots.tolist() == [3, 7, SCRATCH, SCRATCH, SCRATCH]
+    assert packets.positions.tolist() == [5, 2, 0, 0, 0]
+    assert packets.ids.tolist() == [33, 77, 99, 99, 99]
+    assert packets.random.tolist() == [1 | 2 << 32, 3 | 4 << 32]
+
+
+def test_pages_are_appended_before_the_tokens_are_noted_in_them(parts) -> None:
+    packets, state, table, page_tokens = parts
+    table[7, 0] = 8
+    packets.write(ints(3, 7), ints(5, 2), (ints(3, 4), ints(1, 5), ints(13, 14)), ints(0, 0, 0, 0))
+    packets.take(state, table, page_tokens)
+    assert (int(table[3, 1]), int(table[4, 5])) == (13, 14)
+    noted = {(page, at): int(page_tokens[page, at]) for page, at in torch.nonzero(page_tokens >= 0).tolist()}
+    assert noted == {(13, 1): 33, (8, 2): 77, (19, 0): 99}
+
+
+def test_a_shorter_packet_leaves_nothing_of_the_one_before_in_its_place(parts) -> None:
+    packets, state, table, page_tokens = parts
+    packets.write(ints(1, 2, 3), ints(9, 9, 9), (ints(1), ints(2), ints(5)), ints(0, 0, 0, 0))
+    for _ in range(RING - 1):
+        packets.write(ints(4), ints(1), NO_APPENDS, ints(0, 0, 0, 0))
+    packets.write(ints(6), ints(3), NO_APPENDS, ints(0, 0, 0, 0))  # in the first one's place
+    packets.take(state, table, page_tokens)
+    assert packets.slots.tolist() == [6, *4 * [SCRATCH]]
+    assert packets.positions.tolist() == [3, 0, 0, 0, 0]
+    assert int(table[1, 2]) == 0
+
+
+def test_tokens_are_published_at_the_place_of_the_packet_that_was_taken(parts, device: torch.device) -> None:
+    packets, state, table, page_tokens = parts
+    places = []
+    for turn in range(2 * RING + 1):
+        places.append(packets.write(ints(turn % 8), ints(turn), NO_APPENDS, ints(0, 0, 0, 0)))
+        packets.take(state, table, page_tokens)
+        packets.drawn.copy_(torch.arange(5) + 100 * turn)
+        packets.publish()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert (int(packets.slots[0]), int(packets.positions[0])) == (turn % 8, turn)
+        assert packets.tokens(places[-1], 3).tolist() == [100 * turn, 100 * turn + 1, 100 * turn + 2]
+    assert places == [turn % RING for turn in range(2 * RING + 1)]
+    assert packets.tokens(places[-2], 2).tolist() == [100 * (2 * RING - 1), 100 * (2 * RING - 1) + 1]
