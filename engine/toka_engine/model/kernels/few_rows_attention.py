@@ -159,7 +159,8 @@ def _attend_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     position = tl.load(positions_ptr + row)
-    table_at = table_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_stride
+    slot = tl.load(slots_ptr + row, volatile=True)  # else ptxas moves it behind the wait for the position
+    table_at = table_ptr + slot.to(tl.int64) * table_stride
     # The tokens before this one, in whole blocks to a split.
     size = tl.cdiv(tl.cdiv(position, tl.num_programs(2)), BLOCK) * BLOCK
     num_active = tl.maximum(tl.cdiv(position, tl.maximum(size, 1)), 1)
