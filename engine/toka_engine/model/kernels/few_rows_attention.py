@@ -1,0 +1,302 @@
+"""Decode attention of few rows in one kernel a layer: RoPE, the write of K and V, attention, the merge of its splits.
+
+A row finds its slot, position and pages on the device, so the host plans nothing for a step but the slots and positions
+that it uploads, and a CUDA graph of these launches holds for any contexts. Owns what the launches of a step share
+(`Workspace`); norms of heads, prefill, shared prefixes and many rows are others' work.
+
+Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
+where the last split to arrive merges all of them, as rope.py rotates and writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
+
+MAX_SPLITS = 64
+_MERGED_AT_ONCE = 8192
+"""Floats of partial results that a program loads at once when it merges: 64 registers a thread of 128."""
+_PDL_CAPABILITY = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a launch is cut into programs; none of it changes what is computed."""
+
+    block_tokens: int  # keys and values in flight per program; a power of 2, at least 16
+    num_warps: int
+    num_programs: int  # up to which the tokens of a row are split
+
+    @classmethod
+    def of(cls, head_dim: int) -> Cut:
+        """Blocks of 16 KB (32 KB for a head of 256), and about four programs for each of an H100's 132 processors.
+
+        By reckoning, not by measurement: tests/gpu/bench_few_rows.py times others.
+        """
+        return cls(block_tokens=64 if head_dim <= 64 else 32, num_warps=4, num_programs=512)
+
+    def count_splits(self, rows: int, num_kv_heads: int) -> int:
+        """Splits of each row's tokens: the largest power of 2 with which there are at most `num_programs` programs.
+
+        Between 1 and MAX_SPLITS, and of the number of rows alone, so that one graph holds for all contexts; splits
+        beyond the end of a short context leave at once.
+        """
+        splits = self.num_programs // (rows * num_kv_heads)
+        return 1 << (min(MAX_SPLITS, max(1, splits)).bit_length() - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where the splits of a row leave what they found. Launches that follow each other in a stream may share it."""
+
+    sums: torch.Tensor  # [num_programs, group, head_dim] fp32: weighted sums of values
+    scales: torch.Tensor  # [num_programs, group, 2] fp32: greatest score in base 2, sum of weights
+    arrived: torch.Tensor  # [num_programs] int32, by row and KV head; zeros between launches
+    cut: Cut
+    has_pdl: bool  # programmatic dependent launch
+
+    @classmethod
+    def allocate(
+        cls, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, cut: Cut | None = None
+    ) -> Workspace:
+        """For any number of rows: where the rows alone make `num_programs` programs, none is split."""
+        cut = cut or Cut.of(head_dim)
+        group = num_heads // num_kv_heads
+        floats = {"dtype": torch.float32, "device": device}
+        return cls(
+            sums=torch.empty(cut.num_programs, group, head_dim, **floats),
+            scales=torch.empty(cut.num_programs, group, 2, **floats),
+            arrived=torch.zeros(cut.num_programs, dtype=torch.int32, device=device),
+            cut=cut,
+            has_pdl=_has_pdl(),
+        )
+
+
+def _has_pdl() -> bool:
+    """Whether the GPU that Triton compiles for can start a kernel before the one in front of it has ended."""
+    if knobs.runtime.interpret:
+        return False
+    target: Any = driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= _PDL_CAPABILITY)
+
+
+@triton.jit
+def _load_pages(table_at, tokens, end, PAGE_SIZE: tl.constexpr):
+    """The page of each of a slot's tokens; page 0 from `end` on."""
+    return tl.load(table_at + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def _load_tokens(
+    k_cache_at, v_cache_at, pages, tokens, end, page_stride, token_stride,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [tokens, HEAD_DIM] of one head; zeros from `end` on."""
+    offset = (pages * page_stride + (tokens % PAGE_SIZE) * token_stride)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    inside = (tokens < end)[:, None]
+    return tl.load(k_cache_at + offset, mask=inside, other=0.0), tl.load(v_cache_at + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _rotate(a, b, cos, sin):
+    """Both halves of heads, in the words of rope.py, so that the same bits come out."""
+    dtype = a.dtype
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
+def _merge_splits(
+    sums_ptr, scales_ptr, first, num_active, group, out_at,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Write the mean of the splits' results, weighted by their sums, in the order of the splits.
+
+    Read past the first cache (.cg): the others' programs wrote it, through the second one.
+    """
+    head = tl.arange(0, GROUP)
+    is_head = head < group
+    split = tl.arange(0, SPLITS)[:, None]
+    scales_at = scales_ptr + ((first + split) * group + head[None, :]) * 2
+    inside = (split < num_active) & is_head[None, :]
+    tops = tl.load(scales_at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(scales_at + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    top = tl.where(is_head, tl.max(tops, axis=0), 0.0)
+    total = tl.where(is_head, tl.sum(tl.exp2(tops - top[None, :]) * totals, axis=0), 1.0)
+
+    column = tl.arange(0, HEAD_DIM)
+    merged = tl.zeros((GROUP, HEAD_DIM), tl.float32)
+    for begin in tl.range(0, num_active, AT_ONCE):
+        some = begin + tl.arange(0, AT_ONCE)
+        row = (first + some)[:, None] * group + head[None, :]
+        is_some = (some < num_active)[:, None] & is_head[None, :]
+        top_of = tl.load(scales_ptr + row * 2, mask=is_some, other=float("-inf"), cache_modifier=".cg")
+        sums_at = sums_ptr + row[:, :, None] * HEAD_DIM + column[None, None, :]
+        sums = tl.load(sums_at, mask=is_some[:, :, None], other=0.0, cache_modifier=".cg")
+        merged += tl.sum(sums * tl.exp2(top_of - top[None, :])[:, :, None], axis=0)
+    merged = (merged / total[:, None]).to(out_at.dtype.element_ty)
+    tl.store(out_at + head[:, None] * HEAD_DIM + column[None, :], merged, mask=is_head[:, None])
+
+
+# Head counts are no constants of the kernel, only the power of 2 of a group: few variants serve all models.
+@triton.jit(do_not_specialize=["table_stride", "group"])
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
+    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    table_stride, page_stride, token_stride, head_stride, group,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    if HAS_PDL:
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions_ptr + row)
+    slot = tl.load(slots_ptr + row, volatile=True)  # else ptxas moves it behind the wait for the position
+    table_at = table_ptr + slot.to(tl.int64) * table_stride
+    # The tokens before this one, in whole blocks to a split.
+    size = tl.cdiv(tl.cdiv(position, tl.num_programs(2)), BLOCK) * BLOCK
+    num_active = tl.maximum(tl.cdiv(position, tl.maximum(size, 1)), 1)
+    if split >= num_active:
+        return
+    begin = split * size
+    end = tl.minimum(begin + size, position)
+
+    HALF: tl.constexpr = HEAD_DIM // 2
+    token = tl.arange(0, BLOCK)
+    column = tl.arange(0, HEAD_DIM)
+    half = tl.arange(0, HALF)
+    head = tl.arange(0, TILE)
+    k_cache_at = k_cache_ptr + kv_head * head_stride
+    v_cache_at = v_cache_ptr + kv_head * head_stride
+    cos_at = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + half
+    cos = tl.load(cos_at)
+    sin = tl.load(cos_at + HALF)
+    pages = _load_pages(table_at, begin + token, end, PAGE_SIZE)
+    keys, values = _load_tokens(
+        k_cache_at, v_cache_at, pages, begin + token, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+    )
+    pages = _load_pages(table_at, begin + BLOCK + token, end, PAGE_SIZE)
+    # The last split, the only one that may be short, has the new token: written for later, counted from registers.
+    is_new = split == num_active - 1
+    new_page = tl.load(table_at + position // PAGE_SIZE).to(tl.int64)
+    new = new_page * page_stride + (position % PAGE_SIZE) * token_stride
+    if HAS_PDL:
+        gdc_wait()  # what kernels of this step wrote is read below alone, and nothing is written above
+
+    # All loads before their first use, so that they are on their way together.
+    is_head = head < group
+    q_at = q_ptr + row * q_row_stride + (kv_head * group + head[:, None]) * q_head_stride + half[None, :]
+    k_at = k_ptr + row * k_row_stride + kv_head * k_head_stride + half
+    v_at = v_ptr + row * v_row_stride + kv_head * v_head_stride + column
+    q_a = tl.load(q_at, mask=is_head[:, None], other=0.0)
+    q_b = tl.load(q_at + HALF, mask=is_head[:, None], other=0.0)
+    k_a = tl.load(k_at, mask=is_new & (half < HALF), other=0.0)
+    k_b = tl.load(k_at + HALF, mask=is_new & (half < HALF), other=0.0)
+    value = tl.load(v_at, mask=is_new & (column < HEAD_DIM), other=0.0)
+    q_a, q_b = _rotate(q_a, q_b, cos[None, :], sin[None, :])
+    k_a, k_b = _rotate(k_a, k_b, cos, sin)
+    tl.store(k_cache_at + new + half, k_a, mask=is_new & (half < HALF))
+    tl.store(k_cache_at + new + half + HALF, k_b, mask=is_new & (half < HALF))
+    tl.store(v_cache_at + new + column, value, mask=is_new & (column < HEAD_DIM))
+
+    scale *= 1.4426950408889634  # log2(e)
+    products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
+    top = tl.where(is_new, tl.sum(products, axis=1) * scale, float("-inf"))
+    total = tl.zeros((TILE,), tl.float32) + tl.where(is_new, 1.0, 0.0)
+    sums = tl.zeros((TILE, HEAD_DIM), tl.float32) + value.to(tl.float32)[None, :]
+    q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), (TILE, HEAD_DIM))
+
+    for start in tl.range(begin, end, BLOCK):
+        # The next block is on its way while this one is worked on, and the pages of the one after.
+        following = start + BLOCK + token
+        next_keys, next_values = _load_tokens(
+            k_cache_at, v_cache_at, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+        )
+        pages = _load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
+        scores = tl.dot(q, tl.trans(keys)) * scale
+        scores = tl.where((start + token < end)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        kept = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * kept + tl.sum(weights, axis=1)
+        sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+        top = new_top
+        keys = next_keys
+        values = next_values
+
+    num_kv_heads = tl.num_programs(1)
+    out_at = out_ptr + (row * num_kv_heads + kv_head) * group * HEAD_DIM
+    heads_at = head[:, None] * HEAD_DIM + column[None, :]
+    if num_active == 1:
+        tl.store(out_at + heads_at, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+        return
+    pair = row * num_kv_heads + kv_head
+    first = pair * tl.num_programs(2)
+    tl.store(sums_ptr + (first + split) * group * HEAD_DIM + heads_at, sums, mask=is_head[:, None])
+    scales_at = scales_ptr + ((first + split) * group + head) * 2
+    tl.store(scales_at, top, mask=is_head)
+    tl.store(scales_at + 1, total, mask=is_head)
+    # One thread adds for the program. The barrier puts all its threads' stores before that addition, which as a release
+    # publishes them to the GPU with its own; as an acquire it sees what the programs that arrived before published, and
+    # the second barrier puts the reads of all threads behind it. So the last to arrive sees every split.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    if arrived == num_active - 1:
+        _merge_splits(sums_ptr, scales_ptr, first, num_active, group, out_at, GROUP, HEAD_DIM, AT_ONCE, SPLITS)
+        tl.store(arrived_ptr + pair, 0)  # for the next launch, which begins to write when this one has ended
+
+
+def attend_few_rows(
+    q: torch.Tensor,  # [S, num_heads, head_dim] before RoPE, last dimension contiguous
+    k: torch.Tensor,  # [S, num_kv_heads, head_dim] before RoPE
+    v: torch.Tensor,  # [S, num_kv_heads, head_dim]
+    cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32: cos in the first half, sin in the second
+    slots: torch.Tensor,  # [S] int32
+    positions: torch.Tensor,  # [S] int32
+    block_table: torch.Tensor,  # [max_seqs + 1, columns] int32
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides but the last
+    v_cache: torch.Tensor,  # like k_cache, same strides
+    out: torch.Tensor,  # [S, num_heads, head_dim] contiguous
+    work: Workspace,
+    scale: float,
+) -> None:
+    """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
+
+    head_dim is a power of 2, at least 32. Rows of one slot are padding: what they write to its page is arbitrary, so
+    its tokens must be nobody's. The same arguments give the same bits.
+
+    With programmatic dependent launch this kernel begins before the ones in front of it have ended. It waits for them
+    before it reads q, k and v or writes anything. Before, it reads `slots`, `positions`, the table, `cos_sin` and
+    tokens of earlier steps: between what wrote these and this launch there must be one that is no programmatic
+    dependent launch, such as the first kernel of a graph. Whatever is launched so behind it must wait itself.
+    """
+    rows, num_heads, head_dim = q.shape
+    if not rows:
+        return
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    padded_group = triton.next_power_of_2(group)
+    splits = work.cut.count_splits(rows, num_kv_heads)
+    _attend_kernel[(rows, num_kv_heads, splits)](
+        q, k, v, out, k_cache, v_cache,
+        cos_sin, slots, positions, block_table, work.sums, work.scales, work.arrived, scale,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,
+        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=max(16, padded_group),
+        BLOCK=work.cut.block_tokens, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
+        SPLITS=MAX_SPLITS, HAS_PDL=work.has_pdl,
+        num_warps=work.cut.num_warps, num_stages=1,
+        **({"launch_pdl": True} if work.has_pdl else {}),
+    )  # fmt: skip

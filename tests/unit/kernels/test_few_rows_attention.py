@@ -1,0 +1,180 @@
+"""Attention of few rows gives what its definition gives, and writes what rope_append writes.
+
+On the GPU in bfloat16; the interpreter's products are of float32 alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+PAGE_SIZE = 16
+CONTEXTS = [0, 1, 15, 16, 17, 63, 64, 65, 333]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A step of decode rows over a cache full of earlier tokens; row i has slot rows - 1 - i."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cos_sin: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+    cache: torch.Tensor  # [2, pages, page_size, num_kv_heads, head_dim], perhaps a view of heads first
+
+    def run(self, cut):
+        """Results and cache afterwards; the case's own cache stays as it is."""
+        from toka_engine.model.kernels.few_rows_attention import Workspace
+
+        heads, kv_heads, head_dim = self.q.shape[1], self.k.shape[1], self.q.shape[2]
+        work = Workspace.allocate(heads, kv_heads, head_dim, self.q.device, cut)
+        return *self.run_in(work), work
+
+    def run_in(self, work):
+        from toka_engine.model.kernels.few_rows_attention import attend_few_rows
+
+        cache, out = self.cache.clone(), torch.full_like(self.q, float("nan")).contiguous()
+        attend_few_rows(
+            self.q, self.k, self.v, self.cos_sin, self.slots, self.positions, self.table, cache[0], cache[1], out, work,
+            self.q.shape[2] ** -0.5,
+        )  # fmt: skip
+        return out, cache
+
+    def expect(self):
+        """Results in fp64 and cache afterwards, by rope_append and the definition of attention."""
+        from toka_engine.model.kernels.rope import rope_append
+
+        cache, q = self.cache.clone(), torch.empty_like(self.q).contiguous()
+        rope_append(
+            self.q, self.k, self.v, self.cos_sin, self.slots, self.positions, self.table, cache[0], cache[1], q
+        )  # fmt: skip
+        out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+        for row, (slot, position) in enumerate(zip(self.slots.tolist(), self.positions.tolist(), strict=True)):
+            group = q.shape[1] // self.k.shape[1]
+            keys, values = (
+                part[self.table[slot].long()].flatten(0, 1)[: position + 1].double().repeat_interleave(group, dim=1)
+                for part in cache
+            )
+            scores = torch.einsum("hd,nhd->hn", q[row].double(), keys) * q.shape[2] ** -0.5
+            out[row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
+        return out, cache
+
+
+def make_case(generator, contexts, heads=4, kv_heads=2, head_dim=64, is_heads_first=True, num_padding=0) -> Case:
+    """`contexts`: the tokens before each row; padding rows at the end share the last slot, of one page."""
+    device, rows = generator.device, len(contexts)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def make_int32s(values):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    columns = max(contexts) // PAGE_SIZE + 1
+    pages = torch.randperm(rows * columns, generator=generator, device=device).int().view(rows, columns)
+    table = torch.full((rows + 1, columns + 3), rows * columns, dtype=torch.int32, device=device)
+    table[:rows, :columns] = pages
+    page = (kv_heads, PAGE_SIZE) if is_heads_first else (PAGE_SIZE, kv_heads)
+    cache = draw(2, rows * columns + 1, *page, head_dim).to(dtype)
+    packed = draw(rows + num_padding, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    q, k, v = packed.view(len(packed), -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    return Case(
+        q, k, v, draw(max(contexts) + 1, head_dim),
+        make_int32s([*range(rows - 1, -1, -1), *[rows] * num_padding]),
+        make_int32s([*contexts, *[0] * num_padding]),
+        table[:, : columns + 1],
+        cache.transpose(2, 3) if is_heads_first else cache,
+    )  # fmt: skip
+
+
+def assert_equals(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Each head within an error of its own: one that is wrong is not lost among many."""
+    errors = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.max()) < (1e-2 if out.dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("is_heads_first", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 16])
+def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appends_cache(
+    generator, splits, is_heads_first
+) -> None:
+    from toka_engine.model.kernels.few_rows_attention import Cut
+
+    case = make_case(generator, CONTEXTS, is_heads_first=is_heads_first)
+    cut = Cut(block_tokens=16, num_warps=4, num_programs=len(CONTEXTS) * 2 * splits)
+    assert cut.count_splits(len(CONTEXTS), 2) == splits
+    expected, expected_cache = case.expect()
+    out, cache, _ = case.run(cut)
+    assert_equals(out, expected)
+    assert torch.equal(cache, expected_cache)  # every bit: nothing beside the new tokens has changed
+    assert int((cache != case.cache).any(dim=-1).sum()) == 2 * len(CONTEXTS) * 2
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(2, 2, 64), (8, 2, 64), (5, 1, 64), (14, 2, 64), (16, 1, 64), (8, 2, 128), (7, 1, 128), (16, 1, 128)],
+)
+def test_any_group_of_query_heads_gives_the_definition(generator, heads, kv_heads, head_dim) -> None:
+    from toka_engine.model.kernels.few_rows_attention import Cut
+
+    case = make_case(generator, [0, 170], heads, kv_heads, head_dim)
+    expected, expected_cache = case.expect()
+    for cut in (Cut.of(head_dim), replace(Cut.of(head_dim), num_programs=1)):
+        out, cache, _ = case.run(cut)
+        assert_equals(out, expected)
+        assert torch.equal(cache, expected_cache)
+
+
+def test_one_row_in_as_many_splits_as_there_can_be_gives_the_definition(generator) -> None:
+    from toka_engine.model.kernels.few_rows_attention import MAX_SPLITS, Cut
+
+    case = make_case(generator, [16 * MAX_SPLITS], 4, 1, 128)
+    cut = Cut(block_tokens=16, num_warps=4, num_programs=512)
+    assert cut.count_splits(1, 1) == MAX_SPLITS
+    out, cache, _ = case.run(cut)
+    expected, expected_cache = case.expect()
+    assert_equals(out, expected)
+    assert torch.equal(cache, expected_cache)
+
+
+def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) -> None:
+    from toka_engine.model.kernels.few_rows_attention import Cut
+
+    case = make_case(generator, [100, 3, 47])
+    out, cache, work = case.run(Cut(block_tokens=16, num_warps=4, num_programs=64))
+    assert int(work.arrived.count_nonzero()) == 0
+    again, cache_again = case.run_in(work)
+    assert torch.equal(again, out)
+    assert torch.equal(cache_again, cache)
+    others = make_case(generator, [33, 0, 71, 90])  # other rows, other splits
+    expected, _ = others.expect()
+    assert_equals(others.run_in(work)[0], expected)
+
+
+def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generator) -> None:
+    from toka_engine.model.kernels.few_rows_attention import Cut
+
+    case = make_case(generator, [37, 0, 100], num_padding=5)
+    cut = Cut(block_tokens=16, num_warps=4, num_programs=64)
+    out, cache, _ = case.run(cut)
+    real = replace(case, **{name: getattr(case, name)[:3] for name in ("q", "k", "v", "slots", "positions")})
+    expected, expected_cache = real.expect()
+    assert_equals(out[:3], expected)
+    assert torch.equal(cache[:, :-1], expected_cache[:, :-1])  # the last page is the padding rows'
+    assert torch.equal(cache[:, -1, 1:], case.cache[:, -1, 1:])
+    assert_equals(out[3:], case.v[3:].repeat_interleave(2, dim=1).double())  # each sees itself alone
+
+
+@pytest.mark.parametrize(("rows", "kv_heads", "splits"), [(1, 8, 64), (1, 1, 64), (3, 8, 16), (16, 8, 4), (65, 8, 1)])
+def test_rows_are_split_as_far_as_programs_are_allowed(rows, kv_heads, splits) -> None:
+    from toka_engine.model.kernels.few_rows_attention import Cut
+
+    cut = Cut(block_tokens=64, num_warps=4, num_programs=512)
+    assert cut.count_splits(rows, kv_heads) == splits
+    assert cut.count_splits(100_000, kv_heads) == 1
