@@ -118,7 +118,7 @@ def select_ops(device: torch.device, config: EngineConfig) -> Ops:
 
         major, minor = torch.cuda.get_device_capability(device)
         use_built(10 * major + minor)
-        ops = make_cuda_ops()
+        ops = make_cuda_ops(10 * major + minor)
     else:
         from toka_engine.model.cpu_ops import make_ops
 
