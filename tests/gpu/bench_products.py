@@ -1,191 +1,142 @@
-"""What the products of a decode step of few rows could cost: ours of today against one kernel a product.
+"""What the products of a step of one row cost: kernels of more rows against one kernel a product, cut in several ways.
 
-One row waits for weights alone, so all that counts is how little lies between two reads of them. Today a layer has
-seven kernels around its attention: norm, qkv, out, norm, gate and up, activation, down. The candidate has four: the
-norm in front of a product, the activation behind it and the sum with the residual are part of it, and with `launch_pdl`
-the next kernel reads its first weights while the one before still ends (programmatic dependent launch). Prints
-microseconds a layer and bytes per second, for a chain of layers in one CUDA graph, without attention.
+Microseconds a layer without attention, and bytes of weights per second, of many layers in one CUDA graph: the chain of
+all four products, then each alone. The cuts of model/kernels/single_row.py are to be the fastest here, and its two
+overlaps (P: dependent launches, L: prefetches into L2) to be worth it: each is measured without. Before that, the chain
+must be as near to fp32 as today's is, and replays must give the same bits: a kernel that did not wait would not.
 
-Usage: python tests/gpu/bench_products.py [ROWS ...]
+Ends with code 1 if it is not so. Usage: python tests/gpu/bench_products.py
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from toka_engine.model.kernels.single_row import Cut, SingleRowKernels
 
 LAYERS = 16
 HIDDEN, QKV, MIXED, INNER = 2048, 3072, 2048, 8192
 EPS = 1e-5
-
-
-@triton.jit
-def few_rows_kernel(
-    x_ptr,
-    norm_ptr,
-    weight_ptr,
-    out_ptr,
-    x_stride,
-    num_out,
-    width,
-    eps,
-    ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    ADDS: tl.constexpr,
-    HAS_PDL: tl.constexpr,
-):
-    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    column, row = tl.arange(0, BLOCK_IN), tl.arange(0, ROWS)
-    is_out = outs < num_out
-    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + column[None, :]
-    inside = is_out[:, None] & (column < width)[None, :]
-    up_offset = num_out.to(tl.int64) * width
-    weight = tl.load(weight_at, mask=inside, other=0.0, eviction_policy="evict_first")
-    up = weight
-    if IS_GATED:
-        up = tl.load(weight_at + up_offset, mask=inside, other=0.0, eviction_policy="evict_first")
-    if HAS_PDL:
-        gdc_wait()  # nothing of the kernels before may be read or written above this line
-        gdc_launch_dependents()
-    sums = tl.zeros((ROWS, BLOCK_OUT, BLOCK_IN), tl.float32)
-    up_sums = tl.zeros((ROWS, BLOCK_OUT, BLOCK_IN), tl.float32)
-    squares = tl.zeros((ROWS, BLOCK_IN), tl.float32)
-    for start in range(0, width, BLOCK_IN):
-        here = (start + column) < width
-        x_at = x_ptr + row[:, None] * x_stride + start + column[None, :]
-        x = tl.load(x_at, mask=here[None, :], other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += x * x
-            x *= tl.load(norm_ptr + start + column, mask=here, other=0.0).to(tl.float32)[None, :]
-        sums += weight.to(tl.float32)[None, :, :] * x[:, None, :]
-        if IS_GATED:
-            up_sums += up.to(tl.float32)[None, :, :] * x[:, None, :]
-        following = start + BLOCK_IN
-        inside = is_out[:, None] & (following + column < width)[None, :]
-        weight = tl.load(weight_at + following, mask=inside, other=0.0, eviction_policy="evict_first")
-        if IS_GATED:
-            up = tl.load(weight_at + up_offset + following, mask=inside, other=0.0, eviction_policy="evict_first")
-    result, up_result = tl.sum(sums, axis=2), tl.sum(up_sums, axis=2)
-    if HAS_NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + eps)
-        result *= scale[:, None]
-        up_result *= scale[:, None]
-    if IS_GATED:
-        result = result / (1.0 + tl.exp(-result)) * up_result
-    out_at = out_ptr + row[:, None] * num_out + outs[None, :]
-    if ADDS:
-        result += tl.load(out_at, mask=is_out[None, :], other=0.0).to(tl.float32)
-    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=is_out[None, :])
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a launch is cut."""
-
-    block_out: int
-    block_in: int
-    num_warps: int
-    has_pdl: bool
-
-
-def few_rows(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    shape: Shape,
-    norm: torch.Tensor | None = None,
-    is_gated: bool = False,
-    adds: bool = False,
-) -> torch.Tensor:
-    """Product of x [rows, width] and weight [outs, width] into `out`. Rows: a power of 2 of them, may be strided."""
-    rows, width = x.shape
-    num_out = weight.shape[0] // 2 if is_gated else weight.shape[0]
-    few_rows_kernel[(triton.cdiv(num_out, shape.block_out),)](
-        x,
-        x if norm is None else norm,
-        weight,
-        out,
-        x.stride(0),
-        num_out,
-        width,
-        EPS,
-        ROWS=rows,
-        BLOCK_OUT=shape.block_out,
-        BLOCK_IN=shape.block_in,
-        HAS_NORM=norm is not None,
-        IS_GATED=is_gated,
-        ADDS=adds,
-        HAS_PDL=shape.has_pdl,
-        num_warps=shape.num_warps,
-        **({"launch_pdl": True} if shape.has_pdl else {}),
-    )
-    return out
+ENGINE = SingleRowKernels.for_capability(90)
+BEHIND_NORM = [ENGINE.behind_norm, Cut(1, 512, 1), Cut(4, 512, 4), Cut(2, 1024, 4)]
+ONTO_RESIDUAL = [ENGINE.onto_residual, Cut(4, 1024, 4), Cut(2, 1024, 4), Cut(8, 1024, 8)]
+OVERLAPS = [(True, True), (True, False), (False, True), (False, False)]
+NUM_OVERLAPS_OF_ALL_CUTS = 2
+"""The others are compiled for the engine's cuts alone: 30 kernels in all take half a minute as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer's products, and of the two norms."""
+    """Weights of one layer's products, and of the norms before the first and the third."""
 
     qkv: torch.Tensor
     out: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
-    norms: tuple[torch.Tensor, torch.Tensor]
+    qkv_norm: torch.Tensor
+    mlp_norm: torch.Tensor
 
     @classmethod
     def random(cls, device: torch.device, dtype: torch.dtype, scale: float = 0.02) -> Layer:
         def draw(*shape: int) -> torch.Tensor:
             return (torch.randn(*shape, device=device) * scale).to(dtype)
 
-        norms = (1 + draw(HIDDEN), 1 + draw(HIDDEN))
-        return cls(draw(QKV, HIDDEN), draw(HIDDEN, MIXED), draw(2 * INNER, HIDDEN), draw(HIDDEN, INNER), norms)
+        products = draw(QKV, HIDDEN), draw(HIDDEN, MIXED), draw(2 * INNER, HIDDEN), draw(HIDDEN, INNER)
+        return cls(*products, 1 + draw(HIDDEN), 1 + draw(HIDDEN))
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(each.nbytes for each in (self.qkv, self.out, self.gate_up, self.down))
+    def float(self) -> Layer:
+        return Layer(*(getattr(self, field.name).float() for field in fields(self)))
+
+
+Part = Callable[[Layer, torch.Tensor], object]
+"""A layer and the residual stream -> one product of it."""
+
+
+def run_fp32(layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
+    """The first values of qkv stand for the attention's result, here and below."""
+    residual = residual.float()
+    for each in layers:
+        layer = each.float()
+        mixed = F.linear(F.rms_norm(residual, (HIDDEN,), layer.qkv_norm, EPS), layer.qkv)[:, :MIXED]
+        residual = residual + F.linear(mixed, layer.out)
+        gate, up = F.linear(F.rms_norm(residual, (HIDDEN,), layer.mlp_norm, EPS), layer.gate_up).chunk(2, dim=1)
+        residual = residual + F.linear(F.silu(gate) * up, layer.down)
+    return residual
 
 
 def run_today(layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
-    """The kernels of the engine as it is, the first values of qkv in the place of the attention's result."""
-    x = rms_norm(residual, layers[0].norms[0], EPS)
-    for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
+    """With the kernels of more rows."""
+    x = rms_norm(residual, layers[0].qkv_norm, EPS)
+    for layer, following in itertools.zip_longest(layers, layers[1:]):
         mixed = F.linear(x, layer.qkv)[:, :MIXED]
-        x = add_rms_norm(F.linear(mixed, layer.out), residual, layer.norms[1], EPS)
-        x = add_rms_norm(F.linear(silu_mul(F.linear(x, layer.gate_up)), layer.down), residual, following.norms[0], EPS)
+        x = add_rms_norm(F.linear(mixed, layer.out), residual, layer.mlp_norm, EPS)
+        pending = F.linear(silu_mul(F.linear(x, layer.gate_up)), layer.down)
+        x = add_rms_norm(pending, residual, layer.qkv_norm if following is None else following.qkv_norm, EPS)
     return residual
 
 
-def run_candidate(layers: list[Layer], residual: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """One kernel a product."""
-    rows = residual.shape[0]
-    qkv, inner = residual.new_empty(rows, QKV), residual.new_empty(rows, INNER)
+def run_single_row(kernels: SingleRowKernels, layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
+    """With one kernel a product."""
     for layer in layers:
-        mixed = few_rows(residual, layer.qkv, qkv, shape, layer.norms[0])[:, :MIXED]
-        few_rows(mixed, layer.out, residual, shape, adds=True)
-        few_rows(residual, layer.gate_up, inner, shape, layer.norms[1], is_gated=True)
-        few_rows(inner, layer.down, residual, shape, adds=True)
+        mixed = kernels.product(residual, layer.qkv_norm, EPS, layer.qkv, None)[:, :MIXED]
+        kernels.add_product(mixed, layer.out, None, residual)
+        inner = kernels.gated_product(residual, layer.mlp_norm, EPS, layer.gate_up, None)
+        kernels.add_product(inner, layer.down, None, residual)
     return residual
 
 
-def time_graph(run: Callable[[], object], repeats: int = 50) -> float:
-    """Seconds of one replay."""
+def list_parts_today(mixed: torch.Tensor, inner: torch.Tensor) -> dict[str, Part]:
+    """What between them are the kernels of run_today: the sum with the residual is at the next product's norm."""
+    pending = mixed
+    return {
+        "qkv": lambda layer, residual: F.linear(add_rms_norm(pending, residual, layer.qkv_norm, EPS), layer.qkv),
+        "out": lambda layer, residual: F.linear(mixed, layer.out),
+        "gate_up": lambda layer, residual: silu_mul(
+            F.linear(add_rms_norm(pending, residual, layer.mlp_norm, EPS), layer.gate_up)
+        ),
+        "down": lambda layer, residual: F.linear(inner, layer.down),
+    }
+
+
+def list_parts(kernels: SingleRowKernels, mixed: torch.Tensor, inner: torch.Tensor) -> dict[str, Part]:
+    return {
+        "qkv": lambda layer, residual: kernels.product(residual, layer.qkv_norm, EPS, layer.qkv, None),
+        "out": lambda layer, residual: kernels.add_product(mixed, layer.out, None, residual),
+        "gate_up": lambda layer, residual: kernels.gated_product(residual, layer.mlp_norm, EPS, layer.gate_up, None),
+        "down": lambda layer, residual: kernels.add_product(inner, layer.down, None, residual),
+    }
+
+
+def list_kernels() -> list[SingleRowKernels]:
+    """Both overlaps first; the engine's cuts are the first of each list."""
+    found = []
+    for index, overlaps in enumerate(OVERLAPS):
+        count = len(BEHIND_NORM) if index < NUM_OVERLAPS_OF_ALL_CUTS else 1
+        pairs = itertools.product(BEHIND_NORM[:count], ONTO_RESIDUAL[:count])
+        found += [SingleRowKernels(*overlaps, *pair) for pair in pairs]
+    return found
+
+
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    return graph
+
+
+def time_graph(run: Callable[[], object], repeats: int = 40) -> float:
+    """Seconds of one replay."""
+    graph = capture(run)
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     graph.replay()
     began.record()
@@ -196,39 +147,72 @@ def time_graph(run: Callable[[], object], repeats: int = 50) -> float:
     return float(began.elapsed_time(ended)) / 1e3 / repeats
 
 
-def main() -> None:
+def check(kernels: SingleRowKernels, layers: list[Layer], start: torch.Tensor, replays: int = 50) -> bool:
+    """Print the error of the chain, and say whether it is as small as today's and its bits are always the same."""
+    expected = run_fp32(layers, start)
+
+    def error_of(found: torch.Tensor) -> float:
+        return float((found.float() - expected).norm() / expected.norm())
+
+    residual = start.clone()
+    graph = capture(lambda: run_single_row(kernels, layers, residual.copy_(start)))
+    graph.replay()
+    first, is_same = residual.clone(), True
+    for _ in range(replays):
+        graph.replay()
+        is_same &= torch.equal(residual, first)
+    found, today = error_of(first), error_of(run_today(layers, start.clone()))
+    passed = is_same and found < 1.2 * today
+    print(
+        f"{name_of(kernels)}: error {found:.2e} (today {today:.2e}), same bits: {is_same}{'' if passed else ' FAILED'}"
+    )
+    return passed
+
+
+def name_of(kernels: SingleRowKernels) -> str:
+    cuts = [f"({cut.block_out},{cut.block_in},{cut.num_warps})" for cut in (kernels.behind_norm, kernels.onto_residual)]
+    return f"{'P' if kernels.has_pdl else '-'}{'L' if kernels.has_prefetch else '-'} {' '.join(cuts)}"
+
+
+def report(name: str, what: str, run: Callable[[], object], num_bytes: int) -> None:
+    seconds = time_graph(run)
+    print(
+        f"{what:8s}{seconds / LAYERS * 1e6:6.1f} us a layer {num_bytes / seconds / 1e12:5.2f} TB/s  {name}", flush=True
+    )
+
+
+def run_part(part: Part, layers: list[Layer], residual: torch.Tensor) -> None:
+    for layer in layers:
+        part(layer, residual)
+
+
+def time_parts(name: str, parts: dict[str, Part], layers: list[Layer], residual: torch.Tensor) -> None:
+    for what, part in parts.items():
+        num_bytes = sum(getattr(layer, what).nbytes for layer in layers)
+        report(name, what, partial(run_part, part, layers, residual), num_bytes)
+
+
+def main() -> int:
     device = torch.device("cuda")
+    torch.manual_seed(1)
     layers = [Layer.random(device, torch.bfloat16) for _ in range(LAYERS)]
-    num_bytes = sum(layer.num_bytes for layer in layers)
-    shapes = [
-        Shape(block_out, block_in, num_warps, has_pdl)
-        for has_pdl in (False, True)
-        for block_out, block_in, num_warps in (
-            (4, 512, 4),
-            (8, 512, 4),
-            (4, 1024, 4),
-            (8, 256, 4),
-            (8, 1024, 8),
-            (16, 512, 8),
-        )
-    ]
-    for rows in [int(word) for word in sys.argv[1:]] or [1, 2, 4]:
-        start = torch.randn(rows, HIDDEN, device=device).bfloat16()
-        expected = run_today(layers, start.clone())
-        for shape in [None, *shapes]:
-            residual = start.clone()
-            if shape is None:
-                name, seconds = "today", time_graph(lambda residual=residual: run_today(layers, residual))
-            else:
-                found = run_candidate(layers, start.clone(), shape)
-                error = float((found - expected).float().norm() / expected.float().norm())
-                name = f"{shape} error {error:.1e}"
-                seconds = time_graph(lambda residual=residual, shape=shape: run_candidate(layers, residual, shape))
-            print(
-                f"{rows} rows: {seconds / LAYERS * 1e6:6.1f} us a layer, {num_bytes / seconds / 1e12:.2f} TB/s  {name}",
-                flush=True,
-            )
+    start = torch.randn(1, HIDDEN, device=device).bfloat16()
+    mixed, inner = (torch.randn(1, width, device=device).bfloat16() * 0.01 for width in (MIXED, INNER))
+    table = list_kernels()
+    usual = [each for each in table if (each.behind_norm, each.onto_residual) == (BEHIND_NORM[0], ONTO_RESIDUAL[0])]
+    passed = [check(kernels, layers, start) for kernels in usual]
+    num_bytes = sum(getattr(layer, what).nbytes for layer in layers for what in ("qkv", "out", "gate_up", "down"))
+    report("today", "chain", partial(run_today, layers, start.clone()), num_bytes)
+    for kernels in table:
+        report(name_of(kernels), "chain", partial(run_single_row, kernels, layers, start.clone()), num_bytes)
+    time_parts("today", list_parts_today(mixed, inner), layers, start.clone())
+    for has_pdl, has_prefetch in OVERLAPS:
+        for behind_norm, onto_residual in zip(BEHIND_NORM, ONTO_RESIDUAL, strict=True):
+            kernels = SingleRowKernels(has_pdl, has_prefetch, behind_norm, onto_residual)
+            if kernels in table:
+                time_parts(name_of(kernels), list_parts(kernels, mixed, inner), layers, start.clone())
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

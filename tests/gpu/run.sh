@@ -17,11 +17,12 @@ part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_pag
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
+part whole_steps 90 $pytest tests/gpu/test_whole_steps.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
-lines=60 part bench_products 60 python3 tests/gpu/bench_products.py
+lines=90 part bench_products 60 python3 tests/gpu/bench_products.py
 lines=90 part bench_few_rows 60 python3 -m tests.gpu.bench_few_rows
 lines=60 part bench_attention 60 python3 tests/gpu/bench_attention.py
 lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"

@@ -61,11 +61,12 @@ def test_each_file_of_the_document_is_short_and_passes_the_linter(tree: Path) ->
 
 
 def test_the_documents_proof_passes_for_both_models(tree: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/model/test_logits.py", "-k", "gemma or mistral", "-v"]
+    files = ["tests/model/test_logits.py", "tests/model/test_single_row.py"]
+    command = [sys.executable, "-m", "pytest", *files, "-k", "gemma or mistral", "-v"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert re.findall(r"\[(\w+)\] PASSED", result.stdout) == ["gemma", "mistral"], result.stdout
+    assert re.findall(r"\[(\w+)\] PASSED", result.stdout) == ["gemma", "mistral"] * 2, result.stdout
 
 
 @pytest.mark.parametrize("torch_compile", ["F", "T"])

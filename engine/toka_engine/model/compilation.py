@@ -1,9 +1,10 @@
 """torch_compile=T: the table of operations whose model torch.compile has compiled. No model's file knows of it.
 
 `compile_ops` takes a device's table and gives one in which norms and activation are plain torch, for inductor to fuse,
-and in which the runner gets a `CompiledModel`. That compiles when it is made, so before any step runs, for any number
-of rows (`_mark_rows`); a trace that would be good for some numbers alone ends the start. CUDA graphs stay the runner's:
-inductor makes none, its kernels are captured like others.
+and in which the runner gets a `CompiledModel`. It has no kernels for a single row: a trace would have to ask whether it
+is one. The model is compiled when it is made, so before any step runs, for any number of rows (`_mark_rows`); a trace
+that would be good for some numbers alone ends the start. CUDA graphs stay the runner's: inductor makes none, and its
+kernels are captured like others.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def compile_ops(ops: Ops, device: torch.device, config: EngineConfig) -> Ops:
         rms_norm=_rms_norm,
         add_rms_norm=_add_rms_norm,
         silu_mul=_silu_mul,
+        single_row=None,
         make_runner=make_runner,
     )
 

@@ -81,6 +81,7 @@ def make_ops() -> Ops:
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
+        single_row=None,
         make_attention=_make_attention,
         make_runner=_make_runner,
         fits_cache=False,

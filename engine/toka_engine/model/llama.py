@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from toka_engine.model.attention.base import AttentionBackend
-from toka_engine.model.layers import GatedMlp, fused_linear
+from toka_engine.model.layers import GatedMlp, NormedLinear, ResidualLinear, ResidualNorm, fuse
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
@@ -31,21 +31,25 @@ class Attention:
         config: ModelConfig,
         weights: Weights,
         ops: Ops,
-        prefix: str,
         index: int,
+        norm: torch.Tensor,
         traits: AttentionTraits,
     ) -> None:
-        self._index = index
+        self._index, prefix = index, f"model.layers.{index}.self_attn"
         self._num_heads, self._num_kv_heads, self._head_dim = (
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
         )
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        hidden, q_size, kv_size = (
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         names = [f"{prefix}.{name}_proj" for name in "qkv"]
-        sizes = [q_size, kv_size, kv_size]
-        self._qkv = fused_linear(ops, weights, names, sizes, config.hidden_size, traits.has_qkv_bias)
-        self._out = fused_linear(ops, weights, [f"{prefix}.o_proj"], [config.hidden_size], q_size, traits.has_out_bias)
+        qkv = fuse(weights, names, [q_size, kv_size, kv_size], hidden, traits.has_qkv_bias)
+        self._qkv = NormedLinear(ops, norm, config.rms_norm_eps, qkv)
+        self._out = ResidualLinear(ops, fuse(weights, [f"{prefix}.o_proj"], [hidden], q_size, traits.has_out_bias))
         self._rms_norm, self._eps = ops.rms_norm, config.rms_norm_eps
         self._head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
         if traits.has_head_norm:
@@ -55,15 +59,17 @@ class Attention:
                 weights.take(f"{prefix}.k_norm.weight", shape),
             )
 
-    def __call__(self, x: torch.Tensor, cos_sin: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """x [T, hidden_size], normed."""
-        heads, kv_heads, rows = self._num_heads, self._num_kv_heads, x.shape[0]
-        qkv = self._qkv(x).view(rows, heads + 2 * kv_heads, self._head_dim)
+    def __call__(
+        self, pending: torch.Tensor | None, residual: torch.Tensor, cos_sin: torch.Tensor, attention: AttentionBackend
+    ) -> torch.Tensor | None:
+        """Add `pending` to `residual` [T, hidden_size] in place, if there is any; returns what is pending then."""
+        heads, kv_heads, rows = self._num_heads, self._num_kv_heads, residual.shape[0]
+        qkv = self._qkv(pending, residual).view(rows, heads + 2 * kv_heads, self._head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if self._head_norms is not None:
             q, k = (self._norm_heads(each, weight) for each, weight in zip((q, k), self._head_norms, strict=True))
         mixed = attention.forward(self._index, q, k, v, cos_sin)
-        return self._out(mixed.reshape(rows, heads * self._head_dim))
+        return self._out(mixed.reshape(rows, heads * self._head_dim), residual)
 
     def _norm_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._rms_norm(x.reshape(-1, self._head_dim), weight, self._eps).view(x.shape)
@@ -72,10 +78,10 @@ class Attention:
 class Layer:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, index: int, traits: AttentionTraits) -> None:
         prefix, shape = f"model.layers.{index}", (config.hidden_size,)
-        self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", shape)
-        self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", shape)
-        self.attention = Attention(config, weights, ops, f"{prefix}.self_attn", index, traits)
-        self.mlp = GatedMlp(config, weights, ops, f"{prefix}.mlp")
+        input_norm = weights.take(f"{prefix}.input_layernorm.weight", shape)
+        mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", shape)
+        self.attention = Attention(config, weights, ops, index, input_norm, traits)
+        self.mlp = GatedMlp(config, weights, ops, f"{prefix}.mlp", mlp_norm)
 
 
 class Llama:
@@ -85,11 +91,11 @@ class Llama:
         bias = config.has_attention_bias
         traits = traits or AttentionTraits(has_qkv_bias=bias, has_out_bias=bias)
         self.config = config
-        self._ops = ops
         vocab_shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", vocab_shape)
         self._layers = [Layer(config, weights, ops, index, traits) for index in range(config.num_layers)]
-        self._norm = weights.take("model.norm.weight", (config.hidden_size,))
+        norm = weights.take("model.norm.weight", (config.hidden_size,))
+        self._norm = ResidualNorm(ops, norm, config.rms_norm_eps)
         tied = config.has_tied_embeddings
         head = self._embedding if tied else weights.take("lm_head.weight", vocab_shape)
         self._head = ops.make_linear(head, None)
@@ -97,15 +103,12 @@ class Llama:
 
     def forward(self, ids: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
         """ids [T] int32 -> normed hidden states [T, hidden_size]."""
-        eps, add_rms_norm = self.config.rms_norm_eps, self._ops.add_rms_norm
         residual = F.embedding(ids, self._embedding)
-        x = self._ops.rms_norm(residual, self._layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        for layer, next_norm in zip(self._layers, next_norms, strict=True):
-            x = layer.attention(x, self._cos_sin, attention)
-            x = layer.mlp(add_rms_norm(x, residual, layer.mlp_norm, eps))
-            x = add_rms_norm(x, residual, next_norm, eps)
-        return x
+        pending: torch.Tensor | None = None
+        for layer in self._layers:
+            pending = layer.attention(pending, residual, self._cos_sin, attention)
+            pending = layer.mlp(pending, residual)
+        return self._norm(pending, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> [n, vocab_size]."""

@@ -38,6 +38,42 @@ class Sample(Protocol):
         ...
 
 
+class SingleRow(Protocol):
+    """Products of a step of one row, each one kernel with what lies around it. Weights are as for `Ops.make_linear`."""
+
+    def product(
+        self,
+        residual: torch.Tensor,  # [1, in]
+        norm: torch.Tensor,  # [in]
+        eps: float,
+        weight: torch.Tensor,  # [out, in]
+        bias: torch.Tensor | None,  # [out]
+    ) -> torch.Tensor:
+        """Of rms_norm(residual): [1, out]."""
+        ...
+
+    def gated_product(
+        self,
+        residual: torch.Tensor,  # [1, in]
+        norm: torch.Tensor,  # [in]
+        eps: float,
+        weight: torch.Tensor,  # [2 * out, in]: gate, then up
+        bias: torch.Tensor | None,  # [2 * out]
+    ) -> torch.Tensor:
+        """Of rms_norm(residual), then silu(gate) * up: [1, out]."""
+        ...
+
+    def add_product(
+        self,
+        x: torch.Tensor,  # [1, in]
+        weight: torch.Tensor,  # [out, in]
+        bias: torch.Tensor | None,  # [out]
+        residual: torch.Tensor,  # [1, out], contiguous
+    ) -> None:
+        """Add the product of x to `residual`, in place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """Implementations for one device."""
@@ -50,6 +86,8 @@ class Ops:
     """x, residual [rows, width], weight, eps: residual += x in place; returns the normed residual."""
     silu_mul: Callable[[torch.Tensor], torch.Tensor]
     """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
+    single_row: SingleRow | None
+    """Kernels for a step of one row, where there are some. `make_linear` must take no copy of the weights then."""
     make_attention: Callable[[AttentionShape, EngineConfig], AttentionBackend]
     make_runner: Callable[[CausalModel, AttentionBackend, int, EngineConfig], Runner]
     """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
@@ -80,7 +118,7 @@ def select_ops(device: torch.device, config: EngineConfig) -> Ops:
 
         major, minor = torch.cuda.get_device_capability(device)
         use_built(10 * major + minor)
-        ops = make_cuda_ops()
+        ops = make_cuda_ops(10 * major + minor)
     else:
         from toka_engine.model.cpu_ops import make_ops
 

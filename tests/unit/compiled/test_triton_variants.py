@@ -111,7 +111,9 @@ def report(name, variants):
     ]]))
 
 record("image", list_shapes(BUILT_HEAD_DIMS))
-record("known models", [known_shape(*each) for each in KNOWN.values()])
+biases = [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}]
+with_biases = [(make_model(hidden_size=576, intermediate_size=1536, **fields), 16) for fields in biases]
+record("known models", [known_shape(*each) for each in KNOWN.values()] + with_biases)
 record("any models", [any_shape() for _ in range(40)])
 one = make_model("Qwen3ForCausalLM", vocab_size=50001), 16
 record("one start", [one])

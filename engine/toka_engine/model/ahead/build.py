@@ -107,6 +107,7 @@ def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
     for vocab_size in _VOCAB_SIZES:
         yield make_model(vocab_size=vocab_size), page_size
         yield make_model(vocab_size=vocab_size - 1), page_size
+    yield make_model(attention_bias=True, mlp_bias=True), page_size
     yield make_model(), 1  # a size of 1 is a type of its own to Triton
 
 

@@ -2,8 +2,8 @@
 
 Tensors of that device have a shape, a dtype and an address's alignment, which is all that Triton looks at to choose a
 kernel's variant, and no memory. The model, the attention, the sampler and the steps are the engine's own. Only
-flashinfer's kernels and the copies to the host are left out. Who rehearses decides what a launch does (see `build`):
-nothing here may compile, or touch a device.
+flashinfer's kernels and the copies to the host are left out. Who rehearses decides what a launch does and for which GPU
+(Triton's active driver, see `build`): nothing here may compile, or touch a device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, WorkerReady
@@ -62,7 +63,8 @@ def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tu
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     with torch.inference_mode():
         runner = RehearsalRunner(
-            build_model(model, _Weights(), make_ops()), attention, sizes.max_seqs, EngineConfig()
+            build_model(model, _Weights(), make_ops(driver.active.get_current_target().arch)),
+            attention, sizes.max_seqs, EngineConfig(),
         )  # fmt: skip
     return runner, describe(model, sizes, shape)
 

@@ -12,6 +12,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda_runner import CudaRunner
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
+from toka_engine.model.kernels.single_row import SingleRowKernels
 from toka_engine.model.ops import Linear, Ops
 
 
@@ -32,12 +33,14 @@ def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int,
     return CudaRunner(model, attention, max_seqs, config)
 
 
-def make_ops() -> Ops:
+def make_ops(capability: int) -> Ops:
+    """The table for a GPU of this compute capability, as 90."""
     return Ops(
         make_linear=make_linear,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
+        single_row=SingleRowKernels.for_capability(capability),
         make_attention=_make_attention,
         make_runner=_make_runner,
         fits_cache=True,

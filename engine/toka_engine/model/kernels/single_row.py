@@ -1,0 +1,188 @@
+"""Products of a step of one row: one kernel each, with the norm, the activation or the sum with the residual inside.
+
+A step of one row waits for its weights and for nothing else, so what counts is how little lies between two reads of
+them. What is small is done again by every program (the norm's sum of squares) or by the one that has the result. From
+compute capability 9.0 on, each kernel starts while the one before ends (programmatic dependent launch): it asks for its
+weights at once, and waits before it touches anything that a kernel writes.
+
+Sums are fp32, and a result is rounded once: nothing between norm, product, activation and sum is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_OVERLAPPING_CAPABILITY = 90
+"""The first that has dependent launches and bulk prefetches."""
+
+_PREFETCH = tl.constexpr(
+    """{
+    .reg .pred is_first;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 is_first, thread, 0;
+    @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.u32 $0, 0;
+    }"""
+)
+
+
+@triton.jit
+def _prefetch(begin, num_bytes):
+    """Ask for [begin, begin + num_bytes) to be in L2, as far as it is whole units of 16 bytes: for nothing beyond."""
+    first = (begin.to(tl.int64) + 15) & -16
+    size = (((begin.to(tl.int64) + num_bytes) & -16) - first).to(tl.int32)
+    if size > 0:
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [first, size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+# A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. Nothing rests on the number of
+# outputs: it makes no variants (see ahead.build).
+@triton.jit(do_not_specialize=["num_out"])
+def _single_row_kernel(
+    x_ptr,  # [width]
+    norm_ptr,  # [width], with HAS_NORM
+    weight_ptr,  # [num_out, width], with IS_GATED [2 * num_out, width]: gate, then up
+    bias_ptr,  # as many as the weight has rows, with HAS_BIAS
+    out_ptr,  # [num_out]
+    num_out,
+    width,
+    eps,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    ADDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_PDL: tl.constexpr,
+    HAS_PREFETCH: tl.constexpr,
+):
+    if HAS_PDL:
+        gdc_launch_dependents()
+    first_out = tl.program_id(0) * BLOCK_OUT
+    outs, column = first_out + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    is_out = outs < num_out
+    up_offset = num_out.to(tl.int64) * width
+    if HAS_PREFETCH:
+        chunk = weight_ptr + first_out.to(tl.int64) * width
+        element_bytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+        num_bytes = tl.minimum(BLOCK_OUT, num_out - first_out) * width * element_bytes
+        _prefetch(chunk, num_bytes)
+        if IS_GATED:
+            _prefetch(chunk + up_offset, num_bytes)
+    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + column[None, :]
+    inside = is_out[:, None] & (column < width)[None, :]
+    weight = tl.load(weight_at, mask=inside, other=0.0, eviction_policy="evict_first")
+    up = weight
+    if IS_GATED:
+        up = tl.load(weight_at + up_offset, mask=inside, other=0.0, eviction_policy="evict_first")
+    if HAS_PDL:
+        # Kernels before this one may still run, two or more of them. Above this line only weights are read, which no
+        # step writes, and nothing is written: memory that is new to this kernel may be in use by those.
+        gdc_wait()
+    sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    squares = tl.zeros((BLOCK_IN,), tl.float32)
+    for start in range(0, width, BLOCK_IN):
+        here = start + column < width
+        x = tl.load(x_ptr + start + column, mask=here, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += x * x
+            x *= tl.load(norm_ptr + start + column, mask=here, other=0.0).to(tl.float32)
+        sums += weight.to(tl.float32) * x[None, :]
+        if IS_GATED:
+            up_sums += up.to(tl.float32) * x[None, :]
+        following = start + BLOCK_IN
+        inside = is_out[:, None] & (following + column < width)[None, :]
+        weight = tl.load(weight_at + following, mask=inside, other=0.0, eviction_policy="evict_first")
+        if IS_GATED:
+            up = tl.load(weight_at + up_offset + following, mask=inside, other=0.0, eviction_policy="evict_first")
+    result, up_result = tl.sum(sums, axis=1), tl.sum(up_sums, axis=1)
+    if HAS_NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / width + eps)
+        result *= scale
+        up_result *= scale
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+        if IS_GATED:
+            up_result += tl.load(bias_ptr + num_out + outs, mask=is_out, other=0.0).to(tl.float32)
+    if IS_GATED:
+        result = result / (1.0 + tl.exp(-result)) * up_result
+    if ADDS:
+        result += tl.load(out_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+    tl.store(out_ptr + outs, result.to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a product is cut: a program has `block_out` outputs, and reads `block_in` values of each at a time."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SingleRowKernels:
+    """An ops.SingleRow. How a product is cut depends on what it is; any width and number of outputs will do."""
+
+    has_pdl: bool
+    has_prefetch: bool
+    behind_norm: Cut = Cut(2, 512, 2)
+    """Programs of many outputs would be too few for a row as short as a hidden state."""
+    onto_residual: Cut = Cut(4, 1024, 8)
+    """As many outputs as the hidden state has values, of longer rows: so larger programs."""
+
+    @classmethod
+    def for_capability(cls, capability: int) -> Self:
+        """`capability` of the device, as 90."""
+        overlaps = capability >= _OVERLAPPING_CAPABILITY
+        return cls(has_pdl=overlaps, has_prefetch=overlaps)
+
+    def product(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ops.SingleRow."""
+        out = residual.new_empty((1, weight.shape[0]))
+        return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps)
+
+    def gated_product(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ops.SingleRow."""
+        out = residual.new_empty((1, weight.shape[0] // 2))
+        return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps, is_gated=True)
+
+    def add_product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> None:
+        """See ops.SingleRow."""
+        self._launch(self.onto_residual, x, weight, bias, residual, adds=True)
+
+    def _launch(
+        self,
+        cut: Cut,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        is_gated: bool = False,
+        adds: bool = False,
+    ) -> torch.Tensor:
+        num_out, width = out.shape[1], weight.shape[1]
+        _single_row_kernel[(triton.cdiv(num_out, cut.block_out),)](
+            x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
+            BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
+            HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
+            HAS_PDL=self.has_pdl, HAS_PREFETCH=self.has_prefetch,
+            num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+        )  # fmt: skip
+        return out

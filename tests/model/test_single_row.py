@@ -1,0 +1,148 @@
+"""A device's kernels for a step of one row are used for that step alone, and change nothing but its speed.
+
+They are written in plain torch here; those of GPUs are in tests/unit/kernels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toka_engine.config import EngineConfig
+from toka_engine.model import cpu_ops
+from toka_engine.model.layers import NormedLinear, Projections, ResidualLinear
+from toka_engine.model.ops import Ops, select_ops
+
+from tests.model.driving import Driver
+from tests.model.test_logits import IDS, VARIANTS, check_parity
+
+
+class PlainSingleRow:
+    """An ops.SingleRow that notes its calls and the weights that it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.weights: list[torch.Tensor] = []
+
+    def _note(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        assert x.shape == (1, weight.shape[1])
+        self.calls.append(name)
+        self.weights.append(weight)
+
+    def product(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._note("product", residual, weight)
+        return F.linear(F.rms_norm(residual, norm.shape, norm, eps), weight, bias)
+
+    def gated_product(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._note("gated_product", residual, weight)
+        gate, up = F.linear(F.rms_norm(residual, norm.shape, norm, eps), weight, bias).chunk(2, dim=1)
+        return F.silu(gate) * up
+
+    def add_product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> None:
+        self._note("add_product", x, weight)
+        residual += F.linear(x, weight, bias)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainSingleRow:
+    """What the CPU's table has for a step of one row, for this test."""
+    kernels, make_ops = PlainSingleRow(), cpu_ops.make_ops
+    monkeypatch.setattr(cpu_ops, "make_ops", lambda: replace(make_ops(), single_row=kernels))
+    return kernels
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_steps_of_one_row_use_the_kernels_and_give_the_reference_logits(
+    name: str, kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]]
+) -> None:
+    family, overrides = VARIANTS[name]
+    model, driver = drive_tiny(family, num_hidden_layers=3, **overrides)
+    check_parity(model, driver, prompt_len=7, total=11)
+    products = [call.removeprefix("gated_") for call in kernels.calls]  # an activation of its own comes behind
+    assert products == ["product", "add_product"] * 2 * 3 * 4  # blocks, layers, decode steps: the prompts went without
+
+
+def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
+    kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate() -> torch.Tensor:
+        _, driver = drive_tiny(settings={"dtype": "bfloat16"})
+        driver.generate([IDS[:9], IDS[3:20]], 5)
+        return driver.logits
+
+    found = generate()
+    monkeypatch.undo()
+    assert torch.equal(found, generate())
+    assert kernels.calls == []
+
+
+def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
+    kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+    ops = replace(cpu_ops.make_ops(), make_linear=lambda weight, bias: made.append(weight) or (lambda x: x))
+    monkeypatch.setattr(cpu_ops, "make_ops", lambda: ops)
+    _, driver = drive_tiny("Llama", num_hidden_layers=1)
+    driver.worker.runner.model.logits = lambda hidden: hidden
+    driver.prefill({0: [5]})
+    assert kernels.calls == ["product", "add_product", "gated_product", "add_product"]
+    *layer, _head = made
+    assert len(layer) == len(kernels.weights)
+    assert all(ours is theirs for ours, theirs in zip(kernels.weights, layer, strict=True))
+
+
+def make_block(ops: Ops) -> tuple[NormedLinear, weakref.ref[torch.Tensor]]:
+    weight = torch.randn(24, 16)
+    return NormedLinear(ops, torch.randn(16), 1e-5, Projections(weight, None)), weakref.ref(weight)
+
+
+def test_packed_weights_are_the_only_copy_where_there_are_no_such_kernels() -> None:
+    block, weight = make_block(cpu_ops.make_ops())
+    assert weight() is None
+    assert block(None, torch.randn(1, 16)).shape == (1, 24)
+
+
+def test_what_other_blocks_left_pending_is_added_once_to_a_step_of_one_row(kernels: PlainSingleRow) -> None:
+    block, _ = make_block(cpu_ops.make_ops())
+    start, pending = torch.randn(2, 1, 16)
+    residual = start.clone()
+    found = block(pending, residual)
+    assert torch.equal(residual, start + pending)
+    assert kernels.calls == []
+    torch.testing.assert_close(block(None, residual), found)
+    assert torch.equal(residual, start + pending)
+    assert kernels.calls == ["product"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_product_of_one_row_is_in_the_residual_stream_and_one_of_more_is_pending(
+    rows: int, kernels: PlainSingleRow
+) -> None:
+    weight, bias = torch.randn(16, 24), torch.randn(16)
+    x, start = torch.randn(rows, 24), torch.randn(rows, 16)
+    residual = start.clone()
+    pending = ResidualLinear(cpu_ops.make_ops(), Projections(weight, bias))(x, residual)
+    expected = F.linear(x, weight, bias)
+    if rows == 1:
+        assert pending is None
+        torch.testing.assert_close(residual, start + expected)
+    else:
+        assert torch.equal(residual, start)
+        torch.testing.assert_close(pending, expected)
+
+
+def test_a_model_that_is_compiled_gets_no_such_kernels(kernels: PlainSingleRow) -> None:
+    cpu = torch.device("cpu")
+    assert select_ops(cpu, EngineConfig()).single_row is kernels
+    assert select_ops(cpu, EngineConfig(torch_compile=True)).single_row is None
