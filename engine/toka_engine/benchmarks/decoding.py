@@ -177,7 +177,7 @@ def skip_attention(attention: AttentionBackend) -> list[str]:
     else:
         replaced = {
             "_attend_decode": lambda step, q, cache, out: out.zero_(),
-            "_attend_few_rows": _append_alone(attention),
+            "_attend_decode": _append_alone(attention),
         }
     for name, method in replaced.items():
         getattr(attention, name)  # a backend without it is not one that this knows
@@ -201,14 +201,14 @@ def _plan_without_attention(attention: CpuAttention) -> Callable[[StepLayout], N
 def _append_alone(attention: Any) -> Callable[..., torch.Tensor]:
     from toka_engine.model.kernels.rope import rope_append
 
-    def attend_few_rows(
+    def attend_decode(
         step: Any, work: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rope_append(q, k, v, cos_sin, step.slots, step.positions, attention.table, cache[0], cache[1], out)
         return out.zero_()
 
-    return attend_few_rows
+    return attend_decode
 
 
 def _forward_to_zeros(attention: CpuAttention) -> Callable[..., torch.Tensor]:

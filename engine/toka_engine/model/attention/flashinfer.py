@@ -26,7 +26,7 @@ from toka_engine.model.attention.paged_plan import (
     plan_prefill,
     rows_of,
 )
-from toka_engine.model.kernels.few_rows_attention import Workspace, attend_few_rows
+from toka_engine.model.kernels.decode_attention import Workspace, attend_decode
 from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
@@ -109,7 +109,7 @@ class FlashInferAttention:
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
-        self._few_rows_work = Workspace.allocate(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device)
+        self._decode_work = Workspace.allocate(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device)
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
@@ -198,7 +198,7 @@ class FlashInferAttention:
 
         A graph may hold the forward.
         """
-        self._step = _Plan(slots, positions, slots.shape[0], work=self._few_rows_work)
+        self._step = _Plan(slots, positions, slots.shape[0], work=self._decode_work)
 
     def reserve_graphs(self, max_rows: int) -> None:
         """Allocate what `plan_graph` needs for up to `max_rows` rows."""
@@ -250,7 +250,7 @@ class FlashInferAttention:
         cache = self.cache[layer]
         by_token = cache.transpose(2, 3) if self._layout == HND else cache
         if step.work is not None:
-            return self._attend_few_rows(step, step.work, q, k, v, cos_sin, by_token)
+            return self._attend_decode(step, step.work, q, k, v, cos_sin, by_token)
         rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rope_append(q, k, v, cos_sin, step.slots, step.positions, self.table, by_token[0], by_token[1], rotated)
         out = torch.empty_like(rotated)
@@ -269,7 +269,7 @@ class FlashInferAttention:
             )
         return out
 
-    def _attend_few_rows(
+    def _attend_decode(
         self,
         step: _Plan,
         work: Workspace,
@@ -280,7 +280,7 @@ class FlashInferAttention:
         by_token: torch.Tensor,
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        attend_few_rows(
+        attend_decode(
             q, k, v, cos_sin, step.slots, step.positions, self.table, by_token[0], by_token[1], out, work,
             self.shape.scale,
         )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Times decode attention of few rows at the 1B shape: rope_append and flashinfer's decode against attend_few_rows.
+"""Times decode attention of few rows at the 1B shape: rope_append and flashinfer's decode against attend_decode.
 
 Prints microseconds a layer, and bytes of keys and values per second, of CUDA graphs of 16 layers. Each layer has a
 cache of its own, and a graph goes through the layers again, over other tokens, until the L2 cache holds none when it
 comes back to them: in a model the weights see to that. flashinfer is planned for a graph, as the engine plans it; what
 that costs the host is not in its time. Then other cuts of the kernel, from which Cut.of is to be chosen.
 
-Usage: python -m tests.gpu.bench_few_rows
+Usage: python -m tests.gpu.bench_decode_attention
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from toka_engine.model.attention.base import AttentionShape
 from toka_engine.model.attention.paged_plan import PageLists, list_pages
-from toka_engine.model.kernels.few_rows_attention import Cut, Workspace, attend_few_rows
+from toka_engine.model.kernels.decode_attention import Cut, Workspace, attend_decode
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.rope import rope_append
 
@@ -119,12 +119,12 @@ class Bench:
         return rows.time_layer(run_layer), out
 
     def time_candidate(self, rows: Rows, work: Workspace) -> tuple[float, torch.Tensor]:
-        """The same of attend_few_rows."""
+        """The same of attend_decode."""
         out = torch.empty_like(rows.q).contiguous()
 
         def run_layer(layer: int, table: torch.Tensor) -> None:
             keys, values = self.cache[layer].transpose(2, 3)
-            attend_few_rows(
+            attend_decode(
                 rows.q, rows.k, rows.v, self.cos_sin, rows.slots, rows.positions, table, keys, values, out, work,
                 SHAPE.scale,
             )  # fmt: skip
@@ -156,7 +156,7 @@ def make_work(cut: Cut) -> Workspace:
 @torch.inference_mode()
 def main() -> None:
     bench, usual = Bench(), make_work(USUAL)
-    works = {"attend_few_rows": usual, "attend_few_rows, no dependent launch": replace(usual, has_pdl=False)}
+    works = {"attend_decode": usual, "attend_decode, no dependent launch": replace(usual, has_pdl=False)}
     for num_rows, context in CASES:
         bench.compare(Rows.random(num_rows, context), works)
     for num_rows in (1, 64):

@@ -1,8 +1,9 @@
-"""Decode attention of few rows in one kernel a layer: RoPE, the write of K and V, attention, the merge of its splits.
+"""Attention of decode rows in one kernel a layer: RoPE, the write of K and V, attention, the merge of its splits.
 
 A row finds its slot, position and pages on the device, so the host plans nothing for a step but the slots and positions
 that it uploads, and a CUDA graph of these launches holds for any contexts. Owns what the launches of a step share
-(`Workspace`); norms of heads, prefill, shared prefixes and many rows are others' work.
+(`Workspace`); norms of heads, prefill and the tokens that rows share are others' work: of a row that shares its first
+tokens this gives the part over its own, with the log-sum-exp by which parts are merged.
 
 Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
 where the last split to arrive merges all of them, as rope.py rotates and writes.
@@ -38,7 +39,7 @@ class Cut:
     def of(cls, head_dim: int) -> Cut:
         """Blocks of 16 KB (32 KB for a head of 256), and about four programs for each of an H100's 132 processors.
 
-        By reckoning, not by measurement: tests/gpu/bench_few_rows.py times others.
+        By reckoning, not by measurement: tests/gpu/bench_decode_attention.py times others.
         """
         return cls(block_tokens=64 if head_dim <= 64 else 32, num_warps=4, num_programs=512)
 
@@ -79,6 +80,14 @@ class Workspace:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class OwnPart:
+    """Of rows that share their first tokens: where each one's own begin, and room for the log-sum-exp over them."""
+
+    starts: torch.Tensor  # [rows] int32, tokens
+    lse: torch.Tensor  # [rows, num_heads] fp32, base 2, written
+
+
 def _has_pdl() -> bool:
     """Whether the GPU that Triton compiles for can start a kernel before the one in front of it has ended."""
     if knobs.runtime.interpret:
@@ -115,8 +124,8 @@ def _rotate(a, b, cos, sin):
 
 @triton.jit
 def _merge_splits(
-    sums_ptr, scales_ptr, first, num_active, group, out_at,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr,
+    sums_ptr, scales_ptr, first, num_active, group, out_at, lse_at,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr,
 ):  # fmt: skip
     """Write the mean of the splits' results, weighted by their sums, in the order of the splits.
 
@@ -144,17 +153,19 @@ def _merge_splits(
         merged += tl.sum(sums * tl.exp2(top_of - top[None, :])[:, :, None], axis=0)
     merged = (merged / total[:, None]).to(out_at.dtype.element_ty)
     tl.store(out_at + head[:, None] * HEAD_DIM + column[None, :], merged, mask=is_head[:, None])
+    if IS_PART:
+        tl.store(lse_at + head, top + tl.log2(total), mask=is_head)
 
 
 # Head counts are no constants of the kernel, only the power of 2 of a group: few variants serve all models.
 @triton.jit(do_not_specialize=["table_stride", "group"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
+    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, starts_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     table_stride, page_stride, token_stride, head_stride, group,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, HAS_PDL: tl.constexpr,
+    AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     if HAS_PDL:
         gdc_launch_dependents()
@@ -164,12 +175,16 @@ def _attend_kernel(
     position = tl.load(positions_ptr + row)
     slot = tl.load(slots_ptr + row, volatile=True)  # else ptxas moves it behind the wait for the position
     table_at = table_ptr + slot.to(tl.int64) * table_stride
+    own_start = 0
+    if IS_PART:
+        own_start = tl.load(starts_ptr + row, volatile=True)
     # The tokens before this one, in whole blocks to a split.
-    size = tl.cdiv(tl.cdiv(position, tl.num_programs(2)), BLOCK) * BLOCK
-    num_active = tl.maximum(tl.cdiv(position, tl.maximum(size, 1)), 1)
+    count = position - own_start
+    size = tl.cdiv(tl.cdiv(count, tl.num_programs(2)), BLOCK) * BLOCK
+    num_active = tl.maximum(tl.cdiv(count, tl.maximum(size, 1)), 1)
     if split >= num_active:
         return
-    begin = split * size
+    begin = own_start + split * size
     end = tl.minimum(begin + size, position)
 
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -237,9 +252,12 @@ def _attend_kernel(
 
     num_kv_heads = tl.num_programs(1)
     out_at = out_ptr + (row * num_kv_heads + kv_head) * group * HEAD_DIM
+    lse_at = lse_ptr + (row * num_kv_heads + kv_head) * group
     heads_at = head[:, None] * HEAD_DIM + column[None, :]
     if num_active == 1:
         tl.store(out_at + heads_at, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+        if IS_PART:
+            tl.store(lse_at + head, top + tl.log2(total), mask=is_head)
         return
     pair = row * num_kv_heads + kv_head
     first = pair * tl.num_programs(2)
@@ -254,11 +272,13 @@ def _attend_kernel(
     arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
     if arrived == num_active - 1:
-        _merge_splits(sums_ptr, scales_ptr, first, num_active, group, out_at, GROUP, HEAD_DIM, AT_ONCE, SPLITS)
+        _merge_splits(
+            sums_ptr, scales_ptr, first, num_active, group, out_at, lse_at, GROUP, HEAD_DIM, AT_ONCE, SPLITS, IS_PART
+        )  # fmt: skip
         tl.store(arrived_ptr + pair, 0)  # for the next launch, which begins to write when this one has ended
 
 
-def attend_few_rows(
+def attend_decode(
     q: torch.Tensor,  # [S, num_heads, head_dim] before RoPE, last dimension contiguous
     k: torch.Tensor,  # [S, num_kv_heads, head_dim] before RoPE
     v: torch.Tensor,  # [S, num_kv_heads, head_dim]
@@ -271,9 +291,11 @@ def attend_few_rows(
     out: torch.Tensor,  # [S, num_heads, head_dim] contiguous
     work: Workspace,
     scale: float,
+    part: OwnPart | None = None,
 ) -> None:
     """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
 
+    With `part` it is over the row's own tokens alone, which are at least the new one.
     head_dim is a power of 2, at least 32. Rows of one slot are padding: what they write to its page is arbitrary, so
     its tokens must be nobody's. The same arguments give the same bits.
 
@@ -291,12 +313,14 @@ def attend_few_rows(
     splits = work.cut.count_splits(rows, num_kv_heads)
     _attend_kernel[(rows, num_kv_heads, splits)](
         q, k, v, out, k_cache, v_cache,
-        cos_sin, slots, positions, block_table, work.sums, work.scales, work.arrived, scale,
+        cos_sin, slots, positions, block_table,
+        slots if part is None else part.starts, work.scales if part is None else part.lse,
+        work.sums, work.scales, work.arrived, scale,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,
         PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=max(16, padded_group),
         BLOCK=work.cut.block_tokens, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
-        SPLITS=MAX_SPLITS, HAS_PDL=work.has_pdl,
+        SPLITS=MAX_SPLITS, IS_PART=part is not None, HAS_PDL=work.has_pdl,
         num_warps=work.cut.num_warps, num_stages=1,
         **({"launch_pdl": True} if work.has_pdl else {}),
     )  # fmt: skip

@@ -5,6 +5,7 @@ On the GPU in bfloat16; the interpreter's products are of float32 alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -29,24 +30,25 @@ class Case:
 
     def run(self, cut):
         """Results and cache afterwards; the case's own cache stays as it is."""
-        from toka_engine.model.kernels.few_rows_attention import Workspace
+        from toka_engine.model.kernels.decode_attention import Workspace
 
         heads, kv_heads, head_dim = self.q.shape[1], self.k.shape[1], self.q.shape[2]
         work = Workspace.allocate(heads, kv_heads, head_dim, self.q.device, cut)
         return *self.run_in(work), work
 
-    def run_in(self, work):
-        from toka_engine.model.kernels.few_rows_attention import attend_few_rows
+    def run_in(self, work, part=None):
+        from toka_engine.model.kernels.decode_attention import attend_decode
 
         cache, out = self.cache.clone(), torch.full_like(self.q, float("nan")).contiguous()
-        attend_few_rows(
+        attend_decode(
             self.q, self.k, self.v, self.cos_sin, self.slots, self.positions, self.table, cache[0], cache[1], out, work,
-            self.q.shape[2] ** -0.5,
+            self.q.shape[2] ** -0.5, part,
         )  # fmt: skip
         return out, cache
 
-    def expect(self):
-        """Results in fp64 and cache afterwards, by rope_append and the definition of attention."""
+    def expect(self, starts=None):
+        """Results in fp64, over the tokens from `starts` on, and cache afterwards: by rope_append and the definition of
+        attention. Then the log-sum-exp, base 2."""
         from toka_engine.model.kernels.rope import rope_append
 
         cache, q = self.cache.clone(), torch.empty_like(self.q).contiguous()
@@ -54,15 +56,18 @@ class Case:
             self.q, self.k, self.v, self.cos_sin, self.slots, self.positions, self.table, cache[0], cache[1], q
         )  # fmt: skip
         out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+        lse = out.new_empty(q.shape[:2])
+        starts = [0] * len(q) if starts is None else starts
         for row, (slot, position) in enumerate(zip(self.slots.tolist(), self.positions.tolist(), strict=True)):
             group = q.shape[1] // self.k.shape[1]
             keys, values = (
-                part[self.table[slot].long()].flatten(0, 1)[: position + 1].double().repeat_interleave(group, dim=1)
+                part[self.table[slot].long()].flatten(0, 1)[starts[row] : position + 1].double().repeat_interleave(group, dim=1)
                 for part in cache
             )
             scores = torch.einsum("hd,nhd->hn", q[row].double(), keys) * q.shape[2] ** -0.5
             out[row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
-        return out, cache
+            lse[row] = scores.logsumexp(-1) / math.log(2)
+        return out, cache, lse
 
 
 def make_case(generator, contexts, heads=4, kv_heads=2, head_dim=64, is_heads_first=True, num_padding=0) -> Case:
@@ -104,12 +109,12 @@ def assert_equals(out: torch.Tensor, expected: torch.Tensor) -> None:
 def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appends_cache(
     generator, splits, is_heads_first
 ) -> None:
-    from toka_engine.model.kernels.few_rows_attention import Cut
+    from toka_engine.model.kernels.decode_attention import Cut
 
     case = make_case(generator, CONTEXTS, is_heads_first=is_heads_first)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=len(CONTEXTS) * 2 * splits)
     assert cut.count_splits(len(CONTEXTS), 2) == splits
-    expected, expected_cache = case.expect()
+    expected, expected_cache, _ = case.expect()
     out, cache, _ = case.run(cut)
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)  # every bit: nothing beside the new tokens has changed
@@ -121,10 +126,10 @@ def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appen
     [(2, 2, 64), (8, 2, 64), (5, 1, 64), (14, 2, 64), (16, 1, 64), (8, 2, 128), (7, 1, 128), (16, 1, 128)],
 )
 def test_any_group_of_query_heads_gives_the_definition(generator, heads, kv_heads, head_dim) -> None:
-    from toka_engine.model.kernels.few_rows_attention import Cut
+    from toka_engine.model.kernels.decode_attention import Cut
 
     case = make_case(generator, [0, 170], heads, kv_heads, head_dim)
-    expected, expected_cache = case.expect()
+    expected, expected_cache, _ = case.expect()
     for cut in (Cut.of(head_dim), replace(Cut.of(head_dim), num_programs=1)):
         out, cache, _ = case.run(cut)
         assert_equals(out, expected)
@@ -132,19 +137,19 @@ def test_any_group_of_query_heads_gives_the_definition(generator, heads, kv_head
 
 
 def test_one_row_in_as_many_splits_as_there_can_be_gives_the_definition(generator) -> None:
-    from toka_engine.model.kernels.few_rows_attention import MAX_SPLITS, Cut
+    from toka_engine.model.kernels.decode_attention import MAX_SPLITS, Cut
 
     case = make_case(generator, [16 * MAX_SPLITS], 4, 1, 128)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=512)
     assert cut.count_splits(1, 1) == MAX_SPLITS
     out, cache, _ = case.run(cut)
-    expected, expected_cache = case.expect()
+    expected, expected_cache, _ = case.expect()
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)
 
 
 def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) -> None:
-    from toka_engine.model.kernels.few_rows_attention import Cut
+    from toka_engine.model.kernels.decode_attention import Cut
 
     case = make_case(generator, [100, 3, 47])
     out, cache, work = case.run(Cut(block_tokens=16, num_warps=4, num_programs=64))
@@ -153,18 +158,18 @@ def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) ->
     assert torch.equal(again, out)
     assert torch.equal(cache_again, cache)
     others = make_case(generator, [33, 0, 71, 90])  # other rows, other splits
-    expected, _ = others.expect()
+    expected, _, _ = others.expect()
     assert_equals(others.run_in(work)[0], expected)
 
 
 def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generator) -> None:
-    from toka_engine.model.kernels.few_rows_attention import Cut
+    from toka_engine.model.kernels.decode_attention import Cut
 
     case = make_case(generator, [37, 0, 100], num_padding=5)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=64)
     out, cache, _ = case.run(cut)
     real = replace(case, **{name: getattr(case, name)[:3] for name in ("q", "k", "v", "slots", "positions")})
-    expected, expected_cache = real.expect()
+    expected, expected_cache, _ = real.expect()
     assert_equals(out[:3], expected)
     assert torch.equal(cache[:, :-1], expected_cache[:, :-1])  # the last page is the padding rows'
     assert torch.equal(cache[:, -1, 1:], case.cache[:, -1, 1:])
@@ -173,8 +178,24 @@ def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generato
 
 @pytest.mark.parametrize(("rows", "kv_heads", "splits"), [(1, 8, 64), (1, 1, 64), (3, 8, 16), (16, 8, 4), (65, 8, 1)])
 def test_rows_are_split_as_far_as_programs_are_allowed(rows, kv_heads, splits) -> None:
-    from toka_engine.model.kernels.few_rows_attention import Cut
+    from toka_engine.model.kernels.decode_attention import Cut
 
     cut = Cut(block_tokens=64, num_warps=4, num_programs=512)
     assert cut.count_splits(rows, kv_heads) == splits
     assert cut.count_splits(100_000, kv_heads) == 1
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_the_part_over_a_rows_own_tokens_comes_with_its_log_sum_exp(generator, splits) -> None:
+    from toka_engine.model.kernels.decode_attention import Cut, OwnPart, Workspace
+
+    starts, contexts = [0, 16, 16, 112, 320, 0], [0, 16, 40, 333, 333, 100]
+    case = make_case(generator, contexts, heads=6, kv_heads=2)
+    expected, expected_cache, expected_lse = case.expect(starts)
+    cut = Cut(block_tokens=16, num_warps=4, num_programs=len(contexts) * 2 * splits)
+    work = Workspace.allocate(6, 2, 64, case.q.device, cut)
+    part = OwnPart(case.slots.new_tensor(starts), torch.full(case.q.shape[:2], math.nan, device=case.q.device))
+    out, cache = case.run_in(work, part)
+    assert_equals(out, expected)
+    assert torch.equal(cache, expected_cache)
+    torch.testing.assert_close(part.lse.double(), expected_lse, atol=2e-2 if out.is_cuda else 1e-5, rtol=1e-3)
