@@ -22,14 +22,6 @@ class Checked:
         self._real, self._shape, self._is_heads_first = real, shape, is_heads_first
         self.num_checked, self.worst = 0, 0.0
 
-    def plan_decode(self, pages: Any, for_graph: bool) -> Any:
-        return self._real.plan_decode(pages, for_graph)
-
-    def run_decode(self, plan, q, cache, pages, q_indptr, out, lse) -> None:
-        out.fill_(float("nan"))
-        self._real.run_decode(plan, q, cache, pages, q_indptr, out, lse)
-        self._check(q, cache, q_indptr, pages, out, lse, False)
-
     def plan_queries(self, index, batch, is_causal) -> Any:
         return self._real.plan_queries(index, batch, is_causal), is_causal
 

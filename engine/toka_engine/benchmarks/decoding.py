@@ -175,10 +175,7 @@ def skip_attention(attention: AttentionBackend) -> list[str]:
     if isinstance(attention, CpuAttention):
         replaced = {"plan": _plan_without_attention(attention), "forward": _forward_to_zeros(attention)}
     else:
-        replaced = {
-            "_attend_decode": lambda step, q, cache, out: out.zero_(),
-            "_attend_decode": _append_alone(attention),
-        }
+        replaced = {"_attend_decode": _append_alone(attention)}
     for name, method in replaced.items():
         getattr(attention, name)  # a backend without it is not one that this knows
         setattr(attention, name, method)
@@ -198,15 +195,21 @@ def _plan_without_attention(attention: CpuAttention) -> Callable[[StepLayout], N
     return plan
 
 
-def _append_alone(attention: Any) -> Callable[..., torch.Tensor]:
+def _append_alone(attention: Any) -> Callable[..., None]:
     from toka_engine.model.kernels.rope import rope_append
 
     def attend_decode(
-        step: Any, work: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rope_append(q, k, v, cos_sin, step.slots, step.positions, attention.table, cache[0], cache[1], out)
-        return out.zero_()
+        step: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        keys, values = attention._by_token(cache)
+        rope_append(q, k, v, cos_sin, step.slots, step.positions, attention.table, keys, values, out)
+        out.zero_()
 
     return attend_decode
 

@@ -1,7 +1,8 @@
 """Executes steps on a GPU without waiting for it: everything that changes goes up through pinned memory in the order of
 one stream, and the tokens come down on a side stream while the next step runs.
 
-Decode steps of few rows go another way: all they need is in a graph (whole_steps), so that the host replays and waits.
+Decode steps without groups go another way: all they need is in a graph (whole_steps), so that the host replays and
+waits.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Int32s, Step, Tokens
 from toka_engine.model.ahead.cache import log_compiled
-from toka_engine.model.attention.base import StepLayout
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.graphs import DecodeGraphs
+from toka_engine.model.graphs import GroupGraphs
 from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.packets import RING
 from toka_engine.model.kernels.sampler import GpuSampler
@@ -27,7 +27,7 @@ from toka_engine.model.runner import Launched, Runner
 from toka_engine.model.sampling import Penalties, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.staging import Staging
 from toka_engine.model.state import SlotState as HostState
-from toka_engine.model.whole_steps import MAX_ROWS, WholeSteps
+from toka_engine.model.whole_steps import WholeSteps
 
 _OUTPUTS = 4
 _READ_BYTES_PER_S = 3e12
@@ -35,6 +35,7 @@ _EAGER_OVERHEAD_S = 4e-3
 """What a step without graphs costs more where launches bound it; shared prefixes must save as much to be worth it."""
 _GROUP_OVERHEAD_S = 2e-4
 """What the merges of a step with groups cost."""
+_NO_APPENDS = (np.empty(0, np.int32),) * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class CudaRunner(Runner):
         super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), self.sampler, False)
         self.cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: GroupGraphs | None = None
         self.whole_steps: WholeSteps | None = None
         self._last_plan: SamplePlan | None = None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
@@ -87,14 +88,13 @@ class CudaRunner(Runner):
             self.graphs, self.whole_steps = graphs, whole_steps
         log_compiled()
 
-    def make_graphs(self) -> DecodeGraphs:
+    def make_graphs(self) -> GroupGraphs:
         """Graphs that are not captured yet."""
-        return DecodeGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows, MAX_ROWS)
+        return GroupGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows)
 
     def make_whole_steps(self) -> WholeSteps:
         """Not captured yet."""
-        max_rows = min(MAX_ROWS, self._max_graph_rows)
-        return WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, max_rows)
+        return WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, self._max_graph_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
@@ -142,20 +142,15 @@ class CudaRunner(Runner):
         self._set_up(step)
         plan = self._plan_sampling(step)
         self.attention.copy_pages(step.copy_from, step.copy_to)
-        if self.whole_steps is not None and self._is_whole(step, self.whole_steps):
-            hidden, place = self.whole_steps.forward(
-                step.decode_slots,
-                self.state.host.lengths[step.decode_slots],
-                (step.append_slots, step.append_indices, step.append_pages),
-            )
-            if plan.is_plain:
-                self.whole_steps.draw(plan.slots.size)
+        decoded = self._decode_by_graph(step)
+        if decoded is None:
+            logits, logit_rows = self._forward(step)
+        else:
+            hidden, place = decoded
+            if place is not None and self._draw_by_graph(plan):
                 self.state.advance(step)
                 return self._await_published(step, plan, place, started_s, cpu_s)
             logits, logit_rows = self.model.logits(hidden), None
-        else:
-            self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
-            logits, logit_rows = self._forward(step)
         sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
         self.state.advance(step)
         return self._fetch(step, plan, sampled, started_s, cpu_s)
@@ -170,13 +165,30 @@ class CudaRunner(Runner):
         self._last_plan = plan if plan.penalties is None else None
         return plan
 
-    def _is_whole(self, step: Step, whole_steps: WholeSteps) -> bool:
-        count = step.decode_slots.size
-        if step.prefill_slots.size or not 0 < count <= whole_steps.max_rows:
-            return False
-        if step.append_slots.size > MAX_ROWS:
-            return False
-        return self._saved_s(step.group_num_rows, step.group_num_columns) <= _GROUP_OVERHEAD_S
+    def _decode_by_graph(self, step: Step) -> tuple[torch.Tensor, int | None] | None:
+        """Hidden states [d, hidden_size] of a step of decode rows, and the place of its packet if it had one.
+
+        None, with the step's pages appended, where launching one by one is better.
+        """
+        appends = step.append_slots, step.append_indices, step.append_pages
+        count, graphs, whole_steps = step.decode_slots.size, self.graphs, self.whole_steps
+        if graphs is None or whole_steps is None or step.prefill_slots.size or not 0 < count <= whole_steps.max_rows:
+            self.attention.append_pages(*appends)
+            return None
+        saved_s = self._saved_s(step)
+        if saved_s > _GROUP_OVERHEAD_S or step.append_slots.size > whole_steps.max_rows:
+            self.attention.append_pages(*appends)
+            appends = _NO_APPENDS
+        if saved_s > _GROUP_OVERHEAD_S:
+            hidden = graphs.run(self._make_layout(step))
+            if hidden is not None:
+                return hidden, None
+            if saved_s > _EAGER_OVERHEAD_S:
+                return None
+        return whole_steps.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends)
+
+    def _draw_by_graph(self, plan: SamplePlan) -> bool:
+        return self.whole_steps is not None and plan.is_plain and self.whole_steps.draw(plan.slots.size)
 
     def _await_published(self, step: Step, plan: SamplePlan, place: int, started_s: float, cpu_s: float) -> Launched:
         if self._is_awaited[place]:
@@ -230,10 +242,8 @@ class CudaRunner(Runner):
             set_slots(self._slots, words)
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of any step, launched one by one, and each sampled row's index into them (None: in order)."""
         layout = self._make_layout(step)
-        replayed = self._replay(layout)
-        if replayed is not None:
-            return self.model.logits(replayed), None
         self.cuda_attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
         rows, logit_rows = _find_sampled_rows(step, num_decode) if chunks else (None, None)
@@ -250,23 +260,11 @@ class CudaRunner(Runner):
             hidden = hidden.index_select(0, row_index)
         return self.model.logits(hidden), None if logit_rows is None else logit_index
 
-    def _replay(self, layout: StepLayout) -> torch.Tensor | None:
-        """Hidden states by a graph: decode rows alone, few enough. None where launching one by one is better."""
-        count = layout.decode_slots.size
-        if self.graphs is None or layout.prefill_slots.size or not 0 < count <= self.graphs.max_rows:
-            return None
-        saved_s = self._saved_s(layout.group_num_rows, layout.group_num_columns)
-        if saved_s > _GROUP_OVERHEAD_S:
-            hidden = self.graphs.run(layout, with_groups=True)
-            if hidden is not None or saved_s > _EAGER_OVERHEAD_S:
-                return hidden
-        return self.graphs.run(layout, with_groups=False)
-
-    def _saved_s(self, group_num_rows: Int32s, group_num_columns: Int32s) -> float:
-        """What reading the shared pages of these groups once saves."""
-        if not group_num_rows.size:
+    def _saved_s(self, step: Step) -> float:
+        """What reading once the pages that groups share saves."""
+        if not step.group_first_rows.size:
             return 0.0
-        pages_saved = int(((group_num_rows - 1) * group_num_columns).sum())
+        pages_saved = int(((step.group_num_rows - 1) * step.group_num_columns).sum())
         bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size
         return pages_saved * bytes_per_page / _READ_BYTES_PER_S
 

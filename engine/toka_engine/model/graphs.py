@@ -1,13 +1,14 @@
-"""CUDA graphs of the decode forward, one per padded batch size: below some hundred rows launches cost more than work.
+"""CUDA graphs of decode steps with shared prefixes: the forward, one per padded batch size.
 
-A graph holds the layers, and the note of the rows' tokens in the pages. What changes from step to step (ids, slots,
-positions, page lists, flashinfer's schedule) is written to fixed addresses before each replay; the head and the sampler
-follow outside, so that the graphs share no large outputs.
+Steps without groups are whole_steps'. What changes from step to step (ids, slots, positions, where the rows' own tokens
+begin, the groups' page lists, flashinfer's schedule) is written to fixed addresses before each replay; the head and the
+sampler follow outside, so that the graphs share no large outputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,8 @@ from toka_engine.model.kernels.slots import SlotState, gather_ids
 _SMALL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _STEPS = ((512, 32), (2048, 128), (1 << 30, 256))
 """(up to this size, distance)."""
-_MIN_ROWS_WITH_GROUPS = 32
-_MEASURED_GRAPHS = 4
-_ONE_GROUP = {"group_first_rows": 0, "group_num_rows": 2, "group_first_columns": 0, "group_num_columns": 1}
+_MIN_ROWS = 32
+"""Fewer share too little."""
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -33,107 +33,91 @@ def graph_sizes(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
-def _rows_of(count: int) -> StepLayout:
-    """`count` decode rows of slot 0 at position 0, for a capture: all of them are overwritten before any replay."""
-    zeros, none = np.zeros(count, np.int32), np.empty(0, np.int32)
-    return StepLayout(zeros, zeros, none, none, none, none, none, none, none)
+class GroupGraphs:
+    """Captures with `capture`, then runs decode steps with groups, of up to `max_rows` rows."""
 
-
-class DecodeGraphs:
-    """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
-
-    def __init__(
-        self,
-        model: CausalModel,
-        attention: FlashInferAttention,
-        state: SlotState,
-        max_rows: int,
-        max_rows_elsewhere: int = 0,
-    ) -> None:
-        """Steps of up to `max_rows_elsewhere` rows come here only if they have groups."""
-        self.max_rows, self._max_rows_elsewhere = max_rows, max_rows_elsewhere
+    def __init__(self, model: CausalModel, attention: FlashInferAttention, state: SlotState, max_rows: int) -> None:
+        self.max_rows = max_rows
         self._model, self._attention, self._state = model, attention, state
         self._ids = torch.zeros(max_rows, dtype=torch.int32, device=state.last_token.device)
-        self._sizes = np.array(graph_sizes(max_rows))
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._sizes = np.array([size for size in graph_sizes(max_rows) if size >= _MIN_ROWS], np.int64)
+        if not attention.has_graph_groups:
+            self._sizes = self._sizes[:0]
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def capture(self) -> None:
         """Capture every size, the largest first, so that the others fit into its memory."""
-        self._begin()
-        for size, with_groups in self._kinds():
-            self._capture(size, with_groups)
+        pool = self._begin()
+        for size in reversed(self._sizes.tolist()):
+            self._capture(size, pool)
 
     def measure(self) -> int:
-        """Bytes of the device that `capture` will take, from the first few captures. Not to be run afterwards."""
-        kinds = self._kinds()
-        free = [read_free_bytes()]
-        self._begin()
-        for index, (size, with_groups) in enumerate(kinds[:_MEASURED_GRAPHS]):
-            self._capture(size, with_groups)
-            if index % 2:  # the two largest share little, all others fit into their memory
-                free.append(read_free_bytes())
-        if len(free) < 3:
-            return free[0] - read_free_bytes()
-        per_graph = (free[1] - free[2]) / 2
-        return free[0] - free[1] + int(per_graph * (len(kinds) - 2))
+        """Bytes of the device that `capture` will take, from two captures. Not to be run afterwards."""
+        pool = self._begin()
+        return measure_captures(self._sizes.tolist(), lambda size: self._capture(size, pool))
 
-    def _begin(self) -> None:
+    def _begin(self) -> Any:
         self._attention.reserve_graphs(self.max_rows)
-        self._pool = torch.cuda.graph_pool_handle()
+        return torch.cuda.graph_pool_handle()
 
-    def _kinds(self) -> list[tuple[int, bool]]:
-        """(size, with groups) of each graph, the largest first."""
-        kinds = [(size, False) for size in self._sizes.tolist() if size > self._max_rows_elsewhere]
-        if self._attention.has_graph_groups:
-            kinds += [(size, True) for size in self._sizes.tolist() if size >= _MIN_ROWS_WITH_GROUPS]
-        return sorted(kinds, reverse=True)
-
-    def launch(self, size: int, with_groups: bool) -> None:
+    def launch(self, size: int) -> None:
         """Launch what a graph holds and what goes before each replay, one by one. Takes `reserve_graphs` before."""
-        layout = _rows_of(0)
-        if with_groups:  # two rows over the first page of slot 0
-            layout = replace(
-                _rows_of(2),
-                decode_positions=np.full(2, self._attention.page_size, np.int32),
-                **{name: np.array([value], np.int32) for name, value in _ONE_GROUP.items()},
-            )
-        padded_slots = self._attention.plan_graph(layout, size, with_groups)
+        # Two rows over the first page of slot 0. All of it is overwritten before any replay.
+        zero, one, none = np.zeros(1, np.int32), np.ones(1, np.int32), np.empty(0, np.int32)
+        positions = np.full(2, self._attention.page_size, np.int32)
+        layout = StepLayout(np.zeros(2, np.int32), positions, none, none, none, zero, one * 2, zero, one)
+        padded_slots = self._attention.plan_graph(layout, size)
         assert padded_slots is not None
         gather_ids(self._state, padded_slots, self._ids, size, self._ids[:size])
         self._forward(size)
 
-    def _capture(self, size: int, with_groups: bool) -> None:
-        self.launch(size, with_groups)  # compiles and allocates what a capture may not
+    def _capture(self, size: int, pool: Any) -> None:
+        self.launch(size)  # compiles and allocates what a capture may not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=pool):
             hidden = self._forward(size)
-        self._graphs[size, with_groups] = graph, hidden
+        self._graphs[size] = graph, hidden
 
     def _forward(self, size: int) -> torch.Tensor:
         ids = self._ids[:size]
         self._attention.write_tokens(ids)
         return self._model.forward(ids, self._attention)
 
-    def run(self, layout: StepLayout, with_groups: bool) -> torch.Tensor | None:
+    def run(self, layout: StepLayout) -> torch.Tensor | None:
         """Hidden states [d, hidden_size] of the decode rows; valid until the next run of this size.
 
         None, with nothing run, if there is no graph for such a step.
         """
         count = layout.decode_slots.size
-        size = int(self._sizes[np.searchsorted(self._sizes, count)])
-        if (size, with_groups) not in self._graphs:
+        index = int(np.searchsorted(self._sizes, count))
+        if index == self._sizes.size:
             return None
-        padded_slots = self._attention.plan_graph(layout, size, with_groups)
+        size = int(self._sizes[index])
+        padded_slots = self._attention.plan_graph(layout, size)
         if padded_slots is None:
             return None
         gather_ids(self._state, padded_slots, self._ids, size, self._ids[:size])
-        graph, hidden = self._graphs[size, with_groups]
+        graph, hidden = self._graphs[size]
         graph.replay()
         return hidden[:count]
 
 
-def read_free_bytes() -> int:
+def measure_captures(sizes: Sequence[int], capture: Callable[[int], None]) -> int:
+    """Bytes of the device that capturing all ascending `sizes` in one pool will take, from the two largest.
+
+    These share little with each other; all others fit into their memory.
+    """
+    free = [_read_free_bytes()]
+    for size in sizes[:-3:-1]:
+        capture(size)
+        free.append(_read_free_bytes())
+    if len(free) < 3:
+        return free[0] - free[-1]
+    return free[0] - free[1] + (free[1] - free[2]) * (len(sizes) - 1)
+
+
+def _read_free_bytes() -> int:
     """Of the device, when torch has given back what it only keeps."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

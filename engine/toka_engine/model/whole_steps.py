@@ -1,9 +1,9 @@
-"""Decode steps of few rows, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
+"""Decode steps without groups, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
 
-The graphs of `graphs` begin behind what flashinfer needs from the host: page lists, a schedule, their copies. Here all
-that goes up is one packet, and attention reads the block table itself. A step is two graphs of its padded size: the
+All that goes up is one packet, and attention reads the block table itself. A step is two graphs of its padded size: the
 forward, and the head with a draw that asks for no more than temperature, whose tokens the last kernel publishes to the
-host. Where a row asks for more, head and sampler follow the first graph as they follow those of `graphs`.
+host. Where a row asks for more, or where there are so many rows that their logits are large and the host has time, head
+and sampler follow the first graph one by one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.graphs import graph_sizes, read_free_bytes
+from toka_engine.model.graphs import graph_sizes, measure_captures
 from toka_engine.model.kernels.packets import Packets
 from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState
 
-MAX_ROWS = 64
-"""Beyond, flashinfer's kernels gain more than planning for them costs the host."""
+_MAX_DRAWN_ROWS = 512
+"""Up to which the logits, 128 MB then for a vocabulary of 128 k, have memory of the graphs' own."""
 
 
 class WholeSteps:
@@ -39,7 +39,7 @@ class WholeSteps:
         """`attention`, whose memory may not be replaced afterwards, and `sampler` work on the same `state`."""
         self.max_rows = max_rows
         self._model, self._attention, self._state, self._sampler = model, attention, state, sampler
-        self.packets = Packets(MAX_ROWS, attention.scratch_slot, attention.shape.device)
+        self.packets = Packets(max_rows, attention.scratch_slot, attention.shape.device)
         self._sizes = np.array(graph_sizes(max_rows))
         self._forwards: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._draws: dict[int, torch.cuda.CUDAGraph] = {}
@@ -53,33 +53,36 @@ class WholeSteps:
             self._capture(size, pool)
 
     def measure(self) -> int:
-        """Bytes of the device that `capture` will take, from two captures. Not to be run afterwards."""
-        pool, free = torch.cuda.graph_pool_handle(), [read_free_bytes()]
-        for size in reversed(self._sizes.tolist()[-2:]):
-            self._capture(size, pool)
-            free.append(read_free_bytes())
-        return free[0] - free[1] + (len(self._sizes) - 1) * (free[-2] - free[-1] if len(free) > 2 else 0)
+        """Bytes of the device that `capture` will take, from a few captures. Not to be run afterwards."""
+        pool, sizes = torch.cuda.graph_pool_handle(), self._sizes.tolist()
+        drawn = [size for size in sizes if size <= _MAX_DRAWN_ROWS]
+        rest = sizes[len(drawn) :]
+        return sum(measure_captures(some, lambda size: self._capture(size, pool)) for some in (rest, drawn))
 
     def launch(self, size: int) -> None:
         """Launch what the graphs of `size` hold, one by one, for rows of the padding slot."""
         if self.packets.slots.device.type != "meta":
             none = np.empty(0, np.int32)
-            self.packets.write(none, none, (none, none, none), np.zeros(4, np.int32))
-        self._draw(size, self._forward(size))
+            self.packets.write(size, none, none, (none, none, none), np.zeros(4, np.int32))
+        hidden = self._forward(size)
+        if size <= _MAX_DRAWN_ROWS:
+            self._draw(size, hidden)
 
     def _capture(self, size: int, pool: Any) -> None:
         self.launch(size)  # compiles and allocates what a capture may not
         torch.cuda.synchronize()
-        forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        forward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=pool):
             hidden = self._forward(size)
-        with torch.cuda.graph(draw, pool=pool):
-            self._draw(size, hidden)
-        self._forwards[size], self._draws[size] = (forward, hidden), draw
+        self._forwards[size] = forward, hidden
+        if size <= _MAX_DRAWN_ROWS:
+            self._draws[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._draws[size], pool=pool):
+                self._draw(size, hidden)
 
     def _forward(self, size: int) -> torch.Tensor:
         packets, attention = self.packets, self._attention
-        packets.take(self._state, attention.table, attention.page_tokens)
+        packets.take(size, self._state, attention.table, attention.page_tokens)
         attention.plan_nothing(packets.slots[:size], packets.positions[:size])
         return self._model.forward(packets.ids[:size], attention)
 
@@ -87,7 +90,7 @@ class WholeSteps:
         packets = self.packets
         logits = self._model.logits(hidden)
         self._sampler.draw_plain(logits, packets.slots[:size], packets.random, packets.drawn[:size])
-        packets.publish()
+        packets.publish(size)
 
     # -------------------------------------------------------------- running
 
@@ -95,17 +98,22 @@ class WholeSteps:
         self,
         slots: NDArray[np.int32],  # [rows], 1 <= rows <= max_rows
         positions: NDArray[np.int32],  # [rows]
-        appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most MAX_ROWS] each
+        appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most max_rows] each
     ) -> tuple[torch.Tensor, int]:
         """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
-        place = self.packets.write(slots, positions, appends, self._sampler.next_random())
-        graph, hidden = self._forwards[self._pad(slots.size)]
+        size = self._pad(slots.size)
+        place = self.packets.write(size, slots, positions, appends, self._sampler.next_random())
+        graph, hidden = self._forwards[size]
         graph.replay()
         return hidden[: slots.size], place
 
-    def draw(self, num_rows: int) -> None:
-        """Draw tokens from what the last forward, of `num_rows` rows, gave, and publish them."""
-        self._draws[self._pad(num_rows)].replay()
+    def draw(self, num_rows: int) -> bool:
+        """Draw tokens from what the last forward, of `num_rows` rows, gave, and publish them. False: too many rows."""
+        graph = self._draws.get(self._pad(num_rows))
+        if graph is None:
+            return False
+        graph.replay()
+        return True
 
     def _pad(self, num_rows: int) -> int:
         return int(self._sizes[np.searchsorted(self._sizes, num_rows)])

@@ -48,7 +48,7 @@ class Case:
 
     def expect(self, starts=None):
         """Results in fp64, over the tokens from `starts` on, and cache afterwards: by rope_append and the definition of
-        attention. Then the log-sum-exp, base 2."""
+        attention. Then the log-sum-exp, base 2, and q rotated."""
         from toka_engine.model.kernels.rope import rope_append
 
         cache, q = self.cache.clone(), torch.empty_like(self.q).contiguous()
@@ -67,7 +67,7 @@ class Case:
             scores = torch.einsum("hd,nhd->hn", q[row].double(), keys) * q.shape[2] ** -0.5
             out[row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
             lse[row] = scores.logsumexp(-1) / math.log(2)
-        return out, cache, lse
+        return out, cache, lse, q
 
 
 def make_case(generator, contexts, heads=4, kv_heads=2, head_dim=64, is_heads_first=True, num_padding=0) -> Case:
@@ -114,7 +114,7 @@ def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appen
     case = make_case(generator, CONTEXTS, is_heads_first=is_heads_first)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=len(CONTEXTS) * 2 * splits)
     assert cut.count_splits(len(CONTEXTS), 2) == splits
-    expected, expected_cache, _ = case.expect()
+    expected, expected_cache, *_ = case.expect()
     out, cache, _ = case.run(cut)
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)  # every bit: nothing beside the new tokens has changed
@@ -129,7 +129,7 @@ def test_any_group_of_query_heads_gives_the_definition(generator, heads, kv_head
     from toka_engine.model.kernels.decode_attention import Cut
 
     case = make_case(generator, [0, 170], heads, kv_heads, head_dim)
-    expected, expected_cache, _ = case.expect()
+    expected, expected_cache, *_ = case.expect()
     for cut in (Cut.of(head_dim), replace(Cut.of(head_dim), num_programs=1)):
         out, cache, _ = case.run(cut)
         assert_equals(out, expected)
@@ -143,7 +143,7 @@ def test_one_row_in_as_many_splits_as_there_can_be_gives_the_definition(generato
     cut = Cut(block_tokens=16, num_warps=4, num_programs=512)
     assert cut.count_splits(1, 1) == MAX_SPLITS
     out, cache, _ = case.run(cut)
-    expected, expected_cache, _ = case.expect()
+    expected, expected_cache, *_ = case.expect()
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)
 
@@ -158,7 +158,7 @@ def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) ->
     assert torch.equal(again, out)
     assert torch.equal(cache_again, cache)
     others = make_case(generator, [33, 0, 71, 90])  # other rows, other splits
-    expected, _, _ = others.expect()
+    expected, *_ = others.expect()
     assert_equals(others.run_in(work)[0], expected)
 
 
@@ -169,7 +169,7 @@ def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generato
     cut = Cut(block_tokens=16, num_warps=4, num_programs=64)
     out, cache, _ = case.run(cut)
     real = replace(case, **{name: getattr(case, name)[:3] for name in ("q", "k", "v", "slots", "positions")})
-    expected, expected_cache, _ = real.expect()
+    expected, expected_cache, *_ = real.expect()
     assert_equals(out[:3], expected)
     assert torch.equal(cache[:, :-1], expected_cache[:, :-1])  # the last page is the padding rows'
     assert torch.equal(cache[:, -1, 1:], case.cache[:, -1, 1:])
@@ -191,11 +191,13 @@ def test_the_part_over_a_rows_own_tokens_comes_with_its_log_sum_exp(generator, s
 
     starts, contexts = [0, 16, 16, 112, 320, 0], [0, 16, 40, 333, 333, 100]
     case = make_case(generator, contexts, heads=6, kv_heads=2)
-    expected, expected_cache, expected_lse = case.expect(starts)
+    expected, expected_cache, expected_lse, expected_q = case.expect(starts)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=len(contexts) * 2 * splits)
     work = Workspace.allocate(6, 2, 64, case.q.device, cut)
-    part = OwnPart(case.slots.new_tensor(starts), torch.full(case.q.shape[:2], math.nan, device=case.q.device))
+    lse, rotated = torch.full(case.q.shape[:2], math.nan, device=case.q.device), torch.empty_like(case.q).contiguous()
+    part = OwnPart(case.slots.new_tensor(starts), lse, rotated)
     out, cache = case.run_in(work, part)
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)
+    assert torch.equal(rotated, expected_q)
     torch.testing.assert_close(part.lse.double(), expected_lse, atol=2e-2 if out.is_cuda else 1e-5, rtol=1e-3)

@@ -29,8 +29,8 @@ def parts(device: torch.device) -> tuple[Packets, SlotState, torch.Tensor, torch
 
 def test_a_packet_sets_rows_ids_and_random_and_pads_with_the_padding_slot(parts) -> None:
     packets, state, table, page_tokens = parts
-    packets.write(ints(3, 7), ints(5, 2), NO_APPENDS, ints(1, 2, 3, 4))
-    packets.take(state, table, page_tokens)
+    packets.write(5, ints(3, 7), ints(5, 2), NO_APPENDS, ints(1, 2, 3, 4))
+    packets.take(5, state, table, page_tokens)
     assert packets.slots.tolist() == [3, 7, SCRATCH, SCRATCH, SCRATCH]
     assert packets.positions.tolist() == [5, 2, 0, 0, 0]
     assert packets.ids.tolist() == [33, 77, 99, 99, 99]
@@ -40,8 +40,8 @@ def test_a_packet_sets_rows_ids_and_random_and_pads_with_the_padding_slot(parts)
 def test_pages_are_appended_before_the_tokens_are_noted_in_them(parts) -> None:
     packets, state, table, page_tokens = parts
     table[7, 0] = 8
-    packets.write(ints(3, 7), ints(5, 2), (ints(3, 4), ints(1, 5), ints(13, 14)), ints(0, 0, 0, 0))
-    packets.take(state, table, page_tokens)
+    packets.write(5, ints(3, 7), ints(5, 2), (ints(3, 4), ints(1, 5), ints(13, 14)), ints(0, 0, 0, 0))
+    packets.take(5, state, table, page_tokens)
     assert (int(table[3, 1]), int(table[4, 5])) == (13, 14)
     noted = {(page, at): int(page_tokens[page, at]) for page, at in torch.nonzero(page_tokens >= 0).tolist()}
     assert noted == {(13, 1): 33, (8, 2): 77, (19, 0): 99}
@@ -49,11 +49,11 @@ def test_pages_are_appended_before_the_tokens_are_noted_in_them(parts) -> None:
 
 def test_a_shorter_packet_leaves_nothing_of_the_one_before_in_its_place(parts) -> None:
     packets, state, table, page_tokens = parts
-    packets.write(ints(1, 2, 3), ints(9, 9, 9), (ints(1), ints(2), ints(5)), ints(0, 0, 0, 0))
+    packets.write(5, ints(1, 2, 3), ints(9, 9, 9), (ints(1), ints(2), ints(5)), ints(0, 0, 0, 0))
     for _ in range(RING - 1):
-        packets.write(ints(4), ints(1), NO_APPENDS, ints(0, 0, 0, 0))
-    packets.write(ints(6), ints(3), NO_APPENDS, ints(0, 0, 0, 0))  # in the first one's place
-    packets.take(state, table, page_tokens)
+        packets.write(5, ints(4), ints(1), NO_APPENDS, ints(0, 0, 0, 0))
+    packets.write(5, ints(6), ints(3), NO_APPENDS, ints(0, 0, 0, 0))  # in the first one's place
+    packets.take(5, state, table, page_tokens)
     assert packets.slots.tolist() == [6, *4 * [SCRATCH]]
     assert packets.positions.tolist() == [3, 0, 0, 0, 0]
     assert int(table[1, 2]) == 0
@@ -63,13 +63,45 @@ def test_tokens_are_published_at_the_place_of_the_packet_that_was_taken(parts, d
     packets, state, table, page_tokens = parts
     places = []
     for turn in range(2 * RING + 1):
-        places.append(packets.write(ints(turn % 8), ints(turn), NO_APPENDS, ints(0, 0, 0, 0)))
-        packets.take(state, table, page_tokens)
+        places.append(packets.write(5, ints(turn % 8), ints(turn), NO_APPENDS, ints(0, 0, 0, 0)))
+        packets.take(5, state, table, page_tokens)
         packets.drawn.copy_(torch.arange(5) + 100 * turn)
-        packets.publish()
+        packets.publish(5)
         if device.type == "cuda":
             torch.cuda.synchronize()
         assert (int(packets.slots[0]), int(packets.positions[0])) == (turn % 8, turn)
         assert packets.tokens(places[-1], 3).tolist() == [100 * turn, 100 * turn + 1, 100 * turn + 2]
     assert places == [turn % RING for turn in range(2 * RING + 1)]
     assert packets.tokens(places[-2], 2).tolist() == [100 * (2 * RING - 1), 100 * (2 * RING - 1) + 1]
+
+
+def test_steps_of_other_sizes_share_the_rings_and_fill_no_more_than_their_size(parts) -> None:
+    packets, state, table, page_tokens = parts
+    packets.write(5, ints(1, 2, 3, 4, 5), ints(1, 2, 3, 0, 1), NO_APPENDS, ints(0, 0, 0, 0))
+    packets.take(5, state, table, page_tokens)
+    packets.write(2, ints(6), ints(3), NO_APPENDS, ints(0, 0, 0, 0))
+    packets.take(2, state, table, page_tokens)
+    assert packets.slots.tolist() == [6, SCRATCH, 3, 4, 5]
+    assert packets.positions.tolist() == [3, 0, 3, 0, 1]
+
+
+def test_more_rows_than_a_block_are_all_there(device: torch.device) -> None:
+    count = 300
+    packets, state = Packets(count + 7, 400, device), SlotState.allocate(401, device)
+    state.last_token.copy_(torch.arange(401) + 1000)
+    table = torch.zeros((401, 2), dtype=torch.int32, device=device)
+    page_tokens = torch.zeros((900, PAGE_SIZE), dtype=torch.int32, device=device)
+    slots = np.random.default_rng(1).permutation(400)[:count].astype(np.int32)
+    positions = np.arange(count, dtype=np.int32) % (2 * PAGE_SIZE)
+    columns = positions // PAGE_SIZE
+    pages = np.arange(count, dtype=np.int32) + 500
+    packets.write(count, slots, positions, (slots, columns, pages), ints(0, 0, 0, 0))
+    packets.take(count, state, table, page_tokens)
+    assert packets.ids[:count].tolist() == (slots + 1000).tolist()
+    assert table[slots, columns].tolist() == pages.tolist()
+    assert page_tokens[pages, positions % PAGE_SIZE].tolist() == (slots + 1000).tolist()
+    packets.drawn.copy_(torch.arange(count + 7))
+    packets.publish(count)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert packets.tokens(0, count).tolist() == list(range(count))

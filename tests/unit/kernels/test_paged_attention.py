@@ -1,6 +1,6 @@
 """The GPU backend's planning, page handling and merging give what the CPU backend gives, for any mix of a step.
 
-Everything of the backend runs but flashinfer itself, which needs a GPU: its two kernels are replaced by their
+Everything of the backend runs but flashinfer itself, which needs a GPU: its kernels are replaced by their
 definition, computed from the same index arrays. tests/gpu runs the same comparison on the real kernels.
 """
 
@@ -23,13 +23,6 @@ class DefinedKernels:
 
     def __init__(self, shape: AttentionShape, is_heads_first: bool) -> None:
         self._shape, self._is_heads_first = shape, is_heads_first
-
-    def plan_decode(self, pages: Any, for_graph: bool) -> Any:
-        return np.arange(pages.slots.size + 1)
-
-    def run_decode(self, plan, q, cache, pages, q_indptr, out, lse) -> None:
-        assert q_indptr.tolist() == plan.tolist()
-        self._attend(q, cache, q_indptr, pages, out, lse, is_causal=False)
 
     has_graph_queries = True
 
@@ -108,7 +101,7 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
     from toka_engine.model.kernels.paged import HND, NHD
 
     layout, columns = LAYOUTS[name], 6
-    shape = AttentionShape(2, 6, 2, 8, 8**-0.5, torch.float32, torch.device("cpu"))
+    shape = AttentionShape(2, 6, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
     ours = FlashInferAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
     reference = CpuAttention(shape)
     generator = np.random.default_rng(3)
@@ -118,22 +111,22 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
         backend.allocate(8 * columns, PAGE_SIZE, 8, columns)
         backend.append_pages(slots, positions, table.reshape(-1))
     seeds = torch.Generator().manual_seed(5)
-    angles = torch.randn(columns * PAGE_SIZE, 8, generator=seeds)
-    past = torch.randn(2, 2, 8 * columns, PAGE_SIZE, 2, 8, generator=seeds)  # layer, k or v, page, token, head
+    angles = torch.randn(columns * PAGE_SIZE, 32, generator=seeds)
+    past = torch.randn(2, 2, 8 * columns, PAGE_SIZE, 2, 32, generator=seeds)  # layer, k or v, page, token, head
     ours.cache[:, :, : 8 * columns] = past.transpose(3, 4) if is_heads_first else past
     reference._cache.copy_(past.permute(0, 2, 3, 1, 4, 5).reshape(reference._cache.shape))
     rows = layout.decode_slots.size + int(layout.prefill_lengths.sum())
-    q = torch.randn(rows, 6, 8, generator=seeds)
-    k, v = torch.randn(2, rows, 2, 8, generator=seeds)
+    q = torch.randn(rows, 6, 32, generator=seeds)
+    k, v = torch.randn(2, rows, 2, 32, generator=seeds)
     for backend in (ours, reference):
         backend.plan(layout)
     for layer in range(2):
         expected = reference.forward(layer, q, k, v, angles)
         torch.testing.assert_close(ours.forward(layer, q, k, v, angles), expected, atol=2e-5, rtol=1e-4)
-    if layout.prefill_slots.size or not layout.group_first_rows.size:
+    if layout.prefill_slots.size:
         return
     ours.reserve_graphs(8)
-    ours.plan_graph(layout, 8, True)
+    assert (ours.plan_graph(layout, 8) is not None) == bool(layout.group_first_rows.size)
     padded = [torch.cat((each, torch.ones(8 - rows, *each.shape[1:]))) for each in (q, k, v)]
     torch.testing.assert_close(ours.forward(1, *padded, angles)[:rows], expected, atol=2e-5, rtol=1e-4)
 
@@ -142,24 +135,24 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
     from toka_engine.model.attention.flashinfer import FlashInferAttention
     from toka_engine.model.kernels.paged import HND
 
-    shape = AttentionShape(1, 4, 2, 8, 8**-0.5, torch.float32, torch.device("cpu"))
+    shape = AttentionShape(1, 4, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
     ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
     ours.allocate(12, PAGE_SIZE, 4, 3)
-    ours.cache[:, :, :12] = torch.randn(1, 2, 12, 2, PAGE_SIZE, 8, generator=torch.Generator().manual_seed(1))
-    ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 7, 1))
-    layout = layout_of({2: 6, 0: 5}, [], [])
-    q, k, v = (torch.randn(4, heads, 8, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
-    angles = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+    ours.cache[:, :, :12] = torch.randn(1, 2, 12, 2, PAGE_SIZE, 32, generator=torch.Generator().manual_seed(1))
+    ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 3, 1))
+    layout = layout_of({2: 6, 0: 5}, [], [(0, 2, 0, 1)])
+    q, k, v = (torch.randn(4, heads, 32, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
+    angles = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
     ours.plan(layout)
     expected = ours.forward(0, q[:2], k[:2], v[:2], angles)
     pages = ours.cache[:, :, :12].clone()
     ours.reserve_graphs(4)
-    first = ours.plan_graph(layout, 4, False)
+    first = ours.plan_graph(layout, 4)
     result = ours.forward(0, q, k, v, angles)
     torch.testing.assert_close(result[:2], expected)
     assert torch.equal(ours.cache[:, :, :12], pages)
     assert not bool(result.isnan().any())
-    again = ours.plan_graph(layout_of({2: 6}, [], []), 4, False)
+    again = ours.plan_graph(layout_of({2: 6, 0: 5, 3: 0}, [], [(0, 2, 0, 1)]), 4)
     assert again.data_ptr() == first.data_ptr()
 
 

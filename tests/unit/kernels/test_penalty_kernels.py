@@ -40,8 +40,8 @@ class TableRunner:
         from toka_engine.model.kernels.sampler import GpuSampler
         from toka_engine.model.kernels.slots import SlotState
 
-        shape = AttentionShape(1, 4, 2, 8, 1.0, torch.bfloat16, device)
-        unplanned = SimpleNamespace(plan_decode=lambda *_: None, plan_queries=lambda *_: None)
+        shape = AttentionShape(1, 4, 2, 32, 1.0, torch.bfloat16, device)
+        unplanned = SimpleNamespace(plan_queries=lambda *_: None)
         self.attention = FlashInferAttention(shape, kernels=unplanned)
         self.attention.allocate(100, PAGE_SIZE, SLOTS, 20)
         self.state = HostState(SLOTS, torch.device("cpu"))

@@ -78,8 +78,7 @@ def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
     runner.launch_rest()
     graphs = runner.make_graphs()
     runner.cuda_attention.reserve_graphs(ready.max_seqs)
-    for size, with_groups in ((1, False), (ready.max_seqs, False), (ready.max_seqs, True)):
-        graphs.launch(size, with_groups)
+    graphs.launch(ready.max_seqs)
     whole_steps = runner.make_whole_steps()
     for size in (1, 2, whole_steps.max_rows):
         whole_steps.launch(size)
@@ -91,8 +90,6 @@ def _without_kernels() -> Any:
 
     return SimpleNamespace(
         has_graph_queries=True,
-        plan_decode=do_nothing,
         plan_queries=do_nothing,
-        run_decode=do_nothing,
         run_queries=do_nothing,
     )

@@ -1,8 +1,8 @@
-"""Paged attention on a GPU: flashinfer's kernels, our RoPE-and-append, Hydragen by log-sum-exp merge.
+"""Paged attention on a GPU: our kernel for decode rows, flashinfer's for prefill and for what rows share (Hydragen).
 
 Owns the KV cache, the block table on the device and each step's index arrays. Decode rows, prefill chunks and groups
-with shared prefixes share a step. Each step is planned by `plan` (any mix) or `plan_graph` (decode rows only, padded,
-at fixed addresses, for CUDA graphs). Nothing here waits for the device.
+with shared prefixes share a step. Each step is planned by `plan` (any mix), or for a CUDA graph of decode rows by
+`plan_graph` (with groups, padded, at fixed addresses) or `plan_nothing`. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from toka_engine.model.attention.paged_plan import (
     PageLists,
     QueryBatch,
     cover_rows,
-    list_pages,
+    find_own_starts,
     outermost,
-    plan_decode,
+    plan_levels,
     plan_prefill,
     rows_of,
 )
-from toka_engine.model.kernels.decode_attention import Workspace, attend_decode
+from toka_engine.model.kernels.decode_attention import OwnPart, Workspace, attend_decode
 from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
@@ -56,11 +56,7 @@ class _Plan:
     slots: torch.Tensor
     positions: torch.Tensor
     num_decode: int = 0
-    work: Workspace | None = None
-    """Set if nothing was planned: attention finds the pages itself."""
-    decode: Any = None
-    decode_pages: DevicePages | None = None
-    decode_q_indptr: torch.Tensor | None = None
+    own_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
     levels: list[_Queries] = field(default_factory=list)
     prefill: _Queries | None = None
 
@@ -137,23 +133,17 @@ class FlashInferAttention:
     def plan(self, layout: StepLayout) -> None:
         """Prepare the forward of any mix of decode rows, groups and prefill chunks."""
         page_size = self.page_size
-        num_decode = layout.decode_slots.size
-        own, levels = plan_decode(layout, page_size, self.use_groups)
+        levels = plan_levels(layout, page_size) if self.use_groups else []
         batches = list(levels)
         if layout.prefill_slots.size:
             batches.append(plan_prefill(layout, page_size))
-        # One upload for the whole step: rows, then the decode rows' pages, then each batch's.
-        arrays = [*rows_of(layout), np.arange(num_decode + 1, dtype=np.int32), *_arrays_of(own)]
+        # One upload for the whole step: rows, then each batch's requests.
+        none = np.empty(0, np.int32)
+        arrays = [*rows_of(layout), find_own_starts(layout, page_size) if levels else none]
         for batch in batches:
-            arrays += [batch.q_indptr, *_arrays_of(batch.pages)]
-            arrays.append(np.empty(0, np.int32) if batch.rows is None else batch.rows)
+            arrays += [batch.q_indptr, *_arrays_of(batch.pages), none if batch.rows is None else batch.rows]
         uploaded = iter(self._inputs.upload(*arrays))
-        step = _Plan(next(uploaded), next(uploaded), num_decode)
-        q_indptr, own_arrays = next(uploaded), [next(uploaded) for _ in range(4)]
-        if num_decode:
-            step.decode_pages = self._flatten(own, own_arrays)
-            step.decode_q_indptr = q_indptr
-            step.decode = self._kernels.plan_decode(own, False)
+        step = _Plan(next(uploaded), next(uploaded), layout.decode_slots.size, next(uploaded))
         for index, batch in enumerate(batches):
             arrays_of_batch = [next(uploaded) for _ in range(6)]
             queries = self._plan_queries(index, batch, arrays_of_batch, is_causal=index >= len(levels))
@@ -163,33 +153,30 @@ class FlashInferAttention:
                 step.prefill = queries
         self._step = step
 
-    def plan_graph(self, layout: StepLayout, num_rows: int, with_groups: bool) -> torch.Tensor | None:
-        """Prepare a forward of decode rows alone, padded to `num_rows`; returns the padded slots on the device.
+    def plan_graph(self, layout: StepLayout, num_rows: int) -> torch.Tensor | None:
+        """Prepare a forward of decode rows and their groups, padded to `num_rows`; returns the padded slots.
 
-        Everything that the forward reads has an address that depends on `num_rows` and `with_groups` alone. Groups
-        within groups are ignored. None, with nothing prepared, if there are too many groups.
+        Everything that the forward reads has an address that depends on `num_rows` alone. Groups within groups are
+        ignored. None, with nothing prepared, if there are no groups or too many.
         """
-        own, levels = plan_decode(outermost(layout) if with_groups else layout, self.page_size, with_groups)
-        level = None
-        if with_groups:
-            level = cover_rows(levels[0], num_rows, GRAPH_REQUESTS) if levels else None
-            if level is None:
-                return None
+        layout = outermost(layout)
+        levels = plan_levels(layout, self.page_size)
+        level = cover_rows(levels[0], num_rows, GRAPH_REQUESTS) if levels else None
+        if level is None:
+            return None
         padding = num_rows - layout.decode_slots.size
-        slots = np.concatenate((layout.decode_slots, np.full(padding, self.scratch_slot, np.int32)))
-        positions = np.concatenate((layout.decode_positions, np.zeros(padding, np.int32)))
-        first_columns = np.concatenate((own.first_columns, np.zeros(padding, np.int32)))
-        own = list_pages(slots, first_columns, positions + 1, self.page_size)
-        q_indptr = np.arange(num_rows + 1, dtype=np.int32)
-        uploaded = self._graph_inputs.upload(slots, positions, q_indptr, *_arrays_of(own))
-        step = _Plan(uploaded[0], uploaded[1], num_rows, decode_q_indptr=uploaded[2])
-        step.decode_pages = self._flatten(own, uploaded[3:], self._graph_indices)
-        step.decode = self._kernels.plan_decode(own, True)
-        if level is not None:
-            arrays = self._graph_groups.upload(level.q_indptr, *_arrays_of(level.pages))
-            pages = self._flatten(level.pages, arrays[1:], self._graph_group_indices)
-            planned = self._kernels.plan_queries(0, level, False, True)
-            step.levels.append(_Queries(planned, arrays[0], pages, 0, num_rows, None))
+        zeros = np.zeros(padding, np.int32)
+        uploaded = self._graph_inputs.upload(
+            np.concatenate((layout.decode_slots, zeros + self.scratch_slot)),
+            np.concatenate((layout.decode_positions, zeros)),
+            np.concatenate((find_own_starts(layout, self.page_size), zeros)),
+            level.q_indptr,
+            *_arrays_of(level.pages),
+        )
+        step = _Plan(uploaded[0], uploaded[1], num_rows, uploaded[2])
+        pages = self._flatten(level.pages, uploaded[4:], self._graph_indices)
+        planned = self._kernels.plan_queries(0, level, False, True)
+        step.levels.append(_Queries(planned, uploaded[3], pages, 0, num_rows, None))
         self._step = step
         return uploaded[0]
 
@@ -198,16 +185,12 @@ class FlashInferAttention:
 
         A graph may hold the forward.
         """
-        self._step = _Plan(slots, positions, slots.shape[0], work=self._decode_work)
+        self._step = _Plan(slots, positions, slots.shape[0])
 
     def reserve_graphs(self, max_rows: int) -> None:
         """Allocate what `plan_graph` needs for up to `max_rows` rows."""
-        self._graph_inputs = Staging(self.shape.device, capacity=8 * (max_rows + 8))
+        self._graph_inputs = Staging(self.shape.device, capacity=3 * (max_rows + 8) + 5 * (GRAPH_REQUESTS + 8))
         self._graph_indices = torch.zeros(
-            max_rows * self.max_pages_per_seq, dtype=torch.int32, device=self.shape.device
-        )
-        self._graph_groups = Staging(self.shape.device, capacity=8 * (GRAPH_REQUESTS + 8))
-        self._graph_group_indices = torch.zeros(
             GRAPH_REQUESTS * self.max_pages_per_seq, dtype=torch.int32, device=self.shape.device
         )
 
@@ -247,62 +230,59 @@ class FlashInferAttention:
         """See attention.base.AttentionBackend."""
         step = self._step
         assert step is not None
-        cache = self.cache[layer]
-        by_token = cache.transpose(2, 3) if self._layout == HND else cache
-        if step.work is not None:
-            return self._attend_decode(step, step.work, q, k, v, cos_sin, by_token)
-        rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rope_append(q, k, v, cos_sin, step.slots, step.positions, self.table, by_token[0], by_token[1], rotated)
-        out = torch.empty_like(rotated)
-        if step.num_decode:
-            self._attend_decode(step, rotated[: step.num_decode], cache, out[: step.num_decode])
+        cache, count = self.cache[layer], step.num_decode
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if count:
+            self._attend_decode(step, q[:count], k[:count], v[:count], cos_sin, cache, out[:count])
         if step.prefill is not None:
-            chunk = step.prefill
+            chunk, rotated = step.prefill, torch.empty(q[count:].shape, dtype=q.dtype, device=q.device)
+            keys, values = self._by_token(cache)
+            rope_append(
+                q[count:], k[count:], v[count:], cos_sin, step.slots[count:], step.positions[count:], self.table,
+                keys, values, rotated,
+            )  # fmt: skip
             self._kernels.run_queries(
-                chunk.planned,
-                rotated[chunk.first_row :],
-                cache,
-                chunk.q_indptr,
-                chunk.pages,
-                out[chunk.first_row :],
-                None,
-            )
+                chunk.planned, rotated, cache, chunk.q_indptr, chunk.pages, out[count:], None
+            )  # fmt: skip
         return out
+
+    def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [pages, page_size, num_kv_heads, head_dim] of a layer's cache."""
+        keys, values = cache.transpose(2, 3) if self._layout == HND else cache
+        return keys, values
 
     def _attend_decode(
         self,
         step: _Plan,
-        work: Workspace,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         cos_sin: torch.Tensor,
-        by_token: torch.Tensor,
-    ) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        part = None
+        if step.levels and step.own_starts is not None:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            part = OwnPart(step.own_starts, lse, torch.empty(q.shape, dtype=q.dtype, device=q.device))
         attend_decode(
-            q, k, v, cos_sin, step.slots, step.positions, self.table, by_token[0], by_token[1], out, work,
-            self.shape.scale,
+            q, k, v, cos_sin, step.slots, step.positions, self.table, *self._by_token(cache), out, self._decode_work,
+            self.shape.scale, part,
         )  # fmt: skip
-        return out
+        if part is not None:
+            self._merge_levels(step.levels, part, cache, out)
 
-    def _attend_decode(self, step: _Plan, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
-        lse = _new_lse(q) if step.levels else None
-        self._kernels.run_decode(step.decode, q, cache, step.decode_pages, step.decode_q_indptr, out, lse)
-        if lse is None:
-            return
-        for level in step.levels:
+    def _merge_levels(self, levels: list[_Queries], own: OwnPart, cache: torch.Tensor, out: torch.Tensor) -> None:
+        """Merge what rows share into `out`, which has their own part."""
+        for level in levels:
             if level.rows is None:
-                level_q = q[level.first_row : level.first_row + level.num_rows]
+                q = own.rotated[level.first_row : level.first_row + level.num_rows]
             else:
-                level_q = q.index_select(0, level.rows)
-            part, part_lse = torch.empty_like(level_q), _new_lse(level_q)
-            self._kernels.run_queries(level.planned, level_q, cache, level.q_indptr, level.pages, part, part_lse)
-            merge_state(out, lse, part, part_lse, first_row=level.first_row, rows=level.rows)
-
-
-def _new_lse(q: torch.Tensor) -> torch.Tensor:
-    return torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+                q = own.rotated.index_select(0, level.rows)
+            part = torch.empty_like(q)
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            self._kernels.run_queries(level.planned, q, cache, level.q_indptr, level.pages, part, lse)
+            merge_state(out, own.lse, part, lse, first_row=level.first_row, rows=level.rows)
 
 
 def _arrays_of(pages: PageLists) -> tuple[NDArray[np.int32], ...]:

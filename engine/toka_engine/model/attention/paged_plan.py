@@ -1,7 +1,8 @@
 """From a step's layout to the index arrays of paged attention. Pure numpy: no device, no kernels.
 
-Decode rows attend to their own pages, less the columns that Hydragen groups cover. Each depth of nested groups is one
-batch of queries (the groups' rows) over shared pages; the parts are merged by log-sum-exp afterwards.
+Decode rows find their own pages themselves, but have to be told where what Hydragen groups share of them ends. Each
+depth of nested groups is one batch of queries (the groups' rows) over shared pages; the parts are merged by log-sum-exp
+afterwards.
 """
 
 from __future__ import annotations
@@ -73,26 +74,26 @@ def find_depths(first_rows: Int32s, num_rows: Int32s) -> NDArray[np.int64]:
     return depths
 
 
-def plan_decode(layout: StepLayout, page_size: int, with_groups: bool) -> tuple[PageLists, list[QueryBatch]]:
-    """The rows' own pages, and one batch per depth of Hydragen groups (none without groups)."""
-    first_columns = np.zeros(layout.decode_slots.size, np.int32)
-    levels: list[QueryBatch] = []
-    if with_groups and layout.group_first_rows.size:
-        depths = find_depths(layout.group_first_rows, layout.group_num_rows)
-        for depth in range(int(depths.max()) + 1):
-            chosen = np.flatnonzero(depths == depth)
-            levels.append(_plan_level(layout, chosen, page_size))
-        for first, count, column, columns in zip(
-            layout.group_first_rows.tolist(),
-            layout.group_num_rows.tolist(),
-            layout.group_first_columns.tolist(),
-            layout.group_num_columns.tolist(),
-            strict=True,
-        ):
-            own = first_columns[first : first + count]
-            np.maximum(own, column + columns, out=own)
-    own_pages = list_pages(layout.decode_slots, first_columns, layout.decode_positions + 1, page_size)
-    return own_pages, levels
+def plan_levels(layout: StepLayout, page_size: int) -> list[QueryBatch]:
+    """One batch per depth of Hydragen groups."""
+    if not layout.group_first_rows.size:
+        return []
+    depths = find_depths(layout.group_first_rows, layout.group_num_rows)
+    return [_plan_level(layout, np.flatnonzero(depths == depth), page_size) for depth in range(int(depths.max()) + 1)]
+
+
+def find_own_starts(layout: StepLayout, page_size: int) -> Int32s:
+    """[d]: how many of each decode row's first tokens its groups cover."""
+    columns = np.zeros(layout.decode_slots.size, np.int32)
+    for first, count, end in zip(
+        layout.group_first_rows.tolist(),
+        layout.group_num_rows.tolist(),
+        (layout.group_first_columns + layout.group_num_columns).tolist(),
+        strict=True,
+    ):
+        own = columns[first : first + count]
+        np.maximum(own, end, out=own)
+    return columns * np.int32(page_size)
 
 
 def outermost(layout: StepLayout) -> StepLayout:

@@ -36,8 +36,6 @@ _log = logging.getLogger("toka.model")
 class Kind(StrEnum):
     """What a module computes."""
 
-    DECODE = "decode"
-    """One query row per request, without tensor cores."""
     FA2 = "fa2"
     """Several query rows per request, on every architecture."""
     FA3 = "fa3"
@@ -46,7 +44,7 @@ class Kind(StrEnum):
 
 def list_kinds(major: int) -> tuple[Kind, ...]:
     """The modules that the engine loads for a head size on an architecture of this major version."""
-    return tuple(Kind) if major == 9 else (Kind.DECODE, Kind.FA2)
+    return tuple(Kind) if major == 9 else (Kind.FA2,)
 
 
 def load_modules(kinds: Iterable[Kind], head_dim: int) -> dict[Kind, Any]:
@@ -63,9 +61,7 @@ def generate(kind: Kind, head_dim: int) -> Any:
     """flashinfer's description of a module (its JitSpec), whose sources are written into flashinfer's cache."""
     from flashinfer import jit
 
-    if kind is Kind.DECODE:
-        return jit.gen_batch_decode_module(*_arguments(kind, head_dim))
-    return jit.gen_batch_prefill_module(kind.value, *_arguments(kind, head_dim))
+    return jit.gen_batch_prefill_module(kind.value, *_arguments(head_dim))
 
 
 def folder_of(base: Path) -> Path:
@@ -103,22 +99,18 @@ def described(kind: Kind, head_dim: int) -> Iterator[None]:
         raise DeviceUnavailableError(f"{what}: {toolchain.summarise(str(error))}") from error
 
 
-def _arguments(kind: Kind, head_dim: int) -> tuple[Any, ...]:
+def _arguments(head_dim: int) -> tuple[Any, ...]:
     import torch
 
     dtype, no_position, no_window, no_cap, wide_products = torch.bfloat16, 0, False, False, False
-    types = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, no_position, no_window, no_cap)
-    return types if kind is Kind.DECODE else (*types, wide_products)
+    types = (dtype, dtype, dtype, torch.int32)
+    return *types, head_dim, head_dim, no_position, no_window, no_cap, wide_products
 
 
 def _get(kind: Kind, head_dim: int) -> Any:
-    if kind is Kind.DECODE:
-        from flashinfer.decode import get_batch_decode_module
-
-        return get_batch_decode_module(*_arguments(kind, head_dim))
     from flashinfer.prefill import get_batch_prefill_module
 
-    return get_batch_prefill_module(kind.value, *_arguments(kind, head_dim))
+    return get_batch_prefill_module(kind.value, *_arguments(head_dim))
 
 
 def _load(kind: Kind, head_dim: int, unwritable: StorageError | None) -> Any:

@@ -70,10 +70,9 @@ class Workspace:
         """For any number of rows: where the rows alone make `num_programs` programs, none is split."""
         cut = cut or Cut.of(head_dim)
         group = num_heads // num_kv_heads
-        floats = {"dtype": torch.float32, "device": device}
         return cls(
-            sums=torch.empty(cut.num_programs, group, head_dim, **floats),
-            scales=torch.empty(cut.num_programs, group, 2, **floats),
+            sums=torch.empty(cut.num_programs, group, head_dim, dtype=torch.float32, device=device),
+            scales=torch.empty(cut.num_programs, group, 2, dtype=torch.float32, device=device),
             arrived=torch.zeros(cut.num_programs, dtype=torch.int32, device=device),
             cut=cut,
             has_pdl=_has_pdl(),
@@ -86,6 +85,7 @@ class OwnPart:
 
     starts: torch.Tensor  # [rows] int32, tokens
     lse: torch.Tensor  # [rows, num_heads] fp32, base 2, written
+    rotated: torch.Tensor  # [rows, num_heads, head_dim] contiguous, written: q for the other parts
 
 
 def _has_pdl() -> bool:
@@ -161,7 +161,8 @@ def _merge_splits(
 @triton.jit(do_not_specialize=["table_stride", "group"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, starts_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
+    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, starts_ptr, lse_ptr, rotated_ptr,
+    sums_ptr, scales_ptr, arrived_ptr, scale,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     table_stride, page_stride, token_stride, head_stride, group,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -224,6 +225,12 @@ def _attend_kernel(
     tl.store(k_cache_at + new + half, k_a, mask=is_new & (half < HALF))
     tl.store(k_cache_at + new + half + HALF, k_b, mask=is_new & (half < HALF))
     tl.store(v_cache_at + new + column, value, mask=is_new & (column < HEAD_DIM))
+
+    if IS_PART:
+        rotated_at = rotated_ptr + (row * tl.num_programs(1) + kv_head) * group * HEAD_DIM
+        rotated_at += head[:, None] * HEAD_DIM + half[None, :]
+        tl.store(rotated_at, q_a, mask=is_new & is_head[:, None])
+        tl.store(rotated_at + HALF, q_b, mask=is_new & is_head[:, None])
 
     scale *= 1.4426950408889634  # log2(e)
     products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
@@ -295,7 +302,7 @@ def attend_decode(
 ) -> None:
     """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
 
-    With `part` it is over the row's own tokens alone, which are at least the new one.
+    With `part` it is over the row's own tokens alone, which are at least the new one, and q is given back rotated.
     head_dim is a power of 2, at least 32. Rows of one slot are padding: what they write to its page is arbitrary, so
     its tokens must be nobody's. The same arguments give the same bits.
 
@@ -314,7 +321,9 @@ def attend_decode(
     _attend_kernel[(rows, num_kv_heads, splits)](
         q, k, v, out, k_cache, v_cache,
         cos_sin, slots, positions, block_table,
-        slots if part is None else part.starts, work.scales if part is None else part.lse,
+        slots if part is None else part.starts,
+        work.scales if part is None else part.lse,
+        out if part is None else part.rotated,
         work.sums, work.scales, work.arrived, scale,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,

@@ -21,6 +21,8 @@ RING = 4
 _HEADER = 8
 """int32 words: how many pages are appended, one unused, then random as two int64. Then five arrays [max_rows]."""
 _RANDOM = 2
+_BLOCK = 128
+"""Rows at a time."""
 
 
 class Packets:
@@ -43,25 +45,26 @@ class Packets:
 
     def write(
         self,
+        size: int,  # rows <= size <= max_rows
         slots: NDArray[np.int32],  # [rows]
         positions: NDArray[np.int32],  # [rows]
         appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # slots, columns, pages
         random: NDArray[np.int32],  # [4]
     ) -> int:
-        """Lay the packet that the next `take` finds; returns its place in the ring.
+        """Lay the packet that the next `take`, of `size` rows, finds; returns its place in the ring.
 
         Whatever was launched RING packets ago must be done.
         """
         place = self._num_written % RING
         self._num_written += 1
-        words, size = self._words[place], self.max_rows
+        words, max_rows = self._words[place], self.max_rows
         words[0] = appends[0].size
         words[_RANDOM:6] = random
         for index, array in enumerate((slots, positions, *appends)):
-            begin = _HEADER + index * size
+            begin = _HEADER + index * max_rows
             words[begin : begin + array.size] = array
         words[_HEADER + slots.size : _HEADER + size] = self._padding_slot
-        words[_HEADER + size + slots.size : _HEADER + 2 * size] = 0
+        words[_HEADER + max_rows + slots.size : _HEADER + max_rows + size] = 0
         return place
 
     def tokens(self, place: int, count: int) -> NDArray[np.int32]:
@@ -69,22 +72,22 @@ class Packets:
         tokens: NDArray[np.int32] = self._tokens[place, :count]
         return tokens
 
-    def take(self, state: SlotState, block_table: torch.Tensor, page_tokens: torch.Tensor) -> None:
-        """Unpack the next packet: append its pages to `block_table`, set slots, positions, ids (each slot's last token)
-        and random, and note the ids in `page_tokens` [pages, page_size] as the tokens at these positions.
+    def take(self, size: int, state: SlotState, block_table: torch.Tensor, page_tokens: torch.Tensor) -> None:
+        """Unpack the next packet: append its pages to `block_table`, set the first `size` slots, positions and ids
+        (each slot's last token) and random, and note the ids in `page_tokens` [pages, page_size] as the tokens at these
+        positions.
         """
         _take_kernel[(1,)](
             self._ring, self._num_taken, state.last_token, block_table, block_table.shape[1], page_tokens,
-            self.slots, self.positions, self.ids, self.random,
-            ROWS=self.max_rows, BLOCK=triton.next_power_of_2(self.max_rows), PAGE_SIZE=page_tokens.shape[1],
-            HEADER=_HEADER, RING_SIZE=RING, num_warps=2,
+            self.slots, self.positions, self.ids, self.random, size, self.max_rows,
+            BLOCK=_BLOCK, PAGE_SIZE=page_tokens.shape[1], HEADER=_HEADER, RING_SIZE=RING, num_warps=_BLOCK // 32,
         )  # fmt: skip
 
-    def publish(self) -> None:
-        """Write `drawn` to the results, for the packet that was taken last."""
-        _publish_kernel[(1,)](
-            self._results, self._num_taken, self.drawn,
-            ROWS=self.max_rows, BLOCK=triton.next_power_of_2(self.max_rows), RING_SIZE=RING, num_warps=2,
+    def publish(self, size: int) -> None:
+        """Write the first `size` of `drawn` to the results, for the packet that was taken last."""
+        _publish_kernel[(triton.cdiv(size, _BLOCK),)](
+            self._results, self._num_taken, self.drawn, size, self.max_rows,
+            BLOCK=_BLOCK, RING_SIZE=RING, num_warps=_BLOCK // 32,
         )  # fmt: skip
 
 
@@ -93,44 +96,47 @@ def _host(device: torch.device) -> torch.device:
     return device if device.type == "meta" else torch.device("cpu")
 
 
-@triton.jit(do_not_specialize=["columns"])
+# One program, because pages must be in the table before their tokens are noted, and the packet is taken once.
+@triton.jit(do_not_specialize=["columns", "size", "max_rows"])
 def _take_kernel(
     ring_ptr, num_taken_ptr, last_token_ptr, table_ptr, columns, page_tokens_ptr,
-    slots_ptr, positions_ptr, ids_ptr, random_ptr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADER: tl.constexpr, RING_SIZE: tl.constexpr,
+    slots_ptr, positions_ptr, ids_ptr, random_ptr, size, max_rows,
+    BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADER: tl.constexpr, RING_SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BLOCK)
-    inside = row < ROWS
     taken = tl.load(num_taken_ptr)
-    packet = ring_ptr + (taken % RING_SIZE) * (HEADER + 5 * ROWS)
-    rows_at = packet + HEADER + row
+    packet = ring_ptr + (taken % RING_SIZE) * (HEADER + 5 * max_rows)
     # Volatile: the host writes here between launches, which no cache may hide.
-    count = tl.load(packet, volatile=True)
-    slot = tl.load(rows_at, mask=inside, other=0, volatile=True)
-    position = tl.load(rows_at + ROWS, mask=inside, other=0, volatile=True)
-    appended = inside & (row < count)
-    append_slot = tl.load(rows_at + 2 * ROWS, mask=appended, other=0, volatile=True).to(tl.int64)
-    append_column = tl.load(rows_at + 3 * ROWS, mask=appended, other=0, volatile=True)
-    append_page = tl.load(rows_at + 4 * ROWS, mask=appended, other=0, volatile=True)
+    num_appends = tl.load(packet, volatile=True)
     word = tl.arange(0, 4)
     random = tl.load(packet + 2 + word, volatile=True)
-
-    tl.store(table_ptr + append_slot * columns + append_column, append_page, mask=appended)
+    appends_at = packet + HEADER + 2 * max_rows + row
+    for start in range(0, num_appends, BLOCK):
+        inside = start + row < num_appends
+        slot = tl.load(appends_at + start, mask=inside, other=0, volatile=True).to(tl.int64)
+        column = tl.load(appends_at + start + max_rows, mask=inside, other=0, volatile=True)
+        page = tl.load(appends_at + start + 2 * max_rows, mask=inside, other=0, volatile=True)
+        tl.store(table_ptr + slot * columns + column, page, mask=inside)
     tl.store(random_ptr.to(tl.pointer_type(tl.int32)) + word, random)
-    last = tl.load(last_token_ptr + slot, mask=inside, other=0)
-    tl.store(slots_ptr + row, slot, mask=inside)
-    tl.store(positions_ptr + row, position, mask=inside)
-    tl.store(ids_ptr + row, last, mask=inside)
     tl.debug_barrier()  # other threads appended the pages, and all have read the counter
-    page = tl.load(table_ptr + slot.to(tl.int64) * columns + position // PAGE_SIZE, mask=inside, other=0)
-    tl.store(page_tokens_ptr + page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, last, mask=inside)
+    rows_at = packet + HEADER + row
+    for start in range(0, size, BLOCK):
+        inside = start + row < size
+        slot = tl.load(rows_at + start, mask=inside, other=0, volatile=True)
+        position = tl.load(rows_at + start + max_rows, mask=inside, other=0, volatile=True)
+        last = tl.load(last_token_ptr + slot, mask=inside, other=0)
+        page = tl.load(table_ptr + slot.to(tl.int64) * columns + position // PAGE_SIZE, mask=inside, other=0)
+        tl.store(slots_ptr + start + row, slot, mask=inside)
+        tl.store(positions_ptr + start + row, position, mask=inside)
+        tl.store(ids_ptr + start + row, last, mask=inside)
+        tl.store(page_tokens_ptr + page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, last, mask=inside)
     tl.store(num_taken_ptr, taken + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "max_rows"])
 def _publish_kernel(
-    results_ptr, num_taken_ptr, drawn_ptr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RING_SIZE: tl.constexpr
+    results_ptr, num_taken_ptr, drawn_ptr, size, max_rows, BLOCK: tl.constexpr, RING_SIZE: tl.constexpr
 ):
-    row = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = (tl.load(num_taken_ptr) - 1) % RING_SIZE
-    tl.store(results_ptr + place * ROWS + row, tl.load(drawn_ptr + row, mask=row < ROWS), mask=row < ROWS)
+    tl.store(results_ptr + place * max_rows + row, tl.load(drawn_ptr + row, mask=row < size), mask=row < size)

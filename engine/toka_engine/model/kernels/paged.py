@@ -15,10 +15,9 @@ import torch
 
 from toka_engine.errors import ModelInvalidError
 from toka_engine.model.attention.base import AttentionShape
-from toka_engine.model.attention.paged_plan import PageLists, QueryBatch
+from toka_engine.model.attention.paged_plan import QueryBatch
 from toka_engine.model.compiled.modules import HEAD_DIMS, Kind, list_kinds, load_modules
 
-GROUPS_WITHOUT_TENSOR_CORES = frozenset({1, 2, 3, 4, 6, 8, 16})
 NHD, HND = 0, 1
 _FLOAT_WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
@@ -62,65 +61,17 @@ class _Workspace:
 
 
 class PagedKernels:
-    """Decode and prefill kernels for one shape; every method works on the current stream."""
+    """flashinfer's kernels for one shape, for several query rows per request; on the current stream."""
 
     def __init__(self, shape: AttentionShape, page_size: int, layout: int) -> None:
         if shape.head_dim not in HEAD_DIMS:
             raise ModelInvalidError(f"head_dim={shape.head_dim} is not supported on a GPU ({HEAD_DIMS} are)")
         self._shape, self._page_size, self._layout = shape, page_size, layout
-        group = shape.num_heads // shape.num_kv_heads
-        self.has_plain_decode = group in GROUPS_WITHOUT_TENSOR_CORES
-        kinds = list_kinds(torch.cuda.get_device_capability(shape.device)[0])
-        needed = [kind for kind in kinds if self.has_plain_decode or kind is not Kind.DECODE]
-        modules = load_modules(needed, shape.head_dim)
-        self._decode: Any = modules.get(Kind.DECODE)
+        modules = load_modules(list_kinds(torch.cuda.get_device_capability(shape.device)[0]), shape.head_dim)
         self._fa2: Any = modules[Kind.FA2]
         self._fa3: Any = modules.get(Kind.FA3)
         self._floats = torch.zeros(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
-        self._decode_ints = _Workspace(shape.device, _INT_WORKSPACE_BYTES)
         self._prefill_ints = [_Workspace(shape.device, _INT_WORKSPACE_BYTES) for _ in range(_USUAL_BATCHES)]
-        self._empty = torch.empty(0, dtype=shape.dtype)
-
-    def plan_decode(self, pages: PageLists, for_graph: bool) -> Any:
-        """Schedule one query row per request. For a graph the schedule's layout depends on the batch size alone."""
-        shape, work = self._shape, self._decode_ints
-        batch, indptr = pages.slots.size, torch.from_numpy(pages.kv_indptr)
-        buffers = (self._floats, work.device_ints, work.take_pinned())
-        if self.has_plain_decode:
-            plan = self._decode.plan(
-                *buffers, indptr, batch, shape.num_heads, shape.num_kv_heads, self._page_size, for_graph,
-                _NO_WINDOW, 0.0, shape.head_dim, shape.head_dim, self._empty, self._empty,
-            )  # fmt: skip
-        else:
-            q_indptr = torch.arange(batch + 1, dtype=torch.int32)
-            plan = self._fa2.plan(
-                *buffers, q_indptr, indptr, torch.from_numpy(pages.kv_lens), batch, batch,
-                shape.num_heads, shape.num_kv_heads, self._page_size, for_graph, shape.head_dim, shape.head_dim,
-                False, _NO_WINDOW, -1, False, 0,
-            )  # fmt: skip
-        work.planned()
-        return plan
-
-    def run_decode(
-        self,
-        plan: Any,
-        q: torch.Tensor,  # [n, num_heads, head_dim]
-        cache: torch.Tensor,  # [2, pages, ...]
-        pages: DevicePages,
-        q_indptr: torch.Tensor | None,  # [n + 1] int32, 0, 1, 2, ...; needed without plain decode
-        out: torch.Tensor,  # [n, num_heads, head_dim]
-        lse: torch.Tensor | None,  # [n, num_heads] fp32
-    ) -> None:
-        if self.has_plain_decode:
-            self._decode.run(
-                self._floats, self._decode_ints.device_ints, plan, q, cache[0], cache[1],
-                pages.kv_indptr, pages.kv_indices, pages.last_page_lens, out, lse, self._layout, _NO_WINDOW, False,
-                None, 0.0, self._shape.scale, 1.0, 1.0,
-            )  # fmt: skip
-        else:
-            self._run_queries(
-                self._fa2, plan, self._decode_ints, q, cache, pages, q_indptr, _NON_CAUSAL, out, lse
-            )  # fmt: skip
 
     @property
     def has_graph_queries(self) -> bool:
@@ -162,21 +113,6 @@ class PagedKernels:
         lse: torch.Tensor | None,  # [rows, num_heads] fp32
     ) -> None:
         module, plan, work, mask = planned
-        self._run_queries(module, plan, work, q, cache, pages, q_indptr, mask, out, lse)
-
-    def _run_queries(
-        self,
-        module: Any,
-        plan: Any,
-        work: _Workspace,
-        q: torch.Tensor,
-        cache: torch.Tensor,
-        pages: DevicePages,
-        q_indptr: torch.Tensor | None,
-        mask: int,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
         module.paged_run(
             self._floats, work.device_ints, plan, q, cache[0], cache[1],
             q_indptr, pages.kv_indptr, pages.kv_indices, pages.last_page_lens, out, lse,
