@@ -100,7 +100,7 @@ def assert_equals(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("is_heads_first", [False, True])
-@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize("splits", [1, 2, 8])
 def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appends_cache(
     generator, splits, is_heads_first
 ) -> None:
@@ -118,7 +118,7 @@ def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appen
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(2, 2, 64), (8, 2, 64), (5, 1, 64), (14, 2, 64), (16, 1, 64), (8, 2, 128), (7, 1, 128), (16, 1, 128)],
+    [(2, 2, 64), (8, 2, 64), (5, 1, 64), (14, 2, 64), (7, 1, 128), (16, 1, 128), (4, 1, 256)],
 )
 def test_any_group_of_query_heads_gives_the_definition(generator, heads, kv_heads, head_dim) -> None:
     from toka_engine.model.kernels.few_rows_attention import Cut
