@@ -157,6 +157,22 @@ def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) ->
     assert_equals(others.run_in(work)[0], expected)
 
 
+def test_the_order_in_which_splits_arrive_changes_no_bit(generator, monkeypatch) -> None:
+    from toka_engine.model.kernels.few_rows_attention import Cut
+    from triton.runtime.interpreter import interpreter_builder
+
+    case = make_case(generator, [170], 16, 1, 128)  # 11 splits, of which 4 are merged at once
+    cut = Cut(block_tokens=16, num_warps=4, num_programs=16)
+    out, cache, _ = case.run(cut)
+    # The interpreter runs one program after the other, here from the last split to the first; a GPU in its own order.
+    set_program = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: set_program(x, y, 15 - z))
+    again, cache_again, work = case.run(cut)
+    assert torch.equal(again, out)
+    assert torch.equal(cache_again, cache)
+    assert int(work.arrived.count_nonzero()) == 0
+
+
 def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generator) -> None:
     from toka_engine.model.kernels.few_rows_attention import Cut
 
