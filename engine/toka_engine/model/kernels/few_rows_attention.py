@@ -70,10 +70,9 @@ class Workspace:
         """For any number of rows: where the rows alone make `num_programs` programs, none is split."""
         cut = cut or Cut.of(head_dim)
         group = num_heads // num_kv_heads
-        floats = {"dtype": torch.float32, "device": device}
         return cls(
-            sums=torch.empty(cut.num_programs, group, head_dim, **floats),
-            scales=torch.empty(cut.num_programs, group, 2, **floats),
+            sums=torch.empty(cut.num_programs, group, head_dim, dtype=torch.float32, device=device),
+            scales=torch.empty(cut.num_programs, group, 2, dtype=torch.float32, device=device),
             arrived=torch.zeros(cut.num_programs, dtype=torch.int32, device=device),
             cut=cut,
             has_pdl=_has_pdl(),
