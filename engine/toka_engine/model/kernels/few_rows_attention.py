@@ -20,6 +20,8 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
+MAX_GROUP = 16
+"""Query heads of a KV head, of which a program holds all: the tile of a tensor core's product."""
 MAX_SPLITS = 64
 _LOG2_E = 1.4426950408889634
 _MERGED_AT_ONCE = 8192
@@ -70,6 +72,7 @@ class Workspace:
         """For any number of rows: where the rows alone make `num_programs` programs, none is split."""
         cut = cut or Cut.of(head_dim)
         group = num_heads // num_kv_heads
+        assert group <= MAX_GROUP
         return cls(
             sums=torch.empty(cut.num_programs, group, head_dim, dtype=torch.float32, device=device),
             scales=torch.empty(cut.num_programs, group, 2, dtype=torch.float32, device=device),
@@ -320,7 +323,7 @@ def attend_few_rows(
 ) -> None:
     """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
 
-    head_dim is 64, 128 or 256. Rows of one slot are padding: what they write to its page is arbitrary, so
+    head_dim is 64, 128 or 256, a group at most MAX_GROUP. Rows of one slot are padding: what they write to its page is arbitrary, so
     its tokens must be nobody's. The same arguments give the same bits.
 
     With programmatic dependent launch this kernel begins before the ones in front of it have ended. It waits for them
@@ -340,7 +343,7 @@ def attend_few_rows(
         cos_sin, slots, positions, block_table, work.sums, work.scales, work.arrived, scale * _LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,
-        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=max(16, padded_group),
+        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=MAX_GROUP,
         BLOCK=work.cut.block_tokens, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
         SPLITS=MAX_SPLITS, HAS_PDL=work.has_pdl,
         num_warps=work.cut.num_warps, num_stages=1,
