@@ -323,8 +323,8 @@ def attend_few_rows(
 ) -> None:
     """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
 
-    head_dim is 64, 128 or 256, a group at most MAX_GROUP. Rows of one slot are padding: what they write to its page is arbitrary, so
-    its tokens must be nobody's. The same arguments give the same bits.
+    head_dim is 64, 128 or 256, a group at most MAX_GROUP. Rows of one slot are padding: what they write to its page is
+    arbitrary, so its tokens must be nobody's. The same arguments give the same bits.
 
     With programmatic dependent launch this kernel begins before the ones in front of it have ended. It waits for them
     before it reads q, k and v or writes anything. Before, it reads `slots`, `positions`, the table, `cos_sin` and
