@@ -6,7 +6,7 @@ that it uploads, and a CUDA graph of these launches holds for any contexts. Owns
 tokens this gives the part over its own, with the log-sum-exp by which parts are merged.
 
 Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
-where the last split to arrive merges all of them, as rope.py rotates and writes.
+of which the last to arrive merges all. It rotates and writes as rope.py does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
 MAX_SPLITS = 64
+_MIN_TILE = 16
+"""Rows of a tensor core's product, for the query heads of a KV head."""
+_LOG2_E = 1.4426950408889634
 _MERGED_AT_ONCE = 8192
 """Floats of partial results that a program loads at once when it merges: 64 registers a thread of 128."""
 _PDL_CAPABILITY = 90
@@ -81,11 +84,11 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class OwnPart:
-    """Of rows that share their first tokens: where each one's own begin, and room for the log-sum-exp over them."""
+    """Of rows that share their first tokens: where each one's own begin, and what the other parts need."""
 
     starts: torch.Tensor  # [rows] int32, tokens
     lse: torch.Tensor  # [rows, num_heads] fp32, base 2, written
-    rotated: torch.Tensor  # [rows, num_heads, head_dim] contiguous, written: q for the other parts
+    rotated: torch.Tensor  # [rows, num_heads, head_dim] contiguous, written: q
 
 
 def _has_pdl() -> bool:
@@ -94,6 +97,23 @@ def _has_pdl() -> bool:
         return False
     target: Any = driver.active.get_current_target()
     return bool(target.backend == "cuda" and target.arch >= _PDL_CAPABILITY)
+
+
+@triton.jit
+def _cut(own_start, position, split, num_splits, BLOCK: tl.constexpr):
+    """How many splits have work, and this one's of the tokens in [own_start, position): whole blocks, but for the
+    last's."""
+    count = position - own_start
+    size = tl.cdiv(tl.cdiv(count, num_splits), BLOCK) * BLOCK
+    num_active = tl.maximum(tl.cdiv(count, tl.maximum(size, 1)), 1)
+    begin = own_start + split * size
+    return num_active, begin, tl.minimum(begin + size, position)
+
+
+@triton.jit
+def _load_angles(cos_sin_ptr, position, HEAD_DIM: tl.constexpr):
+    at = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
+    return tl.load(at), tl.load(at + HEAD_DIM // 2)
 
 
 @triton.jit
@@ -123,18 +143,81 @@ def _rotate(a, b, cos, sin):
 
 
 @triton.jit
+def _load_heads(
+    q_at, k_at, v_at, q_head_stride, cos, sin, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Rotated halves of the group's q [TILE, HALF] and of k [HALF], and v [HEAD_DIM]; k and v are zeros if not new."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.arange(0, TILE)[:, None]
+    half = tl.arange(0, HALF)
+    column = tl.arange(0, HEAD_DIM)
+    q_at += head * q_head_stride + half[None, :]
+    # All loads before their first use, so that they are on their way together.
+    q_a = tl.load(q_at, mask=head < group, other=0.0)
+    q_b = tl.load(q_at + HALF, mask=head < group, other=0.0)
+    k_a = tl.load(k_at + half, mask=is_new & (half < HALF), other=0.0)
+    k_b = tl.load(k_at + HALF + half, mask=is_new & (half < HALF), other=0.0)
+    value = tl.load(v_at + column, mask=is_new & (column < HEAD_DIM), other=0.0)
+    q_a, q_b = _rotate(q_a, q_b, cos[None, :], sin[None, :])
+    k_a, k_b = _rotate(k_a, k_b, cos, sin)
+    return q_a, q_b, k_a, k_b, value
+
+
+@triton.jit
+def _append(k_at, v_at, k_a, k_b, value, is_new, HEAD_DIM: tl.constexpr):
+    """Write the new token's key and value to its place in the caches."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    half = tl.arange(0, HALF)
+    column = tl.arange(0, HEAD_DIM)
+    tl.store(k_at + half, k_a, mask=is_new & (half < HALF))
+    tl.store(k_at + HALF + half, k_b, mask=is_new & (half < HALF))
+    tl.store(v_at + column, value, mask=is_new & (column < HEAD_DIM))
+
+
+@triton.jit
+def _give_back(rotated_at, q_a, q_b, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write the group's rotated q."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.arange(0, TILE)[:, None]
+    at = rotated_at + head * HEAD_DIM + tl.arange(0, HALF)[None, :]
+    tl.store(at, q_a, mask=is_new & (head < group))
+    tl.store(at + HALF, q_b, mask=is_new & (head < group))
+
+
+@triton.jit
+def _attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The greatest score, the sum of weights and the weighted sums of the new token alone; of nothing if not new."""
+    products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
+    top = tl.where(is_new, tl.sum(products, axis=1) * scale, float("-inf"))
+    total = tl.zeros((TILE,), tl.float32) + tl.where(is_new, 1.0, 0.0)
+    return top, total, tl.zeros((TILE, HEAD_DIM), tl.float32) + value.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _attend_block(q, keys, values, is_inside, scale, top, total, sums):
+    """The same with one more block of tokens."""
+    scores = tl.dot(q, tl.trans(keys)) * scale
+    scores = tl.where(is_inside[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    kept = tl.exp2(top - new_top)
+    weights = tl.exp2(scores - new_top[:, None])
+    total = total * kept + tl.sum(weights, axis=1)
+    return new_top, total, tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+
+
+@triton.jit
 def _merge_splits(
-    sums_ptr, scales_ptr, first, num_active, group, out_at, lse_at,
+    sums_ptr, scales_ptr, num_active, group, out_at, lse_at,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of the splits' results, weighted by their sums, in the order of the splits.
+    """Write the mean of the splits' results, weighted by their sums, in an order that no arrival changes.
 
     Read past the first cache (.cg): the others' programs wrote it, through the second one.
     """
     head = tl.arange(0, GROUP)
     is_head = head < group
     split = tl.arange(0, SPLITS)[:, None]
-    scales_at = scales_ptr + ((first + split) * group + head[None, :]) * 2
+    scales_at = scales_ptr + (split * group + head[None, :]) * 2
     inside = (split < num_active) & is_head[None, :]
     tops = tl.load(scales_at, mask=inside, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(scales_at + 1, mask=inside, other=0.0, cache_modifier=".cg")
@@ -145,7 +228,7 @@ def _merge_splits(
     merged = tl.zeros((GROUP, HEAD_DIM), tl.float32)
     for begin in tl.range(0, num_active, AT_ONCE):
         some = begin + tl.arange(0, AT_ONCE)
-        row = (first + some)[:, None] * group + head[None, :]
+        row = some[:, None] * group + head[None, :]
         is_some = (some < num_active)[:, None] & is_head[None, :]
         top_of = tl.load(scales_ptr + row * 2, mask=is_some, other=float("-inf"), cache_modifier=".cg")
         sums_at = sums_ptr + row[:, :, None] * HEAD_DIM + column[None, None, :]
@@ -155,6 +238,38 @@ def _merge_splits(
     tl.store(out_at + head[:, None] * HEAD_DIM + column[None, :], merged, mask=is_head[:, None])
     if IS_PART:
         tl.store(lse_at + head, top + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def _finish(
+    sums_ptr, scales_ptr, arrived_at, out_at, lse_at, split, num_active, group, top, total, sums,
+    GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr,
+    IS_PART: tl.constexpr,
+):  # fmt: skip
+    """Write the result, if this split is all there is; else leave its part, and merge all parts if it is the last."""
+    head = tl.arange(0, TILE)
+    is_head = head < group
+    heads_at = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    if num_active == 1:
+        tl.store(out_at + heads_at, (sums / total[:, None]).to(out_at.dtype.element_ty), mask=is_head[:, None])
+        if IS_PART:
+            tl.store(lse_at + head, top + tl.log2(total), mask=is_head)
+    else:
+        tl.store(sums_ptr + split * group * HEAD_DIM + heads_at, sums, mask=is_head[:, None])
+        scales_at = scales_ptr + (split * group + head) * 2
+        tl.store(scales_at, top, mask=is_head)
+        tl.store(scales_at + 1, total, mask=is_head)
+        # One thread adds for the program. The barrier puts all its threads' stores before that addition, which as a
+        # release publishes them to the GPU with its own; as an acquire it sees what the programs that arrived before
+        # published, and the second barrier puts the reads of all threads behind it. So the last sees every part.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == num_active - 1:
+            _merge_splits(
+                sums_ptr, scales_ptr, num_active, group, out_at, lse_at, GROUP, HEAD_DIM, AT_ONCE, SPLITS, IS_PART
+            )  # fmt: skip
+            tl.store(arrived_at, 0)  # for the next launch, which begins to write when this one has ended
 
 
 # Head counts are no constants of the kernel, only the power of 2 of a group: few variants serve all models.
@@ -175,114 +290,56 @@ def _attend_kernel(
     split = tl.program_id(2)
     position = tl.load(positions_ptr + row)
     slot = tl.load(slots_ptr + row, volatile=True)  # else ptxas moves it behind the wait for the position
-    table_at = table_ptr + slot.to(tl.int64) * table_stride
     own_start = 0
     if IS_PART:
         own_start = tl.load(starts_ptr + row, volatile=True)
-    # The tokens before this one, in whole blocks to a split.
-    count = position - own_start
-    size = tl.cdiv(tl.cdiv(count, tl.num_programs(2)), BLOCK) * BLOCK
-    num_active = tl.maximum(tl.cdiv(count, tl.maximum(size, 1)), 1)
+    num_active, begin, end = _cut(own_start, position, split, tl.num_programs(2), BLOCK)
     if split >= num_active:
         return
-    begin = own_start + split * size
-    end = tl.minimum(begin + size, position)
-
-    HALF: tl.constexpr = HEAD_DIM // 2
+    table_at = table_ptr + slot.to(tl.int64) * table_stride
+    k_cache_ptr += kv_head * head_stride
+    v_cache_ptr += kv_head * head_stride
     token = tl.arange(0, BLOCK)
-    column = tl.arange(0, HEAD_DIM)
-    half = tl.arange(0, HALF)
-    head = tl.arange(0, TILE)
-    k_cache_at = k_cache_ptr + kv_head * head_stride
-    v_cache_at = v_cache_ptr + kv_head * head_stride
-    cos_at = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + half
-    cos = tl.load(cos_at)
-    sin = tl.load(cos_at + HALF)
     pages = _load_pages(table_at, begin + token, end, PAGE_SIZE)
     keys, values = _load_tokens(
-        k_cache_at, v_cache_at, pages, begin + token, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+        k_cache_ptr, v_cache_ptr, pages, begin + token, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
     )
     pages = _load_pages(table_at, begin + BLOCK + token, end, PAGE_SIZE)
     # The last split, the only one that may be short, has the new token: written for later, counted from registers.
     is_new = split == num_active - 1
-    new_page = tl.load(table_at + position // PAGE_SIZE).to(tl.int64)
-    new = new_page * page_stride + (position % PAGE_SIZE) * token_stride
+    page = tl.load(table_at + position // PAGE_SIZE).to(tl.int64)
+    new = page * page_stride + (position % PAGE_SIZE) * token_stride
+    cos, sin = _load_angles(cos_sin_ptr, position, HEAD_DIM)
     if HAS_PDL:
         gdc_wait()  # what kernels of this step wrote is read below alone, and nothing is written above
 
-    # All loads before their first use, so that they are on their way together.
-    is_head = head < group
-    q_at = q_ptr + row * q_row_stride + (kv_head * group + head[:, None]) * q_head_stride + half[None, :]
-    k_at = k_ptr + row * k_row_stride + kv_head * k_head_stride + half
-    v_at = v_ptr + row * v_row_stride + kv_head * v_head_stride + column
-    q_a = tl.load(q_at, mask=is_head[:, None], other=0.0)
-    q_b = tl.load(q_at + HALF, mask=is_head[:, None], other=0.0)
-    k_a = tl.load(k_at, mask=is_new & (half < HALF), other=0.0)
-    k_b = tl.load(k_at + HALF, mask=is_new & (half < HALF), other=0.0)
-    value = tl.load(v_at, mask=is_new & (column < HEAD_DIM), other=0.0)
-    q_a, q_b = _rotate(q_a, q_b, cos[None, :], sin[None, :])
-    k_a, k_b = _rotate(k_a, k_b, cos, sin)
-    tl.store(k_cache_at + new + half, k_a, mask=is_new & (half < HALF))
-    tl.store(k_cache_at + new + half + HALF, k_b, mask=is_new & (half < HALF))
-    tl.store(v_cache_at + new + column, value, mask=is_new & (column < HEAD_DIM))
-
+    q_at = q_ptr + row * q_row_stride + kv_head * group * q_head_stride
+    k_at = k_ptr + row * k_row_stride + kv_head * k_head_stride
+    v_at = v_ptr + row * v_row_stride + kv_head * v_head_stride
+    q_a, q_b, k_a, k_b, value = _load_heads(q_at, k_at, v_at, q_head_stride, cos, sin, group, is_new, TILE, HEAD_DIM)
+    _append(k_cache_ptr + new, v_cache_ptr + new, k_a, k_b, value, is_new, HEAD_DIM)
+    pair = row * tl.num_programs(1) + kv_head
     if IS_PART:
-        rotated_at = rotated_ptr + (row * tl.num_programs(1) + kv_head) * group * HEAD_DIM
-        rotated_at += head[:, None] * HEAD_DIM + half[None, :]
-        tl.store(rotated_at, q_a, mask=is_new & is_head[:, None])
-        tl.store(rotated_at + HALF, q_b, mask=is_new & is_head[:, None])
-
-    scale *= 1.4426950408889634  # log2(e)
-    products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
-    top = tl.where(is_new, tl.sum(products, axis=1) * scale, float("-inf"))
-    total = tl.zeros((TILE,), tl.float32) + tl.where(is_new, 1.0, 0.0)
-    sums = tl.zeros((TILE, HEAD_DIM), tl.float32) + value.to(tl.float32)[None, :]
+        _give_back(rotated_ptr + pair * group * HEAD_DIM, q_a, q_b, group, is_new, TILE, HEAD_DIM)
+    top, total, sums = _attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE, HEAD_DIM)
     q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), (TILE, HEAD_DIM))
-
     for start in tl.range(begin, end, BLOCK):
         # The next block is on its way while this one is worked on, and the pages of the one after.
         following = start + BLOCK + token
         next_keys, next_values = _load_tokens(
-            k_cache_at, v_cache_at, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+            k_cache_ptr, v_cache_ptr, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
         )
         pages = _load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
-        scores = tl.dot(q, tl.trans(keys)) * scale
-        scores = tl.where((start + token < end)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        kept = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        total = total * kept + tl.sum(weights, axis=1)
-        sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
-        top = new_top
+        top, total, sums = _attend_block(q, keys, values, start + token < end, scale, top, total, sums)
         keys = next_keys
         values = next_values
 
-    num_kv_heads = tl.num_programs(1)
-    out_at = out_ptr + (row * num_kv_heads + kv_head) * group * HEAD_DIM
-    lse_at = lse_ptr + (row * num_kv_heads + kv_head) * group
-    heads_at = head[:, None] * HEAD_DIM + column[None, :]
-    if num_active == 1:
-        tl.store(out_at + heads_at, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
-        if IS_PART:
-            tl.store(lse_at + head, top + tl.log2(total), mask=is_head)
-        return
-    pair = row * num_kv_heads + kv_head
-    first = pair * tl.num_programs(2)
-    tl.store(sums_ptr + (first + split) * group * HEAD_DIM + heads_at, sums, mask=is_head[:, None])
-    scales_at = scales_ptr + ((first + split) * group + head) * 2
-    tl.store(scales_at, top, mask=is_head)
-    tl.store(scales_at + 1, total, mask=is_head)
-    # One thread adds for the program. The barrier puts all its threads' stores before that addition, which as a release
-    # publishes them to the GPU with its own; as an acquire it sees what the programs that arrived before published, and
-    # the second barrier puts the reads of all threads behind it. So the last to arrive sees every split.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    if arrived == num_active - 1:
-        _merge_splits(
-            sums_ptr, scales_ptr, first, num_active, group, out_at, lse_at, GROUP, HEAD_DIM, AT_ONCE, SPLITS, IS_PART
-        )  # fmt: skip
-        tl.store(arrived_ptr + pair, 0)  # for the next launch, which begins to write when this one has ended
+    first = pair * tl.num_programs(2) * group
+    _finish(
+        sums_ptr + first * HEAD_DIM, scales_ptr + first * 2, arrived_ptr + pair, out_ptr + pair * group * HEAD_DIM,
+        lse_ptr + pair * group, split, num_active, group, top, total, sums,
+        GROUP, TILE, HEAD_DIM, AT_ONCE, SPLITS, IS_PART,
+    )  # fmt: skip
 
 
 def attend_decode(
@@ -303,8 +360,8 @@ def attend_decode(
     """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
 
     With `part` it is over the row's own tokens alone, which are at least the new one, and q is given back rotated.
-    head_dim is a power of 2, at least 32. Rows of one slot are padding: what they write to its page is arbitrary, so
-    its tokens must be nobody's. The same arguments give the same bits.
+    head_dim is a power of 2, at least 32. Rows of one slot are padding: what they write to its page is
+    arbitrary, so its tokens must be nobody's. The same arguments give the same bits.
 
     With programmatic dependent launch this kernel begins before the ones in front of it have ended. It waits for them
     before it reads q, k and v or writes anything. Before, it reads `slots`, `positions`, the table, `cos_sin` and
@@ -324,10 +381,10 @@ def attend_decode(
         slots if part is None else part.starts,
         work.scales if part is None else part.lse,
         out if part is None else part.rotated,
-        work.sums, work.scales, work.arrived, scale,
+        work.sums, work.scales, work.arrived, scale * _LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,
-        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=max(16, padded_group),
+        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=max(_MIN_TILE, padded_group),
         BLOCK=work.cut.block_tokens, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
         SPLITS=MAX_SPLITS, IS_PART=part is not None, HAS_PDL=work.has_pdl,
         num_warps=work.cut.num_warps, num_stages=1,
