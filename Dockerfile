@@ -47,7 +47,7 @@ COPY engine/toka_engine/model/memory.py /tmp/build/toka_engine/model/
 COPY engine/toka_engine/model/compiled /tmp/build/toka_engine/model/compiled
 ARG CUDA_ARCHITECTURES="9.0a"
 RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels \
-    --kinds decode fa2 fa3 --architectures ${CUDA_ARCHITECTURES}
+    --kinds fa2 fa3 --architectures ${CUDA_ARCHITECTURES}
 
 # Our own, in Triton, take a minute: so all that a start of the model worker needs may be here, to ask what it compiles.
 # Triton compiles modules that launch kernels too, with gcc and Python's headers, which a base may have.

@@ -25,7 +25,7 @@ from toka_engine.model.compiled.toolchain import choose_num_jobs
 from tests.unit.compiled.image import ROOT, copy_stage, run
 
 pytestmark = pytest.mark.timeout(900)
-DECODE = ("--kinds", "decode", "--head-dims", "64")
+FA2 = ("--kinds", "fa2", "--head-dims", "64")
 
 LOAD = """
 import sys
@@ -77,9 +77,9 @@ def image_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(image_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one kernel, built as the image builds the whole table."""
     out_dir = tmp_path_factory.mktemp("kernels")
-    done = build(out_dir, *DECODE, source=image_source)
+    done = build(out_dir, *FA2, source=image_source)
     assert done.returncode == 0, done.stderr
-    assert "1/1 decode head_dim=64 architecture=9.0a: building" in done.stderr
+    assert "1/1 fa2 head_dim=64 architecture=9.0a: building" in done.stderr
     return out_dir
 
 
@@ -94,7 +94,7 @@ def test_a_kernel_is_built_for_the_architecture_without_a_gpu(built: Path) -> No
 def test_what_is_built_is_not_built_again(built: Path) -> None:
     (library,) = built.rglob("*.so")
     before = library.stat()
-    done = build(built, *DECODE)
+    done = build(built, *FA2)
     assert done.returncode == 0, done.stderr
     assert "there already" in done.stderr
     assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -104,7 +104,7 @@ def test_a_built_kernel_is_loaded_with_no_compiler_no_ninja_and_no_home_to_write
     built: Path, without_compiler: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "tmp").mkdir()
-    done = load(Kind.DECODE, 64, TOKA_KERNELS_DIR=built, TMPDIR=tmp_path / "tmp", **without_compiler)
+    done = load(Kind.FA2, 64, TOKA_KERNELS_DIR=built, TMPDIR=tmp_path / "tmp", **without_compiler)
     assert done.stdout == "loaded True\n", done.stderr
     assert not list((tmp_path / "tmp").iterdir())
 
@@ -113,7 +113,7 @@ def test_flashinfers_own_cache_is_loaded_as_it_is_where_no_compiler_is(
     built: Path, without_compiler: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(built, tmp_path / "home/.cache/flashinfer")
-    done = load(Kind.DECODE, 64, **{**without_compiler, "HOME": tmp_path / "home"})
+    done = load(Kind.FA2, 64, **{**without_compiler, "HOME": tmp_path / "home"})
     assert done.stdout == "loaded True\n", done.stderr
 
 
@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_written_is_named_where_a_kernel_would_go_there(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
     (tmp_path / "file").touch()
-    done = load(Kind.DECODE, 64, FLASHINFER_WORKSPACE_BASE=tmp_path / "file", **env)
+    done = load(Kind.FA2, 64, FLASHINFER_WORKSPACE_BASE=tmp_path / "file", **env)
     (words,) = done.stderr.splitlines()
     assert done.returncode == ExitCode.STORAGE_FAILED
     assert words == f"the kernel cache {tmp_path}/file/.cache/flashinfer cannot be written: Not a directory"
@@ -146,14 +146,14 @@ def test_a_library_that_cannot_be_loaded_is_named(
     shutil.copytree(built, tmp_path / "copy")
     (library,) = (tmp_path / "copy").rglob("*.so")
     library.write_bytes(b"of another machine")
-    done = load(Kind.DECODE, 64, TOKA_KERNELS_DIR=tmp_path / "copy", **without_compiler)
+    done = load(Kind.FA2, 64, TOKA_KERNELS_DIR=tmp_path / "copy", **without_compiler)
     assert done.returncode == ExitCode.DEVICE_UNAVAILABLE
     assert library.name in done.stderr.splitlines()[-1]
 
 
 def test_a_gpu_without_flashinfer_says_which_image_has_it(tmp_path: Path) -> None:
     blocker = "import sys; sys.modules['flashinfer'] = None\n"
-    done = run("-c", blocker + LOAD, Kind.DECODE, "64", HOME=tmp_path)
+    done = run("-c", blocker + LOAD, Kind.FA2, "64", HOME=tmp_path)
     assert done.returncode == ExitCode.DEVICE_UNAVAILABLE
     assert "EXTRAS=gpu" in done.stderr
 
@@ -161,13 +161,13 @@ def test_a_gpu_without_flashinfer_says_which_image_has_it(tmp_path: Path) -> Non
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'release 13.0,'\necho 'decode.cu(7): error: no room' >&2\nexit 1\n")
+    nvcc.write_text("#!/bin/sh\necho 'release 13.0,'\necho 'prefill.cu(7): error: no room' >&2\nexit 1\n")
     nvcc.chmod(0o755)
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libcudart.so.13").touch()
-    done = build(tmp_path / "out", *DECODE, CUDA_HOME=str(tmp_path))
+    done = build(tmp_path / "out", *FA2, CUDA_HOME=str(tmp_path))
     assert done.returncode == ExitCode.DEVICE_UNAVAILABLE
-    assert done.stderr.endswith("kernel decode for head size 64: decode.cu(7): error: no room\n")
+    assert done.stderr.endswith("kernel fa2 for head size 64: prefill.cu(7): error: no room\n")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -202,8 +202,8 @@ def test_an_architecture_that_fails_ends_the_build_of_several(tmp_path: Path) ->
 
 
 def test_only_hopper_has_a_kernel_of_its_own() -> None:
-    assert list_kinds(9) == (Kind.DECODE, Kind.FA2, Kind.FA3)
-    assert list_kinds(8) == list_kinds(10) == (Kind.DECODE, Kind.FA2)
+    assert list_kinds(9) == (Kind.FA2, Kind.FA3)
+    assert list_kinds(8) == list_kinds(10) == (Kind.FA2,)
     assert BUILT_HEAD_DIMS == (64, 128)
 
 

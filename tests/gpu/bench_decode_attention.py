@@ -1,42 +1,46 @@
-"""Times decode attention of few rows at the 1B shape: rope_append and flashinfer's decode against attend_decode.
+"""Times attention of decode rows: rope_append and flashinfer's decode without tensor cores against attend_decode.
 
-Prints microseconds a layer, and bytes of keys and values per second, of CUDA graphs of 16 layers. Each layer has a
+Prints microseconds a layer, and bytes of keys and values per second, of CUDA graphs of a few layers. Each layer has a
 cache of its own, and a graph goes through the layers again, over other tokens, until the L2 cache holds none when it
-comes back to them: in a model the weights see to that. flashinfer is planned for a graph, as the engine plans it; what
-that costs the host is not in its time. Then other cuts of the kernel, from which Cut.of is to be chosen.
+comes back to them: in a model the weights see to that. What planning costs flashinfer's host is not in its time. Then
+other cuts of the kernel, from which Cut.of is chosen.
 
-Usage: python -m tests.gpu.bench_decode_attention
+Usage: python -m tests.gpu.bench_decode_attention [HEAD_DIM ...]
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
-import numpy as np
+import flashinfer
 import torch
-from toka_engine.model.attention.base import AttentionShape
-from toka_engine.model.attention.paged_plan import PageLists, list_pages
 from toka_engine.model.kernels.decode_attention import Cut, Workspace, attend_decode
-from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.rope import rope_append
 
 from tests.gpu.bench_products import time_graph
 
 DEVICE = torch.device("cuda")
-LAYERS, PAGE_SIZE = 16, 16
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 64
-SHAPE = AttentionShape(LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, torch.bfloat16, DEVICE)
-CASES = [(rows, context) for rows in (1, 4, 16, 64) for context in (128, 512, 2048, 8192)] + [(1, 32768)]
+LAYERS, PAGE_SIZE = 4, 16
+HEADS, KV_HEADS = 32, 8
+CASES = [
+    (1, 512),
+    (1, 8192),
+    (1, 32768),
+    (16, 512),
+    (64, 512),
+    (64, 8192),
+    (256, 512),
+    (1024, 512),
+    (4096, 320),
+    (4096, 96),
+]
+CUT_CASES = [(1, 512), (1, 8192), (64, 512), (64, 8192), (1024, 512), (4096, 96)]
 MOST_PAGES = max(rows * (context // PAGE_SIZE + 1) for rows, context in CASES)
 L2_BYTES = 50 << 20
 MOST_ROUNDS = 32
-
-USUAL = Cut.of(HEAD_DIM)
-CUTS = [
-    *(replace(USUAL, num_programs=programs) for programs in (128, 256, 512, 1024)),
-    *(replace(USUAL, block_tokens=block, num_warps=warps) for block, warps in ((32, 2), (32, 4), (64, 2), (128, 4))),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +54,26 @@ class Rows:
     slots: torch.Tensor
     positions: torch.Tensor
     tables: torch.Tensor  # [rounds, rows, columns]
-    pages: PageLists
 
     @classmethod
-    def random(cls, rows: int, context: int) -> Rows:
+    def random(cls, rows: int, context: int, head_dim: int) -> Rows:
         columns = context // PAGE_SIZE + 1
-        num_bytes = LAYERS * rows * context * 2 * KV_HEADS * HEAD_DIM * 2
+        num_bytes = LAYERS * rows * context * 2 * KV_HEADS * head_dim * 2
         rounds = min(MOST_ROUNDS, MOST_PAGES // (rows * columns), -(-2 * L2_BYTES // num_bytes))
         tables = torch.randperm(MOST_PAGES, device=DEVICE)[: rounds * rows * columns].int()
-        packed = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE).bfloat16()
-        slots, ends = np.arange(rows, dtype=np.int32), np.full(rows, context + 1, np.int32)
+        packed = torch.randn(rows, HEADS + 2 * KV_HEADS, head_dim, device=DEVICE).bfloat16()
         return cls(
             context,
             *packed.split([HEADS, KV_HEADS, KV_HEADS], dim=1),
             torch.arange(rows, device=DEVICE, dtype=torch.int32),
             torch.full((rows,), context, device=DEVICE, dtype=torch.int32),
             tables.view(rounds, rows, columns),
-            list_pages(slots, np.zeros(rows, np.int32), ends, PAGE_SIZE),
         )
 
     @property
     def num_bytes(self) -> int:
         """Of keys and values that one layer reads."""
-        return int(self.q.shape[0]) * self.context * 2 * KV_HEADS * HEAD_DIM * 2
+        return int(self.q.shape[0]) * self.context * 2 * KV_HEADS * int(self.q.shape[2]) * 2
 
     def time_layer(self, run_layer: Callable[[int, torch.Tensor], None]) -> float:
         """Seconds of one of the graph's layers; `run_layer` takes a layer and its block table."""
@@ -88,33 +89,37 @@ class Rows:
 class Bench:
     """What all cases share."""
 
-    def __init__(self) -> None:
-        self.cache = torch.empty(
-            LAYERS, 2, MOST_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16
-        )
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+        page = (KV_HEADS, PAGE_SIZE, head_dim)
+        self.cache = torch.empty(LAYERS, 2, MOST_PAGES, *page, device=DEVICE, dtype=torch.bfloat16)
         for layer in self.cache:
             layer.normal_()
-        self.cos_sin = torch.randn(max(context for _, context in CASES) + 1, HEAD_DIM, device=DEVICE)
-        self.kernels = PagedKernels(SHAPE, PAGE_SIZE, HND)
+        self.cos_sin = torch.randn(max(context for _, context in CASES) + 1, head_dim, device=DEVICE)
+        self.scratch = torch.zeros(256 << 20, dtype=torch.uint8, device=DEVICE)
 
-    def time_today(self, rows: Rows) -> tuple[float, torch.Tensor]:
+    def plan(self, rows: Rows, table: torch.Tensor) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
+        count, columns = table.shape
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.scratch, "HND", use_tensor_cores=False)
+        wrapper.plan(
+            torch.arange(count + 1, dtype=torch.int32) * columns, table.view(-1),
+            torch.full((count,), rows.context % PAGE_SIZE + 1, dtype=torch.int32),
+            HEADS, KV_HEADS, self.head_dim, PAGE_SIZE, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+        )  # fmt: skip
+        return wrapper
+
+    def time_flashinfer(self, rows: Rows) -> tuple[float, torch.Tensor]:
         """Seconds a layer, and the result of the last one."""
         out, rotated = torch.empty_like(rows.q).contiguous(), torch.empty_like(rows.q).contiguous()
-        num_rows = rows.q.shape[0]
-        kv_indptr, last_page_lens = (
-            torch.from_numpy(each).to(DEVICE) for each in (rows.pages.kv_indptr, rows.pages.last_page_lens)
-        )
-        q_indptr = torch.arange(num_rows + 1, device=DEVICE, dtype=torch.int32)
-        plan = self.kernels.plan_decode(rows.pages, True)
+        wrappers = {table.data_ptr(): self.plan(rows, table) for table in rows.tables}
 
         def run_layer(layer: int, table: torch.Tensor) -> None:
-            cache = self.cache[layer]
-            keys, values = cache.transpose(2, 3)
+            keys, values = self.cache[layer]
             rope_append(
-                rows.q, rows.k, rows.v, self.cos_sin, rows.slots, rows.positions, table, keys, values, rotated
+                rows.q, rows.k, rows.v, self.cos_sin, rows.slots, rows.positions, table,
+                keys.transpose(1, 2), values.transpose(1, 2), rotated,
             )  # fmt: skip
-            pages = DevicePages(kv_indptr, table.view(-1), last_page_lens)
-            self.kernels.run_decode(plan, rotated, cache, pages, q_indptr, out, None)
+            wrappers[table.data_ptr()].run(rotated, (keys, values), out=out)
 
         return rows.time_layer(run_layer), out
 
@@ -126,7 +131,7 @@ class Bench:
             keys, values = self.cache[layer].transpose(2, 3)
             attend_decode(
                 rows.q, rows.k, rows.v, self.cos_sin, rows.slots, rows.positions, table, keys, values, out, work,
-                SHAPE.scale,
+                self.head_dim**-0.5,
             )  # fmt: skip
 
         return rows.time_layer(run_layer), out
@@ -140,8 +145,8 @@ class Bench:
         )
 
     def compare(self, rows: Rows, works: dict[str, Workspace]) -> None:
-        """Print today's time and each workspace's, with the relative error of its result."""
-        seconds, expected = self.time_today(rows)
+        """Print flashinfer's time and each workspace's, with the relative error of its result."""
+        seconds, expected = self.time_flashinfer(rows)
         self.report(rows, "rope_append, flashinfer", seconds, 0.0)
         for name, work in works.items():
             seconds, found = self.time_candidate(rows, work)
@@ -149,19 +154,24 @@ class Bench:
             self.report(rows, name, seconds, error)
 
 
-def make_work(cut: Cut) -> Workspace:
-    return Workspace.allocate(HEADS, KV_HEADS, HEAD_DIM, DEVICE, cut)
+def bench_head_dim(head_dim: int) -> None:
+    bench, usual = Bench(head_dim), Cut.of(head_dim)
+    blocks = (32, 64) if head_dim <= 64 else (16, 32, 64)
+    cuts = {
+        str(cut): Workspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, cut)
+        for cut in (replace(usual, block_tokens=block, num_warps=warps) for block, warps in product(blocks, (2, 4)))
+    }
+    print(f"{HEADS}/{KV_HEADS} heads of {head_dim}, chosen {usual}")
+    for case in CASES:
+        works = cuts if case in CUT_CASES else {str(usual): cuts[str(usual)]}
+        bench.compare(Rows.random(*case, head_dim), works)
 
 
 @torch.inference_mode()
 def main() -> None:
-    bench, usual = Bench(), make_work(USUAL)
-    works = {"attend_decode": usual, "attend_decode, no dependent launch": replace(usual, has_pdl=False)}
-    for num_rows, context in CASES:
-        bench.compare(Rows.random(num_rows, context), works)
-    for num_rows in (1, 64):
-        for context in (512, 8192):
-            bench.compare(Rows.random(num_rows, context), {str(cut): make_work(cut) for cut in CUTS})
+    for head_dim in [int(word) for word in sys.argv[1:]] or [64, 128]:
+        bench_head_dim(head_dim)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ class Case:
         for row, (slot, position) in enumerate(zip(self.slots.tolist(), self.positions.tolist(), strict=True)):
             group = q.shape[1] // self.k.shape[1]
             keys, values = (
-                part[self.table[slot].long()].flatten(0, 1)[starts[row] : position + 1].double().repeat_interleave(group, dim=1)
+                part[self.table[slot].long()]
+                .flatten(0, 1)[starts[row] : position + 1]
+                .double()
+                .repeat_interleave(group, dim=1)
                 for part in cache
             )
             scores = torch.einsum("hd,nhd->hn", q[row].double(), keys) * q.shape[2] ** -0.5
