@@ -20,6 +20,6 @@ def test_chains_of_both_kinds_of_kernels_give_what_plain_torch_gives(
     layers = [Layer.random(device, torch.float32, 0.2) for _ in range(2)]
     start = torch.randn(1, 64, device=device)
     expected = run_fp32(layers, start)
-    few_programs = SingleRowKernels(False, False, Cut(16, 32, 2), Cut(16, 64, 4))
+    few_programs = SingleRowKernels(False, Cut(16, 32, 2), Cut(16, 64, 4))
     for found in (run_single_row(few_programs, layers, start.clone()), run_today(layers, start.clone())):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

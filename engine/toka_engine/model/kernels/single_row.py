@@ -3,7 +3,8 @@
 A step of one row waits for its weights and for nothing else, so what counts is how little lies between two reads of
 them. What is small is done again by every program (the norm's sum of squares) or by the one that has the result. From
 compute capability 9.0 on, each kernel starts while the one before ends (programmatic dependent launch): it asks for its
-weights at once, and waits before it touches anything that a kernel writes.
+weights at once, and waits before it touches anything that a kernel writes. To ask for a program's whole rows of weights
+at that moment, with bulk prefetches into L2, was measured and lost (H100, 1B shape: 55.3 us a layer, 47.8 without).
 
 Sums are fp32, and a result is rounded once: nothing between norm, product, activation and sum is.
 """
@@ -19,27 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _OVERLAPPING_CAPABILITY = 90
-"""The first that has dependent launches and bulk prefetches."""
-
-_PREFETCH = tl.constexpr(
-    """{
-    .reg .pred is_first;
-    .reg .u32 thread;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 is_first, thread, 0;
-    @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.u32 $0, 0;
-    }"""
-)
-
-
-@triton.jit
-def _prefetch(begin, num_bytes):
-    """Ask for [begin, begin + num_bytes) to be in L2, as far as it is whole units of 16 bytes: for nothing beyond."""
-    first = (begin.to(tl.int64) + 15) & -16
-    size = (((begin.to(tl.int64) + num_bytes) & -16) - first).to(tl.int32)
-    if size > 0:
-        tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [first, size], dtype=tl.int32, is_pure=False, pack=1)
+"""The first that has dependent launches."""
 
 
 # A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. Nothing rests on the number of
@@ -61,7 +42,6 @@ def _single_row_kernel(
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PDL: tl.constexpr,
-    HAS_PREFETCH: tl.constexpr,
 ):
     if HAS_PDL:
         gdc_launch_dependents()
@@ -69,13 +49,6 @@ def _single_row_kernel(
     outs, column = first_out + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
     is_out = outs < num_out
     up_offset = num_out.to(tl.int64) * width
-    if HAS_PREFETCH:
-        chunk = weight_ptr + first_out.to(tl.int64) * width
-        element_bytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-        num_bytes = tl.minimum(BLOCK_OUT, num_out - first_out) * width * element_bytes
-        _prefetch(chunk, num_bytes)
-        if IS_GATED:
-            _prefetch(chunk + up_offset, num_bytes)
     weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + column[None, :]
     inside = is_out[:, None] & (column < width)[None, :]
     weight = tl.load(weight_at, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -132,22 +105,19 @@ class Cut:
 class SingleRowKernels:
     """An ops.SingleRow. How a product is cut depends on what it is; any width and number of outputs will do.
 
-    The cuts are those that were the fastest on an H100 at the 1B shape, then with dependent launches and without
-    prefetches (tests/gpu/bench_products.py).
+    The cuts are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_products.py).
     """
 
     has_pdl: bool
-    has_prefetch: bool
-    behind_norm: Cut = Cut(2, 512, 2)
+    behind_norm: Cut = Cut(4, 512, 4)
     """Programs of many outputs would be too few for a row as short as a hidden state."""
-    onto_residual: Cut = Cut(4, 1024, 8)
+    onto_residual: Cut = Cut(8, 1024, 8)
     """As many outputs as the hidden state has values, of longer rows: so larger programs."""
 
     @classmethod
     def for_capability(cls, capability: int) -> Self:
         """`capability` of the device, as 90."""
-        overlaps = capability >= _OVERLAPPING_CAPABILITY
-        return cls(has_pdl=overlaps, has_prefetch=overlaps)
+        return cls(has_pdl=capability >= _OVERLAPPING_CAPABILITY)
 
     def product(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
@@ -186,7 +156,6 @@ class SingleRowKernels:
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
             BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
-            HAS_PDL=self.has_pdl, HAS_PREFETCH=self.has_prefetch,
-            num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+            HAS_PDL=self.has_pdl, num_warps=cut.num_warps, launch_pdl=self.has_pdl,
         )  # fmt: skip
         return out
