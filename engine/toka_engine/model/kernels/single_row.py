@@ -12,7 +12,7 @@ Sums are fp32, and a result is rounded once: nothing between norm, product, acti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import triton
@@ -21,6 +21,32 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _OVERLAPPING_CAPABILITY = 90
 """The first that has dependent launches."""
+
+
+@triton.jit
+def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl.constexpr, EVICTION: tl.constexpr):
+    """Values [start, start + BLOCK_IN) of the program's rows of weights, and with IS_GATED of those of up."""
+    inside = is_out[:, None] & (start + columns < width)
+    weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy=EVICTION)
+    up = weight
+    if IS_GATED:
+        up = tl.load(weight_at + up_offset + start, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return weight, up
+
+
+@triton.jit
+def _add_tile(
+    sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr
+):
+    """The sums with the products of a tile of weights and the values `at` of x."""
+    x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        squares += x * x
+        x *= tl.load(norm_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    sums += weight.to(tl.float32) * x
+    if IS_GATED:
+        up_sums += up.to(tl.float32) * x
+    return sums, up_sums, squares
 
 
 # A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. Nothing rests on the number of
@@ -42,43 +68,49 @@ def _single_row_kernel(
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PDL: tl.constexpr,
+    REPEATS_X: tl.constexpr,
+    TILES_AHEAD: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     if HAS_PDL:
         gdc_launch_dependents()
-    first_out = tl.program_id(0) * BLOCK_OUT
-    outs, column = first_out + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = outs < num_out
+    columns = tl.arange(0, BLOCK_IN)[None, :]
     up_offset = num_out.to(tl.int64) * width
-    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + column[None, :]
-    inside = is_out[:, None] & (column < width)[None, :]
-    weight = tl.load(weight_at, mask=inside, other=0.0, eviction_policy="evict_first")
-    up = weight
-    if IS_GATED:
-        up = tl.load(weight_at + up_offset, mask=inside, other=0.0, eviction_policy="evict_first")
+    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + columns
+    weight, up = _load_tile(weight_at, up_offset, 0, columns, width, is_out, IS_GATED, EVICTION)
+    if TILES_AHEAD == 2:
+        weight_2, up_2 = _load_tile(weight_at, up_offset, BLOCK_IN, columns, width, is_out, IS_GATED, EVICTION)
     if HAS_PDL:
         # Kernels before this one may still run, two or more of them. Above this line only weights are read, which no
         # step writes, and nothing is written: memory that is new to this kernel may be in use by those.
         gdc_wait()
+    x_columns = columns
+    if REPEATS_X:
+        # Each value is loaded once an output, by the thread that has that output's weight: none changes hands in the
+        # loop, which otherwise takes a barrier a tile.
+        x_columns = tl.broadcast_to(columns, (BLOCK_OUT, BLOCK_IN))
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    squares = tl.zeros((BLOCK_IN,), tl.float32)
-    for start in range(0, width, BLOCK_IN):
-        here = start + column < width
-        x = tl.load(x_ptr + start + column, mask=here, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += x * x
-            x *= tl.load(norm_ptr + start + column, mask=here, other=0.0).to(tl.float32)
-        sums += weight.to(tl.float32) * x[None, :]
-        if IS_GATED:
-            up_sums += up.to(tl.float32) * x[None, :]
-        following = start + BLOCK_IN
-        inside = is_out[:, None] & (following + column < width)[None, :]
-        weight = tl.load(weight_at + following, mask=inside, other=0.0, eviction_policy="evict_first")
-        if IS_GATED:
-            up = tl.load(weight_at + up_offset + following, mask=inside, other=0.0, eviction_policy="evict_first")
+    squares = tl.zeros(x_columns.shape, tl.float32)
+    for start in range(0, width, TILES_AHEAD * BLOCK_IN):
+        at = start + x_columns
+        sums, up_sums, squares = _add_tile(
+            sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+        )
+        following = start + TILES_AHEAD * BLOCK_IN
+        weight, up = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED, EVICTION)
+        if TILES_AHEAD == 2:  # a turn has both: a tile that moved to other registers would have to have arrived first
+            at += BLOCK_IN
+            sums, up_sums, squares = _add_tile(
+                sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+            )
+            following += BLOCK_IN
+            weight_2, up_2 = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED, EVICTION)
     result, up_result = tl.sum(sums, axis=1), tl.sum(up_sums, axis=1)
     if HAS_NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / width + eps)
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + eps)
         result *= scale
         up_result *= scale
     if HAS_BIAS:
@@ -113,6 +145,10 @@ class SingleRowKernels:
     """Programs of many outputs would be too few for a row as short as a hidden state."""
     onto_residual: Cut = Cut(8, 1024, 8)
     """As many outputs as the hidden state has values, of longer rows: so larger programs."""
+    repeats_x: bool = False
+    """This and what follows are candidates that only the benchmark may choose: to go, or to be the one way."""
+    tiles_ahead: Literal[1, 2] = 1
+    evicts_first: bool = True
 
     @classmethod
     def for_capability(cls, capability: int) -> Self:
@@ -156,6 +192,7 @@ class SingleRowKernels:
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
             BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
-            HAS_PDL=self.has_pdl, num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+            HAS_PDL=self.has_pdl, REPEATS_X=self.repeats_x, TILES_AHEAD=self.tiles_ahead,
+            EVICTION="evict_first" if self.evicts_first else "", num_warps=cut.num_warps, launch_pdl=self.has_pdl,
         )  # fmt: skip
         return out
