@@ -1,25 +1,46 @@
-"""The chains that tests/gpu/bench_products.py times compute the same thing."""
+"""What tests/gpu/bench_products.py times computes the same thing in each way."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.gpu import bench_products
-from tests.gpu.bench_products import Layer, run_fp32, run_single_row, run_today
+from tests.gpu.bench_products import EPS, LOADS, Candidate, Layer, list_candidates, run_fp32, run_single_row, run_today
 
 
 def test_chains_of_both_kinds_of_kernels_give_what_plain_torch_gives(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toka_engine.model.kernels.single_row import Cut, SingleRowKernels
+    from toka_engine.model.kernels.single_row import Cut
 
-    for name, size in (("HIDDEN", 64), ("QKV", 96), ("MIXED", 64), ("INNER", 128)):
+    for name, size in (("HIDDEN", 80), ("QKV", 96), ("MIXED", 64), ("INNER", 176)):
         monkeypatch.setattr(bench_products, name, size)
     torch.manual_seed(1)
     layers = [Layer.random(device, torch.float32, 0.2) for _ in range(2)]
-    start = torch.randn(1, 64, device=device)
+    start = torch.randn(1, 80, device=device)
     expected = run_fp32(layers, start)
-    few_programs = SingleRowKernels(False, False, Cut(16, 32, 2), Cut(16, 64, 4))
-    for found in (run_single_row(few_programs, layers, start.clone()), run_today(layers, start.clone())):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    few_programs = [Candidate(Cut(16, 32, 2), Cut(16, 64, 4), loads, has_pdl=False) for loads in LOADS]
+    found = [run_single_row(each.kernels, layers, start.clone()) for each in few_programs]
+    for each in [*found, run_today(layers, start.clone())]:
+        torch.testing.assert_close(each, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_both_kinds_of_kernels_give_what_plain_torch_gives(device: torch.device) -> None:
+    from toka_engine.model.kernels.single_row import Cut
+
+    torch.manual_seed(1)
+    row, norm, weight = (torch.randn(*shape, device=device) for shape in ((1, 80), (80,), (40, 80)))
+    expected = F.linear(F.rms_norm(row, (80,), norm, EPS), weight)
+    few_programs = Candidate(Cut(16, 32, 2), has_pdl=False).kernels
+    torch.testing.assert_close(bench_products.head_today(norm, row, weight), expected, atol=1e-4, rtol=1e-4)
+    found = bench_products.head_of_single_row(few_programs, norm, row, weight)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_candidates_are_the_engines_kernels_and_others_each_once() -> None:
+    candidates = list_candidates()
+    kernels = [each.kernels for each in candidates]
+    assert kernels[0] == bench_products.ENGINE
+    assert len(set(kernels)) == len(set(map(str, candidates))) == len(kernels) <= 30

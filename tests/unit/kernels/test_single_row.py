@@ -100,6 +100,24 @@ def test_a_product_is_added_once_and_to_its_row_alone(
     assert torch.equal(rows[[0, 2]], before[[0, 2]])
 
 
+@pytest.mark.parametrize(("width", "num_out"), [(100, 37), (1100, 6)])
+@pytest.mark.parametrize("loads", [{"repeats_x": True}, {"tiles_ahead": 2}, {"repeats_x": True, "tiles_ahead": 2}])
+def test_other_loads_give_the_same(kernels, draw, loads, width, num_out) -> None:
+    from toka_engine.model.kernels.single_row import Cut
+
+    cut = Cut(16, 128, 4)  # nine tiles, and one alone
+    usual = replace(kernels, behind_norm=cut, onto_residual=cut)
+    x, norm, weight = draw(BF16, 1, width), draw(BF16, width), draw(BF16, 2 * num_out, width)
+    sums = []
+    for each in (usual, replace(usual, **loads)):
+        sums.append(torch.zeros(1, 2 * num_out, dtype=BF16, device=x.device))
+        each.add_product(x, weight, None, sums[-1])
+        sums.append(each.product(x, norm, EPS, weight, None))
+        sums.append(each.gated_product(x, norm, EPS, weight, None))
+    for expected, found in zip(sums[:3], sums[3:], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("adds", [False, True])
 def test_bias_and_residual_are_added_before_the_one_rounding(kernels, draw, adds) -> None:
     x, norm, weight = draw(BF16, 1, 320), draw(BF16, 320), draw(BF16, 64, 320)

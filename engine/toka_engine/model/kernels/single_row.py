@@ -3,7 +3,8 @@
 A step of one row waits for its weights and for nothing else, so what counts is how little lies between two reads of
 them. What is small is done again by every program (the norm's sum of squares) or by the one that has the result. From
 compute capability 9.0 on, each kernel starts while the one before ends (programmatic dependent launch): it asks for its
-weights at once, and waits before it touches anything that a kernel writes.
+weights at once, and waits before it touches anything that a kernel writes. To ask for a program's whole rows of weights
+at that moment, with bulk prefetches into L2, was measured and lost (H100, 1B shape: 55.3 us a layer, 47.8 without).
 
 Sums are fp32, and a result is rounded once: nothing between norm, product, activation and sum is.
 """
@@ -11,7 +12,7 @@ Sums are fp32, and a result is rounded once: nothing between norm, product, acti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import triton
@@ -19,27 +20,33 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _OVERLAPPING_CAPABILITY = 90
-"""The first that has dependent launches and bulk prefetches."""
-
-_PREFETCH = tl.constexpr(
-    """{
-    .reg .pred is_first;
-    .reg .u32 thread;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 is_first, thread, 0;
-    @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.u32 $0, 0;
-    }"""
-)
+"""The first that has dependent launches."""
 
 
 @triton.jit
-def _prefetch(begin, num_bytes):
-    """Ask for [begin, begin + num_bytes) to be in L2, as far as it is whole units of 16 bytes: for nothing beyond."""
-    first = (begin.to(tl.int64) + 15) & -16
-    size = (((begin.to(tl.int64) + num_bytes) & -16) - first).to(tl.int32)
-    if size > 0:
-        tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [first, size], dtype=tl.int32, is_pure=False, pack=1)
+def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl.constexpr, EVICTION: tl.constexpr):
+    """Values [start, start + BLOCK_IN) of the program's rows of weights, and with IS_GATED of those of up."""
+    inside = is_out[:, None] & (start + columns < width)
+    weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy=EVICTION)
+    up = weight
+    if IS_GATED:
+        up = tl.load(weight_at + up_offset + start, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return weight, up
+
+
+@triton.jit
+def _add_tile(
+    sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr
+):
+    """The sums with the products of a tile of weights and the values `at` of x."""
+    x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        squares += x * x
+        x *= tl.load(norm_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    sums += weight.to(tl.float32) * x
+    if IS_GATED:
+        up_sums += up.to(tl.float32) * x
+    return sums, up_sums, squares
 
 
 # A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. Nothing rests on the number of
@@ -61,51 +68,49 @@ def _single_row_kernel(
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PDL: tl.constexpr,
-    HAS_PREFETCH: tl.constexpr,
+    REPEATS_X: tl.constexpr,
+    TILES_AHEAD: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     if HAS_PDL:
         gdc_launch_dependents()
-    first_out = tl.program_id(0) * BLOCK_OUT
-    outs, column = first_out + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = outs < num_out
+    columns = tl.arange(0, BLOCK_IN)[None, :]
     up_offset = num_out.to(tl.int64) * width
-    if HAS_PREFETCH:
-        chunk = weight_ptr + first_out.to(tl.int64) * width
-        element_bytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-        num_bytes = tl.minimum(BLOCK_OUT, num_out - first_out) * width * element_bytes
-        _prefetch(chunk, num_bytes)
-        if IS_GATED:
-            _prefetch(chunk + up_offset, num_bytes)
-    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + column[None, :]
-    inside = is_out[:, None] & (column < width)[None, :]
-    weight = tl.load(weight_at, mask=inside, other=0.0, eviction_policy="evict_first")
-    up = weight
-    if IS_GATED:
-        up = tl.load(weight_at + up_offset, mask=inside, other=0.0, eviction_policy="evict_first")
+    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + columns
+    weight, up = _load_tile(weight_at, up_offset, 0, columns, width, is_out, IS_GATED, EVICTION)
+    if TILES_AHEAD == 2:
+        weight_2, up_2 = _load_tile(weight_at, up_offset, BLOCK_IN, columns, width, is_out, IS_GATED, EVICTION)
     if HAS_PDL:
         # Kernels before this one may still run, two or more of them. Above this line only weights are read, which no
         # step writes, and nothing is written: memory that is new to this kernel may be in use by those.
         gdc_wait()
+    x_columns = columns
+    if REPEATS_X:
+        # Each value is loaded once an output, by the thread that has that output's weight: none changes hands in the
+        # loop, which otherwise takes a barrier a tile.
+        x_columns = tl.broadcast_to(columns, (BLOCK_OUT, BLOCK_IN))
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    squares = tl.zeros((BLOCK_IN,), tl.float32)
-    for start in range(0, width, BLOCK_IN):
-        here = start + column < width
-        x = tl.load(x_ptr + start + column, mask=here, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += x * x
-            x *= tl.load(norm_ptr + start + column, mask=here, other=0.0).to(tl.float32)
-        sums += weight.to(tl.float32) * x[None, :]
-        if IS_GATED:
-            up_sums += up.to(tl.float32) * x[None, :]
-        following = start + BLOCK_IN
-        inside = is_out[:, None] & (following + column < width)[None, :]
-        weight = tl.load(weight_at + following, mask=inside, other=0.0, eviction_policy="evict_first")
-        if IS_GATED:
-            up = tl.load(weight_at + up_offset + following, mask=inside, other=0.0, eviction_policy="evict_first")
+    squares = tl.zeros(x_columns.shape, tl.float32)
+    for start in range(0, width, TILES_AHEAD * BLOCK_IN):
+        at = start + x_columns
+        sums, up_sums, squares = _add_tile(
+            sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+        )
+        following = start + TILES_AHEAD * BLOCK_IN
+        weight, up = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED, EVICTION)
+        if TILES_AHEAD == 2:  # a turn has both: a tile that moved to other registers would have to have arrived first
+            at += BLOCK_IN
+            sums, up_sums, squares = _add_tile(
+                sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+            )
+            following += BLOCK_IN
+            weight_2, up_2 = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED, EVICTION)
     result, up_result = tl.sum(sums, axis=1), tl.sum(up_sums, axis=1)
     if HAS_NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / width + eps)
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + eps)
         result *= scale
         up_result *= scale
     if HAS_BIAS:
@@ -132,22 +137,23 @@ class Cut:
 class SingleRowKernels:
     """An ops.SingleRow. How a product is cut depends on what it is; any width and number of outputs will do.
 
-    The cuts are those that were the fastest on an H100 at the 1B shape, then with dependent launches and without
-    prefetches (tests/gpu/bench_products.py).
+    The cuts are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_products.py).
     """
 
     has_pdl: bool
-    has_prefetch: bool
-    behind_norm: Cut = Cut(2, 512, 2)
+    behind_norm: Cut = Cut(4, 512, 4)
     """Programs of many outputs would be too few for a row as short as a hidden state."""
-    onto_residual: Cut = Cut(4, 1024, 8)
+    onto_residual: Cut = Cut(8, 1024, 8)
     """As many outputs as the hidden state has values, of longer rows: so larger programs."""
+    repeats_x: bool = False
+    """This and what follows are candidates that only the benchmark may choose: to go, or to be the one way."""
+    tiles_ahead: Literal[1, 2] = 1
+    evicts_first: bool = True
 
     @classmethod
     def for_capability(cls, capability: int) -> Self:
         """`capability` of the device, as 90."""
-        overlaps = capability >= _OVERLAPPING_CAPABILITY
-        return cls(has_pdl=overlaps, has_prefetch=overlaps)
+        return cls(has_pdl=capability >= _OVERLAPPING_CAPABILITY)
 
     def product(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
@@ -186,7 +192,7 @@ class SingleRowKernels:
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
             BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
-            HAS_PDL=self.has_pdl, HAS_PREFETCH=self.has_prefetch,
-            num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+            HAS_PDL=self.has_pdl, REPEATS_X=self.repeats_x, TILES_AHEAD=self.tiles_ahead,
+            EVICTION="evict_first" if self.evicts_first else "", num_warps=cut.num_warps, launch_pdl=self.has_pdl,
         )  # fmt: skip
         return out
