@@ -89,7 +89,7 @@ def _single_row_kernel(
     x_columns = columns
     if REPEATS_X:
         # Each value is loaded once an output, by the thread that has that output's weight: none changes hands in the
-        # loop, which otherwise takes a barrier a tile.
+        # loop, which otherwise takes two barriers a tile.
         x_columns = tl.broadcast_to(columns, (BLOCK_OUT, BLOCK_IN))
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
@@ -146,7 +146,7 @@ class SingleRowKernels:
     onto_residual: Cut = Cut(8, 1024, 8)
     """As many outputs as the hidden state has values, of longer rows: so larger programs."""
     repeats_x: bool = False
-    """This and what follows are candidates that only the benchmark may choose: to go, or to be the one way."""
+    """Candidates, like the next two, that the benchmark alone sets: once measured, each goes or becomes the one way."""
     tiles_ahead: Literal[1, 2] = 1
     evicts_first: bool = True
 
