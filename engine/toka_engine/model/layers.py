@@ -56,13 +56,13 @@ class _Product:
         self._single_row = None if ops.single_row is None else (ops.single_row, projections)
 
     def find_single_row(
-        self, residual: torch.Tensor, pending: torch.Tensor | None = None
+        self, rows: torch.Tensor, pending: torch.Tensor | None = None
     ) -> tuple[SingleRow, Projections] | None:
         """What a step of one row is computed with, if this is one, the device has kernels for it, and nothing is
         pending: those kernels leave nothing, and add nothing that others have left.
         """
         # In this order: where there are no kernels, a trace must not ask for the rows.
-        if self._single_row is None or residual.shape[0] != 1 or pending is not None:
+        if self._single_row is None or rows.shape[0] != 1 or pending is not None:
             return None
         return self._single_row
 
@@ -97,6 +97,21 @@ class ResidualLinear:
         kernels, projections = found
         kernels.add_product(x, projections.weight, projections.bias, residual)
         return None
+
+
+class PlainLinear:
+    """A product of rows that are no residual stream, as the head's."""
+
+    def __init__(self, ops: Ops, projections: Projections) -> None:
+        self._product = _Product(ops, projections)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, out]."""
+        found = self._product.find_single_row(x)
+        if found is None:
+            return self._product.of_many_rows(x)
+        kernels, projections = found
+        return kernels.plain_product(x, projections.weight, projections.bias)
 
 
 class GatedMlp:

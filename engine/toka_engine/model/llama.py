@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from toka_engine.model.attention.base import AttentionBackend
-from toka_engine.model.layers import GatedMlp, NormedLinear, ResidualLinear, ResidualNorm, fuse
+from toka_engine.model.layers import (
+    GatedMlp,
+    NormedLinear,
+    PlainLinear,
+    Projections,
+    ResidualLinear,
+    ResidualNorm,
+    fuse,
+)
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
@@ -98,7 +106,7 @@ class Llama:
         self._norm = ResidualNorm(ops, norm, config.rms_norm_eps)
         tied = config.has_tied_embeddings
         head = self._embedding if tied else weights.take("lm_head.weight", vocab_shape)
-        self._head = ops.make_linear(head, None)
+        self._head = PlainLinear(ops, Projections(head, None))
         self._cos_sin = build_cos_sin(config.rope, config.head_dim, config.max_positions).to(weights.device)
 
     def forward(self, ids: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:

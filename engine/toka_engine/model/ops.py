@@ -73,6 +73,15 @@ class SingleRow(Protocol):
         """Add the product of x to `residual`, in place."""
         ...
 
+    def plain_product(
+        self,
+        x: torch.Tensor,  # [1, in]
+        weight: torch.Tensor,  # [out, in]
+        bias: torch.Tensor | None,  # [out]
+    ) -> torch.Tensor:
+        """Of x, with nothing around it: [1, out]."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Ops:

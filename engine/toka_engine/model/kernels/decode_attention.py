@@ -42,10 +42,9 @@ class Cut:
     def of(cls, head_dim: int) -> Cut:
         """Blocks of 16 KB (32 KB for a head of 256), and about four programs for each of an H100's 132 processors.
 
-        Of those that tests/gpu/bench_decode_attention.py times on an H100 the best for heads of 64.
+        For heads of 64 and 128 the best of those that tests/gpu/bench_decode_attention.py times, on an H100.
         """
-        small = head_dim <= 64
-        return cls(block_tokens=64 if small else 32, num_warps=2 if small else 4, num_programs=512)
+        return cls(block_tokens=64 if head_dim <= 64 else 32, num_warps=2 if head_dim <= 128 else 4, num_programs=512)
 
     def count_splits(self, rows: int, num_kv_heads: int) -> int:
         """Splits of each row's tokens: the largest power of 2 with which there are at most `num_programs` programs.

@@ -3,8 +3,10 @@
 A step of one row waits for its weights and for nothing else, so what counts is how little lies between two reads of
 them. What is small is done again by every program (the norm's sum of squares) or by the one that has the result. From
 compute capability 9.0 on, each kernel starts while the one before ends (programmatic dependent launch): it asks for its
-weights at once, and waits before it touches anything that a kernel writes. To ask for a program's whole rows of weights
-at that moment, with bulk prefetches into L2, was measured and lost (H100, 1B shape: 55.3 us a layer, 47.8 without).
+weights at once, and waits before it touches anything that a kernel writes. Measured on an H100 at the 1B shape, a layer
+without attention: 58.8 us with a kernel each for norm, product, activation and sum, 51.2 so, 47.3 with dependent
+launches, 44.7 with two tiles of weights on their way instead of one. What lost: bulk prefetches into L2 of a program's
+whole weights (55.3), x loaded once an output to spare the exchange in shared memory (46.9), weights that L2 may keep.
 
 Sums are fp32, and a result is rounded once: nothing between norm, product, activation and sum is.
 """
@@ -12,7 +14,7 @@ Sums are fp32, and a result is rounded once: nothing between norm, product, acti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import triton
@@ -24,13 +26,13 @@ _OVERLAPPING_CAPABILITY = 90
 
 
 @triton.jit
-def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl.constexpr, EVICTION: tl.constexpr):
+def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl.constexpr):
     """Values [start, start + BLOCK_IN) of the program's rows of weights, and with IS_GATED of those of up."""
     inside = is_out[:, None] & (start + columns < width)
-    weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy=EVICTION)
+    weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
     up = weight
     if IS_GATED:
-        up = tl.load(weight_at + up_offset + start, mask=inside, other=0.0, eviction_policy=EVICTION)
+        up = tl.load(weight_at + up_offset + start, mask=inside, other=0.0, eviction_policy="evict_first")
     return weight, up
 
 
@@ -68,9 +70,6 @@ def _single_row_kernel(
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PDL: tl.constexpr,
-    REPEATS_X: tl.constexpr,
-    TILES_AHEAD: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     if HAS_PDL:
         gdc_launch_dependents()
@@ -79,35 +78,29 @@ def _single_row_kernel(
     columns = tl.arange(0, BLOCK_IN)[None, :]
     up_offset = num_out.to(tl.int64) * width
     weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + columns
-    weight, up = _load_tile(weight_at, up_offset, 0, columns, width, is_out, IS_GATED, EVICTION)
-    if TILES_AHEAD == 2:
-        weight_2, up_2 = _load_tile(weight_at, up_offset, BLOCK_IN, columns, width, is_out, IS_GATED, EVICTION)
+    weight, up = _load_tile(weight_at, up_offset, 0, columns, width, is_out, IS_GATED)
+    weight_2, up_2 = _load_tile(weight_at, up_offset, BLOCK_IN, columns, width, is_out, IS_GATED)
     if HAS_PDL:
         # Kernels before this one may still run, two or more of them. Above this line only weights are read, which no
         # step writes, and nothing is written: memory that is new to this kernel may be in use by those.
         gdc_wait()
-    x_columns = columns
-    if REPEATS_X:
-        # Each value is loaded once an output, by the thread that has that output's weight: none changes hands in the
-        # loop, which otherwise takes two barriers a tile.
-        x_columns = tl.broadcast_to(columns, (BLOCK_OUT, BLOCK_IN))
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    squares = tl.zeros(x_columns.shape, tl.float32)
-    for start in range(0, width, TILES_AHEAD * BLOCK_IN):
-        at = start + x_columns
+    squares = tl.zeros((1, BLOCK_IN), tl.float32)
+    # A turn has both tiles that are on their way: one that moved to other registers would have to have arrived first.
+    for start in range(0, width, 2 * BLOCK_IN):
+        at = start + columns
         sums, up_sums, squares = _add_tile(
             sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
         )
-        following = start + TILES_AHEAD * BLOCK_IN
-        weight, up = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED, EVICTION)
-        if TILES_AHEAD == 2:  # a turn has both: a tile that moved to other registers would have to have arrived first
-            at += BLOCK_IN
-            sums, up_sums, squares = _add_tile(
-                sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
-            )
-            following += BLOCK_IN
-            weight_2, up_2 = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED, EVICTION)
+        following = start + 2 * BLOCK_IN
+        weight, up = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED)
+        at += BLOCK_IN
+        sums, up_sums, squares = _add_tile(
+            sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+        )
+        following += BLOCK_IN
+        weight_2, up_2 = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED)
     result, up_result = tl.sum(sums, axis=1), tl.sum(up_sums, axis=1)
     if HAS_NORM:
         scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + eps)
@@ -141,14 +134,9 @@ class SingleRowKernels:
     """
 
     has_pdl: bool
-    behind_norm: Cut = Cut(4, 512, 4)
+    behind_norm: Cut = Cut(2, 512, 2)
     """Programs of many outputs would be too few for a row as short as a hidden state."""
-    onto_residual: Cut = Cut(8, 1024, 8)
-    """As many outputs as the hidden state has values, of longer rows: so larger programs."""
-    repeats_x: bool = False
-    """Candidates, like the next two, that the benchmark alone sets: once measured, each goes or becomes the one way."""
-    tiles_ahead: Literal[1, 2] = 1
-    evicts_first: bool = True
+    other: Cut = Cut(8, 1024, 8)
 
     @classmethod
     def for_capability(cls, capability: int) -> Self:
@@ -173,7 +161,11 @@ class SingleRowKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> None:
         """See ops.SingleRow."""
-        self._launch(self.onto_residual, x, weight, bias, residual, adds=True)
+        self._launch(self.other, x, weight, bias, residual, adds=True)
+
+    def plain_product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.SingleRow."""
+        return self._launch(self.other, x, weight, bias, x.new_empty((1, weight.shape[0])))
 
     def _launch(
         self,
@@ -192,7 +184,6 @@ class SingleRowKernels:
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
             BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
-            HAS_PDL=self.has_pdl, REPEATS_X=self.repeats_x, TILES_AHEAD=self.tiles_ahead,
-            EVICTION="evict_first" if self.evicts_first else "", num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+            HAS_PDL=self.has_pdl, num_warps=cut.num_warps, launch_pdl=self.has_pdl,
         )  # fmt: skip
         return out
