@@ -160,9 +160,9 @@ def test_what_is_compiled_on_a_gpu_gives_the_reference_logits_on_a_cpu_and_compi
     def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: F.linear(x, weight, bias)
 
-    def mark_rows(ids: torch.Tensor) -> None:
+    def mark_rows(ids: torch.Tensor, max_rows: int) -> None:
         if ids.shape[0] > 1:
-            mark_dynamic(ids, 0, min=2, max=compilation._MAX_ROWS)
+            mark_dynamic(ids, 0, min=2, max=max_rows)
 
     like_cuda = replace(cpu_ops.make_ops(), make_linear=make_linear, has_packed_products=False)
     monkeypatch.setattr(cpu_ops, "make_ops", lambda: like_cuda)

@@ -33,8 +33,9 @@ from toka_engine.model.runner import Runner
 
 _FIRST_ROWS = {"cpu": 2, "cuda": 1024}
 """Rows of the first run: on a GPU, those at which Triton's kernels choose how they are launched."""
-_MAX_ROWS = 1 << 20
-"""More than any step has."""
+_LARGEST_FORWARD = 1 << 14
+"""Rows that a step may have where the settings do not say: twice the default on a GPU. A larger bound would cost models
+their start: inductor counts in 32 bits and refuses a number of rows with which any tensor could have more elements."""
 
 _log = logging.getLogger("toka.model")
 
@@ -52,7 +53,7 @@ def compile_ops(ops: Ops, device: torch.device, config: EngineConfig) -> Ops:
 
     def make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
         compiled = CompiledModel(model, outside)
-        compiled.compile(device, mode)
+        compiled.compile(device, mode, max(max_seqs, config.max_tokens_per_forward or _LARGEST_FORWARD))
         return ops.make_runner(compiled, attention, max_seqs, config)
 
     return replace(
@@ -89,8 +90,8 @@ class CompiledModel:
         return self._forward(ids)
 
     @torch.inference_mode()
-    def compile(self, device: torch.device, mode: str) -> None:
-        """Compile for any number of rows, by a run with many and one with a single row. Raises ConfigError."""
+    def compile(self, device: torch.device, mode: str, max_rows: int) -> None:
+        """Compile for up to `max_rows` rows, by a run with many and one with a single row. Raises ConfigError."""
         began_s = time.monotonic()
         settings: dict[str, Any] = {
             **list_mode_options(mode),
@@ -103,7 +104,7 @@ class CompiledModel:
             with inductor.patch(settings):
                 for rows in (_FIRST_ROWS[device.type], 1):
                     ids = torch.zeros(rows, dtype=torch.int32, device=device)
-                    _mark_rows(ids)
+                    _mark_rows(ids, max_rows)
                     self.forward(ids, blank)
         except TorchDynamoException as error:
             _log.error("event=compile_failed\n%s", error)
@@ -156,8 +157,8 @@ class _BlankAttention:
         return q.new_zeros(q.shape)
 
 
-def _mark_rows(ids: torch.Tensor) -> None:
-    """Say, before a trace, that `ids` [rows] may have any number of rows.
+def _mark_rows(ids: torch.Tensor, max_rows: int) -> None:
+    """Say, before a trace, that `ids` [rows] may have any number of rows up to `max_rows`.
 
     On a CPU there is one trace, of a number that it knows nothing about, so that a row gets the same bits alone and
     among others: seeded requests rest on that. What knows nothing fuses less: a norm is two kernels instead of one. So
@@ -166,7 +167,7 @@ def _mark_rows(ids: torch.Tensor) -> None:
     if ids.device.type == "cpu":
         mark_unbacked(ids, 0)
     elif ids.shape[0] > 1:
-        mark_dynamic(ids, 0, min=2, max=_MAX_ROWS)
+        mark_dynamic(ids, 0, min=2, max=max_rows)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

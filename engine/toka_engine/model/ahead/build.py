@@ -133,12 +133,12 @@ def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
     """
     began_s = time.monotonic()
     title = f"triton capability={capability}"
+    pin_keys()
     variants = Variants(capability)
     variants.record(shapes)
     print(f"{title}: {len(variants.found)} variants of kernels", file=sys.stderr, flush=True)
     folder = folder_of(out_dir, capability)
     cache = KernelCache(folder)
-    pin_keys()
     knobs.cache.dir, knobs.cache.manager_class = str(folder), cache.open
     knobs.compilation.store_binary_only = True
     try:

@@ -8,9 +8,11 @@ into the image's folder first (TOKA_KERNELS_DIR), which is only read, and writes
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
+import pkgutil
 import shutil
 import sysconfig
 import threading
@@ -24,6 +26,7 @@ from triton.runtime.build import platform_key
 from triton.runtime.cache import FileCacheManager
 
 from toka_engine.errors import DeviceUnavailableError, StorageError
+from toka_engine.model import kernels
 from toka_engine.model.compiled.modules import KERNELS_VARIABLE
 
 _log = logging.getLogger("toka.model")
@@ -123,11 +126,17 @@ def find_c_compiler(what: str) -> str:
 
 
 def pin_keys() -> None:
-    """Make the keys of modules in C independent of the machine's programs, as those of kernels are.
+    """Make keys independent of the machine's programs and of what is compiled first. Before the first launch.
 
-    Python asks the program `file`, where there is one, how its own executable is linked, and Triton takes the answer
-    into its keys: once per process.
+    Into a kernel's key Triton takes the constants of the functions that it calls, but of a function that it has not
+    met before it does not know them yet: so it meets all of ours here, a module's functions in their order. Python asks
+    the program `file`, where there is one, how its own executable is linked, and Triton takes the answer into its keys:
+    once per process.
     """
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, triton.JITFunction):
+                _ = value.cache_key
     path = os.environ.get("PATH")
     os.environ["PATH"] = os.devnull
     try:
