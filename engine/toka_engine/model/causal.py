@@ -15,8 +15,13 @@ class CausalModel(Protocol):
 
     config: ModelConfig
 
-    def forward(self, ids: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """ids [T] int32 -> normed hidden states [T, hidden_size]."""
+    def forward(
+        self, ids: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ids [T] int32 -> normed hidden states [T, hidden_size], or those of the rows `wanted` [n], in their order.
+
+        What no later layer reads need not be computed for the others: keys and values are written for all rows.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

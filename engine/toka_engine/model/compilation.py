@@ -82,12 +82,15 @@ class CompiledModel:
 
         self._forward = torch.compile(forward, backend=self.regions, fullgraph=True)
 
-    def forward(self, ids: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """ids [T] int32 -> normed hidden states [T, hidden_size]."""
+    def forward(
+        self, ids: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See causal.CausalModel. All rows are computed to the end: another number of them would be another trace."""
         if not ids.shape[0]:
-            return self._model.forward(ids, attention)
+            return self._model.forward(ids, attention, wanted)
         self._outside.attention = attention
-        return self._forward(ids)
+        hidden: torch.Tensor = self._forward(ids)
+        return hidden if wanted is None else hidden.index_select(0, wanted)
 
     @torch.inference_mode()
     def compile(self, device: torch.device, mode: str, max_rows: int) -> None:

@@ -255,9 +255,7 @@ class CudaRunner(Runner):
         ids = torch.empty_like(slots)
         gather_ids(self._slots, slots, tokens, num_decode, ids)
         self.attention.write_tokens(ids)
-        hidden = self.model.forward(ids, self.attention)
-        if rows is not None:
-            hidden = hidden.index_select(0, row_index)
+        hidden = self.model.forward(ids, self.attention, None if rows is None else row_index)
         return self.model.logits(hidden), None if logit_rows is None else logit_index
 
     def _saved_s(self, step: Step) -> float:

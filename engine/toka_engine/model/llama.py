@@ -68,16 +68,25 @@ class Attention:
             )
 
     def __call__(
-        self, pending: torch.Tensor | None, residual: torch.Tensor, cos_sin: torch.Tensor, attention: AttentionBackend
-    ) -> torch.Tensor | None:
-        """Add `pending` to `residual` [T, hidden_size] in place, if there is any; returns what is pending then."""
+        self,
+        pending: torch.Tensor | None,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        attention: AttentionBackend,
+        wanted: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Add `pending` to `residual` [T, hidden_size] in place, if there is any; returns what is pending then, and the
+        residual: this one, or of the rows `wanted` alone.
+        """
         heads, kv_heads, rows = self._num_heads, self._num_kv_heads, residual.shape[0]
         qkv = self._qkv(pending, residual).view(rows, heads + 2 * kv_heads, self._head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if self._head_norms is not None:
             q, k = (self._norm_heads(each, weight) for each, weight in zip((q, k), self._head_norms, strict=True))
-        mixed = attention.forward(self._index, q, k, v, cos_sin)
-        return self._out(mixed.reshape(rows, heads * self._head_dim), residual)
+        mixed = attention.forward(self._index, q, k, v, cos_sin).reshape(rows, heads * self._head_dim)
+        if wanted is not None:
+            mixed, residual = mixed.index_select(0, wanted), residual.index_select(0, wanted)
+        return self._out(mixed, residual), residual
 
     def _norm_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._rms_norm(x.reshape(-1, self._head_dim), weight, self._eps).view(x.shape)
@@ -109,14 +118,18 @@ class Llama:
         self._head = PlainLinear(ops, Projections(head, None))
         self._cos_sin = build_cos_sin(config.rope, config.head_dim, config.max_positions).to(weights.device)
 
-    def forward(self, ids: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """ids [T] int32 -> normed hidden states [T, hidden_size]."""
+    def forward(
+        self, ids: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See causal.CausalModel. Beyond its attention the last layer goes on with the wanted rows alone."""
         residual = F.embedding(ids, self._embedding)
         pending: torch.Tensor | None = None
-        for layer in self._layers:
-            pending = layer.attention(pending, residual, self._cos_sin, attention)
+        *others, last = self._layers
+        for layer in others:
+            pending, residual = layer.attention(pending, residual, self._cos_sin, attention)
             pending = layer.mlp(pending, residual)
-        return self._norm(pending, residual)
+        pending, residual = last.attention(pending, residual, self._cos_sin, attention, wanted)
+        return self._norm(last.mlp(pending, residual), residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> [n, vocab_size]."""

@@ -114,12 +114,11 @@ class Runner:
             return self._forward_decode(slots), None
         ids = torch.cat((self.state.last_tokens[slots.long()], self._to_device(step.prefill_tokens)))
         self.attention.write_tokens(ids)
-        hidden = self.model.forward(ids, self.attention)
         num_decode = step.decode_slots.size
         chunks, chunk_of_entry = np.unique(step.fanout_chunks, return_inverse=True)
         last_rows = num_decode + np.cumsum(step.prefill_lengths, dtype=np.int64) - 1
         rows = np.concatenate((np.arange(num_decode, dtype=np.int64), last_rows[chunks]))
-        logits = self.model.logits(hidden[self._to_device(rows)])
+        logits = self.model.logits(self.model.forward(ids, self.attention, self._to_device(rows)))
         if chunks.size == step.fanout_chunks.size and (chunks == step.fanout_chunks).all():
             return logits, None
         logit_rows = np.concatenate((np.arange(num_decode, dtype=np.int64), num_decode + chunk_of_entry.reshape(-1)))
