@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model import cpu_ops
-from toka_engine.model.layers import NormedLinear, Projections, ResidualLinear
+from toka_engine.model.layers import NormedLinear, PlainLinear, Projections, ResidualLinear
 from toka_engine.model.ops import Ops, select_ops
 
 from tests.model.driving import Driver
@@ -53,6 +53,10 @@ class PlainSingleRow:
         self._note("add_product", x, weight)
         residual += F.linear(x, weight, bias)
 
+    def plain_product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._note("plain_product", x, weight)
+        return F.linear(x, weight, bias)
+
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainSingleRow:
@@ -70,7 +74,9 @@ def test_steps_of_one_row_use_the_kernels_and_give_the_reference_logits(
     model, driver = drive_tiny(family, num_hidden_layers=3, **overrides)
     check_parity(model, driver, prompt_len=7, total=11)
     products = [call.removeprefix("gated_") for call in kernels.calls]  # an activation of its own comes behind
-    assert products == ["product", "add_product"] * 2 * 3 * 4  # blocks, layers, decode steps: the prompts went without
+    step = [*["product", "add_product"] * 2 * 3, "plain_product"]  # blocks, layers; the head
+    # Of the prompts the head's product alone, where one row is sampled.
+    assert products == ["plain_product", *step * 4]
 
 
 def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
@@ -78,7 +84,9 @@ def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
 ) -> None:
     def generate() -> torch.Tensor:
         _, driver = drive_tiny(settings={"dtype": "bfloat16"})
-        driver.generate([IDS[:9], IDS[3:20]], 5)
+        driver.prefill({0: IDS[:9], 1: IDS[3:20]})
+        for _ in range(4):
+            driver.decode([0, 1])
         return driver.logits
 
     found = generate()
@@ -94,12 +102,9 @@ def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
     ops = replace(cpu_ops.make_ops(), make_linear=lambda weight, bias: made.append(weight) or (lambda x: x))
     monkeypatch.setattr(cpu_ops, "make_ops", lambda: ops)
     _, driver = drive_tiny("Llama", num_hidden_layers=1)
-    driver.worker.runner.model.logits = lambda hidden: hidden
     driver.prefill({0: [5]})
-    assert kernels.calls == ["product", "add_product", "gated_product", "add_product"]
-    *layer, _head = made
-    assert len(layer) == len(kernels.weights)
-    assert all(ours is theirs for ours, theirs in zip(kernels.weights, layer, strict=True))
+    assert kernels.calls == ["product", "add_product", "gated_product", "add_product", "plain_product"]
+    assert all(ours is theirs for ours, theirs in zip(kernels.weights, made, strict=True))
 
 
 def make_block(ops: Ops) -> tuple[NormedLinear, weakref.ref[torch.Tensor]]:
@@ -140,6 +145,16 @@ def test_a_product_of_one_row_is_in_the_residual_stream_and_one_of_more_is_pendi
     else:
         assert torch.equal(residual, start)
         torch.testing.assert_close(pending, expected)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(1, ["plain_product"]), (2, [])])
+def test_a_product_that_leaves_the_residual_stream_uses_the_kernels_for_one_row_alone(
+    rows: int, calls: list[str], kernels: PlainSingleRow
+) -> None:
+    weight, bias, x = torch.randn(24, 16), torch.randn(24), torch.randn(rows, 16)
+    found = PlainLinear(cpu_ops.make_ops(), Projections(weight, bias))(x)
+    torch.testing.assert_close(found, F.linear(x, weight, bias))
+    assert kernels.calls == calls
 
 
 def test_a_model_that_is_compiled_gets_no_such_kernels(kernels: PlainSingleRow) -> None:

@@ -15,8 +15,17 @@ from toka_engine.model.registry import build_model
 BF16 = torch.bfloat16
 DTYPES = [(torch.float32, 1e-5), (BF16, 1e-2)]
 """With the relative error allowed; the interpreter truncates to bf16 where a GPU rounds."""
-SIZES = [(96, 24), (100, 37), (576, 31), (1100, 6), (2049, 3)]
-"""(width, outputs): within the blocks and beyond, by one value too, and a last program that has outputs too many."""
+SIZES = [
+    (0, 100, 37, False),
+    (1, 0, 1, True),
+    (1, 64, 31, True),
+    (2, 0, 16, False),
+    (2, 1, 3, True),
+    (3, 0, 5, False),
+    (4, 24, 6, True),
+]
+"""(tiles of the cut, more values, outputs, whether there is a bias): a turn of the kernel has two tiles, and a row may
+end within either of them or behind it; the last program may have outputs too many."""
 EPS = 1e-5
 
 
@@ -55,10 +64,10 @@ def product_of(x, weight, bias):
     return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("width", "num_out"), SIZES)
+@pytest.mark.parametrize(("tiles", "more", "num_out", "has_bias"), SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_a_product_is_of_the_norm(kernels, draw, dtype, tolerance, width, num_out, has_bias) -> None:
+def test_a_product_is_of_the_norm(kernels, draw, dtype, tolerance, tiles, more, num_out, has_bias) -> None:
+    width = tiles * kernels.behind_norm.block_in + more
     residual, norm, weight = draw(dtype, 1, width), draw(dtype, width), draw(dtype, num_out, width)
     bias = draw(dtype, num_out) if has_bias else None
     before = residual.clone()
@@ -69,12 +78,12 @@ def test_a_product_is_of_the_norm(kernels, draw, dtype, tolerance, width, num_ou
     assert torch.equal(residual, before)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("width", "num_out"), SIZES)
+@pytest.mark.parametrize(("tiles", "more", "num_out", "has_bias"), SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_a_gated_product_has_the_gate_in_the_first_half(
-    kernels, draw, dtype, tolerance, width, num_out, has_bias
+    kernels, draw, dtype, tolerance, tiles, more, num_out, has_bias
 ) -> None:
+    width = tiles * kernels.behind_norm.block_in + more
     residual, norm, weight = draw(dtype, 1, width), draw(dtype, width), draw(dtype, 2 * num_out, width)
     weight /= 8
     bias = draw(dtype, 2 * num_out) if has_bias else None
@@ -84,15 +93,13 @@ def test_a_gated_product_has_the_gate_in_the_first_half(
     assert relative_error(out, F.silu(gate) * up) < tolerance
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("width", "num_out"), SIZES)
+@pytest.mark.parametrize(("tiles", "more", "num_out", "has_bias"), SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_a_product_is_added_once_and_to_its_row_alone(
-    kernels, draw, dtype, tolerance, width, num_out, has_bias
+    kernels, draw, dtype, tolerance, tiles, more, num_out, has_bias
 ) -> None:
-    rows, weight = draw(dtype, 3, num_out), draw(dtype, num_out, width)
-    packed = draw(dtype, 1, width + 48)
-    x = packed[:, 32 : 32 + width]  # as the heads of q lie beside those of k and v
+    width = tiles * kernels.other.block_in + more
+    rows, weight, x = draw(dtype, 3, num_out), draw(dtype, num_out, width), draw_beside_others(draw, dtype, width)
     bias = draw(dtype, num_out) if has_bias else None
     before = rows.clone()
     kernels.add_product(x, weight, bias, rows[1:2])
@@ -100,22 +107,23 @@ def test_a_product_is_added_once_and_to_its_row_alone(
     assert torch.equal(rows[[0, 2]], before[[0, 2]])
 
 
-@pytest.mark.parametrize(("width", "num_out"), [(100, 37), (1100, 6)])
-@pytest.mark.parametrize("loads", [{"repeats_x": True}, {"tiles_ahead": 2}, {"repeats_x": True, "tiles_ahead": 2}])
-def test_other_loads_give_the_same(kernels, draw, loads, width, num_out) -> None:
-    from toka_engine.model.kernels.single_row import Cut
+@pytest.mark.parametrize(("tiles", "more", "num_out", "has_bias"), SIZES)
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_a_plain_product_is_of_the_row_alone(kernels, draw, dtype, tolerance, tiles, more, num_out, has_bias) -> None:
+    width = tiles * kernels.other.block_in + more
+    x, weight = draw_beside_others(draw, dtype, width), draw(dtype, num_out, width)
+    bias = draw(dtype, num_out) if has_bias else None
+    before = x.clone()
+    out = kernels.plain_product(x, weight, bias)
+    assert out.shape == (1, num_out)
+    assert out.dtype == dtype
+    assert relative_error(out, product_of(x, weight, bias)) < tolerance
+    assert torch.equal(x, before)
 
-    cut = Cut(16, 128, 4)  # nine tiles, and one alone
-    usual = replace(kernels, behind_norm=cut, onto_residual=cut)
-    x, norm, weight = draw(BF16, 1, width), draw(BF16, width), draw(BF16, 2 * num_out, width)
-    sums = []
-    for each in (usual, replace(usual, **loads)):
-        sums.append(torch.zeros(1, 2 * num_out, dtype=BF16, device=x.device))
-        each.add_product(x, weight, None, sums[-1])
-        sums.append(each.product(x, norm, EPS, weight, None))
-        sums.append(each.gated_product(x, norm, EPS, weight, None))
-    for expected, found in zip(sums[:3], sums[3:], strict=True):
-        torch.testing.assert_close(found, expected)
+
+def draw_beside_others(draw, dtype, width):
+    """[1, width] within a longer row, as the heads of q lie beside those of k and v."""
+    return draw(dtype, 1, width + 48)[:, 32 : 32 + width]
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -171,12 +179,14 @@ FIELDS = {
         ("Qwen3ForCausalLM", {}),
     ],
 )
-def test_a_token_alone_gets_the_hidden_state_that_it_gets_among_others(device, kernels, architecture, fields) -> None:
+def test_a_token_alone_gets_the_hidden_state_and_the_logits_that_it_gets_among_others(
+    device, kernels, architecture, fields
+) -> None:
     from toka_engine.model.kernels.single_row import Cut
     from toka_engine.model.kernels.table import make_ops
 
     few_programs = Cut(32, 64, 4)  # each takes the interpreter some milliseconds
-    kernels = replace(kernels, behind_norm=few_programs, onto_residual=few_programs)
+    kernels = replace(kernels, behind_norm=few_programs, other=few_programs)
     config = parse_model_config(ConfigFields({"architectures": [architecture], **FIELDS, **fields}, Path()))
     ops = replace(make_ops(0), single_row=kernels)
     model = build_model(config, RandomWeights(device), ops)
@@ -185,3 +195,7 @@ def test_a_token_alone_gets_the_hidden_state_that_it_gets_among_others(device, k
     alone = torch.cat([model.forward(ids[row : row + 1], FirstTokens()) for row in range(3)])
     torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
     assert not torch.equal(alone, together)  # two ways lead there
+    logits = model.logits(together)
+    logits_alone = torch.cat([model.logits(together[row : row + 1]) for row in range(3)])
+    torch.testing.assert_close(logits_alone, logits, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(logits_alone, logits)
