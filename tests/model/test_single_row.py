@@ -75,8 +75,8 @@ def test_steps_of_one_row_use_the_kernels_and_give_the_reference_logits(
     check_parity(model, driver, prompt_len=7, total=11)
     products = [call.removeprefix("gated_") for call in kernels.calls]  # an activation of its own comes behind
     step = [*["product", "add_product"] * 2 * 3, "plain_product"]  # blocks, layers; the head
-    # Of the prompts the head's product alone, where one row is sampled.
-    assert products == ["plain_product", *step * 4]
+    # Of a prompt what follows the last attention: one row of it is sampled.
+    assert products == ["add_product", "product", "add_product", "plain_product", *step * 4]
 
 
 def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
