@@ -39,7 +39,10 @@ class Sample(Protocol):
 
 
 class SingleRow(Protocol):
-    """Products of a step of one row, each one kernel with what lies around it. Weights are as for `Ops.make_linear`."""
+    """Products of one row, each one kernel with what lies around it. Weights are as for `Ops.make_linear`.
+
+    Of a step of one row these are all products; where a longer step samples one row, those behind the last attention.
+    """
 
     def product(
         self,
