@@ -75,6 +75,22 @@ def test_tokens_are_published_at_the_place_of_the_packet_that_was_taken(parts, d
     assert packets.tokens(places[-2], 2).tolist() == [100 * (2 * RING - 1), 100 * (2 * RING - 1) + 1]
 
 
+def test_the_count_of_packets_may_begin_anew(parts, device: torch.device) -> None:
+    packets, state, table, page_tokens = parts
+    packets._num_taken.fill_((1 << 30) - 2)
+    packets._num_written = (1 << 30) - 2
+    for turn in range(5):
+        place = packets.write(5, ints(turn), ints(turn), NO_APPENDS, ints(0, 0, 0, 0))
+        packets.take(5, state, table, page_tokens)
+        packets.drawn.fill_(turn)
+        packets.publish(5)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert int(packets.slots[0]) == turn
+        assert packets.tokens(place, 1).tolist() == [turn]
+    assert int(packets._num_taken) == 3
+
+
 def test_steps_of_other_sizes_share_the_rings_and_fill_no_more_than_their_size(parts) -> None:
     packets, state, table, page_tokens = parts
     packets.write(5, ints(1, 2, 3, 4, 5), ints(1, 2, 3, 0, 1), NO_APPENDS, ints(0, 0, 0, 0))

@@ -18,6 +18,8 @@ from toka_engine.model.kernels.slots import SlotState
 
 RING = 4
 """Packets that may be on their way. More than the steps in flight."""
+_COUNT_MASK = tl.constexpr((1 << 30) - 1)
+"""Packets are counted in int32, to a multiple of RING: at a thousand steps a second 31 bits last for 25 days."""
 _HEADER = 8
 """int32 words: how many pages are appended, one unused, then random as two int64. Then five arrays [max_rows]."""
 _RANDOM = 2
@@ -130,7 +132,7 @@ def _take_kernel(
         tl.store(positions_ptr + start + row, position, mask=inside)
         tl.store(ids_ptr + start + row, last, mask=inside)
         tl.store(page_tokens_ptr + page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, last, mask=inside)
-    tl.store(num_taken_ptr, taken + 1)
+    tl.store(num_taken_ptr, (taken + 1) & _COUNT_MASK)
 
 
 @triton.jit(do_not_specialize=["size", "max_rows"])
@@ -138,5 +140,5 @@ def _publish_kernel(
     results_ptr, num_taken_ptr, drawn_ptr, size, max_rows, BLOCK: tl.constexpr, RING_SIZE: tl.constexpr
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = (tl.load(num_taken_ptr) - 1) % RING_SIZE
+    place = (tl.load(num_taken_ptr) + RING_SIZE - 1) % RING_SIZE
     tl.store(results_ptr + place * max_rows + row, tl.load(drawn_ptr + row, mask=row < size), mask=row < size)
