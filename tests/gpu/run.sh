@@ -1,6 +1,6 @@
 #!/bin/bash
 # On a GPU machine, in the repository root: correctness first, then timing. Usage: tests/gpu/run.sh OUT_DIR MODEL_DIR
-# MODEL_DIR holds a model of the Llama-3.2-1B shape. Details go to OUT_DIR; each part runs whatever the others gave.
+# MODEL_DIR holds a model of the Llama-3.2-1B shape; TOKA_BUILTIN_DIR may name a folder that holds the built-in one. Details go to OUT_DIR; each part runs whatever the others gave.
 out=$1
 model=$2
 export PYTHONUNBUFFERED=1 TOKA_TEST_KERNELS=gpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -17,6 +17,7 @@ part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_pag
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
+part smollm2 120 $pytest tests/gpu/test_smollm2.py
 part whole_steps 90 $pytest tests/gpu/test_whole_steps.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py

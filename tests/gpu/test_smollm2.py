@@ -1,16 +1,13 @@
-"""SmolLM2 with its real weights on the GPU: text, not noise, so that greedy tokens must agree, too.
-
-TOKA_TEST_SMOLLM2 names its folder, which `python -m toka_engine.model.convert` writes.
-"""
+"""SmolLM2 with its real weights on the GPU: text, not noise, so that greedy tokens must agree, too."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from toka_engine.model.builtin import ensure_builtin
 
 from tests.gpu.test_parity import check, drive, generate
 
@@ -29,7 +26,7 @@ NUM_TOKENS = 80
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return Path(os.environ["TOKA_TEST_SMOLLM2"])
+    return ensure_builtin()
 
 
 @pytest.fixture(scope="module")
