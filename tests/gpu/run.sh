@@ -1,6 +1,7 @@
 #!/bin/bash
 # On a GPU machine, in the repository root: correctness first, then timing. Usage: tests/gpu/run.sh OUT_DIR MODEL_DIR
-# MODEL_DIR holds a model of the Llama-3.2-1B shape; TOKA_BUILTIN_DIR may name a folder that holds the built-in one. Details go to OUT_DIR; each part runs whatever the others gave.
+# MODEL_DIR holds a model of the Llama-3.2-1B shape; TOKA_BUILTIN_DIR may name a folder with the built-in one. Details go to
+# OUT_DIR; each part runs whatever the others gave.
 out=$1
 model=$2
 export PYTHONUNBUFFERED=1 TOKA_TEST_KERNELS=gpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
