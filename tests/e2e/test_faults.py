@@ -55,7 +55,9 @@ def test_an_image_that_does_not_exist_is_named(installation: Installation, names
 
 
 def test_an_engine_that_outgrows_its_memory_is_called_out_of_memory(installation: Installation, namespace: str) -> None:
-    smollm2 = installation.deploy(namespace, resources={"device": "cpu", "memory": "150Mi"})
+    # Less than the first process needs of its own: near a limit the kernel drops pages of libraries and reads them
+    # again, for minutes if they are not in memory yet.
+    smollm2 = installation.deploy(namespace, resources={"device": "cpu", "memory": "64Mi"})
     failure = wait_for_failure(smollm2, "OutOfMemory")
     assert failure["restarts"] >= 0
 
