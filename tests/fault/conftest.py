@@ -1,7 +1,7 @@
-"""Tiny models, as the model tier makes them."""
+"""Models, as the model tier makes and finds them."""
 
 from __future__ import annotations
 
-from tests.model.conftest import make_tiny
+from tests.model.conftest import make_tiny, smollm2
 
-__all__ = ["make_tiny"]
+__all__ = ["make_tiny", "smollm2"]
