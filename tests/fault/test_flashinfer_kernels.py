@@ -33,7 +33,7 @@ from toka_engine.errors import TokaError
 from toka_engine.model.compiled.modules import Kind, load_modules
 kind = Kind(sys.argv[1])
 try:
-    print("loaded", callable(load_modules([kind], int(sys.argv[2]))[kind].run))
+    print("loaded", callable(load_modules([kind], int(sys.argv[2]))[kind].paged_run))
 except TokaError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
