@@ -158,8 +158,8 @@ class CudaRunner(Runner):
     def _plan_sampling(self, step: Step) -> SamplePlan:
         """As plan_sampling. Decode steps of the same rows share one plan: nothing in it changes from step to step."""
         last, slots = self._last_plan, step.decode_slots
-        is_as_before = last is not None and not step.new_slots.size and not step.fanout_slots.size
-        if last is not None and is_as_before and np.array_equal(slots, last.slots):
+        has_new = step.new_slots.size or step.fanout_slots.size
+        if last is not None and not has_new and np.array_equal(slots, last.slots):
             return last
         plan = plan_sampling(step, self.state.host)
         self._last_plan = plan if plan.penalties is None else None

@@ -6,7 +6,7 @@ that it uploads, and a CUDA graph of these launches holds for any contexts. Owns
 tokens this gives the part over its own, with the log-sum-exp by which parts are merged.
 
 Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
-of which the last to arrive merges all. It rotates and writes as rope.py does.
+of which the last to arrive merges all.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
+from toka_engine.model.kernels.rope import rotate
+
 MAX_SPLITS = 64
 _MIN_TILE = 16
 """Rows of a tensor core's product, for the query heads of a KV head."""
 _LOG2_E = 1.4426950408889634
 _MERGED_AT_ONCE = 8192
 """Floats of partial results that a program loads at once when it merges: 64 registers a thread of 128."""
-_PDL_CAPABILITY = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def _has_pdl() -> bool:
     if knobs.runtime.interpret:
         return False
     target: Any = driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= _PDL_CAPABILITY)
+    return bool(target.backend == "cuda" and target.arch >= DEPENDENT_LAUNCH_CAPABILITY)
 
 
 @triton.jit
@@ -134,15 +136,6 @@ def _load_tokens(
 
 
 @triton.jit
-def _rotate(a, b, cos, sin):
-    """Both halves of heads, in the words of rope.py, so that the same bits come out."""
-    dtype = a.dtype
-    a = a.to(tl.float32)
-    b = b.to(tl.float32)
-    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-
-
-@triton.jit
 def _load_heads(
     q_at, k_at, v_at, q_head_stride, cos, sin, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
@@ -158,8 +151,8 @@ def _load_heads(
     k_a = tl.load(k_at + half, mask=is_new & (half < HALF), other=0.0)
     k_b = tl.load(k_at + HALF + half, mask=is_new & (half < HALF), other=0.0)
     value = tl.load(v_at + column, mask=is_new & (column < HEAD_DIM), other=0.0)
-    q_a, q_b = _rotate(q_a, q_b, cos[None, :], sin[None, :])
-    k_a, k_b = _rotate(k_a, k_b, cos, sin)
+    q_a, q_b = rotate(q_a.to(tl.float32), q_b.to(tl.float32), cos[None, :], sin[None, :], value.dtype)
+    k_a, k_b = rotate(k_a.to(tl.float32), k_b.to(tl.float32), cos, sin, value.dtype)
     return q_a, q_b, k_a, k_b, value
 
 
@@ -203,6 +196,26 @@ def _attend_block(q, keys, values, is_inside, scale, top, total, sums):
     weights = tl.exp2(scores - new_top[:, None])
     total = total * kept + tl.sum(weights, axis=1)
     return new_top, total, tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+
+
+@triton.jit
+def _attend_tokens(
+    q, keys, values, pages, begin, end, k_cache_at, v_cache_at, table_at, page_stride, token_stride, scale,
+    top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same with all tokens in [begin, end): `keys` and `values` are the first block's, `pages` the second's."""
+    token = tl.arange(0, BLOCK)
+    for start in tl.range(begin, end, BLOCK):
+        # The next block is on its way while this one is worked on, and the pages of the one after.
+        following = start + BLOCK + token
+        next_keys, next_values = _load_tokens(
+            k_cache_at, v_cache_at, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+        )
+        pages = _load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
+        top, total, sums = _attend_block(q, keys, values, start + token < end, scale, top, total, sums)
+        keys = next_keys
+        values = next_values
+    return top, total, sums
 
 
 @triton.jit
@@ -323,17 +336,10 @@ def _attend_kernel(
         _give_back(rotated_ptr + pair * group * HEAD_DIM, q_a, q_b, group, is_new, TILE, HEAD_DIM)
     top, total, sums = _attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE, HEAD_DIM)
     q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), (TILE, HEAD_DIM))
-    for start in tl.range(begin, end, BLOCK):
-        # The next block is on its way while this one is worked on, and the pages of the one after.
-        following = start + BLOCK + token
-        next_keys, next_values = _load_tokens(
-            k_cache_ptr, v_cache_ptr, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
-        )
-        pages = _load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
-        top, total, sums = _attend_block(q, keys, values, start + token < end, scale, top, total, sums)
-        keys = next_keys
-        values = next_values
-
+    top, total, sums = _attend_tokens(
+        q, keys, values, pages, begin, end, k_cache_ptr, v_cache_ptr, table_at, page_stride, token_stride, scale,
+        top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK,
+    )  # fmt: skip
     first = pair * tl.num_programs(2) * group
     _finish(
         sums_ptr + first * HEAD_DIM, scales_ptr + first * 2, arrived_ptr + pair, out_ptr + pair * group * HEAD_DIM,

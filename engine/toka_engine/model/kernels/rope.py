@@ -23,6 +23,12 @@ class HeadNorm:
 
 
 @triton.jit
+def rotate(a, b, cos, sin, dtype: tl.constexpr):
+    """Both halves of heads, fp32, rotated and rounded to `dtype`."""
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
 def _load_rotated(
     x_ptr, head_stride, cos, sin, weight_ptr, eps, num_heads,
     HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
@@ -44,7 +50,7 @@ def _load_rotated(
         weight_b = tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
         a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
         b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
-    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    return rotate(a, b, cos, sin, dtype)
 
 
 # Head counts are no constants of the kernel, only their powers of two: few variants serve all models (see ahead.build).

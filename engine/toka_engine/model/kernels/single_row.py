@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_OVERLAPPING_CAPABILITY = 90
-"""The first that has dependent launches."""
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
 
 
 @triton.jit
@@ -141,7 +140,7 @@ class SingleRowKernels:
     @classmethod
     def for_capability(cls, capability: int) -> Self:
         """`capability` of the device, as 90."""
-        return cls(has_pdl=capability >= _OVERLAPPING_CAPABILITY)
+        return cls(has_pdl=capability >= DEPENDENT_LAUNCH_CAPABILITY)
 
     def product(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
