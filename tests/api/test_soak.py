@@ -59,12 +59,13 @@ def test_an_answer_that_the_engine_would_not_give_is_seen(tiny: Path, tmp_path: 
 
 
 BROKEN = {
-    "an answer": (["status 500"], {}, Agreement(10), {}),
-    "a page held": ([], {"toka_kv_pages_used": 3.0}, Agreement(10), {}),
-    "nothing to check": ([], {}, Agreement(0), {}),
-    "no agreement": ([], {}, Agreement(100, gaps=[0.01, 0.01]), {}),
-    "no near tie": ([], {}, Agreement(1000, gaps=[0.3]), {}),
-    "a process that grows": ([], {}, Agreement(10), {"server": 1.5}),
+    "an answer": (["status 500"], {}, Agreement(10), {}, {}),
+    "a page held": ([], {"toka_kv_pages_used": 3.0}, Agreement(10), {}, {}),
+    "nothing to check": ([], {}, Agreement(0), {}, {}),
+    "no agreement": ([], {}, Agreement(100, gaps=[0.01, 0.01]), {}, {}),
+    "no near tie": ([], {}, Agreement(1000, gaps=[0.3]), {}, {}),
+    "a process that grows": ([], {}, Agreement(10), {"server": 1.5}, {}),
+    "a device that fills": ([], {}, Agreement(10), {}, {"ready": 70_000, "most": 70_002}),
 }
 
 
@@ -74,4 +75,5 @@ def test_each_broken_promise_is_named(name: str) -> None:
 
 
 def test_near_ties_and_small_growth_break_nothing() -> None:
-    assert judge([], {}, Agreement(1000, gaps=[0.2] * 10), {"server": 0.9}, tie=0.25, max_growth=1.0) == []
+    agreement, device_mib = Agreement(1000, gaps=[0.2] * 10), {"ready": 70_000, "most": 70_000}
+    assert judge([], {}, agreement, {"server": 0.9}, device_mib, tie=0.25, max_growth=1.0) == []

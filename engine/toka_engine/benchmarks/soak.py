@@ -9,7 +9,8 @@ preemptions. What must hold:
 - every greedy answer, asked for again in peace, agrees in 99 % of its tokens, and each that differs was a near tie:
   at most `tie` nats less likely (bfloat16 rounds logits of 16 to 32 by up to 0.125);
 - no process grows by more than `growth` MiB a minute over the second half. On a CPU that takes a cache that is
-  soon full: its pages take memory when they are first used.
+  soon full: its pages take memory when they are first used;
+- on a GPU, which the soak must have for itself, no memory of the device is taken after ready.
 Needs psutil.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -42,10 +44,20 @@ _DEFAULTS = {
 }
 
 
-class MemoryWatch:
-    """Resident MiB of the engine's processes, by name, over time."""
+def read_device_mib() -> int | None:
+    """MiB in use of the first GPU, by any process; None where there is no GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
-    def __init__(self, engine: subprocess.Popen[bytes]) -> None:
+
+class MemoryWatch:
+    """Resident MiB of the engine's processes, by name, over time, and of the GPU if it has one."""
+
+    def __init__(self, engine: subprocess.Popen[bytes], has_device: bool) -> None:
+        self._device_mib = [mib for mib in [read_device_mib() if has_device else None] if mib is not None]
         root = psutil.Process(engine.pid)
         self._processes = {"supervisor": root}
         for child in root.children():
@@ -60,12 +72,19 @@ class MemoryWatch:
             self._times.append(time.monotonic())
             for name, process in self._processes.items():
                 self._sizes[name].append(process.memory_info().rss / 2**20)
+            if self._device_mib:
+                now_mib = await asyncio.to_thread(read_device_mib)
+                self._device_mib.append(now_mib or 0)
             await asyncio.sleep(_MEMORY_PERIOD_S)
 
     def growth(self) -> dict[str, float]:
         """MiB a minute over the second half, by least squares."""
         half = len(self._times) // 2
         return {name: round(60 * _slope(self._times[half:], sizes[half:]), 3) for name, sizes in self._sizes.items()}
+
+    def device(self) -> dict[str, int]:
+        """MiB of the GPU at the start and at most; empty without one."""
+        return {"ready": self._device_mib[0], "most": max(self._device_mib)} if self._device_mib else {}
 
     def last(self) -> dict[str, int]:
         return {name: round(sizes[-1]) for name, sizes in self._sizes.items()}
@@ -84,6 +103,7 @@ def judge(
     held: dict[str, float],
     agreement: Agreement,
     growth: dict[str, float],
+    device_mib: dict[str, int],
     tie: float,
     max_growth: float,
 ) -> list[str]:
@@ -99,6 +119,8 @@ def judge(
     if far:
         broken.append(f"{len(far)} greedy tokens differ by more than {tie} nats, the worst by {max(far):.3f}")
     broken += [f"{name} grows by {rate} MiB a minute" for name, rate in growth.items() if rate > max_growth]
+    if device_mib and device_mib["most"] > device_mib["ready"]:
+        broken.append(f"the device held {device_mib['ready']} MiB when the engine was ready, then {device_mib['most']}")
     return broken
 
 
@@ -110,7 +132,7 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
     vocab_size = int(options.get("vocab") or json.loads((folder / "config.json").read_text())["vocab_size"])
     limits = Limits(int(sizes["toka_max_request_tokens"]), int(sizes["toka_max_streams"]), vocab_size)
     traffic = Traffic(base_url, model, limits, random.Random(int(options["seed"])))
-    memory = MemoryWatch(engine)
+    memory = MemoryWatch(engine, has_device=options["device"] != "cpu")
     watching = asyncio.create_task(memory.watch())
     await traffic.run(60 * float(options["minutes"]), int(options["clients"]))
     watching.cancel()
@@ -139,7 +161,10 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
         },
         "memory_mib": memory.last(),
         "growth_mib_per_minute": growth,
-        "broken": judge(traffic.broken, held, agreement, growth, float(options["tie"]), float(options["growth"])),
+        "device_mib": memory.device(),
+        "broken": judge(
+            traffic.broken, held, agreement, growth, memory.device(), float(options["tie"]), float(options["growth"])
+        ),
     }
 
 
@@ -149,6 +174,7 @@ def main() -> int:
     settings |= dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     options = {name: settings.pop(name, default) for name, default in _DEFAULTS.items()}
     options["vocab"] = settings.pop("vocab", "")
+    options["device"] = settings.get("device", "auto")
     folder = Path(words[0]) if words else _builtin_folder()
     arguments = [f"model={folder}", *(f"{key}={value}" for key, value in settings.items())]
     with running_engine(*arguments) as engine:
