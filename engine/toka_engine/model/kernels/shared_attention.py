@@ -1,0 +1,392 @@
+"""Attention of decode rows over tokens that they share (Hydragen), merged with what each row has over its own.
+
+One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of one
+block of keys for one tile of query heads, and each program takes an equal share of units, whatever tiles they belong to.
+So all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`),
+and a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
+(`SharedWorkspace`); RoPE, the rows' own tokens and which rows are groups are others' work.
+
+Algorithm: Hydragen's split by prefix (Juravsky et al. 2024), FlashAttention's online softmax (Dao et al. 2022) in base 2,
+begun with a row's own part, and the even cut of "Stream-K" (Osama et al. 2023), of LeanAttention (2024) for attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from toka_engine.model.kernels.decode_attention import _has_pdl
+
+_LOG2_E = 1.4426950408889634
+_HEADER = 4
+"""int32 words in front of the arrays: how many groups, of how many units, units a program, one unused."""
+_ARRAYS = 6
+"""Each [capacity]: first_rows, num_rows, slots, first_columns, num_columns, unit_ends (running sums)."""
+_SEARCHED_AT_ONCE = 256
+_MIN_UNITS = 4
+"""Units below which a program is not worth its start."""
+_SLACK = 16
+"""A share may grow by one part in so many, if tiles are then cut evenly or not at all."""
+_USUAL_PROCESSORS = 132
+"""Where no GPU says how many it has: an H100's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedCut:
+    """How the work is cut; nothing of it changes what is computed, but for the order of sums."""
+
+    block_rows: int  # pairs of a row and a query head to a tile; 64 or 128
+    block_tokens: int  # keys and values to a block; a power of 2, at least 16
+    num_warps: int
+    num_stages: int  # blocks of keys and values on their way or worked on
+    residency: int  # programs that a processor's registers and shared memory hold at once
+    max_registers: int | None = None  # of a thread, so that `residency` programs fit
+
+    @classmethod
+    def of(cls, head_dim: int) -> SharedCut:
+        """For sm_90, by registers and shared memory as compiled; tests/gpu/bench_shared_attention.py times others."""
+        if head_dim <= 64:
+            return cls(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2)
+        if head_dim <= 128:
+            return cls(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1)
+        return cls(block_rows=64, block_tokens=64, num_warps=4, num_stages=2, residency=1)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWorkspace:
+    """Where programs leave parts of tiles. Launches that follow each other in a stream may share it."""
+
+    sums: torch.Tensor  # [2 * num_programs, block_rows, head_dim] fp32: weighted sums of values
+    scales: torch.Tensor  # [2 * num_programs, 2, block_rows] fp32: greatest score in base 2, sum of weights
+    arrived: torch.Tensor  # [num_programs] int32, by the program that begins a tile; zeros between launches
+    cut: SharedCut
+    num_heads: int
+    num_kv_heads: int
+    has_pdl: bool  # programmatic dependent launch
+
+    @property
+    def num_programs(self) -> int:
+        return self.arrived.shape[0]
+
+    @classmethod
+    def allocate(
+        cls,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        cut: SharedCut | None = None,
+        num_programs: int | None = None,
+    ) -> SharedWorkspace:
+        """For any groups; `num_programs` is what the device runs at once, if not given."""
+        cut = cut or SharedCut.of(head_dim)
+        programs = num_programs or cut.residency * _count_processors(device)
+        return cls(
+            sums=torch.empty(2 * programs, cut.block_rows, head_dim, dtype=torch.float32, device=device),
+            scales=torch.empty(2 * programs, 2, cut.block_rows, dtype=torch.float32, device=device),
+            arrived=torch.zeros(programs, dtype=torch.int32, device=device),
+            cut=cut,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            has_pdl=_has_pdl(),
+        )
+
+
+def _count_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _USUAL_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def count_words(capacity: int) -> int:
+    """int32 words that describe up to `capacity` groups."""
+    return _HEADER + _ARRAYS * capacity
+
+
+def lay_groups(
+    work: SharedWorkspace,
+    page_size: int,
+    first_rows: NDArray[np.int32],  # [n]
+    num_rows: NDArray[np.int32],  # [n] at least 1: the rows of a group follow each other
+    slots: NDArray[np.int32],  # [n] whose row of the block table holds the pages
+    first_columns: NDArray[np.int32],  # [n]
+    num_columns: NDArray[np.int32],  # [n] whole pages, at least 1
+    capacity: int | None = None,  # n if not given
+) -> NDArray[np.int32]:
+    """[count_words(capacity)] int32 for `attend_shared`, to be uploaded as they are. No two groups share a row.
+
+    Raises ValueError if there are more than `capacity` groups.
+    """
+    count, cut = first_rows.size, work.cut
+    capacity = max(1, count) if capacity is None else capacity
+    if count > capacity:
+        raise ValueError(f"first_rows: {count} groups, but capacity={capacity}")
+    words = np.zeros(count_words(capacity), np.int32)
+    if count:
+        blocks = -(-num_columns.astype(np.int64) * page_size // cut.block_tokens)
+        tiles = -(-num_rows.astype(np.int64) * (work.num_heads // work.num_kv_heads) // cut.block_rows)
+        unit_ends = np.cumsum(blocks * tiles * work.num_kv_heads)
+        words[:3] = count, unit_ends[-1], _choose_share(int(unit_ends[-1]), blocks, work.num_programs)
+        arrays = words[_HEADER:].reshape(_ARRAYS, capacity)
+        for array, values in zip(
+            arrays, (first_rows, num_rows, slots, first_columns, num_columns, unit_ends), strict=True
+        ):
+            array[:count] = values
+    return words
+
+
+def _choose_share(total: int, blocks: NDArray[np.int64], num_programs: int) -> int:
+    """Units of each program, but for the last. `blocks`: units of a tile, by group.
+
+    An equal share of all, but not so small that to merge a tile's parts, one after the other, takes longer than what it
+    saves (a merge takes about half a unit's time); and a little more than equal, if then tiles end where programs do,
+    which saves the parts.
+    """
+    most = int(blocks.max())
+    equal = max(-(-total // num_programs), _MIN_UNITS, math.isqrt(most // 2))
+    if equal >= most:
+        even = -(-equal // most) * most
+    else:
+        pieces = most // equal
+        while most % pieces:
+            pieces -= 1
+        even = most // pieces
+    return even if int(blocks.min()) == most and even - equal <= equal // _SLACK else equal
+
+
+@triton.jit
+def _find_group(unit_ends_ptr, unit, count, AT_ONCE: tl.constexpr):
+    """The group that has the unit."""
+    group = 0
+    for begin in tl.range(0, count, AT_ONCE):
+        some = begin + tl.arange(0, AT_ONCE)
+        ends = tl.load(unit_ends_ptr + some, mask=some < count, other=2147483647)
+        group += tl.sum((ends <= unit).to(tl.int32), axis=0)
+    return group
+
+
+@triton.jit
+def _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS: tl.constexpr):
+    """Of each pair of row and head of a tile: its place in [rows, num_heads], and whether it is one. Rows are packed
+    without gaps, whatever a power of 2 may be."""
+    pair = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = pair // heads_per_kv
+    place = (first_row + row).to(tl.int64) * num_heads + kv_head * heads_per_kv + pair % heads_per_kv
+    return place, row < num_rows
+
+
+@triton.jit
+def _load_pages(table_at, block, last_column, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of each token of a block; the last one's beyond the end."""
+    column = (block * BLOCK + tl.arange(0, BLOCK)) // PAGE_SIZE
+    return tl.load(table_at + tl.minimum(column, last_column))
+
+
+@triton.jit
+def _find_tokens(
+    pages, block, page_stride, token_stride, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where a block's keys and values [BLOCK, HEAD_DIM] lie. Pages are whole, so whatever is beyond the end exists."""
+    within = (block * BLOCK + tl.arange(0, BLOCK)) % PAGE_SIZE
+    offset = pages.to(tl.int64) * page_stride + within * token_stride
+    return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _weigh(scores, scale, top, total):
+    """The new greatest score and sum of weights, by how much what was summed before shrinks, and the weights."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    kept = tl.exp2(top - new_top)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    return new_top, total * kept + tl.sum(weights, axis=1), kept, weights
+
+
+@triton.jit
+def _hide_end(scores, block, num_tokens, BLOCK: tl.constexpr):
+    """-inf for tokens beyond the end."""
+    return tl.where((block * BLOCK + tl.arange(0, BLOCK) < num_tokens)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _attend_blocks(
+    q, k_at, v_at, table_at, begin, end, num_tokens, page_stride, token_stride, scale, top, total, sums,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The greatest score, sum of weights and weighted sums with blocks begin..end-1 too; the last one may be short."""
+    last_column = num_tokens // PAGE_SIZE - 1
+    pages = _load_pages(table_at, begin, last_column, PAGE_SIZE, BLOCK)
+    num_full = tl.minimum(end, num_tokens // BLOCK)
+    for block in tl.range(begin, num_full, num_stages=STAGES):
+        at = _find_tokens(pages, block, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
+        keys = tl.load(k_at + at)
+        values = tl.load(v_at + at)
+        pages = _load_pages(table_at, block + 1, last_column, PAGE_SIZE, BLOCK)
+        top, total, kept, weights = _weigh(tl.dot(q, tl.trans(keys)), scale, top, total)
+        sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+    if num_full < end:
+        at = _find_tokens(pages, num_full, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
+        keys = tl.load(k_at + at)
+        values = tl.load(v_at + at)
+        scores = _hide_end(tl.dot(q, tl.trans(keys)), num_full, num_tokens, BLOCK)
+        top, total, kept, weights = _weigh(scores, scale, top, total)
+        sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+    return top, total, sums
+
+
+@triton.jit
+def _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM: tl.constexpr):
+    at = out_ptr + place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(at, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+    tl.store(lse_ptr + place, top + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def _merge_parts(
+    sums_ptr, scales_ptr, first, last, BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Of a tile that programs first..last share, in their order: the first one's last part, and the others' first.
+
+    Read past the first cache (.cg): the others' programs wrote it, through the second one.
+    """
+    row = tl.arange(0, BLOCK_ROWS)
+    at = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    part = 2 * first + 1
+    top = tl.load(scales_ptr + part * 2 * BLOCK_ROWS + row, cache_modifier=".cg")
+    total = tl.load(scales_ptr + (part * 2 + 1) * BLOCK_ROWS + row, cache_modifier=".cg")
+    sums = tl.load(sums_ptr + part * BLOCK_ROWS * HEAD_DIM + at, cache_modifier=".cg")
+    for program in tl.range(first + 1, last + 1):
+        part = 2 * program
+        other_top = tl.load(scales_ptr + part * 2 * BLOCK_ROWS + row, cache_modifier=".cg")
+        other_total = tl.load(scales_ptr + (part * 2 + 1) * BLOCK_ROWS + row, cache_modifier=".cg")
+        other_sums = tl.load(sums_ptr + part * BLOCK_ROWS * HEAD_DIM + at, cache_modifier=".cg")
+        new_top = tl.maximum(top, other_top)
+        kept, weight = tl.exp2(top - new_top), tl.exp2(other_top - new_top)
+        total = total * kept + other_total * weight
+        sums = sums * kept[:, None] + other_sums * weight[:, None]
+        top = new_top
+    return top, total, sums
+
+
+@triton.jit
+def _finish(
+    out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, place, is_head, is_first, first, last, top, total, sums,
+    BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Write the tile, if this program has all of it; else leave its part, and merge all parts if it is the last."""
+    if first == last:
+        _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM)
+    else:
+        row = tl.arange(0, BLOCK_ROWS)
+        part = 2 * tl.program_id(0) + is_first.to(tl.int32)
+        at = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        tl.store(sums_ptr + part * BLOCK_ROWS * HEAD_DIM + at, sums)
+        tl.store(scales_ptr + part * 2 * BLOCK_ROWS + row, top)
+        tl.store(scales_ptr + (part * 2 + 1) * BLOCK_ROWS + row, total)
+        # As in decode_attention._finish: the barriers and one thread's addition put all stores of all programs that
+        # arrived before in front of the last one's reads.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == last - first:
+            top, total, sums = _merge_parts(sums_ptr, scales_ptr, first, last, BLOCK_ROWS, HEAD_DIM)
+            _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM)
+            tl.store(arrived_ptr + first, 0)  # for the next launch, which begins to write when this one has ended
+
+
+@triton.jit(do_not_specialize=["capacity", "table_stride", "num_heads", "num_kv_heads"])
+def _shared_kernel(
+    q_ptr, words_ptr, table_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
+    capacity, table_stride, page_stride, token_stride, head_stride, num_heads, num_kv_heads,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, HEADER: tl.constexpr, AT_ONCE: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    if HAS_PDL:
+        gdc_launch_dependents()
+    count = tl.load(words_ptr)
+    num_units = tl.load(words_ptr + 1)
+    share = tl.load(words_ptr + 2)
+    arrays_ptr = words_ptr + HEADER
+    unit = tl.program_id(0) * share
+    end = tl.minimum(unit + share, num_units)
+    group = _find_group(arrays_ptr + 5 * capacity, unit, count, AT_ONCE)
+    if HAS_PDL:
+        gdc_wait()  # what kernels of this step wrote is read below alone; programs without work wait for those behind
+    heads_per_kv = num_heads // num_kv_heads
+    while unit < end:
+        # A group has a unit at least, so the next unit is in this one or the next one.
+        group += (tl.load(arrays_ptr + 5 * capacity + group) <= unit).to(tl.int32)
+        at = arrays_ptr + group
+        first_row, num_rows, slot = tl.load(at), tl.load(at + capacity), tl.load(at + 2 * capacity)
+        first_column, num_columns = tl.load(at + 3 * capacity), tl.load(at + 4 * capacity)
+        num_tokens = num_columns * PAGE_SIZE
+        num_blocks = tl.cdiv(num_tokens, BLOCK)
+        num_tiles = tl.cdiv(num_rows * heads_per_kv, BLOCK_ROWS)
+        within = unit - (tl.load(at + 5 * capacity) - num_blocks * num_tiles * num_kv_heads)
+        begin_block = within % num_blocks
+        end_block = tl.minimum(num_blocks, begin_block + end - unit)
+        tile = (within // num_blocks) % num_tiles
+        kv_head = within // num_blocks // num_tiles
+        is_first = begin_block == 0
+
+        place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
+        heads_at = place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + heads_at, mask=is_head[:, None], other=0.0)
+        # The part with a tile's first keys begins with what the rows have already, the others with nothing.
+        sums = tl.load(out_ptr + heads_at, mask=is_head[:, None] & is_first, other=0.0).to(tl.float32)
+        top = tl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))
+        total = tl.where(is_head & is_first, 1.0, 0.0)
+        table_at = table_ptr + slot.to(tl.int64) * table_stride + first_column
+        k_at, v_at = k_cache_ptr + kv_head * head_stride, v_cache_ptr + kv_head * head_stride
+        top, total, sums = _attend_blocks(
+            q, k_at, v_at, table_at, begin_block, end_block, num_tokens, page_stride, token_stride, scale,
+            top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK, STAGES,
+        )  # fmt: skip
+        # Found once more, from words read once more: else the places of heads stay in registers that blocks need.
+        first_row, num_rows = tl.load(at, volatile=True), tl.load(at + capacity, volatile=True)
+        place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
+        begin_unit = unit - begin_block
+        _finish(
+            out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, place, is_head, is_first,
+            begin_unit // share, (begin_unit + num_blocks - 1) // share, top, total, sums, BLOCK_ROWS, HEAD_DIM,
+        )  # fmt: skip
+        unit += end_block - begin_block
+
+
+def attend_shared(
+    rotated: torch.Tensor,  # [rows, num_heads, head_dim] contiguous: q
+    groups: torch.Tensor,  # [count_words(capacity)] int32, as lay_groups lays them for `work`
+    block_table: torch.Tensor,  # [max_seqs + 1, columns] int32
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides but the last
+    v_cache: torch.Tensor,  # like k_cache, same strides
+    out: torch.Tensor,  # [rows, num_heads, head_dim] contiguous, written
+    lse: torch.Tensor,  # [rows, num_heads] fp32, base 2, finite, written
+    work: SharedWorkspace,
+    scale: float,  # above 0
+) -> None:
+    """Add each group's shared tokens to what its rows have in `out` and `lse`; rows without a group stay as they are.
+
+    Groups within groups are calls that follow each other. head_dim is a power of 2, 16 to 256. The same arguments give
+    the same bits.
+
+    With programmatic dependent launch this kernel begins before the ones in front of it have ended, and reads `groups`
+    before it waits for them: between what wrote these and this launch there must be one that is no programmatic
+    dependent launch. Whatever is launched so behind it must wait itself.
+    """
+    head_dim, cut = rotated.shape[2], work.cut
+    _shared_kernel[(work.num_programs,)](
+        rotated, groups, block_table, k_cache, v_cache, out, lse, work.sums, work.scales, work.arrived,
+        scale * _LOG2_E, (groups.shape[0] - _HEADER) // _ARRAYS,
+        block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        work.num_heads, work.num_kv_heads,
+        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, BLOCK_ROWS=cut.block_rows, BLOCK=cut.block_tokens,
+        STAGES=cut.num_stages, HEADER=_HEADER, AT_ONCE=_SEARCHED_AT_ONCE,
+        HAS_PDL=work.has_pdl, num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
+        **({"launch_pdl": True} if work.has_pdl else {}),
+    )  # fmt: skip
