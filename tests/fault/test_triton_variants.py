@@ -91,10 +91,6 @@ def launch_steps(shape):
             for top_p in (1.0, 0.9):
                 for presence in (0.0, 0.5):
                     launch_steps_of_every_kind(driver, num_logprobs, seed, top_p, presence)
-    graphs = runner.make_graphs()
-    runner.cuda_attention.reserve_graphs(40)
-    for size in (2, 8, 40):
-        graphs.launch(size)
     whole_steps = runner.make_whole_steps()
     for size in (1, 3, 40):
         whole_steps.launch(size)

@@ -1,8 +1,7 @@
 """Executes steps on a GPU without waiting for it: everything that changes goes up through pinned memory in the order of
 one stream, and the tokens come down on a side stream while the next step runs.
 
-Decode steps without groups go another way: all they need is in a graph (whole_steps), so that the host replays and
-waits.
+Decode steps go another way: all they need is in a graph (whole_steps), so that the host replays and waits.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from toka_engine.messages import Int32s, Step, Tokens
 from toka_engine.model.ahead.cache import log_compiled
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.graphs import GroupGraphs
-from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.packets import RING
 from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState, gather_ids, pack_new_slots, set_slots
@@ -61,7 +58,6 @@ class CudaRunner(Runner):
         super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), self.sampler, False)
         self.cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)
-        self.graphs: GroupGraphs | None = None
         self.whole_steps: WholeSteps | None = None
         self._last_plan: SamplePlan | None = None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
@@ -80,17 +76,12 @@ class CudaRunner(Runner):
         """Launch what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
         self.launch_rest()
         torch.cuda.synchronize()
-        self.graphs = self.whole_steps = None  # earlier ones give their memory back
+        self.whole_steps = None  # earlier ones give their memory back
         if self._max_graph_rows:
-            graphs, whole_steps = self.make_graphs(), self.make_whole_steps()
-            graphs.capture()
+            whole_steps = self.make_whole_steps()
             whole_steps.capture()
-            self.graphs, self.whole_steps = graphs, whole_steps
+            self.whole_steps = whole_steps
         log_compiled()
-
-    def make_graphs(self) -> GroupGraphs:
-        """Graphs that are not captured yet."""
-        return GroupGraphs(self.model, self.cuda_attention, self._slots, self._max_graph_rows)
 
     def make_whole_steps(self) -> WholeSteps:
         """Not captured yet."""
@@ -101,7 +92,7 @@ class CudaRunner(Runner):
         """Bytes that the graphs of `prepare` will take."""
         if not self._max_graph_rows:
             return 0
-        return self.make_graphs().measure() + self.make_whole_steps().measure()
+        return self.make_whole_steps().measure()
 
     def launch_rest(self) -> None:
         """Launch, once each, the variants of kernels that the warm-up steps do not."""
@@ -126,12 +117,6 @@ class CudaRunner(Runner):
                     penalties=changes,
                 )
                 self.sample(logits, None, plan, self.state)
-        heads = torch.zeros(
-            1, attention.shape.num_heads, attention.shape.head_dim, dtype=attention.shape.dtype, device=device
-        )
-        lse = torch.zeros(1, attention.shape.num_heads, device=device)
-        for rows in (None, torch.zeros(1, dtype=torch.int32, device=device)):
-            merge_state(heads, lse, heads.clone(), lse.clone(), rows=rows)
         scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
         attention.copy_pages(scratch_page, scratch_page)
 
@@ -171,24 +156,23 @@ class CudaRunner(Runner):
         None, with the step's pages appended, where launching one by one is better.
         """
         appends = step.append_slots, step.append_indices, step.append_pages
-        count, graphs, whole_steps = step.decode_slots.size, self.graphs, self.whole_steps
-        if graphs is None or whole_steps is None or step.prefill_slots.size or not 0 < count <= whole_steps.max_rows:
+        count, whole_steps = step.decode_slots.size, self.whole_steps
+        groups, is_better = None, False
+        if whole_steps is not None and not step.prefill_slots.size and 0 < count <= whole_steps.max_rows:
+            saved_s = self._saved_s(step)
+            if saved_s > _GROUP_OVERHEAD_S:
+                groups = self.cuda_attention.lay_graph_groups(self._make_layout(step))
+            is_better = groups is not None or saved_s < _EAGER_OVERHEAD_S
+        if whole_steps is None or not is_better:
             self.attention.append_pages(*appends)
             return None
-        saved_s = self._saved_s(step)
-        if saved_s > _GROUP_OVERHEAD_S or step.append_slots.size > whole_steps.max_rows:
+        if step.append_slots.size > whole_steps.max_rows:
             self.attention.append_pages(*appends)
             appends = _NO_APPENDS
-        if saved_s > _GROUP_OVERHEAD_S:
-            hidden = graphs.run(self._make_layout(step))
-            if hidden is not None:
-                return hidden, None
-            if saved_s > _EAGER_OVERHEAD_S:
-                return None
-        return whole_steps.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends)
+        return whole_steps.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends, groups)
 
     def _draw_by_graph(self, plan: SamplePlan) -> bool:
-        return self.whole_steps is not None and plan.is_plain and self.whole_steps.draw(plan.slots.size)
+        return self.whole_steps is not None and plan.is_plain and self.whole_steps.draw()
 
     def _await_published(self, step: Step, plan: SamplePlan, place: int, started_s: float, cpu_s: float) -> Launched:
         if self._is_awaited[place]:
@@ -260,7 +244,7 @@ class CudaRunner(Runner):
 
     def _saved_s(self, step: Step) -> float:
         """What reading once the pages that groups share saves."""
-        if not step.group_first_rows.size:
+        if not step.group_first_rows.size or not self.cuda_attention.use_groups:
             return 0.0
         pages_saved = int(((step.group_num_rows - 1) * step.group_num_columns).sum())
         bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size

@@ -1,9 +1,10 @@
-"""Decode steps without groups, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
+"""Decode steps, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
 
 All that goes up is one packet, and attention reads the block table itself. A step is two graphs of its padded size: the
-forward, and the head with a draw that asks for no more than temperature, whose tokens the last kernel publishes to the
-host. Where a row asks for more, or where there are so many rows that their logits are large and the host has time, head
-and sampler follow the first graph one by one.
+forward, one for rows alone and one for rows in groups that share their first tokens, and the head with a draw that asks
+for no more than temperature, whose tokens the last kernel publishes to the host. Where a row asks for more, or where
+there are so many rows that their logits are large and the host has time, head and sampler follow the first graph one by
+one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toka_engine.model.attention.flashinfer import FlashInferAttention
+from toka_engine.model.attention.flashinfer import GRAPH_GROUP_WORDS, FlashInferAttention, GraphGroups
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.graphs import graph_sizes, measure_captures
 from toka_engine.model.kernels.packets import Packets
@@ -23,6 +24,8 @@ from toka_engine.model.kernels.slots import SlotState
 
 _MAX_DRAWN_ROWS = 512
 """Up to which the logits, 128 MB then for a vocabulary of 128 k, have memory of the graphs' own."""
+_MIN_GROUPED_ROWS = 32
+"""One of the graphs' sizes; steps of fewer rows in groups are padded to it."""
 
 
 class WholeSteps:
@@ -39,10 +42,12 @@ class WholeSteps:
         """`attention`, whose memory may not be replaced afterwards, and `sampler` work on the same `state`."""
         self.max_rows = max_rows
         self._model, self._attention, self._state, self._sampler = model, attention, state, sampler
-        self.packets = Packets(max_rows, attention.scratch_slot, attention.shape.device)
+        self.packets = Packets(max_rows, GRAPH_GROUP_WORDS, attention.scratch_slot, attention.shape.device)
         self._sizes = np.array(graph_sizes(max_rows))
-        self._forwards: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._forwards: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        """By size, and whether there are groups; with their hidden states."""
         self._draws: dict[int, torch.cuda.CUDAGraph] = {}
+        self._last_size = 0
 
     # -------------------------------------------------------------- capturing
 
@@ -61,29 +66,39 @@ class WholeSteps:
 
     def launch(self, size: int) -> None:
         """Launch what the graphs of `size` hold, one by one, for rows of the padding slot."""
-        if self.packets.slots.device.type != "meta":
-            none = np.empty(0, np.int32)
-            self.packets.write(size, none, none, (none, none, none), np.zeros(4, np.int32))
-        hidden = self._forward(size)
+        for has_groups in self._kinds(size):
+            if self.packets.slots.device.type != "meta":
+                none, no_groups = np.empty(0, np.int32), np.zeros(GRAPH_GROUP_WORDS, np.int32)
+                self.packets.write(size, none, none, (none, none, none), np.zeros(4, np.int32), none, no_groups)
+            hidden = self._forward(size, has_groups)
         if size <= _MAX_DRAWN_ROWS:
             self._draw(size, hidden)
+
+    @staticmethod
+    def _kinds(size: int) -> tuple[bool, ...]:
+        """Whether there are groups, in each graph of this size."""
+        return (False, True) if size >= _MIN_GROUPED_ROWS else (False,)
 
     def _capture(self, size: int, pool: Any) -> None:
         self.launch(size)  # compiles and allocates what a capture may not
         torch.cuda.synchronize()
-        forward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=pool):
-            hidden = self._forward(size)
-        self._forwards[size] = forward, hidden
+        for has_groups in self._kinds(size):
+            forward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=pool):
+                hidden = self._forward(size, has_groups)
+                if has_groups:  # the draw's graph knows one address
+                    hidden = self._forwards[size, False][1].copy_(hidden)
+            self._forwards[size, has_groups] = forward, hidden
         if size <= _MAX_DRAWN_ROWS:
             self._draws[size] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._draws[size], pool=pool):
                 self._draw(size, hidden)
 
-    def _forward(self, size: int) -> torch.Tensor:
+    def _forward(self, size: int, has_groups: bool) -> torch.Tensor:
         packets, attention = self.packets, self._attention
-        packets.take(size, self._state, attention.table, attention.page_tokens)
-        attention.plan_nothing(packets.slots[:size], packets.positions[:size])
+        packets.take(size, self._state, attention.table, attention.page_tokens, has_groups)
+        groups = (packets.starts[:size], packets.groups) if has_groups else None
+        attention.plan_nothing(packets.slots[:size], packets.positions[:size], groups)
         return self._model.forward(packets.ids[:size], attention)
 
     def _draw(self, size: int, hidden: torch.Tensor) -> None:
@@ -99,17 +114,23 @@ class WholeSteps:
         slots: NDArray[np.int32],  # [rows], 1 <= rows <= max_rows
         positions: NDArray[np.int32],  # [rows]
         appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most max_rows] each
+        groups: GraphGroups | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
-        size = self._pad(slots.size)
-        place = self.packets.write(size, slots, positions, appends, self._sampler.next_random())
-        graph, hidden = self._forwards[size]
+        if groups is not None and self.max_rows < _MIN_GROUPED_ROWS:
+            groups = None
+        size, starts, words = self._pad(slots.size), None, None
+        if groups is not None:
+            size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.own_starts, groups.words
+        self._last_size, random = size, self._sampler.next_random()
+        place = self.packets.write(size, slots, positions, appends, random, starts, words)
+        graph, hidden = self._forwards[size, groups is not None]
         graph.replay()
         return hidden[: slots.size], place
 
-    def draw(self, num_rows: int) -> bool:
-        """Draw tokens from what the last forward, of `num_rows` rows, gave, and publish them. False: too many rows."""
-        graph = self._draws.get(self._pad(num_rows))
+    def draw(self) -> bool:
+        """Draw tokens from what the last forward gave, and publish them. False: it had too many rows."""
+        graph = self._draws.get(self._last_size)
         if graph is None:
             return False
         graph.replay()

@@ -92,31 +92,3 @@ def test_rope_append_rotates_q_and_fills_the_right_page(
     assert relative_error(k_cache[pages, offsets], rotate(k_in, angles)) < 1e-6
     assert torch.equal(v_cache[pages, offsets], v)
     assert int((~cache.isnan()).sum()) == 2 * rows * num_kv_heads * head_dim  # nothing else was written
-
-
-def attention(q, k, v):
-    """[rows, heads, d] over keys [rows, n, heads, d]: output and base-2 log-sum-exp, in fp64."""
-    scores = torch.einsum("rhd,rnhd->rhn", q.double(), k.double()) * q.shape[-1] ** -0.5
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.einsum("rhn,rnhd->rhd", torch.exp(scores - lse[..., None]), v.double()), lse / 0.6931471805599453
-
-
-@pytest.mark.parametrize("is_indexed", [False, True])
-def test_merging_two_parts_equals_attention_over_all_keys(device, generator, is_indexed) -> None:
-    from toka_engine.model.kernels.merge import merge_state
-
-    q = torch.randn(6, 5, 24, generator=generator, device=device)
-    k, v = torch.randn(2, 6, 11, 5, 24, generator=generator, device=device)
-    whole, whole_lse = attention(q, k, v)
-    out, lse = (t.float() for t in attention(q, k[:, :4], v[:, :4]))
-    alone = out.clone()
-    rows = [4, 1, 2] if is_indexed else [2, 3, 4]
-    part, part_lse = (t.float().contiguous() for t in attention(q[rows], k[rows, 4:], v[rows, 4:]))
-    if is_indexed:
-        merge_state(out, lse, part, part_lse, rows=torch.tensor(rows, dtype=torch.int32, device=device))
-    else:
-        merge_state(out, lse, part, part_lse, first_row=2)
-    assert relative_error(out[rows], whole[rows]) < 1e-6
-    assert relative_error(lse[rows], whole_lse[rows]) < 1e-6
-    others = [i for i in range(6) if i not in rows]
-    assert torch.equal(out[others], alone[others])

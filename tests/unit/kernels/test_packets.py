@@ -9,6 +9,7 @@ from toka_engine.model.kernels.packets import RING, Packets
 from toka_engine.model.kernels.slots import SlotState
 
 SCRATCH, PAGE_SIZE, COLUMNS = 9, 4, 6
+GROUP_WORDS = 300
 
 
 def ints(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -20,7 +21,7 @@ NO_APPENDS = (ints(), ints(), ints())
 
 @pytest.fixture
 def parts(device: torch.device) -> tuple[Packets, SlotState, torch.Tensor, torch.Tensor]:
-    packets, state = Packets(5, SCRATCH, device), SlotState.allocate(SCRATCH + 1, device)
+    packets, state = Packets(5, GROUP_WORDS, SCRATCH, device), SlotState.allocate(SCRATCH + 1, device)
     state.last_token.copy_(torch.arange(SCRATCH + 1) * 11)
     table = torch.zeros((SCRATCH + 1, COLUMNS), dtype=torch.int32, device=device)
     table[SCRATCH] = 19
@@ -45,6 +46,19 @@ def test_pages_are_appended_before_the_tokens_are_noted_in_them(parts) -> None:
     assert (int(table[3, 1]), int(table[4, 5])) == (13, 14)
     noted = {(page, at): int(page_tokens[page, at]) for page, at in torch.nonzero(page_tokens >= 0).tolist()}
     assert noted == {(13, 1): 33, (8, 2): 77, (19, 0): 99}
+
+
+def test_where_own_tokens_start_and_the_groups_come_with_a_packet_that_has_them(parts) -> None:
+    packets, state, table, page_tokens = parts
+    groups = np.arange(GROUP_WORDS, dtype=np.int32) + 1
+    packets.write(4, ints(3, 7), ints(5, 2), NO_APPENDS, ints(1, 2, 3, 4), ints(16, 32), groups)
+    packets.write(4, ints(3, 7), ints(6, 3), NO_APPENDS, ints(1, 2, 3, 4))
+    packets.starts.fill_(-1)
+    packets.take(4, state, table, page_tokens, has_groups=True)
+    assert packets.starts.tolist() == [16, 32, 0, 0, -1]
+    assert packets.groups.tolist() == groups.tolist()
+    packets.take(4, state, table, page_tokens)
+    assert packets.positions.tolist() == [6, 3, 0, 0, 0]
 
 
 def test_a_shorter_packet_leaves_nothing_of_the_one_before_in_its_place(parts) -> None:
@@ -103,7 +117,7 @@ def test_steps_of_other_sizes_share_the_rings_and_fill_no_more_than_their_size(p
 
 def test_more_rows_than_a_block_are_all_there(device: torch.device) -> None:
     count = 300
-    packets, state = Packets(count + 7, 400, device), SlotState.allocate(401, device)
+    packets, state = Packets(count + 7, GROUP_WORDS, 400, device), SlotState.allocate(401, device)
     state.last_token.copy_(torch.arange(401) + 1000)
     table = torch.zeros((401, 2), dtype=torch.int32, device=device)
     page_tokens = torch.zeros((900, PAGE_SIZE), dtype=torch.int32, device=device)

@@ -1,6 +1,6 @@
 """The GPU backend's planning, page handling and merging give what the CPU backend gives, for any mix of a step.
 
-Everything of the backend runs but flashinfer itself, which needs a GPU: its kernels are replaced by their
+Everything of the backend runs but flashinfer itself, which needs a GPU: its kernels for prefill are replaced by their
 definition, computed from the same index arrays. tests/gpu runs the same comparison on the real kernels.
 """
 
@@ -15,7 +15,6 @@ from toka_engine.model.attention.base import AttentionShape, StepLayout
 from toka_engine.model.attention.cpu import CpuAttention
 
 PAGE_SIZE = 4
-LN2 = 0.6931471805599453
 
 
 class DefinedKernels:
@@ -24,34 +23,22 @@ class DefinedKernels:
     def __init__(self, shape: AttentionShape, is_heads_first: bool) -> None:
         self._shape, self._is_heads_first = shape, is_heads_first
 
-    has_graph_queries = True
+    def plan_queries(self, batch: Any) -> None:
+        pass
 
-    def plan_queries(self, index: int, batch: Any, is_causal: bool, for_graph: bool = False) -> Any:
-        return is_causal
-
-    def run_queries(self, planned, q, cache, q_indptr, pages, out, lse) -> None:
-        self._attend(q, cache, q_indptr, pages, out, lse, is_causal=planned)
-
-    def _attend(self, q, cache, q_indptr, pages, out, lse, is_causal) -> None:
+    def run_queries(self, planned, q, cache, q_indptr, pages, out) -> None:
         keys, values = cache.transpose(2, 3) if self._is_heads_first else cache
         for i, (begin, end) in enumerate(zip(q_indptr[:-1].tolist(), q_indptr[1:].tolist(), strict=True)):
             first, last = pages.kv_indptr[i].item(), pages.kv_indptr[i + 1].item()
             chosen = pages.kv_indices[first:last].long()
             length = (last - first - 1) * PAGE_SIZE + pages.last_page_lens[i].item()
-            if last == first:
-                out[begin:end] = torch.nan
-                lse[begin:end] = -torch.inf
-                continue
             group = self._shape.num_heads // self._shape.num_kv_heads
             k = keys[chosen].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
             v = values[chosen].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
             scores = torch.einsum("qhd,nhd->qhn", q[begin:end], k) * self._shape.scale
-            if is_causal:
-                seen = torch.arange(length)[None] <= torch.arange(length - (end - begin), length)[:, None]
-                scores = scores.masked_fill(~seen[:, None], -torch.inf)
+            seen = torch.arange(length)[None] <= torch.arange(length - (end - begin), length)[:, None]
+            scores = scores.masked_fill(~seen[:, None], -torch.inf)
             out[begin:end] = torch.einsum("qhn,nhd->qhd", scores.softmax(-1), v)
-            if lse is not None:
-                lse[begin:end] = scores.logsumexp(-1) / LN2
 
 
 def int32(*values: int) -> np.ndarray:
@@ -98,10 +85,27 @@ def allocate(ours: Any, num_pages: int, max_seqs: int, max_pages_per_seq: int) -
     """With short blocks and few programs for decode rows: some contexts are split, and no time goes into splits without
     a token, which the interpreter visits one by one."""
     from toka_engine.model.kernels.decode_attention import Cut, Workspace
+    from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace
 
     ours.allocate(num_pages, PAGE_SIZE, max_seqs, max_pages_per_seq)
     shape, cut = ours.shape, Cut(block_tokens=16, num_warps=4, num_programs=16)
-    ours._decode_work = Workspace.allocate(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device, cut)
+    heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
+    ours._decode_work = Workspace.allocate(*heads, cut)
+    shared_cut = SharedCut(block_rows=16, block_tokens=16, num_warps=4, num_stages=1, residency=1)
+    ours._shared_work = SharedWorkspace.allocate(*heads, shared_cut, num_programs=3)
+
+
+def plan_padded(ours: Any, layout: StepLayout, num_rows: int) -> bool:
+    """Plan decode rows as a graph holds them, with rows of the padding slot; whether there were groups for it."""
+    groups, padding = ours.lay_graph_groups(layout), num_rows - layout.decode_slots.size
+
+    def send(array: np.ndarray, filler: int | None = None) -> torch.Tensor:
+        padded = array if filler is None else np.append(array, np.full(padding, filler, np.int32))
+        return torch.from_numpy(padded).to(ours.shape.device)
+
+    described = None if groups is None else (send(groups.own_starts, 0), send(groups.words))
+    ours.plan_nothing(send(layout.decode_slots, ours.scratch_slot), send(layout.decode_positions, 0), described)
+    return groups is not None
 
 
 @pytest.mark.parametrize("is_heads_first", [False, True])
@@ -136,8 +140,7 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
         torch.testing.assert_close(ours.forward(layer, q, k, v, angles), expected, atol=2e-5, rtol=1e-4)
     if layout.prefill_slots.size:
         return
-    ours.reserve_graphs(8)
-    assert (ours.plan_graph(layout, 8) is not None) == bool(layout.group_first_rows.size)
+    assert plan_padded(ours, layout, 8) == bool(layout.group_first_rows.size)
     padded = [torch.cat((each, torch.ones(8 - rows, *each.shape[1:]))) for each in (q, k, v)]
     torch.testing.assert_close(ours.forward(1, *padded, angles)[:rows], expected, atol=2e-5, rtol=1e-4)
 
@@ -157,14 +160,11 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
     ours.plan(layout)
     expected = ours.forward(0, q[:2], k[:2], v[:2], angles)
     pages = ours.cache[:, :, :12].clone()
-    ours.reserve_graphs(4)
-    first = ours.plan_graph(layout, 4)
+    assert plan_padded(ours, layout, 4)
     result = ours.forward(0, q, k, v, angles)
     torch.testing.assert_close(result[:2], expected)
     assert torch.equal(ours.cache[:, :, :12], pages)
     assert not bool(result.isnan().any())
-    again = ours.plan_graph(layout_of({2: 6, 0: 5, 3: 0}, [], [(0, 2, 0, 1)]), 4)
-    assert again.data_ptr() == first.data_ptr()
 
 
 @pytest.mark.parametrize("is_heads_first", [False, True])

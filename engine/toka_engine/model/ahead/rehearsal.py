@@ -76,9 +76,6 @@ def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
         runner.launch(step)
     runner.launch_rest()
-    graphs = runner.make_graphs()
-    runner.cuda_attention.reserve_graphs(ready.max_seqs)
-    graphs.launch(ready.max_seqs)
     whole_steps = runner.make_whole_steps()
     for size in (1, 2, whole_steps.max_rows):
         whole_steps.launch(size)
@@ -88,8 +85,4 @@ def _without_kernels() -> Any:
     def do_nothing(*arguments: Any) -> None:
         pass
 
-    return SimpleNamespace(
-        has_graph_queries=True,
-        plan_queries=do_nothing,
-        run_queries=do_nothing,
-    )
+    return SimpleNamespace(plan_queries=do_nothing, run_queries=do_nothing)

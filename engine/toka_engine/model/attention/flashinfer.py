@@ -1,8 +1,8 @@
-"""Paged attention on a GPU: our kernel for decode rows, flashinfer's for prefill and for what rows share (Hydragen).
+"""Paged attention on a GPU: our kernels for decode rows and for what rows share (Hydragen), flashinfer's for prefill.
 
 Owns the KV cache, the block table on the device and each step's index arrays. Decode rows, prefill chunks and groups
 with shared prefixes share a step. Each step is planned by `plan` (any mix), or for a CUDA graph of decode rows by
-`plan_graph` (with groups, padded, at fixed addresses) or `plan_nothing`. Nothing here waits for the device.
+`plan_nothing`, whose inputs are at fixed addresses. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from toka_engine.errors import ConfigError
 from toka_engine.model.attention.base import AttentionShape, StepLayout
 from toka_engine.model.attention.paged_plan import (
     PageLists,
-    QueryBatch,
-    cover_rows,
+    find_levels,
     find_own_starts,
     outermost,
-    plan_levels,
     plan_prefill,
     rows_of,
 )
 from toka_engine.model.kernels.decode_attention import OwnPart, Workspace, attend_decode
-from toka_engine.model.kernels.merge import merge_state
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
 from toka_engine.model.kernels.rope import rope_append
+from toka_engine.model.kernels.shared_attention import SharedWorkspace, attend_shared, count_words, lay_groups
 from toka_engine.model.staging import Staging
 
-GRAPH_REQUESTS = 256
-"""Requests of the shared-prefix batch in a graph: groups and the gaps between them."""
+GRAPH_GROUPS = 256
+"""Groups of a step that is a graph."""
+GRAPH_GROUP_WORDS = count_words(GRAPH_GROUPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,14 @@ class _Queries:
     planned: Any
     q_indptr: torch.Tensor
     pages: DevicePages
-    first_row: int
-    num_rows: int
-    rows: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphGroups:
+    """Groups of decode rows, on the host, for a graph."""
+
+    own_starts: NDArray[np.int32]  # [d] tokens
+    words: NDArray[np.int32]  # [GRAPH_GROUP_WORDS]
 
 
 @dataclass(slots=True)
@@ -57,7 +61,8 @@ class _Plan:
     positions: torch.Tensor
     num_decode: int = 0
     own_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
-    levels: list[_Queries] = field(default_factory=list)
+    levels: list[torch.Tensor] = field(default_factory=list)
+    """Words of groups, see lay_groups; the outermost first."""
     prefill: _Queries | None = None
 
 
@@ -74,12 +79,6 @@ class FlashInferAttention:
         self._step: _Plan | None = None
         self._tables = Staging(shape.device)
         self._inputs = Staging(shape.device)
-        self._graph_inputs = Staging(shape.device)
-
-    @property
-    def has_graph_groups(self) -> bool:
-        """Whether graphs can read shared prefixes once."""
-        return bool(self._kernels.has_graph_queries)
 
     @property
     def row_slots(self) -> torch.Tensor:
@@ -105,7 +104,8 @@ class FlashInferAttention:
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
-        self._decode_work = Workspace.allocate(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device)
+        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
+        self._decode_work, self._shared_work = Workspace.allocate(*heads), SharedWorkspace.allocate(*heads)
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 
@@ -133,88 +133,60 @@ class FlashInferAttention:
     def plan(self, layout: StepLayout) -> None:
         """Prepare the forward of any mix of decode rows, groups and prefill chunks."""
         page_size = self.page_size
-        levels = plan_levels(layout, page_size) if self.use_groups else []
-        batches = list(levels)
-        if layout.prefill_slots.size:
-            batches.append(plan_prefill(layout, page_size))
-        # One upload for the whole step: rows, then each batch's requests.
-        none = np.empty(0, np.int32)
-        arrays = [*rows_of(layout), find_own_starts(layout, page_size) if levels else none]
-        for batch in batches:
-            arrays += [batch.q_indptr, *_arrays_of(batch.pages), none if batch.rows is None else batch.rows]
-        uploaded = iter(self._inputs.upload(*arrays))
-        step = _Plan(next(uploaded), next(uploaded), layout.decode_slots.size, next(uploaded))
-        for index, batch in enumerate(batches):
-            arrays_of_batch = [next(uploaded) for _ in range(6)]
-            queries = self._plan_queries(index, batch, arrays_of_batch, is_causal=index >= len(levels))
-            if index < len(levels):
-                step.levels.append(queries)
-            else:
-                step.prefill = queries
+        levels = [self._lay_groups(layout, some) for some in find_levels(layout)] if self.use_groups else []
+        chunks = plan_prefill(layout, page_size) if layout.prefill_slots.size else None
+        # One upload for the whole step.
+        own_starts = find_own_starts(layout, page_size) if levels else np.empty(0, np.int32)
+        arrays = [*rows_of(layout), own_starts, *levels]
+        if chunks is not None:
+            arrays += [chunks.q_indptr, *_arrays_of(chunks.pages)]
+        slots, positions, starts, *rest = self._inputs.upload(*arrays)
+        step = _Plan(slots, positions, layout.decode_slots.size, starts, rest[: len(levels)])
+        if chunks is not None:
+            q_indptr, *pages = rest[len(levels) :]
+            planned = self._kernels.plan_queries(chunks)
+            step.prefill = _Queries(planned, q_indptr, self._flatten(chunks.pages, pages))
         self._step = step
 
-    def plan_graph(self, layout: StepLayout, num_rows: int) -> torch.Tensor | None:
-        """Prepare a forward of decode rows and their groups, padded to `num_rows`; returns the padded slots.
+    def _lay_groups(
+        self, layout: StepLayout, some: NDArray[np.int64], capacity: int | None = None
+    ) -> NDArray[np.int32]:
+        first_rows = layout.group_first_rows[some]
+        return lay_groups(
+            self._shared_work, self.page_size, first_rows, layout.group_num_rows[some], layout.decode_slots[first_rows],
+            layout.group_first_columns[some], layout.group_num_columns[some], capacity,
+        )  # fmt: skip
 
-        Everything that the forward reads has an address that depends on `num_rows` alone. Groups within groups are
-        ignored. None, with nothing prepared, if there are no groups or too many.
-        """
+    def lay_graph_groups(self, layout: StepLayout) -> GraphGroups | None:
+        """The groups of decode rows for a graph, without those inside others; None if there are none or too many."""
         layout = outermost(layout)
-        levels = plan_levels(layout, self.page_size)
-        level = cover_rows(levels[0], num_rows, GRAPH_REQUESTS) if levels else None
-        if level is None:
+        count = layout.group_first_rows.size
+        if not 0 < count <= GRAPH_GROUPS:
             return None
-        padding = num_rows - layout.decode_slots.size
-        zeros = np.zeros(padding, np.int32)
-        uploaded = self._graph_inputs.upload(
-            np.concatenate((layout.decode_slots, zeros + self.scratch_slot)),
-            np.concatenate((layout.decode_positions, zeros)),
-            np.concatenate((find_own_starts(layout, self.page_size), zeros)),
-            level.q_indptr,
-            *_arrays_of(level.pages),
-        )
-        step = _Plan(uploaded[0], uploaded[1], num_rows, uploaded[2])
-        pages = self._flatten(level.pages, uploaded[4:], self._graph_indices)
-        planned = self._kernels.plan_queries(0, level, False, True)
-        step.levels.append(_Queries(planned, uploaded[3], pages, 0, num_rows, None))
-        self._step = step
-        return uploaded[0]
+        words = self._lay_groups(layout, np.arange(count), GRAPH_GROUPS)
+        return GraphGroups(find_own_starts(layout, self.page_size), words)
 
-    def plan_nothing(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Prepare a forward of decode rows alone, at the slots and positions [rows] int32 that these hold when it runs.
-
-        A graph may hold the forward.
-        """
+    def plan_nothing(
+        self,
+        slots: torch.Tensor,  # [rows] int32
+        positions: torch.Tensor,  # [rows] int32
+        groups: tuple[torch.Tensor, torch.Tensor] | None = None,  # own starts [rows] int32, [GRAPH_GROUP_WORDS] int32
+    ) -> None:
+        """Prepare a forward of decode rows alone, of what these hold when it runs. A graph may hold the forward."""
         self._step = _Plan(slots, positions, slots.shape[0])
+        if groups is not None:
+            self._step.own_starts, self._step.levels = groups[0], [groups[1]]
 
-    def reserve_graphs(self, max_rows: int) -> None:
-        """Allocate what `plan_graph` needs for up to `max_rows` rows."""
-        self._graph_inputs = Staging(self.shape.device, capacity=3 * (max_rows + 8) + 5 * (GRAPH_REQUESTS + 8))
-        self._graph_indices = torch.zeros(
-            GRAPH_REQUESTS * self.max_pages_per_seq, dtype=torch.int32, device=self.shape.device
-        )
-
-    def _plan_queries(self, index: int, batch: QueryBatch, arrays: list[torch.Tensor], is_causal: bool) -> _Queries:
-        return _Queries(
-            planned=self._kernels.plan_queries(index, batch, is_causal),
-            q_indptr=arrays[0],
-            pages=self._flatten(batch.pages, arrays[1:5]),
-            first_row=batch.first_row,
-            num_rows=int(batch.q_indptr[-1]),
-            rows=None if batch.rows is None else arrays[5],
-        )
-
-    def _flatten(self, pages: PageLists, arrays: list[torch.Tensor], out: torch.Tensor | None = None) -> DevicePages:
+    def _flatten(self, pages: PageLists, arrays: list[torch.Tensor]) -> DevicePages:
         slots, first_columns, kv_indptr, last_page_lens = arrays
-        if out is None:
-            out = torch.empty(max(1, pages.num_pages), dtype=torch.int32, device=self.shape.device)
+        out = torch.empty(max(1, pages.num_pages), dtype=torch.int32, device=self.shape.device)
         flatten_table(self.table, slots, first_columns, kv_indptr, out)
         return DevicePages(kv_indptr, out, last_page_lens)
 
     # -------------------------------------------------------------- forward
 
     def write_tokens(self, ids: torch.Tensor) -> None:
-        """See attention.base.AttentionBackend. A graph may hold it: its addresses are those of `plan_graph`."""
+        """See attention.base.AttentionBackend."""
         step = self._step
         assert step is not None
         write_tokens(ids, step.slots, step.positions, self.table, self.page_tokens)
@@ -241,9 +213,7 @@ class FlashInferAttention:
                 q[count:], k[count:], v[count:], cos_sin, step.slots[count:], step.positions[count:], self.table,
                 keys, values, rotated,
             )  # fmt: skip
-            self._kernels.run_queries(
-                chunk.planned, rotated, cache, chunk.q_indptr, chunk.pages, out[count:], None
-            )  # fmt: skip
+            self._kernels.run_queries(chunk.planned, rotated, cache, chunk.q_indptr, chunk.pages, out[count:])
         return out
 
     def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,24 +235,16 @@ class FlashInferAttention:
         if step.levels and step.own_starts is not None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
             part = OwnPart(step.own_starts, lse, torch.empty(q.shape, dtype=q.dtype, device=q.device))
+        keys, values = self._by_token(cache)
         attend_decode(
-            q, k, v, cos_sin, step.slots, step.positions, self.table, *self._by_token(cache), out, self._decode_work,
+            q, k, v, cos_sin, step.slots, step.positions, self.table, keys, values, out, self._decode_work,
             self.shape.scale, part,
         )  # fmt: skip
         if part is not None:
-            self._merge_levels(step.levels, part, cache, out)
-
-    def _merge_levels(self, levels: list[_Queries], own: OwnPart, cache: torch.Tensor, out: torch.Tensor) -> None:
-        """Merge what rows share into `out`, which has their own part."""
-        for level in levels:
-            if level.rows is None:
-                q = own.rotated[level.first_row : level.first_row + level.num_rows]
-            else:
-                q = own.rotated.index_select(0, level.rows)
-            part = torch.empty_like(q)
-            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-            self._kernels.run_queries(level.planned, q, cache, level.q_indptr, level.pages, part, lse)
-            merge_state(out, own.lse, part, lse, first_row=level.first_row, rows=level.rows)
+            for groups in step.levels:
+                attend_shared(
+                    part.rotated, groups, self.table, keys, values, out, part.lse, self._shared_work, self.shape.scale
+                )  # fmt: skip
 
 
 def _arrays_of(pages: PageLists) -> tuple[NDArray[np.int32], ...]:

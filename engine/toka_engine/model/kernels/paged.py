@@ -3,7 +3,7 @@
 The wrappers' plan() copies what we already have on the device and walks tensors in Python; the modules beneath take
 plain arrays: `plan` reads CPU index arrays, writes a schedule to pinned memory and enqueues its copy to the device,
 `run` launches the kernel. The pinned memory belongs to the caller here, so that it can rotate: a schedule must not be
-overwritten while an earlier step's copy is still queued. All results come with their log-sum-exp in base 2.
+overwritten while an earlier step's copy is still queued.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ NHD, HND = 0, 1
 _FLOAT_WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
 _RING = 4
-_USUAL_BATCHES = 4
-"""Prefill and three depths of shared prefixes; deeper nesting allocates when it first comes."""
-_NON_CAUSAL, _CAUSAL = 0, 1
+_CAUSAL = 1
 _NO_WINDOW = -1
 _SM90_MIN_ROWS = 48
 """Average query rows per request from which the Hopper kernel, which does not join the heads of a group, pays."""
@@ -61,7 +59,7 @@ class _Workspace:
 
 
 class PagedKernels:
-    """flashinfer's kernels for one shape, for several query rows per request; on the current stream."""
+    """flashinfer's kernels for chunks of prompts of one shape; on the current stream."""
 
     def __init__(self, shape: AttentionShape, page_size: int, layout: int) -> None:
         if shape.head_dim not in HEAD_DIMS:
@@ -71,36 +69,26 @@ class PagedKernels:
         self._fa2: Any = modules[Kind.FA2]
         self._fa3: Any = modules.get(Kind.FA3)
         self._floats = torch.zeros(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
-        self._prefill_ints = [_Workspace(shape.device, _INT_WORKSPACE_BYTES) for _ in range(_USUAL_BATCHES)]
+        self._ints = _Workspace(shape.device, _INT_WORKSPACE_BYTES)
 
-    @property
-    def has_graph_queries(self) -> bool:
-        """Whether plan_queries can be made for a graph: only the Hopper kernel's grid does not depend on its work."""
-        return self._fa3 is not None
-
-    def plan_queries(self, index: int, batch: QueryBatch, is_causal: bool, for_graph: bool = False) -> Any:
-        """Schedule a batch of several query rows per request; `index` numbers the batches of one step.
-
-        For a graph the schedule's layout depends on the numbers of rows and requests alone.
-        """
-        while len(self._prefill_ints) <= index:
-            self._prefill_ints.append(_Workspace(self._shape.device, _INT_WORKSPACE_BYTES))
-        shape, work = self._shape, self._prefill_ints[index]
+    def plan_queries(self, batch: QueryBatch) -> Any:
+        """Schedule a batch of chunks, each query over the keys up to its own."""
+        shape, work = self._shape, self._ints
         num_requests, num_rows = batch.pages.slots.size, int(batch.q_indptr[-1])
-        is_fa3 = for_graph or (self._fa3 is not None and num_rows >= _SM90_MIN_ROWS * num_requests)
+        is_fa3 = self._fa3 is not None and num_rows >= _SM90_MIN_ROWS * num_requests
         arguments: list[Any] = [
             self._floats, work.device_ints, work.take_pinned(),
             torch.from_numpy(batch.q_indptr), torch.from_numpy(batch.pages.kv_indptr),
             torch.from_numpy(batch.pages.kv_lens), num_rows, num_requests,
-            shape.num_heads, shape.num_kv_heads, self._page_size, for_graph, shape.head_dim, shape.head_dim,
-            is_causal, _NO_WINDOW,
+            shape.num_heads, shape.num_kv_heads, self._page_size, False, shape.head_dim, shape.head_dim,
+            True, _NO_WINDOW,
         ]  # fmt: skip
         if not is_fa3:
             arguments += [-1, False, 0]
         module = self._fa3 if is_fa3 else self._fa2
         plan = module.plan(*arguments)
         work.planned()
-        return module, plan, work, _CAUSAL if is_causal else _NON_CAUSAL
+        return module, plan, work
 
     def run_queries(
         self,
@@ -110,13 +98,12 @@ class PagedKernels:
         q_indptr: torch.Tensor,  # [n + 1] int32
         pages: DevicePages,
         out: torch.Tensor,  # [rows, num_heads, head_dim]
-        lse: torch.Tensor | None,  # [rows, num_heads] fp32
     ) -> None:
-        module, plan, work, mask = planned
+        module, plan, work = planned
         module.paged_run(
             self._floats, work.device_ints, plan, q, cache[0], cache[1],
-            q_indptr, pages.kv_indptr, pages.kv_indices, pages.last_page_lens, out, lse,
-            mask, self._layout, _NO_WINDOW, False,
+            q_indptr, pages.kv_indptr, pages.kv_indices, pages.last_page_lens, out, None,
+            _CAUSAL, self._layout, _NO_WINDOW, False,
             None, None, None, None, None, None,  # masks, slopes, multi-item arguments
             0.0, self._shape.scale, None, None, None, 1.0, 1.0, 0, 0,
         )  # fmt: skip
