@@ -81,7 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     max_prefill_tokens_per_forward: Annotated[
         PositiveInt | None,
-        doc("prompt tokens of one step; default on a GPU: half a step, so that running streams wait less"),
+        doc("prompt tokens of one step; default on a GPU: half a step beside running streams, so that these wait less"),
     ] = None
     scheduling_steps_ahead: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | None,

@@ -28,7 +28,9 @@ def plan_step(state: ManagerState) -> Step | None:
         return None
     step = StepBuilder(state.next_step)
     rows, groups, is_short = _plan_decode(state, step)
-    budget = min(state.sizes.max_tokens_per_forward - rows.size, state.sizes.max_prefill_tokens)
+    sizes = state.sizes
+    most = sizes.max_prefill_tokens if rows.size else sizes.max_lone_prefill_tokens
+    budget = min(sizes.max_tokens_per_forward - rows.size, most)
     copies = _take_live_copies(state)
     if not is_short:
         admit(state, step, budget)

@@ -25,7 +25,9 @@ class Sizes:
     """Streams that may own a slot at once: each must fit as a decode row beside a little prefill."""
     max_tokens_per_forward: int
     max_prefill_tokens: int
-    """Prompt tokens of one step: more would make the streams that run beside them wait longer for their next token."""
+    """Prompt tokens of a step with decode rows: more would make these streams wait longer for their next token."""
+    max_lone_prefill_tokens: int
+    """Prompt tokens of a step without any."""
     steps_ahead: int
     """Steps in flight. On a GPU one runs, one waits in its queue, and one is being planned."""
     max_pages_per_seq: int
@@ -42,16 +44,15 @@ def choose_sizes(config: EngineConfig, ready: WorkerReady) -> Sizes:
     )
     most_rows = max(1, ready.max_tokens_per_forward - ready.max_tokens_per_forward // PREFILL_SHARE)
     is_cpu = ready.device == "cpu"
-    max_prefill_tokens = config.max_prefill_tokens_per_forward or (
-        ready.max_tokens_per_forward if is_cpu else max(1, ready.max_tokens_per_forward // 2)
-    )
+    beside_rows = ready.max_tokens_per_forward if is_cpu else max(1, ready.max_tokens_per_forward // 2)
     return Sizes(
         num_pages=ready.num_pages,
         page_size=ready.page_size,
         num_slots=ready.max_seqs,
         max_running=min(ready.max_seqs, most_rows),
         max_tokens_per_forward=ready.max_tokens_per_forward,
-        max_prefill_tokens=max_prefill_tokens,
+        max_prefill_tokens=config.max_prefill_tokens_per_forward or beside_rows,
+        max_lone_prefill_tokens=config.max_prefill_tokens_per_forward or ready.max_tokens_per_forward,
         steps_ahead=config.scheduling_steps_ahead or (2 if is_cpu else 3),
         max_pages_per_seq=ready.max_pages_per_seq,
         max_request_tokens=max_request_tokens,

@@ -261,6 +261,7 @@ def small_sizes(**changes: int) -> Sizes:
         "max_running": 8,
         "max_tokens_per_forward": 24,
         "max_prefill_tokens": 24,
+        "max_lone_prefill_tokens": 24,
         "steps_ahead": 2,
         "max_pages_per_seq": 32,
         "max_request_tokens": 128,

@@ -228,8 +228,24 @@ def test_time_in_which_steps_overlap_counts_once_and_idle_time_not_at_all() -> N
     assert busy.total_s == 5.0
 
 
+def test_prompts_have_a_step_to_themselves_until_a_stream_runs() -> None:
+    sizes = small_sizes(num_pages=24, num_slots=32, max_running=32, max_prefill_tokens=8, max_lone_prefill_tokens=20)
+    harness = Harness(sizes)
+    for first in range(6):
+        harness.submit([first] * 10, max_tokens=8, seed=first)
+    steps = []
+    while harness.plan() or harness.sent:
+        steps += [step for step in harness.sent if step.number >= len(steps)]
+        harness.return_one()
+    prompts = [(step.decode_slots.size > 0, int(step.prefill_lengths.sum())) for step in steps]
+    assert prompts[0] == (False, 20)
+    assert max(tokens for has_rows, tokens in prompts if has_rows) == 8
+    harness.check_results()
+
+
 def test_where_pages_are_short_at_most_every_second_step_admits() -> None:
-    sizes = small_sizes(num_pages=24, num_slots=32, max_running=32, max_tokens_per_forward=64, max_prefill_tokens=64)
+    forward = {"max_tokens_per_forward": 64, "max_prefill_tokens": 64, "max_lone_prefill_tokens": 64}
+    sizes = small_sizes(num_pages=24, num_slots=32, max_running=32, **forward)
     harness = Harness(sizes)
     for first in range(40):
         harness.submit([first] * 4, max_tokens=5 + first % 9, seed=first)

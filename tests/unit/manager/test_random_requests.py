@@ -48,6 +48,7 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
     steps_ahead=st.integers(1, 3),
     max_tokens_per_forward=st.sampled_from([9, 24, 64]),
     max_prefill_tokens=st.sampled_from([3, 24, 64]),
+    max_lone_prefill_tokens=st.sampled_from([3, 24, 64]),
     use_prefix_cache=st.booleans(),
     use_hydragen=st.booleans(),
     cancel_rate=st.sampled_from([0.0, 0.1]),
@@ -59,6 +60,7 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
     steps_ahead: int,
     max_tokens_per_forward: int,
     max_prefill_tokens: int,
+    max_lone_prefill_tokens: int,
     use_prefix_cache: bool,
     use_hydragen: bool,
     cancel_rate: float,
@@ -69,6 +71,7 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
         max_request_tokens=min(60, num_pages * 4),
         max_tokens_per_forward=max_tokens_per_forward,
         max_prefill_tokens=max_prefill_tokens,
+        max_lone_prefill_tokens=max_lone_prefill_tokens,
     )
     config = EngineConfig(
         scheduling_steps_ahead=steps_ahead,
