@@ -64,9 +64,7 @@ class Case:
         for group in groups:
             rows = slice(group.first_row, group.first_row + group.num_rows)
             pages = self.table[group.slot, group.first_column : group.first_column + group.num_columns].long()
-            keys, values = (
-                part[pages].flatten(0, 1).double().repeat_interleave(per_kv, dim=1) for part in self.cache
-            )
+            keys, values = (part[pages].flatten(0, 1).double().repeat_interleave(per_kv, dim=1) for part in self.cache)
             scores = torch.einsum("rhd,nhd->rhn", self.q[rows].double(), keys) * self.scale
             part, part_lse = torch.einsum("rhn,nhd->rhd", scores.softmax(-1), values), scores.logsumexp(-1)
             own_lse = lse[rows] * math.log(2)

@@ -1,13 +1,13 @@
 """Attention of decode rows over tokens that they share (Hydragen), merged with what each row has over its own.
 
-One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of one
-block of keys for one tile of query heads, and each program takes an equal share of units, whatever tiles they belong to.
-So all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`),
-and a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
+One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of a
+block of keys for a tile of query heads, and each program takes an equal share of units, whatever tiles they are of. So
+all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`), and
+a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
 (`SharedWorkspace`); RoPE, the rows' own tokens and which rows are groups are others' work.
 
-Algorithm: Hydragen's split by prefix (Juravsky et al. 2024), FlashAttention's online softmax (Dao et al. 2022) in base 2,
-begun with a row's own part, and the even cut of "Stream-K" (Osama et al. 2023), of LeanAttention (2024) for attention.
+Algorithm: Hydragen's split by prefix (Juravsky et al. 2024); FlashAttention's online softmax (Dao et al. 2022) in base
+2, begun with a row's own part; the even cut of Stream-K (Osama et al. 2023), for attention LeanAttention (2024).
 """
 
 from __future__ import annotations
