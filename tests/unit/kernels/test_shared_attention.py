@@ -129,7 +129,7 @@ def test_groups_with_gaps_between_them_give_the_definition_and_other_rows_keep_e
     work = case.make_work(num_programs)
     out, lse = case.run(work, groups, capacity=8)
     assert_equals((out, lse), case.expect(groups))
-    is_alone = torch.ones(90, dtype=torch.bool)
+    is_alone = torch.ones(90, dtype=torch.bool, device=out.device)
     for group in groups:
         is_alone[group.first_row : group.first_row + group.num_rows] = False
     assert int(is_alone.sum()) == 12
@@ -161,7 +161,7 @@ def test_the_usual_cut_gives_the_definition(generator, head_dim) -> None:
 def test_pages_that_no_group_has_are_not_read(generator) -> None:
     case = make_case(generator, 9)
     groups = [Group(0, 4, 2, 5, first_column=35), Group(5, 3, 0, 6, first_column=2)]
-    is_shared = torch.zeros(case.cache.shape[1], dtype=torch.bool)
+    is_shared = torch.zeros(case.cache.shape[1], dtype=torch.bool, device=case.q.device)
     for group in groups:
         columns = slice(group.first_column, group.first_column + group.num_columns)
         is_shared[case.table[group.slot, columns].long()] = True
