@@ -109,7 +109,7 @@ def assert_equals(found, expected) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [2, 33, 200])
-@pytest.mark.parametrize(("num_columns", "num_programs"), [(1, 5), (5, 3), (40, 2), (40, 29)])
+@pytest.mark.parametrize(("num_columns", "num_programs"), [(1, 5), (5, 3), (40, 7)])
 def test_a_group_of_any_size_over_any_prefix_gives_the_definition(
     generator, num_rows, num_columns, num_programs
 ) -> None:
@@ -120,8 +120,7 @@ def test_a_group_of_any_size_over_any_prefix_gives_the_definition(
     assert int(work.arrived.count_nonzero()) == 0
 
 
-@pytest.mark.parametrize("is_heads_first", [True, False])
-@pytest.mark.parametrize("num_programs", [1, 6, 50])
+@pytest.mark.parametrize(("is_heads_first", "num_programs"), [(True, 1), (False, 6), (True, 40)])
 def test_groups_with_gaps_between_them_give_the_definition_and_other_rows_keep_every_bit(
     generator, is_heads_first, num_programs
 ) -> None:
@@ -130,7 +129,7 @@ def test_groups_with_gaps_between_them_give_the_definition_and_other_rows_keep_e
     work = case.make_work(num_programs)
     out, lse = case.run(work, groups, capacity=8)
     assert_equals((out, lse), case.expect(groups))
-    is_alone = torch.ones(90, dtype=torch.bool)
+    is_alone = torch.ones(90, dtype=torch.bool, device=out.device)
     for group in groups:
         is_alone[group.first_row : group.first_row + group.num_rows] = False
     assert int(is_alone.sum()) == 12
@@ -141,11 +140,11 @@ def test_groups_with_gaps_between_them_give_the_definition_and_other_rows_keep_e
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(2, 2, 64), (8, 2, 64), (5, 1, 64), (14, 2, 64), (16, 1, 64), (7, 1, 128), (8, 2, 128), (4, 1, 256)],
+    [(2, 2, 64), (4, 1, 64), (5, 1, 64), (14, 2, 64), (16, 1, 64), (7, 1, 128), (4, 2, 128), (4, 1, 256)],
 )
 def test_any_number_of_query_heads_to_a_kv_head_gives_the_definition(generator, heads, kv_heads, head_dim) -> None:
     case = make_case(generator, 40, heads, kv_heads, head_dim)
-    groups = [Group(1, 30, 0, 9), Group(31, 8, 1, 14)]
+    groups = [Group(1, 20, 0, 5), Group(31, 8, 1, 9)]
     assert_equals(case.run(case.make_work(4), groups), case.expect(groups))
 
 
@@ -157,6 +156,18 @@ def test_the_usual_cut_gives_the_definition(generator, head_dim) -> None:
     groups = [Group(1, 30, 0, 21), Group(31, 9, 1, 40)]
     work = SharedWorkspace.allocate(4, 2, head_dim, case.q.device, num_programs=5)
     assert_equals(case.run(work, groups), case.expect(groups))
+
+
+def test_pages_that_no_group_has_are_not_read(generator) -> None:
+    case = make_case(generator, 9)
+    groups = [Group(0, 4, 2, 5, first_column=35), Group(5, 3, 0, 6, first_column=2)]
+    is_shared = torch.zeros(case.cache.shape[1], dtype=torch.bool, device=case.q.device)
+    for group in groups:
+        columns = slice(group.first_column, group.first_column + group.num_columns)
+        is_shared[case.table[group.slot, columns].long()] = True
+    assert int(is_shared.sum()) == 11
+    case.cache[:, ~is_shared] = float("nan")  # 0 times this were this
+    assert_equals(case.run(case.make_work(5), groups), case.expect(groups))
 
 
 def test_groups_within_a_group_are_a_call_behind_it(generator) -> None:
@@ -191,7 +202,7 @@ def test_one_tile_in_many_programs_gives_the_definition_and_the_same_bits_in_any
 def test_a_workspace_serves_launches_of_other_groups_one_after_the_other(generator) -> None:
     case = make_case(generator, 100)
     work = case.make_work(11)
-    for groups in ([Group(0, 60, 0, 40)], [Group(7, 3, 1, 3)], [Group(0, 50, 1, 13), Group(50, 50, 2, 8)]):
+    for groups in ([Group(0, 40, 0, 40)], [Group(7, 3, 1, 3)], [Group(0, 50, 1, 13), Group(50, 50, 2, 8)]):
         first = case.run(work, groups, capacity=4)
         assert_equals(first, case.expect(groups))
         again = case.run(work, groups, capacity=4)

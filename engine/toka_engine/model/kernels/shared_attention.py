@@ -1,13 +1,13 @@
 """Attention of decode rows over tokens that they share (Hydragen), merged with what each row has over its own.
 
-One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of one
-block of keys for one tile of query heads, and each program takes an equal share of units, whatever tiles they belong to.
-So all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`),
-and a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
+One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of a
+block of keys for a tile of query heads, and each program takes an equal share of units, whatever tiles they are of. So
+all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`), and
+a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
 (`SharedWorkspace`); RoPE, the rows' own tokens and which rows are groups are others' work.
 
-Algorithm: Hydragen's split by prefix (Juravsky et al. 2024), FlashAttention's online softmax (Dao et al. 2022) in base 2,
-begun with a row's own part, and the even cut of "Stream-K" (Osama et al. 2023), of LeanAttention (2024) for attention.
+Algorithm: Hydragen's split by prefix (Juravsky et al. 2024); FlashAttention's online softmax (Dao et al. 2022) in base
+2, begun with a row's own part; the even cut of Stream-K (Osama et al. 2023), for attention LeanAttention (2024).
 """
 
 from __future__ import annotations
@@ -177,8 +177,9 @@ def _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLO
     """Of each pair of row and head of a tile: its place in [rows, num_heads], and whether it is one. Rows are packed
     without gaps, whatever a power of 2 may be."""
     pair = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = pair // heads_per_kv
-    place = (first_row + row).to(tl.int64) * num_heads + kv_head * heads_per_kv + pair % heads_per_kv
+    # A division, exact up to 2 ** 21 pairs: the half is more than floats err by. Of integers it takes 20 instructions.
+    row = ((pair.to(tl.float32) + 0.5) * (1.0 / heads_per_kv)).to(tl.int32)
+    place = (first_row + row).to(tl.int64) * num_heads + kv_head * heads_per_kv + pair - row * heads_per_kv
     return place, row < num_rows
 
 
@@ -216,12 +217,14 @@ def _hide_end(scores, block, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _attend_blocks(
-    q, k_at, v_at, table_at, begin, end, num_tokens, page_stride, token_stride, scale, top, total, sums,
+    q, k_at, v_at, table_at, pages, begin, end, last_column, page_stride, token_stride, scale, top, total, sums,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The greatest score, sum of weights and weighted sums with blocks begin..end-1 too; the last one may be short."""
-    last_column = num_tokens // PAGE_SIZE - 1
-    pages = _load_pages(table_at, begin, last_column, PAGE_SIZE, BLOCK)
+    """The greatest score, sum of weights and weighted sums with blocks begin..end-1 too; `pages` are the first one's.
+
+    Only the last one may be short, and is worked on apart: the others take no masks.
+    """
+    num_tokens = (last_column + 1) * PAGE_SIZE
     num_full = tl.minimum(end, num_tokens // BLOCK)
     for block in tl.range(begin, num_full, num_stages=STAGES):
         at = _find_tokens(pages, block, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
@@ -243,7 +246,7 @@ def _attend_blocks(
 @triton.jit
 def _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM: tl.constexpr):
     at = out_ptr + place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(at, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+    tl.store(at, (sums * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
     tl.store(lse_ptr + place, top + tl.log2(total), mask=is_head)
 
 
@@ -325,8 +328,7 @@ def _shared_kernel(
         at = arrays_ptr + group
         first_row, num_rows, slot = tl.load(at), tl.load(at + capacity), tl.load(at + 2 * capacity)
         first_column, num_columns = tl.load(at + 3 * capacity), tl.load(at + 4 * capacity)
-        num_tokens = num_columns * PAGE_SIZE
-        num_blocks = tl.cdiv(num_tokens, BLOCK)
+        num_blocks = tl.cdiv(num_columns * PAGE_SIZE, BLOCK)
         num_tiles = tl.cdiv(num_rows * heads_per_kv, BLOCK_ROWS)
         within = unit - (tl.load(at + 5 * capacity) - num_blocks * num_tiles * num_kv_heads)
         begin_block = within % num_blocks
@@ -335,6 +337,9 @@ def _shared_kernel(
         kv_head = within // num_blocks // num_tiles
         is_first = begin_block == 0
 
+        # All loads before their first use, so that they are on their way together.
+        table_at = table_ptr + slot.to(tl.int64) * table_stride + first_column
+        pages = _load_pages(table_at, begin_block, num_columns - 1, PAGE_SIZE, BLOCK)
         place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
         heads_at = place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
         q = tl.load(q_ptr + heads_at, mask=is_head[:, None], other=0.0)
@@ -342,10 +347,9 @@ def _shared_kernel(
         sums = tl.load(out_ptr + heads_at, mask=is_head[:, None] & is_first, other=0.0).to(tl.float32)
         top = tl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))
         total = tl.where(is_head & is_first, 1.0, 0.0)
-        table_at = table_ptr + slot.to(tl.int64) * table_stride + first_column
         k_at, v_at = k_cache_ptr + kv_head * head_stride, v_cache_ptr + kv_head * head_stride
         top, total, sums = _attend_blocks(
-            q, k_at, v_at, table_at, begin_block, end_block, num_tokens, page_stride, token_stride, scale,
+            q, k_at, v_at, table_at, pages, begin_block, end_block, num_columns - 1, page_stride, token_stride, scale,
             top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK, STAGES,
         )  # fmt: skip
         # Found once more, from words read once more: else the places of heads stay in registers that blocks need.

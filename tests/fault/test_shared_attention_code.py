@@ -1,0 +1,79 @@
+"""What the compiler makes of attention over shared tokens, for a GPU that is not there: the speed that it is built for
+depends on it, and its results do not. In a process of its own, as other tests run the kernel in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.compiled.image import run
+
+pytestmark = pytest.mark.timeout(300)
+REGISTERS = 65536
+SHARED_BYTES = 227 << 10
+"""Of one of an H100's processors."""
+RESERVED_BYTES = 1 << 10
+"""Of shared memory, by each program."""
+MOST_REGISTERS = 256
+"""Of a thread, which has 255 and is given a multiple of 8."""
+
+COMPILE = """
+import json, sys
+import torch
+from toka_engine.model.ahead.build import Variants
+from toka_engine.model.kernels.shared_attention import SharedWorkspace, attend_shared, count_words
+capability, head_dim = int(sys.argv[1]), int(sys.argv[2])
+meta = torch.device("meta")
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device=meta)
+variants = Variants(capability)
+with variants.recording():
+    work = SharedWorkspace.allocate(32, 8, head_dim, meta)
+    keys, values = tensor(2, 64, 8, 16, head_dim).transpose(2, 3)
+    attend_shared(
+        tensor(64, 32, head_dim), tensor(count_words(256), dtype=torch.int32), tensor(9, 64, dtype=torch.int32), keys,
+        values, tensor(64, 32, head_dim), tensor(64, 32, dtype=torch.float32), work, 0.125,
+    )
+((function, data),) = variants.found.values()
+compiled, cut = function.preload(data), work.cut
+print(json.dumps([compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared,
+                  cut.num_warps, cut.num_stages, cut.residency, cut.max_registers]))
+"""
+
+
+def compile_kernel(capability: int, head_dim: int, cache: Path) -> list[Any]:
+    done = run("-c", COMPILE, str(capability), str(head_dim), TRITON_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    compiled: list[Any] = json.loads(done.stdout)
+    return compiled
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_keys_and_values_are_on_their_way_to_the_tensor_cores_while_they_work(tmp_path: Path, head_dim: int) -> None:
+    ttgir, ptx, shared_bytes, num_warps, num_stages, residency, max_registers = compile_kernel(90, head_dim, tmp_path)
+    loops = re.findall(r"scf\.for .*?scf\.yield", ttgir, re.S)
+    (loop,) = (each for each in loops if "warp_group_dot " in each)
+    assert len(re.findall(r"ttng\.warp_group_dot .*isAsync = true", loop)) == 2
+    assert len(re.findall(r"async_copy_global_to_local", loop)) == 2
+    assert f"memdesc<{num_stages}x" in loop
+    assert not re.search(r"arith\.select [^\n]*xf32", loop)  # full blocks take no masks
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]*, [^,]*, (\w+)", ptx)
+    assert sizes
+    assert set(sizes) == {"0x10"}  # bytes: pieces as large as there are
+    assert residency * (shared_bytes + RESERVED_BYTES) <= SHARED_BYTES
+    assert residency * 32 * num_warps * (max_registers or MOST_REGISTERS) <= REGISTERS
+
+
+def test_only_what_describes_groups_is_read_before_the_wait_for_the_kernel_before(tmp_path: Path) -> None:
+    before, after = compile_kernel(90, 64, tmp_path)[1].split("griddepcontrol.wait")
+    assert before.count("griddepcontrol.launch_dependents") == 1
+    assert all(words.endswith(".b32") for words in re.findall(r"\bld\.\S*global\S*", before))
+    assert "cp.async" not in before
+    assert not re.findall(r"\b(?:st|red|atom)\.\S*global", before)
+    assert re.findall(r"\bst\.\S*global", after)
+    # Programs without work wait too: what waits for this kernel waits for the ones before it.
+    assert not re.findall(r"\bret;", before)

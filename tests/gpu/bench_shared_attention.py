@@ -1,0 +1,194 @@
+"""Times attention over tokens that decode rows share: flashinfer's kernel and our merge against attend_shared.
+
+Prints microseconds a layer, the FLOPs of both products per second, and the greatest difference from the first
+candidate's result, of CUDA graphs of 16 layers with a cache each. What planning costs flashinfer's host is not in its
+time, nor what laying groups costs ours (microseconds). Candidates: flashinfer as attention/flashinfer.py runs it; the
+same with the keys in 2 or 3 requests, each with the rows once more, of which only the time tells anything, as their
+parts are not merged; and cuts of our kernel, from which SharedCut.of is chosen.
+
+Usage: python -m tests.gpu.bench_shared_attention [HEAD_DIM ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from toka_engine.model.attention.base import AttentionShape
+from toka_engine.model.attention.paged_plan import QueryBatch, indptr_of, list_pages
+from toka_engine.model.kernels.merge import merge_state
+from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
+from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace, attend_shared, lay_groups
+
+from tests.gpu.bench_products import compile_together, time_graph
+
+DEVICE = torch.device("cuda")
+LAYERS, PAGE_SIZE = 16, 16
+HEADS, KV_HEADS = 32, 8
+Size: TypeAlias = tuple[int, int, int]
+"""Rows, tokens that each group shares, groups of equal size."""
+SIZES: dict[int, list[Size]] = {
+    64: [
+        (1024, 1024, 1),
+        (1024, 4096, 1),
+        (1024, 16384, 1),
+        (4096, 1024, 1),
+        (4096, 4096, 1),
+        (4096, 768, 16),
+        (512, 2048, 4),
+    ],
+    128: [(1024, 4096, 1), (4096, 768, 16)],
+}
+CUTS = {
+    64: [
+        SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
+        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
+        SharedCut(block_rows=256, block_tokens=64, num_warps=8, num_stages=3, residency=1),
+        SharedCut(block_rows=64, block_tokens=128, num_warps=4, num_stages=2, residency=3, max_registers=168),
+    ],
+    128: [
+        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1),
+        SharedCut(block_rows=128, block_tokens=128, num_warps=8, num_stages=2, residency=1),
+        SharedCut(block_rows=64, block_tokens=64, num_warps=4, num_stages=2, residency=2),
+    ],
+}
+PIECES = (2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Rows of groups that follow each other, with their own parts; group i's pages are those of slot i."""
+
+    size: Size
+    q: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def random(cls, size: Size, head_dim: int, num_pages: int) -> Inputs:
+        rows, shared, groups = size
+        q, out = torch.randn(2, rows, HEADS, head_dim, device=DEVICE).bfloat16()
+        pages = torch.randperm(num_pages, device=DEVICE)[: groups * shared // PAGE_SIZE].int()
+        return cls(size, q, out, torch.randn(rows, HEADS, device=DEVICE) + 5, pages.view(groups, -1))
+
+    @property
+    def num_flops(self) -> int:
+        rows, shared, _ = self.size
+        return 4 * rows * shared * HEADS * int(self.q.shape[2])
+
+
+Layer: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], object]
+"""Adds a layer's shared part to `out` and `lse`, in place."""
+
+
+class Bench:
+    """What all sizes of a head share."""
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+        self.num_pages = max(shared * groups for _, shared, groups in SIZES[head_dim]) // PAGE_SIZE
+        self.cache = torch.empty(
+            LAYERS, 2, self.num_pages, KV_HEADS, PAGE_SIZE, head_dim, device=DEVICE, dtype=torch.bfloat16
+        ).normal_()
+        shape = AttentionShape(LAYERS, HEADS, KV_HEADS, head_dim, head_dim**-0.5, torch.bfloat16, DEVICE)
+        self.scale, self.kernels = shape.scale, PagedKernels(shape, PAGE_SIZE, HND)
+        self.works = {cut: SharedWorkspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, cut) for cut in CUTS[head_dim]}
+
+    def plan(self, inputs: Inputs, pieces: int) -> tuple[Any, torch.Tensor, DevicePages]:
+        """flashinfer's schedule of each group's rows `pieces` times, over as many pieces of its pages."""
+        rows, _, groups = inputs.size
+        columns = inputs.table.shape[1]
+        bounds = np.tile(np.linspace(0, columns, pieces + 1).astype(np.int32), (groups, 1))
+        begins, ends = bounds[:, :-1].T.reshape(-1), bounds[:, 1:].T.reshape(-1) * PAGE_SIZE
+        slots = np.tile(np.arange(groups, dtype=np.int32), pieces)
+        pages = list_pages(slots, begins, ends, PAGE_SIZE)
+        q_indptr = indptr_of(np.full(pieces * groups, rows // groups, np.int32))
+        indices = torch.cat(
+            [
+                inputs.table[slot, begin : end // PAGE_SIZE]
+                for slot, begin, end in zip(slots.tolist(), begins.tolist(), ends.tolist(), strict=True)
+            ]
+        )
+        indptr, last = (torch.from_numpy(array).to(DEVICE) for array in (pages.kv_indptr, pages.last_page_lens))
+        planned = self.kernels.plan_queries(0, QueryBatch(q_indptr, pages, 0, None), is_causal=False)
+        return planned, torch.from_numpy(q_indptr).to(DEVICE), DevicePages(indptr, indices, last)
+
+    def make_flashinfer(self, inputs: Inputs, pieces: int = 1) -> Layer:
+        planned, q_indptr, pages = self.plan(inputs, pieces)
+        q = inputs.q.repeat(pieces, 1, 1)
+        part, part_lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+
+        def run(layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+            self.kernels.run_queries(planned, q, self.cache[layer], q_indptr, pages, part, part_lse)
+            if pieces == 1:
+                merge_state(out, lse, part, part_lse)
+
+        return run
+
+    def make_candidate(self, inputs: Inputs, work: SharedWorkspace) -> Layer:
+        rows, _, groups = inputs.size
+        index, ones = np.arange(groups, dtype=np.int32), np.ones(groups, np.int32)
+        count, columns = rows // groups, inputs.table.shape[1]
+        words = lay_groups(work, PAGE_SIZE, index * count, ones * count, index, 0 * ones, ones * columns, capacity=256)
+        uploaded = torch.from_numpy(words).to(DEVICE)
+
+        def run(layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+            keys, values = self.cache[layer].transpose(2, 3)
+            attend_shared(inputs.q, uploaded, inputs.table, keys, values, out, lse, work, self.scale)
+
+        return run
+
+    def compile(self) -> None:
+        inputs = Inputs.random(SIZES[self.head_dim][0], self.head_dim, self.num_pages)
+
+        def run() -> None:
+            for work in self.works.values():
+                self.make_candidate(inputs, work)(0, inputs.out, inputs.lse)
+
+        compile_together(run)
+
+    def time(self, inputs: Inputs, name: str, run: Layer, expected: torch.Tensor | None) -> torch.Tensor:
+        """Print a line; returns what the first layer gives."""
+        found, again = inputs.out.clone(), inputs.out.clone()
+        for out in (found, again):
+            run(0, out, inputs.lse.clone())
+        out, lse = inputs.out.clone(), inputs.lse.clone()
+        seconds = time_graph(lambda: [run(layer, out, lse) for layer in range(LAYERS)]) / LAYERS
+        words = "" if expected is None else f"differs by {float((found.float() - expected.float()).abs().max()):.4f}"
+        words += "" if torch.equal(found, again) else ", OTHER BITS WHEN RUN AGAIN"
+        rows, shared, groups = inputs.size
+        print(
+            f"{rows:5d} x {shared:5d} in {groups:2d} {seconds * 1e6:8.2f} us a layer "
+            f"{inputs.num_flops / seconds / 1e12:5.0f} TFLOP/s  {name}  {words}",
+            flush=True,
+        )
+        return found
+
+    def compare(self, size: Size) -> None:
+        inputs = Inputs.random(size, self.head_dim, self.num_pages)
+        expected = self.time(inputs, "flashinfer, merge_state", self.make_flashinfer(inputs), None)
+        for pieces in PIECES:
+            self.time(inputs, f"flashinfer, {pieces} pieces, not merged", self.make_flashinfer(inputs, pieces), None)
+        for cut, work in self.works.items():
+            self.time(inputs, str(cut), self.make_candidate(inputs, work), expected)
+
+
+@torch.inference_mode()
+def main() -> None:
+    for head_dim in [int(word) for word in sys.argv[1:]] or list(SIZES):
+        bench = Bench(head_dim)
+        bench.compile()
+        print(f"{HEADS}/{KV_HEADS} heads of {head_dim}, chosen {SharedCut.of(head_dim)}", flush=True)
+        for size in SIZES[head_dim]:
+            bench.compare(size)
+        del bench
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
