@@ -282,7 +282,8 @@ def test_a_program_has_as_many_kv_heads_as_leave_enough_programs(rows, kv_heads,
     from toka_engine.model.kernels.decode_rows import RowCut
 
     cut = RowCut(8, 2, min_programs=1024, block_tokens=32, num_warps=2, most_registers=168)
-    assert cut.count_heads(rows, kv_heads, is_part) == heads
+    assert cut.count_heads(rows, kv_heads, 16, is_part) == heads
+    assert cut.count_heads(rows, kv_heads, 17, is_part) == 0
 
 
 def test_rows_that_are_too_few_for_programs_of_several_heads_are_split(generator, monkeypatch) -> None:

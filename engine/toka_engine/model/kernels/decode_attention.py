@@ -329,7 +329,7 @@ def attend_decode(
         "IS_PART": part is not None, "HAS_PDL": work.has_pdl, "num_stages": 1,
         **({"launch_pdl": True} if work.has_pdl else {}),
     }  # fmt: skip
-    heads = 0 if cut.rows is None else cut.rows.count_heads(rows, num_kv_heads, part is not None)
+    heads = 0 if cut.rows is None else cut.rows.count_heads(rows, num_kv_heads, group, part is not None)
     if cut.rows is not None and heads:
         attend_rows_kernel[(rows, num_kv_heads // heads)](
             *tensors, scale * _LOG2_E, *strides, heads,

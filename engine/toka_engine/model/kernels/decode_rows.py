@@ -28,6 +28,10 @@ from toka_engine.model.kernels.decode_tokens import (
 )
 
 
+_MOST_GROUP = 16
+"""Query heads of a KV head: rows of one tensor core's product. More would not fit into a program's registers."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowCut:
     """Which launches take this kernel, with how many KV heads a program; none of it changes what is computed.
@@ -58,8 +62,10 @@ class RowCut:
             most_registers=168,
         )
 
-    def count_heads(self, rows: int, num_kv_heads: int, is_part: bool) -> int:
+    def count_heads(self, rows: int, num_kv_heads: int, group: int, is_part: bool) -> int:
         """KV heads of a program: the most that are allowed, divide `num_kv_heads` and leave enough programs; or 0."""
+        if group > _MOST_GROUP:
+            return 0
         most = self.most_heads if is_part else self.most_heads_alone
         return max(
             (
