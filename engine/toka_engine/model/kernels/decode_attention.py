@@ -3,7 +3,8 @@
 A row finds its slot, position and pages on the device, so the host plans nothing for a step but the slots and positions
 that it uploads, and a CUDA graph of these launches holds for any contexts. Owns what the launches of a step share
 (`Workspace`); norms of heads, prefill and the tokens that rows share are others' work: of a row that shares its first
-tokens this gives the part over its own, with the log-sum-exp by which parts are merged.
+tokens this gives the part over its own, with the log-sum-exp by which parts are merged. Of many rows whose own tokens
+are few `decode_rows` has the kernel.
 
 Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
 of which the last to arrive merges all.

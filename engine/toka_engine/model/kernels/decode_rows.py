@@ -27,7 +27,6 @@ from toka_engine.model.kernels.decode_tokens import (
     rotate_heads,
 )
 
-
 _MOST_GROUP = 16
 """Query heads of a KV head: rows of one tensor core's product. More would not fit into a program's registers."""
 
