@@ -275,7 +275,8 @@ def test_programs_of_several_kv_heads_give_the_same_bits_again(generator) -> Non
     ("rows", "kv_heads", "is_part", "heads"),
     [
         (1024, 8, True, 8), (1023, 8, True, 4), (256, 8, True, 2), (255, 8, True, 1), (127, 8, True, 0),
-        (4096, 32, True, 8), (4096, 9, True, 3), (4096, 5, True, 5), (4096, 1, True, 1), (4096, 8, False, 2), (511, 8, False, 2),
+        (4096, 32, True, 8), (4096, 9, True, 3), (4096, 5, True, 5), (4096, 1, True, 1),
+        (4096, 8, False, 2), (511, 8, False, 2),
     ],
 )  # fmt: skip
 def test_a_program_has_as_many_kv_heads_as_leave_enough_programs(rows, kv_heads, is_part, heads) -> None:
