@@ -221,3 +221,79 @@ def test_the_part_over_a_rows_own_tokens_comes_with_its_log_sum_exp(generator, s
     assert torch.equal(cache, expected_cache)
     assert torch.equal(rotated, expected_q)
     torch.testing.assert_close(part.lse.double(), expected_lse, atol=2e-2 if out.is_cuda else 1e-5, rtol=1e-3)
+
+
+def allocate_for_several_heads(case: Case, most_heads: int, min_programs: int = 1):
+    from toka_engine.model.kernels.decode_attention import Cut, Workspace
+    from toka_engine.model.kernels.decode_rows import RowCut
+
+    rows = RowCut(most_heads, most_heads, min_programs, block_tokens=16, num_warps=2, most_registers=168)
+    cut = Cut(block_tokens=16, num_warps=4, num_programs=16, rows=rows)
+    return Workspace.allocate(*case.q.shape[1:2], *case.k.shape[1:], case.q.device, cut)
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "most_heads"),
+    [(8, 8, 64, 8), (16, 4, 64, 2), (7, 1, 64, 8), (40, 8, 128, 8), (14, 2, 64, 2), (6, 3, 128, 8)],
+)
+def test_programs_of_several_kv_heads_give_the_definition_and_rope_appends_cache(
+    generator, monkeypatch, heads, kv_heads, head_dim, most_heads, is_part
+) -> None:
+    from toka_engine.model.kernels import decode_attention
+
+    starts, contexts, padding = [0, 16, 0, 48, 80, 0], [0, 17, 16, 48, 90, 63], 2
+    case = make_case(generator, contexts, heads, kv_heads, head_dim, heads != 16, padding)
+    names = ("q", "k", "v", "slots", "positions")
+    real = replace(case, **{name: getattr(case, name)[: len(contexts)] for name in names})
+    expected, expected_cache, expected_lse, expected_q = real.expect(starts if is_part else None)
+    lse, rotated = torch.full(case.q.shape[:2], math.nan, device=case.q.device), torch.empty_like(case.q).contiguous()
+    part = decode_attention.OwnPart(case.slots.new_tensor(starts + [0] * padding), lse, rotated)
+    work = allocate_for_several_heads(case, most_heads)
+    monkeypatch.setattr(decode_attention, "_attend_kernel", None)  # the other one
+    out, cache = case.run_in(work, part if is_part else None)
+    assert_equals(out[: len(contexts)], expected)
+    assert torch.equal(cache[:, :-1], expected_cache[:, :-1])  # the last page is the padding rows'
+    assert torch.equal(cache[:, -1, 1:], case.cache[:, -1, 1:])
+    assert_equals(out[len(contexts) :], case.v[len(contexts) :].repeat_interleave(heads // kv_heads, dim=1).double())
+    if is_part:
+        assert torch.equal(rotated[: len(contexts)], expected_q)
+        atol = 2e-2 if out.is_cuda else 1e-5
+        torch.testing.assert_close(lse[: len(contexts)].double(), expected_lse, atol=atol, rtol=1e-3)
+
+
+def test_programs_of_several_kv_heads_give_the_same_bits_again(generator) -> None:
+    case = make_case(generator, [40, 3, 17], 8, 4)
+    work = allocate_for_several_heads(case, 4)
+    out, cache = case.run_in(work)
+    again, cache_again = case.run_in(work)
+    assert torch.equal(again, out)
+    assert torch.equal(cache_again, cache)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "is_part", "heads"),
+    [
+        (1024, 8, True, 8), (1023, 8, True, 4), (256, 8, True, 2), (255, 8, True, 1), (127, 8, True, 0),
+        (4096, 32, True, 8), (4096, 9, True, 3), (4096, 5, True, 5), (4096, 1, True, 1),
+        (4096, 8, False, 2), (511, 8, False, 2),
+    ],
+)  # fmt: skip
+def test_a_program_has_as_many_kv_heads_as_leave_enough_programs(rows, kv_heads, is_part, heads) -> None:
+    from toka_engine.model.kernels.decode_rows import RowCut
+
+    cut = RowCut(8, 2, min_programs=1024, block_tokens=32, num_warps=2, most_registers=168)
+    assert cut.count_heads(rows, kv_heads, 16, is_part) == heads
+    assert cut.count_heads(rows, kv_heads, 17, is_part) == 0
+
+
+def test_rows_that_are_too_few_for_programs_of_several_heads_are_split(generator, monkeypatch) -> None:
+    from toka_engine.model.kernels import decode_attention
+
+    case = make_case(generator, [40, 3, 17], 8, 4)
+    few = allocate_for_several_heads(case, 4, min_programs=13)
+    expected, expected_cache, *_ = case.expect()
+    monkeypatch.setattr(decode_attention, "attend_rows_kernel", None)
+    out, cache = case.run_in(few)
+    assert_equals(out, expected)
+    assert torch.equal(cache, expected_cache)

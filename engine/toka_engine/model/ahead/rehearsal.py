@@ -20,6 +20,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, WorkerReady
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.cuda_runner import CudaRunner
+from toka_engine.model.kernels.decode_rows import RowCut
 from toka_engine.model.kernels.table import make_ops
 from toka_engine.model.loader import Weights
 from toka_engine.model.measuring import make_largest_steps
@@ -28,6 +29,7 @@ from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched
 from toka_engine.model.sampling import Sampled, SamplePlan
 from toka_engine.model.sizes import Sizes
+from toka_engine.model.whole_steps import WholeSteps
 from toka_engine.model.worker import attention_shape, describe, make_warm_up_steps
 
 _META = torch.device("meta")
@@ -47,6 +49,15 @@ class _Weights(Weights):
 
 class RehearsalRunner(CudaRunner):
     """A CudaRunner whose results stay where they are."""
+
+    def launch_many_rows(self) -> None:
+        """Launch steps of as many decode rows as change the kernel of their attention, with groups and without.
+
+        An engine of fewer slots launches none of them: an image has them for all.
+        """
+        shape = self.cuda_attention.shape
+        rows = RowCut.of(shape.head_dim).min_programs
+        WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, rows).launch(rows)
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
         pass
@@ -79,6 +90,7 @@ def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
     whole_steps = runner.make_whole_steps()
     for size in (1, 2, whole_steps.max_rows):
         whole_steps.launch(size)
+    runner.launch_many_rows()
 
 
 def _without_kernels() -> Any:

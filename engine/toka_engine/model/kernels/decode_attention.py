@@ -3,7 +3,8 @@
 A row finds its slot, position and pages on the device, so the host plans nothing for a step but the slots and positions
 that it uploads, and a CUDA graph of these launches holds for any contexts. Owns what the launches of a step share
 (`Workspace`); norms of heads, prefill and the tokens that rows share are others' work: of a row that shares its first
-tokens this gives the part over its own, with the log-sum-exp by which parts are merged.
+tokens this gives the part over its own, with the log-sum-exp by which parts are merged. Of many rows whose own tokens
+are few `decode_rows` has the kernel.
 
 Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
 of which the last to arrive merges all.
@@ -22,7 +23,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
 from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
-from toka_engine.model.kernels.rope import rotate
+from toka_engine.model.kernels.decode_rows import RowCut, attend_rows_kernel
+from toka_engine.model.kernels.decode_tokens import (
+    append,
+    attend_block,
+    attend_new,
+    give_back,
+    join_halves,
+    load_angles,
+    load_heads,
+    load_pages,
+    load_tokens,
+    rotate_heads,
+)
 
 MAX_SPLITS = 64
 _MIN_TILE = 16
@@ -39,6 +52,7 @@ class Cut:
     block_tokens: int  # keys and values in flight per program; a power of 2, at least 16
     num_warps: int
     num_programs: int  # up to which the tokens of a row are split
+    rows: RowCut | None = None  # of many rows of few tokens; None: they are cut like all others
 
     @classmethod
     def of(cls, head_dim: int) -> Cut:
@@ -46,7 +60,12 @@ class Cut:
 
         For heads of 64 and 128 the best of those that tests/gpu/bench_decode_attention.py times, on an H100.
         """
-        return cls(block_tokens=64 if head_dim <= 64 else 32, num_warps=2 if head_dim <= 128 else 4, num_programs=512)
+        return cls(
+            block_tokens=64 if head_dim <= 64 else 32,
+            num_warps=2 if head_dim <= 128 else 4,
+            num_programs=512,
+            rows=RowCut.of(head_dim),
+        )
 
     def count_splits(self, rows: int, num_kv_heads: int) -> int:
         """Splits of each row's tokens: the largest power of 2 with which there are at most `num_programs` programs.
@@ -113,92 +132,6 @@ def _cut(own_start, position, split, num_splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_angles(cos_sin_ptr, position, HEAD_DIM: tl.constexpr):
-    at = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
-    return tl.load(at), tl.load(at + HEAD_DIM // 2)
-
-
-@triton.jit
-def _load_pages(table_at, tokens, end, PAGE_SIZE: tl.constexpr):
-    """The page of each of a slot's tokens; page 0 from `end` on."""
-    return tl.load(table_at + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int64)
-
-
-@triton.jit
-def _load_tokens(
-    k_cache_at, v_cache_at, pages, tokens, end, page_stride, token_stride,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Keys and values [tokens, HEAD_DIM] of one head; zeros from `end` on."""
-    offset = (pages * page_stride + (tokens % PAGE_SIZE) * token_stride)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
-    inside = (tokens < end)[:, None]
-    return tl.load(k_cache_at + offset, mask=inside, other=0.0), tl.load(v_cache_at + offset, mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_heads(
-    q_at, k_at, v_at, q_head_stride, cos, sin, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """Rotated halves of the group's q [TILE, HALF] and of k [HALF], and v [HEAD_DIM]; k and v are zeros if not new."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    head = tl.arange(0, TILE)[:, None]
-    half = tl.arange(0, HALF)
-    column = tl.arange(0, HEAD_DIM)
-    q_at += head * q_head_stride + half[None, :]
-    # All loads before their first use, so that they are on their way together.
-    q_a = tl.load(q_at, mask=head < group, other=0.0)
-    q_b = tl.load(q_at + HALF, mask=head < group, other=0.0)
-    k_a = tl.load(k_at + half, mask=is_new & (half < HALF), other=0.0)
-    k_b = tl.load(k_at + HALF + half, mask=is_new & (half < HALF), other=0.0)
-    value = tl.load(v_at + column, mask=is_new & (column < HEAD_DIM), other=0.0)
-    q_a, q_b = rotate(q_a.to(tl.float32), q_b.to(tl.float32), cos[None, :], sin[None, :], value.dtype)
-    k_a, k_b = rotate(k_a.to(tl.float32), k_b.to(tl.float32), cos, sin, value.dtype)
-    return q_a, q_b, k_a, k_b, value
-
-
-@triton.jit
-def _append(k_at, v_at, k_a, k_b, value, is_new, HEAD_DIM: tl.constexpr):
-    """Write the new token's key and value to its place in the caches."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    half = tl.arange(0, HALF)
-    column = tl.arange(0, HEAD_DIM)
-    tl.store(k_at + half, k_a, mask=is_new & (half < HALF))
-    tl.store(k_at + HALF + half, k_b, mask=is_new & (half < HALF))
-    tl.store(v_at + column, value, mask=is_new & (column < HEAD_DIM))
-
-
-@triton.jit
-def _give_back(rotated_at, q_a, q_b, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Write the group's rotated q."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    head = tl.arange(0, TILE)[:, None]
-    at = rotated_at + head * HEAD_DIM + tl.arange(0, HALF)[None, :]
-    tl.store(at, q_a, mask=is_new & (head < group))
-    tl.store(at + HALF, q_b, mask=is_new & (head < group))
-
-
-@triton.jit
-def _attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The greatest score, the sum of weights and the weighted sums of the new token alone; of nothing if not new."""
-    products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
-    top = tl.where(is_new, tl.sum(products, axis=1) * scale, float("-inf"))
-    total = tl.zeros((TILE,), tl.float32) + tl.where(is_new, 1.0, 0.0)
-    return top, total, tl.zeros((TILE, HEAD_DIM), tl.float32) + value.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _attend_block(q, keys, values, is_inside, scale, top, total, sums):
-    """The same with one more block of tokens."""
-    scores = tl.dot(q, tl.trans(keys)) * scale
-    scores = tl.where(is_inside[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    kept = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
-    total = total * kept + tl.sum(weights, axis=1)
-    return new_top, total, tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
-
-
-@triton.jit
 def _attend_tokens(
     q, keys, values, pages, begin, end, k_cache_at, v_cache_at, table_at, page_stride, token_stride, scale,
     top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -208,11 +141,11 @@ def _attend_tokens(
     for start in tl.range(begin, end, BLOCK):
         # The next block is on its way while this one is worked on, and the pages of the one after.
         following = start + BLOCK + token
-        next_keys, next_values = _load_tokens(
+        next_keys, next_values = load_tokens(
             k_cache_at, v_cache_at, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
         )
-        pages = _load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
-        top, total, sums = _attend_block(q, keys, values, start + token < end, scale, top, total, sums)
+        pages = load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
+        top, total, sums = attend_block(q, keys, values, start + token < end, scale, top, total, sums)
         keys = next_keys
         values = next_values
     return top, total, sums
@@ -313,29 +246,30 @@ def _attend_kernel(
     k_cache_ptr += kv_head * head_stride
     v_cache_ptr += kv_head * head_stride
     token = tl.arange(0, BLOCK)
-    pages = _load_pages(table_at, begin + token, end, PAGE_SIZE)
-    keys, values = _load_tokens(
+    pages = load_pages(table_at, begin + token, end, PAGE_SIZE)
+    keys, values = load_tokens(
         k_cache_ptr, v_cache_ptr, pages, begin + token, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
     )
-    pages = _load_pages(table_at, begin + BLOCK + token, end, PAGE_SIZE)
+    pages = load_pages(table_at, begin + BLOCK + token, end, PAGE_SIZE)
     # The last split, the only one that may be short, has the new token: written for later, counted from registers.
     is_new = split == num_active - 1
     page = tl.load(table_at + position // PAGE_SIZE).to(tl.int64)
     new = page * page_stride + (position % PAGE_SIZE) * token_stride
-    cos, sin = _load_angles(cos_sin_ptr, position, HEAD_DIM)
+    cos, sin = load_angles(cos_sin_ptr, position, HEAD_DIM)
     if HAS_PDL:
         gdc_wait()  # what kernels of this step wrote is read below alone, and nothing is written above
 
     q_at = q_ptr + row * q_row_stride + kv_head * group * q_head_stride
     k_at = k_ptr + row * k_row_stride + kv_head * k_head_stride
     v_at = v_ptr + row * v_row_stride + kv_head * v_head_stride
-    q_a, q_b, k_a, k_b, value = _load_heads(q_at, k_at, v_at, q_head_stride, cos, sin, group, is_new, TILE, HEAD_DIM)
-    _append(k_cache_ptr + new, v_cache_ptr + new, k_a, k_b, value, is_new, HEAD_DIM)
+    q_a, q_b, k_a, k_b, value = load_heads(q_at, k_at, v_at, q_head_stride, group, is_new, TILE, HEAD_DIM)
+    q_a, q_b, k_a, k_b = rotate_heads(q_a, q_b, k_a, k_b, cos, sin)
+    append(k_cache_ptr + new, v_cache_ptr + new, k_a, k_b, value, is_new, HEAD_DIM)
     pair = row * tl.num_programs(1) + kv_head
     if IS_PART:
-        _give_back(rotated_ptr + pair * group * HEAD_DIM, q_a, q_b, group, is_new, TILE, HEAD_DIM)
-    top, total, sums = _attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE, HEAD_DIM)
-    q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), (TILE, HEAD_DIM))
+        give_back(rotated_ptr + pair * group * HEAD_DIM, q_a, q_b, group, is_new, TILE, HEAD_DIM)
+    top, total, sums = attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE, HEAD_DIM)
+    q = join_halves(q_a, q_b, TILE, HEAD_DIM)
     top, total, sums = _attend_tokens(
         q, keys, values, pages, begin, end, k_cache_ptr, v_cache_ptr, table_at, page_stride, token_stride, scale,
         top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK,
@@ -377,22 +311,34 @@ def attend_decode(
     rows, num_heads, head_dim = q.shape
     if not rows:
         return
-    num_kv_heads = k.shape[1]
+    num_kv_heads, cut = k.shape[1], work.cut
     group = num_heads // num_kv_heads
     padded_group = triton.next_power_of_2(group)
-    splits = work.cut.count_splits(rows, num_kv_heads)
-    _attend_kernel[(rows, num_kv_heads, splits)](
+    tensors = (
         q, k, v, out, k_cache, v_cache,
         cos_sin, slots, positions, block_table,
         slots if part is None else part.starts,
         work.scales if part is None else part.lse,
         out if part is None else part.rotated,
-        work.sums, work.scales, work.arrived, scale * _LOG2_E,
+    )  # fmt: skip
+    strides = (
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,
-        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, GROUP=padded_group, TILE=max(_MIN_TILE, padded_group),
-        BLOCK=work.cut.block_tokens, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
-        SPLITS=MAX_SPLITS, IS_PART=part is not None, HAS_PDL=work.has_pdl,
-        num_warps=work.cut.num_warps, num_stages=1,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "PAGE_SIZE": k_cache.shape[1], "HEAD_DIM": head_dim, "TILE": max(_MIN_TILE, padded_group),
+        "IS_PART": part is not None, "HAS_PDL": work.has_pdl, "num_stages": 1,
         **({"launch_pdl": True} if work.has_pdl else {}),
+    }  # fmt: skip
+    heads = 0 if cut.rows is None else cut.rows.count_heads(rows, num_kv_heads, group, part is not None)
+    if cut.rows is not None and heads:
+        attend_rows_kernel[(rows, num_kv_heads // heads)](
+            *tensors, scale * _LOG2_E, *strides, heads,
+            BLOCK=cut.rows.block_tokens, num_warps=cut.rows.num_warps, maxnreg=cut.rows.most_registers, **options,
+        )  # fmt: skip
+        return
+    _attend_kernel[(rows, num_kv_heads, cut.count_splits(rows, num_kv_heads))](
+        *tensors, work.sums, work.scales, work.arrived, scale * _LOG2_E, *strides,
+        GROUP=padded_group, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
+        SPLITS=MAX_SPLITS, BLOCK=cut.block_tokens, num_warps=cut.num_warps, **options,
     )  # fmt: skip
