@@ -148,7 +148,7 @@ def lay_groups(
 def _choose_share(total: int, blocks: NDArray[np.int64], num_programs: int) -> int:
     """Units of each program, but for the last. `blocks`: units of a tile, by group.
 
-    An equal share of all, but not so small that to merge a tile's parts, one after the other, takes longer than it saves
+    An equal share of all, but not so small that merging a tile's parts, one after the other, takes longer than it saves
     (by an estimate: half a unit's time for each); and a little more than equal, if then tiles end where programs do.
     """
     most = int(blocks.max())
