@@ -1,5 +1,8 @@
-"""What the compiler makes of attention over shared tokens, for a GPU that is not there: the speed that it is built for
-depends on it, and its results do not. In a process of its own, as other tests run the kernel in Triton's interpreter."""
+"""What the compiler makes of attention over shared tokens, for a GPU that is not there.
+
+The speed that the kernel is built for depends on it, and its results do not. In a process of its own, as other tests
+run the kernel in Triton's interpreter.
+"""
 
 from __future__ import annotations
 

@@ -51,12 +51,15 @@ class SharedCut:
 
     @classmethod
     def of(cls, head_dim: int) -> SharedCut:
-        """For sm_90, by registers and shared memory as compiled; tests/gpu/bench_shared_attention.py times others."""
+        """What fits an sm_90's registers and shared memory as compiled, `residency` programs to a processor.
+
+        Chosen by reading that code, not by time: tests/gpu/bench_shared_attention.py times this and others.
+        """
         if head_dim <= 64:
             return cls(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2)
         if head_dim <= 128:
             return cls(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1)
-        return cls(block_rows=64, block_tokens=64, num_warps=4, num_stages=2, residency=1)
+        return cls(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +148,8 @@ def lay_groups(
 def _choose_share(total: int, blocks: NDArray[np.int64], num_programs: int) -> int:
     """Units of each program, but for the last. `blocks`: units of a tile, by group.
 
-    An equal share of all, but not so small that to merge a tile's parts, one after the other, takes longer than what it
-    saves (a merge takes about half a unit's time); and a little more than equal, if then tiles end where programs do,
-    which saves the parts.
+    An equal share of all, but not so small that merging a tile's parts, one after the other, takes longer than it saves
+    (by an estimate: half a unit's time for each); and a little more than equal, if then tiles end where programs do.
     """
     most = int(blocks.max())
     equal = max(-(-total // num_programs), _MIN_UNITS, math.isqrt(most // 2))
@@ -174,8 +176,10 @@ def _find_group(unit_ends_ptr, unit, count, AT_ONCE: tl.constexpr):
 
 @triton.jit
 def _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS: tl.constexpr):
-    """Of each pair of row and head of a tile: its place in [rows, num_heads], and whether it is one. Rows are packed
-    without gaps, whatever a power of 2 may be."""
+    """Of each pair of row and head of a tile: its place in [rows, num_heads], and whether it is one.
+
+    Pairs follow each other without gaps, so that a group of 5 or 7 heads wastes nothing of a tile.
+    """
     pair = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     # A division, exact up to 2 ** 21 pairs: the half is more than floats err by. Of integers it takes 20 instructions.
     row = ((pair.to(tl.float32) + 0.5) * (1.0 / heads_per_kv)).to(tl.int32)
@@ -251,9 +255,7 @@ def _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM: tl.cons
 
 
 @triton.jit
-def _merge_parts(
-    sums_ptr, scales_ptr, first, last, BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
-):  # fmt: skip
+def _merge_parts(sums_ptr, scales_ptr, first, last, BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Of a tile that programs first..last share, in their order: the first one's last part, and the others' first.
 
     Read past the first cache (.cg): the others' programs wrote it, through the second one.
