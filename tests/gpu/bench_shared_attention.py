@@ -1,10 +1,7 @@
-"""Times attention over tokens that decode rows share: flashinfer's kernel and our merge against attend_shared.
+"""Times attention over tokens that decode rows share, by cuts of our kernel, from which SharedCut.of is chosen.
 
-Prints microseconds a layer, the FLOPs of both products per second, and the greatest difference from the first
-candidate's result, of CUDA graphs of 16 layers with a cache each. What planning costs flashinfer's host is not in its
-time, nor what laying groups costs ours (microseconds). Candidates: flashinfer as attention/flashinfer.py runs it; the
-same with the keys in 2 or 3 requests, each with the rows once more, of which only the time tells anything, as their
-parts are not merged; and cuts of our kernel, from which SharedCut.of is chosen.
+Prints microseconds a layer, the FLOPs of both products per second, and the greatest difference from the first cut's
+result, of CUDA graphs of 16 layers with a cache each.
 
 Usage: python -m tests.gpu.bench_shared_attention [HEAD_DIM ...]
 """
@@ -14,14 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from toka_engine.model.attention.base import AttentionShape
-from toka_engine.model.attention.paged_plan import QueryBatch, indptr_of, list_pages
-from toka_engine.model.kernels.merge import merge_state
-from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace, attend_shared, lay_groups
 
 from tests.gpu.bench_products import compile_together, time_graph
@@ -45,18 +38,17 @@ SIZES: dict[int, list[Size]] = {
 }
 CUTS = {
     64: [
-        SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
-        SharedCut(block_rows=256, block_tokens=64, num_warps=8, num_stages=3, residency=1),
-        SharedCut(block_rows=64, block_tokens=128, num_warps=4, num_stages=2, residency=3, max_registers=168),
+        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
+        SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
     ],
     128: [
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1),
-        SharedCut(block_rows=128, block_tokens=128, num_warps=8, num_stages=2, residency=1),
-        SharedCut(block_rows=64, block_tokens=64, num_warps=4, num_stages=2, residency=2),
+        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
+        SharedCut(block_rows=128, block_tokens=32, num_warps=8, num_stages=3, residency=2, max_registers=128),
+        SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=2, residency=2),
     ],
 }
-PIECES = (2, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,40 +87,8 @@ class Bench:
         self.cache = torch.empty(
             LAYERS, 2, self.num_pages, KV_HEADS, PAGE_SIZE, head_dim, device=DEVICE, dtype=torch.bfloat16
         ).normal_()
-        shape = AttentionShape(LAYERS, HEADS, KV_HEADS, head_dim, head_dim**-0.5, torch.bfloat16, DEVICE)
-        self.scale, self.kernels = shape.scale, PagedKernels(shape, PAGE_SIZE, HND)
+        self.scale = head_dim**-0.5
         self.works = {cut: SharedWorkspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, cut) for cut in CUTS[head_dim]}
-
-    def plan(self, inputs: Inputs, pieces: int) -> tuple[Any, torch.Tensor, DevicePages]:
-        """flashinfer's schedule of each group's rows `pieces` times, over as many pieces of its pages."""
-        rows, _, groups = inputs.size
-        columns = inputs.table.shape[1]
-        bounds = np.tile(np.linspace(0, columns, pieces + 1).astype(np.int32), (groups, 1))
-        begins, ends = bounds[:, :-1].T.reshape(-1), bounds[:, 1:].T.reshape(-1) * PAGE_SIZE
-        slots = np.tile(np.arange(groups, dtype=np.int32), pieces)
-        pages = list_pages(slots, begins, ends, PAGE_SIZE)
-        q_indptr = indptr_of(np.full(pieces * groups, rows // groups, np.int32))
-        indices = torch.cat(
-            [
-                inputs.table[slot, begin : end // PAGE_SIZE]
-                for slot, begin, end in zip(slots.tolist(), begins.tolist(), ends.tolist(), strict=True)
-            ]
-        )
-        indptr, last = (torch.from_numpy(array).to(DEVICE) for array in (pages.kv_indptr, pages.last_page_lens))
-        planned = self.kernels.plan_queries(0, QueryBatch(q_indptr, pages, 0, None), is_causal=False)
-        return planned, torch.from_numpy(q_indptr).to(DEVICE), DevicePages(indptr, indices, last)
-
-    def make_flashinfer(self, inputs: Inputs, pieces: int = 1) -> Layer:
-        planned, q_indptr, pages = self.plan(inputs, pieces)
-        q = inputs.q.repeat(pieces, 1, 1)
-        part, part_lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
-
-        def run(layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
-            self.kernels.run_queries(planned, q, self.cache[layer], q_indptr, pages, part, part_lse)
-            if pieces == 1:
-                merge_state(out, lse, part, part_lse)
-
-        return run
 
     def make_candidate(self, inputs: Inputs, work: SharedWorkspace) -> Layer:
         rows, _, groups = inputs.size
@@ -171,11 +131,10 @@ class Bench:
 
     def compare(self, size: Size) -> None:
         inputs = Inputs.random(size, self.head_dim, self.num_pages)
-        expected = self.time(inputs, "flashinfer, merge_state", self.make_flashinfer(inputs), None)
-        for pieces in PIECES:
-            self.time(inputs, f"flashinfer, {pieces} pieces, not merged", self.make_flashinfer(inputs, pieces), None)
+        expected = None
         for cut, work in self.works.items():
-            self.time(inputs, str(cut), self.make_candidate(inputs, work), expected)
+            found = self.time(inputs, str(cut), self.make_candidate(inputs, work), expected)
+            expected = found if expected is None else expected
 
 
 @torch.inference_mode()

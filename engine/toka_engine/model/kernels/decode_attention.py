@@ -99,7 +99,7 @@ class Workspace:
             scales=torch.empty(cut.num_programs, group, 2, dtype=torch.float32, device=device),
             arrived=torch.zeros(cut.num_programs, dtype=torch.int32, device=device),
             cut=cut,
-            has_pdl=_has_pdl(),
+            has_pdl=has_pdl(),
         )
 
 
@@ -112,7 +112,7 @@ class OwnPart:
     rotated: torch.Tensor  # [rows, num_heads, head_dim] contiguous, written: q
 
 
-def _has_pdl() -> bool:
+def has_pdl() -> bool:
     """Whether the GPU that Triton compiles for can start a kernel before the one in front of it has ended."""
     if knobs.runtime.interpret:
         return False

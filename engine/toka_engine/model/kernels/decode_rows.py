@@ -47,18 +47,18 @@ class RowCut:
 
     @classmethod
     def of(cls, head_dim: int) -> RowCut:
-        """Eight programs for each of an H100's 132 processors, six of which are on it at once, in blocks of 8 KB.
+        """Eight programs for each of an H100's 132 processors, all of which are on it at once, in blocks of 8 KB.
 
-        Own parts alone: they are short as a rule. Chosen by what ptxas says of registers, not yet by measurement:
-        tests/gpu/bench_own_part.py times these and others.
+        Own parts alone: they are short as a rule. For heads of 64 the best of those that tests/gpu/bench_own_part.py
+        timed on an H100.
         """
         return cls(
             most_heads=8,
             most_heads_alone=0,
             min_programs=1024,
             block_tokens=32 if head_dim <= 64 else 16,
-            num_warps=2 if head_dim <= 128 else 4,
-            most_registers=168,
+            num_warps=1 if head_dim <= 64 else 2 if head_dim <= 128 else 4,
+            most_registers=255 if head_dim <= 64 else 168,
         )
 
     def count_heads(self, rows: int, num_kv_heads: int, group: int, is_part: bool) -> int:
