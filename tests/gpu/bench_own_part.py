@@ -38,9 +38,7 @@ def list_cuts(is_part: bool) -> dict[str, Cut]:
     """By name: the first is what all are compared with. Each block, warps and registers is one compilation."""
     usual = replace(Cut.of(HEAD_DIM), rows=None)
     cuts = {f"one head, splits: block {usual.block_tokens}, warps {usual.num_warps}": usual}
-    sizes = [(32, 2, 168), (32, 2, 128), (64, 2, 255)]
-    if is_part:
-        sizes += [(32, 1, 255), (16, 2, 128), (32, 4, 96)]
+    sizes = [(32, 1, 255), (32, 2, 168)] if is_part else [(32, 1, 255), (64, 2, 255)]
     for size in sizes:
         for heads in (1, 2, 4, 8) if size == sizes[0] else (2, 8):
             name = "block {}, warps {}, registers {}".format(*size)
