@@ -94,7 +94,7 @@ def launch_steps(shape):
     whole_steps = runner.make_whole_steps()
     for size in (1, 3, 40):
         whole_steps.launch(size)
-    runner.launch_many_rows()
+    runner.launch_many_rows(9000)
 
 def record(name, shapes):
     variants = Variants(90)

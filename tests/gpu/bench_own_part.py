@@ -31,7 +31,7 @@ MOST_PAGES = max(rows * (own // PAGE_SIZE + 1) for rows, own in PART_CASES + ALO
 
 def make_row_cut(heads: int, block_tokens: int, num_warps: int, most_registers: int) -> RowCut:
     """Of that many heads a program, however many rows there are."""
-    return RowCut(heads, heads, 1, block_tokens, num_warps, most_registers)
+    return RowCut(heads, heads, 1, 1, block_tokens, num_warps, most_registers)
 
 
 def list_cuts(is_part: bool) -> dict[str, Cut]:

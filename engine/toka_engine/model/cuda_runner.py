@@ -17,6 +17,7 @@ from toka_engine.messages import Int32s, Step, Tokens
 from toka_engine.model.ahead.cache import log_compiled
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
+from toka_engine.model.kernels.decode_rows import RowCut
 from toka_engine.model.kernels.packets import RING
 from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState, gather_ids, pack_new_slots, set_slots
@@ -117,8 +118,14 @@ class CudaRunner(Runner):
                     penalties=changes,
                 )
                 self.sample(logits, None, plan, self.state)
+        self.launch_many_rows(min(self.state.max_seqs, RowCut.of(attention.shape.head_dim).most_rows))
         scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
         attention.copy_pages(scratch_page, scratch_page)
+
+    def launch_many_rows(self, rows: int) -> None:
+        """Launch a step of so many decode rows, with groups and without: attention of many takes other kernels, whether
+        or not graphs hold as many."""
+        WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, rows).launch(rows)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:

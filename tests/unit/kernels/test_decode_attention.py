@@ -227,7 +227,7 @@ def allocate_for_several_heads(case: Case, most_heads: int, min_programs: int = 
     from toka_engine.model.kernels.decode_attention import Cut, Workspace
     from toka_engine.model.kernels.decode_rows import RowCut
 
-    rows = RowCut(most_heads, most_heads, min_programs, block_tokens=16, num_warps=2, most_registers=168)
+    rows = RowCut(most_heads, most_heads, min_programs, min_programs, block_tokens=16, num_warps=2, most_registers=168)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=16, rows=rows)
     return Workspace.allocate(*case.q.shape[1:2], *case.k.shape[1:], case.q.device, cut)
 
@@ -276,13 +276,13 @@ def test_programs_of_several_kv_heads_give_the_same_bits_again(generator) -> Non
     [
         (1024, 8, True, 8), (1023, 8, True, 4), (256, 8, True, 2), (255, 8, True, 1), (127, 8, True, 0),
         (4096, 32, True, 8), (4096, 9, True, 3), (4096, 5, True, 5), (4096, 1, True, 1),
-        (4096, 8, False, 2), (511, 8, False, 2),
+        (4096, 8, False, 2), (511, 8, False, 1), (255, 8, False, 0),
     ],
 )  # fmt: skip
 def test_a_program_has_as_many_kv_heads_as_leave_enough_programs(rows, kv_heads, is_part, heads) -> None:
     from toka_engine.model.kernels.decode_rows import RowCut
 
-    cut = RowCut(8, 2, min_programs=1024, block_tokens=32, num_warps=2, most_registers=168)
+    cut = RowCut(8, 2, min_programs=1024, min_programs_alone=2048, block_tokens=32, num_warps=2, most_registers=168)
     assert cut.count_heads(rows, kv_heads, 16, is_part) == heads
     assert cut.count_heads(rows, kv_heads, 17, is_part) == 0
 

@@ -29,7 +29,6 @@ from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched
 from toka_engine.model.sampling import Sampled, SamplePlan
 from toka_engine.model.sizes import Sizes
-from toka_engine.model.whole_steps import WholeSteps
 from toka_engine.model.worker import attention_shape, describe, make_warm_up_steps
 
 _META = torch.device("meta")
@@ -49,15 +48,6 @@ class _Weights(Weights):
 
 class RehearsalRunner(CudaRunner):
     """A CudaRunner whose results stay where they are."""
-
-    def launch_many_rows(self) -> None:
-        """Launch steps of as many decode rows as change the kernel of their attention, with groups and without.
-
-        An engine of fewer slots launches none of them: an image has them for all.
-        """
-        shape = self.cuda_attention.shape
-        rows = RowCut.of(shape.head_dim).min_programs
-        WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, rows).launch(rows)
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
         pass
@@ -90,7 +80,7 @@ def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
     whole_steps = runner.make_whole_steps()
     for size in (1, 2, whole_steps.max_rows):
         whole_steps.launch(size)
-    runner.launch_many_rows()
+    runner.launch_many_rows(RowCut.of(model.head_dim).most_rows)  # an image has them for engines of any slots
 
 
 def _without_kernels() -> Any:
