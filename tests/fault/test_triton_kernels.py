@@ -119,7 +119,7 @@ with variants.recording():
     kernels.product(row, norm, 1e-5, tensor(960, 576), tensor(960))
     kernels.gated_product(row, norm, 1e-5, tensor(3072, 576), None)
     kernels.add_product(tensor(1, 1536), tensor(576, 1536), None, row)
-    kernels.plain_product(row, tensor(49152, 576), None)
+    kernels.head_product(row, tensor(49152, 576))
 compiled = [function.preload(data) for function, data in variants.found.values()]
 print(json.dumps([[each.metadata.launch_pdl, each.asm["ptx"]] for each in compiled]))
 """

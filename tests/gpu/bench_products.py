@@ -168,7 +168,7 @@ def head_today(residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor)
 def head_of_single_row(
     kernels: SingleRowKernels, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    return kernels.plain_product(rms_norm(residual, norm, EPS), weight, None)
+    return kernels.head_product(rms_norm(residual, norm, EPS), weight)
 
 
 def run_head(head: Head, residual: torch.Tensor, norm: torch.Tensor, weights: list[torch.Tensor]) -> None:

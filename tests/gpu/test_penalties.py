@@ -1,6 +1,6 @@
 """Penalties on the GPU: each token is that of the definition over the very logits that the sampler was given.
 
-No tolerance: the logits are bf16, what is done to them is fp32 on both sides. In graphs and without, with two steps in
+No tolerance: what is done to the logits is fp32 on both sides. In graphs and without, with two steps in
 flight, beside rows that do not ask.
 """
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model import cpu_ops
-from toka_engine.model.layers import NormedLinear, PlainLinear, Projections, ResidualLinear
+from toka_engine.model.layers import Head, NormedLinear, Projections, ResidualLinear
 from toka_engine.model.ops import Ops, select_ops
 
 from tests.model.driving import Driver
@@ -53,9 +53,9 @@ class PlainSingleRow:
         self._note("add_product", x, weight)
         residual += F.linear(x, weight, bias)
 
-    def plain_product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        self._note("plain_product", x, weight)
-        return F.linear(x, weight, bias)
+    def head_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        self._note("head_product", x, weight)
+        return F.linear(x, weight)
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def test_steps_of_one_row_use_the_kernels_and_give_the_reference_logits(
     model, driver = drive_tiny(family, num_hidden_layers=3, **overrides)
     check_parity(model, driver, prompt_len=7, total=11)
     products = [call.removeprefix("gated_") for call in kernels.calls]  # an activation of its own comes behind
-    step = [*["product", "add_product"] * 2 * 3, "plain_product"]  # blocks, layers; the head
+    step = [*["product", "add_product"] * 2 * 3, "head_product"]  # blocks, layers; the head
     # Of a prompt what follows the last attention: one row of it is sampled.
-    assert products == ["add_product", "product", "add_product", "plain_product", *step * 4]
+    assert products == ["add_product", "product", "add_product", "head_product", *step * 4]
 
 
 def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
@@ -99,11 +99,15 @@ def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
     kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[torch.Tensor] = []
-    ops = replace(cpu_ops.make_ops(), make_linear=lambda weight, bias: made.append(weight) or (lambda x: x))
+    ops = replace(
+        cpu_ops.make_ops(),
+        make_linear=lambda weight, bias: made.append(weight) or (lambda x: x),
+        make_head=lambda weight: made.append(weight) or (lambda x: x),
+    )
     monkeypatch.setattr(cpu_ops, "make_ops", lambda: ops)
     _, driver = drive_tiny("Llama", num_hidden_layers=1)
     driver.prefill({0: [5]})
-    assert kernels.calls == ["product", "add_product", "gated_product", "add_product", "plain_product"]
+    assert kernels.calls == ["product", "add_product", "gated_product", "add_product", "head_product"]
     assert all(ours is theirs for ours, theirs in zip(kernels.weights, made, strict=True))
 
 
@@ -147,13 +151,10 @@ def test_a_product_of_one_row_is_in_the_residual_stream_and_one_of_more_is_pendi
         torch.testing.assert_close(pending, expected)
 
 
-@pytest.mark.parametrize(("rows", "calls"), [(1, ["plain_product"]), (2, [])])
-def test_a_product_that_leaves_the_residual_stream_uses_the_kernels_for_one_row_alone(
-    rows: int, calls: list[str], kernels: PlainSingleRow
-) -> None:
-    weight, bias, x = torch.randn(24, 16), torch.randn(24), torch.randn(rows, 16)
-    found = PlainLinear(cpu_ops.make_ops(), Projections(weight, bias))(x)
-    torch.testing.assert_close(found, F.linear(x, weight, bias))
+@pytest.mark.parametrize(("rows", "calls"), [(1, ["head_product"]), (2, [])])
+def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str], kernels: PlainSingleRow) -> None:
+    weight, x = torch.randn(24, 16), torch.randn(rows, 16)
+    torch.testing.assert_close(Head(cpu_ops.make_ops(), weight)(x), F.linear(x, weight))
     assert kernels.calls == calls
 
 

@@ -164,7 +164,12 @@ def test_what_is_compiled_on_a_gpu_gives_the_reference_logits_on_a_cpu_and_compi
         if ids.shape[0] > 1:
             mark_dynamic(ids, 0, min=2, max=max_rows)
 
-    like_cuda = replace(cpu_ops.make_ops(), make_linear=make_linear, has_packed_products=False)
+    like_cuda = replace(
+        cpu_ops.make_ops(),
+        make_linear=make_linear,
+        make_head=lambda weight: make_linear(weight, None),
+        has_packed_products=False,
+    )
     monkeypatch.setattr(cpu_ops, "make_ops", lambda: like_cuda)
     monkeypatch.setattr(compilation, "_mark_rows", mark_rows)
     family, overrides = VARIANTS[name]

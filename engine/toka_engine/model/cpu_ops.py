@@ -78,6 +78,7 @@ def make_ops() -> Ops:
         os.environ.setdefault(name, _NUM_PRIMITIVES)
     return Ops(
         make_linear=make_linear,
+        make_head=lambda weight: make_linear(weight, None),
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,

@@ -100,7 +100,7 @@ class CudaRunner(Runner):
         attention, device = self.cuda_attention, self.cuda_attention.shape.device
         slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
         none = np.empty(0, np.int64)
-        logits = torch.zeros(1, self.model.config.vocab_size, dtype=attention.shape.dtype, device=device)
+        logits = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=device)
         penalties = Penalties(row, slot, slot * 0 + 1, slot * 0, *np.ones((3, 1), np.float32))
         for has_logprobs in (False, True):
             for seeded, changes in ((none, None), (row, None), (row, penalties)):

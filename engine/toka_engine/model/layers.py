@@ -99,19 +99,19 @@ class ResidualLinear:
         return None
 
 
-class PlainLinear:
-    """A product of rows that are no residual stream, as the head's."""
+class Head:
+    """The product that makes logits of normed rows, which are no residual stream."""
 
-    def __init__(self, ops: Ops, projections: Projections) -> None:
-        self._product = _Product(ops, projections)
+    def __init__(self, ops: Ops, weight: torch.Tensor) -> None:
+        self._of_many_rows = ops.make_head(weight)
+        self._single_row = None if ops.single_row is None else (ops.single_row, weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in] -> [rows, out]."""
-        found = self._product.find_single_row(x)
-        if found is None:
-            return self._product.of_many_rows(x)
-        kernels, projections = found
-        return kernels.plain_product(x, projections.weight, projections.bias)
+        """[rows, in] -> [rows, vocab]."""
+        if self._single_row is None or x.shape[0] != 1:
+            return self._of_many_rows(x)
+        kernels, weight = self._single_row
+        return kernels.head_product(x, weight)
 
 
 class GatedMlp:

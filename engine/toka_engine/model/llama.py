@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from toka_engine.model.attention.base import AttentionBackend
 from toka_engine.model.layers import (
     GatedMlp,
+    Head,
     NormedLinear,
-    PlainLinear,
-    Projections,
     ResidualLinear,
     ResidualNorm,
     fuse,
@@ -115,7 +114,7 @@ class Llama:
         self._norm = ResidualNorm(ops, norm, config.rms_norm_eps)
         tied = config.has_tied_embeddings
         head = self._embedding if tied else weights.take("lm_head.weight", vocab_shape)
-        self._head = PlainLinear(ops, Projections(head, None))
+        self._head = Head(ops, head)
         self._cos_sin = build_cos_sin(config.rope, config.head_dim, config.max_positions).to(weights.device)
 
     def forward(

@@ -23,7 +23,7 @@ from toka_engine.model.kernels.sampler import GpuSampler
 from toka_engine.model.kernels.slots import SlotState
 
 _MAX_DRAWN_ROWS = 512
-"""Up to which the logits, 128 MB then for a vocabulary of 128 k, have memory of the graphs' own."""
+"""Up to which the logits, 256 MB then for a vocabulary of 128 k, have memory of the graphs' own."""
 _MIN_GROUPED_ROWS = 32
 """One of the graphs' sizes; steps of fewer rows in groups are padded to it."""
 

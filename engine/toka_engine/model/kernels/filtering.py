@@ -1,8 +1,9 @@
 """top_k, top_p and min_p, exact over the whole vocabulary, without a sort: only samples that ask pay.
 
 Each filter keeps the tokens at or above some logit. That logit is found by a search over the ordered bit patterns of
-the logits: how many tokens (top_k), or how much mass (top_p), lie at or above a pivot; three pivots per pass. Tokens
-that tie with the last kept one are kept too. top_p is of the mass that top_k left; min_p is relative to the best token.
+the logits: how many tokens (top_k), or how much mass (top_p), lie at or above a pivot; three pivots per pass, until no
+two tokens lie between those that are kept and those that are not. Tokens that tie with the last kept one are kept too.
+top_p is of the mass that top_k left; min_p is relative to the best token.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ def _tail_sums(
     row_ptr, vocab_size, base, inv_t, low, middle, high,
     IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Number or mass of the tokens whose key is at or above each of three pivots."""
+    """Number or mass of the tokens whose key is at or above each of three pivots, and their number."""
     sum_low = tl.zeros([BLOCK], tl.float32)
     sum_middle = tl.zeros([BLOCK], tl.float32)
     sum_high = tl.zeros([BLOCK], tl.float32)
+    num_low = tl.zeros([BLOCK], tl.int32)
+    num_middle = tl.zeros([BLOCK], tl.int32)
+    num_high = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab_size, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < vocab_size
@@ -49,7 +53,13 @@ def _tail_sums(
         sum_low += tl.where(key >= low, weight, 0.0)
         sum_middle += tl.where(key >= middle, weight, 0.0)
         sum_high += tl.where(key >= high, weight, 0.0)
-    return tl.sum(sum_low, axis=0), tl.sum(sum_middle, axis=0), tl.sum(sum_high, axis=0)
+        num_low += (inside & (key >= low)).to(tl.int32)
+        num_middle += (inside & (key >= middle)).to(tl.int32)
+        num_high += (inside & (key >= high)).to(tl.int32)
+    return (
+        tl.sum(sum_low, axis=0), tl.sum(sum_middle, axis=0), tl.sum(sum_high, axis=0),
+        tl.sum(num_low, axis=0), tl.sum(num_middle, axis=0), tl.sum(num_high, axis=0),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -57,13 +67,18 @@ def _search(
     row_ptr, vocab_size, base, inv_t, lower, upper, target,
     IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The greatest key in [lower, upper) whose tail reaches `target`; `lower` if none does. Keys are int64."""
-    while upper - lower > 1:
+    """A key that keeps what the greatest one in [lower, upper) does whose tail reaches `target`: `lower` if none does.
+
+    No token is at or above `upper`. Keys are int64.
+    """
+    num_lower, num_upper = vocab_size, 0
+    # One token between the two, or none: wherever between them a key is, it keeps the same as `lower`.
+    while (upper - lower > 1) & (num_lower - num_upper > 1):
         width = upper - lower
         first = lower + width // 4
         second = lower + width // 2
         third = lower + (width * 3) // 4
-        at_first, at_second, at_third = _tail_sums(
+        at_first, at_second, at_third, num_first, num_second, num_third = _tail_sums(
             row_ptr, vocab_size, base, inv_t, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32),
             IS_COUNT, SHIFT, BLOCK,
         )  # fmt: skip
@@ -72,6 +87,12 @@ def _search(
         above_third = at_third >= target
         upper = tl.where(above_third, upper, tl.where(above_second, third, tl.where(above_first, second, first)))
         lower = tl.where(above_third, third, tl.where(above_second, second, tl.where(above_first, first, lower)))
+        num_upper = tl.where(
+            above_third, num_upper, tl.where(above_second, num_third, tl.where(above_first, num_second, num_first))
+        )
+        num_lower = tl.where(
+            above_third, num_third, tl.where(above_second, num_second, tl.where(above_first, num_first, num_lower))
+        )
     return lower
 
 
@@ -104,7 +125,7 @@ def _threshold_kernel(
     )  # fmt: skip
     if has_top_p:
         pivot = key.to(tl.int32)
-        kept, _, _ = _tail_sums(
+        kept, _, _, _, _, _ = _tail_sums(
             row_ptr, vocab_size, base, inv_t, pivot, pivot, pivot, False, SHIFT, BLOCK
         )  # fmt: skip
         key = _search(row_ptr, vocab_size, base, inv_t, key, upper, kept * top_p, False, SHIFT, BLOCK)

@@ -45,7 +45,7 @@ class GpuSampler:
     def __call__(
         self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostState
     ) -> Sampled:
-        """logits [n, vocab] bf16; see ops.Sample. `state` is the host's mirror: the device has its own."""
+        """logits [n, vocab] fp32; see ops.Sample. `state` is the host's mirror: the device has its own."""
         self._turn = (self._turn + 1) % _OUTPUTS
         count = plan.slots.size
         rows = self._in_order[:count] if logit_rows is None else logit_rows
@@ -74,7 +74,7 @@ class GpuSampler:
 
     def draw_plain(
         self,
-        logits: torch.Tensor,  # [n, vocab] bf16
+        logits: torch.Tensor,  # [n, vocab] fp32
         slots: torch.Tensor,  # [n] int32
         random: torch.Tensor,  # [2] int64: next_random
         ids: torch.Tensor,  # [n] int32, written

@@ -17,7 +17,7 @@ import triton.language as tl
 from toka_engine.model.kernels.slots import SlotState
 
 BLOCK = 4096
-"""Logits per program: 8 KiB of bf16."""
+"""Logits per program: 16 KiB of fp32."""
 
 MIN_TEMPERATURE = 1e-5
 """Below, a sample is greedy."""

@@ -162,9 +162,10 @@ class SingleRowKernels:
         """See ops.SingleRow."""
         self._launch(self.other, x, weight, bias, residual, adds=True)
 
-    def plain_product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def head_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ops.SingleRow."""
-        return self._launch(self.other, x, weight, bias, x.new_empty((1, weight.shape[0])))
+        out = x.new_empty((1, weight.shape[0]), dtype=torch.float32)
+        return self._launch(self.other, x, weight, None, out)
 
     def _launch(
         self,

@@ -23,6 +23,15 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return linear
 
 
+def make_head(weight: torch.Tensor) -> Linear:
+    transposed = weight.t()
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, transposed, out_dtype=torch.float32)
+
+    return head
+
+
 def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBackend:
     return FlashInferAttention(shape)
 
@@ -37,6 +46,7 @@ def make_ops(capability: int) -> Ops:
     """The table for a GPU of this compute capability, as 90."""
     return Ops(
         make_linear=make_linear,
+        make_head=make_head,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
