@@ -27,6 +27,7 @@ lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
 lines=90 part bench_products 60 python3 tests/gpu/bench_products.py
 lines=90 part bench_decode_attention 60 python3 -m tests.gpu.bench_decode_attention
 lines=90 part bench_shared_attention 60 python3 -m tests.gpu.bench_shared_attention
+lines=40 part bench_shared_gluon 60 python3 -m tests.gpu.bench_shared_gluon
 lines=190 part bench_own_part 90 python3 -m tests.gpu.bench_own_part
 lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"
 lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$model" "$out" 4096

@@ -74,7 +74,8 @@ class MemoryWatch:
                 self._sizes[name].append(process.memory_info().rss / 2**20)
             if self._device_mib:
                 now_mib = await asyncio.to_thread(read_device_mib)
-                self._device_mib.append(now_mib or 0)
+                assert now_mib is not None, "the program that told it at the start is there"
+                self._device_mib.append(now_mib)
             await asyncio.sleep(_MEMORY_PERIOD_S)
 
     def growth(self) -> dict[str, float]:

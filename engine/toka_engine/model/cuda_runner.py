@@ -167,7 +167,7 @@ class CudaRunner(Runner):
         groups, is_better = None, False
         if whole_steps is not None and not step.prefill_slots.size and 0 < count <= whole_steps.max_rows:
             saved_s = self._saved_s(step)
-            if saved_s > _GROUP_OVERHEAD_S:
+            if saved_s > _GROUP_OVERHEAD_S and whole_steps.has_groups:
                 groups = self.cuda_attention.lay_graph_groups(self._make_layout(step))
             is_better = groups is not None or saved_s < _EAGER_OVERHEAD_S
         if whole_steps is None or not is_better:

@@ -49,6 +49,11 @@ class WholeSteps:
         self._draws: dict[int, torch.cuda.CUDAGraph] = {}
         self._last_size = 0
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether there are graphs for rows in groups."""
+        return self.max_rows >= _MIN_GROUPED_ROWS
+
     # -------------------------------------------------------------- capturing
 
     def capture(self) -> None:
@@ -114,11 +119,9 @@ class WholeSteps:
         slots: NDArray[np.int32],  # [rows], 1 <= rows <= max_rows
         positions: NDArray[np.int32],  # [rows]
         appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most max_rows] each
-        groups: GraphGroups | None = None,
+        groups: GraphGroups | None = None,  # None unless `has_groups`
     ) -> tuple[torch.Tensor, int]:
         """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
-        if groups is not None and self.max_rows < _MIN_GROUPED_ROWS:
-            groups = None
         size, starts, words = self._pad(slots.size), None, None
         if groups is not None:
             size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.own_starts, groups.words

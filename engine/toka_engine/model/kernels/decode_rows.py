@@ -114,6 +114,23 @@ def _attend_head(
     return top, total, sums, keys, values, pages
 
 
+@triton.jit
+def _load_first(
+    k_cache_at, v_cache_at, table_at, begin, end, page_stride, token_stride,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a row's first block, the pages of its second, and where a head's new token goes."""
+    token = tl.arange(0, BLOCK)
+    pages = load_pages(table_at, begin + token, end, PAGE_SIZE)
+    page = tl.load(table_at + end // PAGE_SIZE, volatile=True).to(tl.int64)
+    keys, values = load_tokens(
+        k_cache_at, v_cache_at, pages, begin + token, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+    )
+    second = tl.where(begin + BLOCK >= end, begin, begin + BLOCK)
+    pages = load_pages(table_at, second + token, end, PAGE_SIZE)
+    return keys, values, pages, page * page_stride + (end % PAGE_SIZE) * token_stride
+
+
 # How many heads a program has is no constant either: one variant serves all numbers of rows and of KV heads.
 @triton.jit(do_not_specialize=["table_stride", "group", "num_heads"])
 def attend_rows_kernel(
@@ -137,15 +154,9 @@ def attend_rows_kernel(
     table_at = table_ptr + slot.to(tl.int64) * table_stride
     k_cache_at = k_cache_ptr + first_head.to(tl.int64) * head_stride
     v_cache_at = v_cache_ptr + first_head.to(tl.int64) * head_stride
-    token = tl.arange(0, BLOCK)
-    pages = load_pages(table_at, begin + token, position, PAGE_SIZE)
-    page = tl.load(table_at + position // PAGE_SIZE, volatile=True).to(tl.int64)
-    keys, values = load_tokens(
-        k_cache_at, v_cache_at, pages, begin + token, position, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+    keys, values, pages, new = _load_first(
+        k_cache_at, v_cache_at, table_at, begin, position, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK
     )
-    second = tl.where(begin + BLOCK >= position, begin, begin + BLOCK)
-    pages = load_pages(table_at, second + token, position, PAGE_SIZE)
-    new = page * page_stride + (position % PAGE_SIZE) * token_stride
     if HAS_PDL:
         gdc_wait()  # what kernels of this step wrote is read below alone, and nothing is written above
 
