@@ -130,6 +130,7 @@ class Streams:
         self._next_stream = 0
         self._choices: dict[int, Choice] = {}
         self._generations: set[Generation] = set()
+        self._error: ApiError | None = None
 
     @property
     def num_generations(self) -> int:
@@ -140,7 +141,9 @@ class Streams:
         return len(self._choices)
 
     def begin(self, generation: Generation) -> None:
-        """Number the streams of `generation` and submit its prompts."""
+        """Number the streams of `generation` and submit its prompts. Raises what `fail_all` got."""
+        if self._error is not None:
+            raise self._error
         spec = generation.spec
         self._generations.add(generation)
         for prompt_ids in generation.prompts:
@@ -174,6 +177,10 @@ class Streams:
         self._send(Cancel(np.array(streams, np.int64)))
 
     def fail_all(self, error: ApiError) -> None:
+        """End every generation with `error`, also those that begin later: a request whose body was still read, or
+        whose prompt was still encoded, would wait for tokens that nobody makes any more.
+        """
+        self._error = error
         for generation in list(self._generations):
             generation.fail(error)
 

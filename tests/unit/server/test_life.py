@@ -54,6 +54,15 @@ def _post_raw(sock: socket.socket, path: str, body: dict[str, Any]) -> None:
     sock.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
 
 
+def _begin_request(server: RunningServer, raw: bytes) -> socket.socket:
+    """A completion that has been let in and whose body `raw` is waited for."""
+    sock = server.connect()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n"
+    sock.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode())
+    assert sock.recv(65536).startswith(b"HTTP/1.1 100")
+    return sock
+
+
 def _read_all(sock: socket.socket) -> bytes:
     return b"".join(iter(lambda: sock.recv(65536), b""))
 
@@ -242,6 +251,22 @@ def test_a_failure_answers_all_who_wait_at_once(tokenizer_dir: Path, sentence_id
         assert server.request("GET", "/livez")[0] == 200
 
 
+@pytest.mark.parametrize("how", ["manager-gone", "failing"])
+def test_a_request_that_was_let_in_before_a_failure_is_answered_too(tokenizer_dir: Path, how: str) -> None:
+    raw = json.dumps(completion_body()).encode()
+    with running_server(tokenizer_dir) as server, _begin_request(server, raw) as sock:
+        if how == "failing":
+            server.control.send(Failing("model", "exit code 9"))
+        else:
+            server.manager.close()
+        while server.request("GET", "/readyz")[0] == 200:
+            pass
+        sock.sendall(raw)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 503")
+        if how == "failing":
+            server.wait_control(Drained)
+
+
 def test_a_broken_frame_of_the_manager_ends_the_process(tokenizer_dir: Path) -> None:
     with running_server(tokenizer_dir) as server:
         server.manager.send(Failing("not", "a message of this link"))
@@ -295,6 +320,22 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(tokenizer_dir: P
         server.manager.wait_for(lambda: server.manager.cancelled == set(streams_of(server.manager.submits[0])))
         server.wait_control(Drained)
         assert server.process.wait(WAIT_S) == 0
+
+
+def test_a_request_that_was_let_in_before_the_drains_end_is_answered_too(
+    tokenizer_dir: Path, sentence_ids: list[int]
+) -> None:
+    raw = json.dumps(completion_body()).encode()
+    with running_server(tokenizer_dir, drain_endpoint_delay_s=0, drain_timeout_s=0.2) as server:
+        streaming, received = _open_stream(server, completion_body(), sentence_ids)
+        with _begin_request(server, raw) as sock:
+            server.drain()
+            received += _read_all(streaming)
+            assert b"shutting down" in received
+            sock.sendall(raw)
+            assert _read_all(sock).startswith(b"HTTP/1.1 503")
+        server.wait_control(Drained)
+        assert server.manager.submits[1:] == []
 
 
 def test_an_idle_server_drains_although_connections_are_open(tokenizer_dir: Path) -> None:
