@@ -1,0 +1,101 @@
+"""Runs a Gluon kernel's own Python on CPU tensors, its partitions and programs in a random but repeatable order.
+
+`launch` is what tests use. Wrong indices, masks, phases, waits that are left out, places that are released too early
+and deadlocks end a launch with an error or show as NaN. Not simulated: what a compiler makes of the kernel (layouts are
+checked where two values meet), the order in which memory of other programs is seen, and time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tests.unit.kernels.gluon_simulator.hopper import Descriptor
+from tests.unit.kernels.gluon_simulator.language import OutOfBounds
+from tests.unit.kernels.gluon_simulator.schedule import Deadlock, Schedule, Task, TookTooLong, wait_until
+from tests.unit.kernels.gluon_simulator.shared import Race
+from tests.unit.kernels.gluon_simulator.translate import translate
+from tests.unit.kernels.gluon_simulator.values import Pointer, to_value
+
+__all__ = ["Deadlock", "OutOfBounds", "Race", "TookTooLong", "launch"]
+
+SEED = "TOKA_TEST_GLUON_SEED"
+"""Environment variable: the seed of every launch, to have one again that failed."""
+LIMIT_S = 120.0
+_MOST_AT_ONCE = 4
+
+
+@dataclass
+class State:
+    """What a task knows of itself."""
+
+    program: tuple[int, ...]
+    grid: tuple[int, ...]
+    products: Any = None
+
+    def copy(self) -> State:
+        return replace(self, products=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run all programs; `kernel` is a `gluon.jit` function, and arguments are what a launch on a GPU takes.
+
+    Raises what a program raised, with a note that says which and with what seed.
+    """
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
+    print(f"launched with {SEED}={seed}")  # seen if the test fails
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small operations, and every thread would start others of its own
+    try:
+        _run(translate(kernel), Schedule(seed, LIMIT_S), (*grid, 1, 1)[:3], _bind(kernel, arguments, constants))
+    except BaseException as error:
+        error.add_note(f"again with {SEED}={seed}")
+        raise
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _run(function: Any, schedule: Schedule, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    programs = list(itertools.product(*map(range, grid)))
+    schedule.chance.shuffle(programs)
+    most = schedule.chance.randint(1, _MOST_AT_ONCE)
+    begun: list[Task] = []
+
+    def is_one_free() -> bool:
+        return sum(not task.has_ended for task in begun) < most
+
+    def begin_programs() -> None:
+        for program in programs:
+            wait_until(is_one_free, lambda: "programs that run to end")
+            number = program[0] if grid[1:] == (1, 1) else program
+            begun.append(schedule.add(f"program {number}", lambda: function(**arguments)))
+            begun[-1].state = State(program, grid)
+
+    schedule.add("the launch", begin_programs)
+    schedule.run()
+
+
+def _bind(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
+    """By name, constants as they are."""
+    signature = inspect.signature(kernel.fn)
+    bound = signature.bind(*arguments, **constants).arguments
+    is_constant = {name: "constexpr" in str(each.annotation) for name, each in signature.parameters.items()}
+    return {name: each if is_constant[name] else _pass(each) for name, each in bound.items()}
+
+
+def _pass(argument: Any) -> Any:
+    """As a kernel is given it."""
+    if isinstance(argument, torch.Tensor):
+        return Pointer.to_tensor(argument)
+    if isinstance(argument, TensorDescriptor):
+        return Descriptor(argument)
+    if isinstance(argument, tuple):
+        return tuple(map(_pass, argument))
+    return argument if argument is None or isinstance(argument, bool) else to_value(argument)
