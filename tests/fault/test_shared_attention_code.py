@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from tests.unit.compiled.image import run
 
@@ -24,32 +26,40 @@ RESERVED_BYTES = 1 << 10
 MOST_REGISTERS = 256
 """Of a thread, which has 255 and is given a multiple of 8."""
 
+NUM_WARPGROUPS = 3
+"""That multiply, in the kernel for Hopper."""
+
 COMPILE = """
 import json, sys
 import torch
 from toka_engine.model.ahead.build import Variants
-from toka_engine.model.kernels.shared_attention import SharedWorkspace, attend_shared, count_words
-capability, head_dim = int(sys.argv[1]), int(sys.argv[2])
+from toka_engine.model.kernels.shared_attention import attend_shared
+from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace, count_words
+capability, head_dim, for_hopper, cubin = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hopper", sys.argv[4]
 meta = torch.device("meta")
 def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device=meta)
 variants = Variants(capability)
 with variants.recording():
-    work = SharedWorkspace.allocate(32, 8, head_dim, meta)
+    cut = SharedCut.for_hopper(head_dim) if for_hopper else SharedCut.of(head_dim)
+    work = SharedWorkspace.allocate(32, 8, head_dim, meta, cut)
     keys, values = tensor(2, 64, 8, 16, head_dim).transpose(2, 3)
     attend_shared(
         tensor(64, 32, head_dim), tensor(count_words(256), dtype=torch.int32), tensor(9, 64, dtype=torch.int32), keys,
         values, tensor(64, 32, head_dim), tensor(64, 32, dtype=torch.float32), work, 0.125,
     )
 ((function, data),) = variants.found.values()
-compiled, cut = function.preload(data), work.cut
+compiled = function.preload(data)
+with open(cubin, "wb") as file:
+    file.write(compiled.asm["cubin"])
 print(json.dumps([compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared,
                   cut.num_warps, cut.num_stages, cut.residency, cut.max_registers]))
 """
 
 
-def compile_kernel(capability: int, head_dim: int, cache: Path) -> list[Any]:
-    done = run("-c", COMPILE, str(capability), str(head_dim), TRITON_CACHE_DIR=cache)
+def compile_kernel(head_dim: int, folder: Path, which: str = "any") -> list[Any]:
+    """For an H100; leaves the machine code in folder/code.cubin."""
+    done = run("-c", COMPILE, "90", str(head_dim), which, str(folder / "code.cubin"), TRITON_CACHE_DIR=folder)
     assert done.returncode == 0, done.stderr
     compiled: list[Any] = json.loads(done.stdout)
     return compiled
@@ -57,7 +67,7 @@ def compile_kernel(capability: int, head_dim: int, cache: Path) -> list[Any]:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_keys_and_values_are_on_their_way_to_the_tensor_cores_while_they_work(tmp_path: Path, head_dim: int) -> None:
-    ttgir, ptx, shared_bytes, num_warps, num_stages, residency, max_registers = compile_kernel(90, head_dim, tmp_path)
+    ttgir, ptx, shared_bytes, num_warps, num_stages, residency, max_registers = compile_kernel(head_dim, tmp_path)
     loops = re.findall(r"scf\.for .*?scf\.yield", ttgir, re.S)
     (loop,) = (each for each in loops if "warp_group_dot " in each)
     assert len(re.findall(r"ttng\.warp_group_dot .*isAsync = true", loop)) == 2
@@ -71,8 +81,28 @@ def test_keys_and_values_are_on_their_way_to_the_tensor_cores_while_they_work(tm
     assert residency * 32 * num_warps * (max_registers or MOST_REGISTERS) <= REGISTERS
 
 
-def test_only_what_describes_groups_is_read_before_the_wait_for_the_kernel_before(tmp_path: Path) -> None:
-    before, after = compile_kernel(90, 64, tmp_path)[1].split("griddepcontrol.wait")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_warpgroups_registers_hold_what_it_works_on_and_its_loop_takes_no_masks(
+    tmp_path: Path, head_dim: int
+) -> None:
+    """The kernel for Hopper."""
+    ttgir, ptx, shared_bytes, *_ = compile_kernel(head_dim, tmp_path, "hopper")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", tmp_path / "code.cubin"], capture_output=True, text=True, check=True)
+    assert " STACK:0 " in usage.stdout
+    assert shared_bytes + RESERVED_BYTES <= SHARED_BYTES
+    loops = [loop for loop in re.findall(r"scf\.for .*?scf\.yield", ttgir, re.S) if "warp_group_dot " in loop]
+    assert len(loops) == NUM_WARPGROUPS
+    for loop in loops:
+        assert len(re.findall(r"ttng\.warp_group_dot .*isAsync = true", loop)) == 2
+        assert not re.search(r"arith\.select [^\n]*xf32", loop)
+    pages_of_a_block, boxes_of_a_page = {64: (8, 1), 128: (4, 2)}[head_dim]
+    assert ptx.count("cp.async.bulk.tensor.2d") == 2 * pages_of_a_block * boxes_of_a_page  # of keys and of values
+
+
+@pytest.mark.parametrize("which", ["any", "hopper"])
+def test_only_what_describes_groups_is_read_before_the_wait_for_the_kernel_before(tmp_path: Path, which: str) -> None:
+    before, after = compile_kernel(64, tmp_path, which)[1].split("griddepcontrol.wait")
     assert before.count("griddepcontrol.launch_dependents") == 1
     assert all(words.endswith(".b32") for words in re.findall(r"\bld\.\S*global\S*", before))
     assert "cp.async" not in before

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace, attend_shared, lay_groups
+from toka_engine.model.kernels.shared_attention import attend_shared
+from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace, lay_groups
 
 from tests.gpu.bench_products import compile_together, time_graph
 
@@ -33,20 +34,27 @@ SIZES: dict[int, list[Size]] = {
         (4096, 4096, 1),
         (4096, 768, 16),
         (512, 2048, 4),
+        (2048, 1024, 128),
     ],
-    128: [(1024, 4096, 1), (4096, 768, 16)],
+    128: [(1024, 4096, 1), (4096, 768, 16), (2048, 1024, 128)],
 }
+ORDERS = [
+    ("apart", False), ("apart", True), ("joined", False), ("joined", True), ("overlapped", False), ("overlapped", True)
+]  # fmt: skip
+"""Of products, in the kernel for Hopper, and whether its warpgroups take turns."""
 CUTS = {
     64: [
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
+        *(replace(SharedCut.for_hopper(64), products=one, takes_turns=turns) for one, turns in ORDERS[:4]),
     ],
     128: [
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1),
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=32, num_warps=8, num_stages=3, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=2, residency=2),
+        *(replace(SharedCut.for_hopper(128), products=one, takes_turns=turns) for one, turns in ORDERS[2:]),
     ],
 }
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from toka_engine.model.kernels.shared_attention import SharedWorkspace, _choose_share, attend_shared, lay_groups
+from toka_engine.model.kernels.shared_attention import attend_shared
+from toka_engine.model.kernels.shared_groups import SharedWorkspace, _choose_share, lay_groups
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

@@ -85,7 +85,7 @@ def allocate(ours: Any, num_pages: int, max_seqs: int, max_pages_per_seq: int) -
     """With short blocks and few programs for decode rows: some contexts are split, and no time goes into splits without
     a token, which the interpreter visits one by one."""
     from toka_engine.model.kernels.decode_attention import Cut, Workspace
-    from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
 
     ours.allocate(num_pages, PAGE_SIZE, max_seqs, max_pages_per_seq)
     shape, cut = ours.shape, Cut(block_tokens=16, num_warps=4, num_programs=16)

@@ -39,7 +39,7 @@ class Case:
         return self.q.shape[2] ** -0.5
 
     def make_work(self, num_programs, block_rows=64, block_tokens=64):
-        from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace
+        from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
 
         cut = SharedCut(block_rows=block_rows, block_tokens=block_tokens, num_warps=4, num_stages=2, residency=1)
         heads, kv_heads, head_dim = self.q.shape[1], self.cache.shape[3], self.q.shape[2]
@@ -76,17 +76,19 @@ class Case:
 
 
 def lay(work, groups, capacity=None):
-    from toka_engine.model.kernels.shared_attention import lay_groups
+    from toka_engine.model.kernels.shared_groups import lay_groups
 
     fields = ("first_row", "num_rows", "slot", "first_column", "num_columns")
     arrays = [np.array([getattr(group, field) for group in groups], np.int32) for field in fields]
     return lay_groups(work, PAGE_SIZE, *arrays, capacity=capacity)
 
 
-def make_case(generator, rows, heads=4, kv_heads=2, head_dim=64, columns=40, is_heads_first=True) -> Case:
-    """Three slots of `columns` pages each."""
+def make_case(
+    generator, rows, heads=4, kv_heads=2, head_dim=64, columns=40, is_heads_first=True, dtype=torch.float32
+) -> Case:
+    """Three slots of `columns` pages each. On a GPU in bfloat16."""
     device = generator.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else dtype
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -103,9 +105,10 @@ def make_case(generator, rows, heads=4, kv_heads=2, head_dim=64, columns=40, is_
 def assert_equals(found, expected) -> None:
     """Each head within an error of its own: one that is wrong is not lost among many."""
     (out, lse), (expected_out, expected_lse) = found, expected
+    is_coarse = out.dtype is torch.bfloat16
     errors = (out.double() - expected_out).norm(dim=-1) / expected_out.norm(dim=-1)
-    assert float(errors.max()) < (1e-2 if out.is_cuda else 1e-5)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-2 if out.is_cuda else 1e-5, rtol=1e-3)
+    assert float(errors.max()) < (1e-2 if is_coarse else 1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-2 if is_coarse else 1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("num_rows", [2, 33, 200])
@@ -150,7 +153,7 @@ def test_any_number_of_query_heads_to_a_kv_head_gives_the_definition(generator, 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_usual_cut_gives_the_definition(generator, head_dim) -> None:
-    from toka_engine.model.kernels.shared_attention import SharedWorkspace
+    from toka_engine.model.kernels.shared_groups import SharedWorkspace
 
     case = make_case(generator, 40, head_dim=head_dim)
     groups = [Group(1, 30, 0, 21), Group(31, 9, 1, 40)]
@@ -239,7 +242,7 @@ def test_more_groups_than_are_searched_at_once_give_the_definition(generator, mo
 def test_programs_have_equal_shares_or_a_little_more_if_then_tiles_are_not_cut(
     rows, columns, num_programs, total, share
 ) -> None:
-    from toka_engine.model.kernels.shared_attention import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
 
     cut = SharedCut(block_rows=128, block_tokens=16, num_warps=4, num_stages=2, residency=1)
     work = SharedWorkspace.allocate(32, 8, 64, torch.device("cpu"), cut, num_programs)
@@ -248,7 +251,7 @@ def test_programs_have_equal_shares_or_a_little_more_if_then_tiles_are_not_cut(
 
 
 def test_groups_beyond_the_capacity_are_refused() -> None:
-    from toka_engine.model.kernels.shared_attention import SharedWorkspace
+    from toka_engine.model.kernels.shared_groups import SharedWorkspace
 
     work = SharedWorkspace.allocate(4, 2, 64, torch.device("cpu"), num_programs=1)
     with pytest.raises(ValueError, match="first_rows: 3 groups, but capacity=2"):

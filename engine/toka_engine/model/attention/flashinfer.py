@@ -28,7 +28,8 @@ from toka_engine.model.kernels.decode_attention import OwnPart, Workspace, atten
 from toka_engine.model.kernels.paged import HND, DevicePages, PagedKernels
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
 from toka_engine.model.kernels.rope import rope_append
-from toka_engine.model.kernels.shared_attention import SharedWorkspace, attend_shared, count_words, lay_groups
+from toka_engine.model.kernels.shared_attention import attend_shared
+from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace, count_words, lay_groups
 from toka_engine.model.staging import Staging
 
 GRAPH_GROUPS = 256
@@ -105,7 +106,8 @@ class FlashInferAttention:
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
         heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
-        self._decode_work, self._shared_work = Workspace.allocate(*heads), SharedWorkspace.allocate(*heads)
+        cut = SharedCut.choose(shape.head_dim, page_size, self._layout == HND)
+        self._decode_work, self._shared_work = Workspace.allocate(*heads), SharedWorkspace.allocate(*heads, cut)
         if self._kernels is None:
             self._kernels = PagedKernels(shape, page_size, self._layout)
 

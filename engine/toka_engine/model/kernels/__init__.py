@@ -7,3 +7,5 @@ tests, which run the kernels in Triton's interpreter.
 
 DEPENDENT_LAUNCH_CAPABILITY = 90
 """The first compute capability with programmatic dependent launch: a kernel starts while the one before ends."""
+HOPPER_CAPABILITY = 90
+"""The one with asynchronous products of warpgroups (wgmma), which its successors have no more."""

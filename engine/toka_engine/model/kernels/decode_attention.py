@@ -112,12 +112,17 @@ class OwnPart:
     rotated: torch.Tensor  # [rows, num_heads, head_dim] contiguous, written: q
 
 
-def has_pdl() -> bool:
-    """Whether the GPU that Triton compiles for can start a kernel before the one in front of it has ended."""
+def find_capability() -> int:
+    """The compute capability, as 90, of the GPU that Triton compiles for; 0 in its interpreter and for other makes."""
     if knobs.runtime.interpret:
-        return False
+        return 0
     target: Any = driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= DEPENDENT_LAUNCH_CAPABILITY)
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
+def has_pdl() -> bool:
+    """Whether that GPU can start a kernel before the one in front of it has ended."""
+    return find_capability() >= DEPENDENT_LAUNCH_CAPABILITY
 
 
 @triton.jit

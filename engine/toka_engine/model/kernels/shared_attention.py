@@ -12,155 +12,16 @@ Algorithm: Hydragen's split by prefix (Juravsky et al. 2024); FlashAttention's o
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels.decode_attention import has_pdl
+from toka_engine.model.kernels.shared_groups import ARRAYS, HEADER, SharedWorkspace
+from toka_engine.model.kernels.shared_hopper import attend_shared_hopper
 
 _LOG2_E = 1.4426950408889634
-_HEADER = 4
-"""int32 words in front of the arrays: how many groups, of how many units, units a program, one unused."""
-_ARRAYS = 6
-"""Each [capacity]: first_rows, num_rows, slots, first_columns, num_columns, unit_ends (running sums)."""
 _SEARCHED_AT_ONCE = 256
-_MIN_UNITS = 4
-"""Units below which a program is not worth its start."""
-_SLACK = 16
-"""A share may grow by one part in so many, if tiles are then cut evenly or not at all."""
-_USUAL_PROCESSORS = 132
-"""Where no GPU says how many it has: an H100's."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharedCut:
-    """How the work is cut; nothing of it changes what is computed, but for the order of sums."""
-
-    block_rows: int  # pairs of a row and a query head to a tile; 64 or 128
-    block_tokens: int  # keys and values to a block; a power of 2, at least 16
-    num_warps: int
-    num_stages: int  # blocks of keys and values on their way or worked on
-    residency: int  # programs that a processor's registers and shared memory hold at once
-    max_registers: int | None = None  # of a thread, so that `residency` programs fit
-
-    @classmethod
-    def of(cls, head_dim: int) -> SharedCut:
-        """For heads of 64 and 128 the best of those that tests/gpu/bench_shared_attention.py timed on an H100.
-
-        Up to 99 KB of shared memory a program, which every GPU from sm_80 on has, and on an H100 `residency` of them.
-        """
-        if head_dim <= 64:
-            return cls(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128)
-        if head_dim <= 128:
-            return cls(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128)
-        return cls(block_rows=64, block_tokens=32, num_warps=4, num_stages=2, residency=2)
-
-
-@dataclass(frozen=True, slots=True)
-class SharedWorkspace:
-    """Where programs leave parts of tiles. Launches that follow each other in a stream may share it."""
-
-    sums: torch.Tensor  # [2 * num_programs, block_rows, head_dim] fp32: weighted sums of values
-    scales: torch.Tensor  # [2 * num_programs, 2, block_rows] fp32: greatest score in base 2, sum of weights
-    arrived: torch.Tensor  # [num_programs] int32, by the program that begins a tile; zeros between launches
-    cut: SharedCut
-    num_heads: int
-    num_kv_heads: int
-    has_pdl: bool  # programmatic dependent launch
-
-    @property
-    def num_programs(self) -> int:
-        return self.arrived.shape[0]
-
-    @classmethod
-    def allocate(
-        cls,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device,
-        cut: SharedCut | None = None,
-        num_programs: int | None = None,
-    ) -> SharedWorkspace:
-        """For any groups; `num_programs` is what the device runs at once, if not given."""
-        cut = cut or SharedCut.of(head_dim)
-        programs = num_programs or cut.residency * _count_processors(device)
-        return cls(
-            sums=torch.empty(2 * programs, cut.block_rows, head_dim, dtype=torch.float32, device=device),
-            scales=torch.empty(2 * programs, 2, cut.block_rows, dtype=torch.float32, device=device),
-            arrived=torch.zeros(programs, dtype=torch.int32, device=device),
-            cut=cut,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            has_pdl=has_pdl(),
-        )
-
-
-def _count_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _USUAL_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def count_words(capacity: int) -> int:
-    """int32 words that describe up to `capacity` groups."""
-    return _HEADER + _ARRAYS * capacity
-
-
-def lay_groups(
-    work: SharedWorkspace,
-    page_size: int,
-    first_rows: NDArray[np.int32],  # [n]
-    num_rows: NDArray[np.int32],  # [n] at least 1: the rows of a group follow each other
-    slots: NDArray[np.int32],  # [n] whose row of the block table holds the pages
-    first_columns: NDArray[np.int32],  # [n]
-    num_columns: NDArray[np.int32],  # [n] whole pages, at least 1
-    capacity: int | None = None,  # n if not given
-) -> NDArray[np.int32]:
-    """[count_words(capacity)] int32 for `attend_shared`, to be uploaded as they are. No two groups share a row.
-
-    Raises ValueError if there are more than `capacity` groups.
-    """
-    count, cut = first_rows.size, work.cut
-    capacity = max(1, count) if capacity is None else capacity
-    if count > capacity:
-        raise ValueError(f"first_rows: {count} groups, but capacity={capacity}")
-    words = np.zeros(count_words(capacity), np.int32)
-    if count:
-        blocks = -(-num_columns.astype(np.int64) * page_size // cut.block_tokens)
-        tiles = -(-num_rows.astype(np.int64) * (work.num_heads // work.num_kv_heads) // cut.block_rows)
-        unit_ends = np.cumsum(blocks * tiles * work.num_kv_heads)
-        words[:3] = count, unit_ends[-1], _choose_share(int(unit_ends[-1]), blocks, work.num_programs)
-        arrays = words[_HEADER:].reshape(_ARRAYS, capacity)
-        for array, values in zip(
-            arrays, (first_rows, num_rows, slots, first_columns, num_columns, unit_ends), strict=True
-        ):
-            array[:count] = values
-    return words
-
-
-def _choose_share(total: int, blocks: NDArray[np.int64], num_programs: int) -> int:
-    """Units of each program, but for the last. `blocks`: units of a tile, by group.
-
-    An equal share of all, but not so small that merging a tile's parts, one after the other, takes longer than it saves
-    (by an estimate: half a unit's time for each); and a little more than equal, if then tiles end where programs do.
-    """
-    most = int(blocks.max())
-    equal = max(-(-total // num_programs), _MIN_UNITS, math.isqrt(most // 2))
-    if equal >= most:
-        even = -(-equal // most) * most
-    else:
-        pieces = most // equal
-        while most % pieces:
-            pieces -= 1
-        even = most // pieces
-    return even if int(blocks.min()) == most and even - equal <= equal // _SLACK else equal
 
 
 @triton.jit
@@ -386,13 +247,16 @@ def attend_shared(
     dependent launch. Whatever is launched so behind it must wait itself.
     """
     head_dim, cut = rotated.shape[2], work.cut
+    if cut.num_warpgroups:
+        attend_shared_hopper(rotated, groups, block_table, k_cache, v_cache, out, lse, work, scale)
+        return
     _shared_kernel[(work.num_programs,)](
         rotated, groups, block_table, k_cache, v_cache, out, lse, work.sums, work.scales, work.arrived,
-        scale * _LOG2_E, (groups.shape[0] - _HEADER) // _ARRAYS,
+        scale * _LOG2_E, (groups.shape[0] - HEADER) // ARRAYS,
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         work.num_heads, work.num_kv_heads,
         PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, BLOCK_ROWS=cut.block_rows, BLOCK=cut.block_tokens,
-        STAGES=cut.num_stages, HEADER=_HEADER, AT_ONCE=_SEARCHED_AT_ONCE,
+        STAGES=cut.num_stages, HEADER=HEADER, AT_ONCE=_SEARCHED_AT_ONCE,
         HAS_PDL=work.has_pdl, num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
         **({"launch_pdl": True} if work.has_pdl else {}),
     )  # fmt: skip

@@ -1,0 +1,84 @@
+"""What of all groups' work a program of `shared_hopper` has: its units, their tiles, and the rows and heads of those.
+
+Everything is read from the words of `shared_groups.lay_groups`, anew (volatile) wherever it is needed: a thread's
+registers are what limits the kernel, and the products and weights of a block have them all.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from toka_engine.model.kernels.shared_groups import HEADER
+
+_HEADER = gl.constexpr(HEADER)
+
+
+@gluon.jit
+def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
+    """The group that has the unit. By four warps."""
+    count, ends_ptr = gl.load(words_ptr), words_ptr + _HEADER + 5 * gl.load(words_ptr + 3)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([AT_ONCE // 128], [32], [4], [0])
+    group = 0
+    for begin in range(0, count, AT_ONCE):
+        some = begin + gl.arange(0, AT_ONCE, layout=LAYOUT)
+        ends = gl.load(ends_ptr + some, mask=some < count, other=2147483647)
+        group += gl.sum((ends <= unit).to(gl.int32), axis=0)
+    return group
+
+
+@gluon.jit
+def find_end(words_ptr):
+    """The unit behind this program's last one."""
+    num_units, share = gl.load(words_ptr + 1, volatile=True), gl.load(words_ptr + 2, volatile=True)
+    return gl.minimum((gl.program_id(0) + 1) * share, num_units)
+
+
+@gluon.jit
+def find_segment(words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Of the tile that has the unit, in this group or the next, as each has one at least: the group, the KV head, the
+    tile's number, its blocks from here on, how many it has, their tokens, and the pairs of row and head left for it.
+
+    All is read anew (volatile) wherever it is needed, so that blocks have its registers meanwhile.
+    """
+    capacity = gl.load(words_ptr + 3, volatile=True)
+    num_kv_heads = gl.load(words_ptr + 4, volatile=True)
+    heads_per_kv = gl.load(words_ptr + 5, volatile=True)
+    ends_ptr = words_ptr + _HEADER + 5 * capacity
+    group += (gl.load(ends_ptr + group, volatile=True) <= unit).to(gl.int32)
+    num_pairs = gl.load(words_ptr + _HEADER + capacity + group, volatile=True) * heads_per_kv
+    num_tokens = gl.load(words_ptr + _HEADER + 4 * capacity + group, volatile=True) * PAGE_SIZE
+    num_blocks = (num_tokens + BLOCK - 1) // BLOCK
+    num_tiles = (num_pairs + TILE - 1) // TILE
+    within = unit - (gl.load(ends_ptr + group, volatile=True) - num_blocks * num_tiles * num_kv_heads)
+    begin_block = within % num_blocks
+    end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
+    tile = (within // num_blocks) % num_tiles
+    kv_head = within // num_blocks // num_tiles
+    return group, kv_head, tile, begin_block, end_block, num_blocks, num_tokens, num_pairs - tile * TILE
+
+
+@gluon.jit
+def find_pages(words_ptr, group, table_ptr, table_stride):
+    """Where the pages of a group stand in the block table."""
+    capacity = gl.load(words_ptr + 3)
+    slot = gl.load(words_ptr + _HEADER + 2 * capacity + group)
+    return table_ptr + slot.to(gl.int64) * table_stride + gl.load(words_ptr + _HEADER + 3 * capacity + group)
+
+
+@gluon.jit
+def find_heads(words_ptr, where, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of each of this warpgroup's pairs of row and head: its place in [rows, num_heads], and whether it is one.
+
+    As in shared_attention.
+    """
+    group, kv_head, tile = where
+    capacity = gl.load(words_ptr + 3, volatile=True)
+    num_kv_heads = gl.load(words_ptr + 4, volatile=True)
+    heads_per_kv = gl.load(words_ptr + 5, volatile=True)
+    first_row = gl.load(words_ptr + _HEADER + group, volatile=True)
+    num_rows = gl.load(words_ptr + _HEADER + capacity + group, volatile=True)
+    pair = tile * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
+    row = ((pair.to(gl.float32) + 0.5) * (1.0 / heads_per_kv)).to(gl.int32)
+    place = (first_row + row) * (num_kv_heads * heads_per_kv) + kv_head * heads_per_kv + pair - row * heads_per_kv
+    return place, row < num_rows
