@@ -57,7 +57,7 @@ from toka_engine.model.ahead.cache import log_compiled
 from toka_engine.model.ahead.rehearsal import rehearse
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import rms_norm
-from toka_engine.model.ops import select_ops
+from toka_engine.model.devices import select_ops
 
 class Driver:
     "Triton's own for NVIDIA, less the GPU: each kernel's binary and the module that launches it are only loaded."

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model import cpu_ops
+from toka_engine.model.devices import select_ops
 from toka_engine.model.layers import Head, NormedLinear, Projections, ResidualLinear
-from toka_engine.model.ops import Ops, select_ops
+from toka_engine.model.ops import Ops
 
 from tests.model.driving import Driver
 from tests.model.test_logits import IDS, VARIANTS, check_parity

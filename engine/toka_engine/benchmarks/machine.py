@@ -22,8 +22,8 @@ from toka_engine import __version__
 from toka_engine.command_line import parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
+from toka_engine.model.devices import find_device
 from toka_engine.model.memory import count_threads
-from toka_engine.model.ops import find_device
 from toka_engine.model.sizes import choose_dtype
 
 _COPY_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}

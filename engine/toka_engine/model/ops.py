@@ -1,41 +1,23 @@
-"""The one place where a device's implementations are chosen.
+"""What a device implements: a table of functions, which models, layers and worker use, beside the attention interface.
 
-`Ops` is a table of functions; models, layers, runner and worker use only it and the attention interface. A new device
-adds a table here and nothing else.
+The tables are `cpu_ops` and `cuda_ops`; `devices` chooses one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.errors import DeviceUnavailableError
 from toka_engine.model.attention.base import AttentionBackend, AttentionShape
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.sampling import Sampled, SamplePlan
-from toka_engine.model.state import SlotState
-
-if TYPE_CHECKING:
-    from toka_engine.model.runner import Runner
+from toka_engine.model.runner import Runner
 
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in_features] -> [rows, out_features]."""
-
-
-class Sample(Protocol):
-    def __call__(
-        self,
-        logits: torch.Tensor,  # [n, vocab], as make_head gives them
-        logit_rows: torch.Tensor | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
-        plan: SamplePlan,  # R rows
-        state: SlotState,
-    ) -> Sampled:
-        """Draw one token per row. Does not change `state`."""
-        ...
 
 
 class SingleRow(Protocol):
@@ -113,37 +95,3 @@ class Ops:
     """Whether torch.compile must leave the products of `make_linear` alone: it cannot look into their weights."""
     max_steps_in_flight: int
     """Steps launched before the first one's tokens are on the host."""
-
-
-def find_device(config: EngineConfig) -> torch.device:
-    """The device that `config.device` means here. Raises DeviceUnavailableError."""
-    has_cuda = config.device != "cpu" and torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
-    return torch.device("cuda" if has_cuda else "cpu")
-
-
-def select_ops(device: torch.device, config: EngineConfig) -> Ops:
-    """The table of `device`. Imports what only that device needs, and decides where its kernels are looked for.
-
-    Raises ConfigError, StorageError.
-    """
-    if device.type == "cuda":
-        from toka_engine.model.ahead.cache import use_built
-        from toka_engine.model.kernels.table import make_ops as make_cuda_ops
-
-        major, minor = torch.cuda.get_device_capability(device)
-        use_built(10 * major + minor)
-        ops = make_cuda_ops(10 * major + minor)
-    else:
-        from toka_engine.model.cpu_ops import make_ops
-
-        ops = make_ops()
-    if not config.torch_compile:
-        return ops
-    from toka_engine.model.compile_cache import choose_compile_cache
-
-    choose_compile_cache()
-    from toka_engine.model.compilation import compile_ops
-
-    return compile_ops(ops, device, config)

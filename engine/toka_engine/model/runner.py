@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from toka_engine.messages import Int32s, Step, Tokens
 from toka_engine.model.attention.base import AttentionBackend, StepLayout
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.ops import Sample
-from toka_engine.model.sampling import Sampled, SamplePlan, plan_sampling
+from toka_engine.model.sampling import Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.state import SlotState
 
 

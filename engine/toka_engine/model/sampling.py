@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Step
-from toka_engine.model.state import HostSlots
+from toka_engine.model.state import HostSlots, SlotState
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +102,15 @@ class Sampled:
     logprobs: torch.Tensor | None  # [R] float32, of the model's own distribution; None if no row asks
     top_tokens: torch.Tensor | None  # [rows of plan.top, top_width] int32; -1 beyond what a row asks for
     top_logprobs: torch.Tensor | None  # [rows of plan.top, top_width] float32
+
+
+class Sample(Protocol):
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [n, vocab], as make_head gives them
+        logit_rows: torch.Tensor | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
+        plan: SamplePlan,  # R rows
+        state: SlotState,
+    ) -> Sampled:
+        """Draw one token per row. Does not change `state`."""
+        ...

@@ -23,11 +23,12 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import OutOfMemoryError, PeerClosedError
 from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
 from toka_engine.model.attention.base import AttentionShape
+from toka_engine.model.devices import find_device, select_ops
 from toka_engine.model.loader import Weights
 from toka_engine.model.measuring import provisional_sizes
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
-from toka_engine.model.ops import Ops, find_device, select_ops
+from toka_engine.model.ops import Ops
 from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched, Runner
 from toka_engine.model.sizes import Sizes, choose_dtype, choose_sizes, read_available_bytes

@@ -181,8 +181,8 @@ FIELDS = {
 def test_a_token_alone_gets_the_hidden_state_and_the_logits_that_it_gets_among_others(
     device, kernels, architecture, fields
 ) -> None:
+    from toka_engine.model.cuda_ops import make_linear, make_ops
     from toka_engine.model.kernels.single_row import Cut
-    from toka_engine.model.kernels.table import make_linear, make_ops
 
     few_programs = Cut(32, 64, 4)  # each takes the interpreter some milliseconds
     kernels = replace(kernels, behind_norm=few_programs, other=few_programs)

@@ -19,9 +19,9 @@ from triton.runtime import driver
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, WorkerReady
 from toka_engine.model.attention.flashinfer import FlashInferAttention
+from toka_engine.model.cuda_ops import make_ops
 from toka_engine.model.cuda_runner import CudaRunner
 from toka_engine.model.kernels.decode_rows import RowCut
-from toka_engine.model.kernels.table import make_ops
 from toka_engine.model.loader import Weights
 from toka_engine.model.measuring import make_largest_steps
 from toka_engine.model.model_config import ModelConfig

@@ -79,12 +79,18 @@ class SharedCut:
     @classmethod
     def for_hopper(cls, head_dim: int) -> SharedCut:
         """For heads of 64 and 128 the best of those that tests/gpu/bench_shared_gluon.py timed on an H100."""
-        hopper = {"block_rows": 192, "num_warps": 4, "num_stages": 4, "residency": 1, "num_warpgroups": 3}
-        if head_dim == 64:
-            return cls(**hopper, block_tokens=128, max_registers=160)
-        if head_dim == 128:
-            return cls(**hopper, block_tokens=64, max_registers=160, products="overlapped")
-        raise ValueError(f"head_dim: {head_dim} is neither 64 nor 128")
+        if head_dim not in (64, 128):
+            raise ValueError(f"head_dim: {head_dim} is neither 64 nor 128")
+        return cls(
+            block_rows=192,
+            block_tokens=128 if head_dim == 64 else 64,
+            num_warps=4,
+            num_stages=4,
+            residency=1,
+            max_registers=160,
+            num_warpgroups=3,
+            products="apart" if head_dim == 64 else "overlapped",
+        )
 
 
 @dataclass(frozen=True, slots=True)

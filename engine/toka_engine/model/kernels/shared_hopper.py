@@ -61,7 +61,7 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
     """One warp: all blocks that the program's units need, in their order."""
     k_desc, v_desc, table_ptr, table_stride = cache
     group, unit = work
-    keys, values, k_full, k_empty, v_full, v_empty, turns = ring
+    keys, values, k_full, k_empty, v_full, v_empty, _turns = ring
     BLOCK: gl.constexpr = keys.shape[1]
     num_kv_heads = gl.load(words_ptr + 4)
     count = 0
