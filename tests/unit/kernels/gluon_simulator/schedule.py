@@ -7,6 +7,7 @@ some launches are chosen rarely, so that one is far ahead of another, or a copy 
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 import threading
@@ -40,6 +41,13 @@ def find_line() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
+def _make_gate() -> threading.Lock:
+    """A lock that one thread waits for and another one opens; shut."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
 class Task:
     """What one thread does: a program, or a partition of one."""
 
@@ -50,7 +58,7 @@ class Task:
         self.has_ended = False
         self.state: Any = None
         self._call = call
-        self._turn = threading.Semaphore(0)
+        self._turn = _make_gate()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def begin(self) -> None:
@@ -58,8 +66,9 @@ class Task:
 
     def pause(self) -> None:
         """Let others run, until this one is chosen again."""
-        self.schedule.come_back.release()
-        self._turn.acquire()
+        if not self.schedule.is_over:
+            self.schedule.come_back.release()
+            self._turn.acquire()
         if self.schedule.is_over:
             raise _Ended
 
@@ -69,8 +78,15 @@ class Task:
         self._turn.release()
 
     def end(self) -> None:
-        self._turn.release()
-        self._thread.join()
+        """Wherever it is: at its turn, or at work for too long."""
+        if not self.has_ended and self._turn.locked():
+            self._turn.release()
+        self._thread.join(1.0)
+        if self._thread.is_alive():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(_Ended)
+            )
+            self._thread.join()
 
     def _run(self) -> None:
         self._turn.acquire()
@@ -85,7 +101,8 @@ class Task:
             self.schedule.error = self.schedule.error or error
         finally:
             self.has_ended = True
-            self.schedule.come_back.release()
+            if not self.schedule.is_over:
+                self.schedule.come_back.release()
 
 
 class Schedule:
@@ -93,7 +110,7 @@ class Schedule:
 
     def __init__(self, seed: int, limit_s: float) -> None:
         self.chance = random.Random(seed)
-        self.come_back = threading.Semaphore(0)
+        self.come_back = _make_gate()
         self.error: BaseException | None = None
         self.is_over = False
         self._tasks: list[Task] = []
@@ -140,6 +157,7 @@ class Schedule:
             raise self.error
         if task.has_ended:
             self._tasks.remove(task)
+            task.end()
 
 
 def get_task() -> Task:
