@@ -23,20 +23,27 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tests.unit.kernels import gluon_simulator
 from tests.unit.kernels.gluon_simulator import Deadlock, OutOfBounds, Race, TookTooLong
 
-ROWS, BLOCK, DEPTH, STAGES = 64, 16, 64, 2
+ROWS, BLOCK, PAGE, DEPTH, STAGES = 64, 32, 16, 64, 2
 SEEDS = range(10)
 
 
 @gluon.jit
-def _bring(desc, keys, full, empty, num_blocks, FAULT: gl.constexpr):
+def _bring(desc, keys, full, empty, num_blocks, PAGE_SIZE: gl.constexpr, FAULT: gl.constexpr):
     STAGES: gl.constexpr = keys.shape[0]
     NUM_BYTES: gl.constexpr = keys.shape[1] * keys.shape[2] * 2
     for block in range(num_blocks):
         stage = block % STAGES
         if FAULT != "copies before it is empty":
             mbarrier.wait(empty.index(stage), ((block // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), NUM_BYTES // 2 if FAULT == "expects too few bytes" else NUM_BYTES)
-        tma.async_copy_global_to_shared(desc, [block * keys.shape[1], 0], full.index(stage), keys.index(stage))
+        if FAULT == "expects too few bytes":
+            mbarrier.expect(full.index(stage), NUM_BYTES // 2)
+        else:
+            mbarrier.expect(full.index(stage), NUM_BYTES * 2 if FAULT == "expects too many bytes" else NUM_BYTES)
+        for page in gl.static_range(keys.shape[1] // PAGE_SIZE):
+            place = keys.index(stage).slice(page * PAGE_SIZE, PAGE_SIZE, 0)
+            tma.async_copy_global_to_shared(
+                desc, [block * keys.shape[1] + page * PAGE_SIZE, 0], full.index(stage), place
+            )
 
 
 @gluon.jit
@@ -60,7 +67,7 @@ def _multiply(rows_ptr, out_ptr, rows, keys, full, empty, num_blocks, WHICH: gl.
     if FAULT != "multiplies without a fence":
         fence_async_shared()
     sums = gl.zeros([ROWS, BLOCK], gl.float32, SUMS)
-    for block in range(num_blocks):
+    for block in range(num_blocks - 1 if FAULT == "leaves a block" else num_blocks):
         stage = block % STAGES
         phase = (block // STAGES) & 1
         if FAULT != "multiplies before it is full":
@@ -81,7 +88,8 @@ def _multiply(rows_ptr, out_ptr, rows, keys, full, empty, num_blocks, WHICH: gl.
 @gluon.jit
 def _kernel(
     rows_ptr, desc, out_ptr, num_blocks,
-    ROWS: gl.constexpr, BLOCK: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, FAULT: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK: gl.constexpr, DEPTH: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    FAULT: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, DEPTH], LAYOUT)
@@ -97,7 +105,7 @@ def _kernel(
         [
             (_multiply, (rows_ptr, out_ptr, rows.index(0), keys, full, empty, num_blocks, 0, FAULT)),
             (_multiply, (rows_ptr, out_ptr, rows.index(1), keys, full, empty, num_blocks, 1, FAULT)),
-            (_bring, (desc, keys, full, empty, num_blocks, FAULT)),
+            (_bring, (desc, keys, full, empty, num_blocks, PAGE_SIZE, FAULT)),
         ],
         [4, 1],
         [160, 24],
@@ -114,10 +122,11 @@ def run(
     keys = torch.randn(num_blocks * BLOCK, DEPTH, generator=generator).bfloat16()
     out = torch.empty(2 * ROWS, BLOCK)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    desc = TensorDescriptor(keys, list(keys.shape), list(keys.stride()), [BLOCK, DEPTH], layout)
+    desc = TensorDescriptor(keys, list(keys.shape), list(keys.stride()), [PAGE, DEPTH], layout)
     gluon_simulator.launch(
-        _kernel, (1,), rows, desc, out, num_blocks, ROWS=ROWS, BLOCK=BLOCK, DEPTH=DEPTH, STAGES=STAGES, FAULT=fault
-    )
+        _kernel, (1,), rows, desc, out, num_blocks,
+        ROWS=ROWS, BLOCK=BLOCK, DEPTH=DEPTH, PAGE_SIZE=PAGE, STAGES=STAGES, FAULT=fault,
+    )  # fmt: skip
     return out, (rows.float() @ keys.float().T).view(2 * ROWS, num_blocks, BLOCK).sum(1)
 
 
@@ -138,10 +147,12 @@ def test_a_kernel_that_is_right_gives_the_sums_in_any_order(monkeypatch, seed, n
         ("counts too few arrivals", (Race, Deadlock), ""),
         ("arrives twice", (Race, Deadlock, RuntimeError), ""),
         ("never arrives", Deadlock, "waits for phase 0 of barrier . of those made in .*lacks 1 of 2 arrivals"),
-        ("expects too few bytes", Deadlock, "waits for phase 0 of barrier 0 .*-1024 bytes"),
+        ("expects too few bytes", (Race, RuntimeError), "a phase ends while 1 copies|may come before the end of"),
+        ("expects too many bytes", Deadlock, "waits for phase 0 of barrier . .*lacks 0 of 1 arrivals and 4096 bytes"),
+        ("leaves a block", Race, "the program may end before a copy that began in"),
         ("takes a product that has not ended", (Race, TypeError), "may come before the end of|was not waited for"),
         ("mixes layouts", TypeError, "layouts differ"),
-        ("writes too far", OutOfBounds, "16 places outside of 2048 elements"),
+        ("writes too far", OutOfBounds, "32 places outside of 4096 elements"),
         ("does not initialise", RuntimeError, "was not initialised"),
     ],
 )
@@ -242,3 +253,28 @@ def test_numbers_have_the_types_and_signs_of_the_kernel_language() -> None:
     gluon_simulator.launch(_compute, (1,), values, out, 3)
     assert torch.equal(out[:128], (values.float() * (values[0].float() / 3)).bfloat16().float())
     assert out[128:].tolist() == [-1.0, -3.0, -1294967296.0]  # as in C: towards 0, and in 32 bits
+
+
+@gluon.jit
+def _copy(desc, out_ptr, row, column, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    block = gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], desc.layout)
+    mbarrier.expect(ready, ROWS * COLUMNS * 4)
+    tma.async_copy_global_to_shared(desc, [row, column], ready, block)
+    mbarrier.wait(ready, 0)
+    at = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))[:, None] * COLUMNS
+    gl.store(out_ptr + at + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :], block.load(LAYOUT))
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (4, 8), (6, 10), (-3, -5), (40, 0)])
+def test_a_copy_gives_zeros_outside_of_the_tensor(row, column) -> None:
+    whole = torch.randn(10, 16)
+    out = torch.full((8, 8), 7.0)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=32, rank=2)
+    desc = TensorDescriptor(whole[:, :12], [10, 12], [16, 1], [8, 8], layout)
+    gluon_simulator.launch(_copy, (1,), desc, out, row, column, ROWS=8, COLUMNS=8)
+    padded = torch.zeros(100, 100)
+    padded[30:40, 30:42] = whole[:, :12]
+    assert torch.equal(out, padded[30 + row : 38 + row, 30 + column : 38 + column])

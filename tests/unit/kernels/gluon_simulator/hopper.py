@@ -85,13 +85,12 @@ class tma:
         begin, signal = [int(to_value(each)) for each in coord], barrier.get_barrier()
         result.touch("a copy", is_write=True, over=(signal, signal.phase_number))
         poison(result.data)
-        copies, line = get_state().copies, find_line()
-        copies.append(line)
+        get_state().copies[signal] = signal.phase_number, find_line()
+        signal.num_copies += 1
 
         def come() -> None:
-            copies.remove(line)
             result.data.copy_(tensor_desc.read(begin))
-            signal.come(result.data.numel() * result.data.element_size())
+            signal.end_copy(result.data.numel() * result.data.element_size())
 
         get_task().schedule.do_later(come)
 

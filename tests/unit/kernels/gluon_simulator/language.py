@@ -11,16 +11,10 @@ import torch
 from triton.experimental.gluon import language as real
 
 from tests.unit.kernels.gluon_simulator.memory import atomic_add, load, store
-from tests.unit.kernels.gluon_simulator.order import get_state, learn
+from tests.unit.kernels.gluon_simulator.order import Race, get_state, learn
 from tests.unit.kernels.gluon_simulator.schedule import get_task, wait_until
 from tests.unit.kernels.gluon_simulator.shared import allocate_shared_memory
-from tests.unit.kernels.gluon_simulator.values import (
-    Value,
-    join_layouts,
-    pair,
-    to_torch_type,
-    to_value,
-)
+from tests.unit.kernels.gluon_simulator.values import Value, join_layouts, pair, to_torch_type, to_value
 
 
 def _elementwise(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Value]:
@@ -129,7 +123,7 @@ def run_partition(function: Any, arguments: Any) -> Any:
     """To its end, at which all its products must have been waited for."""
     result = function(*arguments)
     for product in get_state().products:
-        raise RuntimeError(f"a task ends, but the product that began in {product.line} was not waited for")
+        raise Race(f"a task may end before a product that began in {product.line}")
     thread_barrier()
     return result
 

@@ -24,7 +24,7 @@ Region = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 class Race(Exception):
-    """Shared memory is touched without it being sure that what touched it before is over."""
+    """Memory is touched without it being sure that what touched it before is over."""
 
 
 @dataclass(eq=False)
@@ -36,8 +36,8 @@ class State:
     clock: Clock = field(default_factory=dict)
     products: deque[Any] = field(default_factory=deque)
     """Those that have begun and were not waited for, oldest first."""
-    copies: list[str] = field(default_factory=list)
-    """Those of the whole program that are under way."""
+    copies: dict[Any, tuple[int, str]] = field(default_factory=dict)
+    """Of the whole program, by barrier: the phase in which the latest comes, and the line that asked for it."""
     num_products: int = 0
 
     def make_partition(self) -> State:

@@ -12,11 +12,14 @@ import random
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 _HERE = str(Path(__file__).parent)
+_MOST_LINES = 3
 _WEIGHTS = (0.02, 0.3, 1.0)
 _local = threading.local()
 
@@ -33,12 +36,20 @@ class _Ended(BaseException):
     """Ends a task's thread because the launch has ended; not for anyone to catch."""
 
 
-def find_line() -> str:
-    """The kernel's own line that is running: file:line."""
-    frame = sys._getframe()
-    while frame.f_code.co_filename.startswith(_HERE) and frame.f_back is not None:
+def find_line(frame: types.FrameType | None = None) -> str:
+    """The kernel's own line that is running, and those that called it: file:line, innermost first."""
+    lines = []
+    frame = frame or sys._getframe()
+    while frame is not None and frame.f_code.co_filename != threading.__file__:
+        if not frame.f_code.co_filename.startswith(_HERE):
+            lines.append(f"{_get_name(frame.f_code.co_filename)}:{frame.f_lineno}")
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return " < ".join(lines[:_MOST_LINES]) or "the simulator"
+
+
+@cache
+def _get_name(path: str) -> str:
+    return Path(path).name
 
 
 def _make_gate() -> threading.Lock:
@@ -88,6 +99,9 @@ class Task:
             )
             self._thread.join()
 
+    def find_line(self) -> str:
+        return find_line(sys._current_frames().get(self._thread.ident or 0))
+
     def _run(self) -> None:
         self._turn.acquire()
         _local.task = self
@@ -128,7 +142,7 @@ class Schedule:
         self._later.append(action)
 
     def run(self) -> None:
-        """Until all tasks have ended and all is done; raises what any of them raised."""
+        """Until all tasks have ended; raises what any of them raised."""
         end_s = time.monotonic() + self._limit_s
         try:
             while self._tasks:
@@ -152,7 +166,7 @@ class Schedule:
         task = ready[chosen]
         task.go_on()
         if not self.come_back.acquire(timeout=max(0.0, end_s - time.monotonic())):
-            raise TookTooLong(f"{task.name} has run for too long without a wait")
+            raise TookTooLong(f"more than {self._limit_s} s; {task.name} is in {task.find_line()}")
         if self.error is not None:
             raise self.error
         if task.has_ended:

@@ -23,6 +23,7 @@ class Barrier:
         self._name, self._count = name, count
         self._missing, self._missing_bytes = count, 0
         self._num_ended = 0
+        self.num_copies = 0  # under way
         self._arrived: Clock = {}
         self._ended: Clock = {}
 
@@ -43,12 +44,15 @@ class Barrier:
         self._missing_bytes += num_bytes
         self.arrive(1)
 
-    def come(self, num_bytes: int) -> None:
+    def end_copy(self, num_bytes: int) -> None:
+        self.num_copies -= 1
         self._missing_bytes -= num_bytes
         self._end_phase()
 
     def _end_phase(self) -> None:
         if self._missing == 0 and self._missing_bytes == 0:
+            if self.num_copies:
+                raise RuntimeError(f"{self._name}: a phase ends while {self.num_copies} copies are under way")
             self._missing = self._count
             self._num_ended += 1
             learn(self._ended, self._arrived)
