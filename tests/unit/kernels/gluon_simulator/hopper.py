@@ -5,7 +5,6 @@ A copy comes at some time after it was asked for. A product reads its operands i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tests.unit.kernels.gluon_simulator.order import get_state
 from tests.unit.kernels.gluon_simulator.schedule import find_line, get_task, let_others_run
 from tests.unit.kernels.gluon_simulator.shared import SharedMemory
-from tests.unit.kernels.gluon_simulator.values import Value, to_type, to_value
+from tests.unit.kernels.gluon_simulator.values import Value, poison, to_type, to_value
 
 
 class mbarrier:
@@ -83,12 +83,14 @@ class tma:
         if not pred:
             return
         begin, signal = [int(to_value(each)) for each in coord], barrier.get_barrier()
-        end_use = result.begin_use(f"a copy that began in {find_line()}", writes=True)
+        result.touch("a copy", is_write=True, over=(signal, signal.phase_number))
+        poison(result.data)
+        get_state().copies[signal] = signal.phase_number, find_line()
+        signal.num_copies += 1
 
         def come() -> None:
-            end_use()
             result.data.copy_(tensor_desc.read(begin))
-            signal.come(result.data.numel() * result.data.element_size())
+            signal.end_copy(result.data.numel() * result.data.element_size())
 
         get_task().schedule.do_later(come)
 
@@ -106,15 +108,6 @@ class Accumulator:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{name} of a product that began in {self.line} and was not waited for")
-
-
-def _get_queue() -> deque[Accumulator]:
-    """Products of this task that have begun, oldest first."""
-    task = get_task()
-    if task.state.products is None:
-        task.state.products = deque()
-    products: deque[Accumulator] = task.state.products
-    return products
 
 
 def _check_product(left: Any, right: SharedMemory, sums: Any) -> None:
@@ -135,20 +128,20 @@ def warpgroup_mma(
 ) -> Value | Accumulator:  # fmt: skip
     _check_product(a, b, acc)
     let_others_run()
-    what = f"a product that began in {find_line()}"
-    ends = [memory.begin_use(what, writes=False) for memory in (a, b) if isinstance(memory, SharedMemory)]
-    adds = bool(use_acc)
+    state, adds = get_state(), bool(use_acc)
+    state.num_products += 1
+    for operand in (a, b):
+        if isinstance(operand, SharedMemory):
+            operand.touch("a product", is_write=False, over=((state, "product"), state.num_products))
 
     def finish() -> Value:
         product = a.data.float() @ b.data.float()
         before = acc.value if isinstance(acc, Accumulator) else acc
         assert before is not None, "products end in their order"
-        for end in ends:
-            end()
         return Value(product + before.data if adds else product, acc.layout)
 
     begun = Accumulator(acc.shape, acc.layout, finish)
-    _get_queue().append(begun)
+    state.products.append(begun)
     return begun if is_async else warpgroup_mma_wait(0, [begun])
 
 
@@ -157,13 +150,15 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
     if deps is None:
         raise ValueError("deps must be given")
     let_others_run()
-    queue = _get_queue()
-    while len(queue) > num_outstanding:
-        queue.popleft().finish()
+    state = get_state()
+    while len(state.products) > num_outstanding:
+        state.products.popleft().finish()
+        state.step("product")
     has_ended = [isinstance(each, Accumulator) and each.value is not None for each in deps]
     found = tuple(each.value if ended else each for each, ended in zip(deps, has_ended, strict=True))
     return found[0] if len(found) == 1 else found
 
 
 def fence_async_shared(cluster: bool = False) -> None:
-    """Nothing: stores are seen at once."""
+    """Copies and products that follow see this task's stores."""
+    get_state().step("fence")

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as real
 
-from tests.unit.kernels.gluon_simulator.schedule import get_task, let_others_run, wait_until
+from tests.unit.kernels.gluon_simulator.memory import atomic_add, load, store
+from tests.unit.kernels.gluon_simulator.order import Race, get_state, learn
+from tests.unit.kernels.gluon_simulator.schedule import get_task, wait_until
 from tests.unit.kernels.gluon_simulator.shared import allocate_shared_memory
-from tests.unit.kernels.gluon_simulator.values import (
-    Pointer,
-    Value,
-    join_layouts,
-    pair,
-    poison,
-    to_torch_type,
-    to_value,
-)
-
-
-class OutOfBounds(Exception):
-    """A load or store of a place that the tensor does not have."""
+from tests.unit.kernels.gluon_simulator.values import Value, join_layouts, pair, to_torch_type, to_value
 
 
 def _elementwise(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Value]:
@@ -97,74 +88,11 @@ def cdiv(x: Any, div: Any) -> Any:
 
 
 def program_id(axis: int) -> Value:
-    return to_value(get_task().state.program[axis])
+    return to_value(get_state().program[axis])
 
 
 def num_programs(axis: int) -> Value:
-    return to_value(get_task().state.grid[axis])
-
-
-# ---------------------------------------------------------------- memory of all programs
-
-
-def _find(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places, and of which of them the mask says that they are meant; these are within bounds."""
-    at = pointer.at.data
-    is_meant = torch.ones_like(at, dtype=torch.bool)
-    if mask is not None:
-        mask = to_value(mask)
-        join_layouts(pointer.at, mask)
-        is_meant = mask.data.expand(at.shape)
-    size = pointer.tensor.numel()
-    is_outside = is_meant & ((at < 0) | (at >= size))
-    if bool(is_outside.any()):
-        which = at[is_outside]
-        raise OutOfBounds(f"{which.numel()} places outside of {size} elements, the first {int(which.flatten()[0])}")
-    return at, is_meant
-
-
-def _gather(pointer: Pointer, at: torch.Tensor) -> torch.Tensor:
-    """What is there now: an index without dimensions would give a view."""
-    return pointer.tensor[at].clone()
-
-
-def load(
-    pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier: str = "", eviction_policy: str = "",
-    volatile: bool = False,
-) -> Value:  # fmt: skip
-    """What is masked and has no other value is poison."""
-    if volatile:
-        let_others_run()
-    at, is_meant = _find(pointer, mask)
-    if mask is None:
-        return Value(_gather(pointer, at), pointer.at.layout)
-    found = torch.empty(at.shape, dtype=pointer.tensor.dtype)
-    if other is None:
-        poison(found)
-    else:
-        other = to_value(other)
-        join_layouts(pointer.at, other)
-        found.copy_(other.data)
-    return Value(torch.where(is_meant, _gather(pointer, torch.where(is_meant, at, 0)), found), pointer.at.layout)
-
-
-def store(pointer: Pointer, value: Any, mask: Any = None, cache_modifier: str = "", eviction_policy: str = "") -> None:
-    at, is_meant = _find(pointer, mask)
-    value = to_value(value)
-    join_layouts(pointer.at, value)
-    data = value.data.to(pointer.tensor.dtype).expand(at.shape)
-    pointer.tensor[at[is_meant]] = data[is_meant]
-
-
-def atomic_add(pointer: Pointer, val: Any, mask: Any = None, sem: str | None = None, scope: str | None = None) -> Value:
-    """Others may run just before it and just after."""
-    let_others_run()
-    at, is_meant = _find(pointer, mask)
-    found = _gather(pointer, torch.where(is_meant, at, 0))
-    added = to_value(val).data.to(found.dtype).expand(at.shape)
-    pointer.tensor.index_put_((at[is_meant],), added[is_meant], accumulate=True)
-    let_others_run()
-    return Value(found, pointer.at.layout)
+    return to_value(get_state().grid[axis])
 
 
 # ---------------------------------------------------------------- partitions
@@ -174,21 +102,38 @@ def warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_r
     """The first partition in this task, the others in tasks of their own, until all have ended."""
     if not len(functions_and_args) - 1 == len(worker_num_warps) == len(worker_num_regs):
         raise ValueError("each partition but the first needs a number of warps and of registers")
-    task = get_task()
+    task, state = get_task(), get_state()
+    thread_barrier()
     workers = []
     for number, (function, arguments) in enumerate(functions_and_args[1:], 1):
         name = f"{task.name}, partition {number} ({function.__name__})"
-        worker = task.schedule.add(name, lambda function=function, arguments=arguments: function(*arguments))
-        worker.state = task.state.copy()
+        worker = task.schedule.add(name, partial(run_partition, function, arguments))
+        worker.state = state.make_partition()
         workers.append(worker)
-    let_others_run()
     function, arguments = functions_and_args[0]
-    result = function(*arguments)
+    result = run_partition(function, arguments)
     wait_until(lambda: all(worker.has_ended for worker in workers), lambda: "the other partitions")
+    thread_barrier()
+    for worker in workers:
+        learn(state.clock, worker.state.clock)
     return result
 
 
-def _do_nothing(*arguments: Any, **options: Any) -> None:
+def run_partition(function: Any, arguments: Any) -> Any:
+    """To its end, at which all its products must have been waited for."""
+    result = function(*arguments)
+    for product in get_state().products:
+        raise Race(f"a task may end before a product that began in {product.line}")
+    thread_barrier()
+    return result
+
+
+def thread_barrier() -> None:
+    """What all threads of the task have stored so far, one of them may make known to other tasks."""
+    get_state().step("barrier")
+
+
+def do_nothing(*arguments: Any, **options: Any) -> None:
     pass
 
 
@@ -201,12 +146,12 @@ def _return_first(value: Any, *more: Any) -> Any:
     return value
 
 
-_FUNCTIONS: dict[str, Any] = {
+FUNCTIONS: dict[str, Any] = {
     "arange": arange, "full": full, "zeros": zeros, "where": where, "convert_layout": convert_layout,
     "set_auto_layout": convert_layout, "fma": fma, "cdiv": cdiv, "program_id": program_id, "num_programs": num_programs,
     "load": load, "store": store, "atomic_add": atomic_add, "warp_specialize": warp_specialize,
-    "allocate_shared_memory": allocate_shared_memory, "thread_barrier": _do_nothing, "static_range": range,
-    "static_assert": static_assert, "static_print": _do_nothing, "device_print": _do_nothing, "assume": _do_nothing,
+    "allocate_shared_memory": allocate_shared_memory, "thread_barrier": thread_barrier, "static_range": range,
+    "static_assert": static_assert, "static_print": do_nothing, "device_print": do_nothing, "assume": do_nothing,
     "device_assert": static_assert, "to_tensor": to_value, "multiple_of": _return_first,
     "max_contiguous": _return_first, "max_constancy": _return_first, "constexpr": _return_first,
     "expand_dims": lambda value, axis: value.expand_dims(axis), "cast": lambda value, dtype: value.to(dtype),
@@ -223,8 +168,8 @@ class Language:
     """Stands for the module; what it lacks, a kernel may not use here."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FUNCTIONS:
-            return _FUNCTIONS[name]
+        if name in FUNCTIONS:
+            return FUNCTIONS[name]
         there = getattr(real, name)
         if isinstance(there, real.dtype) or (isinstance(there, type) and name.endswith("Layout")):
             return there

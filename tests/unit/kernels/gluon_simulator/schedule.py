@@ -7,15 +7,19 @@ some launches are chosen rarely, so that one is far ahead of another, or a copy 
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 _HERE = str(Path(__file__).parent)
+_MOST_LINES = 3
 _WEIGHTS = (0.02, 0.3, 1.0)
 _local = threading.local()
 
@@ -32,12 +36,27 @@ class _Ended(BaseException):
     """Ends a task's thread because the launch has ended; not for anyone to catch."""
 
 
-def find_line() -> str:
-    """The kernel's own line that is running: file:line."""
-    frame = sys._getframe()
-    while frame.f_code.co_filename.startswith(_HERE) and frame.f_back is not None:
+def find_line(frame: types.FrameType | None = None) -> str:
+    """The kernel's own line that is running, and those that called it: file:line, innermost first."""
+    lines = []
+    frame = frame or sys._getframe()
+    while frame is not None and frame.f_code.co_filename != threading.__file__:
+        if not frame.f_code.co_filename.startswith(_HERE):
+            lines.append(f"{_get_name(frame.f_code.co_filename)}:{frame.f_lineno}")
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return " < ".join(lines[:_MOST_LINES]) or "the simulator"
+
+
+@cache
+def _get_name(path: str) -> str:
+    return Path(path).name
+
+
+def _make_gate() -> threading.Lock:
+    """A lock that one thread waits for and another one opens; shut."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
 
 
 class Task:
@@ -50,7 +69,7 @@ class Task:
         self.has_ended = False
         self.state: Any = None
         self._call = call
-        self._turn = threading.Semaphore(0)
+        self._turn = _make_gate()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def begin(self) -> None:
@@ -58,8 +77,9 @@ class Task:
 
     def pause(self) -> None:
         """Let others run, until this one is chosen again."""
-        self.schedule.come_back.release()
-        self._turn.acquire()
+        if not self.schedule.is_over:
+            self.schedule.come_back.release()
+            self._turn.acquire()
         if self.schedule.is_over:
             raise _Ended
 
@@ -69,8 +89,18 @@ class Task:
         self._turn.release()
 
     def end(self) -> None:
-        self._turn.release()
-        self._thread.join()
+        """Wherever it is: at its turn, or at work for too long."""
+        if not self.has_ended and self._turn.locked():
+            self._turn.release()
+        self._thread.join(1.0)
+        if self._thread.is_alive():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(_Ended)
+            )
+            self._thread.join()
+
+    def find_line(self) -> str:
+        return find_line(sys._current_frames().get(self._thread.ident or 0))
 
     def _run(self) -> None:
         self._turn.acquire()
@@ -85,7 +115,8 @@ class Task:
             self.schedule.error = self.schedule.error or error
         finally:
             self.has_ended = True
-            self.schedule.come_back.release()
+            if not self.schedule.is_over:
+                self.schedule.come_back.release()
 
 
 class Schedule:
@@ -93,7 +124,7 @@ class Schedule:
 
     def __init__(self, seed: int, limit_s: float) -> None:
         self.chance = random.Random(seed)
-        self.come_back = threading.Semaphore(0)
+        self.come_back = _make_gate()
         self.error: BaseException | None = None
         self.is_over = False
         self._tasks: list[Task] = []
@@ -111,7 +142,7 @@ class Schedule:
         self._later.append(action)
 
     def run(self) -> None:
-        """Until all tasks have ended and all is done; raises what any of them raised."""
+        """Until all tasks have ended; raises what any of them raised."""
         end_s = time.monotonic() + self._limit_s
         try:
             while self._tasks:
@@ -135,11 +166,12 @@ class Schedule:
         task = ready[chosen]
         task.go_on()
         if not self.come_back.acquire(timeout=max(0.0, end_s - time.monotonic())):
-            raise TookTooLong(f"{task.name} has run for too long without a wait")
+            raise TookTooLong(f"more than {self._limit_s} s; {task.name} is in {task.find_line()}")
         if self.error is not None:
             raise self.error
         if task.has_ended:
             self._tasks.remove(task)
+            task.end()
 
 
 def get_task() -> Task:

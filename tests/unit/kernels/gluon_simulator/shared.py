@@ -1,23 +1,19 @@
 """Shared memory of one program, and the barriers in it.
 
-Fresh memory holds NaN, and so does the place of a copy that is under way. It is an error to touch such a place, and to
-write what a product that has begun still reads.
+Fresh memory holds NaN, and so does the place of a copy that is under way. Whatever touches memory must be sure that
+all that touched it before is over (`order`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
 
+from tests.unit.kernels.gluon_simulator.order import Clock, History, Touch, get_region, get_state, learn
 from tests.unit.kernels.gluon_simulator.schedule import find_line, let_others_run, wait_until
 from tests.unit.kernels.gluon_simulator.values import Value, poison, to_torch_type, to_type, to_value
-
-
-class Race(Exception):
-    """Shared memory is touched while something else that is under way writes or reads it."""
 
 
 class Barrier:
@@ -27,11 +23,20 @@ class Barrier:
         self._name, self._count = name, count
         self._missing, self._missing_bytes = count, 0
         self._num_ended = 0
+        self.num_copies = 0  # under way
+        self._arrived: Clock = {}
+        self._ended: Clock = {}
+
+    @property
+    def phase_number(self) -> int:
+        """From 1: of the phase that has not ended."""
+        return self._num_ended + 1
 
     def arrive(self, count: int) -> None:
         if count > self._missing:
             raise RuntimeError(f"{self._name}: {count} more arrivals in a phase that lacks {self._missing}")
         self._missing -= count
+        learn(self._arrived, get_state().clock)
         self._end_phase()
 
     def expect(self, num_bytes: int) -> None:
@@ -39,14 +44,19 @@ class Barrier:
         self._missing_bytes += num_bytes
         self.arrive(1)
 
-    def come(self, num_bytes: int) -> None:
+    def end_copy(self, num_bytes: int) -> None:
+        self.num_copies -= 1
         self._missing_bytes -= num_bytes
         self._end_phase()
 
     def _end_phase(self) -> None:
         if self._missing == 0 and self._missing_bytes == 0:
+            if self.num_copies:
+                raise RuntimeError(f"{self._name}: a phase ends while {self.num_copies} copies are under way")
             self._missing = self._count
             self._num_ended += 1
+            learn(self._ended, self._arrived)
+            self._ended[self] = self._num_ended
 
     def wait(self, phase: int) -> None:
         if phase not in (0, 1):
@@ -58,16 +68,17 @@ class Barrier:
                 f"{self._missing} of {self._count} arrivals and {self._missing_bytes} bytes"
             ),
         )
+        learn(get_state().clock, self._ended)
 
 
 class Allocation:
-    """A piece of shared memory, and what is under way in it."""
+    """A piece of shared memory, and what touched it."""
 
     def __init__(self, dtype: torch.dtype, shape: list[int]) -> None:
         self.line = find_line()
         self.data = torch.empty(shape, dtype=dtype)
         poison(self.data)
-        self.uses: list[tuple[str, torch.Tensor, bool]] = []  # what is under way, where, and whether it writes
+        self.history = History()
         self.barriers: dict[int, Barrier] = {}
 
 
@@ -111,36 +122,26 @@ class SharedMemory:
 
     def load(self, layout: Any = None) -> Value:
         let_others_run()
-        self.check(writes=False)
+        self.touch("a load", is_write=False)
         return Value(self.data.clone(), layout)
 
     def store(self, value: Value) -> None:
         if value.shape != self.shape or value.dtype != self.dtype:
             raise TypeError(f"a block {value.dtype}{value.shape} is stored to {self.dtype}{self.shape}")
         let_others_run()
-        self.check(writes=True)
+        self.touch("a store", is_write=True)
         self.data.copy_(value.data)
 
     # What follows is not for kernels.
 
-    def check(self, writes: bool) -> None:
-        for what, where, is_written in self.allocation.uses:
-            if (writes or is_written) and overlap(self.data, where):
-                verb = "written" if writes else "read"
-                raise Race(f"{find_line()}: shared memory is {verb} during {what}")
-
-    def begin_use(self, what: str, writes: bool) -> Callable[[], None]:
-        """Something begins to write or read this; returns what is to be called at its end."""
-        self.check(writes)
-        if writes:
-            poison(self.data)
-        use = (what, self.data, writes)
-        self.allocation.uses.append(use)
-
-        def end() -> None:
-            self.allocation.uses[:] = [each for each in self.allocation.uses if each is not use]
-
-        return end
+    def touch(self, what: str, is_write: bool, over: tuple[Any, int] | None = None) -> None:
+        """`over`: for what is not done by threads, of whose clock and from which step on it is over."""
+        state = get_state()
+        who, number = over or ((state, "access"), state.step("access"))
+        fences = state, "fence"
+        fence = (fences, state.clock.get(fences, 0) + 1) if is_write and over is None else None
+        region = get_region(self.data)
+        self.allocation.history.add(Touch(region, what, find_line(), is_write, who, number, fence), over is not None)
 
     def init_barrier(self, count: int) -> None:
         place = self.data.storage_offset()
@@ -153,24 +154,6 @@ class SharedMemory:
         if place not in self.allocation.barriers:
             raise RuntimeError(f"barrier {place} of those made in {self.allocation.line} was not initialised")
         return self.allocation.barriers[place]
-
-
-def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two views of one allocation share an element."""
-    begin, end = _span(one)
-    other_begin, other_end = _span(other)
-    if end <= other_begin or other_end <= begin:
-        return False
-    if one.is_contiguous() and other.is_contiguous():
-        return True
-    marks = torch.zeros(max(end, other_end), dtype=torch.bool)
-    marks.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
-
-
-def _span(view: torch.Tensor) -> tuple[int, int]:
-    begin = view.storage_offset()
-    return begin, begin + 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
 def allocate_shared_memory(dtype: gl.dtype, shape: Any, layout: Any, value: Value | None = None) -> SharedMemory:

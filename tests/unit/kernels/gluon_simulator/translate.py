@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from tests.unit.kernels.gluon_simulator import hopper
-from tests.unit.kernels.gluon_simulator.language import _FUNCTIONS, Language, _do_nothing
+from tests.unit.kernels.gluon_simulator.language import FUNCTIONS, Language, do_nothing
 from tests.unit.kernels.gluon_simulator.values import count_up
 
 _STANDS_FOR = {
@@ -25,9 +25,9 @@ _STANDS_FOR = {
     id(real_hopper.warpgroup_mma_wait): hopper.warpgroup_mma_wait,
     id(real_hopper.fence_async_shared): hopper.fence_async_shared,
     id(real_hopper): hopper,
-    id(cuda.gdc_wait): _do_nothing,
-    id(cuda.gdc_launch_dependents): _do_nothing,
-    **{id(getattr(gl, name)): function for name, function in _FUNCTIONS.items()},
+    id(cuda.gdc_wait): do_nothing,
+    id(cuda.gdc_launch_dependents): do_nothing,
+    **{id(getattr(gl, name)): function for name, function in FUNCTIONS.items()},
 }
 
 

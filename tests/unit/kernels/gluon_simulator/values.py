@@ -1,4 +1,4 @@
-"""Values of the kernel language on torch tensors: blocks with their layouts, scalars, and pointers.
+"""Values of the kernel language on torch tensors: blocks with their layouts, and scalars.
 
 Arithmetic has the types that Triton gives it: of two values the wider type, whether or not one is a scalar; a Python
 number takes the value's type. Integer division is that of C. Layouts are kept where they are known, and two that differ
@@ -95,40 +95,6 @@ class Value:
 
     def __repr__(self) -> str:
         return f"Value({self.data}, {self.layout})"
-
-
-class Pointer:
-    """A scalar or a block of places in a tensor's storage, counted in elements from where the tensor begins."""
-
-    __slots__ = ("at", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, at: Value | None = None) -> None:
-        self.tensor = tensor
-        self.at = Value(torch.zeros((), dtype=torch.int64)) if at is None else at
-
-    @classmethod
-    def to_tensor(cls, tensor: torch.Tensor) -> Pointer:
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return cls(tensor.as_strided((reach if tensor.numel() else 0,), (1,)))
-
-    @property
-    def dtype(self) -> gl.pointer_type:
-        return gl.pointer_type(to_type(self.tensor.dtype))
-
-    @property
-    def shape(self) -> list[int]:
-        return self.at.shape
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.tensor, self.at + offset)
-
-    __radd__ = __add__
-
-    def __sub__(self, offset: Any) -> Pointer:
-        return Pointer(self.tensor, self.at - offset)
-
-    def __getitem__(self, index: Any) -> Pointer:
-        return Pointer(self.tensor, self.at[index])
 
 
 def expand_layout(layout: Any, axis: int) -> Any:
