@@ -14,7 +14,8 @@ part() { # NAME SECONDS COMMAND...
     tail -n "${lines:-15}" "$out/$name.log" | cut -c-400
 }
 pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q --tb=short -p no:cacheprovider"
-part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py
+part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py \
+    --ignore tests/unit/kernels/test_gluon_simulator.py
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
@@ -27,7 +28,6 @@ lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
 lines=90 part bench_products 60 python3 tests/gpu/bench_products.py
 lines=90 part bench_decode_attention 60 python3 -m tests.gpu.bench_decode_attention
 lines=90 part bench_shared_attention 60 python3 -m tests.gpu.bench_shared_attention
-lines=40 part bench_shared_gluon 60 python3 -m tests.gpu.bench_shared_gluon
 lines=190 part bench_own_part 90 python3 -m tests.gpu.bench_own_part
 lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"
 lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$model" "$out" 4096
