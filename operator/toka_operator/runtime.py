@@ -39,7 +39,7 @@ class Runtime:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._queue: WorkQueue[Key] = WorkQueue()
+        self._queue: WorkQueue[Key] = WorkQueue(max_bulk_workers=max(1, settings.num_workers // 2))
         self._deployments = Store(lambda obj: (obj["metadata"].get("namespace", ""), obj["metadata"]["name"]))
         self._stores = make_stores()
         self._election = Election(settings, self._on_elected)
@@ -101,8 +101,8 @@ class Runtime:
     def note(self, event_type: str | None, obj: Json) -> None:
         """Takes in one TokaDeployment as kopf saw it; `event_type` None is the initial listing.
 
-        New objects may come by the thousand, and to make their children takes many writes; that of those that
-        have them already is told meanwhile.
+        New objects may come by the thousand, and to make their children takes many writes, of which one waits: the
+        API server gives addresses to Services one at a time. What becomes of those that have theirs is told meanwhile.
         """
         change = self._deployments.remove if event_type == "DELETED" else self._deployments.put
         for key in change(obj):

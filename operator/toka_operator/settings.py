@@ -41,6 +41,7 @@ class Settings:
     """Empty: the whole cluster."""
     identity: str = ""
     num_workers: int = 8
+    """At most half of them work on objects that came in bulk."""
     health_port: int = 8080
     log_level: str = "INFO"
     lease_duration_s: float = 15.0

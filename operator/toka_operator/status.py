@@ -33,6 +33,8 @@ from toka_operator.spec import TokaDeploymentSpec
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
 """A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
+START_PATIENCE_S = 2.0
+"""How long it waits to be told that a new object starts: of a thousand at once, most are ready soon after."""
 READINESS_PATIENCE_S = 1.0
 """How long the readiness of some pods waits for that of the others."""
 COUNTS_PATIENCE_S = 5.0
@@ -124,7 +126,7 @@ def find_patience_s(previous: Json, status: Json) -> float:
         return 0.0
     if not previous:
         is_well = all(after[kind][0] == expected for kind, expected in _STARTING.items())
-        return READINESS_PATIENCE_S if is_well else 0.0
+        return START_PATIENCE_S if is_well else 0.0
     if before != after or previous.get("observedGeneration") != status["observedGeneration"]:
         return 0.0
     return COUNTS_PATIENCE_S if _readiness(previous) == _readiness(status) else READINESS_PATIENCE_S

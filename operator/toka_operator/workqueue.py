@@ -18,24 +18,26 @@ K = TypeVar("K", bound=Hashable)
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LAST_S = 30.0
-NUM_PROMPT_PER_BULK = 4
-"""Of the keys that came alone, so many go before one of those that came in bulk."""
 
 
 class WorkQueue(Generic[K]):
     """Thread-safe. A key added while it is worked on is worked on once more afterwards.
 
-    Two lines: a thousand keys that came at once, in bulk, do not hold up the one that comes next.
+    Two lines that take turns, so that a thousand keys that came at once, in bulk, do not hold up the one that comes
+    next; nor do they take all workers, because the work on each of them may be slow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bulk_workers: int) -> None:
+        """At most `max_bulk_workers` keys that came in bulk are worked on at a time."""
+        self._max_bulk_workers = max_bulk_workers
         self._changed = threading.Condition()
         self._ready: OrderedDict[K, float] = OrderedDict()
         self._bulk: OrderedDict[K, float] = OrderedDict()
-        self._num_prompt = 0
+        self._is_bulk_turn = False
         self._later: list[tuple[float, int, K]] = []
         self._due: dict[K, float] = {}
-        self._working: set[K] = set()
+        self._working: dict[K, bool] = {}
+        """What is worked on -> whether it came in bulk."""
         self._again: set[K] = set()
         self._failures: dict[K, int] = {}
         self._sequence = 0
@@ -62,9 +64,9 @@ class WorkQueue(Generic[K]):
         with self._changed:
             while not self._is_closed:
                 self._move_due()
-                if self._ready or self._bulk:
-                    key, _ = self._choose_line().popitem(last=False)
-                    self._working.add(key)
+                if line := self._choose_line():
+                    key, _ = line.popitem(last=False)
+                    self._working[key] = line is self._bulk
                     return key
                 self._changed.wait(self._later[0][0] - time.monotonic() if self._later else None)
             return None
@@ -113,15 +115,18 @@ class WorkQueue(Generic[K]):
         self._changed.notify()
 
     def _choose_line(self) -> OrderedDict[K, float]:
-        """The line to take the next key from, given that one of them has a key."""
-        if self._bulk and (not self._ready or self._num_prompt == NUM_PROMPT_PER_BULK):
-            self._num_prompt = 0
-            return self._bulk
-        self._num_prompt = self._num_prompt + 1 if self._bulk else 0
-        return self._ready
+        """The line to take the next key from; it is empty if there is nothing to do."""
+        may_take_bulk = self._bulk and sum(self._working.values()) < self._max_bulk_workers
+        if not may_take_bulk:
+            return self._ready
+        if self._ready:
+            self._is_bulk_turn = not self._is_bulk_turn
+            return self._ready if self._is_bulk_turn else self._bulk
+        return self._bulk
 
     def _finish(self, key: K) -> None:
-        self._working.discard(key)
+        if self._working.pop(key, False) and self._bulk:
+            self._changed.notify()
         if key in self._again:
             self._again.discard(key)
             self._add(key)

@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def measure(server: ApiServer, num_objects: int, min_ready_s: int) -> Json:
     server.wait_for(lambda: len(seen.is_ready) == num_objects, "every object to be ready", 600.0, poll_s=0.5)
     time.sleep(5)
     writes = Counter(_written(server))
-    cpu_s, rss_mb = _use(operator)
+    answered_ms = _answered_ms(server)
+    cpu_s = {each.name: round(_use(each)[0], 1) for each in server.run.processes.values()}
     before = len(_requests(server))
     time.sleep(QUIET_S)
     quiet = [r for r in _requests(server)[before:] if r[0] != "watch"]
@@ -122,8 +124,9 @@ def measure(server: ApiServer, num_objects: int, min_ready_s: int) -> Json:
         "writes": {key: round(count / num_objects, 2) for key, count in sorted(writes.items())},
         "quiet_s": QUIET_S,
         "requests_while_quiet": quiet,
-        "operator_cpu_s": round(cpu_s, 1),
-        "operator_mb": round(rss_mb),
+        "writes_answered_after_ms": answered_ms,
+        "cpu_s": cpu_s,
+        "operator_mb": round(_use(operator)[1]),
         "restart_to_converged_s": round(_restart(server, kubeconfig, operator, api, names[-1]), 1),
     }
 
@@ -152,6 +155,21 @@ def _requests(server: ApiServer) -> list[tuple[str, str]]:
     found = [(e["verb"], e.get("objectRef", {})) for e in server.audit_events(USER)]
     named = [(verb, "/".join(filter(None, (ref.get("resource"), ref.get("subresource"))))) for verb, ref in found]
     return [(verb, resource) for verb, resource in named if resource != "leases"]
+
+
+def _answered_ms(server: ApiServer) -> Json:
+    """Mean and p99 of the milliseconds in which the API server answered each kind of the operator's writes."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in server.audit_events(USER):
+        resource = event.get("objectRef", {}).get("resource", "")
+        if event["verb"] in WRITING_VERBS and resource != "leases":
+            stamps = (event["stageTimestamp"], event["requestReceivedTimestamp"])
+            ended, began = (datetime.fromisoformat(stamp).timestamp() for stamp in stamps)
+            found[f"{event['verb']} {resource}"].append(1e3 * (ended - began))
+    return {
+        key: {"mean": round(statistics.mean(times)), "p99": round(sorted(times)[int(0.99 * (len(times) - 1))])}
+        for key, times in sorted(found.items())
+    }
 
 
 def _written(server: ApiServer) -> list[str]:

@@ -17,7 +17,7 @@ from toka_operator.errors import SettingsError
 from toka_operator.handlers import EndlessBackoffs, configure
 from toka_operator.settings import read_settings
 from toka_operator.store import Store
-from toka_operator.workqueue import NUM_PROMPT_PER_BULK, WorkQueue
+from toka_operator.workqueue import WorkQueue
 
 
 @pytest.mark.parametrize(
@@ -124,26 +124,48 @@ def test_kopf_is_told_to_try_for_ever_and_not_to_wait_long() -> None:
 
 
 def test_a_key_waits_once_however_often_it_is_added() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     for key in ("a", "b", "a", "a"):
         queue.add(key)
     assert [queue.get(), queue.get()] == ["a", "b"]
     assert queue.measure()[0] == 2
 
 
-def test_keys_that_came_in_bulk_hold_up_no_other_and_are_not_held_up_for_ever() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+def test_keys_that_came_in_bulk_take_turns_with_the_others() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     for n in range(3):
         queue.add(f"bulk-{n}", is_bulk=True)
-    for n in range(2 * NUM_PROMPT_PER_BULK):
+    for n in range(4):
         queue.add(f"single-{n}")
     taken = [queue.get() for _ in range(queue.measure()[0])]
-    places = [taken.index(f"bulk-{n}") for n in range(3)]
-    assert places == [NUM_PROMPT_PER_BULK, 2 * NUM_PROMPT_PER_BULK + 1, 2 * NUM_PROMPT_PER_BULK + 2]
+    assert taken == ["single-0", "bulk-0", "single-1", "bulk-1", "single-2", "bulk-2", "single-3"]
+
+
+def test_keys_that_came_in_bulk_leave_workers_to_the_others() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=2)
+    for key in ("a", "b", "c"):
+        queue.add(key, is_bulk=True)
+    assert [queue.get(), queue.get()] == ["a", "b"]
+    taken: list[str | None] = []
+    has_one = threading.Event()
+
+    def work() -> None:
+        taken.append(queue.get())
+        has_one.set()
+        taken.append(queue.get())
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    queue.add("single")
+    assert has_one.wait(timeout=60)
+    assert taken == ["single"]
+    queue.done("a")
+    worker.join(timeout=60)
+    assert taken == ["single", "c"]
 
 
 def test_a_key_of_many_that_is_asked_for_alone_is_prompt() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     for key in ("a", "b"):
         queue.add(key, is_bulk=True)
     queue.add("b")
@@ -153,7 +175,7 @@ def test_a_key_of_many_that_is_asked_for_alone_is_prompt() -> None:
 
 
 def test_a_key_added_during_its_work_is_worked_on_once_more() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     queue.add("a")
     assert queue.get() == "a"
     queue.add("a")
@@ -168,7 +190,7 @@ def test_a_key_added_during_its_work_is_worked_on_once_more() -> None:
 
 
 def test_a_failed_key_comes_back_later_each_time() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     delays = []
     for _ in range(4):
         queue.add("a")
@@ -179,14 +201,14 @@ def test_a_failed_key_comes_back_later_each_time() -> None:
 
 
 def test_a_delayed_key_comes_at_the_earliest_time_asked_for() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     queue.add_after("a", 3600)
     queue.add_after("a", 0.0)
     assert queue.get() == "a"
 
 
 def test_closing_the_queue_wakes_every_worker() -> None:
-    queue: WorkQueue[str] = WorkQueue()
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
     seen: list[str | None] = []
     threads = [threading.Thread(target=lambda: seen.append(queue.get())) for _ in range(3)]
     for thread in threads:
