@@ -1,20 +1,26 @@
 #!/bin/bash
-# On a GPU machine, in the repository root: correctness first, then timing. Usage: tests/gpu/run.sh OUT_DIR MODEL_DIR
+# On a GPU machine, in the repository root: correctness first, then timing. Usage: tests/gpu/run.sh OUT_DIR MODEL_DIR [PART ...]
 # MODEL_DIR holds a model of the Llama-3.2-1B shape; TOKA_BUILTIN_DIR may name a folder with the built-in one. Details go to
-# OUT_DIR; each part runs whatever the others gave.
+# OUT_DIR; each part, or each that is named, runs whatever the others gave; the exit code is 1 if one of them failed.
 out=$1
 model=$2
+shift 2
+wanted=" $* "
+num_wanted=$#
+failed=0
 export PYTHONUNBUFFERED=1 TOKA_TEST_KERNELS=gpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 part() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2
     shift 2
-    local began=$SECONDS
-    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
-    echo "== $name rc=$? $((SECONDS - began)) s"
+    [[ $wanted = "  " || $wanted = *" $name "* ]] || return 0
+    num_wanted=$((num_wanted - 1))
+    local began=$SECONDS code=0
+    timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || code=$? failed=1
+    echo "== $name rc=$code $((SECONDS - began)) s"
     tail -n "${lines:-15}" "$out/$name.log" | cut -c-400
 }
 pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q --tb=short -p no:cacheprovider"
-part kernels 100 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py \
+part kernels 150 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py \
     --ignore tests/unit/kernels/test_gluon_simulator.py
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
@@ -34,3 +40,9 @@ lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$mode
 lines=25 part bench_step_compiled 180 python3 tests/gpu/bench_step.py "$model" "$out" 4096 torch_compile=T
 lines=60 part versus_compiled 180 python3 -m toka_engine.benchmarks.step "$model" --rows 1,64,1024 --suffix 512 \
     --prefill 2048,8192 --key kv_cache_num_tokens=700000 --versus torch_compile=T
+part soak 600 python3 -m toka_engine.benchmarks.soak "$model" minutes=8
+if [[ $num_wanted -gt 0 ]]; then
+    echo "no such part: $wanted" >&2
+    failed=1
+fi
+exit $failed
