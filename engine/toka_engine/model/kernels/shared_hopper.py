@@ -59,6 +59,9 @@ def _bring_block(
 @gluon.jit
 def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr):
     """One warp: all blocks that the program's units need, in their order."""
+    # What kernels of this step wrote is read behind this alone. All warps wait, also those of programs without work,
+    # for whose end later kernels wait.
+    gdc_wait()
     k_desc, v_desc, table_ptr, table_stride = cache
     group, unit = work
     keys, values, k_full, k_empty, v_full, v_empty, _turns = ring
@@ -219,6 +222,7 @@ def _multiply(
     WHICH: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, PRODUCTS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of all tiles that the program has blocks of."""
+    gdc_wait()
     words_ptr = rows[1]
     group, unit = work
     ROWS: gl.constexpr = q_buffer.shape[0]
@@ -283,7 +287,6 @@ def _hopper_kernel(
     fence_async_shared()
     unit = gl.program_id(0) * gl.load(words_ptr + 2)
     group = find_group(words_ptr, unit, AT_ONCE)
-    gdc_wait()  # what kernels of this step wrote is read below alone; programs without work wait for those behind
     # Constants are named in each call's tuple: in a variable of this function they would be no constants any more.
     rows = (q_ptr, words_ptr, out_ptr, lse_ptr)
     parts = (sums_ptr, scales_ptr, arrived_ptr)
