@@ -119,10 +119,11 @@ class WorkQueue(Generic[K]):
         may_take_bulk = self._bulk and sum(self._working.values()) < self._max_bulk_workers
         if not may_take_bulk:
             return self._ready
-        if self._ready:
-            self._is_bulk_turn = not self._is_bulk_turn
-            return self._ready if self._is_bulk_turn else self._bulk
-        return self._bulk
+        if not self._ready:
+            return self._bulk
+        line = self._bulk if self._is_bulk_turn else self._ready
+        self._is_bulk_turn = not self._is_bulk_turn
+        return line
 
     def _finish(self, key: K) -> None:
         if self._working.pop(key, False) and self._bulk:

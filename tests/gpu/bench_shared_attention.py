@@ -41,7 +41,8 @@ SIZES: dict[int, list[Size]] = {
 ORDERS = [
     ("apart", False), ("apart", True), ("joined", False), ("joined", True), ("overlapped", False), ("overlapped", True)
 ]  # fmt: skip
-"""Of products, in the kernel for Hopper, and whether its warpgroups take turns."""
+"""Of products, in the kernel for Hopper, and whether its warpgroups take turns. Left out below is what has no room in
+registers (overlapped, heads of 64: 70 spills a block) or lost in the first version (apart, heads of 128)."""
 CUTS = {
     64: [
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),

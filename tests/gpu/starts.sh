@@ -10,12 +10,12 @@ for start in $(seq "${4:-3}"); do
     began=$(date +%s%N)
     python3 -m toka_engine model="$model" served_model_name=m port=10310 >"$out/engine-$start.log" 2>&1 &
     engine=$!
-    until curl -sf -o /dev/null http://127.0.0.1:10310/readyz; do
+    until grep -q "component=supervisor .* event=ready" "$out/engine-$start.log"; do
         kill -0 $engine
         sleep 0.1
     done
     echo "start $start: ready after $((($(date +%s%N) - began) / 1000000)) ms"
-    grep -h "event=memory\|event=triton_kernels_ready" "$out/engine-$start.log"
+    grep "event=memory\|event=triton_kernels_ready" "$out/engine-$start.log" || true
     for workload in "single N=3" prefill chat "monkeys P=32 n=256" "sharegpt N=8192 C=8192"; do
         # shellcheck disable=SC2086
         python3 "$client" http://127.0.0.1:10310 m $workload

@@ -171,9 +171,7 @@ def attend_rows_kernel(
         cos, sin = load_angles(cos_sin_ptr, position, HEAD_DIM)  # anew: a few registers less while blocks are worked on
         # The next head's inputs are on their way as its first tokens are; none are behind the last.
         has_next = index + 1 < num_heads
-        q_at += group * q_head_stride
-        k_at += k_head_stride
-        v_at += v_head_stride
+        q_at, k_at, v_at = q_at + group * q_head_stride, k_at + k_head_stride, v_at + v_head_stride
         next_q_a, next_q_b, next_k_a, next_k_b, next_value = load_heads(
             q_at, k_at, v_at, q_head_stride, tl.where(has_next, group, 0), has_next, TILE, HEAD_DIM
         )

@@ -25,6 +25,20 @@ def release(empty, count):
 
 
 @gluon.jit
+def _take_turn(turns, count, TURN: gl.constexpr):
+    """Wait until the warpgroup before this one has begun its products of the block; the first one, until the last one
+    has of the block before."""
+    if TURN >= 0:
+        mbarrier.wait(turns.index(TURN), (count & 1) ^ (1 if TURN == 0 else 0))
+
+
+@gluon.jit
+def _pass_turn(turns, TURN: gl.constexpr):
+    if TURN >= 0:
+        mbarrier.arrive(turns.index((TURN + 1) % 3), count=1)
+
+
+@gluon.jit
 def _begin_scores(q, keys, k_full, count, SCORES: gl.constexpr):
     """Begin a block's products with the queries, once its keys are there."""
     ROWS: gl.constexpr = q.shape[0]
@@ -36,10 +50,32 @@ def _begin_scores(q, keys, k_full, count, SCORES: gl.constexpr):
 
 
 @gluon.jit
+def _find_scores(q, ring, count, TURN: gl.constexpr, SCORES: gl.constexpr):
+    """A block's products with the queries, of which no other of this warpgroup are under way."""
+    keys, _, k_full, k_empty, _, _, turns = ring
+    _take_turn(turns, count, TURN)
+    begun = _begin_scores(q, keys, k_full, count, SCORES)
+    _pass_turn(turns, TURN)
+    scores = warpgroup_mma_wait(0, [begun])
+    release(k_empty, count)
+    return scores
+
+
+@gluon.jit
 def _begin_sums(weights, values, count, sums):
     """Begin to add a block's values, which are there."""
     STAGES: gl.constexpr = values.shape[0]
     return warpgroup_mma(weights, values.index(count % STAGES), sums, is_async=True)
+
+
+@gluon.jit
+def _add_values(weights, ring, count, sums):
+    """The sums with a block's values, once these are there."""
+    _, values, _, _, v_full, v_empty, _ = ring
+    wait_for(v_full, count)
+    sums = warpgroup_mma_wait(0, [_begin_sums(weights, values, count, sums)])
+    release(v_empty, count)
+    return sums
 
 
 @gluon.jit
@@ -58,42 +94,19 @@ def shrink(sums, kept, SUMS: gl.constexpr):
 
 
 @gluon.jit
-def _take_turn(turns, count, TURN: gl.constexpr):
-    """Wait until the warpgroup before this one has begun its products of the block; the first one, until the last one
-    has of the block before."""
-    if TURN >= 0:
-        mbarrier.wait(turns.index(TURN), (count & 1) ^ (1 if TURN == 0 else 0))
-
-
-@gluon.jit
-def _pass_turn(turns, TURN: gl.constexpr):
-    if TURN >= 0:
-        mbarrier.arrive(turns.index((TURN + 1) % 3), count=1)
-
-
-@gluon.jit
 def _attend_block(
     q, ring, count, num_tokens, scale, top, total, sums,
     TURN: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr, IS_SHORT: gl.constexpr,
 ):  # fmt: skip
     """The greatest score, sum of weights and weighted sums with one block more; if it is short, of `num_tokens`."""
-    keys, values, k_full, k_empty, v_full, v_empty, turns = ring
-    BLOCK: gl.constexpr = keys.shape[1]
-    DTYPE: gl.constexpr = keys.dtype
-    _take_turn(turns, count, TURN)
-    begun = _begin_scores(q, keys, k_full, count, SCORES)
-    _pass_turn(turns, TURN)
-    scores = warpgroup_mma_wait(0, [begun])
-    release(k_empty, count)
+    BLOCK: gl.constexpr = ring[0].shape[1]
+    DTYPE: gl.constexpr = ring[0].dtype
+    scores = _find_scores(q, ring, count, TURN, SCORES)
     if IS_SHORT:
         token = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SCORES))
         scores = gl.where((token < num_tokens)[None, :], scores, float("-inf"))
     top, total, kept, weights = _weigh(scores, scale, top, total, WEIGHTS, DTYPE)
-    sums = shrink(sums, kept, SUMS)
-    wait_for(v_full, count)
-    sums = warpgroup_mma_wait(0, [_begin_sums(weights, values, count, sums)])
-    release(v_empty, count)
-    return top, total, sums
+    return top, total, _add_values(weights, ring, count, shrink(sums, kept, SUMS))
 
 
 @gluon.jit
@@ -104,11 +117,7 @@ def _attend_joined(
     """The same with `num_blocks` > 0 full blocks, a block's values summed and the next one's scores made together."""
     keys, values, k_full, k_empty, v_full, v_empty, turns = ring
     DTYPE: gl.constexpr = keys.dtype
-    _take_turn(turns, count, TURN)
-    begun = _begin_scores(q, keys, k_full, count, SCORES)
-    _pass_turn(turns, TURN)
-    scores = warpgroup_mma_wait(0, [begun])
-    release(k_empty, count)
+    scores = _find_scores(q, ring, count, TURN, SCORES)
     top, total, kept, weights = _weigh(scores, scale, top, total, WEIGHTS, DTYPE)
     sums = shrink(sums, kept, SUMS)
     for each in range(count + 1, count + num_blocks):
@@ -122,11 +131,7 @@ def _attend_joined(
         release(k_empty, each)
         top, total, kept, weights = _weigh(scores, scale, top, total, WEIGHTS, DTYPE)
         sums = shrink(sums, kept, SUMS)
-    last = count + num_blocks - 1
-    wait_for(v_full, last)
-    sums = warpgroup_mma_wait(0, [_begin_sums(weights, values, last, sums)])
-    release(v_empty, last)
-    return top, total, sums
+    return top, total, _add_values(weights, ring, count + num_blocks - 1, sums)
 
 
 @gluon.jit
@@ -137,11 +142,7 @@ def _attend_overlapped(
     """The same, a block's scores begun before the values of the one before are summed, which goes on meanwhile."""
     keys, values, k_full, k_empty, v_full, v_empty, turns = ring
     DTYPE: gl.constexpr = keys.dtype
-    _take_turn(turns, count, TURN)
-    begun = _begin_scores(q, keys, k_full, count, SCORES)
-    _pass_turn(turns, TURN)
-    scores = warpgroup_mma_wait(0, [begun])
-    release(k_empty, count)
+    scores = _find_scores(q, ring, count, TURN, SCORES)
     top, total, kept, weights = _weigh(scores, scale, top, total, WEIGHTS, DTYPE)
     sums = shrink(sums, kept, SUMS)
     wait_for(v_full, count)
@@ -160,10 +161,7 @@ def _attend_overlapped(
         release(v_empty, each - 1)
         sums = shrink(sums, kept, SUMS)
         weights = next_weights
-    last = count + num_blocks - 1
-    sums = warpgroup_mma_wait(0, [_begin_sums(weights, values, last, sums)])
-    release(v_empty, last)
-    return top, total, sums
+    return top, total, _add_values(weights, ring, count + num_blocks - 1, sums)
 
 
 @gluon.jit
@@ -189,6 +187,7 @@ def attend(
                 q, ring, count, num_full, scale, top, total, sums, TURN, SCORES, SUMS, WEIGHTS
             )
         else:
+            gl.static_assert(PRODUCTS == "overlapped")
             top, total, sums = _attend_overlapped(
                 q, ring, count, num_full, scale, top, total, sums, TURN, SCORES, SUMS, WEIGHTS
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,15 +38,15 @@ _USES_HOPPERS = False
 class SharedCut:
     """How the work is cut; nothing of it changes what is computed, but for the order of sums."""
 
-    block_rows: int  # pairs of a row and a query head to a tile; 64 or 128
+    block_rows: int  # pairs of a row and a query head to a tile; 64 or 128, or 64 for each warpgroup
     block_tokens: int  # keys and values to a block; a power of 2, at least 16
     num_warps: int
     num_stages: int  # blocks of keys and values on their way or worked on
     residency: int  # programs that a processor's registers and shared memory hold at once
     max_registers: int | None = None  # of a thread, so that `residency` programs fit
     num_warpgroups: int = 0
-    """That multiply, each block_rows / num_warpgroups rows, in the kernel for Hopper; 0 for the other kernel."""
-    products: str = "apart"
+    """In the kernel for Hopper 3, of `num_warps` warps, which multiply a third of block_rows each; 0: the other one."""
+    products: Literal["apart", "joined", "overlapped"] = "apart"
     """With warpgroups: each of a block waited for alone (apart), its values summed and the next one's scores made
     together (joined), or the next one's scores begun first and their weights made while values are summed (overlapped).
     """

@@ -321,9 +321,10 @@ def attend_shared_hopper(
     _hopper_kernel[(work.num_programs,)](
         rotated, groups, block_table, _describe(k_cache), _describe(v_cache), out, lse,
         work.sums, work.scales, work.arrived, scale * _LOG2_E, block_table.stride(0),
-        HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=cut.block_rows // 3, BLOCK=cut.block_tokens,
-        STAGES=cut.num_stages, REGISTERS=cut.max_registers, PRODUCTS=cut.products, TURNS=cut.takes_turns, BOX=_BOX,
-        AT_ONCE=_SEARCHED_AT_ONCE, num_warps=4, launch_pdl=True,
+        HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=cut.block_rows // cut.num_warpgroups,
+        BLOCK=cut.block_tokens, STAGES=cut.num_stages, REGISTERS=cut.max_registers,
+        PRODUCTS=cut.products, TURNS=cut.takes_turns, BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
+        num_warps=cut.num_warps, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -38,8 +38,6 @@ def find_end(words_ptr):
 def find_segment(words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """Of the tile that has the unit, in this group or the next, as each has one at least: the group, the KV head, the
     tile's number, its blocks from here on, how many it has, their tokens, and the pairs of row and head left for it.
-
-    All is read anew (volatile) wherever it is needed, so that blocks have its registers meanwhile.
     """
     capacity = gl.load(words_ptr + 3, volatile=True)
     num_kv_heads = gl.load(words_ptr + 4, volatile=True)
