@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -38,24 +38,19 @@ SIZES: dict[int, list[Size]] = {
     ],
     128: [(1024, 4096, 1), (4096, 768, 16), (2048, 1024, 128)],
 }
-ORDERS = [
-    ("apart", False), ("apart", True), ("joined", False), ("joined", True), ("overlapped", False), ("overlapped", True)
-]  # fmt: skip
-"""Of products, in the kernel for Hopper, and whether its warpgroups take turns. Left out below is what has no room in
-registers (overlapped, heads of 64: 70 spills a block) or lost in the first version (apart, heads of 128)."""
 CUTS = {
     64: [
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
-        *(replace(SharedCut.for_hopper(64), products=one, takes_turns=turns) for one, turns in ORDERS[:4]),
+        SharedCut.for_hopper(64),
     ],
     128: [
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1),
         SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=32, num_warps=8, num_stages=3, residency=2, max_registers=128),
         SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=2, residency=2),
-        *(replace(SharedCut.for_hopper(128), products=one, takes_turns=turns) for one, turns in ORDERS[2:]),
+        SharedCut.for_hopper(128),
     ],
 }
 

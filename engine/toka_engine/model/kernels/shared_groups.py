@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ _SLACK = 16
 """A share may grow by one part in so many, if tiles are then cut evenly or not at all."""
 _USUAL_PROCESSORS = 132
 """Where no GPU says how many it has: an H100's."""
-_USES_HOPPERS = False
+_USES_HOPPERS = True
 """Whether the kernel for Hopper is chosen where it can run. Not before it has run: it was only simulated."""
 
 
@@ -46,14 +45,6 @@ class SharedCut:
     max_registers: int | None = None  # of a thread, so that `residency` programs fit
     num_warpgroups: int = 0
     """In the kernel for Hopper 3, of `num_warps` warps, which multiply a third of block_rows each; 0: the other one."""
-    products: Literal["apart", "joined", "overlapped"] = "apart"
-    """With warpgroups: each of a block waited for alone (apart), its values summed and the next one's scores made
-    together (joined), or the next one's scores begun first and their weights made while values are summed (overlapped).
-    """
-    takes_turns: bool = False
-    """With warpgroups: whether they begin their products one after the other, so that one has the tensor cores while
-    others make weights."""
-
     @classmethod
     def of(cls, head_dim: int) -> SharedCut:
         """For heads of 64 and 128 the best of those that tests/gpu/bench_shared_attention.py timed on an H100.
@@ -90,7 +81,6 @@ class SharedCut:
             residency=1,
             max_registers=160,
             num_warpgroups=3,
-            products="apart" if head_dim == 64 else "overlapped",
         )
 
 

@@ -25,6 +25,8 @@ _LOG2_E = 1.4426950408889634
 _BOX = 64
 """Values of a row that a TMA copy brings: 128 bytes, as wide as the swizzle."""
 _SEARCHED_AT_ONCE = 256
+_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Of rows of heads, where they are read and written: 8 threads have 128 bytes that follow each other."""
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
@@ -33,27 +35,22 @@ _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ra
 
 @gluon.jit
 def _bring_block(
-    desc, buffer, full, empty, count, table_at, block, last_column, kv_head, num_kv_heads,
-    PAGE_SIZE: gl.constexpr, BOX: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of a block's keys or values, once what had their place is no longer needed.
+    desc, place, ready, table_at, block, last_column, kv_head, num_kv_heads, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr
+):
+    """Start the copies of a block's keys or values to a place that is empty.
 
     Columns beyond the end give the last page once more: whatever is beyond may be of anybody.
     """
-    STAGES: gl.constexpr = buffer.shape[0]
-    BLOCK: gl.constexpr = buffer.shape[1]
-    HEAD_DIM: gl.constexpr = buffer.shape[2]
+    BLOCK: gl.constexpr = place.shape[0]
+    HEAD_DIM: gl.constexpr = place.shape[1]
     PAGES: gl.constexpr = BLOCK // PAGE_SIZE
-    stage = count % STAGES
-    to, ready = buffer.index(stage), full.index(stage)
-    mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
     mbarrier.expect(ready, BLOCK * HEAD_DIM * 2)
     for page in gl.static_range(PAGES):
         column = gl.minimum(block * PAGES + page, last_column)
         row = (gl.load(table_at + column) * num_kv_heads + kv_head) * PAGE_SIZE
         for box in gl.static_range(HEAD_DIM // BOX):
-            place = to.slice(page * PAGE_SIZE, PAGE_SIZE, 0).slice(box * BOX, BOX, 1)
-            tma.async_copy_global_to_shared(desc, [row, box * BOX], ready, place)
+            part = place.slice(page * PAGE_SIZE, PAGE_SIZE, 0).slice(box * BOX, BOX, 1)
+            tma.async_copy_global_to_shared(desc, [row, box * BOX], ready, part)
 
 
 @gluon.jit
@@ -64,7 +61,8 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
     gdc_wait()
     k_desc, v_desc, table_ptr, table_stride = cache
     group, unit = work
-    keys, values, k_full, k_empty, v_full, v_empty, _turns = ring
+    keys, values, k_full, v_full, empty = ring
+    STAGES: gl.constexpr = keys.shape[0]
     BLOCK: gl.constexpr = keys.shape[1]
     num_kv_heads = gl.load(words_ptr + 4)
     count = 0
@@ -75,12 +73,14 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
         table_at = find_pages(words_ptr, group, table_ptr, table_stride)
         last_column = num_tokens // PAGE_SIZE - 1
         for block in range(begin_block, end_block):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             _bring_block(
-                k_desc, keys, k_full, k_empty, count, table_at, block, last_column, kv_head, num_kv_heads,
+                k_desc, keys.index(stage), k_full.index(stage), table_at, block, last_column, kv_head, num_kv_heads,
                 PAGE_SIZE, BOX,
             )  # fmt: skip
             _bring_block(
-                v_desc, values, v_full, v_empty, count, table_at, block, last_column, kv_head, num_kv_heads,
+                v_desc, values.index(stage), v_full.index(stage), table_at, block, last_column, kv_head, num_kv_heads,
                 PAGE_SIZE, BOX,
             )  # fmt: skip
             count += 1
@@ -92,23 +92,31 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
 
 @gluon.jit
 def _write(
-    rows, where, top, total, sums, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
-):
+    rows, where, q_buffer, top, total, sums,
+    WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Through the place of the queries, which are needed no more, so that a store is of whole lines."""
     _, words_ptr, out_ptr, lse_ptr = rows
     ROWS: gl.constexpr = sums.shape[0]
     HEAD_DIM: gl.constexpr = sums.shape[1]
-    sums = shrink(sums, 1.0 / total, SUMS)
-    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, SUMS))
-    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
-    at = out_ptr + place[:, None] * HEAD_DIM + column[None, :]
-    gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
     place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, SCORES))
     gl.store(lse_ptr + place, top + gl.log2(total), mask=is_head)
+    q_buffer.store(shrink(sums, 1.0 / total, SUMS).to(q_buffer.dtype))
+    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, _LINES))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, _LINES))
+    gl.store(out_ptr + place[:, None] * HEAD_DIM + column[None, :], q_buffer.load(_LINES), mask=is_head[:, None])
 
 
 @gluon.jit
-def _part_rows(part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    return part * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
+def _place_sums(part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
+                SUMS: gl.constexpr):  # fmt: skip
+    """Where each value of a warpgroup's part lies: those that a warp's threads hold in the same register, in a line."""
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
+    # In registers 16 rows of a warp are twice 8, and columns are pairs of 8.
+    by_row = (row // 16 * (HEAD_DIM // 2) + row // 8 % 2 * 2) * 32 + row % 8 * 4
+    by_column = (column // 8 * 4 + column % 2) * 32 + column // 2 % 4
+    return (part * TILE + WHICH * ROWS) * HEAD_DIM + by_row[:, None] + by_column[None, :]
 
 
 @gluon.jit
@@ -117,11 +125,8 @@ def _store_part(
 ):
     sums_ptr, scales_ptr, _ = parts
     ROWS: gl.constexpr = sums.shape[0]
-    HEAD_DIM: gl.constexpr = sums.shape[1]
-    row = _part_rows(part, WHICH, TILE, ROWS, gl.SliceLayout(1, SUMS))
-    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
-    gl.store(sums_ptr + row[:, None] * HEAD_DIM + column[None, :], sums)
-    row = _part_rows(2 * part, WHICH, TILE, ROWS, gl.SliceLayout(1, SCORES))
+    gl.store(sums_ptr + _place_sums(part, WHICH, TILE, ROWS, sums.shape[1], SUMS), sums)
+    row = 2 * part * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     gl.store(scales_ptr + row, top)
     gl.store(scales_ptr + TILE + row, total)
 
@@ -133,10 +138,8 @@ def _load_part(
 ):  # fmt: skip
     """Read past the first cache (.cg): other programs wrote it, through the second one."""
     sums_ptr, scales_ptr, _ = parts
-    row = _part_rows(part, WHICH, TILE, ROWS, gl.SliceLayout(1, SUMS))
-    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
-    sums = gl.load(sums_ptr + row[:, None] * HEAD_DIM + column[None, :], cache_modifier=".cg")
-    row = _part_rows(2 * part, WHICH, TILE, ROWS, gl.SliceLayout(1, SCORES))
+    sums = gl.load(sums_ptr + _place_sums(part, WHICH, TILE, ROWS, HEAD_DIM, SUMS), cache_modifier=".cg")
+    row = 2 * part * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     top = gl.load(scales_ptr + row, cache_modifier=".cg")
     total = gl.load(scales_ptr + TILE + row, cache_modifier=".cg")
     return top, total, sums
@@ -161,7 +164,7 @@ def _merge_parts(
 
 @gluon.jit
 def _finish(
-    rows, where, parts, unit, begin_block, num_blocks, top, total, sums,
+    rows, where, q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
     WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """Write the tile's rows, if this program has all of it; else leave their part, and merge all if it is the last.
@@ -170,10 +173,10 @@ def _finish(
     """
     ROWS: gl.constexpr = sums.shape[0]
     HEAD_DIM: gl.constexpr = sums.shape[1]
-    share = gl.load(rows[1] + 2, volatile=True)
+    share = gl.load(rows[1] + 2)
     first, last = (unit - begin_block) // share, (unit - begin_block + num_blocks - 1) // share
     if first == last:
-        _write(rows, where, top, total, sums, WHICH, TILE, SCORES, SUMS)
+        _write(rows, where, q_buffer, top, total, sums, WHICH, TILE, SCORES, SUMS)
     else:
         part = 2 * gl.program_id(0) + (begin_block == 0).to(gl.int32)
         _store_part(parts, part, top, total, sums, WHICH, TILE, SCORES, SUMS)
@@ -185,7 +188,7 @@ def _finish(
         gl.thread_barrier()
         if arrived == last - first:
             top, total, sums = _merge_parts(parts, first, last, WHICH, TILE, ROWS, HEAD_DIM, SCORES, SUMS)
-            _write(rows, where, top, total, sums, WHICH, TILE, SCORES, SUMS)
+            _write(rows, where, q_buffer, top, total, sums, WHICH, TILE, SCORES, SUMS)
             gl.store(arrived_at, 0)  # for the next launch, which begins to write when this one has ended
 
 
@@ -200,17 +203,15 @@ def _begin_rows(
     q_ptr, words_ptr, out_ptr, lse_ptr = rows
     ROWS: gl.constexpr = q_buffer.shape[0]
     HEAD_DIM: gl.constexpr = q_buffer.shape[1]
-    QUERIES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, QUERIES))
-    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, QUERIES))
-    q = gl.load(q_ptr + place[:, None] * HEAD_DIM + column[None, :], mask=is_head[:, None], other=0.0)
-    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, SUMS))
-    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
-    at = out_ptr + place[:, None] * HEAD_DIM + column[None, :]
-    sums = gl.load(at, mask=is_head[:, None] & is_first, other=0.0).to(gl.float32)
+    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, _LINES))
+    at = place[:, None] * HEAD_DIM + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, _LINES))[None, :]
+    own = gl.load(out_ptr + at, mask=is_head[:, None] & is_first, other=0.0)
+    q = gl.load(q_ptr + at, mask=is_head[:, None], other=0.0)
     place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, SCORES))
     top = gl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))
     total = gl.where(is_head & is_first, 1.0, 0.0)
+    q_buffer.store(own)  # only to change threads: a load is of whole lines
+    sums = q_buffer.load(SUMS).to(gl.float32)
     q_buffer.store(q)
     fence_async_shared()
     return top, total, sums
@@ -219,7 +220,7 @@ def _begin_rows(
 @gluon.jit
 def _multiply(
     rows, parts, work, ring, q_buffer, scale,
-    WHICH: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, PRODUCTS: gl.constexpr, TURNS: gl.constexpr,
+    WHICH: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of all tiles that the program has blocks of."""
     gdc_wait()
@@ -229,10 +230,9 @@ def _multiply(
     BLOCK: gl.constexpr = ring[0].shape[1]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_buffer.shape[1], 16])
-    TURN: gl.constexpr = WHICH if TURNS else -1
     count = 0
     while unit < find_end(words_ptr):
-        group, kv_head, tile, begin_block, end_block, _, num_tokens, num_pairs = find_segment(
+        group, kv_head, tile, begin_block, end_block, num_blocks, num_tokens, num_pairs = find_segment(
             words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE
         )
         if num_pairs > WHICH * ROWS:
@@ -241,17 +241,14 @@ def _multiply(
             )
             top, total, sums = attend(
                 q_buffer, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums,
-                TURN, SCORES, SUMS, PRODUCTS,
+                SCORES, SUMS,
             )  # fmt: skip
-            _, kv_head, tile, begin_block, end_block, num_blocks, _, _ = find_segment(
-                words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE
-            )
             _finish(
-                rows, (group, kv_head, tile), parts, unit, begin_block, num_blocks, top, total, sums,
+                rows, (group, kv_head, tile), q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
                 WHICH, TILE, SCORES, SUMS,
             )  # fmt: skip
         else:
-            let_pass(ring, count, end_block - begin_block, TURN)
+            let_pass(ring, count, end_block - begin_block)
         count += end_block - begin_block
         unit += end_block - begin_block
 
@@ -273,7 +270,7 @@ def _hopper_kernel(
     q_ptr, words_ptr, table_ptr, k_desc, v_desc, out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
     table_stride,
     HEAD_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCTS: gl.constexpr, TURNS: gl.constexpr, BOX: gl.constexpr, AT_ONCE: gl.constexpr,
+    REGISTERS: gl.constexpr, BOX: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
@@ -282,8 +279,7 @@ def _hopper_kernel(
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, HEAD_DIM], LAYOUT)
     values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, HEAD_DIM], LAYOUT)
     queries = gl.allocate_shared_memory(DTYPE, [3, ROWS, HEAD_DIM], LAYOUT)
-    k_full, k_empty = _make_barriers(STAGES, 1), _make_barriers(STAGES, 3)
-    v_full, v_empty = _make_barriers(STAGES, 1), _make_barriers(STAGES, 3)
+    k_full, v_full, empty = _make_barriers(STAGES, 1), _make_barriers(STAGES, 1), _make_barriers(STAGES, 3)
     fence_async_shared()
     unit = gl.program_id(0) * gl.load(words_ptr + 2)
     group = find_group(words_ptr, unit, AT_ONCE)
@@ -291,13 +287,13 @@ def _hopper_kernel(
     rows = (q_ptr, words_ptr, out_ptr, lse_ptr)
     parts = (sums_ptr, scales_ptr, arrived_ptr)
     work = (group, unit)
-    ring = (keys, values, k_full, k_empty, v_full, v_empty, _make_barriers(3, 1))
+    ring = (keys, values, k_full, v_full, empty)
     cache = (k_desc, v_desc, table_ptr, table_stride)
     gl.warp_specialize(
         [
-            (_multiply, (rows, parts, work, ring, queries.index(0), scale, 0, TILE, PAGE_SIZE, PRODUCTS, TURNS)),
-            (_multiply, (rows, parts, work, ring, queries.index(1), scale, 1, TILE, PAGE_SIZE, PRODUCTS, TURNS)),
-            (_multiply, (rows, parts, work, ring, queries.index(2), scale, 2, TILE, PAGE_SIZE, PRODUCTS, TURNS)),
+            (_multiply, (rows, parts, work, ring, queries.index(0), scale, 0, TILE, PAGE_SIZE)),
+            (_multiply, (rows, parts, work, ring, queries.index(1), scale, 1, TILE, PAGE_SIZE)),
+            (_multiply, (rows, parts, work, ring, queries.index(2), scale, 2, TILE, PAGE_SIZE)),
             (_bring, (cache, words_ptr, work, ring, TILE, PAGE_SIZE, BOX)),
         ],
         [4, 4, 1],
@@ -323,7 +319,7 @@ def attend_shared_hopper(
         work.sums, work.scales, work.arrived, scale * _LOG2_E, block_table.stride(0),
         HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=cut.block_rows // cut.num_warpgroups,
         BLOCK=cut.block_tokens, STAGES=cut.num_stages, REGISTERS=cut.max_registers,
-        PRODUCTS=cut.products, TURNS=cut.takes_turns, BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
+        BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
         num_warps=cut.num_warps, launch_pdl=True,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
 @gluon.jit
 def find_end(words_ptr):
     """The unit behind this program's last one."""
-    num_units, share = gl.load(words_ptr + 1, volatile=True), gl.load(words_ptr + 2, volatile=True)
+    num_units, share = gl.load(words_ptr + 1), gl.load(words_ptr + 2, volatile=True)
     return gl.minimum((gl.program_id(0) + 1) * share, num_units)
 
 
@@ -39,16 +39,16 @@ def find_segment(words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr
     """Of the tile that has the unit, in this group or the next, as each has one at least: the group, the KV head, the
     tile's number, its blocks from here on, how many it has, their tokens, and the pairs of row and head left for it.
     """
-    capacity = gl.load(words_ptr + 3, volatile=True)
-    num_kv_heads = gl.load(words_ptr + 4, volatile=True)
-    heads_per_kv = gl.load(words_ptr + 5, volatile=True)
+    capacity = gl.load(words_ptr + 3)
+    num_kv_heads = gl.load(words_ptr + 4)
+    heads_per_kv = gl.load(words_ptr + 5)
     ends_ptr = words_ptr + _HEADER + 5 * capacity
-    group += (gl.load(ends_ptr + group, volatile=True) <= unit).to(gl.int32)
-    num_pairs = gl.load(words_ptr + _HEADER + capacity + group, volatile=True) * heads_per_kv
-    num_tokens = gl.load(words_ptr + _HEADER + 4 * capacity + group, volatile=True) * PAGE_SIZE
+    group += (gl.load(ends_ptr + group) <= unit).to(gl.int32)
+    num_pairs = gl.load(words_ptr + _HEADER + capacity + group) * heads_per_kv
+    num_tokens = gl.load(words_ptr + _HEADER + 4 * capacity + group) * PAGE_SIZE
     num_blocks = (num_tokens + BLOCK - 1) // BLOCK
     num_tiles = (num_pairs + TILE - 1) // TILE
-    within = unit - (gl.load(ends_ptr + group, volatile=True) - num_blocks * num_tiles * num_kv_heads)
+    within = unit - (gl.load(ends_ptr + group) - num_blocks * num_tiles * num_kv_heads)
     begin_block = within % num_blocks
     end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
     tile = (within // num_blocks) % num_tiles
@@ -71,11 +71,11 @@ def find_heads(words_ptr, where, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: 
     As in shared_attention.
     """
     group, kv_head, tile = where
-    capacity = gl.load(words_ptr + 3, volatile=True)
-    num_kv_heads = gl.load(words_ptr + 4, volatile=True)
-    heads_per_kv = gl.load(words_ptr + 5, volatile=True)
-    first_row = gl.load(words_ptr + _HEADER + group, volatile=True)
-    num_rows = gl.load(words_ptr + _HEADER + capacity + group, volatile=True)
+    capacity = gl.load(words_ptr + 3)
+    num_kv_heads = gl.load(words_ptr + 4)
+    heads_per_kv = gl.load(words_ptr + 5)
+    first_row = gl.load(words_ptr + _HEADER + group)
+    num_rows = gl.load(words_ptr + _HEADER + capacity + group)
     pair = tile * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
     row = ((pair.to(gl.float32) + 0.5) * (1.0 / heads_per_kv)).to(gl.int32)
     place = (first_row + row) * (num_kv_heads * heads_per_kv) + kv_head * heads_per_kv + pair - row * heads_per_kv
