@@ -79,7 +79,6 @@ def test_it_is_chosen_where_its_copies_fit(
 ) -> None:
     from toka_engine.model.kernels import shared_groups
 
-    monkeypatch.setattr(shared_groups, "_USES_HOPPERS", True)
     monkeypatch.setattr(shared_groups, "find_capability", lambda: capability)
     cut = shared_groups.SharedCut.choose(head_dim, page_size, is_heads_first)
     assert bool(cut.num_warpgroups) == is_chosen
@@ -110,12 +109,13 @@ def test_groups_with_gaps_give_the_definition_and_other_rows_keep_every_bit(gene
     assert torch.equal(lse[is_alone], case.lse[is_alone])
 
 
-@pytest.mark.parametrize("block_tokens", [16, 64])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_blocks_of_any_size_give_the_definition(generator, head_dim, block_tokens) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "changes"), [(64, {"block_tokens": 64}), (64, {"num_stages": 3}), (128, {"num_stages": 2})]
+)
+def test_other_blocks_and_stages_give_the_definition(generator, head_dim, changes) -> None:
     case = make(generator, 130, head_dim=head_dim)
     groups = [Group(0, 101, 1, 39), Group(101, 3, 0, 24), Group(105, 20, 2, 8)]
-    check(case, make_work(case, 3, block_tokens=block_tokens), groups)
+    check(case, make_work(case, 3, **changes), groups)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (5, 1, 64), (14, 2, 64), (7, 1, 128)])

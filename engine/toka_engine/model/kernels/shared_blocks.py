@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 
-
 @gluon.jit
 def _wait_for(full, count):
     STAGES: gl.constexpr = full.shape[0]

@@ -29,8 +29,6 @@ _SLACK = 16
 """A share may grow by one part in so many, if tiles are then cut evenly or not at all."""
 _USUAL_PROCESSORS = 132
 """Where no GPU says how many it has: an H100's."""
-_USES_HOPPERS = True
-"""Whether the kernel for Hopper is chosen where it can run. Not before it has run: it was only simulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,7 @@ class SharedCut:
     max_registers: int | None = None  # of a thread, so that `residency` programs fit
     num_warpgroups: int = 0
     """In the kernel for Hopper 3, of `num_warps` warps, which multiply a third of block_rows each; 0: the other one."""
+
     @classmethod
     def of(cls, head_dim: int) -> SharedCut:
         """For heads of 64 and 128 the best of those that tests/gpu/bench_shared_attention.py timed on an H100.
@@ -62,7 +61,7 @@ class SharedCut:
         """The best for the GPU that Triton compiles for. Hopper's copies are of whole pages of a head, 8 rows at least,
         as their swizzle has it."""
         is_copied_whole = is_heads_first and page_size % 8 == 0 and head_dim in (64, 128)
-        if _USES_HOPPERS and is_copied_whole and find_capability() == HOPPER_CAPABILITY:
+        if is_copied_whole and find_capability() == HOPPER_CAPABILITY:
             cut = cls.for_hopper(head_dim)
             if cut.block_tokens % page_size == 0:
                 return cut
@@ -70,7 +69,7 @@ class SharedCut:
 
     @classmethod
     def for_hopper(cls, head_dim: int) -> SharedCut:
-        """For heads of 64 and 128 the best of those that were timed on an H100, of one group alone (commit 0fde471)."""
+        """For heads of 64 and 128. As many registers as there are, so heads of 128 have smaller blocks."""
         if head_dim not in (64, 128):
             raise ValueError(f"head_dim: {head_dim} is neither 64 nor 128")
         return cls(

@@ -4,8 +4,10 @@ One program a processor. A warp brings blocks of keys and values by TMA, a page 
 of their own, which they multiply by what has come without a barrier between them: while one of them takes exponentials,
 others have the tensor cores. What is computed, how the work is cut and what a launch is told are the same.
 
-After FlashAttention-3 (Shah et al. 2024): warp specialisation, and for heads of 128 the next block's scores begun
-before this one's values are summed.
+After FlashAttention-3 (Shah et al. 2024): warp specialisation. Of its other means, the next block's scores begun before
+this one's values are summed, and turns at the tensor cores, both made this kernel slower on an H100; so did half of a
+block after the other, a part of the exponentials by a polynomial, and sums of weights by the tensor cores: all take
+more instructions, and there is as little room for these as for products. What made it faster is told where it stands.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from toka_engine.model.kernels.shared_blocks import attend, let_pass, shrink
 from toka_engine.model.kernels.shared_groups import SharedWorkspace
-from toka_engine.model.kernels.shared_segments import find_end, find_group, find_heads, find_pages, find_segment
+from toka_engine.model.kernels.shared_segments import (
+    find_end,
+    find_group,
+    find_heads,
+    find_next,
+    find_pages,
+    find_tile,
+    measure,
+)
 
 _LOG2_E = 1.4426950408889634
 _BOX = 64
@@ -66,10 +76,10 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
     BLOCK: gl.constexpr = keys.shape[1]
     num_kv_heads = gl.load(words_ptr + 4)
     count = 0
+    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE)
     while unit < find_end(words_ptr):
-        group, kv_head, _, begin_block, end_block, _, num_tokens, _ = find_segment(
-            words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE
-        )
+        num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
+        end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
         table_at = find_pages(words_ptr, group, table_ptr, table_stride)
         last_column = num_tokens // PAGE_SIZE - 1
         for block in range(begin_block, end_block):
@@ -85,6 +95,8 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
             )  # fmt: skip
             count += 1
         unit += end_block - begin_block
+        begin_block = gl.to_tensor(0)
+        group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
 # ---------------------------------------------------------------- the warpgroups that multiply
@@ -194,7 +206,14 @@ def _finish(
 
 @gluon.jit
 def _begin_rows(
-    rows, where, is_first, q_buffer, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
+    rows,
+    where,
+    is_first,
+    q_buffer,
+    WHICH: gl.constexpr,
+    TILE: gl.constexpr,
+    SCORES: gl.constexpr,
+    SUMS: gl.constexpr,
 ):
     """Bring the queries of a tile's rows, and what their sums begin with.
 
@@ -231,18 +250,17 @@ def _multiply(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_buffer.shape[1], 16])
     count = 0
+    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE)
     while unit < find_end(words_ptr):
-        group, kv_head, tile, begin_block, end_block, num_blocks, num_tokens, num_pairs = find_segment(
-            words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE
-        )
-        if num_pairs > WHICH * ROWS:
+        num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
+        end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
+        if num_pairs > tile * TILE + WHICH * ROWS:
             top, total, sums = _begin_rows(
                 rows, (group, kv_head, tile), begin_block == 0, q_buffer, WHICH, TILE, SCORES, SUMS
             )
             top, total, sums = attend(
-                q_buffer, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums,
-                SCORES, SUMS,
-            )  # fmt: skip
+                q_buffer, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums, SCORES, SUMS
+            )
             _finish(
                 rows, (group, kv_head, tile), q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
                 WHICH, TILE, SCORES, SUMS,
@@ -251,6 +269,8 @@ def _multiply(
             let_pass(ring, count, end_block - begin_block)
         count += end_block - begin_block
         unit += end_block - begin_block
+        begin_block = gl.to_tensor(0)
+        group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
 # ---------------------------------------------------------------- the program

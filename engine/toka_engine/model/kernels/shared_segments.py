@@ -1,7 +1,7 @@
 """What of all groups' work a program of `shared_hopper` has: its units, their tiles, and the rows and heads of those.
 
-Everything is read from the words of `shared_groups.lay_groups`, anew (volatile) wherever it is needed: a thread's
-registers are what limits the kernel, and the products and weights of a block have them all.
+Everything is read from the words of `shared_groups.lay_groups`, anew wherever it is needed: a thread's registers are
+what limits the kernel, and the products and weights of a block have them all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HEADER = gl.constexpr(HEADER)
 
 @gluon.jit
 def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
-    """The group that has the unit. By four warps."""
+    """The group that has the unit; the last one, if none has. By four warps."""
     count, ends_ptr = gl.load(words_ptr), words_ptr + _HEADER + 5 * gl.load(words_ptr + 3)
     LAYOUT: gl.constexpr = gl.BlockedLayout([AT_ONCE // 128], [32], [4], [0])
     group = 0
@@ -24,7 +24,7 @@ def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
         some = begin + gl.arange(0, AT_ONCE, layout=LAYOUT)
         ends = gl.load(ends_ptr + some, mask=some < count, other=2147483647)
         group += gl.sum((ends <= unit).to(gl.int32), axis=0)
-    return group
+    return gl.minimum(group, gl.maximum(count - 1, 0))
 
 
 @gluon.jit
@@ -35,25 +35,33 @@ def find_end(words_ptr):
 
 
 @gluon.jit
-def find_segment(words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Of the tile that has the unit, in this group or the next, as each has one at least: the group, the KV head, the
-    tile's number, its blocks from here on, how many it has, their tokens, and the pairs of row and head left for it.
-    """
+def measure(words_ptr, group, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """A group's pairs of row and head of a KV head, its tokens, and their blocks."""
     capacity = gl.load(words_ptr + 3)
-    num_kv_heads = gl.load(words_ptr + 4)
-    heads_per_kv = gl.load(words_ptr + 5)
-    ends_ptr = words_ptr + _HEADER + 5 * capacity
-    group += (gl.load(ends_ptr + group) <= unit).to(gl.int32)
-    num_pairs = gl.load(words_ptr + _HEADER + capacity + group) * heads_per_kv
+    num_pairs = gl.load(words_ptr + _HEADER + capacity + group) * gl.load(words_ptr + 5)
     num_tokens = gl.load(words_ptr + _HEADER + 4 * capacity + group) * PAGE_SIZE
-    num_blocks = (num_tokens + BLOCK - 1) // BLOCK
-    num_tiles = (num_pairs + TILE - 1) // TILE
-    within = unit - (gl.load(ends_ptr + group) - num_blocks * num_tiles * num_kv_heads)
-    begin_block = within % num_blocks
-    end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
-    tile = (within // num_blocks) % num_tiles
-    kv_head = within // num_blocks // num_tiles
-    return group, kv_head, tile, begin_block, end_block, num_blocks, num_tokens, num_pairs - tile * TILE
+    return num_pairs, num_tokens, (num_tokens + BLOCK - 1) // BLOCK
+
+
+@gluon.jit
+def find_tile(words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Which KV head, tile and block of its group a unit is. If there is no group: no matter."""
+    num_pairs, _, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
+    num_blocks = gl.maximum(num_blocks, 1)
+    num_tiles = gl.maximum((num_pairs + TILE - 1) // TILE, 1)
+    group_end = gl.load(words_ptr + _HEADER + 5 * gl.load(words_ptr + 3) + group)
+    within = unit - (group_end - num_blocks * num_tiles * gl.load(words_ptr + 4))
+    return within // num_blocks // num_tiles, within // num_blocks % num_tiles, within % num_blocks
+
+
+@gluon.jit
+def find_next(words_ptr, group, kv_head, tile, num_pairs, TILE: gl.constexpr):
+    """The tile behind: of the same KV head, of the next one, or the next group's first. Behind the last: no matter."""
+    is_last = (tile + 1) * TILE >= num_pairs
+    tile = gl.where(is_last, 0, tile + 1)
+    kv_head += is_last.to(gl.int32)
+    is_over = kv_head == gl.load(words_ptr + 4)
+    return group + is_over.to(gl.int32), gl.where(is_over, 0, kv_head), tile
 
 
 @gluon.jit
