@@ -43,3 +43,18 @@ def test_the_largest_steps_fill_a_forward_and_run_on_the_provisional_cache(
         ids = worker.runner.finish(worker.runner.launch(step)).ids
         assert ids.size == step.decode_slots.size + step.fanout_slots.size
         assert bool(np.isin(ids, np.arange(256)).all())
+
+
+def test_the_largest_steps_ask_for_all_that_takes_memory_and_run_on_any_cache(
+    make_tiny: Callable[..., tuple[Any, Path]],
+) -> None:
+    _, folder = make_tiny()
+    worker = load(folder, kv_cache_num_tokens=48, max_tokens_per_forward=200, max_seqs_per_forward=20)
+    prefill, decode = make_largest_steps(worker.ready)
+    assert set(prefill.append_pages.tolist()) == {0, 1, 2}
+    for step in (prefill, decode):
+        assert bool((step.new_top_ps < 1).all())
+        assert bool((step.new_num_logprobs == 20).all())
+        tokens = worker.runner.finish(worker.runner.launch(step))
+        assert tokens.ids.size == step.decode_slots.size + step.fanout_slots.size
+        assert (tokens.top_width, tokens.top_rows.size) == (20, tokens.ids.size)

@@ -2,7 +2,7 @@
 
 The worker starts with a provisional cache, just large enough for the largest steps. They run, the largest graphs are
 captured and dropped, and the real cache takes what is then left. So whatever holds an address of the cache or of the
-block table is made after `fit_cache`.
+block table is made after `fit_cache`. Whoever sized the cache, what steps need is taken before ready (`keep_room`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _log = logging.getLogger("toka.model")
 
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.01
-"""Of the device: left for rows that ask for top logprobs, for fragmentation, and for what libraries load late."""
+"""Of the device: left for fragmentation, and for kernels that libraries load when they first need them."""
+_TOP_LOGPROBS = 20
+"""As many as a request may ask for, if nobody said otherwise."""
+_SMALL_BYTES, _NUM_SMALL = 1 << 20, 64
+"""Torch takes memory for tensors of up to a MiB by 2 MiB. Smaller steps have more of these than the largest ones."""
 
 
 def provisional_sizes(sizes: Sizes) -> Sizes:
@@ -46,18 +50,22 @@ def _cut_prefill(sizes: Sizes | WorkerReady) -> tuple[int, int, int]:
 
 
 def make_largest_steps(ready: WorkerReady) -> list[Step]:
-    """A prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet."""
-    num_tokens = ready.max_tokens_per_forward
+    """A prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet.
+
+    The rows ask for all that takes memory: a filter, and top logprobs. If there are fewer pages than such a prefill
+    has, chunks share them: nobody reads what they write.
+    """
+    num_tokens, num_logprobs = ready.max_tokens_per_forward, min(_TOP_LOGPROBS, ready.vocab_size)
     num_chunks, length, pages_per_chunk = _cut_prefill(ready)
     lengths = np.diff(np.minimum(np.arange(num_chunks + 1) * length, num_tokens)).astype(np.int32)
     chunks = np.arange(num_chunks, dtype=np.int32)
-    pages = np.arange(num_chunks * pages_per_chunk, dtype=np.int32)
+    columns = np.arange(num_chunks * pages_per_chunk, dtype=np.int32)
     prefill = Step(
         number=0,
-        **_new_slots(num_chunks),
-        append_slots=pages // pages_per_chunk,
-        append_indices=pages % pages_per_chunk,
-        append_pages=pages,
+        **_new_slots(num_chunks, num_logprobs),
+        append_slots=columns // pages_per_chunk,
+        append_indices=columns % pages_per_chunk,
+        append_pages=columns % ready.num_pages,
         prefill_slots=chunks,
         prefill_starts=np.zeros(num_chunks, np.int32),
         prefill_lengths=lengths,
@@ -67,22 +75,22 @@ def make_largest_steps(ready: WorkerReady) -> list[Step]:
     )
     num_rows = min(ready.max_seqs, num_tokens)
     # Slots without pages write to page 0, all of them to the same place: nobody reads it.
-    decode = Step(number=0, **_new_slots(num_rows), decode_slots=np.arange(num_rows, dtype=np.int32))
+    decode = Step(number=0, **_new_slots(num_rows, num_logprobs), decode_slots=np.arange(num_rows, dtype=np.int32))
     return [prefill, decode]
 
 
-def _new_slots(count: int) -> dict[str, Any]:
+def _new_slots(count: int, num_logprobs: int) -> dict[str, Any]:
     zeros = np.zeros(count, np.int32)
     return {
         "new_slots": np.arange(count, dtype=np.int32),
         "new_lengths": zeros,
         "new_num_sampled": zeros,
         "new_temperatures": np.ones(count, np.float32),
-        "new_top_ps": np.ones(count, np.float32),
+        "new_top_ps": np.full(count, 0.9, np.float32),
         "new_top_ks": zeros,
         "new_min_ps": np.zeros(count, np.float32),
         "new_seeds": np.full(count, -1, np.int64),
-        "new_num_logprobs": zeros,
+        "new_num_logprobs": np.full(count, num_logprobs, np.int32),
     }
 
 
@@ -123,7 +131,12 @@ def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
         ready, num_pages=num_pages, max_pages_per_seq=min(ready.max_pages_per_seq, num_pages)
     )
     attention.allocate(num_pages, ready.page_size, ready.max_seqs, fitted.max_pages_per_seq)
-    if num_pages >= ready.num_pages:  # once more, so that torch keeps what the steps need
-        for step in make_largest_steps(ready):
-            runner.finish(runner.launch(step))
     return fitted
+
+
+def keep_room(runner: CudaRunner, ready: WorkerReady) -> None:
+    """Run the largest steps, so that torch has taken what steps need before ready, and takes no more afterwards."""
+    for step in make_largest_steps(ready):
+        runner.finish(runner.launch(step))
+    device = runner.cuda_attention.shape.device
+    _ = [torch.empty(_SMALL_BYTES, dtype=torch.uint8, device=device) for _ in range(_NUM_SMALL)]

@@ -57,8 +57,8 @@ class Worker:
         try:
             for step in make_warm_up_steps(self.ready):
                 self.runner.finish(self.runner.launch(step))
-            if self._is_provisional:
-                self.ready = self._fit_cache()
+            if self.ready.device == "cuda":
+                self._settle_memory()
             self.runner.prepare()
         except torch.OutOfMemoryError as error:
             num_tokens = self.ready.num_pages * self.ready.page_size
@@ -68,13 +68,15 @@ class Worker:
             ) from error
 
     @torch.inference_mode()
-    def _fit_cache(self) -> WorkerReady:
+    def _settle_memory(self) -> None:
         from toka_engine.model.cuda_runner import CudaRunner
-        from toka_engine.model.measuring import fit_cache
+        from toka_engine.model.measuring import fit_cache, keep_room
 
         if not isinstance(self.runner, CudaRunner):
-            raise AssertionError("a cache is fitted on a GPU only")
-        return fit_cache(self.runner, self.ready)
+            raise AssertionError("a device of CUDA has another runner")
+        if self._is_provisional:
+            self.ready = fit_cache(self.runner, self.ready)
+        keep_room(self.runner, self.ready)
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
         """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
