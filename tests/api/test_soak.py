@@ -36,6 +36,7 @@ def test_a_healthy_engine_passes(tiny: Path) -> None:
     assert report["requests"]["answered"] > 0
     assert report["requests"]["left"] > 0
     assert report["greedy"]["tokens"] > 0
+    assert report["greedy"]["checked"] == report["greedy"]["answers"]
     assert report["engine_output_tokens"] > 0
 
 
@@ -51,11 +52,14 @@ def test_an_answer_that_the_engine_would_not_give_is_seen(tiny: Path, tmp_path: 
         true = tuple(logprobs.tokens)
         forged = (*true[:5], " never", *true[6:])
 
-        def check(tokens: tuple[str, ...]) -> Agreement:
-            return asyncio.run(check_greedy(engine.url, "m", [Greedy(tuple(prompt), tokens)], Labels(tiny), 1))
+        def check(tokens: tuple[str, ...], seconds: float = 60.0) -> Agreement:
+            answers = [Greedy(tuple(prompt), tokens)]
+            return asyncio.run(check_greedy(engine.url, "m", answers, Labels(tiny), 1, seconds, 0))
 
         assert check(true).gaps == []
         assert check(forged).gaps[0] > 0.1
+        assert check(true).num_answers == 1
+        assert check(true, seconds=0.0).num_answers == 0
 
 
 BROKEN = {

@@ -6,6 +6,9 @@
 set -eu
 out=$1 model=$2 client=$3
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+tell_memory() {
+    echo "$1: $(nvidia-smi --id=0 --query-gpu=memory.used --format=csv,noheader) of the device's memory taken"
+}
 for start in $(seq "${4:-3}"); do
     began=$(date +%s%N)
     python3 -m toka_engine model="$model" served_model_name=m port=10310 >"$out/engine-$start.log" 2>&1 &
@@ -15,11 +18,13 @@ for start in $(seq "${4:-3}"); do
         sleep 0.1
     done
     echo "start $start: ready after $((($(date +%s%N) - began) / 1000000)) ms"
+    tell_memory "when ready"
     grep "event=memory\|event=triton_kernels_ready" "$out/engine-$start.log" || true
     for workload in "single N=3" prefill chat "monkeys P=32 n=256" "sharegpt N=8192 C=8192"; do
         # shellcheck disable=SC2086
         python3 "$client" http://127.0.0.1:10310 m $workload
     done
+    tell_memory "after all workloads"
     kill $engine
     wait $engine
 done

@@ -1,13 +1,14 @@
 """Minutes of random requests against one engine; ends with code 1 if a promise broke. Prints one JSON object.
 
 Usage: python -m toka_engine.benchmarks.soak [MODEL_DIR] [minutes=5] [clients=32] [seed=0] [tie=0.25] [growth=1.0]
-           [late=64] [checkers=8] [vocab=...] [port=10320] [key=value ...]
+           [late=64] [checkers=8] [check_minutes=10] [vocab=...] [port=10320] [key=value ...]
 Starts `toka` with MODEL_DIR (default: the built-in model) and the other keys; a small kv_cache_num_tokens forces
 preemptions. What must hold:
 - every request gets its answer, whole and with as many tokens as asked for, or a 429; no other status, no lost stream;
 - afterwards nothing runs, waits or holds a page, the engine is ready, and it ends with code 0;
-- every greedy answer, asked for again in peace, agrees in 99 % of its tokens, and each that differs was a near tie:
-  at most `tie` nats less likely (bfloat16 rounds logits of 16 to 32 by up to 0.125);
+- the greedy answers, asked for again in peace, in an order by chance and for at most `check_minutes`, agree in 99 % of
+  their tokens, and each that differs was a near tie: at most `tie` nats less likely (bfloat16 rounds logits of 16 to 32
+  by up to 0.125);
 - no process grows by more than `growth` MiB a minute over the second half. On a CPU that takes a cache that is
   soon full: its pages take memory when they are first used;
 - on a GPU, which the soak must have for itself, no memory of the device is taken after ready, but for `late` MiB:
@@ -39,6 +40,7 @@ _DEFAULTS = {
     "minutes": "5",
     "clients": "32",
     "checkers": "8",
+    "check_minutes": "10",
     "seed": "0",
     "tie": "0.25",
     "growth": "1.0",
@@ -142,8 +144,18 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
     watching.cancel()
     held = await wait_idle(base_url)
     metrics = await read_metrics(base_url)
+    requests = {"requests": dict(traffic.counts), "held": held, "device_mib": memory.device(), "broken": traffic.broken}
+    print(json.dumps(requests), file=sys.stderr, flush=True)  # the check takes minutes
     began = time.monotonic()
-    agreement = await check_greedy(base_url, model, traffic.greedy, Labels(folder), int(options["checkers"]))
+    agreement = await check_greedy(
+        base_url,
+        model,
+        traffic.greedy,
+        Labels(folder),
+        int(options["checkers"]),
+        60 * float(options["check_minutes"]),
+        int(options["seed"]),
+    )
     held |= await wait_idle(base_url)
     growth = memory.growth()
     gaps = sorted(agreement.gaps)
@@ -157,6 +169,7 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
         "hydragen_rows": int(metrics["toka_hydragen_rows_total"]),
         "greedy": {
             "answers": len(traffic.greedy),
+            "checked": agreement.num_answers,
             "tokens": agreement.num_tokens,
             "unchecked": agreement.num_unchecked,
             "agreement": round(agreement.share, 6),

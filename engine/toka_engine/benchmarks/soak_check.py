@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ class Agreement:
     num_unchecked: int = 0
     """After a difference, where a label does not say which token it was."""
     gaps: list[float] = field(default_factory=list)
+    num_answers: int = 0
 
     @property
     def share(self) -> float:
@@ -54,14 +57,16 @@ class Labels:
 
 
 async def check_greedy(
-    base_url: str, model: str, answers: Iterable[Greedy], labels: Labels, num_clients: int
+    base_url: str, model: str, answers: Iterable[Greedy], labels: Labels, num_clients: int, seconds: float, seed: int
 ) -> Agreement:
-    """Ask for every answer again, `num_clients` at a time."""
-    agreement, waiting = Agreement(), list(answers)
+    """Ask for the answers again, `num_clients` at a time, in an order by chance, as many as there are `seconds` for."""
+    agreement, waiting = Agreement(), sorted(answers, key=lambda answer: (answer.prompt, answer.tokens))
+    random.Random(seed).shuffle(waiting)
+    until = time.monotonic() + seconds
     async with aiohttp.ClientSession(base_url, timeout=aiohttp.ClientTimeout(total=None)) as session:
 
         async def work() -> None:
-            while waiting:
+            while waiting and time.monotonic() < until:
                 await _check_one(session, model, waiting.pop(), labels, agreement)
 
         await asyncio.gather(*(work() for _ in range(num_clients)))
@@ -71,6 +76,7 @@ async def check_greedy(
 async def _check_one(
     session: aiohttp.ClientSession, model: str, answer: Greedy, labels: Labels, agreement: Agreement
 ) -> None:
+    agreement.num_answers += 1
     agreement.num_tokens += len(answer.tokens)
     given: list[int] | None = []
     done = 0

@@ -14,7 +14,6 @@ import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Int32s, Step, Tokens
-from toka_engine.model.ahead.cache import log_compiled
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.kernels.decode_rows import RowCut
@@ -74,7 +73,7 @@ class CudaRunner(Runner):
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Launch what the warm-up steps did not reach, then capture the graphs: nothing compiles after this."""
+        """Launch what the warm-up steps did not reach, then capture the graphs."""
         self.launch_rest()
         torch.cuda.synchronize()
         self.whole_steps = None  # earlier ones give their memory back
@@ -82,7 +81,6 @@ class CudaRunner(Runner):
             whole_steps = self.make_whole_steps()
             whole_steps.capture()
             self.whole_steps = whole_steps
-        log_compiled()
 
     def make_whole_steps(self) -> WholeSteps:
         """Not captured yet."""

@@ -27,7 +27,9 @@ _log = logging.getLogger("toka.model")
 
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.01
-"""Of the device: left for fragmentation, and for kernels that libraries load when they first need them."""
+"""Of the device: left for what steps need beyond the largest ones, as their memory is free in pieces only."""
+_LATE_BYTES = 384 << 20
+"""Of the margin: nobody's, for kernels that libraries load when they first need them."""
 _TOP_LOGPROBS = 20
 """As many as a request may ask for, if nobody said otherwise."""
 _SMALL_BYTES, _NUM_SMALL = 1 << 20, 64
@@ -111,8 +113,7 @@ def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
     attention.release()
     gc.collect()
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    margin = _MARGIN_BYTES + int(total * _MARGIN_SHARE)
+    (free, _), margin = torch.cuda.mem_get_info(device), _find_margin(device)
     available = free - step_bytes - graph_bytes - margin
     bytes_per_page = (attention.kv_bytes_per_token() + TOKEN_ID_BYTES) * ready.page_size
     num_pages = available // bytes_per_page - 1  # one is the backend's own
@@ -135,8 +136,22 @@ def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
 
 
 def keep_room(runner: CudaRunner, ready: WorkerReady) -> None:
-    """Run the largest steps, so that torch has taken what steps need before ready, and takes no more afterwards."""
+    """Have torch take now what steps may need, so that it takes nothing after ready: it keeps what tensors leave.
+
+    Behind the capture of graphs, before each of which torch gives back what is free. The largest steps run without
+    graphs, which takes most; what is left of the margin is for steps that leave their memory in pieces.
+    """
+    whole_steps, runner.whole_steps = runner.whole_steps, None
     for step in make_largest_steps(ready):
         runner.finish(runner.launch(step))
+    runner.whole_steps = whole_steps
     device = runner.cuda_attention.shape.device
-    _ = [torch.empty(_SMALL_BYTES, dtype=torch.uint8, device=device) for _ in range(_NUM_SMALL)]
+    small = [torch.empty(_SMALL_BYTES, dtype=torch.uint8, device=device) for _ in range(_NUM_SMALL)]
+    free, _ = torch.cuda.mem_get_info(device)
+    spare = min(free, _find_margin(device)) - _LATE_BYTES
+    large = torch.empty(max(0, spare), dtype=torch.uint8, device=device)
+    del small, large
+
+
+def _find_margin(device: torch.device) -> int:
+    return _MARGIN_BYTES + int(torch.cuda.mem_get_info(device)[1] * _MARGIN_SHARE)

@@ -58,8 +58,9 @@ class Worker:
             for step in make_warm_up_steps(self.ready):
                 self.runner.finish(self.runner.launch(step))
             if self.ready.device == "cuda":
-                self._settle_memory()
-            self.runner.prepare()
+                self._prepare_device()
+            else:
+                self.runner.prepare()
         except torch.OutOfMemoryError as error:
             num_tokens = self.ready.num_pages * self.ready.page_size
             raise OutOfMemoryError(
@@ -68,7 +69,9 @@ class Worker:
             ) from error
 
     @torch.inference_mode()
-    def _settle_memory(self) -> None:
+    def _prepare_device(self) -> None:
+        """Nothing compiles after this, and torch takes no more of the device's memory."""
+        from toka_engine.model.ahead.cache import log_compiled
         from toka_engine.model.cuda_runner import CudaRunner
         from toka_engine.model.measuring import fit_cache, keep_room
 
@@ -76,7 +79,9 @@ class Worker:
             raise AssertionError("a device of CUDA has another runner")
         if self._is_provisional:
             self.ready = fit_cache(self.runner, self.ready)
+        self.runner.prepare()
         keep_room(self.runner, self.ready)
+        log_compiled()
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
         """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
