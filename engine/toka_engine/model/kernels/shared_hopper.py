@@ -4,10 +4,8 @@ One program a processor. A warp brings blocks of keys and values by TMA, a page 
 of their own, which they multiply by what has come without a barrier between them: while one of them takes exponentials,
 others have the tensor cores. What is computed, how the work is cut and what a launch is told are the same.
 
-After FlashAttention-3 (Shah et al. 2024): warp specialisation. Of its other means, the next block's scores begun before
-this one's values are summed, and turns at the tensor cores, both made this kernel slower on an H100; so did half of a
-block after the other, a part of the exponentials by a polynomial, and sums of weights by the tensor cores: all take
-more instructions, and there is as little room for these as for products. What made it faster is told where it stands.
+After FlashAttention-3 (Shah et al. 2024): warp specialisation. Its other means, the next block's scores begun before this
+one's values are summed and turns at the tensor cores, gained nothing here (docs/performance.md).
 """
 
 from __future__ import annotations
