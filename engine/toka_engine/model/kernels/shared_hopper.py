@@ -4,8 +4,8 @@ One program a processor. A warp brings blocks of keys and values by TMA, a page 
 of their own, which they multiply by what has come without a barrier between them: while one of them takes exponentials,
 others have the tensor cores. What is computed, how the work is cut and what a launch is told are the same.
 
-After FlashAttention-3 (Shah et al. 2024): warp specialisation. Its other means, the next block's scores begun before this
-one's values are summed and turns at the tensor cores, gained nothing here (docs/performance.md).
+After FlashAttention-3 (Shah et al. 2024): warp specialisation. Its other means, the next block's scores begun before
+this one's values are summed and turns at the tensor cores, gained nothing here (docs/performance.md).
 """
 
 from __future__ import annotations
