@@ -40,7 +40,7 @@ lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$mode
 lines=25 part bench_step_compiled 180 python3 tests/gpu/bench_step.py "$model" "$out" 4096 torch_compile=T
 lines=60 part versus_compiled 180 python3 -m toka_engine.benchmarks.step "$model" --rows 1,64,1024 --suffix 512 \
     --prefill 2048,8192 --key kv_cache_num_tokens=700000 --versus torch_compile=T
-part soak 600 python3 -m toka_engine.benchmarks.soak "$model" minutes=8
+part soak 640 python3 -m toka_engine.benchmarks.soak "$model" minutes=8 check_minutes=1 clients=64 checkers=64
 if [[ $num_wanted -gt 0 ]]; then
     echo "no such part: $wanted" >&2
     failed=1
