@@ -27,6 +27,7 @@ part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
 part smollm2 120 $pytest tests/gpu/test_smollm2.py
 part whole_steps 90 $pytest tests/gpu/test_whole_steps.py
+part memory 60 $pytest tests/gpu/test_memory.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py

@@ -90,7 +90,8 @@ class Ops:
     make_runner: Callable[[CausalModel, AttentionBackend, int, EngineConfig], Runner]
     """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
     fits_cache: bool
-    """Whether the KV cache is sized by what the largest steps leave (measuring.fit_cache), unless the user sizes it."""
+    """Whether the KV cache is sized by what the largest steps leave, unless the user sizes it, and what these take is
+    kept for steps (measuring.fit_cache, keep_room)."""
     has_packed_products: bool
     """Whether torch.compile must leave the products of `make_linear` alone: it cannot look into their weights."""
     max_steps_in_flight: int

@@ -50,14 +50,14 @@ class Worker:
         self.ops = ops
 
     def warm_up(self) -> None:
-        """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet; fit the cache.
+        """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet; settle the memory.
 
         Afterwards `ready` is final. Raises OutOfMemoryError.
         """
         try:
             for step in make_warm_up_steps(self.ready):
                 self.runner.finish(self.runner.launch(step))
-            if self.ready.device == "cuda":
+            if self.ops.fits_cache:
                 self._prepare_device()
             else:
                 self.runner.prepare()
@@ -76,7 +76,7 @@ class Worker:
         from toka_engine.model.measuring import fit_cache, keep_room
 
         if not isinstance(self.runner, CudaRunner):
-            raise AssertionError("a device of CUDA has another runner")
+            raise AssertionError("a cache is fitted on a GPU only")
         if self._is_provisional:
             self.ready = fit_cache(self.runner, self.ready)
         self.runner.prepare()

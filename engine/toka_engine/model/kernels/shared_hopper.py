@@ -118,8 +118,9 @@ def _write(
 
 
 @gluon.jit
-def _place_sums(part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
-                SUMS: gl.constexpr):  # fmt: skip
+def _place_sums(
+    part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, SUMS: gl.constexpr
+):
     """Where each value of a warpgroup's part lies: those that a warp's threads hold in the same register, in a line."""
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
     column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
@@ -204,14 +205,7 @@ def _finish(
 
 @gluon.jit
 def _begin_rows(
-    rows,
-    where,
-    is_first,
-    q_buffer,
-    WHICH: gl.constexpr,
-    TILE: gl.constexpr,
-    SCORES: gl.constexpr,
-    SUMS: gl.constexpr,
+    rows, where, is_first, q_buffer, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
 ):
     """Bring the queries of a tile's rows, and what their sums begin with.
 

@@ -30,7 +30,7 @@ def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
 @gluon.jit
 def find_end(words_ptr):
     """The unit behind this program's last one."""
-    num_units, share = gl.load(words_ptr + 1), gl.load(words_ptr + 2, volatile=True)
+    num_units, share = gl.load(words_ptr + 1), gl.load(words_ptr + 2)
     return gl.minimum((gl.program_id(0) + 1) * share, num_units)
 
 
