@@ -41,6 +41,7 @@ class SharedCut:
     num_stages: int  # blocks of keys and values on their way or worked on
     residency: int  # programs that a processor's registers and shared memory hold at once
     max_registers: int | None = None  # of a thread, so that `residency` programs fit
+    tile_cost: int = 0  # units that a tile counts for beside its blocks: what its beginning and its end take
     num_warpgroups: int = 0
     """In the kernel for Hopper 3, of `num_warps` warps, which multiply a third of block_rows each; 0: the other one."""
 
@@ -79,6 +80,7 @@ class SharedCut:
             num_stages=4,
             residency=1,
             max_registers=160,
+            tile_cost=1,
             num_warpgroups=3,
         )
 
@@ -158,8 +160,9 @@ def lay_groups(
     if count:
         blocks = -(-num_columns.astype(np.int64) * page_size // cut.block_tokens)
         tiles = -(-num_rows.astype(np.int64) * (work.num_heads // work.num_kv_heads) // cut.block_rows)
-        unit_ends = np.cumsum(blocks * tiles * work.num_kv_heads)
-        words[:3] = count, unit_ends[-1], _choose_share(int(unit_ends[-1]), blocks, work.num_programs)
+        units = blocks + cut.tile_cost
+        unit_ends = np.cumsum(units * tiles * work.num_kv_heads)
+        words[:3] = count, unit_ends[-1], _choose_share(int(unit_ends[-1]), units, work.num_programs)
         arrays = words[HEADER:].reshape(ARRAYS, capacity)
         for array, values in zip(
             arrays, (first_rows, num_rows, slots, first_columns, num_columns, unit_ends), strict=True
@@ -168,13 +171,13 @@ def lay_groups(
     return words
 
 
-def _choose_share(total: int, blocks: NDArray[np.int64], num_programs: int) -> int:
-    """Units of each program, but for the last. `blocks`: units of a tile, by group.
+def _choose_share(total: int, units: NDArray[np.int64], num_programs: int) -> int:
+    """Units of each program, but for the last. `units`: of a tile, by group.
 
     An equal share of all, but not so small that merging a tile's parts, one after the other, takes longer than it saves
     (by an estimate: half a unit's time for each); and a little more than equal, if then tiles end where programs do.
     """
-    most = int(blocks.max())
+    most = int(units.max())
     equal = max(-(-total // num_programs), _MIN_UNITS, math.isqrt(most // 2))
     if equal >= most:
         even = -(-equal // most) * most
@@ -183,4 +186,4 @@ def _choose_share(total: int, blocks: NDArray[np.int64], num_programs: int) -> i
         while most % pieces:
             pieces -= 1
         even = most // pieces
-    return even if int(blocks.min()) == most and even - equal <= equal // _SLACK else equal
+    return even if int(units.min()) == most and even - equal <= equal // _SLACK else equal

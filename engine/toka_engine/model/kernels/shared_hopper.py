@@ -62,7 +62,9 @@ def _bring_block(
 
 
 @gluon.jit
-def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr):
+def _bring(
+    cache, words_ptr, work, ring, TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr
+):
     """One warp: all blocks that the program's units need, in their order."""
     # What kernels of this step wrote is read behind this alone. All warps wait, also those of programs without work,
     # for whose end later kernels wait.
@@ -74,13 +76,13 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
     BLOCK: gl.constexpr = keys.shape[1]
     num_kv_heads = gl.load(words_ptr + 4)
     count = 0
-    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE)
+    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
     while unit < find_end(words_ptr):
         num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
         end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
         table_at = find_pages(words_ptr, group, table_ptr, table_stride)
         last_column = num_tokens // PAGE_SIZE - 1
-        for block in range(begin_block, end_block):
+        for block in range(gl.maximum(begin_block, 0), end_block):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             _bring_block(
@@ -93,7 +95,7 @@ def _bring(cache, words_ptr, work, ring, TILE: gl.constexpr, PAGE_SIZE: gl.const
             )  # fmt: skip
             count += 1
         unit += end_block - begin_block
-        begin_block = gl.to_tensor(0)
+        begin_block = gl.to_tensor(-TILE_COST)
         group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
@@ -189,7 +191,7 @@ def _finish(
     if first == last:
         _write(rows, where, q_buffer, top, total, sums, WHICH, TILE, SCORES, SUMS)
     else:
-        part = 2 * gl.program_id(0) + (begin_block == 0).to(gl.int32)
+        part = 2 * gl.program_id(0) + (begin_block <= 0).to(gl.int32)
         _store_part(parts, part, top, total, sums, WHICH, TILE, SCORES, SUMS)
         # As in shared_attention._finish: the barriers and one thread's addition put all stores of all programs that
         # arrived before in front of the last one's reads.
@@ -231,7 +233,7 @@ def _begin_rows(
 @gluon.jit
 def _multiply(
     rows, parts, work, ring, q_buffer, scale,
-    WHICH: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    WHICH: gl.constexpr, TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of all tiles that the program has blocks of."""
     gdc_wait()
@@ -242,26 +244,27 @@ def _multiply(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_buffer.shape[1], 16])
     count = 0
-    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE)
+    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
     while unit < find_end(words_ptr):
         num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
         end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
-        if num_pairs > tile * TILE + WHICH * ROWS:
+        first_block = gl.maximum(begin_block, 0)
+        if (num_pairs > tile * TILE + WHICH * ROWS) & (first_block < end_block):
             top, total, sums = _begin_rows(
-                rows, (group, kv_head, tile), begin_block == 0, q_buffer, WHICH, TILE, SCORES, SUMS
+                rows, (group, kv_head, tile), begin_block <= 0, q_buffer, WHICH, TILE, SCORES, SUMS
             )
             top, total, sums = attend(
-                q_buffer, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums, SCORES, SUMS
+                q_buffer, ring, count, first_block, end_block, num_tokens, scale, top, total, sums, SCORES, SUMS
             )
             _finish(
                 rows, (group, kv_head, tile), q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
                 WHICH, TILE, SCORES, SUMS,
             )  # fmt: skip
         else:
-            let_pass(ring, count, end_block - begin_block)
-        count += end_block - begin_block
+            let_pass(ring, count, end_block - first_block)
+        count += gl.maximum(end_block - first_block, 0)
         unit += end_block - begin_block
-        begin_block = gl.to_tensor(0)
+        begin_block = gl.to_tensor(-TILE_COST)
         group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
@@ -282,7 +285,7 @@ def _hopper_kernel(
     q_ptr, words_ptr, table_ptr, k_desc, v_desc, out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
     table_stride,
     HEAD_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, BOX: gl.constexpr, AT_ONCE: gl.constexpr,
+    REGISTERS: gl.constexpr, TILE_COST: gl.constexpr, BOX: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
@@ -303,13 +306,13 @@ def _hopper_kernel(
     cache = (k_desc, v_desc, table_ptr, table_stride)
     gl.warp_specialize(
         [
-            (_multiply, (rows, parts, work, ring, queries.index(0), scale, 0, TILE, PAGE_SIZE)),
-            (_multiply, (rows, parts, work, ring, queries.index(1), scale, 1, TILE, PAGE_SIZE)),
-            (_multiply, (rows, parts, work, ring, queries.index(2), scale, 2, TILE, PAGE_SIZE)),
-            (_bring, (cache, words_ptr, work, ring, TILE, PAGE_SIZE, BOX)),
+            (_multiply, (rows, parts, work, ring, queries.index(0), scale, 0, TILE, TILE_COST, PAGE_SIZE)),
+            (_multiply, (rows, parts, work, ring, queries.index(1), scale, 1, TILE, TILE_COST, PAGE_SIZE)),
+            (_multiply, (rows, parts, work, ring, queries.index(2), scale, 2, TILE, TILE_COST, PAGE_SIZE)),
+            (_bring, (cache, words_ptr, work, ring, TILE, TILE_COST, PAGE_SIZE, BOX)),
         ],
         [4, 4, 1],
-        [REGISTERS, REGISTERS, 24],
+        [REGISTERS, REGISTERS, 32],
     )
 
 
@@ -331,7 +334,7 @@ def attend_shared_hopper(
         work.sums, work.scales, work.arrived, scale * _LOG2_E, block_table.stride(0),
         HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=cut.block_rows // cut.num_warpgroups,
         BLOCK=cut.block_tokens, STAGES=cut.num_stages, REGISTERS=cut.max_registers,
-        BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
+        TILE_COST=cut.tile_cost, BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
         num_warps=cut.num_warps, launch_pdl=True,
     )  # fmt: skip
 

@@ -44,14 +44,19 @@ def measure(words_ptr, group, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def find_tile(words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Which KV head, tile and block of its group a unit is. If there is no group: no matter."""
+def find_tile(
+    words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, TILE_COST: gl.constexpr
+):
+    """Which KV head, tile and block of its group a unit is; a tile's first units are no blocks, which are below 0.
+
+    If there is no group: no matter.
+    """
     num_pairs, _, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
-    num_blocks = gl.maximum(num_blocks, 1)
+    num_units = gl.maximum(num_blocks, 1) + TILE_COST
     num_tiles = gl.maximum((num_pairs + TILE - 1) // TILE, 1)
     group_end = gl.load(words_ptr + _HEADER + 5 * gl.load(words_ptr + 3) + group)
-    within = unit - (group_end - num_blocks * num_tiles * gl.load(words_ptr + 4))
-    return within // num_blocks // num_tiles, within // num_blocks % num_tiles, within % num_blocks
+    within = unit - (group_end - num_units * num_tiles * gl.load(words_ptr + 4))
+    return within // num_units // num_tiles, within // num_units % num_tiles, within % num_units - TILE_COST
 
 
 @gluon.jit
