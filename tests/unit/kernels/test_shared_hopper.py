@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.unit.kernels import gluon_simulator
-from tests.unit.kernels.test_shared_attention import Case, Group, assert_equals, make_case
+from tests.unit.kernels.test_shared_attention import Case, Group, assert_equals, lay, make_case
 
 
 class Simulated:
@@ -110,12 +110,20 @@ def test_groups_with_gaps_give_the_definition_and_other_rows_keep_every_bit(gene
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "changes"), [(64, {"block_tokens": 64}), (64, {"num_stages": 3}), (128, {"num_stages": 2})]
+    ("head_dim", "changes"),
+    [(64, {"block_tokens": 64}), (64, {"num_stages": 3}), (128, {"num_stages": 2}), (64, {"tile_cost": 0})],
 )
-def test_other_blocks_and_stages_give_the_definition(generator, head_dim, changes) -> None:
+def test_other_cuts_give_the_definition(generator, head_dim, changes) -> None:
     case = make(generator, 130, head_dim=head_dim)
     groups = [Group(0, 101, 1, 39), Group(101, 3, 0, 24), Group(105, 20, 2, 8)]
     check(case, make_work(case, 3, **changes), groups)
+
+
+@pytest.mark.parametrize("num_programs", range(1, 12))
+def test_shares_that_begin_and_end_in_what_else_a_tile_costs_give_the_definition(generator, num_programs) -> None:
+    case = make(generator, 130)
+    groups = [Group(0, 101, 1, 39), Group(101, 3, 0, 24), Group(105, 20, 2, 8)]
+    check(case, make_work(case, num_programs, tile_cost=5), groups)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (5, 1, 64), (14, 2, 64), (7, 1, 128)])
@@ -170,3 +178,10 @@ def test_more_groups_than_are_searched_at_once_give_the_definition(generator, mo
     monkeypatch.setattr(shared_hopper, "_SEARCHED_AT_ONCE", 128)
     case = make(generator, 140, heads=1)
     check(case, make_work(case, 4), [Group(row, 1, row % 3, 1 + row % 2) for row in range(140)])
+
+
+def test_a_program_that_begins_more_tiles_gets_fewer_blocks(generator) -> None:
+    case = make(generator, 1024, heads=32, kv_heads=8)  # 22 tiles of 192 pairs to a KV head
+    group = Group(0, 1024, 0, 40)  # 640 tokens: 5 blocks
+    assert lay(make_work(case, 132, tile_cost=0), [group])[1:3].tolist() == [22 * 8 * 5, 7]
+    assert lay(make_work(case, 132, tile_cost=1), [group])[1:3].tolist() == [22 * 8 * 6, 8]

@@ -2,8 +2,8 @@
 
 The work of all groups is cut into units of a block of keys for a tile of query heads, and each program takes an equal
 share of units, whatever tiles they are of: the host plans nothing but running sums. The two kernels, `shared_attention`
-for any GPU and `shared_hopper`, differ in how large a tile and a block are (`SharedCut`), and in nothing else that is
-seen from here.
+for any GPU and `shared_hopper`, differ in how large a tile and a block are, in what a tile costs beside (`SharedCut`),
+and in nothing else that is seen from here.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ class SharedCut:
     num_stages: int  # blocks of keys and values on their way or worked on
     residency: int  # programs that a processor's registers and shared memory hold at once
     max_registers: int | None = None  # of a thread, so that `residency` programs fit
-    tile_cost: int = 0  # units that a tile counts for beside its blocks: what its beginning and its end take
     num_warpgroups: int = 0
     """In the kernel for Hopper 3, of `num_warps` warps, which multiply a third of block_rows each; 0: the other one."""
+    tile_cost: int = 0
+    """Units that a tile counts for beside its blocks, in the kernel for Hopper alone: beginning and ending a tile takes
+    its time, so a program that has more of them gets fewer blocks."""
 
     @classmethod
     def of(cls, head_dim: int) -> SharedCut:
@@ -80,8 +82,8 @@ class SharedCut:
             num_stages=4,
             residency=1,
             max_registers=160,
-            tile_cost=1,
             num_warpgroups=3,
+            tile_cost=1,
         )
 
 

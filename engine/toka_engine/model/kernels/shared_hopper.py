@@ -63,8 +63,9 @@ def _bring_block(
 
 @gluon.jit
 def _bring(
-    cache, words_ptr, work, ring, TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr
-):
+    cache, words_ptr, work, ring,
+    TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
     """One warp: all blocks that the program's units need, in their order."""
     # What kernels of this step wrote is read behind this alone. All warps wait, also those of programs without work,
     # for whose end later kernels wait.
@@ -76,13 +77,13 @@ def _bring(
     BLOCK: gl.constexpr = keys.shape[1]
     num_kv_heads = gl.load(words_ptr + 4)
     count = 0
-    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
+    unit, kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
     while unit < find_end(words_ptr):
         num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
         end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
         table_at = find_pages(words_ptr, group, table_ptr, table_stride)
         last_column = num_tokens // PAGE_SIZE - 1
-        for block in range(gl.maximum(begin_block, 0), end_block):
+        for block in range(begin_block, end_block):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             _bring_block(
@@ -94,8 +95,8 @@ def _bring(
                 PAGE_SIZE, BOX,
             )  # fmt: skip
             count += 1
-        unit += end_block - begin_block
-        begin_block = gl.to_tensor(-TILE_COST)
+        unit += end_block - begin_block + TILE_COST
+        begin_block = gl.to_tensor(0)
         group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
@@ -191,7 +192,7 @@ def _finish(
     if first == last:
         _write(rows, where, q_buffer, top, total, sums, WHICH, TILE, SCORES, SUMS)
     else:
-        part = 2 * gl.program_id(0) + (begin_block <= 0).to(gl.int32)
+        part = 2 * gl.program_id(0) + (begin_block == 0).to(gl.int32)
         _store_part(parts, part, top, total, sums, WHICH, TILE, SCORES, SUMS)
         # As in shared_attention._finish: the barriers and one thread's addition put all stores of all programs that
         # arrived before in front of the last one's reads.
@@ -244,27 +245,26 @@ def _multiply(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_buffer.shape[1], 16])
     count = 0
-    kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
+    unit, kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
     while unit < find_end(words_ptr):
         num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
         end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
-        first_block = gl.maximum(begin_block, 0)
-        if (num_pairs > tile * TILE + WHICH * ROWS) & (first_block < end_block):
+        if num_pairs > tile * TILE + WHICH * ROWS:
             top, total, sums = _begin_rows(
-                rows, (group, kv_head, tile), begin_block <= 0, q_buffer, WHICH, TILE, SCORES, SUMS
+                rows, (group, kv_head, tile), begin_block == 0, q_buffer, WHICH, TILE, SCORES, SUMS
             )
             top, total, sums = attend(
-                q_buffer, ring, count, first_block, end_block, num_tokens, scale, top, total, sums, SCORES, SUMS
+                q_buffer, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums, SCORES, SUMS
             )
             _finish(
                 rows, (group, kv_head, tile), q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
                 WHICH, TILE, SCORES, SUMS,
             )  # fmt: skip
         else:
-            let_pass(ring, count, end_block - first_block)
-        count += gl.maximum(end_block - first_block, 0)
-        unit += end_block - begin_block
-        begin_block = gl.to_tensor(-TILE_COST)
+            let_pass(ring, count, end_block - begin_block)
+        count += end_block - begin_block
+        unit += end_block - begin_block + TILE_COST
+        begin_block = gl.to_tensor(0)
         group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 

@@ -47,7 +47,7 @@ def measure(words_ptr, group, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr):
 def find_tile(
     words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, TILE_COST: gl.constexpr
 ):
-    """Which KV head, tile and block of its group a unit is; a tile's first units are no blocks, which are below 0.
+    """The first unit from this one on that is a block, as a tile's first ones are not; its KV head, tile and block.
 
     If there is no group: no matter.
     """
@@ -56,7 +56,9 @@ def find_tile(
     num_tiles = gl.maximum((num_pairs + TILE - 1) // TILE, 1)
     group_end = gl.load(words_ptr + _HEADER + 5 * gl.load(words_ptr + 3) + group)
     within = unit - (group_end - num_units * num_tiles * gl.load(words_ptr + 4))
-    return within // num_units // num_tiles, within // num_units % num_tiles, within % num_units - TILE_COST
+    block = within % num_units - TILE_COST
+    kv_head, tile = within // num_units // num_tiles, within // num_units % num_tiles
+    return unit - gl.minimum(block, 0), kv_head, tile, gl.maximum(block, 0)
 
 
 @gluon.jit
