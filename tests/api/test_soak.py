@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from toka_engine.benchmarks.soak import judge
-from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
+from toka_engine.benchmarks.soak_check import Agreement, Difference, Labels, check_greedy
 from toka_engine.benchmarks.soak_traffic import Greedy
 
 from tests.api.conftest import client_of, running_engine
@@ -54,20 +54,28 @@ def test_an_answer_that_the_engine_would_not_give_is_seen(tiny: Path, tmp_path: 
 
         def check(tokens: tuple[str, ...], seconds: float = 60.0) -> Agreement:
             answers = [Greedy(tuple(prompt), tokens)]
-            return asyncio.run(check_greedy(engine.url, "m", answers, Labels(tiny), 1, seconds, 0))
+            return asyncio.run(check_greedy(engine.url, "m", answers, labels, 1, seconds, 0))
 
-        assert check(true).gaps == []
-        assert check(forged).gaps[0] > 0.1
+        labels = Labels(tiny)
+        assert check(true).differences == []
+        difference = check(forged).differences[0]
+        assert difference.gap > 0.1
+        assert (difference.token, len(difference.prompt)) == (" never", len(prompt) + 5)
+        assert true[5] in difference.top
         assert check(true).num_answers == 1
         assert check(true, seconds=0.0).num_answers == 0
+        labels.shared.add(true[2])  # what is in front of the forged token may be another token
+        found = check(forged)
+        assert (found.differences, found.num_tokens, found.num_unchecked) == ([], 12, 12)
+        assert check(true).num_unchecked == 0
 
 
 BROKEN = {
     "an answer": (["status 500"], {}, Agreement(10), {}, {}),
     "a page held": ([], {"toka_kv_pages_used": 3.0}, Agreement(10), {}, {}),
     "nothing to check": ([], {}, Agreement(0), {}, {}),
-    "no agreement": ([], {}, Agreement(100, gaps=[0.01, 0.01]), {}, {}),
-    "no near tie": ([], {}, Agreement(1000, gaps=[0.3]), {}, {}),
+    "no agreement": ([], {}, Agreement(100, differences=[Difference(0.01)] * 2), {}, {}),
+    "no near tie": ([], {}, Agreement(1000, differences=[Difference(0.3)]), {}, {}),
     "a process that grows": ([], {}, Agreement(10), {"server": 1.5}, {}),
     "a device that fills": ([], {}, Agreement(10), {}, {"ready": 70_000, "most": 70_065}),
 }
@@ -79,5 +87,5 @@ def test_each_broken_promise_is_named(name: str) -> None:
 
 
 def test_near_ties_and_small_growth_break_nothing() -> None:
-    agreement, device_mib = Agreement(1000, gaps=[0.2] * 10), {"ready": 70_000, "most": 70_064}
+    agreement, device_mib = Agreement(1000, differences=[Difference(0.2)] * 10), {"ready": 70_000, "most": 70_064}
     assert judge([], {}, agreement, {"server": 0.9}, device_mib, tie=0.25, max_growth=1.0, max_late_mib=64) == []

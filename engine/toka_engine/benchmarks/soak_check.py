@@ -2,6 +2,9 @@
 
 Each answer is asked for again. Where the two part, the token that the soak gave must have been nearly as likely as the
 other one; the rest is then asked for from there on (teacher forcing), so that one near tie is counted once.
+
+Tokens are known by their labels, which several may share (a part of a character has no other than U+FFFD). Behind such
+a label two answers may go on differently though all labels were equal, so where they part there, nobody knows why.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +26,30 @@ from toka_engine.server.tokenization import Tokenizer
 _NUM_TOP = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A token that the soak gave and the check did not."""
+
+    gap: float  # by how much it was less likely, in nats
+    prompt: tuple[int, ...] = ()  # with the answer's tokens in front of it
+    token: str = ""
+    top: dict[str, float] = field(default_factory=dict)  # log-probabilities of the likeliest ones
+
+
 @dataclass(slots=True)
 class Agreement:
-    """Over all answers. `gaps`: by how much each token that differs was less likely, in nats."""
+    """Over all answers."""
 
     num_tokens: int = 0
     num_unchecked: int = 0
-    """After a difference, where a label does not say which token it was."""
-    gaps: list[float] = field(default_factory=list)
+    """Of answers that part from the check's behind a label that does not say which token it was."""
+    differences: list[Difference] = field(default_factory=list)
     num_answers: int = 0
 
     @property
     def share(self) -> float:
         checked = self.num_tokens - self.num_unchecked
-        return 1.0 - len(self.gaps) / checked if checked else 1.0
+        return 1.0 - len(self.differences) / checked if checked else 1.0
 
 
 class Labels:
@@ -44,16 +57,18 @@ class Labels:
 
     def __init__(self, tokenizer_dir: Path) -> None:
         tokenizer = Tokenizer(tokenizer_dir)
-        self._ids: dict[str, int | None] = {}
+        self._ids: dict[str, int] = {}
+        self.shared: set[str] = set()
         for token in range(len(tokenizer.bytes_of)):
             label = tokenizer.label_of(token).decode("utf-8", "replace")
-            self._ids[label] = token if label not in self._ids else None
+            if self._ids.setdefault(label, token) != token:
+                self.shared.add(label)
 
-    def ids_of(self, labels: Iterable[str]) -> list[int] | None:
-        """None if one of them could be several tokens."""
-        found = [self._ids.get(label) for label in labels]
-        known = [token for token in found if token is not None]
-        return known if len(known) == len(found) else None
+    def ids_of(self, labels: Sequence[str]) -> list[int] | None:
+        """None if one of them could be several tokens, or is none."""
+        if any(label in self.shared or label not in self._ids for label in labels):
+            return None
+        return [self._ids[label] for label in labels]
 
 
 async def check_greedy(
@@ -78,9 +93,9 @@ async def _check_one(
 ) -> None:
     agreement.num_answers += 1
     agreement.num_tokens += len(answer.tokens)
-    given: list[int] | None = []
     done = 0
     while done < len(answer.tokens):
+        given = labels.ids_of(answer.tokens[:done])
         if given is None:
             agreement.num_unchecked += len(answer.tokens) - done
             return
@@ -89,11 +104,14 @@ async def _check_one(
         num_equal = next((at for at, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
         if num_equal is None:
             return
-        top = logprobs["top_logprobs"][num_equal]
-        done += num_equal
-        agreement.gaps.append(max(top.values()) - top.get(answer.tokens[done], -math.inf))
-        done += 1
-        given = labels.ids_of(answer.tokens[:done])
+        equal = labels.ids_of(answer.tokens[done : done + num_equal])
+        if equal is None:
+            agreement.num_unchecked += len(answer.tokens) - done
+            return
+        token, top = answer.tokens[done + num_equal], logprobs["top_logprobs"][num_equal]
+        gap = max(top.values()) - top.get(token, -math.inf)
+        agreement.differences.append(Difference(gap, (*answer.prompt, *given, *equal), token, top))
+        done += num_equal + 1
 
 
 async def _ask(session: aiohttp.ClientSession, model: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
