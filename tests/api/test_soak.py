@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from toka_engine.benchmarks.engine import running_engine as benchmarked_engine
 from toka_engine.benchmarks.soak import judge
 from toka_engine.benchmarks.soak_check import Agreement, Difference, Labels, check_greedy
 from toka_engine.benchmarks.soak_traffic import Greedy
@@ -68,6 +70,14 @@ def test_an_answer_that_the_engine_would_not_give_is_seen(tiny: Path, tmp_path: 
         found = check(forged)
         assert (found.differences, found.num_tokens, found.num_unchecked) == ([], 12, 12)
         assert check(true).num_unchecked == 0
+
+
+def test_no_other_server_is_taken_for_the_engine() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        engine = benchmarked_engine("model=any", f"port={port}")
+        with pytest.raises(SystemExit, match=f"port: {port} is in use"), engine:
+            pass
 
 
 BROKEN = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,14 @@ def measure_machine(settings: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def running_engine(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`toka` with these arguments, ended on exit."""
+    """`toka` with these arguments, which name its port; ended on exit.
+
+    Raises SystemExit if something listens there: it would be measured in the engine's place.
+    """
+    port = int(dict(argument.split("=", 1) for argument in arguments)["port"])
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise SystemExit(f"port: {port} is in use")
     engine = subprocess.Popen([sys.executable, "-m", "toka_engine", *arguments], stdout=sys.stderr)
     try:
         yield engine

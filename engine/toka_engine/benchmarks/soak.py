@@ -1,14 +1,14 @@
 """Minutes of random requests against one engine; ends with code 1 if a promise broke. Prints one JSON object.
 
-Usage: python -m toka_engine.benchmarks.soak [MODEL_DIR] [minutes=5] [clients=32] [seed=0] [tie=0.25] [growth=1.0]
+Usage: python -m toka_engine.benchmarks.soak [MODEL_DIR] [minutes=5] [clients=32] [seed=0] [tie=0.5] [growth=1.0]
            [late=64] [checkers=8] [check_minutes=10] [vocab=...] [port=10320] [key=value ...]
 Starts `toka` with MODEL_DIR (default: the built-in model) and the other keys; a small kv_cache_num_tokens forces
 preemptions. What must hold:
 - every request gets its answer, whole and with as many tokens as asked for, or a 429; no other status, no lost stream;
 - afterwards nothing runs, waits or holds a page, the engine is ready, and it ends with code 0;
 - the greedy answers, asked for again in peace, in an order by chance and for at most `check_minutes`, agree in 99 % of
-  their tokens, and each that differs was a near tie: at most `tie` nats less likely (bfloat16 rounds logits of 16 to 32
-  by up to 0.125); those that were none are reported (`far`);
+  their tokens, and each that differs was a near tie: at most `tie` nats less likely (in bfloat16 logits
+  depend on the batch: docs/performance.md has by how much); those that were none are reported (`far`);
 - no process grows by more than `growth` MiB a minute over the second half. On a CPU that takes a cache that is
   soon full: its pages take memory when they are first used;
 - on a GPU, which the soak must have for itself, no memory of the device is taken after ready, but for `late` MiB:
@@ -44,7 +44,7 @@ _DEFAULTS = {
     "checkers": "8",
     "check_minutes": "10",
     "seed": "0",
-    "tie": "0.25",
+    "tie": "0.5",
     "growth": "1.0",
     "late": "64",
 }
