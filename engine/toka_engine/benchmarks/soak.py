@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 
 from toka_engine.benchmarks.engine import read_metrics, read_model, running_engine, wait_idle, wait_until_ready
-from toka_engine.benchmarks.soak_check import Agreement, Labels, check_greedy
+from toka_engine.benchmarks.soak_check import Agreement, check_greedy
 from toka_engine.benchmarks.soak_traffic import Limits, Traffic
 
 _MIN_AGREEMENT = 0.99
@@ -153,7 +153,6 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
         base_url,
         model,
         traffic.greedy,
-        Labels(folder),
         int(options["checkers"]),
         60 * float(options["check_minutes"]),
         int(options["seed"]),
@@ -173,7 +172,6 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
             "answers": len(traffic.greedy),
             "checked": agreement.num_answers,
             "tokens": agreement.num_tokens,
-            "unchecked": agreement.num_unchecked,
             "agreement": round(agreement.share, 6),
             "gaps": [round(each.gap, 4) for each in differences[-5:]],
             "far": [asdict(each) for each in differences if each.gap > float(options["tie"])][-_NUM_REPORTED:],

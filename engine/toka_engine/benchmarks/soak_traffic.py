@@ -37,10 +37,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """What one greedy request gave: the labels of its tokens, as logprobs name them."""
+    """What one greedy request gave."""
 
     prompt: tuple[int, ...]
-    tokens: tuple[str, ...]
+    tokens: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class Traffic:
     def _make_sampling(self) -> dict[str, Any]:
         source = self.source
         if source.random() < 0.3:
-            return {"temperature": 0, "logprobs": 0}
+            return {"temperature": 0, "logprobs": 0, "return_tokens_as_token_ids": True}
         fields: dict[str, Any] = {"temperature": source.choice([0.3, 1.0, 1.7])}
         for name, value in (
             ("seed", source.getrandbits(40)),
@@ -156,7 +156,7 @@ class Traffic:
             self._break(f"{len(answer['choices'])} choices of {body['n']}, or one that did not end by its length")
         if body["temperature"] == 0:
             for choice in answer["choices"]:
-                tokens = tuple(choice["logprobs"]["tokens"])
+                tokens = tuple(read_token_ids(choice["logprobs"]["tokens"]))
                 if len(tokens) != body["max_tokens"]:
                     self._break(f"{len(tokens)} logprobs of {body['max_tokens']} tokens")
                 self.greedy.add(Greedy(tuple(body["prompt"]), tokens))
@@ -165,6 +165,11 @@ class Traffic:
         self.counts["broken"] += 1
         if len(self.broken) < _KEPT_BROKEN:
             self.broken.append(what)
+
+
+def read_token_ids(names: list[str]) -> list[int]:
+    """Of tokens as `return_tokens_as_token_ids` names them."""
+    return [int(name.removeprefix("token_id:")) for name in names]
 
 
 async def _read_events(response: aiohttp.ClientResponse) -> dict[str, Any]:

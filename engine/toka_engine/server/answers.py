@@ -71,6 +71,7 @@ class _Format:
         has_logprobs: bool,
         num_top: int,
         includes_usage: bool,
+        names_token_ids: bool,
     ) -> None:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
@@ -78,6 +79,7 @@ class _Format:
         self._label_of = label_of
         self._has_logprobs = has_logprobs
         self._num_top = num_top
+        self._names_token_ids = names_token_ids
         head = _encode(
             {
                 "id": self.id,
@@ -93,7 +95,9 @@ class _Format:
     def usage(self, usage: Usage) -> bytes:
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _text_of(self, token: int) -> str:
+    def _name(self, token: int) -> str:
+        if self._names_token_ids:
+            return f"token_id:{token}"
         return self._label_of(token).decode("utf-8", "replace")
 
 
@@ -134,7 +138,7 @@ class CompletionFormat(_Format):
         if not self._has_logprobs:
             return None
         return CompletionLogprobs(
-            tokens=[self._text_of(token.token) for token in shown],
+            tokens=[self._name(token.token) for token in shown],
             token_logprobs=[None if math.isnan(token.logprob) else _plain(token.logprob) for token in shown],
             top_logprobs=[self._tops(token) for token in shown] if self._num_top else None,
             text_offset=[token.begin for token in shown],
@@ -143,7 +147,7 @@ class CompletionFormat(_Format):
     def _tops(self, shown: ShownToken) -> dict[str, float]:
         found: dict[str, float] = {}
         for token, logprob in shown.top:
-            found.setdefault(self._text_of(token), _plain(logprob))
+            found.setdefault(self._name(token), _plain(logprob))
         return found
 
 
@@ -197,7 +201,7 @@ class ChatFormat(_Format):
         return ChatTokenLogprob(*self._entry(shown.token, shown.logprob), tops)
 
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
-        return self._text_of(token), _plain(logprob), list(self._label_of(token))
+        return self._name(token), _plain(logprob), list(self._label_of(token))
 
 
 def _plain(logprob: float) -> float:

@@ -171,6 +171,7 @@ class App:
             has_logprobs=asked.sampling.num_logprobs >= 0,
             num_top=asked.sampling.num_logprobs,
             includes_usage=asked.includes_usage,
+            names_token_ids=asked.names_token_ids,
         )
         job = Job(
             prompts,
@@ -198,6 +199,7 @@ class App:
             has_logprobs=asked.sampling.num_logprobs >= 0,
             num_top=asked.sampling.num_logprobs,
             includes_usage=asked.includes_usage,
+            names_token_ids=asked.names_token_ids,
         )
         job = Job(prompts, spec, form, _renderer_factory(engine, asked), asked.is_streamed, asked.includes_usage)
         await run_job(job, exchange, self._streams, self.metrics)

@@ -82,6 +82,8 @@ class Asked(msgspec.Struct, frozen=True):
     ignores_eos: bool
     is_streamed: bool
     includes_usage: bool
+    names_token_ids: bool
+    """Logprobs name tokens by their ids."""
 
 
 class Limits:
@@ -130,6 +132,8 @@ class Limits:
             raise invalid("stream_options", "'stream_options' needs 'stream' to be true.")
         if options is not None and options.include_obfuscation:
             raise _unsupported("stream_options.include_obfuscation")
+        if request.return_tokens_as_token_ids and num_top < 0:
+            raise invalid("return_tokens_as_token_ids", "'return_tokens_as_token_ids' needs 'logprobs'.")
         return Asked(
             num_choices=_int_in(request.n, "n", 1, self._config.max_choices_per_request, 1),
             max_tokens=None if max_tokens is None else _int_in(max_tokens, name, 1, self.max_request_tokens, 1),
@@ -139,6 +143,7 @@ class Limits:
             ignores_eos=bool(request.ignore_eos),
             is_streamed=bool(request.stream),
             includes_usage=bool(options and options.include_usage),
+            names_token_ids=bool(request.return_tokens_as_token_ids),
         )
 
     def _check_model(self, name: str) -> None:

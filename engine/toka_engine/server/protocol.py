@@ -47,6 +47,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True,
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
+    return_tokens_as_token_ids: bool | None = None
     logit_bias: msgspec.Raw = msgspec.Raw(b"null")
     """Not decoded: it may be large, and it is refused unless it is empty."""
 

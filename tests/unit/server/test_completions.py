@@ -206,6 +206,14 @@ def test_logprobs_come_with_tokens_offsets_and_tops(
     assert logprobs.token_logprobs == [-0.5, None, -9999.0]
     assert logprobs.text_offset == [0, 3, 11]
     assert logprobs.top_logprobs == [{"The": -0.5, "<|im_end|>": -1.5}, {}, {" of": -0.25}]
+    named = {"return_tokens_as_token_ids": True}
+    answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=3, logprobs=2, extra_body=named)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    names = [f"token_id:{token}" for token in ids]
+    assert logprobs.tokens == names
+    assert logprobs.top_logprobs == [{names[0]: -0.5, "token_id:2": -1.5}, {}, {names[2]: -0.25}]
+    assert (answer.choices[0].text, logprobs.text_offset) == ("The capital of", [0, 3, 11])
 
 
 def test_logprobs_are_cut_with_the_text_at_a_stop_string(server: RunningServer, sentence_ids: list[int]) -> None:

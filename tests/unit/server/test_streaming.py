@@ -125,7 +125,10 @@ def test_text_held_for_a_stop_string_comes_when_it_does_not(client: openai.OpenA
     assert "".join(chunk.choices[0].text for chunk in chunks) == SENTENCE
 
 
-def test_streamed_chat_logprobs_cover_every_token_once(server: RunningServer, sentence_ids: list[int]) -> None:
+@pytest.mark.parametrize("names_ids", [False, True])
+def test_streamed_chat_logprobs_cover_every_token_once(
+    server: RunningServer, sentence_ids: list[int], names_ids: bool
+) -> None:
     import numpy as np
     from toka_engine.messages import Deltas
 
@@ -147,13 +150,16 @@ def test_streamed_chat_logprobs_cover_every_token_once(server: RunningServer, se
     server.manager.on_submit = with_logprobs
     content: list[dict[str, Any]] = []
     text = ""
-    for event in _events(server, "/v1/chat/completions", chat_body(logprobs=True, top_logprobs=1))[:-1]:
+    body = chat_body(logprobs=True, top_logprobs=1, return_tokens_as_token_ids=names_ids)
+    for event in _events(server, "/v1/chat/completions", body)[:-1]:
         choice = json.loads(event)["choices"][0]
         text += choice["delta"].get("content", "")
         content += (choice["logprobs"] or {}).get("content", [])
     assert text == SENTENCE
     assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == SENTENCE
     assert all(entry["logprob"] == -0.5 and len(entry["top_logprobs"]) == 1 for entry in content)
+    if names_ids:
+        assert [entry["token"] for entry in content] == [f"token_id:{token}" for token in sentence_ids]
 
 
 def test_an_error_inside_a_stream_is_its_last_event(server: RunningServer, sentence_ids: list[int]) -> None:
