@@ -180,6 +180,11 @@ def test_more_groups_than_are_searched_at_once_give_the_definition(generator, mo
     check(case, make_work(case, 4), [Group(row, 1, row % 3, 1 + row % 2) for row in range(140)])
 
 
+def test_only_this_kernel_counts_what_else_a_tile_costs(generator) -> None:
+    with pytest.raises(ValueError, match="tile_cost: 1, but"):
+        make_work(make(generator, 2), 1, num_warpgroups=0)
+
+
 def test_a_program_that_begins_more_tiles_gets_fewer_blocks(generator) -> None:
     case = make(generator, 1024, heads=32, kv_heads=8)  # 22 tiles of 192 pairs to a KV head
     group = Group(0, 1024, 0, 40)  # 640 tokens: 5 blocks

@@ -47,6 +47,10 @@ class SharedCut:
     """Units that a tile counts for beside its blocks, in the kernel for Hopper alone: beginning and ending a tile takes
     its time, so a program that has more of them gets fewer blocks."""
 
+    def __post_init__(self) -> None:
+        if self.tile_cost and not self.num_warpgroups:
+            raise ValueError(f"tile_cost: {self.tile_cost}, but the kernel for any GPU counts blocks alone")
+
     @classmethod
     def of(cls, head_dim: int) -> SharedCut:
         """For heads of 64 and 128 the best of those that tests/gpu/bench_shared_attention.py timed on an H100.
