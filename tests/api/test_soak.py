@@ -68,6 +68,8 @@ def test_an_answer_that_the_engine_would_not_give_is_seen(tiny: Path, tmp_path: 
         assert difference.gap > 0.1
         assert (difference.prompt, difference.token) == ((*prompt, *true[:5]), 2000)
         assert true[5] in difference.top
+        report = json.loads(json.dumps(difference.describe(), allow_nan=False))
+        assert report["prompt"] == " ".join(map(str, difference.prompt))
         assert check(true).num_answers == 1
         assert check(true, seconds=0.0).num_answers == 0
 
@@ -80,12 +82,16 @@ def test_no_other_server_is_taken_for_the_engine() -> None:
             pass
 
 
+def differing(gap: float) -> Difference:
+    return Difference(gap, prompt=(1,), token=2, top={3: -0.5})
+
+
 BROKEN = {
     "an answer": (["status 500"], {}, Agreement(10), {}, {}),
     "a page held": ([], {"toka_kv_pages_used": 3.0}, Agreement(10), {}, {}),
     "nothing to check": ([], {}, Agreement(0), {}, {}),
-    "no agreement": ([], {}, Agreement(100, differences=[Difference(0.01)] * 2), {}, {}),
-    "no near tie": ([], {}, Agreement(1000, differences=[Difference(0.3)]), {}, {}),
+    "no agreement": ([], {}, Agreement(100, differences=[differing(0.01)] * 2), {}, {}),
+    "no near tie": ([], {}, Agreement(1000, differences=[differing(0.3)]), {}, {}),
     "a process that grows": ([], {}, Agreement(10), {"server": 1.5}, {}),
     "a device that fills": ([], {}, Agreement(10), {}, {"ready": 70_000, "most": 70_065}),
 }
@@ -97,5 +103,5 @@ def test_each_broken_promise_is_named(name: str) -> None:
 
 
 def test_near_ties_and_small_growth_break_nothing() -> None:
-    agreement, device_mib = Agreement(1000, differences=[Difference(0.2)] * 10), {"ready": 70_000, "most": 70_064}
+    agreement, device_mib = Agreement(1000, differences=[differing(0.2)] * 10), {"ready": 70_000, "most": 70_064}
     assert judge([], {}, agreement, {"server": 0.9}, device_mib, tie=0.25, max_growth=1.0, max_late_mib=64) == []

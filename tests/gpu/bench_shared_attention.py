@@ -1,4 +1,4 @@
-"""Times attention over tokens that decode rows share, by cuts of our kernel, from which SharedCut.of is chosen.
+"""Times attention over tokens that decode rows share, by cuts of our kernel, from which those of SharedCut are chosen.
 
 Prints microseconds a layer, the FLOPs of both products per second, and the greatest difference from the first cut's
 result, of CUDA graphs of 16 layers with a cache each.
@@ -36,7 +36,7 @@ SIZES: dict[int, list[Size]] = {
         (512, 2048, 4),
         (2048, 1024, 128),
     ],
-    128: [(1024, 4096, 1), (4096, 768, 16), (2048, 1024, 128)],
+    128: [(1024, 1024, 1), (1024, 4096, 1), (1024, 16384, 1), (4096, 768, 16), (2048, 1024, 128)],
 }
 CUTS = {
     64: [

@@ -8,7 +8,8 @@ preemptions. What must hold:
 - afterwards nothing runs, waits or holds a page, the engine is ready, and it ends with code 0;
 - the greedy answers, asked for again in peace, in an order by chance and for at most `check_minutes`, agree in 99 % of
   their tokens, and each that differs was a near tie: at most `tie` nats less likely (in bfloat16 logits
-  depend on the batch: docs/performance.md has by how much); those that were none are reported (`far`);
+  depend on the batch: docs/performance.md has by how much); up to 20 that were none are reported (`far`; a gap of null:
+  none of the five likeliest);
 - no process grows by more than `growth` MiB a minute over the second half. On a CPU that takes a cache that is
   soon full: its pages take memory when they are first used;
 - on a GPU, which the soak must have for itself, no memory of the device is taken after ready, but for `late` MiB:
@@ -25,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,7 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
     held |= await wait_idle(base_url)
     growth = memory.growth()
     differences = sorted(agreement.differences, key=lambda each: each.gap)
+    reported = [each.describe() for each in differences[-_NUM_REPORTED:]]
     return {
         "ready_s": round(ready_s, 2),
         "limits": {"request_tokens": limits.max_request_tokens, "streams": limits.max_streams},
@@ -173,8 +174,8 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
             "checked": agreement.num_answers,
             "tokens": agreement.num_tokens,
             "agreement": round(agreement.share, 6),
-            "gaps": [round(each.gap, 4) for each in differences[-5:]],
-            "far": [asdict(each) for each in differences if each.gap > float(options["tie"])][-_NUM_REPORTED:],
+            "gaps": [each["gap"] for each in reported[-5:]],
+            "far": [each for each in reported if each["gap"] is None or each["gap"] > float(options["tie"])],
             "check_s": round(time.monotonic() - began, 1),
         },
         "memory_mib": memory.last(),

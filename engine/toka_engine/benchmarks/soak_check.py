@@ -25,10 +25,15 @@ _NUM_TOP = 5
 class Difference:
     """A token that the soak gave and the check did not."""
 
-    gap: float  # by how much it was less likely, in nats
-    prompt: tuple[int, ...] = ()  # with the answer's tokens in front of it
-    token: int = -1
-    top: dict[int, float] = field(default_factory=dict)  # log-probabilities of the likeliest ones
+    gap: float  # by how much it was less likely, in nats; infinite if it was none of the likeliest
+    prompt: tuple[int, ...]  # with the answer's tokens in front of it
+    token: int
+    top: dict[int, float]  # log-probabilities of the likeliest ones
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON, which has no infinite numbers, and in which a list of ids would take a line for each."""
+        gap = round(self.gap, 4) if math.isfinite(self.gap) else None
+        return {"gap": gap, "prompt": " ".join(map(str, self.prompt)), "token": self.token, "top": self.top}
 
 
 @dataclass(slots=True)

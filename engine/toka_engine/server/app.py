@@ -165,14 +165,7 @@ class App:
         encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
         prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
         spec = engine.limits.plan(asked, prompts, "prompt", DEFAULT_COMPLETION_TOKENS)
-        form = CompletionFormat(
-            request.model,
-            engine.tokenizer.label_of,
-            has_logprobs=asked.sampling.num_logprobs >= 0,
-            num_top=asked.sampling.num_logprobs,
-            includes_usage=asked.includes_usage,
-            names_token_ids=asked.names_token_ids,
-        )
+        form = _make_format(CompletionFormat, request.model, engine, asked)
         job = Job(
             prompts,
             spec,
@@ -193,14 +186,7 @@ class App:
         encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
         prompts = [await encoder.encode_chat(request.messages, engine.template)]
         spec = engine.limits.plan(asked, prompts, "messages")
-        form = ChatFormat(
-            request.model,
-            engine.tokenizer.label_of,
-            has_logprobs=asked.sampling.num_logprobs >= 0,
-            num_top=asked.sampling.num_logprobs,
-            includes_usage=asked.includes_usage,
-            names_token_ids=asked.names_token_ids,
-        )
+        form = _make_format(ChatFormat, request.model, engine, asked)
         job = Job(prompts, spec, form, _renderer_factory(engine, asked), asked.is_streamed, asked.includes_usage)
         await run_job(job, exchange, self._streams, self.metrics)
 
@@ -215,6 +201,19 @@ def _log_defect(exchange: Exchange, error: Exception) -> None:
     """Log where `error` comes from, without its message: that may quote the request."""
     frames = "".join(traceback.format_tb(error.__traceback__, -_LOGGED_FRAMES))
     logger.error("request failed path=%r error=%s\n%s", exchange.path[:200], type(error).__name__, frames.rstrip())
+
+
+def _make_format(
+    kind: type[CompletionFormat] | type[ChatFormat], model: str, engine: Engine, asked: Asked
+) -> CompletionFormat | ChatFormat:
+    return kind(
+        model,
+        engine.tokenizer.label_of,
+        has_logprobs=asked.sampling.num_logprobs >= 0,
+        num_top=asked.sampling.num_logprobs,
+        includes_usage=asked.includes_usage,
+        names_token_ids=asked.names_token_ids,
+    )
 
 
 def _renderer_factory(engine: Engine, asked: Asked) -> Callable[[], Renderer]:

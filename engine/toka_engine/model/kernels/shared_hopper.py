@@ -312,7 +312,7 @@ def _hopper_kernel(
             (_bring, (cache, words_ptr, work, ring, TILE, TILE_COST, PAGE_SIZE, BOX)),
         ],
         [4, 4, 1],
-        [REGISTERS, REGISTERS, 32],
+        [REGISTERS, REGISTERS, 32],  # with three times 160 all that a processor has
     )
 
 
