@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed, WaitTimeout
 from tests.cluster.harness.paths import REPOSITORY, run_root
 from tests.cluster.harness.processes import RunFolder, start_time_of, sweep
+from tests.cluster.harness.tools import unmount_below
 from tests.cluster.harness.trees import Network, add_bridge, run_checked
 
 
@@ -144,3 +146,18 @@ def test_a_pod_keeps_its_gateway_while_others_come_and_go() -> None:
         assert reaches_gateway()
     finally:
         run.stop()
+
+
+def test_what_is_mounted_in_a_cache_is_unmounted_and_nothing_else(tmp_path: Path) -> None:
+    cache, beside = tmp_path / "a cache", tmp_path / "a cache of others"
+    inner = cache / "storage" / "merged"
+    for folder in (inner, beside):
+        folder.mkdir(parents=True)
+    for place in (cache / "storage", inner, beside):
+        subprocess.run(["mount", "--bind", place, place], check=True)
+    try:
+        unmount_below(cache)
+        found = [subprocess.run(["mountpoint", "-q", place]).returncode == 0 for place in (inner, inner.parent, beside)]
+        assert found == [False, False, True]
+    finally:
+        subprocess.run(["umount", beside], check=True)

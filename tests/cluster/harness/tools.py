@@ -193,7 +193,16 @@ def purge() -> None:
     running = [folder.name for folder in run_root().glob("*") if RunFolder(folder.name).recorded()]
     if running:
         raise HarnessError(f"these clusters still run, end them first: {', '.join(sorted(running))}")
+    unmount_below(cluster_cache())
     shutil.rmtree(cluster_cache(), ignore_errors=False)
+
+
+def unmount_below(folder: Path) -> None:
+    """End all mounts in it, the newest first: of image builds some stay, and what is mounted on cannot be removed."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    for place in reversed([Path(line.split(" ")[1].replace("\\040", " ")) for line in lines]):
+        if place.is_relative_to(folder):
+            subprocess.run(["umount", place], check=True)
 
 
 def _go_package_folder() -> Path:
