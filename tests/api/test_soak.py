@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from toka_engine.benchmarks.engine import running_engine as benchmarked_engine
-from toka_engine.benchmarks.soak import judge
+from toka_engine.benchmarks.soak import judge, judge_far
 from toka_engine.benchmarks.soak_check import Agreement, Difference, check_greedy
+from toka_engine.benchmarks.soak_reference import ask_reference
 from toka_engine.benchmarks.soak_traffic import Greedy, read_token_ids
+from toka_engine.command_line import parse_config
 
 from tests.api.conftest import client_of, running_engine
 from tests.engine_process import ROOT, hold_port
@@ -91,7 +94,6 @@ BROKEN = {
     "a page held": ([], {"toka_kv_pages_used": 3.0}, Agreement(10), {}, {}),
     "nothing to check": ([], {}, Agreement(0), {}, {}),
     "no agreement": ([], {}, Agreement(100, differences=[differing(0.01)] * 2), {}, {}),
-    "no near tie": ([], {}, Agreement(1000, differences=[differing(0.3)]), {}, {}),
     "a process that grows": ([], {}, Agreement(10), {"server": 1.5}, {}),
     "a device that fills": ([], {}, Agreement(10), {}, {"ready": 70_000, "most": 70_065}),
 }
@@ -99,9 +101,47 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_broken_promise_is_named(name: str) -> None:
-    assert len(judge(*BROKEN[name], tie=0.25, max_growth=1.0, max_late_mib=64)) == 1
+    assert len(judge(*BROKEN[name], max_growth=1.0, max_late_mib=64)) == 1
 
 
-def test_near_ties_and_small_growth_break_nothing() -> None:
+def test_few_differences_and_small_growth_break_nothing() -> None:
     agreement, device_mib = Agreement(1000, differences=[differing(0.2)] * 10), {"ready": 70_000, "most": 70_064}
-    assert judge([], {}, agreement, {"server": 0.9}, device_mib, tie=0.25, max_growth=1.0, max_late_mib=64) == []
+    assert judge([], {}, agreement, {"server": 0.9}, device_mib, max_growth=1.0, max_late_mib=64) == []
+
+
+def test_only_differences_beyond_the_tie_go_to_the_reference_the_farthest_last() -> None:
+    agreement = Agreement(1000, differences=[differing(gap) for gap in (math.inf, 0.2, 0.6, 0.5)])
+    assert [each.gap for each in agreement.far(0.5)] == [0.6, math.inf]
+    assert judge_far(Path("nothing is read"), [], agreement.far(math.inf)) == ([], [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_tells_near_ties_from_others(tiny: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompts = [tuple(range(300, 300 + length)) for length in (3, 40)]
+    exact = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = [exact(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+    best, worst = [[int(pick(row)) for row in logits] for pick in (torch.argmax, torch.argmin)]
+    far = [Difference(math.inf, prompts[0], best[0], {}), Difference(0.7, prompts[1], worst[1], {3: -0.5})]
+    arguments = [f"model={tiny}", f"dtype={dtype}", "device=cpu"]
+
+    verdicts = ask_reference(tiny, parse_config(arguments), far)
+    assert [verdict.is_near_tie for verdict in verdicts] == [True, False]
+    assert verdicts[0].gap == 0.0
+    assert verdicts[1].gap == pytest.approx(float(logits[1].max() - logits[1].min()), rel=1e-4)
+    assert all((verdict.noise > 0) == (dtype == "bfloat16") for verdict in verdicts)
+
+    described, broken = judge_far(tiny, arguments, far[::-1])
+    assert [each["token"] for each in described] == [best[0], worst[1]]
+    assert described[1]["reference"]["gap"] == verdicts[1].gap
+    assert broken == [f"1 greedy tokens were no near ties, the farthest by {verdicts[1].gap:.3f} nats"]
+    assert judge_far(tiny, arguments, far[:1])[1] == []
+
+
+def test_a_model_that_transformers_cannot_load_loses_nothing_else(tmp_path: Path) -> None:
+    described, broken = judge_far(tmp_path, [f"model={tmp_path}", "device=cpu"], [differing(0.7)])
+    assert described == [differing(0.7).describe()]
+    assert broken[0].startswith("transformers cannot judge 1 greedy tokens: ")

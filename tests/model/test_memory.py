@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from toka_engine.config import EngineConfig
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
-from toka_engine.model.sizes import choose_dtype
+from toka_engine.model.model_config import read_model_config
+from toka_engine.model.sizes import choose_dtype, choose_sizes
 
 GIB = 1 << 30
 
@@ -115,3 +117,13 @@ print(int(resident_mib() - before))
 def test_products_of_ever_new_sizes_do_not_pile_up_in_onednns_caches() -> None:
     done = subprocess.run([sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100
+
+
+@pytest.mark.parametrize(("longest", "num_pages"), [(None, 32), (100, 7), (100_000, 32)])
+def test_tables_of_pages_are_as_long_as_the_longest_request(
+    make_tiny: Callable[..., tuple[Any, Path]], longest: int | None, num_pages: int
+) -> None:
+    _, folder = make_tiny(max_position_embeddings=512)
+    config = EngineConfig(max_num_tokens_per_request=longest, kv_cache_num_tokens=4096)
+    sizes = choose_sizes(config, read_model_config(folder), torch.device("cpu"), kv_bytes_per_token=64)
+    assert sizes.max_pages_per_seq == num_pages

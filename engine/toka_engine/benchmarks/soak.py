@@ -7,9 +7,9 @@ preemptions. What must hold:
 - every request gets its answer, whole and with as many tokens as asked for, or a 429; no other status, no lost stream;
 - afterwards nothing runs, waits or holds a page, the engine is ready, and it ends with code 0;
 - the greedy answers, asked for again in peace, in an order by chance and for at most `check_minutes`, agree in 99 % of
-  their tokens, and each that differs was a near tie: at most `tie` nats less likely (in bfloat16 logits
-  depend on the batch: docs/performance.md has by how much); up to 20 that were none are reported (`far`; a gap of null:
-  none of the five likeliest);
+  their tokens, and each that differs was a near tie: at most `tie` nats less likely in peace, or else a near tie of the
+  reference's, transformers (`soak_reference`: in bfloat16 logits depend on the batch); the 20 worst of the latter are
+  reported (`far`; a gap of null: in peace none of the five likeliest);
 - no process grows by more than `growth` MiB a minute over the second half. On a CPU that takes a cache that is
   soon full: its pages take memory when they are first used;
 - on a GPU, which the soak must have for itself, no memory of the device is taken after ready, but for `late` MiB:
@@ -26,18 +26,25 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from toka_engine.benchmarks.engine import read_metrics, read_model, running_engine, wait_idle, wait_until_ready
-from toka_engine.benchmarks.soak_check import Agreement, check_greedy
+from toka_engine.benchmarks.soak_check import Agreement, Difference, check_greedy
+from toka_engine.benchmarks.soak_reference import ask_reference
 from toka_engine.benchmarks.soak_traffic import Limits, Traffic
+from toka_engine.command_line import parse_config
 
 _MIN_AGREEMENT = 0.99
 _MEMORY_PERIOD_S = 1.0
 _NUM_REPORTED = 20
+_NUM_GAPS = 5
+_NUM_SIZES = 9
+"""Of each process that are reported, from its first to its last."""
 _DEFAULTS = {
     "minutes": "5",
     "clients": "32",
@@ -93,8 +100,11 @@ class MemoryWatch:
         """MiB of the GPU at the start and at most; empty without one."""
         return {"ready": self._device_mib[0], "most": max(self._device_mib)} if self._device_mib else {}
 
-    def last(self) -> dict[str, int]:
-        return {name: round(sizes[-1]) for name, sizes in self._sizes.items()}
+    def course(self) -> dict[str, list[float]]:
+        """MiB at times that lie equally far apart."""
+        last = len(self._times) - 1
+        chosen = [last * at // (_NUM_SIZES - 1) for at in range(_NUM_SIZES)]
+        return {name: [round(sizes[at], 1) for at in chosen] for name, sizes in self._sizes.items()}
 
 
 def _slope(times: list[float], values: list[float]) -> float:
@@ -111,11 +121,10 @@ def judge(
     agreement: Agreement,
     growth: dict[str, float],
     device_mib: dict[str, int],
-    tie: float,
     max_growth: float,
     max_late_mib: int,
 ) -> list[str]:
-    """The promises that broke, a sentence each."""
+    """The promises that broke, a sentence each, but for what `judge_far` finds."""
     broken = list(traffic_broken)
     if held:
         broken.append(f"still held: {held}")
@@ -123,17 +132,38 @@ def judge(
         broken.append("no greedy answer came to be checked")
     if agreement.share < _MIN_AGREEMENT:
         broken.append(f"{agreement.share:.2%} of the greedy tokens agree, not {_MIN_AGREEMENT:.0%}")
-    far = [each.gap for each in agreement.differences if each.gap > tie]
-    if far:
-        broken.append(f"{len(far)} greedy tokens differ by more than {tie} nats, the worst by {max(far):.3f}")
     broken += [f"{name} grows by {rate} MiB a minute" for name, rate in growth.items() if rate > max_growth]
     if device_mib and device_mib["most"] > device_mib["ready"] + max_late_mib:
         broken.append(f"the device held {device_mib['ready']} MiB when the engine was ready, then {device_mib['most']}")
     return broken
 
 
-async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, options: dict[str, str]) -> dict[str, Any]:
-    """Traffic, then peace, then the check; returns the report, with `broken` empty if every promise held."""
+def judge_far(
+    folder: Path, arguments: Sequence[str], far: Sequence[Difference]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the reference says of differences that were no near ties in peace: their descriptions, the worst last, and
+    the promises that broke.
+
+    The engine, whose settings `arguments` are, must have ended.
+    """
+    if not far:
+        return [], []
+    try:
+        verdicts = ask_reference(folder, parse_config(arguments), far)
+    except (OSError, ValueError) as error:  # nothing else of the report is lost
+        return [each.describe() for each in far], [f"transformers cannot judge {len(far)} greedy tokens: {error}"]
+    judged = sorted(zip(far, verdicts, strict=True), key=lambda pair: (not pair[1].is_near_tie, pair[1].gap))
+    described = [each.describe() | {"reference": asdict(verdict)} for each, verdict in judged]
+    missed = [verdict for _, verdict in judged if not verdict.is_near_tie]
+    if not missed:
+        return described, []
+    return described, [f"{len(missed)} greedy tokens were no near ties, the farthest by {missed[-1].gap:.3f} nats"]
+
+
+async def soak(
+    base_url: str, engine: subprocess.Popen[bytes], folder: Path, options: dict[str, str]
+) -> tuple[dict[str, Any], Agreement]:
+    """Traffic, then peace, then the check; returns the report with the promises that `judge` found broken."""
     ready_s = await wait_until_ready(base_url, engine)
     model = await read_model(base_url)
     sizes = await read_metrics(base_url)
@@ -159,9 +189,7 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
     )
     held |= await wait_idle(base_url)
     growth = memory.growth()
-    differences = sorted(agreement.differences, key=lambda each: each.gap)
-    reported = [each.describe() for each in differences[-_NUM_REPORTED:]]
-    return {
+    report = {
         "ready_s": round(ready_s, 2),
         "limits": {"request_tokens": limits.max_request_tokens, "streams": limits.max_streams},
         "requests": dict(traffic.counts),
@@ -174,11 +202,10 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
             "checked": agreement.num_answers,
             "tokens": agreement.num_tokens,
             "agreement": round(agreement.share, 6),
-            "gaps": [each["gap"] for each in reported[-5:]],
-            "far": [each for each in reported if each["gap"] is None or each["gap"] > float(options["tie"])],
+            "gaps": [each.describe()["gap"] for each in agreement.far(0.0)[-_NUM_GAPS:]],
             "check_s": round(time.monotonic() - began, 1),
         },
-        "memory_mib": memory.last(),
+        "memory_mib": memory.course(),
         "growth_mib_per_minute": growth,
         "device_mib": memory.device(),
         "broken": judge(
@@ -187,11 +214,11 @@ async def soak(base_url: str, engine: subprocess.Popen[bytes], folder: Path, opt
             agreement,
             growth,
             memory.device(),
-            float(options["tie"]),
             float(options["growth"]),
             int(options["late"]),
         ),
     }
+    return report, agreement
 
 
 def main() -> int:
@@ -204,7 +231,10 @@ def main() -> int:
     folder = Path(words[0]) if words else _builtin_folder()
     arguments = [f"model={folder}", *(f"{key}={value}" for key, value in settings.items())]
     with running_engine(*arguments) as engine:
-        report = asyncio.run(soak(f"http://127.0.0.1:{settings['port']}", engine, folder, options))
+        report, agreement = asyncio.run(soak(f"http://127.0.0.1:{settings['port']}", engine, folder, options))
+    far, broken = judge_far(folder, arguments, agreement.far(float(options["tie"])))
+    report["greedy"] |= {"num_far": len(far), "far": far[-_NUM_REPORTED:]}
+    report["broken"] += broken
     report["exit_code"] = engine.returncode
     if engine.returncode:
         report["broken"].append(f"the engine ended with code {engine.returncode}")

@@ -48,6 +48,10 @@ class Agreement:
     def share(self) -> float:
         return 1.0 - len(self.differences) / self.num_tokens if self.num_tokens else 1.0
 
+    def far(self, tie: float) -> list[Difference]:
+        """Differences of more than `tie` nats, the farthest last."""
+        return sorted((each for each in self.differences if each.gap > tie), key=lambda each: each.gap)
+
 
 async def check_greedy(
     base_url: str, model: str, answers: Iterable[Greedy], num_clients: int, seconds: float, seed: int

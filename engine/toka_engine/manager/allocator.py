@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from toka_engine.manager.arrays import distinct
+from toka_engine.manager.arrays import distinct, resident_zeros
 from toka_engine.messages import Int32s
 
 _ONE = np.int32(1)
@@ -21,8 +21,8 @@ class Allocator:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self.refs = np.zeros(num_pages, np.int32)
-        self.is_cached = np.zeros(num_pages, np.bool_)
+        self.refs = resident_zeros(num_pages, np.int32)
+        self.is_cached = resident_zeros(num_pages, np.bool_)
         self.num_cached_only = 0
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
         self.num_free = num_pages

@@ -1,11 +1,20 @@
-"""What numpy does slower or not at all: short functions over one array. Pure."""
+"""What numpy does slower or not at all: short functions of arrays. Pure."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.messages import Int32s
+
+Number = TypeVar("Number", bound=np.generic)
+
+
+def resident_zeros(shape: int | tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
+    """As np.zeros, whose memory is not there before it is written: here it is, so that no late request takes it."""
+    return np.full(shape, 0, dtype)
 
 
 def find_run_starts(values: Int32s) -> NDArray[np.intp]:

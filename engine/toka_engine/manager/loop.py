@@ -61,6 +61,7 @@ class Loop:
         self._child.progress("wait", "for the model workers")
         readies = [self._receive_ready(worker) for worker in self._workers]
         sizes = choose_sizes(self._config, readies[0])
+        manager = Manager(self._config, sizes)
         self._server.send(engine_info(sizes, readies[0]))
         self._child.ready()
         logger.info(
@@ -70,7 +71,7 @@ class Loop:
             sizes.max_tokens_per_forward, sizes.max_request_tokens,
         )  # fmt: skip
         make_collections_rare()
-        return Manager(self._config, sizes)
+        return manager
 
     def _receive_ready(self, worker: Channel[WorkerToManager]) -> WorkerReady:
         message = worker.receive()[0]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.manager.allocator import Allocator
+from toka_engine.manager.arrays import resident_zeros
 from toka_engine.messages import Int32s
 
 ROOT = -1
@@ -61,7 +62,7 @@ class PrefixTree:
         """The same runs by their first page."""
         self._firsts = np.full(allocator.num_pages, ROOT, np.int32)
         """The first page of the run that a page is in."""
-        self._ages = np.zeros(allocator.num_pages, np.int64)
+        self._ages = resident_zeros(allocator.num_pages, np.int64)
 
     @property
     def is_enabled(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from toka_engine.manager.arrays import resident_zeros
 from toka_engine.manager.streams import Stream
 from toka_engine.messages import Int32s
 
@@ -43,7 +44,7 @@ class Slots:
 
     def __init__(self, num_slots: int, max_pages_per_seq: int) -> None:
         # Pages by column. Rows a power of two apart would compete for the same few cache lines.
-        self.table = np.zeros((num_slots, max_pages_per_seq + _PADDING), np.int32)[:, :max_pages_per_seq]
+        self.table = resident_zeros((num_slots, max_pages_per_seq + _PADDING), np.int32)[:, :max_pages_per_seq]
         self.num_pages = np.zeros(num_slots, np.int32)  # columns in use
         self.lengths = np.zeros(num_slots, np.int32)  # tokens whose KV is written, planned
         self.prompt_lengths = np.zeros(num_slots, np.int32)  # of the request, without kept output

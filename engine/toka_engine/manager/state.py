@@ -10,10 +10,10 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from toka_engine.config import EngineConfig
 from toka_engine.manager.allocator import Allocator
+from toka_engine.manager.arrays import resident_zeros
 from toka_engine.manager.hydragen import DecodeRows
 from toka_engine.manager.prefix_tree import Key, PrefixTree
 from toka_engine.manager.sizes import Sizes
@@ -54,8 +54,8 @@ class ManagerState:
         self.sizes = sizes
         self.slots = Slots(sizes.num_slots, sizes.max_pages_per_seq)
         self.allocator = Allocator(sizes.num_pages)
-        self.page_tokens: NDArray[np.int32] = np.zeros((sizes.num_pages, sizes.page_size), np.int32)
-        self.page_logprobs: NDArray[np.float32] = np.zeros((sizes.num_pages, sizes.page_size), np.float32)
+        self.page_tokens = resident_zeros((sizes.num_pages, sizes.page_size), np.int32)
+        self.page_logprobs = resident_zeros((sizes.num_pages, sizes.page_size), np.float32)
         self.tree = PrefixTree(self.allocator, self.page_tokens, config.use_prefix_cache)
         self.rows = DecodeRows(config, sizes.page_size)
         self.predictor = StopPredictor(config.track_early_stopping)

@@ -61,7 +61,8 @@ def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device,
     ):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
-    pages_of_longest = -(-model.max_positions // page_size)
+    longest = min(model.max_positions, config.max_num_tokens_per_request or model.max_positions)
+    pages_of_longest = -(-longest // page_size)
     bytes_per_page = (kv_bytes_per_token + TOKEN_ID_BYTES) * page_size
     available = read_available_bytes(device)
     if is_gpu and config.kv_cache_num_tokens is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import psutil
 import pytest
 from toka_engine.config import EngineConfig
 from toka_engine.manager.admission import MAX_SKIPS
@@ -203,6 +204,18 @@ def test_limits_follow_from_the_model_the_cache_and_the_settings() -> None:
     assert sizes.max_request_tokens == 100
     assert sizes.max_running == 112  # decode rows leave an eighth of the forward to prefill
     assert engine_info(sizes, ready).max_streams == 112
+
+
+def test_tables_take_no_memory_after_the_start() -> None:
+    process = psutil.Process()
+    harness = Harness(small_sizes(num_slots=1024, max_pages_per_seq=8192, num_pages=1 << 18))
+    state = harness.manager.state
+    before = process.memory_info().rss
+    tables = [state.slots.table, state.page_tokens, state.page_logprobs, state.allocator.refs]
+    for table in tables:
+        table.fill(0)
+    assert sum(table.nbytes for table in tables) > 40 << 20
+    assert process.memory_info().rss - before < 4 << 20
 
 
 def test_stats_add_up() -> None:

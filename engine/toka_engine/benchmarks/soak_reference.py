@@ -1,0 +1,57 @@
+"""What the reference says of the tokens in which a soak's answers differ: transformers, on the engine's device.
+
+In bfloat16 a logit depends on the batch, and how much depends on the prompt: after random tokens transformers' own are
+whole nats off its float32 ones. So a token that the engine in peace finds far less likely may still be a near tie: of
+two logits, each as far off as transformers' are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toka_engine.benchmarks.soak_check import Difference
+from toka_engine.config import EngineConfig
+from toka_engine.model.devices import find_device
+from toka_engine.model.sizes import choose_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On one token."""
+
+    gap: float  # by how much it is less likely than the likeliest one in float32, in nats
+    noise: float  # the largest difference between a logit in the engine's type and in float32 there
+
+    @property
+    def is_near_tie(self) -> bool:
+        return self.gap <= 2 * self.noise
+
+
+def ask_reference(folder: Path, config: EngineConfig, differences: Sequence[Difference]) -> list[Verdict]:
+    """A verdict on each of `differences`. Needs the device's memory: the engine must have ended.
+
+    Raises OSError or ValueError if transformers cannot load the model, DeviceUnavailableError, ConfigError.
+    """
+    device = find_device(config)
+    exact = _compute_logits(folder, torch.float32, device, differences)
+    rounded = _compute_logits(folder, choose_dtype(config, device), device, differences)
+    return [
+        Verdict(gap=float(want.max() - want[each.token]), noise=float((have - want).abs().max()))
+        for each, want, have in zip(differences, exact, rounded, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _compute_logits(
+    folder: Path, dtype: torch.dtype, device: torch.device, differences: Sequence[Difference]
+) -> list[torch.Tensor]:
+    """Logits [vocab] behind each prompt, as float32 on the CPU; prompts one by one, so that no batch changes them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    prompts = (torch.tensor([each.prompt], device=device) for each in differences)
+    return [model(prompt, logits_to_keep=1).logits[0, -1].float().cpu() for prompt in prompts]
