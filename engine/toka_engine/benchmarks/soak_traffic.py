@@ -58,7 +58,11 @@ class Traffic:
     _end_s: float = 0.0
 
     async def run(self, seconds: float, num_clients: int) -> None:
-        """Keep `num_clients` requests going for `seconds`, then leave those that are not soon answered."""
+        """Keep `num_clients` requests going for `seconds`, then leave those that are not soon answered.
+
+        All begin with as many sequences as one may ask for: chance would bring such peaks later, and the memory that a
+        process takes for them would look like a leak.
+        """
         self._prefixes = [self._tokens(length) for length in (40, 170, 700) if length < self.limits.max_request_tokens]
         until = time.monotonic() + seconds
         self._end_s = until + _PATIENCE_S
@@ -66,6 +70,7 @@ class Traffic:
         async with aiohttp.ClientSession(self.base_url, timeout=timeout, connector=connector) as session:
 
             async def keep_asking() -> None:
+                await self._send(session, self._make_body("batch"))
                 while time.monotonic() < until:
                     await self._send(session, self._make_body())
 
@@ -74,10 +79,10 @@ class Traffic:
     def _tokens(self, count: int) -> list[int]:
         return [self.source.randrange(_FIRST_TOKEN_ID, self.limits.vocab_size) for _ in range(count)]
 
-    def _make_body(self) -> dict[str, Any]:
-        """A request of a random kind: how long, how many choices, how drawn, how delivered."""
+    def _make_body(self, kind: str | None = None) -> dict[str, Any]:
+        """A random request, of a random kind if none is given: how long, how many choices, how drawn, how delivered."""
         source, longest = self.source, self.limits.max_request_tokens
-        kind = source.choices(list(_KINDS), list(_KINDS.values()))[0]
+        kind = kind or source.choices(list(_KINDS), list(_KINDS.values()))[0]
         self.counts[kind] += 1
         own, max_tokens, num_choices = source.randint(1, 48), source.randint(1, 48), 1
         match kind:
