@@ -14,6 +14,7 @@ Workloads, each for 64 and 4,096 slots:
 - mix: ShareGPT-like lengths (log-normal, prompts of ~220 and outputs of ~200 tokens); each end lets a
   waiting one in. At 4,096 slots the prefill of what arrives holds the running streams to about 3,700
 - shared: the same behind one system prompt of 512 tokens, so that Hydragen's groups change in every step
+- logprobs: as mix, and every request asks for the five likeliest tokens of each place
 - short: as shared, with pages for 1,048,576 tokens only: some 2,500 streams fill them, so that each admission
   forecasts the use of pages. (64 slots never fill them: not run.)
 
@@ -71,8 +72,9 @@ def worker_ready(max_seqs: int, num_pages: int) -> WorkerReady:
 class Bench:
     """Counts only the manager's own time."""
 
-    def __init__(self, num_streams: int, num_pages: int) -> None:
+    def __init__(self, num_streams: int, num_pages: int, num_logprobs: int = -1) -> None:
         config = EngineConfig()
+        self.sampling = Sampling(num_logprobs=num_logprobs)
         self.manager = Manager(config, choose_sizes(config, worker_ready(num_streams, num_pages)))
         self.rng = np.random.default_rng(1)
         self.frames: deque[bytes] = deque()
@@ -86,7 +88,7 @@ class Bench:
 
     def submit(self, prompt: np.ndarray[Any, Any], max_tokens: int, n: int = 1) -> None:
         stops = (STOP,)
-        message = Submit(self.num_streams, n, prompt, max_tokens, Sampling(), stops, False)
+        message = Submit(self.num_streams, n, prompt, max_tokens, self.sampling, stops, False)
         self.num_streams += n
         start = time.process_time()
         self.manager.handle(message)
@@ -122,7 +124,11 @@ class Bench:
         assert isinstance(step, Step)
         count = step.decode_slots.size + step.fanout_slots.size
         self.num_rows += count
-        return encode(Tokens(step.number, self.rng.integers(0, STOP, count, dtype=np.int32)))
+        ids, width = self.rng.integers(0, STOP, count, dtype=np.int32), self.sampling.num_logprobs
+        if width < 1:
+            return encode(Tokens(step.number, ids))
+        logprobs, rows = np.zeros(count * width, np.float32), np.arange(count, dtype=np.int32)
+        return encode(Tokens(step.number, ids, logprobs[:count], rows, np.repeat(ids, width), logprobs, width))
 
 
 @dataclass(frozen=True)
@@ -162,8 +168,10 @@ def decode(num_streams: int, num_steps: int) -> Run:
     return lambda: bench.measure(num_steps)
 
 
-def mix(num_streams: int, num_steps: int, num_shared: int = 0, num_pages: int = AMPLE_PAGES) -> Run:
-    bench = Bench(num_streams, num_pages)
+def mix(
+    num_streams: int, num_steps: int, num_shared: int = 0, num_pages: int = AMPLE_PAGES, num_logprobs: int = -1
+) -> Run:
+    bench = Bench(num_streams, num_pages, num_logprobs)
     shared = bench.rng.integers(0, STOP, num_shared, np.int32)
 
     def refill() -> None:
@@ -184,6 +192,8 @@ WORKLOADS: dict[str, Callable[[int, int], Run]] = {
     "mix/4096": mix,
     "shared/64": functools.partial(mix, num_shared=512),
     "shared/4096": functools.partial(mix, num_shared=512),
+    "logprobs/64": functools.partial(mix, num_logprobs=5),
+    "logprobs/4096": functools.partial(mix, num_logprobs=5),
     "short/4096": functools.partial(mix, num_shared=512, num_pages=SHORT_PAGES),
 }
 """By name/slots."""

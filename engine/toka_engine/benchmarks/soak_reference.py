@@ -1,8 +1,8 @@
 """What the reference says of the tokens in which a soak's answers differ: transformers, on the engine's device.
 
-In bfloat16 a logit depends on the batch, and how much depends on the prompt: after random tokens transformers' own are
-whole nats off its float32 ones. So a token that the engine in peace finds far less likely may still be a near tie: of
-two logits, each as far off as transformers' are there.
+In bfloat16 a logit depends on the batch, and how much depends on the prompt: most places of random prompts are good for
+0.3 nats, a few for 3. So a token that the engine in peace finds far less likely may still be a near tie: of two logits,
+each as far off its float32 value as one of transformers' is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Verdict:
     """On one token."""
 
     gap: float  # by how much it is less likely than the likeliest one in float32, in nats
-    noise: float  # the largest difference between a logit in the engine's type and in float32 there
+    noise: float  # by how much a logit in the engine's type is off its float32 one, at most; a shift of all is none
 
     @property
     def is_near_tie(self) -> bool:
@@ -40,9 +40,14 @@ def ask_reference(folder: Path, config: EngineConfig, differences: Sequence[Diff
     exact = _compute_logits(folder, torch.float32, device, differences)
     rounded = _compute_logits(folder, choose_dtype(config, device), device, differences)
     return [
-        Verdict(gap=float(want.max() - want[each.token]), noise=float((have - want).abs().max()))
+        Verdict(gap=float(want.max() - want[each.token]), noise=_largest_deviation(have - want))
         for each, want, have in zip(differences, exact, rounded, strict=True)
     ]
+
+
+def _largest_deviation(errors: torch.Tensor) -> float:
+    """From their mean: what all logits have in common changes no token."""
+    return float((errors - errors.mean()).abs().max())
 
 
 @torch.inference_mode()

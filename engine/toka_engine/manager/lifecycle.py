@@ -6,12 +6,15 @@ step is back. Preemption keeps the tokens that have come back and puts the strea
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import ManagerState
 from toka_engine.manager.streams import Job, Kept, Stream, Waiting
-from toka_engine.messages import Int32s
+from toka_engine.manager.top_logprobs import Tops
+from toka_engine.messages import Floats, Int32s
 
 
 def cancel(state: ManagerState, stream: int) -> None:
@@ -89,7 +92,7 @@ def preempt_newest(state: ManagerState) -> int | None:
             end_slot(state, slot)
         requeue(state, job, members, stream.kept)
     else:
-        tokens, kept = known_tokens(state, slot), kept_logprobs(state, slot, stream)
+        tokens, kept = known_tokens(state, slot), keep_output(state, slot, stream)
         end_slot(state, slot)
         state.enqueue(Waiting(stream.request, {stream.choice: None}, tokens, kept), at_front=True)
     return num_freed if slots.states[slot] == State.RETIRING else 0
@@ -105,21 +108,44 @@ def known_tokens(state: ManagerState, slot: int) -> Int32s:
     return tokens
 
 
-def kept_logprobs(state: ManagerState, slot: int, stream: Stream) -> Kept | None:
-    """Return the logprobs of every output token received of `slot`, if its request asked for them."""
-    slots = state.slots
-    if slots.num_logprobs[slot] < 0:
+def keep_output(state: ManagerState, slot: int, stream: Stream) -> Kept | None:
+    """Return what the output tokens received of `slot` have beside themselves, if its request asked for anything."""
+    if state.slots.num_logprobs[slot] < 0:
         return None
+    tops = known_tops(state, slot, stream) if keeps_tops(state, slot) else None
+    return Kept(known_logprobs(state, slot, stream), tops)
+
+
+def known_logprobs(state: ManagerState, slot: int, stream: Stream) -> Floats:
+    """Return the logprobs of every output token received of `slot`, which asked for them."""
+    slots = state.slots
     start = int(slots.prompt_lengths[slot])
     count = int(slots.num_received[slot])
     logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[start : start + count]
-    if logprobs.size < count:
+    if logprobs.size < count:  # the newest token has no page yet
         logprobs = np.append(logprobs, slots.last_logprobs[slot])
-    logprobs = logprobs.astype(np.float32)
-    kept = stream.kept or Kept(logprobs)
-    logprobs[: stream.num_kept] = kept.logprobs[: stream.num_kept]
-    kept.logprobs = logprobs
-    return kept
+    if stream.kept is not None:
+        logprobs[: stream.num_kept] = stream.kept.logprobs
+    return logprobs
+
+
+def keeps_tops(state: ManagerState, slots: int | Int32s) -> Any:
+    """Whether each of `slots` has asked for top logprobs that are delivered at its end."""
+    return (state.slots.num_logprobs[slots] > 0) & ~state.slots.delivers_each[slots]
+
+
+def known_tops(state: ManagerState, slot: int, stream: Stream) -> Tops:
+    """Return the top logprobs of every output token received of `slot`, as many as its request asked for."""
+    slots, page_size = state.slots, state.sizes.page_size
+    width, start = int(slots.num_logprobs[slot]), int(slots.prompt_lengths[slot])
+    positions = np.arange(start + stream.num_kept, start + int(slots.num_received[slot]))
+    has_page = positions < slots.num_pages[slot] * page_size
+    columns, offsets = np.divmod(positions[has_page], page_size)
+    tops = state.top_logprobs.at_places(slots.table[slot, columns] * page_size + offsets, width)
+    if not has_page.all():  # as above
+        tops = np.concatenate((tops, state.top_logprobs.newest(np.asarray([slot]), width)))
+    before = stream.kept.tops if stream.kept is not None else None
+    return tops if before is None else np.concatenate((before, tops))
 
 
 def _leave_job(state: ManagerState, slot: int) -> None:

@@ -1,20 +1,23 @@
 """What comes back from the workers: advances the slots, finds the streams that ended, makes the server's
 Deltas.
 
-Arrays only for running streams; Python only for those that ended or asked for top logprobs. Tokens of rows
-whose slot has changed hands since (`generation`) are dropped.
+Arrays only for running streams; Python only for those that ended. Tokens of rows whose slot has changed hands since
+(`generation`) are dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toka_engine.manager.lifecycle import end_slots, kept_logprobs, release_completed
+from toka_engine.manager.lifecycle import end_slots, keeps_tops, release_completed
+from toka_engine.manager.slots import Slots
 from toka_engine.manager.state import EMPTYF, ManagerState
 from toka_engine.manager.streams import Kept
+from toka_engine.manager.top_logprobs import NO_TOP, pack, unpack
 from toka_engine.messages import (
     FINISH_ERROR,
     FINISH_LENGTH,
@@ -41,15 +44,13 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     live, ids = flight.slots[places], tokens.ids[places]
     logprobs = tokens.logprobs[places] if tokens.logprobs.size else EMPTYF
     failed = ids < 0
-    _store(state, live, ids, logprobs, failed)
+    _store(state, tokens, places, live, ids, logprobs)
     stopped = _find_stops(state, live, ids)
     num_received = slots.num_received[live] + ~failed
     slots.num_received[live] = num_received
     state.counters.output_tokens += live.size
     is_over = failed | stopped | (num_received >= slots.limits[live])
     delivered = slots.delivers_each[live] & ~failed & ~stopped
-    if tokens.top_rows.size:
-        _keep_tops(state, tokens, places, live, delivered)
     messages = []
     over = np.flatnonzero(is_over)
     reasons = np.where(failed[over], FINISH_ERROR, np.where(stopped[over], FINISH_STOP, FINISH_LENGTH))
@@ -64,17 +65,33 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     return messages
 
 
-def _store(state: ManagerState, live: Int32s, ids: Int32s, logprobs: Floats, failed: NDArray[np.bool_]) -> None:
-    """Write each token into its page, where that exists already."""
-    slots = state.slots
+def _store(
+    state: ManagerState, tokens: Tokens, places: NDArray[np.intp], live: Int32s, ids: Int32s, logprobs: Floats
+) -> None:
+    """Write each token, and what comes with it, into its page, where that exists already."""
+    slots, page_size = state.slots, state.sizes.page_size
     slots.last_tokens[live] = ids
-    columns, offsets = np.divmod(slots.prompt_lengths[live] + slots.num_received[live], state.sizes.page_size)
+    columns, offsets = np.divmod(slots.prompt_lengths[live] + slots.num_received[live], page_size)
     has_page = columns < slots.num_pages[live]
     pages = slots.table[live[has_page], columns[has_page]]
     state.page_tokens[pages, offsets[has_page]] = ids[has_page]
     if logprobs.size:
         slots.last_logprobs[live] = logprobs
         state.page_logprobs[pages, offsets[has_page]] = logprobs[has_page]
+    if tokens.top_rows.size:
+        where = np.full(live.size, -1, np.int32)
+        where[has_page] = pages * page_size + offsets[has_page]
+        _store_tops(state, tokens, places, live, where)
+
+
+def _store_tops(state: ManagerState, tokens: Tokens, places: NDArray[np.intp], live: Int32s, where: Int32s) -> None:
+    """Put aside the top logprobs of streams that are delivered at their end."""
+    at = np.searchsorted(places, tokens.top_rows)
+    is_live = np.append(places, -1)[at] == tokens.top_rows
+    is_live[is_live] = keeps_tops(state, live[at[is_live]])
+    if is_live.any():
+        at, tops = at[is_live], pack(tokens.top_tokens, tokens.top_logprobs, tokens.top_width)
+        state.top_logprobs.store(live[at], where[at], tops[is_live])
 
 
 def _find_stops(state: ManagerState, live: Int32s, ids: Int32s) -> NDArray[np.bool_]:
@@ -89,26 +106,6 @@ def _find_stops(state: ManagerState, live: Int32s, ids: Int32s) -> NDArray[np.bo
             assert stream is not None
             stopped[row] = int(ids[row]) in stream.request.stop_ids
     return stopped
-
-
-def _keep_tops(
-    state: ManagerState, tokens: Tokens, places: NDArray[np.intp], live: Int32s, delivered: NDArray[np.bool_]
-) -> None:
-    """Put aside the top logprobs of streams that are delivered at their end."""
-    slots, width = state.slots, tokens.top_width
-    ids, logprobs = tokens.top_tokens.reshape(-1, width), tokens.top_logprobs.reshape(-1, width)
-    positions = np.searchsorted(places, tokens.top_rows)
-    for row, position in enumerate(positions.tolist()):
-        if position == places.size or places[position] != tokens.top_rows[row]:
-            continue
-        slot = int(live[position])
-        stream = slots.streams[slot]
-        if stream is None or slots.delivers_each[slot]:
-            continue
-        if stream.kept is None:
-            stream.kept = Kept(EMPTYF)
-        stream.kept.top_tokens.append(ids[row])
-        stream.kept.top_logprobs.append(logprobs[row])
 
 
 def _report_delivered(
@@ -143,8 +140,7 @@ def _report_ended(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     logprobs."""
     if over.size == 0:
         return {}, []
-    slots = state.slots
-    has_tops = (slots.num_logprobs[over] > 0) & ~slots.delivers_each[over]
+    has_tops = keeps_tops(state, over)
     plain, topped = over[~has_tops], over[has_tops]
     fields = _ended_fields(state, plain, reasons[~has_tops]) if plain.size else {}
     if topped.size == 0:
@@ -166,56 +162,60 @@ def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     }
     if not lengths.any():
         return fields
-    ends = np.cumsum(lengths)
-    owners = np.repeat(over, lengths)
-    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    columns, offsets = np.divmod(slots.prompt_lengths[owners] + within, page_size)
+    owners, positions = _find_outputs(slots, over, lengths)
+    columns, offsets = np.divmod(positions, page_size)
     pages = slots.table[owners, columns]
     ids = state.page_tokens[pages, offsets]
     # The newest token may have no page; where a stop token ended the stream, that one is not delivered.
     newest = (lengths > 0) & (reasons == FINISH_LENGTH)
+    ends = np.cumsum(lengths)
     ids[ends[newest] - 1] = slots.last_tokens[over[newest]]
     fields["ended_tokens"] = ids
     asked = (slots.num_logprobs[over] >= 0) & (lengths > 0)
     if asked.any():
-        logprobs = np.full(ids.size, np.nan, np.float32)
-        for row in np.flatnonzero(asked).tolist():
-            slot = int(over[row])
-            stream = slots.streams[slot]
-            assert stream is not None
-            kept = kept_logprobs(state, slot, stream)
-            assert kept is not None
-            logprobs[ends[row] - lengths[row] : ends[row]] = kept.logprobs[: lengths[row]]
+        logprobs = state.page_logprobs[pages, offsets]
+        logprobs[ends[newest] - 1] = slots.last_logprobs[over[newest]]
+        for start, kept in _find_kept(state, over, lengths):
+            logprobs[start : start + kept.logprobs.size] = kept.logprobs
+        logprobs[~np.repeat(asked, lengths)] = np.nan
         fields["ended_logprobs"] = logprobs
     return fields
 
 
 def _ended_tops(state: ManagerState, over: Int32s, lengths: Int32s) -> dict[str, Any]:
     """Return the top_* fields of ended streams, all padded to the widest row."""
-    rows: list[int] = []
-    ids: list[Int32s] = []
-    logprobs: list[Floats] = []
-    start = 0
-    for slot, length in zip(over.tolist(), lengths.tolist(), strict=True):
+    slots, page_size = state.slots, state.sizes.page_size
+    width = int(slots.num_logprobs[over].max())
+    owners, positions = _find_outputs(slots, over, lengths)
+    columns, offsets = np.divmod(positions, page_size)
+    tops = state.top_logprobs.at_places(slots.table[owners, columns] * page_size + offsets, width)
+    has_no_page = columns >= slots.num_pages[owners]  # the newest ones
+    tops[has_no_page] = state.top_logprobs.newest(owners[has_no_page], width)
+    for start, kept in _find_kept(state, over, lengths):
+        if kept.tops is not None:
+            tops[start : start + kept.tops.shape[0], : kept.tops.shape[1]] = kept.tops
+    tops[np.arange(width) >= slots.num_logprobs[owners][:, None]] = NO_TOP
+    ids, logprobs = unpack(tops)
+    rows = np.arange(owners.size, dtype=np.int32)
+    return {"top_rows": rows, "top_tokens": ids, "top_logprobs": logprobs, "top_width": width}
+
+
+def _find_outputs(slots: Slots, over: Int32s, lengths: Int32s) -> tuple[Int32s, Int64s]:
+    """Return the slot and the position of each output token: `lengths` of them for the slots in `over`."""
+    owners = np.repeat(over, lengths)
+    ends = np.cumsum(lengths)
+    within = np.arange(owners.size) - np.repeat(ends - lengths, lengths)
+    return owners, slots.prompt_lengths[owners] + within
+
+
+def _find_kept(state: ManagerState, over: Int32s, lengths: Int32s) -> Iterator[tuple[int, Kept]]:
+    """Where among the output tokens those begin that a stream had before a preemption, and what was kept of them."""
+    starts = np.cumsum(lengths) - lengths
+    for start, slot, length in zip(starts.tolist(), over.tolist(), lengths.tolist(), strict=True):
         stream = state.slots.streams[slot]
         assert stream is not None
-        if stream.kept is not None:
-            ids += stream.kept.top_tokens[:length]
-            logprobs += stream.kept.top_logprobs[:length]
-            rows += range(start, start + min(length, len(stream.kept.top_tokens)))
-        start += length
-    width = max((each.size for each in ids), default=0)
-    flat_ids = np.full((len(rows), width), -1, np.int32)
-    flat_logprobs = np.full((len(rows), width), np.nan, np.float32)
-    for row, (each_ids, each_logprobs) in enumerate(zip(ids, logprobs, strict=True)):
-        flat_ids[row, : each_ids.size] = each_ids
-        flat_logprobs[row, : each_logprobs.size] = each_logprobs
-    return {
-        "top_rows": np.asarray(rows, np.int32),
-        "top_tokens": flat_ids.reshape(-1),
-        "top_logprobs": flat_logprobs.reshape(-1),
-        "top_width": width,
-    }
+        if stream.kept is not None and length:  # else they were delivered one by one
+            yield start, stream.kept
 
 
 def _end(state: ManagerState, over: Int32s) -> None:

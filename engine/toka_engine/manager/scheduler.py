@@ -83,6 +83,9 @@ def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None
     known, known_pages = needy[is_known], pages[is_known]
     state.page_tokens[known_pages, 0] = slots.last_tokens[known]
     state.page_logprobs[known_pages, 0] = slots.last_logprobs[known]
+    if state.top_logprobs.is_used and known.size:
+        width = max(0, int(slots.num_logprobs[known].max()))
+        state.top_logprobs.place_newest(known, known_pages * state.sizes.page_size, width)
 
 
 def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:

@@ -20,6 +20,7 @@ from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.slots import Slots
 from toka_engine.manager.stopping import StopPredictor
 from toka_engine.manager.streams import Job, PendingCopy, Waiting
+from toka_engine.manager.top_logprobs import TopLogprobs
 from toka_engine.messages import Floats, Int32s, Int64s
 
 
@@ -56,6 +57,8 @@ class ManagerState:
         self.allocator = Allocator(sizes.num_pages)
         self.page_tokens = resident_zeros((sizes.num_pages, sizes.page_size), np.int32)
         self.page_logprobs = resident_zeros((sizes.num_pages, sizes.page_size), np.float32)
+        num_places = sizes.num_pages * sizes.page_size
+        self.top_logprobs = TopLogprobs(num_places, sizes.num_slots, config.max_topk_logprobs)
         self.tree = PrefixTree(self.allocator, self.page_tokens, config.use_prefix_cache)
         self.rows = DecodeRows(config, sizes.page_size)
         self.predictor = StopPredictor(config.track_early_stopping)

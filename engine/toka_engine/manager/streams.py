@@ -5,10 +5,11 @@ Also the seed of each choice. Pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from toka_engine.manager.top_logprobs import Tops
 from toka_engine.messages import Floats, Int32s, Sampling
 
 CHOICE_BITS = 20
@@ -45,13 +46,13 @@ class Request:
     arrival: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """Logprobs of the output tokens that a stream had before it was preempted, and all its top logprobs."""
+    """Logprobs of the output tokens that a stream had before it was preempted."""
 
     logprobs: Floats
-    top_tokens: list[Int32s] = field(default_factory=list)
-    top_logprobs: list[Floats] = field(default_factory=list)
+    tops: Tops | None = None
+    """None: it did not ask for any, or has them delivered token by token."""
 
 
 @dataclass(slots=True, eq=False)

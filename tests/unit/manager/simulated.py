@@ -366,11 +366,16 @@ class Harness:
             assert result.num_tokens == expected.num_tokens
             if submit.sampling.num_logprobs >= 0:
                 assert np.allclose(result.logprobs, expected.logprobs)
+            else:
+                assert np.isnan(result.logprobs).all()
             if submit.sampling.num_logprobs > 0:
                 width = submit.sampling.num_logprobs
                 assert sorted(result.tops) == list(range(len(result.tokens)))
-                for index, (ids, _) in result.tops.items():
+                for index, (ids, logprobs) in result.tops.items():
                     assert ids[:width] == [result.tokens[index] + rank for rank in range(width)]
+                    assert np.allclose(logprobs[:width], expected.logprobs[index])
+                    assert set(ids[width:]) <= {-1}
+                    assert np.isnan(logprobs[width:]).all()
 
     def check_nothing_held(self) -> None:
         """Idle: only the prefix tree holds pages, and nothing remembers any stream."""

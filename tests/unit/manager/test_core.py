@@ -8,6 +8,7 @@ import pytest
 from toka_engine.config import EngineConfig
 from toka_engine.manager.admission import MAX_SKIPS
 from toka_engine.manager.busy import BusyTime
+from toka_engine.manager.lifecycle import preempt_newest
 from toka_engine.manager.sizes import choose_sizes, engine_info
 from toka_engine.manager.stopping import StopPredictor
 from toka_engine.manager.streams import choice_seed
@@ -105,6 +106,46 @@ def test_logprobs_survive_preemption() -> None:
         harness.submit([first, 3, 4], max_tokens=30, seed=first, num_logprobs=2 * (first % 2), deliver_each=first > 1)
     finish(harness)
     assert harness.manager.state.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("num_more", range(1, 7))
+def test_what_a_preempted_stream_kept_goes_to_no_other_that_ends_with_it(num_more: int) -> None:
+    harness = Harness()
+    harness.submit([1, 2, 3], max_tokens=12 + num_more, num_logprobs=0)
+    harness.submit([4, 5], max_tokens=12, num_logprobs=0, deliver_each=True)
+    for _ in range(6):
+        harness.plan()
+        harness.return_one()
+    preempt_newest(harness.manager.state)
+    finish(harness)
+    assert harness.manager.state.counters.preemptions == 1
+
+
+@pytest.mark.parametrize("num_steps", range(3, 10))
+def test_top_logprobs_survive_several_preemptions_at_any_length(num_steps: int) -> None:
+    """The last page is full, just begun, or has room; streams that end together ask for different numbers."""
+    harness = Harness()
+    harness.submit([1, 2, 3], max_tokens=40, num_logprobs=4)
+    harness.submit([6, 7], max_tokens=40)
+    harness.submit([4, 5], max_tokens=40, num_logprobs=2)
+    for _ in range(3):
+        for _ in range(num_steps):
+            harness.plan()
+            harness.return_one()
+        preempt_newest(harness.manager.state)
+    finish(harness)
+    assert harness.manager.state.counters.preemptions == 3
+
+
+@pytest.mark.parametrize("num_more", range(1, 9))
+def test_streams_that_end_together_are_told_only_the_top_logprobs_that_they_asked_for(num_more: int) -> None:
+    harness = Harness()
+    harness.submit([1, 2, 3], max_tokens=12, num_logprobs=1)
+    for _ in range(4):
+        harness.plan()
+        harness.return_one()
+    harness.submit([4, 5], max_tokens=num_more, num_logprobs=3)
+    finish(harness)
 
 
 def test_the_largest_request_finishes_alone_and_in_a_crowd() -> None:
