@@ -6,6 +6,7 @@ authorities, since the package index may be reached through one of them. `TOKA_B
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.node import PAUSE_IMAGE
 from tests.cluster.harness.paths import REPOSITORY, cluster_cache
+from tests.cluster.harness.trees import run_checked
 
 TEST_BASE_IMAGE = "localhost/python-base:test"
 TARGETS = ("engine", "operator", "client")
@@ -57,7 +59,7 @@ def ensure_pause_image() -> None:
     subprocess.run(["gcc", "-O2", "-static", "-o", "pause", "pause.c"], check=True, cwd=build)
     dockerfile = 'FROM scratch\nCOPY pause /pause\nUSER 65535:65535\nENTRYPOINT ["/pause"]\n'
     (build / "Dockerfile").write_text(dockerfile)
-    _build([str(build)], PAUSE_IMAGE)
+    run_build([str(build)], PAUSE_IMAGE)
     new = archive.with_suffix(".new")
     new.unlink(missing_ok=True)
     subprocess.run(buildah("push", "-q", PAUSE_IMAGE, f"docker-archive:{new}:{PAUSE_IMAGE}"), check=True)
@@ -96,7 +98,7 @@ def _build_base_image() -> None:
         f"SSL_CERT_FILE={_CERTIFICATES} PIP_CERT={_CERTIFICATES}\n"
         'CMD ["python3"]\n'
     )
-    _build([str(build)], TEST_BASE_IMAGE)
+    run_build([str(build)], TEST_BASE_IMAGE)
     shutil.rmtree(build)
 
 
@@ -104,19 +106,27 @@ def build_image(target: str, extras: str = "") -> str:
     """Build one target of the Dockerfile; layers that have not changed are taken from the last build."""
     arguments = ["--build-arg", f"BASE_IMAGE={ensure_base_image()}", "--build-arg", f"EXTRAS={extras}"]
     started = time.monotonic()
-    _build(["--layers", "--target", target, *arguments, str(REPOSITORY)], image_name(target))
+    run_build(["--layers", "--target", target, *arguments, str(REPOSITORY)], image_name(target))
     print(f"image {target}: {time.monotonic() - started:.0f} s", flush=True)
     return image_name(target)
 
 
-def _build(arguments: list[str], name: str) -> None:
-    """chroot isolation: a sandbox may not be allowed to mount a container's own filesystems."""
+def run_build(arguments: list[str], name: str) -> None:
+    """Build `name` as the Dockerfile says that `arguments` lead to. Raises CommandFailed with what buildah wrote.
+
+    chroot isolation: a sandbox may not be allowed to mount a container's own filesystems. One build at a time, because
+    each removes all containers at its end: buildah leaves those whose files a step of another stage has mounted.
+    """
     argv = buildah("bud", "--isolation=chroot", "--tag", name, *arguments)
     log_file = _folder() / "build.log"
-    with log_file.open("w") as log:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    with (_folder() / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with log_file.open("w") as log:
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        output = log_file.read_text()
+        run_checked(buildah("rm", "--all"))
     if done.returncode != 0:
-        raise CommandFailed(argv, done.returncode, "", log_file.read_text())
+        raise CommandFailed(argv, done.returncode, "", output)
 
 
 def _folder() -> Path:
