@@ -12,6 +12,8 @@ from typing import Any, Literal
 import pytest
 import torch
 from toka_engine.config import EngineConfig
+from toka_engine.errors import DeviceUnavailableError
+from toka_engine.model.devices import find_device
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
 from toka_engine.model.model_config import read_model_config
 from toka_engine.model.sizes import choose_dtype, choose_sizes
@@ -85,6 +87,37 @@ def test_a_version_1_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("asked", "given"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_dtype_is_the_one_that_the_user_says(asked: Literal["float32", "bfloat16"], given: torch.dtype) -> None:
     assert choose_dtype(EngineConfig(dtype=asked), torch.device("cpu")) is given
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """gpu((8, 0)): torch tells of a GPU with that compute capability."""
+
+    def pretend(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old One")
+
+    return pretend
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_without_bfloat16_is_named_and_so_is_the_way_without_it(
+    gpu: Callable[[tuple[int, int]], None], device: Literal["auto", "cuda"]
+) -> None:
+    gpu((7, 5))
+    with pytest.raises(DeviceUnavailableError) as refusal:
+        find_device(EngineConfig(device=device))
+    assert len(str(refusal.value).splitlines()) == 1
+    for words in ("Old One", "7.5", "bfloat16", "8.0", "device=cpu"):
+        assert words in str(refusal.value)
+    assert find_device(EngineConfig(device="cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_a_gpu_with_bfloat16_is_taken(gpu: Callable[[tuple[int, int]], None], capability: tuple[int, int]) -> None:
+    gpu(capability)
+    assert find_device(EngineConfig()).type == "cuda"
 
 
 def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_it() -> None:

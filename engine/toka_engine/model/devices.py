@@ -8,13 +8,31 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import DeviceUnavailableError
 from toka_engine.model.ops import Ops
 
+_FIRST_WITH_BFLOAT16 = (8, 0)
+"""The first compute capability whose tensor cores multiply it: the only type of our kernels."""
+
 
 def find_device(config: EngineConfig) -> torch.device:
-    """The device that `config.device` means here. Raises DeviceUnavailableError."""
-    has_cuda = config.device != "cpu" and torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
+    """The device that `config.device` means here. Raises DeviceUnavailableError, also for a GPU without bfloat16."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        _check_has_bfloat16(device)
+        return device
+    if config.device == "cuda":
         raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
-    return torch.device("cuda" if has_cuda else "cpu")
+    return torch.device("cpu")
+
+
+def _check_has_bfloat16(device: torch.device) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _FIRST_WITH_BFLOAT16:
+        name, needed = torch.cuda.get_device_name(device), "{}.{}".format(*_FIRST_WITH_BFLOAT16)
+        raise DeviceUnavailableError(
+            f"device={name} has compute capability {major}.{minor} and no bfloat16: {needed} is needed; device=cpu "
+            "does without the GPU"
+        )
 
 
 def select_ops(device: torch.device, config: EngineConfig) -> Ops:
