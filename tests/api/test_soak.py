@@ -145,3 +145,17 @@ def test_a_model_that_transformers_cannot_load_loses_nothing_else(tmp_path: Path
     described, broken = judge_far(tmp_path, [f"model={tmp_path}", "device=cpu"], [differing(0.7)])
     assert described == [differing(0.7).describe()]
     assert broken[0].startswith("transformers cannot judge 1 greedy tokens: ")
+
+
+def test_a_device_with_too_little_memory_for_the_reference_loses_nothing_else(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def refuse(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room for float32")
+
+    monkeypatch.setattr("toka_engine.benchmarks.soak_reference._compute_logits", refuse)
+    described, broken = judge_far(tiny, [f"model={tiny}", "device=cpu"], [differing(0.7)])
+    assert described == [differing(0.7).describe()]
+    assert broken == ["transformers cannot judge 1 greedy tokens: no room for float32"]

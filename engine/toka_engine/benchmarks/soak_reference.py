@@ -34,7 +34,8 @@ class Verdict:
 def ask_reference(folder: Path, config: EngineConfig, differences: Sequence[Difference]) -> list[Verdict]:
     """A verdict on each of `differences`. Needs the device's memory: the engine must have ended.
 
-    Raises OSError or ValueError if transformers cannot load the model, DeviceUnavailableError, ConfigError.
+    Raises OSError or ValueError if transformers cannot load the model, RuntimeError if the device has too little memory
+    for it, DeviceUnavailableError, ConfigError.
     """
     device = find_device(config)
     exact = _compute_logits(folder, torch.float32, device, differences)

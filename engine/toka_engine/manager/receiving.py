@@ -7,17 +7,16 @@ Arrays only for running streams; Python only for those that ended. Tokens of row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.manager.lifecycle import end_slots, keeps_tops, release_completed
-from toka_engine.manager.slots import Slots
 from toka_engine.manager.state import EMPTYF, ManagerState
 from toka_engine.manager.streams import Kept
-from toka_engine.manager.top_logprobs import NO_TOP, pack, unpack
+from toka_engine.manager.top_logprobs import NO_TOP, Indices, pack, unpack
 from toka_engine.messages import (
     FINISH_ERROR,
     FINISH_LENGTH,
@@ -145,11 +144,11 @@ def _report_ended(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     fields = _ended_fields(state, plain, reasons[~has_tops]) if plain.size else {}
     if topped.size == 0:
         return fields, []
-    extra = _ended_fields(state, topped, reasons[has_tops])
-    return fields, [Deltas(**extra, **_ended_tops(state, topped, extra["ended_lengths"]), top_of_ended=True)]
+    return fields, [Deltas(**_ended_fields(state, topped, reasons[has_tops]), top_of_ended=True)]
 
 
 def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8]) -> dict[str, Any]:
+    """Return the ended_* fields of `over`, and the top_* fields if these keep top logprobs: all of them do, or none."""
     slots, page_size = state.slots, state.sizes.page_size
     num_tokens = slots.num_received[over]
     is_stop = reasons == FINISH_STOP
@@ -162,50 +161,46 @@ def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     }
     if not lengths.any():
         return fields
-    owners, positions = _find_outputs(slots, over, lengths)
-    columns, offsets = np.divmod(positions, page_size)
+    owners, ends = np.repeat(over, lengths), np.cumsum(lengths)
+    within = np.arange(owners.size) - np.repeat(ends - lengths, lengths)
+    columns, offsets = np.divmod(slots.prompt_lengths[owners] + within, page_size)
     pages = slots.table[owners, columns]
     ids = state.page_tokens[pages, offsets]
     # The newest token may have no page; where a stop token ended the stream, that one is not delivered.
     newest = (lengths > 0) & (reasons == FINISH_LENGTH)
-    ends = np.cumsum(lengths)
     ids[ends[newest] - 1] = slots.last_tokens[over[newest]]
     fields["ended_tokens"] = ids
     asked = (slots.num_logprobs[over] >= 0) & (lengths > 0)
     if asked.any():
         logprobs = state.page_logprobs[pages, offsets]
         logprobs[ends[newest] - 1] = slots.last_logprobs[over[newest]]
-        for start, kept in _find_kept(state, over, lengths):
+        all_kept = list(_find_kept(state, over, lengths))
+        for start, kept in all_kept:
             logprobs[start : start + kept.logprobs.size] = kept.logprobs
         logprobs[~np.repeat(asked, lengths)] = np.nan
         fields["ended_logprobs"] = logprobs
+        if keeps_tops(state, over[0]):
+            places = np.where(columns < slots.num_pages[owners], pages * page_size + offsets, -1)
+            fields |= _ended_tops(state, owners, places, all_kept)
     return fields
 
 
-def _ended_tops(state: ManagerState, over: Int32s, lengths: Int32s) -> dict[str, Any]:
-    """Return the top_* fields of ended streams, all padded to the widest row."""
-    slots, page_size = state.slots, state.sizes.page_size
-    width = int(slots.num_logprobs[over].max())
-    owners, positions = _find_outputs(slots, over, lengths)
-    columns, offsets = np.divmod(positions, page_size)
-    tops = state.top_logprobs.at_places(slots.table[owners, columns] * page_size + offsets, width)
-    has_no_page = columns >= slots.num_pages[owners]  # the newest ones
-    tops[has_no_page] = state.top_logprobs.newest(owners[has_no_page], width)
-    for start, kept in _find_kept(state, over, lengths):
+def _ended_tops(
+    state: ManagerState, owners: Int32s, places: Indices, all_kept: Iterable[tuple[int, Kept]]
+) -> dict[str, Any]:
+    """Return the top_* fields of output tokens of the slots `owners`, all padded to the widest row."""
+    num_asked = state.slots.num_logprobs[owners]
+    width = int(num_asked.max())
+    tops = state.top_logprobs.at_places(places, width)
+    has_no_place = places < 0  # the newest ones
+    tops[has_no_place] = state.top_logprobs.newest(owners[has_no_place], width)
+    for start, kept in all_kept:
         if kept.tops is not None:
             tops[start : start + kept.tops.shape[0], : kept.tops.shape[1]] = kept.tops
-    tops[np.arange(width) >= slots.num_logprobs[owners][:, None]] = NO_TOP
+    tops[np.arange(width) >= num_asked[:, None]] = NO_TOP
     ids, logprobs = unpack(tops)
     rows = np.arange(owners.size, dtype=np.int32)
     return {"top_rows": rows, "top_tokens": ids, "top_logprobs": logprobs, "top_width": width}
-
-
-def _find_outputs(slots: Slots, over: Int32s, lengths: Int32s) -> tuple[Int32s, Int64s]:
-    """Return the slot and the position of each output token: `lengths` of them for the slots in `over`."""
-    owners = np.repeat(over, lengths)
-    ends = np.cumsum(lengths)
-    within = np.arange(owners.size) - np.repeat(ends - lengths, lengths)
-    return owners, slots.prompt_lengths[owners] + within
 
 
 def _find_kept(state: ManagerState, over: Int32s, lengths: Int32s) -> Iterator[tuple[int, Kept]]:

@@ -123,10 +123,9 @@ def run_build(arguments: list[str], name: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with log_file.open("w") as log:
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        output = log_file.read_text()
+        if done.returncode != 0:
+            raise CommandFailed(argv, done.returncode, "", log_file.read_text())
         run_checked(buildah("rm", "--all"))
-    if done.returncode != 0:
-        raise CommandFailed(argv, done.returncode, "", output)
 
 
 def _folder() -> Path:

@@ -347,6 +347,12 @@ class Harness:
             self._take(deltas)
         self.num_steps += 1
 
+    def turn(self, count: int) -> None:
+        """Plan what can be planned and take the oldest step's tokens, `count` times."""
+        for _ in range(count):
+            self.plan()
+            self.return_one()
+
     def run(self, max_steps: int = 20_000) -> None:
         """Go on until nothing is left to do."""
         while self.plan() or self.sent:

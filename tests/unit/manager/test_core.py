@@ -113,9 +113,7 @@ def test_what_a_preempted_stream_kept_goes_to_no_other_that_ends_with_it(num_mor
     harness = Harness()
     harness.submit([1, 2, 3], max_tokens=12 + num_more, num_logprobs=0)
     harness.submit([4, 5], max_tokens=12, num_logprobs=0, deliver_each=True)
-    for _ in range(6):
-        harness.plan()
-        harness.return_one()
+    harness.turn(6)
     preempt_newest(harness.manager.state)
     finish(harness)
     assert harness.manager.state.counters.preemptions == 1
@@ -129,9 +127,7 @@ def test_top_logprobs_survive_several_preemptions_at_any_length(num_steps: int) 
     harness.submit([6, 7], max_tokens=40)
     harness.submit([4, 5], max_tokens=40, num_logprobs=2)
     for _ in range(3):
-        for _ in range(num_steps):
-            harness.plan()
-            harness.return_one()
+        harness.turn(num_steps)
         preempt_newest(harness.manager.state)
     finish(harness)
     assert harness.manager.state.counters.preemptions == 3
@@ -141,9 +137,7 @@ def test_top_logprobs_survive_several_preemptions_at_any_length(num_steps: int) 
 def test_streams_that_end_together_are_told_only_the_top_logprobs_that_they_asked_for(num_more: int) -> None:
     harness = Harness()
     harness.submit([1, 2, 3], max_tokens=12, num_logprobs=1)
-    for _ in range(4):
-        harness.plan()
-        harness.return_one()
+    harness.turn(4)
     harness.submit([4, 5], max_tokens=num_more, num_logprobs=3)
     finish(harness)
 
