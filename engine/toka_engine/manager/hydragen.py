@@ -126,7 +126,9 @@ class DecodeRows:
         """Take in rows: where their pages have enough holders, into the groups that read those already."""
         if self._is_enabled:
             is_deep = slots.num_pages[added] >= self.policy.min_columns
-            is_deep[is_deep] = refs[slots.table[added[is_deep], self.policy.min_columns - 1]] >= self.policy.min_rows
+            if is_deep.any():  # else the table may not even have such a column
+                pages = slots.table[added[is_deep], self.policy.min_columns - 1]
+                is_deep[is_deep] = refs[pages] >= self.policy.min_rows
             if is_deep.any():
                 deep = added[is_deep]
                 num_joined = self._join(deep, slots)

@@ -142,6 +142,16 @@ def test_streams_that_end_together_are_told_only_the_top_logprobs_that_they_aske
     finish(harness)
 
 
+@pytest.mark.parametrize("max_pages_per_seq", [1, 7, 8, 9])
+def test_requests_may_be_shorter_than_the_least_prefix_worth_a_group(max_pages_per_seq: int) -> None:
+    config = EngineConfig(hydragen_min_prefix_len=32)
+    most = 4 * max_pages_per_seq
+    harness = Harness(small_sizes(max_pages_per_seq=max_pages_per_seq, max_request_tokens=most), config=config)
+    harness.submit([1, 2], max_tokens=most - 2, n=5, seed=1)
+    harness.submit(list(range(most - 1)), max_tokens=1)
+    finish(harness)
+
+
 def test_the_largest_request_finishes_alone_and_in_a_crowd() -> None:
     for crowd in (0, 6):
         harness = Harness(small_sizes(num_pages=16, max_request_tokens=64))
