@@ -146,6 +146,7 @@ def summarize(workload: Workload, result: Result) -> dict[str, Any]:
     return {
         "requests": len(workload.requests),
         "seconds": round(result.seconds, 3),
+        "output_tokens": result.output_tokens,
         "output_tokens_per_s": round(result.output_tokens / result.seconds, 1),
         "input_tokens_per_s": round(input_tokens / result.seconds, 1),
         "latency_ms": percentiles_ms(result.latencies_s),
@@ -174,6 +175,7 @@ def count_engine(
         "worker_cpu_ms_per_step": ms_per_step("model_cpu_seconds"),
         "manager_cpu_ms_per_step": ms_per_step("manager_cpu_seconds"),
         "busy_share": round(grown("step_busy_seconds") / seconds, 3),
+        "output_tokens": grown("output_tokens"),
         "output_tokens_per_step": round(grown("output_tokens") / steps, 2) if steps else math.nan,
         "peak_running": peak_running,
         "preemptions": grown("preemptions"),
