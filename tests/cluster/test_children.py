@@ -6,7 +6,7 @@ import json
 
 from toka_operator.spec import compute_revision
 
-from tests.cluster.operating import WRITING_VERBS, Operator, deployment, strangers
+from tests.cluster.operating import WRITING_VERBS, Json, Operator, deployment, strangers
 
 KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
 
@@ -132,18 +132,28 @@ def test_edited_children_are_put_back(operator: Operator) -> None:
     assert pods == {"engine:1"}
 
 
+def without_status(found: Json) -> Json:
+    """An object but for what its controller writes: the status, and what any write changes.
+
+    Who applied which field is left in, so that even an apply without a difference shows.
+    """
+    metadata = {key: value for key, value in found["metadata"].items() if key != "resourceVersion"}
+    metadata["managedFields"] = [each for each in metadata["managedFields"] if each.get("subresource") != "status"]
+    return {**found, "metadata": metadata, "status": None}
+
+
 def test_strangers_objects_under_the_names_of_children_are_never_touched(operator: Operator) -> None:
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     theirs = strangers("chat", compute_revision(spec))
     operator.server.apply(*theirs.values(), namespace=operator.namespace)
-    before = {child: operator.require(*child)["metadata"]["resourceVersion"] for child in theirs}
+    before = {child: without_status(operator.require(*child)) for child in theirs}
     operator.apply("chat", replicas=2)
     operator.expected.append("event=name_taken")
     taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     for (_, name), manifest in theirs.items():
         assert f"{manifest['kind']} {name}" in taken["message"]
     operator.wait_for(lambda: operator.requests().count(("create", "services")) >= 2, "another try of the name")
-    assert {child: operator.require(*child)["metadata"]["resourceVersion"] for child in theirs} == before
+    assert {child: without_status(operator.require(*child)) for child in theirs} == before
     for kind, name in theirs:
         operator.kubectl("delete", kind, name)
     operator.wait_until_ready("chat")
