@@ -1,11 +1,13 @@
 """Which tiers a plain `pytest tests/` collects: those without cluster, GPU or rights to inject faults.
 
 The others are collected when they are named on the command line (`pytest tests/cluster`, `scripts/test e2e`).
+Where tests run in several processes, the long files begin first, and each process has its share of the cores.
 Generated examples have no time limit: how long one takes says more of the machine than of us.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,22 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("toka", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("toka")
 
+NUM_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+"""The share of the cores that each of several test processes has. With more, threads wait for those of the other
+process, which costs a sixth of the time."""
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)  # before anything imports torch
+
 _TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault")
 _TESTS = Path(__file__).resolve().parent
+_LONG_FILES = (
+    "api/test_greedy_policies.py",
+    "api/test_greedy_parity.py",
+    "cluster/test_robustness.py",
+    "model/test_torch_compile.py",
+)
+"""Those that take a fifth of their tier or more: they begin first, each in a process of its own, or one process would
+have nothing left to do while the other ends."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -26,3 +42,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
             named = [(config.invocation_params.dir / arg.split("::")[0]).resolve() for arg in config.args]
             return None if any(path.is_relative_to(folder) for path in named) else True
     return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of _LONG_FILES first, in that order."""
+    place = {_TESTS / name: index for index, name in enumerate(_LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))

@@ -13,10 +13,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.api.reference import PROMPTS, find_model, greedy_answers
+from tests.conftest import NUM_THREADS
 from tests.engine_process import EngineProcess
 from tests.model.conftest import TINY
 
-CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m")
+CPU = ("device=cpu", "drain_endpoint_delay_s=0", "served_model_name=m", f"num_threads={NUM_THREADS}")
 
 
 @pytest.fixture(scope="session")
