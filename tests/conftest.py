@@ -24,12 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 _TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault")
 _TESTS = Path(__file__).resolve().parent
-_LONG_FILES = (
-    "api/test_greedy_policies.py",
-    "api/test_greedy_parity.py",
-    "cluster/test_robustness.py",
-    "model/test_torch_compile.py",
-)
+_LONG_FILES = ("api/test_greedy_policies.py", "api/test_greedy_parity.py", "cluster/test_robustness.py")
 """Those that take a fifth of their tier or more: they begin first, each in a process of its own, or one process would
 have nothing left to do while the other ends."""
 
