@@ -40,6 +40,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of _LONG_FILES first, in that order."""
-    place = {_TESTS / name: index for index, name in enumerate(_LONG_FILES)}
+    """Files of _LONG_FILES first, in that order. A name that no file has any more is an error."""
+    place = {(_TESTS / name).resolve(strict=True): index for index, name in enumerate(_LONG_FILES)}
     items.sort(key=lambda item: place.get(item.path, len(place)))

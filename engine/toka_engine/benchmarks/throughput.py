@@ -164,7 +164,7 @@ def count_engine(
     def grown(name: str) -> float:
         return after[f"toka_{name}_total"] - before[f"toka_{name}_total"]
 
-    steps = grown("steps")
+    steps, output_tokens = grown("steps"), grown("output_tokens")
 
     def ms_per_step(name: str) -> float:
         return round(1e3 * grown(name) / steps, 4) if steps else math.nan
@@ -175,8 +175,8 @@ def count_engine(
         "worker_cpu_ms_per_step": ms_per_step("model_cpu_seconds"),
         "manager_cpu_ms_per_step": ms_per_step("manager_cpu_seconds"),
         "busy_share": round(grown("step_busy_seconds") / seconds, 3),
-        "output_tokens": grown("output_tokens"),
-        "output_tokens_per_step": round(grown("output_tokens") / steps, 2) if steps else math.nan,
+        "output_tokens": output_tokens,
+        "output_tokens_per_step": round(output_tokens / steps, 2) if steps else math.nan,
         "peak_running": peak_running,
         "preemptions": grown("preemptions"),
         "prefix_hit_tokens": grown("prefix_hit_tokens"),
