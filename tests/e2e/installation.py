@@ -160,6 +160,13 @@ class Deployment:
         """One completion through the Service."""
         return self.installation.run_client("complete.py", self.url, prompt, str(max_tokens)).strip()
 
+    def keep_asking(self, seconds: int) -> None:
+        """One completion after another through the Service, each on a new connection; all must be answered."""
+        lines = self.installation.run_client("keep_asking.py", self.url, str(seconds)).splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert answers
+        assert [answer for answer in answers if "text" not in answer] == []
+
     def requests_served(self, pod: Object) -> float:
         """How many requests a pod has answered, by its own metrics."""
         address = f"http://{pod['status']['podIP']}:10210/metrics"

@@ -51,7 +51,7 @@ def wait_until_each_answers(deployment: Deployment) -> None:
     """Ask through the Service, each time on a new connection, until every pod has answered."""
 
     def each_has_answered() -> bool:
-        assert deployment.ask()
+        deployment.keep_asking(2)
         return all(deployment.requests_served(pod) > 0 for pod in deployment.pods())
 
     deployment.cluster.wait_for(each_has_answered, "every replica to have answered", timeout_s=120)
