@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.cluster.operating import CHART, SYSTEM, deployment
 @pytest.fixture(scope="module")
 def server() -> Iterator[ApiServer]:
     """An API server of its own: uninstalling the chart would pull the rug from under the other tests."""
-    own = ApiServer.start("chart")
+    own = ApiServer.start(f"chart-{os.getpid()}")
     own.create_namespace(SYSTEM, pod_security="restricted")
     yield own
     own.stop()

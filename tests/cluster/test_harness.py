@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed, WaitTimeout
+from tests.cluster.harness.node import make_control_group
 from tests.cluster.harness.paths import REPOSITORY, run_root
-from tests.cluster.harness.processes import RunFolder, start_time_of, sweep
+from tests.cluster.harness.processes import RunFolder, control_group_prefix, control_groups, start_time_of, sweep
 from tests.cluster.harness.tools import unmount_below
 from tests.cluster.harness.trees import Network, add_bridge, run_checked
 
@@ -106,6 +108,50 @@ def test_a_session_that_is_killed_leaves_no_process() -> None:
     sweep()
     assert [pid for pid in pids if start_time_of(pid) is not None] == []
     assert not (run_root() / "killed-session").exists()
+
+
+def test_sessions_that_begin_together_do_not_trip_over_what_the_dead_left(tmp_path: Path) -> None:
+    """Each ends and removes what the dead left, and takes the name of one of them."""
+    root, names = tmp_path / "cluster" / "run", [f"left-{os.getpid()}-{number}" for number in range(6)]
+    script = (
+        "import sys\n"
+        "from tests.cluster.harness.processes import RunFolder\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "RunFolder(sys.argv[1], is_kept=True).create()\n"
+    )
+    sessions: list[subprocess.Popen[str]] = []
+    try:
+        for name in names:
+            (root / name).mkdir(parents=True)
+            (root / name / "owner.json").write_text("[1, -1]")
+            make_control_group(f"{control_group_prefix(name)}node1")
+            for pod in range(20):
+                (control_groups(name)[0] / "pods" / str(pod)).mkdir(parents=True)
+            session = subprocess.Popen(
+                [sys.executable, "-c", script, name],
+                cwd=REPOSITORY,
+                env=os.environ | {"TOKA_CACHE_DIR": str(tmp_path)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            sessions.append(session)
+        for session in sessions:
+            assert session.stdout is not None
+            assert session.stdout.readline() == "ready\n"
+        for session in sessions:
+            assert session.stdin is not None
+            session.stdin.close()
+        assert [session.wait(60) for session in sessions] == [0] * len(names)
+        owners = {folder.name: (folder / "owner.json").read_text() for folder in root.iterdir()}
+        assert owners == dict.fromkeys(names, "null")
+        assert [control_groups(name) for name in names] == [[]] * len(names)
+    finally:
+        for session in sessions:
+            session.kill()
+        for name in names:
+            RunFolder(name).stop()
 
 
 def test_a_pid_given_to_another_process_is_never_touched() -> None:

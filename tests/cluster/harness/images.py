@@ -6,7 +6,6 @@ authorities, since the package index may be reached through one of them. `TOKA_B
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.node import PAUSE_IMAGE
-from tests.cluster.harness.paths import REPOSITORY, cluster_cache
+from tests.cluster.harness.paths import REPOSITORY, cluster_cache, only_one
 from tests.cluster.harness.trees import run_checked
 
 TEST_BASE_IMAGE = "localhost/python-base:test"
@@ -119,8 +118,7 @@ def run_build(arguments: list[str], name: str) -> None:
     """
     argv = buildah("bud", "--isolation=chroot", "--tag", name, *arguments)
     log_file = _folder() / "build.log"
-    with (_folder() / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_one(_folder() / ".lock"):
         with log_file.open("w") as log:
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         if done.returncode != 0:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -28,3 +31,12 @@ def run_root() -> Path:
 def tool(name: str) -> str:
     """The path of a built command; it need not exist yet."""
     return str(bin_folder() / name)
+
+
+@contextmanager
+def only_one(lock_file: Path) -> Iterator[None]:
+    """Wait until no other process holds this lock, and hold it: sessions of tests share the cache."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cluster.harness.errors import HarnessError
-from tests.cluster.harness.paths import run_root
+from tests.cluster.harness.paths import cluster_cache, only_one, run_root
 
 _STOP_DEADLINE_S = 20.0
 
@@ -100,12 +100,13 @@ class RunFolder:
 
     def create(self) -> None:
         """Begin an empty run: end what an earlier one of the same name, or a crashed owner, left."""
-        sweep()
-        self.stop()
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.logs.mkdir(parents=True)
-        owner = None if self.is_kept else [os.getpid(), start_time_of(os.getpid())]
-        (self.path / "owner.json").write_text(json.dumps(owner))
+        with only_one(_sweep_lock()):
+            _sweep()
+            self.stop()
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.logs.mkdir(parents=True)
+            owner = None if self.is_kept else [os.getpid(), start_time_of(os.getpid())]
+            (self.path / "owner.json").write_text(json.dumps(owner))
 
     def spawn(
         self,
@@ -189,7 +190,17 @@ class RunFolder:
 
 
 def sweep() -> None:
-    """Stop and remove every run whose owner has died without doing it."""
+    """Stop and remove every run whose owner has died without doing it. Any number of processes may call it at once."""
+    with only_one(_sweep_lock()):
+        _sweep()
+
+
+def _sweep_lock() -> Path:
+    """Of two that sweep, one would remove what the other reads, or a new run that has the name of a dead one."""
+    return cluster_cache() / "sweep.lock"
+
+
+def _sweep() -> None:
     for folder in sorted(run_root().glob("*")) if run_root().exists() else []:
         run = RunFolder(folder.name)
         if run.owner_is_gone():
@@ -202,16 +213,20 @@ def control_group_prefix(run_name: str) -> str:
     return f"toka-{run_name}-"
 
 
+def control_groups(run_name: str) -> list[Path]:
+    """The roots of a run's control groups: version 2 has one hierarchy, version 1 several."""
+    groups, name = Path("/sys/fs/cgroup"), f"{control_group_prefix(run_name)}*"
+    return [*groups.glob(name), *groups.glob(f"*/{name}")]
+
+
 def _remove_control_groups(run_name: str) -> None:
     """Remove a run's empty control groups, deepest first. They empty a moment after their processes die."""
     deadline = time.monotonic() + _STOP_DEADLINE_S
-    roots = list(Path("/sys/fs/cgroup").glob(f"*/{control_group_prefix(run_name)}*"))
-    for root in roots:
-        folders = sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
-        for folder in [*folders, root]:
-            while folder.exists():
+    for root in control_groups(run_name):
+        for folder, _, _ in os.walk(root, topdown=False):
+            while os.path.exists(folder):
                 try:
-                    folder.rmdir()
+                    os.rmdir(folder)
                 except OSError as error:
                     if time.monotonic() > deadline:
                         raise HarnessError(f"cannot remove the control group {folder}: {error}") from error

@@ -7,20 +7,17 @@ a test that finds a command missing fails with `ToolsMissing`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.harness.errors import HarnessError, ToolsMissing
-from tests.cluster.harness.paths import TOOL_MODULES, bin_folder, cluster_cache, run_root
+from tests.cluster.harness.paths import TOOL_MODULES, bin_folder, cluster_cache, only_one, run_root
 from tests.cluster.harness.processes import RunFolder
 
 KUBERNETES_VERSION = "1.34.4"
@@ -132,7 +129,7 @@ def ensure_tools() -> None:
         return
     go = find_go()
     bin_folder().mkdir(parents=True, exist_ok=True)
-    with _build_lock():
+    with only_one(bin_folder() / ".lock"):
         for tool_set in stale:
             if not tool_set.is_current():
                 build(tool_set, go)
@@ -213,11 +210,3 @@ def _go_version(go: str) -> tuple[int, ...]:
     text = subprocess.run([go, "version"], check=True, capture_output=True, text=True).stdout
     match = re.search(r"go(\d+)\.(\d+)", text)
     return tuple(int(part) for part in match.groups()) if match else (0,)
-
-
-@contextmanager
-def _build_lock() -> Iterator[None]:
-    """Two sessions that find the tools missing must not build them twice."""
-    with (bin_folder() / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
