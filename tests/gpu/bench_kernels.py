@@ -10,6 +10,7 @@ from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.gumbel import add_noise
 from toka_engine.model.kernels.norm import add_rms_norm
+from toka_engine.model.kernels.rejection import draw_by_rejection
 from toka_engine.model.kernels.rope import rope_append
 from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, draw
 from toka_engine.model.kernels.slots import SlotState
@@ -21,11 +22,15 @@ BYTES_PER_S = 4.2e12
 
 def report(name: str, run: Callable[[], None], num_bytes: float) -> None:
     took_us = do_bench(run, warmup=10, rep=40, return_mode="median") * 1e3
-    print(f"{name:40s} {took_us:9.1f} us   bound {num_bytes / BYTES_PER_S * 1e6:9.1f} us", flush=True)
+    print(f"{name:50s} {took_us:9.1f} us   bound {num_bytes / BYTES_PER_S * 1e6:9.1f} us", flush=True)
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE).bfloat16()
+
+
+FILTERS = ((0, 0.95, 0.0, -1), (50, 1.0, 0.0, -1), (0, 1.0, 0.05, -1), (20, 0.95, 0.0, -1), (0, 0.95, 0.0, 7))
+"""top_k, top_p, min_p and seed (-1: none) of all rows at a time."""
 
 
 def main() -> None:
@@ -49,23 +54,31 @@ def main() -> None:
         )
     vocab = 128256
     for rows in (1, 64, 1024, 4096):
-        logits = random(rows, vocab) * 3
+        logits = torch.randn(rows, vocab, device=DEVICE) * 3
         index = torch.arange(rows, dtype=torch.int32, device=DEVICE)
         samples, state = Samples(index, index), SlotState.allocate(rows, DEVICE)
         state.temperature.fill_(0.8)
         work = Workspace.allocate(rows, vocab, DEVICE)
         ids, logprobs = torch.empty_like(index), torch.empty(rows, device=DEVICE)
         seed = torch.tensor([1, 2], device=DEVICE)
-        pass_bytes = rows * vocab * 2
+        pass_bytes = rows * vocab * 4
         report(f"block_stats {rows}", lambda: block_stats(logits, samples, state, work, False), pass_bytes)
         report(f"block_stats+plain {rows}", lambda: block_stats(logits, samples, state, work, True), pass_bytes)
-        report(f"draw {rows}", lambda: draw(logits, samples, state, work, seed, ids, None, False), rows * 8192)
+        report(f"draw {rows}", lambda: draw(logits, samples, state, work, seed, ids, None, False), rows * 16384)
         report(f"draw+logprobs {rows}", lambda: draw(logits, samples, state, work, seed, ids, logprobs, False), 0)
-        state.top_p.fill_(0.9)
-        report(f"filters top_p {rows}", lambda: apply_filters(logits, samples, index, state, work), pass_bytes)
-        state.top_k.fill_(50)
-        report(f"filters both {rows}", lambda: apply_filters(logits, samples, index, state, work), pass_bytes)
         report(f"gumbel {rows}", lambda: add_noise(logits, samples, index, state, work), pass_bytes)
+        kept = work.scaled_sum.clone()
+
+        def apply_all() -> None:
+            work.scaled_sum.copy_(kept)
+            work.token.fill_(-1)
+            draw_by_rejection(logits, samples, index, state, work, seed)
+            apply_filters(logits, samples, index, state, work)
+
+        for asked in FILTERS:
+            for field, value in zip((state.top_k, state.top_p, state.min_p, state.seed), asked, strict=True):
+                field.fill_(value)
+            report(f"top_k, top_p, min_p, seed {asked} {rows}", apply_all, pass_bytes)
 
 
 if __name__ == "__main__":

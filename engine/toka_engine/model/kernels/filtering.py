@@ -1,9 +1,10 @@
 """top_k, top_p and min_p, exact over the whole vocabulary, without a sort: only samples that ask pay.
 
-Each filter keeps the tokens at or above some logit. That logit is found by a search over the ordered bit patterns of
-the logits: how many tokens (top_k), or how much mass (top_p), lie at or above a pivot; three pivots per pass, until no
-two tokens lie between those that are kept and those that are not. Tokens that tie with the last kept one are kept too.
-top_p is of the mass that top_k left; min_p is relative to the best token.
+Each filter keeps the tokens at or above some logit. Most samples are drawn without that logit being known (rejection);
+for the others it is found by a search over the ordered bit patterns of the logits: how many tokens (top_k), or how much
+mass (top_p), lie at or above a pivot; three pivots per pass, until no two tokens lie between those that are kept and
+those that are not. What block_stats left bounds the search from below. Tokens that tie with the last kept one are kept
+too. top_p is of the mass that top_k left; min_p is relative to the best token.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ def _ordered(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _key_of(x, SHIFT: tl.constexpr):
+    """The key of a scalar, int64: differences of two keys do not overflow."""
+    return tl.sum(_ordered(tl.full([1], 0.0, tl.float32) + x, SHIFT).to(tl.int64), axis=0)
+
+
+@triton.jit
 def _unordered(key, SHIFT: tl.constexpr):
-    """The float of a key."""
+    """The float of a key: those are at or above it whose keys are."""
     key = key.to(tl.int32)
     filler = (1 << SHIFT) - 1
     wide = tl.where(key < 0, (key << SHIFT) | filler, key << SHIFT)
@@ -33,11 +40,8 @@ def _unordered(key, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _tail_sums(
-    row_ptr, vocab_size, base, inv_t, low, middle, high,
-    IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Number or mass of the tokens whose key is at or above each of three pivots, and their number."""
+def _tail_sums(row_ptr, vocab_size, base, scale, low, middle, high, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass (or number again) and number of the tokens at or above each of three pivots, finite logits."""
     sum_low = tl.zeros([BLOCK], tl.float32)
     sum_middle = tl.zeros([BLOCK], tl.float32)
     sum_high = tl.zeros([BLOCK], tl.float32)
@@ -46,25 +50,24 @@ def _tail_sums(
     num_high = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab_size, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        inside = index < vocab_size
-        x = tl.load(row_ptr + index, mask=inside, other=float("-inf")).to(tl.float32)
-        key = _ordered(x, SHIFT)
-        weight = tl.where(inside, 1.0, 0.0) if IS_COUNT else tl.exp((x - base) * inv_t)
-        sum_low += tl.where(key >= low, weight, 0.0)
-        sum_middle += tl.where(key >= middle, weight, 0.0)
-        sum_high += tl.where(key >= high, weight, 0.0)
-        num_low += (inside & (key >= low)).to(tl.int32)
-        num_middle += (inside & (key >= middle)).to(tl.int32)
-        num_high += (inside & (key >= high)).to(tl.int32)
-    return (
-        tl.sum(sum_low, axis=0), tl.sum(sum_middle, axis=0), tl.sum(sum_high, axis=0),
-        tl.sum(num_low, axis=0), tl.sum(num_middle, axis=0), tl.sum(num_high, axis=0),
-    )  # fmt: skip
+        x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+        num_low += (x >= low).to(tl.int32)
+        num_middle += (x >= middle).to(tl.int32)
+        num_high += (x >= high).to(tl.int32)
+        if not IS_COUNT:
+            weight = tl.exp2((x - base) * scale)
+            sum_low += tl.where(x >= low, weight, 0.0)
+            sum_middle += tl.where(x >= middle, weight, 0.0)
+            sum_high += tl.where(x >= high, weight, 0.0)
+    at_low, at_middle, at_high = tl.sum(num_low, axis=0), tl.sum(num_middle, axis=0), tl.sum(num_high, axis=0)
+    if IS_COUNT:
+        return at_low.to(tl.float32), at_middle.to(tl.float32), at_high.to(tl.float32), at_low, at_middle, at_high
+    return tl.sum(sum_low, axis=0), tl.sum(sum_middle, axis=0), tl.sum(sum_high, axis=0), at_low, at_middle, at_high
 
 
 @triton.jit
 def _search(
-    row_ptr, vocab_size, base, inv_t, lower, upper, target,
+    row_ptr, vocab_size, base, scale, lower, upper, target,
     IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A key that keeps what the greatest one in [lower, upper) does whose tail reaches `target`: `lower` if none does.
@@ -75,12 +78,12 @@ def _search(
     # One token between the two, or none: wherever between them a key is, it keeps the same as `lower`.
     while (upper - lower > 1) & (num_lower - num_upper > 1):
         width = upper - lower
-        first = lower + width // 4
+        first = lower + tl.maximum(width // 4, 1)  # the lower end itself would tell nothing
         second = lower + width // 2
         third = lower + (width * 3) // 4
         at_first, at_second, at_third, num_first, num_second, num_third = _tail_sums(
-            row_ptr, vocab_size, base, inv_t, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32),
-            IS_COUNT, SHIFT, BLOCK,
+            row_ptr, vocab_size, base, scale, _unordered(first, SHIFT), _unordered(second, SHIFT),
+            _unordered(third, SHIFT), IS_COUNT, BLOCK,
         )  # fmt: skip
         above_first = at_first >= target
         above_second = at_second >= target
@@ -96,63 +99,79 @@ def _search(
     return lower
 
 
+@triton.jit
+def _bound_top_k(maxima, in_blocks, top_k):
+    """At least top_k tokens are at or above this logit: as many blocks have their best there."""
+    is_better = (maxima[None, :] > maxima[:, None]).to(tl.int32)
+    bound = tl.min(tl.where(in_blocks & (tl.sum(is_better, axis=1) < top_k), maxima, float("inf")), axis=0)
+    return tl.where(top_k <= tl.sum(in_blocks.to(tl.int32), axis=0), bound, float("-inf"))
+
+
+@triton.jit
+def _bound_top_p(base, scale, mass, top_p, vocab_size):
+    """Below this logit the whole vocabulary would have less than nine tenths of the mass that top_p leaves out."""
+    return base - (tl.log2(vocab_size / ((1.0 - top_p) * mass)) + 0.16) / scale
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
 def _threshold_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr,
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maximum_ptr, threshold_ptr, num_blocks,
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maximum_ptr, scaled_ptr, token_ptr, threshold_ptr, num_blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     sample = tl.load(chosen_ptr + tl.program_id(0))
-    row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
-    slot = tl.load(slots_ptr + sample)
-    inv_t = inverse_temperature(temperature_ptr, slot)
-    blocks = tl.arange(0, BLOCKS)
-    at = sample.to(tl.int64) * num_blocks + blocks
-    top = tl.max(tl.load(maximum_ptr + at, mask=blocks < num_blocks, other=float("-inf")), axis=0)
-    is_bad = (top == float("inf")) | (top == float("-inf"))
-    base = tl.where(is_bad, 0.0, top)
-    # An empty range ends each search at once: what a sample does not ask for costs it nothing.
-    lowest = _ordered(tl.full([1], float("-inf"), tl.float32), SHIFT).to(tl.int64)
-    lowest = tl.sum(lowest, axis=0)
-    upper = _ordered(base, SHIFT).to(tl.int64) + 1
-    top_k = tl.load(top_k_ptr + slot)
-    top_p = tl.load(top_p_ptr + slot)
-    has_top_k = (top_k > 0) & (top_k < vocab_size) & (is_bad == 0)
-    has_top_p = (top_p < 1.0) & (is_bad == 0)
-    key = _search(
-        row_ptr, vocab_size, base, inv_t, lowest, tl.where(has_top_k, upper, lowest), top_k.to(tl.float32),
-        True, SHIFT, BLOCK,
-    )  # fmt: skip
-    if has_top_p:
-        pivot = key.to(tl.int32)
-        kept, _, _, _, _, _ = _tail_sums(
-            row_ptr, vocab_size, base, inv_t, pivot, pivot, pivot, False, SHIFT, BLOCK
-        )  # fmt: skip
-        key = _search(row_ptr, vocab_size, base, inv_t, key, upper, kept * top_p, False, SHIFT, BLOCK)
-    threshold = _unordered(key, SHIFT)
-    min_p = tl.load(min_p_ptr + slot)
-    floor = base + tl.log(tl.maximum(min_p, 1e-30)) / inv_t
-    threshold = tl.where(min_p > 0, tl.maximum(threshold, tl.minimum(floor, base)), threshold)
-    tl.store(threshold_ptr + sample, tl.where(is_bad, float("-inf"), threshold))
+    if tl.load(token_ptr + sample) < 0:
+        row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
+        slot = tl.load(slots_ptr + sample)
+        scale = inverse_temperature(temperature_ptr, slot) * 1.4426950408889634
+        blocks = tl.arange(0, BLOCKS)
+        in_blocks = blocks < num_blocks
+        at = sample.to(tl.int64) * num_blocks + blocks
+        maxima = tl.load(maximum_ptr + at, mask=in_blocks, other=float("-inf"))
+        top = tl.max(maxima, axis=0)
+        is_bad = (top == float("inf")) | (top == float("-inf"))
+        base = tl.where(is_bad, 0.0, top)
+        masses = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp2((maxima - base) * scale)
+        mass = tl.sum(tl.where(in_blocks & (masses > 0), masses, 0.0), axis=0)
+        top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
+        upper = _key_of(base, SHIFT) + 1
+        key = _key_of(float("-inf"), SHIFT)
+        if (top_k > 0) & (top_k < vocab_size) & (is_bad == 0):
+            key = tl.maximum(_key_of(_bound_top_k(maxima, in_blocks, top_k), SHIFT), key)
+            key = _search(row_ptr, vocab_size, base, scale, key, upper, top_k.to(tl.float32), True, SHIFT, BLOCK)
+            pivot = _unordered(key, SHIFT)
+            if top_p < 1.0:
+                mass, _, _, _, _, _ = _tail_sums(row_ptr, vocab_size, base, scale, pivot, pivot, pivot, False, BLOCK)
+        if (top_p < 1.0) & (is_bad == 0):
+            key = tl.maximum(_key_of(_bound_top_p(base, scale, mass, top_p, vocab_size), SHIFT) - 1, key)
+            key = _search(row_ptr, vocab_size, base, scale, key, upper, mass * top_p, False, SHIFT, BLOCK)
+        threshold = _unordered(key, SHIFT)
+        floor = base + tl.log2(tl.maximum(min_p, 1e-30)) / scale
+        threshold = tl.where(min_p > 0, tl.maximum(threshold, tl.minimum(floor, base)), threshold)
+        tl.store(threshold_ptr + sample, tl.where(is_bad, float("-inf"), threshold))
 
 
 @triton.jit
 def _masked_sums_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr, temperature_ptr,
-    maximum_ptr, scaled_ptr, threshold_ptr,
+    maximum_ptr, scaled_ptr, token_ptr, threshold_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.load(chosen_ptr + tl.program_id(0))
-    block = tl.program_id(1)
-    row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
-    inv_t = inverse_temperature(temperature_ptr, tl.load(slots_ptr + sample))
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
-    at = sample.to(tl.int64) * tl.num_programs(1) + block
-    maximum = tl.load(maximum_ptr + at)
-    base = tl.where((maximum == float("-inf")) | (maximum == float("inf")), 0.0, maximum)
-    mass = tl.where(x >= tl.load(threshold_ptr + sample), tl.exp((x - base) * inv_t), 0.0)
-    tl.store(scaled_ptr + at, tl.sum(mass, axis=0))
+    if tl.load(token_ptr + sample) < 0:
+        block = tl.program_id(1)
+        at = sample.to(tl.int64) * tl.num_programs(1) + block
+        maximum = tl.load(maximum_ptr + at)
+        threshold = tl.load(threshold_ptr + sample)
+        kept = 0.0
+        if maximum >= threshold:  # most blocks have nothing that is kept, and are not read
+            row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
+            inv_t = inverse_temperature(temperature_ptr, tl.load(slots_ptr + sample))
+            index = block * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+            base = tl.where((maximum == float("-inf")) | (maximum == float("inf")), 0.0, maximum)
+            kept = tl.sum(tl.where(x >= threshold, tl.exp((x - base) * inv_t), 0.0), axis=0)
+        tl.store(scaled_ptr + at, kept)
 
 
 def apply_filters(
@@ -162,17 +181,21 @@ def apply_filters(
     state: SlotState,
     work: Workspace,
 ) -> None:
-    """After block_stats: set work.threshold of the chosen samples and limit their work.scaled_sum to what is kept."""
+    """After block_stats and draw_by_rejection, for those of the chosen samples that have no token yet.
+
+    Sets their work.threshold and limits their work.scaled_sum to what is kept.
+    """
     count = chosen.shape[0]
     if not count:
         return
     shift = 16 if logits.dtype == torch.bfloat16 else 0
     _threshold_kernel[(count,)](
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
-        state.temperature, state.top_k, state.top_p, state.min_p, work.maximum, work.threshold, work.num_blocks,
+        state.temperature, state.top_k, state.top_p, state.min_p, work.maximum, work.scaled_sum, work.token,
+        work.threshold, work.num_blocks,
         BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), SHIFT=shift, num_warps=16,
     )  # fmt: skip
     _masked_sums_kernel[(count, work.num_blocks)](
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
-        state.temperature, work.maximum, work.scaled_sum, work.threshold, BLOCK=work.block, num_warps=8,
+        state.temperature, work.maximum, work.scaled_sum, work.token, work.threshold, BLOCK=work.block, num_warps=8,
     )  # fmt: skip

@@ -15,28 +15,40 @@ from toka_engine.model.kernels.slots import SlotState
 
 
 @triton.jit
+def _noise(seed, draw, block, BLOCK: tl.constexpr):
+    """Standard Gumbel noise of a block's tokens: a word of Philox each, of which one hash gives four."""
+    group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    first, second, third, fourth = tl.philox(seed, group, draw, 0, 0, 7)
+    bits = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [BLOCK])
+    # v in (0, 1), as fine near 0 as fp32 allows: the largest noise comes from the smallest -log(1 - v).
+    v = bits.to(tl.float32) * (1.0 / 4294967296.0) + (1.0 / 8589934592.0)
+    exponential = tl.where(v < 0.01, v + v * v * 0.5 + v * v * v * (1.0 / 3.0), -tl.log(1.0 - v))
+    return -tl.log(exponential)
+
+
+@triton.jit
 def _noisy_best_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr,
-    temperature_ptr, seed_ptr, num_sampled_ptr, threshold_ptr, best_ptr, token_ptr,
+    temperature_ptr, seed_ptr, num_sampled_ptr, maximum_ptr, threshold_ptr, best_ptr, token_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = tl.load(chosen_ptr + tl.program_id(0))
     block = tl.program_id(1)
-    row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
-    slot = tl.load(slots_ptr + sample)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
-    draw = tl.load(num_sampled_ptr + slot)
-    bits, _, _, _ = tl.philox(tl.load(seed_ptr + slot), index, draw, 0, 0, 7)
-    # v in (0, 1), as fine near 0 as fp32 allows: the largest noise comes from the smallest -log(1 - v).
-    v = bits.to(tl.float32) * (1.0 / 4294967296.0) + (1.0 / 8589934592.0)
-    exponential = tl.where(v < 0.01, v + v * v * 0.5 + v * v * v * (1.0 / 3.0), -tl.log(1.0 - v))
-    score = x * inverse_temperature(temperature_ptr, slot) - tl.log(exponential)
-    score = tl.where((x >= tl.load(threshold_ptr + sample)) & (index < vocab_size), score, float("-inf"))
-    best = tl.max(score, axis=0)
     at = sample.to(tl.int64) * tl.num_programs(1) + block
+    threshold = tl.load(threshold_ptr + sample)
+    best, token = float("-inf"), vocab_size - 1
+    if tl.load(maximum_ptr + at) >= threshold:  # of a filtered sample most blocks have nothing that is kept
+        row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
+        slot = tl.load(slots_ptr + sample)
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+        noise = _noise(tl.load(seed_ptr + slot), tl.load(num_sampled_ptr + slot), block, BLOCK)
+        score = x * inverse_temperature(temperature_ptr, slot) + noise
+        score = tl.where((x >= threshold) & (index < vocab_size), score, float("-inf"))
+        best = tl.max(score, axis=0)
+        token = tl.min(tl.where(score == best, index, vocab_size - 1), axis=0)
     tl.store(best_ptr + at, best)
-    tl.store(token_ptr + at, tl.min(tl.where(score == best, index, vocab_size - 1), axis=0))
+    tl.store(token_ptr + at, token)
 
 
 def add_noise(
@@ -50,6 +62,6 @@ def add_noise(
     if chosen.shape[0]:
         _noisy_best_kernel[(chosen.shape[0], work.num_blocks)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
-            state.temperature, state.seed, state.num_sampled, work.threshold, work.noisy_best, work.noisy_token,
-            BLOCK=work.block, num_warps=8,
+            state.temperature, state.seed, state.num_sampled, work.maximum, work.threshold, work.noisy_best,
+            work.noisy_token, BLOCK=work.block, num_warps=8,
         )  # fmt: skip

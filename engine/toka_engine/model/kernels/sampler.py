@@ -10,6 +10,7 @@ from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.gumbel import add_noise
 from toka_engine.model.kernels.penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
+from toka_engine.model.kernels.rejection import draw_by_rejection
 from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, draw
 from toka_engine.model.kernels.slots import SlotState
 from toka_engine.model.sampling import Penalties, Sampled, SamplePlan
@@ -97,6 +98,7 @@ class GpuSampler:
     ) -> None:
         state, work = self._state, self._work
         block_stats(logits, samples, state, work, logprobs is not None)
+        draw_by_rejection(logits, samples, filtered, state, work, random.view(torch.int64))
         apply_filters(logits, samples, filtered, state, work)
         add_noise(logits, samples, seeded, state, work)
         draw(logits, samples, state, work, random.view(torch.int64), ids, logprobs, with_seeded)

@@ -3,7 +3,8 @@
 `block_stats` reads the logits once: per sample and block of the vocabulary the maximum and the sum of
 exp((x - max) / T). `draw` picks a block by one uniform number from those sums and then the token inside it, so that it
 reads one block per sample. Greedy is the maximum; the log-sum-exp of the logprobs falls out of the same pass. Samples
-with a seed are drawn from Gumbel noise (see gumbel), samples with top_k, top_p or min_p above a threshold (filtering).
+with a seed are drawn from Gumbel noise (see gumbel), samples with top_k, top_p or min_p by rejection or above a
+threshold (see rejection, filtering).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Workspace:
     scaled_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
     plain_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp(x - maximum)
     threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
+    token: torch.Tensor  # [n] int32: what has been drawn already (rejection); -1: nothing
     noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
     noisy_token: torch.Tensor  # [n, num_blocks] int32
 
@@ -59,7 +61,7 @@ class Workspace:
             return torch.zeros(max_samples, dtype=dtype, device=device)
 
         return cls(
-            block, num_blocks, blocks(), blocks(), blocks(), vector(torch.float32), blocks(),
+            block, num_blocks, blocks(), blocks(), blocks(), vector(torch.float32), vector(torch.int32), blocks(),
             blocks(torch.int32),
         )  # fmt: skip
 
@@ -74,7 +76,7 @@ def inverse_temperature(temperature_ptr, slot):
 @triton.jit
 def _block_stats_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, temperature_ptr,
-    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr,
+    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, token_ptr,
     BLOCK: tl.constexpr, HAS_PLAIN: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs read neighbouring blocks.
@@ -96,21 +98,22 @@ def _block_stats_kernel(
     is_bad = (scaled != scaled) | (scaled == float("inf"))
     tl.store(maximum_ptr + at, tl.where(is_bad, float("inf"), maximum))
     tl.store(threshold_ptr + sample, float("-inf"), mask=block == 0)
+    tl.store(token_ptr + sample, -1, mask=block == 0)
 
 
 @triton.jit
-def _find_block(weight, target, blocks, BLOCKS: tl.constexpr):
-    """In which block the running sum of the weights passes `target`, and what of `target` is left inside it."""
-    hit = tl.min(tl.where((tl.cumsum(weight, axis=0) > target) & (weight > 0), blocks, BLOCKS), axis=0)
-    block = tl.minimum(hit, tl.max(tl.where(weight > 0, blocks, 0), axis=0))
-    return block, target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
+def find_passing(weight, target, places, SIZE: tl.constexpr):
+    """At which of SIZE places the running sum of the weights passes `target`, and what of `target` is left there."""
+    hit = tl.min(tl.where((tl.cumsum(weight, axis=0) > target) & (weight > 0), places, SIZE), axis=0)
+    place = tl.minimum(hit, tl.max(tl.where(weight > 0, places, 0), axis=0))
+    return place, target - tl.sum(tl.where(places < place, weight, 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _draw_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr,
     temperature_ptr, seed_ptr, num_sampled_ptr, last_token_ptr, random_ptr,
-    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, noisy_best_ptr, noisy_token_ptr,
+    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, drawn_ptr, noisy_best_ptr, noisy_token_ptr,
     ids_ptr, logprobs_ptr, num_blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, HAS_PLAIN: tl.constexpr, HAS_SEEDED: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +135,7 @@ def _draw_kernel(
     weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
     bits, _, _, _ = tl.philox(tl.load(random_ptr), sample, tl.load(random_ptr + 1).to(tl.int32), 0, 0)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    drawn_block, remaining = _find_block(weight, uniform * tl.sum(weight, axis=0), blocks, BLOCKS)
+    drawn_block, remaining = find_passing(weight, uniform * tl.sum(weight, axis=0), blocks, BLOCKS)
     first_best = tl.min(tl.where((maxima == top) & in_blocks, blocks, BLOCKS), axis=0)
     block = tl.where(is_greedy, first_best, drawn_block)
     block = tl.where(is_bad, 0, block)
@@ -144,10 +147,11 @@ def _draw_kernel(
         logits_ptr + row * row_stride + index, mask=index < vocab_size, other=float("-inf")
     ).to(tl.float32)  # fmt: skip
     mass = tl.where(x >= tl.load(threshold_ptr + sample), tl.exp((x - base) * inv_t), 0.0)
-    hit = tl.min(tl.where((tl.cumsum(mass, axis=0) > remaining) & (mass > 0), inner, BLOCK), axis=0)
-    drawn = tl.minimum(hit, tl.max(tl.where(mass > 0, inner, 0), axis=0))
+    drawn, _ = find_passing(mass, remaining, inner, BLOCK)
     best = tl.min(tl.where(x == top, inner, BLOCK - 1), axis=0)
     token = block * BLOCK + tl.where(is_greedy, best, drawn)
+    before = tl.load(drawn_ptr + sample)
+    token = tl.where(before >= 0, before, token)
     if HAS_SEEDED:
         is_seeded = (tl.load(seed_ptr + slot) >= 0) & (is_greedy == 0)
         scores = tl.load(noisy_best_ptr + at, mask=in_blocks & is_seeded, other=float("-inf"))
@@ -172,7 +176,7 @@ def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: 
     if len(samples):
         _block_stats_kernel[(work.num_blocks, len(samples))](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state.temperature,
-            work.maximum, work.scaled_sum, work.plain_sum, work.threshold,
+            work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token,
             BLOCK=work.block, HAS_PLAIN=with_logprobs, num_warps=8,
         )  # fmt: skip
 
@@ -195,8 +199,8 @@ def draw(
         _draw_kernel[(len(samples),)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots,
             state.temperature, state.seed, state.num_sampled, state.last_token, random,
-            work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.noisy_best, work.noisy_token,
-            ids, work.maximum if logprobs is None else logprobs, work.num_blocks,
+            work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token, work.noisy_best,
+            work.noisy_token, ids, work.maximum if logprobs is None else logprobs, work.num_blocks,
             BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks),
             HAS_PLAIN=logprobs is not None, HAS_SEEDED=with_seeded, num_warps=8,
         )  # fmt: skip
