@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.filtering import apply_filters
+from toka_engine.model.kernels.gathering import gather_best
 from toka_engine.model.kernels.gumbel import add_noise
 from toka_engine.model.kernels.norm import add_rms_norm
 from toka_engine.model.kernels.rejection import draw_by_rejection
@@ -72,7 +73,9 @@ def main() -> None:
         def apply_all() -> None:
             work.scaled_sum.copy_(kept)
             work.token.fill_(-1)
+            work.num_gathered.zero_()
             draw_by_rejection(logits, samples, index, state, work, seed)
+            gather_best(logits, samples, index, state, work)
             apply_filters(logits, samples, index, state, work)
 
         for asked in FILTERS:

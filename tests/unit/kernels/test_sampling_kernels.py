@@ -17,7 +17,9 @@ ON_GPU = os.environ.get("TOKA_TEST_KERNELS") == "gpu"
 class Bench:
     """A sampler over one set of logits: sample i is drawn from logits row rows[i] for slot i."""
 
-    def __init__(self, logits: torch.Tensor, rows: list[int], block: int = 64, **fields: object) -> None:
+    def __init__(
+        self, logits: torch.Tensor, rows: list[int], block: int = 64, room: int = 64, **fields: object
+    ) -> None:
         from toka_engine.model.kernels.sampling import Samples, Workspace
         from toka_engine.model.kernels.slots import SlotState
 
@@ -32,13 +34,14 @@ class Bench:
         self.state.temperature.fill_(1.0)
         for name, value in fields.items():
             getattr(self.state, name).copy_(torch.as_tensor(value))
-        self.work = Workspace.allocate(n, logits.shape[1], device, block=block)
+        self.work = Workspace.allocate(n, logits.shape[1], device, block=block, room=room)
         self.ids = torch.zeros(n, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(n, device=device)
         self.step = 0
 
     def draw(self, with_logprobs: bool = False) -> torch.Tensor:
         from toka_engine.model.kernels.filtering import apply_filters
+        from toka_engine.model.kernels.gathering import gather_best
         from toka_engine.model.kernels.gumbel import add_noise
         from toka_engine.model.kernels.rejection import draw_by_rejection
         from toka_engine.model.kernels.sampling import block_stats, draw
@@ -50,6 +53,7 @@ class Bench:
         random = torch.tensor([7, self.step], dtype=torch.int64, device=self.logits.device)
         chosen = filtered.nonzero().flatten().int()
         draw_by_rejection(self.logits, self.samples, chosen, state, self.work, random)
+        gather_best(self.logits, self.samples, chosen, state, self.work)
         apply_filters(self.logits, self.samples, chosen, state, self.work)
         add_noise(self.logits, self.samples, seeded.nonzero().flatten().int(), state, self.work)
         logprobs = self.logprobs if with_logprobs else None
@@ -130,14 +134,18 @@ def test_frequencies_match_the_asked_distribution(device, generator, options, is
     temperature=st.sampled_from([0.1, 1.0, 5.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
-    block=st.sampled_from([8, 64]),
+    sizes=st.sampled_from([(8, 64), (8, 16), (64, 64), (64, 1)]),
 )
-def test_the_kept_tokens_are_those_of_a_full_sort(seed, top_k, top_p, min_p, temperature, dtype, spread, block) -> None:
-    """Samples 0 to 3 are drawn without a seed; the limit of the last one, which has one, is known."""
+def test_the_kept_tokens_are_those_of_a_full_sort(seed, top_k, top_p, min_p, temperature, dtype, spread, sizes) -> None:
+    """Samples 0 to 3 are drawn without a seed; the limit of the last one, which has one, is known.
+
+    `sizes`: of a block, and of the room for gathered logits, in which those that top_k may keep have a place or not.
+    """
+    block, room = sizes
     device = torch.device("cuda" if ON_GPU else "cpu")
     logits = (torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * spread - 3).to(dtype)
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    bench = Bench(logits.to(device), [0] * 5, block, seed=torch.tensor([-1, -1, -1, -1, 5]), **asked)
+    bench = Bench(logits.to(device), [0] * 5, block, room, seed=torch.tensor([-1, -1, -1, -1, 5]), **asked)
     drawn = bench.draw().cpu()
     expected = kept_probabilities(logits[0], temperature, top_k, top_p, min_p) > 0
     # A token may differ only where the running mass meets top_p, or the ratio min_p, within fp32's rounding.

@@ -1,10 +1,11 @@
 """top_k, top_p and min_p, exact over the whole vocabulary, without a sort: only samples that ask pay.
 
-Each filter keeps the tokens at or above some logit. Most samples are drawn without that logit being known (rejection);
-for the others it is found by a search over the ordered bit patterns of the logits: how many tokens (top_k), or how much
+Each filter keeps the tokens at or above some logit. With top_p alone a token is drawn without that logit being known
+(rejection); with top_k it is found among the best logits (gathering). Where neither can be, for a seed's sake or with a
+large top_k, it is found by a search over the ordered bit patterns of all logits: how many tokens (top_k), or how much
 mass (top_p), lie at or above a pivot; three pivots per pass, until no two tokens lie between those that are kept and
-those that are not. What block_stats left bounds the search from below. Tokens that tie with the last kept one are kept
-too. top_p is of the mass that top_k left; min_p is relative to the best token.
+those that are not. Tokens that tie with the last kept one are kept too. top_p is of the mass that top_k left; min_p is
+relative to the best token.
 """
 
 from __future__ import annotations
@@ -13,30 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels.gathering import cut_gathered
+from toka_engine.model.kernels.ordering import key_of, unordered
 from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_temperature
 from toka_engine.model.kernels.slots import SlotState
-
-
-@triton.jit
-def _ordered(x, SHIFT: tl.constexpr):
-    """int32 keys that sort as the floats do; a bf16 value has its key in the upper 16 bits alone (SHIFT 16)."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
-
-
-@triton.jit
-def _key_of(x, SHIFT: tl.constexpr):
-    """The key of a scalar, int64: differences of two keys do not overflow."""
-    return tl.sum(_ordered(tl.full([1], 0.0, tl.float32) + x, SHIFT).to(tl.int64), axis=0)
-
-
-@triton.jit
-def _unordered(key, SHIFT: tl.constexpr):
-    """The float of a key: those are at or above it whose keys are."""
-    key = key.to(tl.int32)
-    filler = (1 << SHIFT) - 1
-    wide = tl.where(key < 0, (key << SHIFT) | filler, key << SHIFT)
-    return (wide ^ ((wide >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -82,8 +63,8 @@ def _search(
         second = lower + width // 2
         third = lower + (width * 3) // 4
         at_first, at_second, at_third, num_first, num_second, num_third = _tail_sums(
-            row_ptr, vocab_size, base, scale, _unordered(first, SHIFT), _unordered(second, SHIFT),
-            _unordered(third, SHIFT), IS_COUNT, BLOCK,
+            row_ptr, vocab_size, base, scale, unordered(first, SHIFT), unordered(second, SHIFT),
+            unordered(third, SHIFT), IS_COUNT, BLOCK,
         )  # fmt: skip
         above_first = at_first >= target
         above_second = at_second >= target
@@ -100,14 +81,6 @@ def _search(
 
 
 @triton.jit
-def _bound_top_k(maxima, in_blocks, top_k):
-    """At least top_k tokens are at or above this logit: as many blocks have their best there."""
-    is_better = (maxima[None, :] > maxima[:, None]).to(tl.int32)
-    bound = tl.min(tl.where(in_blocks & (tl.sum(is_better, axis=1) < top_k), maxima, float("inf")), axis=0)
-    return tl.where(top_k <= tl.sum(in_blocks.to(tl.int32), axis=0), bound, float("-inf"))
-
-
-@triton.jit
 def _bound_top_p(base, scale, mass, top_p, vocab_size):
     """Below this logit the whole vocabulary would have less than nine tenths of the mass that top_p leaves out."""
     return base - (tl.log2(vocab_size / ((1.0 - top_p) * mass)) + 0.16) / scale
@@ -116,8 +89,9 @@ def _bound_top_p(base, scale, mass, top_p, vocab_size):
 @triton.jit(do_not_specialize=["num_blocks"])
 def _threshold_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr,
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maximum_ptr, scaled_ptr, token_ptr, threshold_ptr, num_blocks,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SHIFT: tl.constexpr,
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maximum_ptr, scaled_ptr, token_ptr,
+    gathered_ptr, num_gathered_ptr, threshold_ptr, num_blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROOM: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     sample = tl.load(chosen_ptr + tl.program_id(0))
     if tl.load(token_ptr + sample) < 0:
@@ -134,18 +108,23 @@ def _threshold_kernel(
         masses = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp2((maxima - base) * scale)
         mass = tl.sum(tl.where(in_blocks & (masses > 0), masses, 0.0), axis=0)
         top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
-        upper = _key_of(base, SHIFT) + 1
-        key = _key_of(float("-inf"), SHIFT)
+        upper = key_of(base, SHIFT) + 1
+        key = key_of(float("-inf"), SHIFT)
+        has_top_p = (top_p < 1.0) & (is_bad == 0)
         if (top_k > 0) & (top_k < vocab_size) & (is_bad == 0):
-            key = tl.maximum(_key_of(_bound_top_k(maxima, in_blocks, top_k), SHIFT), key)
-            key = _search(row_ptr, vocab_size, base, scale, key, upper, top_k.to(tl.float32), True, SHIFT, BLOCK)
-            pivot = _unordered(key, SHIFT)
-            if top_p < 1.0:
+            num_gathered = tl.load(num_gathered_ptr + sample)
+            if (num_gathered >= top_k) & (num_gathered <= ROOM):
+                logits_of = gathered_ptr + sample.to(tl.int64) * ROOM
+                key = cut_gathered(logits_of, num_gathered, base, scale, upper, top_k, top_p, ROOM, SHIFT)
+                has_top_p = False
+            else:
+                key = _search(row_ptr, vocab_size, base, scale, key, upper, top_k.to(tl.float32), True, SHIFT, BLOCK)
+                pivot = unordered(key, SHIFT)
                 mass, _, _, _, _, _ = _tail_sums(row_ptr, vocab_size, base, scale, pivot, pivot, pivot, False, BLOCK)
-        if (top_p < 1.0) & (is_bad == 0):
-            key = tl.maximum(_key_of(_bound_top_p(base, scale, mass, top_p, vocab_size), SHIFT) - 1, key)
+        if has_top_p:
+            key = tl.maximum(key_of(_bound_top_p(base, scale, mass, top_p, vocab_size), SHIFT) - 1, key)
             key = _search(row_ptr, vocab_size, base, scale, key, upper, mass * top_p, False, SHIFT, BLOCK)
-        threshold = _unordered(key, SHIFT)
+        threshold = unordered(key, SHIFT)
         floor = base + tl.log2(tl.maximum(min_p, 1e-30)) / scale
         threshold = tl.where(min_p > 0, tl.maximum(threshold, tl.minimum(floor, base)), threshold)
         tl.store(threshold_ptr + sample, tl.where(is_bad, float("-inf"), threshold))
@@ -181,7 +160,7 @@ def apply_filters(
     state: SlotState,
     work: Workspace,
 ) -> None:
-    """After block_stats and draw_by_rejection, for those of the chosen samples that have no token yet.
+    """After block_stats, draw_by_rejection and gather_best, for those of the chosen samples that have no token yet.
 
     Sets their work.threshold and limits their work.scaled_sum to what is kept.
     """
@@ -192,8 +171,9 @@ def apply_filters(
     _threshold_kernel[(count,)](
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
         state.temperature, state.top_k, state.top_p, state.min_p, work.maximum, work.scaled_sum, work.token,
-        work.threshold, work.num_blocks,
-        BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), SHIFT=shift, num_warps=16,
+        work.gathered, work.num_gathered, work.threshold, work.num_blocks,
+        BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], SHIFT=shift,
+        num_warps=16,
     )  # fmt: skip
     _masked_sums_kernel[(count, work.num_blocks)](
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,

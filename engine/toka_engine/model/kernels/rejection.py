@@ -1,13 +1,13 @@
-"""Draws under top_p or top_k (and min_p) by rejection: as a rule in one pass over a sample's logits, without a search.
+"""Draws under top_p (and min_p) by rejection: as a rule in one pass over a sample's logits, without a search.
 
-A token is drawn from the whole distribution. It is kept if the filter would have left it in, which takes the mass and
-the number of the tokens above it: one pass. If not, no token at or below it is left in either, and the next one is
-drawn from those above. What is kept first has the filtered distribution: each draw is from a set that contains all that
-the filter leaves in, by the weights that it would use. (Rejection sampling; flashinfer's sampling kernels do the like.)
-A model has most of its mass in what filters leave in, so the first draw stays nearly always.
+A token is drawn from the whole distribution. It is kept if top_p would have left it in, which takes the mass of the
+tokens above it: one pass. If not, no token at or below it is left in either, and the next one is drawn from those
+above. What is kept first has the filtered distribution: each draw is from a set that contains all that top_p leaves in,
+by the weights that it would use. (Rejection sampling; flashinfer's sampling kernels do the like.) The first draw is
+kept with probability top_p.
 
-Samples with a seed and those with both top_k and top_p need to know the filter's limit itself, and min_p alone tells
-it: see filtering.
+Samples with a seed need to know the lowest logit that is left in, min_p alone tells it, and with top_k it is found
+among few: see filtering.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from toka_engine.model.kernels.slots import SlotState
 
 @triton.jit
 def is_searched(top_k, top_p, seed):
-    """Whether a filtered sample's limit is searched (filtering), not its token drawn by rejection."""
-    return (seed >= 0) | ((top_k > 0) == (top_p < 1.0))
+    """Whether the lowest logit that a filtered sample's filters leave in is found, no token drawn by rejection."""
+    return (seed >= 0) | (top_k > 0) | (top_p >= 1.0)
 
 
 @triton.jit
@@ -40,14 +40,12 @@ def _weigh_above(x, value, base, scale):
 
 @triton.jit
 def _sum_above(row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK: tl.constexpr):
-    """Mass and number of the tokens above `value`."""
+    """Mass of the tokens above `value`."""
     mass = tl.zeros([BLOCK], tl.float32)
-    number = tl.zeros([BLOCK], tl.int32)
     for block in range(num_blocks):
         x = _load_block(row_ptr, vocab_size, block, BLOCK)
         mass += _weigh_above(x, value, base, scale)
-        number += (x > value).to(tl.int32)
-    return tl.sum(mass, axis=0), tl.sum(number, axis=0)
+    return tl.sum(mass, axis=0)
 
 
 @triton.jit
@@ -83,9 +81,8 @@ def _rejection_kernel(
     base = tl.where(is_bad, 0.0, top)
     weight = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp2((maxima - base) * scale)
     weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
-    # What is kept has less mass above it than `mass_limit`, fewer tokens than `number_limit`, and is not below `floor`.
-    mass_limit = tl.where(top_p < 1.0, top_p * tl.sum(weight, axis=0), float("inf"))
-    number_limit = tl.where(top_k > 0, top_k, vocab_size)
+    # What is left in has less mass above it than `limit`, and is not below `floor`.
+    limit = top_p * tl.sum(weight, axis=0)
     floor = tl.where(min_p > 0, base + tl.log2(tl.maximum(min_p, 1e-30)) / scale, float("-inf"))
     floor = tl.minimum(floor, base)
     value, token, turn = float("-inf"), -1, 1
@@ -98,10 +95,10 @@ def _rejection_kernel(
         place, _ = find_passing(_weigh_above(x, value, base, scale), remaining, inner, BLOCK)
         token = block * BLOCK + place
         value = tl.max(tl.where(inner == place, x, float("-inf")), axis=0)
-        mass, number = 0.0, 0
+        mass = 0.0
         if value < top:
-            mass, number = _sum_above(row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK)
-        is_looking = (mass >= mass_limit) | (number >= number_limit) | (value < floor)
+            mass = _sum_above(row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK)
+        is_looking = (mass >= limit) | (value < floor)
         if is_looking:
             weight = _sum_blocks_above(row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK, BLOCKS)
             turn += 1

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from toka_engine.model.attention.flashinfer import FlashInferAttention
 from toka_engine.model.kernels.filtering import apply_filters
+from toka_engine.model.kernels.gathering import gather_best
 from toka_engine.model.kernels.gumbel import add_noise
 from toka_engine.model.kernels.penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
 from toka_engine.model.kernels.rejection import draw_by_rejection
@@ -99,6 +100,7 @@ class GpuSampler:
         state, work = self._state, self._work
         block_stats(logits, samples, state, work, logprobs is not None)
         draw_by_rejection(logits, samples, filtered, state, work, random.view(torch.int64))
+        gather_best(logits, samples, filtered, state, work)
         apply_filters(logits, samples, filtered, state, work)
         add_noise(logits, samples, seeded, state, work)
         draw(logits, samples, state, work, random.view(torch.int64), ids, logprobs, with_seeded)

@@ -4,7 +4,7 @@
 exp((x - max) / T). `draw` picks a block by one uniform number from those sums and then the token inside it, so that it
 reads one block per sample. Greedy is the maximum; the log-sum-exp of the logprobs falls out of the same pass. Samples
 with a seed are drawn from Gumbel noise (see gumbel), samples with top_k, top_p or min_p by rejection or above a
-threshold (see rejection, filtering).
+threshold (see rejection, gathering, filtering).
 """
 
 from __future__ import annotations
@@ -47,11 +47,15 @@ class Workspace:
     plain_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp(x - maximum)
     threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
     token: torch.Tensor  # [n] int32: what has been drawn already (rejection); -1: nothing
+    gathered: torch.Tensor  # [n, room] fp32: the best logits of samples with top_k, in any order
+    num_gathered: torch.Tensor  # [n] int32: how many there are, or would be with more room
     noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
     noisy_token: torch.Tensor  # [n, num_blocks] int32
 
     @classmethod
-    def allocate(cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK) -> Workspace:
+    def allocate(
+        cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK, room: int = 1024
+    ) -> Workspace:
         num_blocks = triton.cdiv(vocab_size, block)
 
         def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -61,7 +65,8 @@ class Workspace:
             return torch.zeros(max_samples, dtype=dtype, device=device)
 
         return cls(
-            block, num_blocks, blocks(), blocks(), blocks(), vector(torch.float32), vector(torch.int32), blocks(),
+            block, num_blocks, blocks(), blocks(), blocks(), vector(torch.float32), vector(torch.int32),
+            torch.zeros((max_samples, room), dtype=torch.float32, device=device), vector(torch.int32), blocks(),
             blocks(torch.int32),
         )  # fmt: skip
 
@@ -76,7 +81,7 @@ def inverse_temperature(temperature_ptr, slot):
 @triton.jit
 def _block_stats_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, temperature_ptr,
-    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, token_ptr,
+    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, token_ptr, num_gathered_ptr,
     BLOCK: tl.constexpr, HAS_PLAIN: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs read neighbouring blocks.
@@ -99,6 +104,7 @@ def _block_stats_kernel(
     tl.store(maximum_ptr + at, tl.where(is_bad, float("inf"), maximum))
     tl.store(threshold_ptr + sample, float("-inf"), mask=block == 0)
     tl.store(token_ptr + sample, -1, mask=block == 0)
+    tl.store(num_gathered_ptr + sample, 0, mask=block == 0)
 
 
 @triton.jit
@@ -177,7 +183,7 @@ def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: 
         _block_stats_kernel[(work.num_blocks, len(samples))](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state.temperature,
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token,
-            BLOCK=work.block, HAS_PLAIN=with_logprobs, num_warps=8,
+            work.num_gathered, BLOCK=work.block, HAS_PLAIN=with_logprobs, num_warps=8,
         )  # fmt: skip
 
 
