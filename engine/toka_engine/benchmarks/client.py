@@ -93,8 +93,8 @@ async def _send(
         "prompt": request.prompt,
         "max_tokens": request.max_tokens,
         "n": request.num_choices,
-        "temperature": workload.temperature,
         "ignore_eos": True,
+        **workload.sampling,
     }
     if workload.is_streamed:
         body |= {"stream": True, "stream_options": {"include_usage": True}}

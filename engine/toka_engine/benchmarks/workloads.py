@@ -1,7 +1,7 @@
 """The workloads of the throughput benchmark: token-id prompts whose number of output tokens is known. Pure.
 
 A workload is written NAME or NAME:KEY=VALUE,KEY=VALUE. Keys: N requests (monkeys: P prompts of n samples), C of them
-open at once, PL and OL tokens of each prompt and output, T the temperature. Names:
+open at once, PL and OL tokens of each prompt and output, T the temperature, top_p, top_k, min_p, seed. Names:
   single    one request at a time                       N=3 PL=128 OL=256
   prefill   prompts with one token of output each       N=512 PL=2048 C=4096
   chat      streamed: first token, gaps between tokens  N=1024 C=256 PL=512 OL=256
@@ -13,7 +13,7 @@ Every request ignores the end token. A seed makes the same prompts each time, an
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from toka_engine.benchmarks.roofline import Sizes
 from toka_engine.errors import ConfigError
@@ -22,13 +22,17 @@ _FIRST_TOKEN_ID = 300
 _MAX_SHAREGPT = 1024
 
 _DEFAULTS: dict[str, dict[str, float]] = {
-    "single": {"N": 3, "PL": 128, "OL": 256, "T": 1.0},
-    "prefill": {"N": 512, "PL": 2048, "C": 4096, "T": 1.0},
-    "chat": {"N": 1024, "C": 256, "PL": 512, "OL": 256, "T": 1.0},
-    "monkeys": {"P": 32, "n": 256, "PL": 1024, "OL": 200, "C": 4096, "T": 1.0},
-    "sharegpt": {"N": 8192, "C": 8192, "T": 1.0},
+    "single": {"N": 3, "PL": 128, "OL": 256},
+    "prefill": {"N": 512, "PL": 2048, "C": 4096},
+    "chat": {"N": 1024, "C": 256, "PL": 512, "OL": 256},
+    "monkeys": {"P": 32, "n": 256, "PL": 1024, "OL": 200, "C": 4096},
+    "sharegpt": {"N": 8192, "C": 8192},
 }
 NAMES = tuple(_DEFAULTS)
+_SAMPLING = {"T": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed"}
+"""Keys that every workload takes, and the request's field that each sets."""
+_REALS = {"T": 100.0, "top_p": 1.0, "min_p": 1.0}
+"""Keys of real numbers from 0, and up to what; the other keys' numbers are whole."""
 _COUNTS = ("N", "P")
 """What `scale` multiplies."""
 _MIN_MONKEYS_PROMPT = 4
@@ -56,12 +60,13 @@ class Workload:
     is_streamed: bool = False
     num_shared: int = 0
     """First tokens that all prompts have in common."""
-    temperature: float = 1.0
+    sampling: dict[str, float] = field(default_factory=dict)
+    """Fields of every request: temperature, top_p, ..."""
 
     def part(self, index: int, count: int) -> Workload:
         """What client `index` of `count` does of it."""
         concurrency = self.concurrency // count + (index < self.concurrency % count)
-        return Workload(self.requests[index::count], concurrency, self.is_streamed, self.num_shared, self.temperature)
+        return Workload(self.requests[index::count], concurrency, self.is_streamed, self.num_shared, self.sampling)
 
     def sizes(self) -> list[Sizes]:
         return [Sizes(len(each.prompt), each.max_tokens, each.num_choices) for each in self.requests]
@@ -85,8 +90,7 @@ def make_workload(text: str, scale: float, seed: int, vocab_size: int) -> Worklo
         return max(4, min(_MAX_SHAREGPT, int(source.lognormvariate(mean, deviation))))
 
     count, prompt, output = (int(values.get(key, 1)) for key in ("N", "PL", "OL"))
-    concurrency, temperature = int(values.get("C", 1)), values["T"]
-    num_shared = 0
+    concurrency, num_shared = int(values.get("C", 1)), 0
     if name == "monkeys":
         num_shared = prompt * 3 // 4
         shared = tokens(num_shared)
@@ -97,7 +101,8 @@ def make_workload(text: str, scale: float, seed: int, vocab_size: int) -> Worklo
         requests = [Request(tokens(length(4.6, 1.2)), length(4.9, 0.9)) for _ in range(count)]
     else:
         requests = [Request(tokens(prompt), output) for _ in range(count)]
-    return Workload(requests, concurrency, name == "chat", num_shared, temperature)
+    sampling = {"temperature": 1.0} | {asked: values[key] for key, asked in _SAMPLING.items() if key in values}
+    return Workload(requests, concurrency, name == "chat", num_shared, sampling)
 
 
 def _read(text: str, scale: float) -> tuple[str, dict[str, float]]:
@@ -107,8 +112,8 @@ def _read(text: str, scale: float) -> tuple[str, dict[str, float]]:
     values = dict(_DEFAULTS[name])
     for pair in rest.split(",") if rest else ():
         key, _, number = pair.partition("=")
-        if key not in values:
-            raise WorkloadError(f"{text}: {name} has no key {key!r} ({', '.join(values)} it has)")
+        if key not in values and key not in _SAMPLING:
+            raise WorkloadError(f"{text}: {name} has no key {key!r} ({', '.join([*values, *_SAMPLING])} it has)")
         values[key] = _read_number(text, key, number)
     for key in _COUNTS:
         if key in values:
@@ -120,9 +125,9 @@ def _read(text: str, scale: float) -> tuple[str, dict[str, float]]:
 
 def _read_number(text: str, key: str, number: str) -> float:
     try:
-        value = float(number) if key == "T" else int(number)
+        value = float(number) if key in _REALS else int(number)
     except ValueError as error:
         raise WorkloadError(f"{text}: {key}={number!r} is not a number") from error
-    if not (0 <= value < 100 if key == "T" else value >= 1):
+    if not (0 <= value <= _REALS[key] if key in _REALS else value >= (key != "seed")):
         raise WorkloadError(f"{text}: {key}={number} is out of range")
     return value

@@ -11,12 +11,12 @@ from toka_engine.errors import ConfigError
 
 
 def test_keys_behind_the_name_change_the_workload() -> None:
-    workload = make_workload("monkeys:P=3,n=5,PL=16,OL=7,T=0.5", 1.0, 1, 1000)
+    workload = make_workload("monkeys:P=3,n=5,PL=16,OL=7,T=0.5,top_p=0.9,top_k=20,seed=0", 1.0, 1, 1000)
     assert [(len(each.prompt), each.max_tokens, each.num_choices) for each in workload.requests] == [(16, 7, 5)] * 3
     assert workload.num_shared == 12
     assert len({tuple(each.prompt[:12]) for each in workload.requests}) == 1
     assert len({tuple(each.prompt) for each in workload.requests}) == 3
-    assert workload.temperature == 0.5
+    assert workload.sampling == {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "seed": 0}
     assert (workload.concurrency, workload.is_streamed) == (4096, False)
     assert make_workload("chat:C=3,N=4,PL=1,OL=1", 1.0, 1, 1000).is_streamed
 
@@ -53,7 +53,8 @@ def test_parts_for_several_clients_are_the_whole() -> None:
     ("text", "named"),
     [
         ("chats", "chats"), ("chat:X=1", "X"), ("single:C=2", "C"), ("chat:N=0", "N"), ("chat:N=x", "N"),
-        ("chat:N=", "N"), ("chat:T=-1", "T"), ("chat:T=nan", "T"), ("monkeys:PL=2", "PL"),
+        ("chat:N=", "N"), ("chat:T=-1", "T"), ("chat:T=nan", "T"), ("single:top_p=1.5", "top_p"),
+        ("single:seed=-1", "seed"), ("single:top_k=0.5", "top_k"), ("monkeys:PL=2", "PL"),
     ],
 )  # fmt: skip
 def test_what_is_no_workload_is_refused_by_name(text: str, named: str) -> None:
