@@ -80,6 +80,18 @@ def kept_probabilities(
     return torch.where(keep, scaled, -torch.inf).softmax(0)
 
 
+def near_limits(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """Where rounding may decide: the running mass meets top_p, or a token the ratio min_p, within what fp32 tells."""
+    x = logits.double()
+    result = (x - x.max() - temperature * np.log(max(min_p, 1e-30))).abs() < 1e-4 * x.std()
+    if top_p < 1:
+        ordered = x.sort(descending=True).values
+        mass = kept_probabilities(logits, temperature, top_k, 1.0, 0.0).sort(descending=True).values.cumsum(0)
+        close = (mass - top_p).abs() < 1e-5
+        result |= torch.isin(x, torch.cat([ordered[close], ordered[1:][close[:-1]]]))
+    return result
+
+
 def chi_square_is_plausible(counts: np.ndarray, probabilities: np.ndarray) -> bool:
     """Five standard deviations of the chi-square statistic, small cells joined."""
     expected = probabilities * counts.sum()
@@ -148,19 +160,29 @@ def test_the_kept_tokens_are_those_of_a_full_sort(seed, top_k, top_p, min_p, tem
     bench = Bench(logits.to(device), [0] * 5, block, room, seed=torch.tensor([-1, -1, -1, -1, 5]), **asked)
     drawn = bench.draw().cpu()
     expected = kept_probabilities(logits[0], temperature, top_k, top_p, min_p) > 0
-    # A token may differ only where the running mass meets top_p, or the ratio min_p, within fp32's rounding.
-    x = logits[0].double()
-    at_edge = (x - x.max() - temperature * np.log(max(min_p, 1e-30))).abs() < 1e-4 * spread
-    if top_p < 1:
-        ordered = x.sort(descending=True).values
-        mass = kept_probabilities(logits[0], temperature, top_k, 1.0, 0.0).sort(descending=True).values.cumsum(0)
-        close = (mass - top_p).abs() < 1e-5
-        at_edge |= torch.isin(x, torch.cat([ordered[close], ordered[1:][close[:-1]]]))
+    at_edge = near_limits(logits[0], temperature, top_k, top_p, min_p)
     kept = logits[0].float() >= bench.work.threshold[4].cpu()
     assert not bool(((kept != expected) & ~at_edge).any())
     # Where it is off by rounding, the draw itself stays inside what the kernel kept.
     assert bool(kept[drawn[4].item()])
     assert bool((expected | at_edge)[drawn[:4].long()].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (8, 1.0), (8, 0.9), (50, 0.95), (1500, 0.9)])
+def test_limits_in_a_large_vocabulary_are_those_of_a_full_sort(generator, device, dtype, top_k, top_p) -> None:
+    """Logits of a peaked distribution, a wide one and a flat one; top_k below and above the number of blocks."""
+    vocab, block = (128_256, 4096) if ON_GPU else (2_900, 256)
+    logits = torch.randn(3, vocab, generator=generator, device=device) * torch.tensor([[2.0], [3.0], [0.5]]).to(device)
+    likely = torch.randperm(vocab, generator=generator, device=device)[:30]
+    logits[0, likely] += torch.linspace(6, 16, 30, device=device)
+    logits = logits.to(dtype)
+    bench = Bench(logits, [0, 1, 2], block, 1024, temperature=0.8, top_k=top_k, top_p=top_p, seed=torch.arange(3))
+    bench.draw()
+    for row, threshold in zip(logits.float().cpu(), bench.work.threshold.cpu(), strict=True):
+        expected = kept_probabilities(row, 0.8, top_k, top_p, 0.0) > 0
+        wrong = (row >= threshold) != expected
+        assert not bool((wrong & ~near_limits(row, 0.8, top_k, top_p, 0.0)).any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,8 +21,8 @@ from toka_engine.model.kernels.slots import SlotState
 
 
 @triton.jit
-def is_searched(top_k, top_p, seed):
-    """Whether the lowest logit that a filtered sample's filters leave in is found, no token drawn by rejection."""
+def _needs_limit(top_k, top_p, seed):
+    """Whether a filtered sample is drawn above the lowest logit that is left in (filtering), not by rejection."""
     return (seed >= 0) | (top_k > 0) | (top_p >= 1.0)
 
 
@@ -86,7 +86,7 @@ def _rejection_kernel(
     floor = tl.where(min_p > 0, base + tl.log2(tl.maximum(min_p, 1e-30)) / scale, float("-inf"))
     floor = tl.minimum(floor, base)
     value, token, turn = float("-inf"), -1, 1
-    is_looking = (is_searched(top_k, top_p, tl.load(seed_ptr + slot)) == 0) & (is_bad == 0)
+    is_looking = (_needs_limit(top_k, top_p, tl.load(seed_ptr + slot)) == 0) & (is_bad == 0)
     while is_looking:
         bits, _, _, _ = tl.philox(tl.load(random_ptr), sample, tl.load(random_ptr + 1).to(tl.int32), turn, 0)
         uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
