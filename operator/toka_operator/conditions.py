@@ -82,10 +82,16 @@ def count_pods(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Coun
 
 
 def decide_conditions(
-    spec: TokaDeploymentSpec, observed: Observed, plan: Plan, counts: Counts, outcome: Outcome, is_late: bool
+    spec: TokaDeploymentSpec,
+    observed: Observed,
+    plan: Plan,
+    counts: Counts,
+    outcome: Outcome,
+    is_late: bool,
+    now: float,
 ) -> list[Condition]:
     """Every condition. `is_late`: the rollout made no progress within its deadline."""
-    degraded = _decide_degraded(spec, observed, counts, outcome, is_late)
+    degraded = _decide_degraded(spec, observed, counts, outcome, is_late, now)
     progressing = _decide_progressing(spec, observed, plan, counts, is_late)
     return [
         _decide_ready(spec, counts, degraded, progressing),
@@ -137,22 +143,35 @@ def _decide_progressing(
     if is_late:
         deadline = f"no progress within {spec.rollout.progress_deadline_s} s"
         return Condition(PROGRESSING, False, "ProgressDeadlineExceeded", deadline)
-    blocked = _find_blocked_surge(spec, observed)
-    if blocked is not None and counts.num_old:
-        message = f"no room for the new revision's pod {blocked.pod}: {blocked.message}"
+    waiting = _find_waiting(spec, observed)
+    if waiting is not None and counts.num_old:
+        message = (
+            f"no room for the new revision's pod {waiting.pod}: {waiting.message}. Free or add a node, or set "
+            "rollout.maxSurge to 0 and rollout.maxUnavailable to 1, so that an old pod goes first"
+        )
         return Condition(PROGRESSING, True, "SurgeBlocked", message)
+    if waiting is not None:
+        return Condition(PROGRESSING, True, waiting.reason, f"pod {waiting.pod} waits for a node: {waiting.message}")
     if len(plan.targets) > 1 or counts.num_old:
         return Condition(PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods")
     return Condition(PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods")
 
 
-def _find_blocked_surge(spec: TokaDeploymentSpec, observed: Observed) -> Failure | None:
+def _find_waiting(spec: TokaDeploymentSpec, observed: Observed) -> Failure | None:
+    """The first pod of the current revision that waits for capacity."""
     failures = (p.failure for p in observed.pods if p.revision == spec.revision and p.is_failing)
-    return next((f for f in failures if f is not None and f.reason == "Unschedulable"), None)
+    return next((f for f in failures if f is not None and f.is_waiting_for_capacity), None)
+
+
+def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> float | None:
+    """When (Unix time) waiting for capacity begins to count as a failure; None for whatever is one at once."""
+    if failure is None or not failure.is_waiting_for_capacity:
+        return None
+    return failure.since + spec.scheduling.patience_s
 
 
 def _decide_degraded(
-    spec: TokaDeploymentSpec, observed: Observed, counts: Counts, outcome: Outcome, is_late: bool
+    spec: TokaDeploymentSpec, observed: Observed, counts: Counts, outcome: Outcome, is_late: bool, now: float
 ) -> Condition:
     if observed.strangers:
         names = ", ".join(f"{kind} {name}" for kind, name in sorted(observed.strangers))
@@ -162,8 +181,10 @@ def _decide_degraded(
         child, why = sorted(outcome.rejected.items())[0]
         return Condition(DEGRADED, True, "ChildRejected", f"{child}: {why}")
     failing = [pod.failure for pod in observed.pods if pod.is_failing and pod.failure is not None]
+    failing += _find_stuck(spec, observed, now)
+    failing = [failure for failure in failing if now >= (find_patience_end(spec, failure) or 0.0)]
     if counts.num_old and counts.num_available >= counts.num_wanted:
-        failing = [failure for failure in failing if failure.reason != "Unschedulable"]
+        failing = [failure for failure in failing if not failure.is_waiting_for_capacity]
     if failing:
         worst = min(failing, key=_rank)
         return Condition(DEGRADED, True, worst.reason, _describe(worst, len(failing)))
@@ -171,6 +192,18 @@ def _decide_degraded(
         deadline = spec.rollout.progress_deadline_s
         return Condition(DEGRADED, True, "ProgressDeadlineExceeded", f"no progress within {deadline} s")
     return Condition(DEGRADED, False, "AsExpected")
+
+
+def find_failures(spec: TokaDeploymentSpec, observed: Observed, now: float) -> list[Failure]:
+    """The failure of each pod that has one. Pods that go are left out, unless they are stuck."""
+    failures = [pod.failure for pod in observed.pods if pod.failure is not None and not pod.is_terminating]
+    return failures + _find_stuck(spec, observed, now)
+
+
+def _find_stuck(spec: TokaDeploymentSpec, observed: Observed, now: float) -> list[Failure]:
+    message = "the pod is still there after its grace period: its node is probably gone"
+    stuck = (pod for pod in observed.pods if pod.is_stuck(now, spec.rollout.stuck_s))
+    return [Failure(pod.name, "", "PodStuckTerminating", message) for pod in stuck]
 
 
 def _rank(failure: Failure) -> tuple[int, str]:

@@ -24,6 +24,8 @@ _IMAGE_REASONS = {
     "ImageInspectError",
 }
 _MAX_MESSAGE = 1024
+CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
+"""Reasons for which a pod has no node yet, though nothing that the spec names is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,13 @@ class Failure:
     message: str
     exit_code: int | None = None
     restarts: int = 0
+    since: float = 0.0
+    """Since when (Unix time) the pod waits for a node; 0.0 for other failures."""
+
+    @property
+    def is_waiting_for_capacity(self) -> bool:
+        """Whether only a node, a queue or a volume is missing, which may come without anybody's help."""
+        return self.reason in CAPACITY_REASONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,10 @@ class PodView:
         return (
             self.is_ready and not self.is_terminating and self.is_in_endpoints and now >= self.ready_since + min_ready_s
         )
+
+    def is_stuck(self, now: float, stuck_s: float) -> bool:
+        """Whether it outlived its grace period by so much that it sits on a dead node, and is not waited for."""
+        return self.terminating_until is not None and now > self.terminating_until + stuck_s
 
     @property
     def is_failing(self) -> bool:
@@ -166,18 +179,21 @@ def find_failure(pod_name: str, status: Json) -> Failure | None:
     if failures:
         return next((f for f in failures if f.container == ENGINE_CONTAINER), failures[0])
     for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            return _scheduling_failure(pod_name, condition.get("message", ""))
+        if condition["type"] == "PodScheduled" and condition.get("reason") in ("Unschedulable", "SchedulingGated"):
+            return _scheduling_failure(pod_name, condition)
     if status.get("phase") == "Failed":
         reason = status.get("reason") or "PodFailed"
         return Failure(pod_name, "", reason, _shorten(status.get("message", "")))
     return None
 
 
-def _scheduling_failure(pod_name: str, message: str) -> Failure:
-    missing = re.search(r'persistentvolumeclaim "([^"]+)" not found', message)
-    reason = "ClaimMissing" if missing else "Unschedulable"
-    return Failure(pod_name, "", reason, _shorten(message))
+def _scheduling_failure(pod_name: str, condition: Json) -> Failure:
+    message, reason = condition.get("message", ""), condition["reason"]
+    if re.search(r'persistentvolumeclaim "([^"]+)" not found', message):
+        reason = "ClaimMissing"
+    elif "unbound immediate PersistentVolumeClaims" in message:
+        reason = "ClaimPending"
+    return Failure(pod_name, "", reason, _shorten(message), since=parse_time(condition.get("lastTransitionTime")))
 
 
 def _container_failure(pod_name: str, status: Json) -> Failure | None:

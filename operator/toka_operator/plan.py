@@ -25,7 +25,7 @@ from toka_operator.resources import (
     render_service_account,
     render_stateful_set,
 )
-from toka_operator.rollout import STUCK_AFTER_S, Budgets, RevisionPods, decide_replicas
+from toka_operator.rollout import Budgets, RevisionPods, decide_replicas
 from toka_operator.settings import REVISION_LABEL
 from toka_operator.spec import TokaDeploymentSpec
 
@@ -87,7 +87,7 @@ def _view_revision(revision: str, live: Json, spec: TokaDeploymentSpec, observed
         replicas=replicas,
         available=frozenset(p.ordinal for p in pods if p.is_available(now, min_ready_s)),
         hopeless=frozenset(p.ordinal for p in pods if _is_hopeless(p, now)),
-        num_draining=sum(1 for p in pods if p.ordinal >= replicas and not _is_stuck(p, now)),
+        num_draining=sum(1 for p in pods if p.ordinal >= replicas and not p.is_stuck(now, spec.rollout.stuck_s)),
     )
 
 
@@ -100,10 +100,6 @@ def _is_hopeless(pod: PodView, now: float) -> bool:
     if pod.failure is None or not pod.is_failing:
         return False
     return pod.failure.exit_code is None or pod.failure.restarts >= MIN_RESTARTS_OF_HOPELESS
-
-
-def _is_stuck(pod: PodView, now: float) -> bool:
-    return pod.terminating_until is not None and now > pod.terminating_until + STUCK_AFTER_S
 
 
 def _find_finished_sets(
@@ -197,5 +193,6 @@ def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> fl
         for pod in observed.pods
         if pod.revision != spec.revision and not pod.is_ready and pod.ready_since
     ]
-    moments += [p.terminating_until + STUCK_AFTER_S for p in observed.pods if p.terminating_until is not None]
+    endings = (p.terminating_until for p in observed.pods)
+    moments += [ending + spec.rollout.stuck_s for ending in endings if ending is not None]
     return min((moment - now + 0.01 for moment in moments if moment >= now), default=None)

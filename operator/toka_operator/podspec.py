@@ -17,8 +17,6 @@ ENGINE_CONTAINER = "engine"
 ENGINE_UID = 65532
 CACHE_PATH = "/cache"
 MODEL_PATH = "/mnt/model"
-DRAIN_ENDPOINT_DELAY_S = 5
-"""After SIGTERM the engine still takes requests this long, while the Service's endpoints move."""
 GRACE_SLACK_S = 15
 """Between the end of draining and the kubelet's SIGKILL: closing connections, ending processes."""
 PROBE_PERIOD_S = 2
@@ -43,7 +41,7 @@ def render_pod_template(
         "serviceAccountName": service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": DRAIN_ENDPOINT_DELAY_S + spec.rollout.drain_timeout_s + GRACE_SLACK_S,
+        "terminationGracePeriodSeconds": _grace_period_s(spec),
         "securityContext": _pod_security(),
         "containers": [_engine_container(spec, default_image), *map(_restrict_sidecar, additions.sidecars)],
         "volumes": _volumes(spec),
@@ -78,10 +76,14 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "use_hydragen": engine.hydragen,
         "use_cudagraphs": engine.cuda_graphs,
         "log_level": engine.log_level,
-        "drain_endpoint_delay_s": DRAIN_ENDPOINT_DELAY_S,
+        "drain_endpoint_delay_s": spec.rollout.drain_delay_s,
         "drain_timeout_s": spec.rollout.drain_timeout_s,
     }
     return [f"{key}={_render_value(v)}" for key, v in settings.items() if v is not None] + list(engine.extra_args)
+
+
+def _grace_period_s(spec: TokaDeploymentSpec) -> int:
+    return spec.rollout.drain_delay_s + spec.rollout.drain_timeout_s + GRACE_SLACK_S
 
 
 def _render_value(value: str | int | bool) -> str:

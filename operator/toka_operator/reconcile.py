@@ -28,8 +28,8 @@ from toka_operator.status import (
     Event,
     build_invalid_status,
     build_status,
-    find_deadline_s,
     find_events,
+    find_next_moment_s,
     find_patience_s,
 )
 from toka_operator.store import Key, Store
@@ -92,7 +92,11 @@ class Reconciler:
         observed = replace(observed, strangers=frozenset(memory.strangers))
         now = time.time()
         status = build_status(owner, spec, observed, plan, outcome, previous, now)
-        delays = [plan.requeue_s, find_deadline_s(spec, status, now), _delay_status(memory, previous, status)]
+        delays = [
+            plan.requeue_s,
+            find_next_moment_s(spec, observed, status, now),
+            _delay_status(memory, previous, status),
+        ]
         if memory.status_due is None:
             self._write_status(owner, previous, status)
         if memory.strangers:

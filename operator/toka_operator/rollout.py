@@ -15,10 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-STUCK_AFTER_S = 30.0
-"""A pod still there this long after the end of its grace period sits on a dead node, and is not waited
-for."""
-
 
 @dataclass(frozen=True, slots=True)
 class RevisionPods:

@@ -29,7 +29,7 @@ DEFAULTS: Json = {
     },
     "replicas": 1,
     "resources": {"device": "gpu", "gpuResource": "nvidia.com/gpu"},
-    "scheduling": {},
+    "scheduling": {"patienceSeconds": 300},
     "cache": {"type": "Ephemeral"},
     "auth": {},
     "startup": {"timeoutSeconds": 1800},
@@ -38,7 +38,9 @@ DEFAULTS: Json = {
         "maxUnavailable": 0,
         "minReadySeconds": 5,
         "progressDeadlineSeconds": 3600,
+        "drainDelaySeconds": 5,
         "drainTimeoutSeconds": 120,
+        "stuckSeconds": 30,
         "paused": False,
         "revisionHistoryLimit": 3,
     },
@@ -48,7 +50,11 @@ DEFAULTS: Json = {
     "suspend": False,
 }
 POD_FIELDS = ("model", "engine", "resources", "scheduling", "cache", "auth", "startup", "podTemplate")
-"""Parts of the spec that alter the pod, besides rollout.drainTimeoutSeconds."""
+"""Parts of the spec that alter the pod, besides `POD_ROLLOUT_FIELDS`."""
+POD_ROLLOUT_FIELDS = ("drainDelaySeconds", "drainTimeoutSeconds")
+"""Fields of `rollout` that alter the pod: the engine's arguments and the grace period."""
+NOT_POD_SCHEDULING_FIELDS = ("patienceSeconds",)
+"""Fields of `scheduling` that leave the pod as it is."""
 
 _SOURCE = re.compile(
     r"hf://(?P<hub>[A-Za-z0-9][-._A-Za-z0-9]*/[A-Za-z0-9][-._A-Za-z0-9]*)"
@@ -114,6 +120,8 @@ class Scheduling:
     """None: the operator's default."""
     priority_class_name: str | None
     runtime_class_name: str | None
+    patience_s: int
+    """How long a pod may wait for a node before that counts as a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +143,11 @@ class Rollout:
     max_unavailable: int
     min_ready_s: int
     progress_deadline_s: int
+    drain_delay_s: int
+    """How long a pod that goes still takes requests, while the Service's endpoints and kube-proxy move."""
     drain_timeout_s: int
+    stuck_s: int
+    """How long after its grace period a pod that goes counts as stuck."""
     paused: bool
     revision_history_limit: int
 
@@ -224,9 +236,11 @@ def compute_revision(raw_spec: Mapping[str, Any]) -> str:
     with a default, changes no revision; neither does the operator's version or its default image.
     """
     parts = {name: _without_defaults(raw_spec.get(name), DEFAULTS[name]) for name in POD_FIELDS}
+    for name in NOT_POD_SCHEDULING_FIELDS:
+        parts["scheduling"].pop(name, None)
     rollout = raw_spec.get("rollout")
     if isinstance(rollout, Mapping):
-        keep = {k: v for k, v in rollout.items() if k == "drainTimeoutSeconds"}
+        keep = {k: v for k, v in rollout.items() if k in POD_ROLLOUT_FIELDS}
         parts["rollout"] = _without_defaults(keep, DEFAULTS["rollout"])
     text = json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -300,6 +314,7 @@ def _parse_scheduling(fields: Fields) -> Scheduling:
         topology_spread=None if fields.get("topologySpread") is None else spread,
         priority_class_name=fields.optional_text("priorityClassName"),
         runtime_class_name=fields.optional_text("runtimeClassName"),
+        patience_s=fields.integer("patienceSeconds", 0, 604800),
     )
 
 
@@ -324,10 +339,14 @@ def _parse_rollout(fields: Fields) -> Rollout:
         max_unavailable=fields.integer("maxUnavailable", 0, 1000),
         min_ready_s=fields.integer("minReadySeconds", 0, 3600),
         progress_deadline_s=fields.integer("progressDeadlineSeconds", 11, 604800),
+        drain_delay_s=fields.integer("drainDelaySeconds", 0, 600),
         drain_timeout_s=fields.integer("drainTimeoutSeconds", 0, 86400),
+        stuck_s=fields.integer("stuckSeconds", 0, 86400),
         paused=fields.boolean("paused"),
         revision_history_limit=fields.integer("revisionHistoryLimit", 0, 50),
     )
+    if rollout.progress_deadline_s <= rollout.min_ready_s:
+        fields.refuse("progressDeadlineSeconds", "must be greater than minReadySeconds")
     if rollout.max_surge + rollout.max_unavailable == 0:
         fields.refuse("maxSurge", "may not be 0 together with maxUnavailable: no pod could ever be replaced")
     return rollout

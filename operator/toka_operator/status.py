@@ -6,7 +6,7 @@ same status, so nothing is written while nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from toka_operator.conditions import (
@@ -20,11 +20,13 @@ from toka_operator.conditions import (
     Outcome,
     count_pods,
     decide_conditions,
+    find_failures,
+    find_patience_end,
     merge_conditions,
 )
 from toka_operator.errors import FieldError
 from toka_operator.fields import Json
-from toka_operator.observed import Observed, format_time, parse_time
+from toka_operator.observed import Failure, Observed, format_time, parse_time
 from toka_operator.plan import Plan
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import Owner, selector_labels
@@ -68,7 +70,7 @@ def build_status(
     revisions = _describe_revisions(spec, observed, plan, now)
     last_progress = _find_last_progress(spec, revisions, previous, now)
     is_late = _is_underway(counts) and now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
-    conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late)
+    conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late, now)
     phase, reason = _decide_phase(spec, counts, {c.type: c for c in conditions})
     status: Json = {
         "observedGeneration": owner.generation,
@@ -87,7 +89,7 @@ def build_status(
         "currentRevision": spec.revision,
         "lastProgressTime": last_progress,
         "revisions": revisions,
-        "failures": _describe_failures(observed),
+        "failures": _describe_failures(find_failures(spec, observed, now)),
     }
     startup = _describe_startup(spec, observed, previous, now)
     if startup is not None:
@@ -106,12 +108,16 @@ def build_invalid_status(owner: Owner, errors: Sequence[FieldError], previous: J
     return {**status, "conditions": [*kept, *conditions]}
 
 
-def find_deadline_s(spec: TokaDeploymentSpec, status: Json, now: float) -> float | None:
-    """Seconds until the rollout counts as late, or None if it is over or late already."""
+def find_next_moment_s(spec: TokaDeploymentSpec, observed: Observed, status: Json, now: float) -> float | None:
+    """Seconds until time alone changes the status: a deadline passes, or a pod has waited for a node for too long.
+
+    None if there is no such moment to come. One that is past asks for nothing: it is in the status already.
+    """
+    moments = [find_patience_end(spec, pod.failure) for pod in observed.pods if pod.is_failing]
     progressing = next((c for c in status["conditions"] if c["type"] == PROGRESSING), None)
-    if progressing is None or progressing["status"] != "True":
-        return None
-    return max(0.0, parse_time(status["lastProgressTime"]) + spec.rollout.progress_deadline_s - now) + 0.01
+    if progressing is not None and progressing["status"] == "True":
+        moments.append(parse_time(status["lastProgressTime"]) + spec.rollout.progress_deadline_s)
+    return min((moment - now + 0.01 for moment in moments if moment is not None and moment > now), default=None)
 
 
 def find_patience_s(previous: Json, status: Json) -> float:
@@ -240,11 +246,9 @@ def _is_underway(counts: Counts) -> bool:
     return counts.num_wanted > 0 and (counts.num_old > 0 or counts.num_updated_available < counts.num_wanted)
 
 
-def _describe_failures(observed: Observed) -> list[Json]:
-    failures = [pod.failure for pod in observed.pods if pod.failure is not None and not pod.is_terminating]
-    failures.sort(key=lambda failure: failure.pod)
+def _describe_failures(failures: Iterable[Failure]) -> list[Json]:
     described = []
-    for failure in failures[:MAX_FAILURES]:
+    for failure in sorted(failures, key=lambda failure: failure.pod)[:MAX_FAILURES]:
         entry: Json = {"pod": failure.pod, "reason": failure.reason, "message": failure.message}
         entry["restarts"] = failure.restarts
         if failure.container:

@@ -112,6 +112,10 @@ def test_a_missing_claim_is_told_and_nothing_needs_a_restart_once_it_is_there(op
 
 def test_a_pod_that_fits_on_no_node_is_told_in_the_schedulers_words(operator: Operator) -> None:
     operator.apply("chat", resources={"device": "gpu", "gpuResource": "example.com/none"})
+    waiting = operator.wait_for_condition("chat", "Progressing", "True", "Unschedulable")
+    assert "Insufficient example.com/none" in waiting["message"]
+    operator.wait_for_condition("chat", "Degraded", "False")
+    operator.patch("chat", scheduling={"patienceSeconds": 0})
     degraded = operator.wait_for_condition("chat", "Degraded", "True", "Unschedulable")
     (failure,) = operator.require("td", "chat")["status"]["failures"]
     assert failure["reason"] == "Unschedulable"

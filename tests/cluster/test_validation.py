@@ -46,6 +46,11 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("should be greater than or equal to 0", "chat", {"replicas": -1}),
     ("unknown field", "chat", {"autoscaling": {"enabled": True}}),
     ("should match", "chat", {"resources": {"memory": "lots"}}),
+    ("must be at least 64Mi", "chat", {"resources": {"memory": 2}}),
+    ("must be at least 64Mi", "chat", {"resources": {"memory": "1Mi"}}),
+    ("must be at least 64Mi", "chat", {"resources": {"memory": -1}}),
+    ("must be greater than rollout.minReadySeconds", "chat",
+     {"rollout": {"progressDeadlineSeconds": 20, "minReadySeconds": 20}, "startup": {"timeoutSeconds": 10}}),
 ]  # fmt: skip
 
 
@@ -89,12 +94,13 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, installat
                       "sharedMemory": "4Gi"},
         "scheduling": {"nodeSelector": {"a": "b"}, "tolerations": [{"key": "k", "operator": "Exists"}],
                        "affinity": {"nodeAffinity": {}}, "topologySpread": [{"topologyKey": "zone"}],
-                       "priorityClassName": "p", "runtimeClassName": "nvidia"},
+                       "priorityClassName": "p", "runtimeClassName": "nvidia", "patienceSeconds": 600},
         "cache": {"type": "ExistingPVC", "claimName": "models"},
         "auth": {"hfTokenSecretRef": {"name": "hf"}, "apiKeySecretRef": {"name": "api", "key": "k"}},
         "startup": {"timeoutSeconds": 600},
         "rollout": {"maxSurge": 2, "maxUnavailable": 1, "minReadySeconds": 0, "progressDeadlineSeconds": 900,
-                    "drainTimeoutSeconds": 30, "paused": True, "revisionHistoryLimit": 5},
+                    "drainDelaySeconds": 8, "drainTimeoutSeconds": 30, "stuckSeconds": 60,
+                    "paused": True, "revisionHistoryLimit": 5},
         "disruption": {"podDisruptionBudget": "Off"},
         "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"a": "b"}},
         "podTemplate": {"labels": {"team": "x"}, "annotations": {"n": "v"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ CHANGES: dict[str, Any] = {
     "scheduling.topologySpread": [],
     "scheduling.priorityClassName": "x",
     "scheduling.runtimeClassName": "x",
+    "scheduling.patienceSeconds": 60,
     "cache.type": {"type": "ExistingPVC", "claimName": "x"},
     "cache.size": "1Gi",
     "cache.claimName": {"type": "ExistingPVC", "claimName": "x"},
@@ -62,7 +64,9 @@ CHANGES: dict[str, Any] = {
     "rollout.maxUnavailable": 1,
     "rollout.minReadySeconds": 10,
     "rollout.progressDeadlineSeconds": 1900,
+    "rollout.drainDelaySeconds": 60,
     "rollout.drainTimeoutSeconds": 60,
+    "rollout.stuckSeconds": 60,
     "rollout.paused": True,
     "rollout.revisionHistoryLimit": 1,
     "disruption.podDisruptionBudget": "Off",
@@ -106,7 +110,8 @@ def spec_with(path: str) -> TokaDeploymentSpec:
 def look(spec: TokaDeploymentSpec) -> str:
     """What a rollout from two older revisions to `spec` comes to next, and what its status says, as one text.
 
-    Half way: the old pods serve, the new revision's first pod was ready 7 s ago, the last progress was 2,000 s ago.
+    Half way: one old pod serves, a further one outlived its grace period by 45 s, the new revision's first pod was
+    ready 7 s ago, its second has waited for a node for 90 s, the last progress was 2,000 s ago.
     """
     older, old = valid(replicas=3, engine={"pageSize": 8}), valid(replicas=3, engine={"pageSize": 4})
     children = {**seen(plan_for(older)).children, **seen(plan_for(old)).children}
@@ -115,8 +120,9 @@ def look(spec: TokaDeploymentSpec) -> str:
     children[("ControllerRevision", "chat-oldest")] = _stored_revision(older)
     new = plan_for(spec, Observed(children, (), frozenset()))
     children |= {key: child for key, child in seen(new).children.items() if key not in children}
-    pods = tuple(pod(old.revision, n, is_available=True) for n in range(3))
-    observed = Observed(children, (*pods, _new_pod(spec.revision)), frozenset())
+    pods = (pod(old.revision, 0, is_available=True), pod(old.revision, 1))
+    stuck = replace(pod(old.revision, 3), terminating_until=NOW - 45)
+    observed = Observed(children, (*pods, stuck, _new_pod(spec.revision), _waiting_pod(spec.revision)), frozenset())
     plan = plan_for(spec, observed)
     previous = {"currentRevision": spec.revision, "lastProgressTime": format_time(NOW - 2000)}
     previous |= {"revisions": [{"name": spec.revision, "available": 1, "replicas": 1}]}
@@ -138,6 +144,11 @@ def _new_pod(revision: str) -> PodView:
     name = f"chat-{revision}-0"
     raw = {"metadata": {"name": name, "labels": {"toka.dev/revision": revision}}, "status": {"conditions": [ready]}}
     return view_pod(raw, frozenset([name]))
+
+
+def _waiting_pod(revision: str) -> PodView:
+    waits = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes"}
+    return pod(revision, 1, {"conditions": [{**waits, "lastTransitionTime": format_time(NOW - 90)}]})
 
 
 def test_every_field_of_the_crd_is_tried() -> None:

@@ -9,7 +9,7 @@ import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.errors import FieldError
 from toka_operator.observed import Observed, PodView, format_time, view_pod
-from toka_operator.status import build_invalid_status, build_status, find_events, find_patience_s
+from toka_operator.status import build_invalid_status, build_status, find_events, find_next_moment_s, find_patience_s
 
 from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
 
@@ -127,6 +127,11 @@ def test_no_progress_within_the_deadline_is_told() -> None:
             state={"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}})),
         ("Unschedulable", {"conditions": [
             {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes"}]}),
+        ("SchedulingGated", {"conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "gated"}]}),
+        ("ClaimPending", {"conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+             "message": "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."}]}),
         ("ClaimMissing", {"conditions": [
             {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
              "message": '0/1 nodes: persistentvolumeclaim "w" not found'}]}),
@@ -137,6 +142,31 @@ def test_each_failure_of_a_pod_is_named(reason: str, status: dict[str, Any]) -> 
     built = status_of(spec, seen(plan_for(spec), (pod(spec.revision, status=status),)))
     assert condition(built, "Degraded") == ("True", reason)
     assert [f["reason"] for f in built["failures"]] == [reason]
+
+
+@pytest.mark.parametrize("reason", ["Unschedulable", "SchedulingGated"])
+def test_waiting_for_a_node_is_no_failure_before_the_spec_says_so(reason: str) -> None:
+    spec = valid(scheduling={"patienceSeconds": 200})
+    waits = {"type": "PodScheduled", "status": "False", "reason": reason, "message": "0/1 nodes"}
+    view = pod(spec.revision, status={"conditions": [{**waits, "lastTransitionTime": format_time(NOW)}]})
+    observed = seen(plan_for(spec), (view,))
+    waiting = status_of(spec, observed, now=NOW + 199)
+    assert condition(waiting, "Degraded") == ("False", "AsExpected")
+    assert (condition(waiting, "Progressing"), waiting["reason"]) == (("True", reason), reason)
+    assert "0/1 nodes" in next(c["message"] for c in waiting["conditions"] if c["type"] == "Progressing")
+    assert find_next_moment_s(spec, observed, waiting, NOW + 199) == pytest.approx(1.0, abs=0.1)
+    late = status_of(spec, observed, now=NOW + 200)
+    assert condition(late, "Degraded") == ("True", reason)
+
+
+def test_a_pod_that_outlives_its_grace_period_is_told_until_it_is_gone() -> None:
+    spec = valid(rollout={"stuckSeconds": 40})
+    going = replace(pod(spec.revision), terminating_until=NOW)
+    observed = seen(plan_for(spec), (going,))
+    assert condition(status_of(spec, observed, now=NOW + 39), "Degraded") == ("False", "AsExpected")
+    stuck = status_of(spec, observed, now=NOW + 41)
+    assert condition(stuck, "Degraded") == ("True", "PodStuckTerminating")
+    assert [f["pod"] for f in stuck["failures"]] == [going.name]
 
 
 def test_a_container_that_ended_well_is_no_failure() -> None:

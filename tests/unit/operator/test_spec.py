@@ -118,6 +118,10 @@ def test_other_sources_are_refused(source: str) -> None:
         ("spec.auth.hfTokenSecretRef.name", {"auth": {"hfTokenSecretRef": {}}}),
         ("spec.rollout.maxSurge", {"rollout": {"maxSurge": 0}}),
         ("spec.rollout.progressDeadlineSeconds", {"rollout": {"progressDeadlineSeconds": 1800}}),
+        (
+            "spec.rollout.progressDeadlineSeconds",
+            {"rollout": {"progressDeadlineSeconds": 20, "minReadySeconds": 20}, "startup": {"timeoutSeconds": 10}},
+        ),
         ("spec.service.annotations", {"service": {"annotations": []}}),
         ("spec.scheduling.tolerations", {"scheduling": {"tolerations": ["x"]}}),
     ],
@@ -159,6 +163,8 @@ def test_no_value_of_any_field_makes_the_parser_fail(name: str, value: Any) -> N
         {"engine": {"port": 10210, "hydragen": True}},
         {"startup": {"timeoutSeconds": 1800}},
         {"scheduling": {}},
+        {"scheduling": {"patienceSeconds": 10}},
+        {"rollout": {"stuckSeconds": 10, "drainDelaySeconds": 5}},
     ],
 )
 def test_what_does_not_alter_the_pod_makes_no_revision(change: dict[str, Any]) -> None:
@@ -173,6 +179,7 @@ def test_what_does_not_alter_the_pod_makes_no_revision(change: dict[str, Any]) -
         {"engine": {"env": [{"name": "A", "value": "b"}]}},
         {"resources": {"device": "cpu"}},
         {"rollout": {"drainTimeoutSeconds": 1}},
+        {"rollout": {"drainDelaySeconds": 8}},
         {"startup": {"timeoutSeconds": 60}},
         {"auth": {"hfTokenSecretRef": {"name": "hf"}}},
         {"podTemplate": {"labels": {"a": "b"}}},
