@@ -31,8 +31,8 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
 
 # The converter is one file on purpose: no other change of the code converts again.
 FROM engine-dependencies AS engine-model
-COPY engine/toka_engine/model/convert.py /tmp/
-RUN python /tmp/convert.py /opt/toka/models/smollm2
+COPY engine/toka_engine/convert_builtin.py /tmp/
+RUN python /tmp/convert_builtin.py /opt/toka/models/smollm2
 
 # The kernels for the GPUs that CUDA_ARCHITECTURES lists, compiled without one: a pod never compiles any. The compilers
 # stay in these two stages. flashinfer's take long on few cores: few files on purpose, again.
@@ -44,9 +44,11 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     --constraint /requirements/constraints.txt -r /requirements/kernels.txt
 COPY engine/toka_engine/errors.py /tmp/build/toka_engine/
 COPY engine/toka_engine/model/memory.py /tmp/build/toka_engine/model/
-COPY engine/toka_engine/model/compiled /tmp/build/toka_engine/model/compiled
+COPY engine/toka_engine/model/cuda/flashinfer_modules.py /tmp/build/toka_engine/model/cuda/
+COPY engine/toka_engine/model/cuda/toolchain.py /tmp/build/toka_engine/model/cuda/
+COPY engine/toka_engine/model/aot/__main__.py /tmp/build/toka_engine/model/aot/
 ARG CUDA_ARCHITECTURES="9.0a"
-RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels \
+RUN PYTHONPATH=/tmp/build python -m toka_engine.model.aot /opt/toka/kernels \
     --kinds fa2 fa3 --architectures ${CUDA_ARCHITECTURES}
 
 # Our own, in Triton, take a minute: so all that a start of the model worker needs may be here, to ask what it compiles.
@@ -57,7 +59,7 @@ RUN headers=$(python -c 'import sysconfig; print(sysconfig.get_paths("posix_pref
 COPY engine/toka_engine/*.py /tmp/build/toka_engine/
 COPY engine/toka_engine/model /tmp/build/toka_engine/model
 ARG CUDA_ARCHITECTURES="9.0a"
-RUN PYTHONPATH=/tmp/build python -m toka_engine.model.compiled /opt/toka/kernels \
+RUN PYTHONPATH=/tmp/build python -m toka_engine.model.aot /opt/toka/kernels \
     --kinds triton --architectures ${CUDA_ARCHITECTURES}
 
 # What differs between the engine's two images.

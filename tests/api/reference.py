@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from toka_engine.model.builtin import cache_dir, ensure_builtin
+from toka_engine.builtin import cache_dir, ensure_builtin
 
 NUM_TOKENS = 64
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from toka_engine.errors import ExitCode
-from toka_engine.model.compiled.modules import BUILT_HEAD_DIMS, Kind, list_kinds
-from toka_engine.model.compiled.toolchain import choose_num_jobs
+from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS, Kind, list_kinds
+from toka_engine.model.cuda.toolchain import choose_num_jobs
 
-from tests.unit.compiled.image import ROOT, copy_stage, run
+from tests.fault.image import ROOT, copy_stage, run
 
 pytestmark = pytest.mark.timeout(900)
 FA2 = ("--kinds", "fa2", "--head-dims", "64")
@@ -30,7 +30,7 @@ FA2 = ("--kinds", "fa2", "--head-dims", "64")
 LOAD = """
 import sys
 from toka_engine.errors import TokaError
-from toka_engine.model.compiled.modules import Kind, load_modules
+from toka_engine.model.cuda.flashinfer_modules import Kind, load_modules
 kind = Kind(sys.argv[1])
 try:
     print("loaded", callable(load_modules([kind], int(sys.argv[2]))[kind].paged_run))
@@ -43,7 +43,7 @@ except TokaError as error:
 def build(
     out_dir: Path, *arguments: str, source: Path = ROOT / "engine", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    return run("-m", "toka_engine.model.compiled", str(out_dir), *arguments, source=source, **env)
+    return run("-m", "toka_engine.model.aot", str(out_dir), *arguments, source=source, **env)
 
 
 def load(kind: Kind, head_dim: int, **env: str | Path) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from toka_engine.builtin import ensure_builtin
 from toka_engine.errors import ExitCode
-from toka_engine.model.builtin import ensure_builtin
 
 from tests.engine_process import EngineProcess, is_alive
 

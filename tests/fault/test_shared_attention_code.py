@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import triton
 
-from tests.unit.compiled.image import run
+from tests.fault.image import run
 
 pytestmark = pytest.mark.timeout(300)
 REGISTERS = 65536
@@ -32,9 +32,9 @@ NUM_WARPGROUPS = 3
 COMPILE = """
 import json, sys
 import torch
-from toka_engine.model.ahead.build import Variants
-from toka_engine.model.kernels.shared_attention import attend_shared
-from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace, count_words
+from toka_engine.model.aot.triton_build import Variants
+from toka_engine.model.kernels.prefix_attention import attend_shared
+from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, count_words
 capability, head_dim, for_hopper, cubin = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hopper", sys.argv[4]
 meta = torch.device("meta")
 def tensor(*shape, dtype=torch.bfloat16):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from toka_engine.errors import ExitCode
 
-from tests.unit.compiled.image import copy_stage, run
+from tests.fault.image import copy_stage, run
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -25,11 +25,11 @@ import sys
 from pathlib import Path
 from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
-from toka_engine.model.ahead import build
-stands_for_smollm2 = build.make_model("Qwen3ForCausalLM", hidden_size=1024, num_attention_heads=16,
-                                      num_key_value_heads=4, vocab_size=65536)
+from toka_engine.model.aot import triton_build
+stands_for_smollm2 = triton_build.make_model("Qwen3ForCausalLM", hidden_size=1024, num_attention_heads=16,
+                                             num_key_value_heads=4, vocab_size=65536)
 try:
-    build.build(Path(sys.argv[1]), 90, [(stands_for_smollm2, 16)])
+    triton_build.build(Path(sys.argv[1]), 90, [(stands_for_smollm2, 16)])
 except TokaError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -38,7 +38,7 @@ except TokaError as error:
 MAKE_DRIVER_LIBRARY = """
 import sys
 from pathlib import Path
-from toka_engine.model.ahead.build import make_driver_library
+from toka_engine.model.aot.triton_build import make_driver_library
 make_driver_library(Path(sys.argv[1]))
 """
 
@@ -52,9 +52,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
-from toka_engine.model.ahead.build import make_model
-from toka_engine.model.ahead.cache import log_compiled
-from toka_engine.model.ahead.rehearsal import rehearse
+from toka_engine.model.aot.triton_build import make_model
+from toka_engine.model.cuda.triton_cache import log_compiled
+from toka_engine.model.aot.triton_dry_run import rehearse
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import rms_norm
 from toka_engine.model.devices import select_ops
@@ -108,8 +108,8 @@ print(json.dumps([len(fake.binaries), cache.num_built, len(cache.compiled), cach
 COMPILE_SINGLE_ROW = """
 import json, sys
 import torch
-from toka_engine.model.ahead.build import Variants
-from toka_engine.model.kernels.single_row import SingleRowKernels
+from toka_engine.model.aot.triton_build import Variants
+from toka_engine.model.kernels.gemv import SingleRowKernels
 capability = int(sys.argv[1])
 def tensor(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -285,7 +285,7 @@ def test_kernels_for_one_row_need_no_dependent_launch_on_older_gpus(tmp_path: Pa
 
 KEYS = """
 import sys
-from toka_engine.model.ahead.cache import pin_keys
+from toka_engine.model.cuda.triton_cache import pin_keys
 pin_keys()
 from toka_engine.model.kernels import filtering, sampling
 kernels = {"stats": sampling._block_stats_kernel, "draw": sampling._draw_kernel, "sums": filtering._masked_sums_kernel}

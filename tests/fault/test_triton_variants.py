@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.compiled.image import ROOT, run
+from tests.fault.image import ROOT, run
 
 pytestmark = pytest.mark.timeout(900)
 KERNELS = ROOT / "engine/toka_engine/model/kernels"
@@ -23,10 +23,10 @@ import json, random
 from types import SimpleNamespace
 import numpy as np
 import torch
-from toka_engine.model.ahead.build import Variants, list_shapes, make_model
-from toka_engine.model.ahead.rehearsal import make_runner, rehearse
-from toka_engine.model.compiled.modules import BUILT_HEAD_DIMS
-from toka_engine.model.sizes import Sizes
+from toka_engine.model.aot.triton_build import Variants, list_shapes, make_model
+from toka_engine.model.aot.triton_dry_run import make_runner, rehearse
+from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS
+from toka_engine.model.sizing import Sizes
 from tests.model.driving import Driver, ints
 
 KNOWN = {

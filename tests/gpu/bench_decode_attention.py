@@ -18,7 +18,7 @@ from itertools import product
 import flashinfer
 import torch
 from toka_engine.model.kernels.decode_attention import Cut, Workspace, attend_decode
-from toka_engine.model.kernels.rope import rope_append
+from toka_engine.model.kernels.rope_append import rope_append
 
 from tests.gpu.bench_products import time_graph
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import torch
 from toka_engine.model.kernels.activation import silu_mul
+from toka_engine.model.kernels.device_slots import SlotState
 from toka_engine.model.kernels.filtering import apply_filters
-from toka_engine.model.kernels.gathering import gather_best
-from toka_engine.model.kernels.gumbel import add_noise
 from toka_engine.model.kernels.norm import add_rms_norm
-from toka_engine.model.kernels.rejection import draw_by_rejection
-from toka_engine.model.kernels.rope import rope_append
+from toka_engine.model.kernels.rope_append import rope_append
 from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, draw
-from toka_engine.model.kernels.slots import SlotState
+from toka_engine.model.kernels.seeded_sampling import add_noise
+from toka_engine.model.kernels.top_k_gathering import gather_best
+from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
 from triton.testing import do_bench
 
 DEVICE = torch.device("cuda")

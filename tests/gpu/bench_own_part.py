@@ -2,8 +2,8 @@
 
 Prints microseconds a layer, and bytes of keys and values per second, of 16 layers with caches of their own in one CUDA
 graph: between two visits of a layer its cache leaves L2, as a model's weights would see to. Beside each cut of
-model/kernels/decode_rows.py stands by how much its result differs from that of decode_attention's kernel, which all
-launches took before. RowCut.of is to be chosen from what is fastest here.
+model/kernels/decode_attention_short.py stands by how much its result differs from that of decode_attention's kernel,
+which all launches took before. RowCut.of is to be chosen from what is fastest here.
 
 Usage: python -m tests.gpu.bench_own_part
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from toka_engine.model.kernels.decode_attention import Cut, OwnPart, Workspace, attend_decode
-from toka_engine.model.kernels.decode_rows import RowCut
+from toka_engine.model.kernels.decode_attention_short import RowCut
 
 from tests.gpu.bench_products import compile_together, time_graph
 

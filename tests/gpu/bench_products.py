@@ -2,7 +2,7 @@
 
 Microseconds a layer without attention, and bytes of weights per second, of many layers in one CUDA graph: at the end,
 fastest first, the chain of all four products; before it each product alone, and the LM head behind the kernel of the
-final norm. The cuts of model/kernels/single_row.py are to be the fastest here, and dependent launches (P) to be worth
+final norm. The cuts of model/kernels/gemv.py are to be the fastest here, and dependent launches (P) to be worth
 it: all is measured without them too. A chain must be as near to fp32 as today's is, and replays must give the same
 bits: a kernel that did not wait would not.
 
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from toka_engine.model.kernels.activation import silu_mul
+from toka_engine.model.kernels.gemv import Cut, SingleRowKernels
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
-from toka_engine.model.kernels.single_row import Cut, SingleRowKernels
 from triton import knobs
 
 LAYERS = 16

@@ -15,8 +15,8 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from toka_engine.model.kernels.shared_attention import attend_shared
-from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace, lay_groups
+from toka_engine.model.kernels.prefix_attention import attend_shared
+from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, lay_groups
 
 from tests.gpu.bench_products import compile_together, time_graph
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toka_engine.model.attention.base import AttentionShape, StepLayout
-from toka_engine.model.attention.flashinfer import FlashInferAttention
-from toka_engine.model.kernels.paged import HND, NHD
-from toka_engine.model.kernels.rope import rope_append
+from toka_engine.model.attention_backend import AttentionShape, StepLayout
+from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.flashinfer_prefill import HND, NHD
+from toka_engine.model.kernels.rope_append import rope_append
 
 from tests.unit.kernels.test_paged_attention import plan_padded
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = """
 import sys
 from pathlib import Path
-from toka_engine.model.ahead.build import build
+from toka_engine.model.aot.triton_build import build
 from toka_engine.model.model_config import read_model_config
 build(Path(sys.argv[1]), int(sys.argv[3]), [(read_model_config(Path(sys.argv[2])), 16)])
 """

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toka_engine.model.measuring import make_largest_steps
-from toka_engine.model.sampling import Sampled, SamplePlan
-from toka_engine.model.state import SlotState
+from toka_engine.model.cuda.memory_fit import make_largest_steps
+from toka_engine.model.sample_plan import Sampled, SamplePlan
+from toka_engine.model.slot_state import SlotState
 from toka_engine.model.worker import Worker
 
 from tests.gpu.test_parity import make

@@ -39,7 +39,7 @@ def test_each_token_is_that_of_the_definition(driver: Driver) -> None:
 
 
 def test_a_step_of_more_samples_than_there_is_room_for_goes_in_parts(driver: Driver) -> None:
-    from toka_engine.model.kernels.penalties import PenaltyWorkspace
+    from toka_engine.model.kernels.logit_penalties import PenaltyWorkspace
 
     sampler = driver._sample
     whole = sampler._penalty_work

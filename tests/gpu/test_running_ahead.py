@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from toka_engine.messages import Step, Tokens
-from toka_engine.model import cuda_runner
-from toka_engine.model.kernels.paged import _RING, _Workspace
+from toka_engine.model.cuda import runner as cuda_runner
+from toka_engine.model.cuda.flashinfer_prefill import _RING, _Workspace
+from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.runner import Launched
-from toka_engine.model.staging import Staging
 
 from tests.gpu.test_parity import make
 from tests.model.driving import Driver, load

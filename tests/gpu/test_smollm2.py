@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toka_engine.model.builtin import ensure_builtin
+from toka_engine.builtin import ensure_builtin
 
 from tests.gpu.test_parity import check, drive, generate
 

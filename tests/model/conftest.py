@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toka_engine.model.builtin import ensure_builtin
+from toka_engine.builtin import ensure_builtin
 
 from tests.model.driving import Driver, load
 

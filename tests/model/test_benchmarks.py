@@ -16,7 +16,7 @@ from toka_engine.benchmarks.roofline import count_costs
 from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
 from toka_engine.messages import Step
-from toka_engine.model.attention.cpu import CpuAttention
+from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.model_config import read_model_config
 from toka_engine.model.worker import Worker
 

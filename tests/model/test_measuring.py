@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from toka_engine.model.measuring import make_largest_steps, provisional_sizes
-from toka_engine.model.sizes import Sizes
+from toka_engine.model.cuda.memory_fit import make_largest_steps, provisional_sizes
+from toka_engine.model.sizing import Sizes
 
 from tests.model.driving import load
 

@@ -16,7 +16,7 @@ from toka_engine.errors import DeviceUnavailableError
 from toka_engine.model.devices import find_device
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
 from toka_engine.model.model_config import read_model_config
-from toka_engine.model.sizes import choose_dtype, choose_sizes
+from toka_engine.model.sizing import choose_dtype, choose_sizes
 
 GIB = 1 << 30
 
@@ -129,7 +129,7 @@ def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_
 
 _PRODUCTS = """
 import torch
-from toka_engine.model.cpu_ops import make_ops
+from toka_engine.model.cpu.backend import make_ops
 
 def resident_mib():
     with open("/proc/self/statm") as file:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toka_engine.model.penalties import apply_penalties
-from toka_engine.model.sampling import Penalties
+from toka_engine.model.cpu.penalties import apply_penalties
+from toka_engine.model.sample_plan import Penalties
 
 from tests.model.driving import Driver, ints
 from tests.model.penalized import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toka_engine.model import cpu_ops
+from toka_engine.model.cpu import backend
 
 SHAPES = [(576, 960), (576, 3072), (1536, 576), (1024, 64), (1040, 64), (4096, 64)]
 
@@ -12,7 +12,7 @@ SHAPES = [(576, 960), (576, 3072), (1536, 576), (1024, 64), (1040, 64), (4096, 6
 @pytest.mark.parametrize(("width", "out_width"), SHAPES)
 def test_a_row_of_a_bfloat16_product_is_the_same_in_any_batch(width: int, out_width: int) -> None:
     torch.manual_seed(0)
-    linear = cpu_ops.make_linear((torch.randn(out_width, width) * 0.05).bfloat16(), None)
+    linear = backend.make_linear((torch.randn(out_width, width) * 0.05).bfloat16(), None)
     x = torch.randn(256, width).bfloat16()
     full = linear(x)
     for rows in (1, 2, 3, 8, 31, 128):
@@ -25,6 +25,6 @@ def test_norm_and_activation_of_a_row_are_the_same_in_any_batch() -> None:
     x, weight = torch.randn(64, 576).bfloat16(), torch.randn(576).bfloat16()
     gates = torch.randn(64, 3072).bfloat16()
     for rows in (1, 2, 7, 33):
-        part = cpu_ops.rms_norm(x[:rows].clone(), weight, 1e-5)
-        assert torch.equal(part, cpu_ops.rms_norm(x, weight, 1e-5)[:rows])
-        assert torch.equal(cpu_ops.silu_mul(gates[:rows].clone()), cpu_ops.silu_mul(gates)[:rows])
+        part = backend.rms_norm(x[:rows].clone(), weight, 1e-5)
+        assert torch.equal(part, backend.rms_norm(x, weight, 1e-5)[:rows])
+        assert torch.equal(backend.silu_mul(gates[:rows].clone()), backend.silu_mul(gates)[:rows])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from toka_engine.messages import Step
-from toka_engine.model.gumbel import gumbel_noise
-from toka_engine.model.sampler import CpuSampler, keep_likeliest
-from toka_engine.model.sampling import Sampled, plan_sampling
-from toka_engine.model.state import SlotState
+from toka_engine.model.cpu.gumbel import gumbel_noise
+from toka_engine.model.cpu.sampler import CpuSampler, keep_likeliest
+from toka_engine.model.sample_plan import Sampled, plan_sampling
+from toka_engine.model.slot_state import SlotState
 
 VOCAB = 300
 NUM_DRAWS = 8_000

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toka_engine.config import EngineConfig
-from toka_engine.model import cpu_ops
+from toka_engine.model.cpu import backend
 from toka_engine.model.devices import select_ops
 from toka_engine.model.layers import Head, NormedLinear, Projections, ResidualLinear
 from toka_engine.model.ops import Ops
@@ -62,8 +62,8 @@ class PlainSingleRow:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainSingleRow:
     """What the CPU's table has for a step of one row, for this test."""
-    kernels, make_ops = PlainSingleRow(), cpu_ops.make_ops
-    monkeypatch.setattr(cpu_ops, "make_ops", lambda: replace(make_ops(), single_row=kernels))
+    kernels, make_ops = PlainSingleRow(), backend.make_ops
+    monkeypatch.setattr(backend, "make_ops", lambda: replace(make_ops(), single_row=kernels))
     return kernels
 
 
@@ -101,11 +101,11 @@ def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
 ) -> None:
     made: list[torch.Tensor] = []
     ops = replace(
-        cpu_ops.make_ops(),
+        backend.make_ops(),
         make_linear=lambda weight, bias: made.append(weight) or (lambda x: x),
         make_head=lambda weight: made.append(weight) or (lambda x: x),
     )
-    monkeypatch.setattr(cpu_ops, "make_ops", lambda: ops)
+    monkeypatch.setattr(backend, "make_ops", lambda: ops)
     _, driver = drive_tiny("Llama", num_hidden_layers=1)
     driver.prefill({0: [5]})
     assert kernels.calls == ["product", "add_product", "gated_product", "add_product", "head_product"]
@@ -118,13 +118,13 @@ def make_block(ops: Ops) -> tuple[NormedLinear, weakref.ref[torch.Tensor]]:
 
 
 def test_packed_weights_are_the_only_copy_where_there_are_no_such_kernels() -> None:
-    block, weight = make_block(cpu_ops.make_ops())
+    block, weight = make_block(backend.make_ops())
     assert weight() is None
     assert block(None, torch.randn(1, 16)).shape == (1, 24)
 
 
 def test_what_other_blocks_left_pending_is_added_once_to_a_step_of_one_row(kernels: PlainSingleRow) -> None:
-    block, _ = make_block(cpu_ops.make_ops())
+    block, _ = make_block(backend.make_ops())
     start, pending = torch.randn(2, 1, 16)
     residual = start.clone()
     found = block(pending, residual)
@@ -142,7 +142,7 @@ def test_a_product_of_one_row_is_in_the_residual_stream_and_one_of_more_is_pendi
     weight, bias = torch.randn(16, 24), torch.randn(16)
     x, start = torch.randn(rows, 24), torch.randn(rows, 16)
     residual = start.clone()
-    pending = ResidualLinear(cpu_ops.make_ops(), Projections(weight, bias))(x, residual)
+    pending = ResidualLinear(backend.make_ops(), Projections(weight, bias))(x, residual)
     expected = F.linear(x, weight, bias)
     if rows == 1:
         assert pending is None
@@ -155,7 +155,7 @@ def test_a_product_of_one_row_is_in_the_residual_stream_and_one_of_more_is_pendi
 @pytest.mark.parametrize(("rows", "calls"), [(1, ["head_product"]), (2, [])])
 def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str], kernels: PlainSingleRow) -> None:
     weight, x = torch.randn(24, 16), torch.randn(rows, 16)
-    torch.testing.assert_close(Head(cpu_ops.make_ops(), weight)(x), F.linear(x, weight))
+    torch.testing.assert_close(Head(backend.make_ops(), weight)(x), F.linear(x, weight))
     assert kernels.calls == calls
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toka_engine.errors import ConfigError
-from toka_engine.model import compilation, cpu_ops
-from toka_engine.model.compilation import CompiledModel
+from toka_engine.model.cpu import backend
+from toka_engine.model.torch_compile import compiled_model
+from toka_engine.model.torch_compile.compiled_model import CompiledModel
 from tokenizers import Tokenizer
 from torch._dynamo import mark_dynamic
 from torch._dynamo.callback import callback_handler
@@ -165,13 +166,13 @@ def test_what_is_compiled_on_a_gpu_gives_the_reference_logits_on_a_cpu_and_compi
             mark_dynamic(ids, 0, min=2, max=max_rows)
 
     like_cuda = replace(
-        cpu_ops.make_ops(),
+        backend.make_ops(),
         make_linear=make_linear,
         make_head=lambda weight: make_linear(weight, None),
         has_packed_products=False,
     )
-    monkeypatch.setattr(cpu_ops, "make_ops", lambda: like_cuda)
-    monkeypatch.setattr(compilation, "_mark_rows", mark_rows)
+    monkeypatch.setattr(backend, "make_ops", lambda: like_cuda)
+    monkeypatch.setattr(compiled_model, "_mark_rows", mark_rows)
     family, overrides = VARIANTS[name]
     model, driver = drive_tiny(family, COMPILED, num_hidden_layers=4, **overrides)
     before_ready = list(compilations)
@@ -194,7 +195,7 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(
         gate, up = gate_up.chunk(2, dim=1)
         return F.silu(gate) * (up if float(up.sum()) > 0 else -up)
 
-    monkeypatch.setattr("toka_engine.model.compilation._silu_mul", asks_for_values)
+    monkeypatch.setattr("toka_engine.model.torch_compile.compiled_model._silu_mul", asks_for_values)
     with pytest.raises(ConfigError, match="torch_compile=T: the layers cannot be compiled: ") as refusal:
         load(make_tiny()[1], **COMPILED)
     assert "\n" not in str(refusal.value)

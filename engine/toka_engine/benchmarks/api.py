@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from toka_engine.builtin import ensure_builtin
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.config import EngineConfig
 from toka_engine.messages import (
@@ -36,7 +37,6 @@ from toka_engine.messages import (
     Start,
     Submit,
 )
-from toka_engine.model.builtin import ensure_builtin
 
 _PROMPT_TOKENS = 220
 _VOCABULARY = 49152

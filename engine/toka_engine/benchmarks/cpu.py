@@ -22,7 +22,7 @@ import psutil
 from toka_engine.benchmarks.client import drive
 from toka_engine.benchmarks.engine import running_engine, wait_until_ready
 from toka_engine.benchmarks.workloads import Request, Workload
-from toka_engine.model.builtin import ensure_builtin
+from toka_engine.builtin import ensure_builtin
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _ROUNDS = 32, 64, 3
 _SHARED_PROMPT_TOKENS, _SHARED_OUTPUT_TOKENS, _CHOICES = 512, 16, 32

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from toka_engine.messages import Int32s, Step
-from toka_engine.model.attention.base import AttentionBackend, StepLayout
-from toka_engine.model.attention.cpu import CpuAttention
+from toka_engine.model.attention_backend import AttentionBackend, StepLayout
+from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.runner import Launched
 from toka_engine.model.worker import Worker
 
@@ -196,7 +196,7 @@ def _plan_without_attention(attention: CpuAttention) -> Callable[[StepLayout], N
 
 
 def _append_alone(attention: Any) -> Callable[..., None]:
-    from toka_engine.model.kernels.rope import rope_append
+    from toka_engine.model.kernels.rope_append import rope_append
 
     def attend_decode(
         step: Any,

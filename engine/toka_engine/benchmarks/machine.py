@@ -24,7 +24,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
 from toka_engine.model.devices import find_device
 from toka_engine.model.memory import count_threads
-from toka_engine.model.sizes import choose_dtype
+from toka_engine.model.sizing import choose_dtype
 
 _COPY_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}

@@ -246,7 +246,7 @@ def main() -> int:
 
 
 def _builtin_folder() -> Path:
-    from toka_engine.model.builtin import ensure_builtin
+    from toka_engine.builtin import ensure_builtin
 
     return ensure_builtin()
 

@@ -16,7 +16,7 @@ import torch
 from toka_engine.benchmarks.soak_check import Difference
 from toka_engine.config import EngineConfig
 from toka_engine.model.devices import find_device
-from toka_engine.model.sizes import choose_dtype
+from toka_engine.model.sizing import choose_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from toka_engine.model.attention.base import AttentionBackend
+from toka_engine.model.attention_backend import AttentionBackend
 from toka_engine.model.model_config import ModelConfig
 
 

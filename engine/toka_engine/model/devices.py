@@ -41,21 +41,21 @@ def select_ops(device: torch.device, config: EngineConfig) -> Ops:
     Raises ConfigError, StorageError.
     """
     if device.type == "cuda":
-        from toka_engine.model.ahead.cache import use_built
-        from toka_engine.model.cuda_ops import make_ops as make_cuda_ops
+        from toka_engine.model.cuda.backend import make_ops as make_cuda_ops
+        from toka_engine.model.cuda.triton_cache import use_built
 
         major, minor = torch.cuda.get_device_capability(device)
         use_built(10 * major + minor)
         ops = make_cuda_ops(10 * major + minor)
     else:
-        from toka_engine.model.cpu_ops import make_ops
+        from toka_engine.model.cpu.backend import make_ops
 
         ops = make_ops()
     if not config.torch_compile:
         return ops
-    from toka_engine.model.compile_cache import choose_compile_cache
+    from toka_engine.model.torch_compile.inductor_cache import choose_compile_cache
 
     choose_compile_cache()
-    from toka_engine.model.compilation import compile_ops
+    from toka_engine.model.torch_compile.compiled_model import compile_ops
 
     return compile_ops(ops, device, config)

@@ -1,6 +1,6 @@
 """What a device implements: a table of functions, which models, layers and worker use, beside the attention interface.
 
-The tables are `cpu_ops` and `cuda_ops`; `devices` chooses one.
+The tables are `cpu.backend` and `cuda.backend`; `devices` chooses one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.model.attention.base import AttentionBackend, AttentionShape
+from toka_engine.model.attention_backend import AttentionBackend, AttentionShape
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.runner import Runner
 
@@ -91,7 +91,7 @@ class Ops:
     """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
     fits_cache: bool
     """Whether the KV cache is sized by what the largest steps leave, unless the user sizes it, and what these take is
-    kept for steps (measuring.fit_cache, keep_room)."""
+    kept for steps (cuda.memory_fit)."""
     has_packed_products: bool
     """Whether torch.compile must leave the products of `make_linear` alone: it cannot look into their weights."""
     max_steps_in_flight: int

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Int32s, Step, Tokens
-from toka_engine.model.attention.base import AttentionBackend, StepLayout
+from toka_engine.model.attention_backend import AttentionBackend, StepLayout
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.sampling import Sample, Sampled, SamplePlan, plan_sampling
-from toka_engine.model.state import SlotState
+from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.slot_state import SlotState
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,16 +22,16 @@ from toka_engine.child import Child
 from toka_engine.config import EngineConfig
 from toka_engine.errors import OutOfMemoryError, PeerClosedError
 from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
-from toka_engine.model.attention.base import AttentionShape
+from toka_engine.model.architectures.registry import build_model
+from toka_engine.model.attention_backend import AttentionShape
+from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.devices import find_device, select_ops
 from toka_engine.model.loader import Weights
-from toka_engine.model.measuring import provisional_sizes
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.ops import Ops
-from toka_engine.model.registry import build_model
 from toka_engine.model.runner import Launched, Runner
-from toka_engine.model.sizes import Sizes, choose_dtype, choose_sizes, read_available_bytes
+from toka_engine.model.sizing import Sizes, choose_dtype, choose_sizes, read_available_bytes
 
 _log = logging.getLogger("toka.model")
 
@@ -71,9 +71,9 @@ class Worker:
     @torch.inference_mode()
     def _prepare_device(self) -> None:
         """Nothing compiles after this, and torch takes no more of the device's memory."""
-        from toka_engine.model.ahead.cache import log_compiled
-        from toka_engine.model.cuda_runner import CudaRunner
-        from toka_engine.model.measuring import fit_cache, keep_room
+        from toka_engine.model.cuda.memory_fit import fit_cache, keep_room
+        from toka_engine.model.cuda.runner import CudaRunner
+        from toka_engine.model.cuda.triton_cache import log_compiled
 
         if not isinstance(self.runner, CudaRunner):
             raise AssertionError("a cache is fitted on a GPU only")

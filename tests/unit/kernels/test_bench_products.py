@@ -24,7 +24,7 @@ from tests.gpu.bench_products import (
 def test_chains_of_both_kinds_of_kernels_give_what_plain_torch_gives(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toka_engine.model.kernels.single_row import Cut
+    from toka_engine.model.kernels.gemv import Cut
 
     for name, size in (("HIDDEN", 80), ("QKV", 96), ("MIXED", 64), ("INNER", 176)):
         monkeypatch.setattr(bench_products, name, size)
@@ -38,7 +38,7 @@ def test_chains_of_both_kinds_of_kernels_give_what_plain_torch_gives(
 
 
 def test_heads_of_both_kinds_of_kernels_give_what_plain_torch_gives(device: torch.device) -> None:
-    from toka_engine.model.kernels.single_row import Cut
+    from toka_engine.model.kernels.gemv import Cut
 
     torch.manual_seed(1)
     row, norm, weight = (torch.randn(*shape, device=device) for shape in ((1, 80), (80,), (40, 80)))

@@ -49,7 +49,7 @@ class Case:
     def expect(self, starts=None):
         """Results in fp64, over the tokens from `starts` on, and cache afterwards: by rope_append and the definition of
         attention. Then the log-sum-exp, base 2, and q rotated."""
-        from toka_engine.model.kernels.rope import rope_append
+        from toka_engine.model.kernels.rope_append import rope_append
 
         cache, q = self.cache.clone(), torch.empty_like(self.q).contiguous()
         rope_append(
@@ -225,7 +225,7 @@ def test_the_part_over_a_rows_own_tokens_comes_with_its_log_sum_exp(generator, s
 
 def allocate_for_several_heads(case: Case, most_heads: int, min_programs: int = 1):
     from toka_engine.model.kernels.decode_attention import Cut, Workspace
-    from toka_engine.model.kernels.decode_rows import RowCut
+    from toka_engine.model.kernels.decode_attention_short import RowCut
 
     rows = RowCut(most_heads, most_heads, min_programs, min_programs, block_tokens=16, num_warps=2, most_registers=168)
     cut = Cut(block_tokens=16, num_warps=4, num_programs=16, rows=rows)
@@ -280,7 +280,7 @@ def test_programs_of_several_kv_heads_give_the_same_bits_again(generator) -> Non
     ],
 )  # fmt: skip
 def test_a_program_has_as_many_kv_heads_as_leave_enough_programs(rows, kv_heads, is_part, heads) -> None:
-    from toka_engine.model.kernels.decode_rows import RowCut
+    from toka_engine.model.kernels.decode_attention_short import RowCut
 
     cut = RowCut(8, 2, min_programs=1024, min_programs_alone=2048, block_tokens=32, num_warps=2, most_registers=168)
     assert cut.count_heads(rows, kv_heads, 16, is_part) == heads

@@ -62,7 +62,7 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 def test_rope_append_rotates_q_and_fills_the_right_page(
     device, generator, is_normed, is_heads_first, num_heads, num_kv_heads, head_dim
 ) -> None:
-    from toka_engine.model.kernels.rope import HeadNorm, rope_append
+    from toka_engine.model.kernels.rope_append import HeadNorm, rope_append
 
     rows, page_size, num_pages = 6, 4, 12
     packed = torch.randn(rows, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator, device=device)

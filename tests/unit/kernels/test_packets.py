@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from toka_engine.model.kernels.device_slots import SlotState
 from toka_engine.model.kernels.packets import RING, Packets
-from toka_engine.model.kernels.slots import SlotState
 
 SCRATCH, PAGE_SIZE, COLUMNS = 9, 4, 6
 GROUP_WORDS = 300

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toka_engine.model.attention.base import AttentionShape, StepLayout
-from toka_engine.model.attention.cpu import CpuAttention
+from toka_engine.model.attention_backend import AttentionShape, StepLayout
+from toka_engine.model.cpu.attention import CpuAttention
 
 PAGE_SIZE = 4
 
@@ -85,7 +85,7 @@ def allocate(ours: Any, num_pages: int, max_seqs: int, max_pages_per_seq: int) -
     """With short blocks and few programs for decode rows: some contexts are split, and no time goes into splits without
     a token, which the interpreter visits one by one."""
     from toka_engine.model.kernels.decode_attention import Cut, Workspace
-    from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
 
     ours.allocate(num_pages, PAGE_SIZE, max_seqs, max_pages_per_seq)
     shape, cut = ours.shape, Cut(block_tokens=16, num_warps=4, num_programs=16)
@@ -111,8 +111,8 @@ def plan_padded(ours: Any, layout: StepLayout, num_rows: int) -> bool:
 @pytest.mark.parametrize("is_heads_first", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_first: bool) -> None:
-    from toka_engine.model.attention.flashinfer import FlashInferAttention
-    from toka_engine.model.kernels.paged import HND, NHD
+    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.flashinfer_prefill import HND, NHD
 
     layout, columns = LAYOUTS[name], 6
     shape = AttentionShape(2, 6, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
@@ -146,8 +146,8 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
 
 
 def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
-    from toka_engine.model.attention.flashinfer import FlashInferAttention
-    from toka_engine.model.kernels.paged import HND
+    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.flashinfer_prefill import HND
 
     shape = AttentionShape(1, 4, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
     ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
@@ -169,8 +169,8 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
 
 @pytest.mark.parametrize("is_heads_first", [False, True])
 def test_without_a_plan_rows_find_their_pages_themselves(is_heads_first: bool) -> None:
-    from toka_engine.model.attention.flashinfer import FlashInferAttention
-    from toka_engine.model.kernels.paged import HND, NHD
+    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.flashinfer_prefill import HND, NHD
 
     shape = AttentionShape(2, 6, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
     ours = FlashInferAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
@@ -194,8 +194,8 @@ def test_without_a_plan_rows_find_their_pages_themselves(is_heads_first: bool) -
 @pytest.mark.parametrize("is_planned", [True, False])
 def test_a_benchmark_can_skip_attention_and_nothing_else(is_planned: bool) -> None:
     from toka_engine.benchmarks.decoding import skip_attention
-    from toka_engine.model.attention.flashinfer import FlashInferAttention
-    from toka_engine.model.kernels.paged import HND
+    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.flashinfer_prefill import HND
 
     shape = AttentionShape(1, 4, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
     ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))

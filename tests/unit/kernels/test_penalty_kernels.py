@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from toka_engine.messages import Step, Tokens
-from toka_engine.model.attention.base import AttentionShape, StepLayout
-from toka_engine.model.sampling import plan_sampling
-from toka_engine.model.state import SlotState as HostState
+from toka_engine.model.attention_backend import AttentionShape, StepLayout
+from toka_engine.model.sample_plan import plan_sampling
+from toka_engine.model.slot_state import SlotState as HostState
 
 from tests.model.driving import Driver, ints
 from tests.model.penalized import (
@@ -36,9 +36,9 @@ class TableRunner:
     """CudaRunner.launch with a look-up in the place of the forward: a token's logits like itself best."""
 
     def __init__(self, device: torch.device) -> None:
-        from toka_engine.model.attention.flashinfer import FlashInferAttention
-        from toka_engine.model.kernels.sampler import GpuSampler
-        from toka_engine.model.kernels.slots import SlotState
+        from toka_engine.model.cuda.attention import FlashInferAttention
+        from toka_engine.model.cuda.sampler import GpuSampler
+        from toka_engine.model.kernels.device_slots import SlotState
 
         shape = AttentionShape(1, 4, 2, 32, 1.0, torch.bfloat16, device)
         unplanned = SimpleNamespace(plan_queries=lambda *_: None)
@@ -52,8 +52,8 @@ class TableRunner:
         self.logits_of = table.to(device, torch.bfloat16)
 
     def launch(self, step: Step) -> Any:
-        from toka_engine.model.cuda_runner import _find_sampled_rows
-        from toka_engine.model.kernels.slots import gather_ids, pack_new_slots, set_slots
+        from toka_engine.model.cuda.runner import _find_sampled_rows
+        from toka_engine.model.kernels.device_slots import gather_ids, pack_new_slots, set_slots
 
         device, attention = self.attention.shape.device, self.attention
         self.state.set_up(step)
@@ -96,7 +96,7 @@ def driver(device) -> Driver:
 @pytest.fixture
 def few_at_a_time(driver: Driver, device) -> None:
     """Room for two samples with penalties: a step of more goes in parts."""
-    from toka_engine.model.kernels.penalties import PenaltyWorkspace
+    from toka_engine.model.kernels.logit_penalties import PenaltyWorkspace
 
     driver._sample._penalty_work = PenaltyWorkspace.allocate(2, VOCAB, device)
 
@@ -119,7 +119,7 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(driver: Driver)
 
 
 def test_counts_reach_beyond_what_one_program_reads_and_leave_nothing_behind(device) -> None:
-    from toka_engine.model.kernels.penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
+    from toka_engine.model.kernels.logit_penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
 
     random = np.random.default_rng(5)
     lengths, num_generated = [2100, 1, 1024, 40], [1500, 0, 1024, 7]

@@ -20,8 +20,8 @@ class Bench:
     def __init__(
         self, logits: torch.Tensor, rows: list[int], block: int = 64, room: int = 64, **fields: object
     ) -> None:
+        from toka_engine.model.kernels.device_slots import SlotState
         from toka_engine.model.kernels.sampling import Samples, Workspace
-        from toka_engine.model.kernels.slots import SlotState
 
         device = logits.device
         n = len(rows)
@@ -41,10 +41,10 @@ class Bench:
 
     def draw(self, with_logprobs: bool = False) -> torch.Tensor:
         from toka_engine.model.kernels.filtering import apply_filters
-        from toka_engine.model.kernels.gathering import gather_best
-        from toka_engine.model.kernels.gumbel import add_noise
-        from toka_engine.model.kernels.rejection import draw_by_rejection
         from toka_engine.model.kernels.sampling import block_stats, draw
+        from toka_engine.model.kernels.seeded_sampling import add_noise
+        from toka_engine.model.kernels.top_k_gathering import gather_best
+        from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
 
         state = self.state
         filtered = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)

@@ -39,7 +39,7 @@ class Case:
         return self.q.shape[2] ** -0.5
 
     def make_work(self, num_programs, block_rows=64, block_tokens=64):
-        from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
+        from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
 
         cut = SharedCut(block_rows=block_rows, block_tokens=block_tokens, num_warps=4, num_stages=2, residency=1)
         heads, kv_heads, head_dim = self.q.shape[1], self.cache.shape[3], self.q.shape[2]
@@ -47,7 +47,7 @@ class Case:
 
     def run(self, work, *levels, capacity=None):
         """`out` and `lse` after a call for each list of groups."""
-        from toka_engine.model.kernels.shared_attention import attend_shared
+        from toka_engine.model.kernels.prefix_attention import attend_shared
 
         out, lse = self.out.clone(), self.lse.clone()
         for groups in levels:
@@ -76,7 +76,7 @@ class Case:
 
 
 def lay(work, groups, capacity=None):
-    from toka_engine.model.kernels.shared_groups import lay_groups
+    from toka_engine.model.kernels.prefix_groups import lay_groups
 
     fields = ("first_row", "num_rows", "slot", "first_column", "num_columns")
     arrays = [np.array([getattr(group, field) for group in groups], np.int32) for field in fields]
@@ -153,7 +153,7 @@ def test_any_number_of_query_heads_to_a_kv_head_gives_the_definition(generator, 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_usual_cut_gives_the_definition(generator, head_dim) -> None:
-    from toka_engine.model.kernels.shared_groups import SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import SharedWorkspace
 
     case = make_case(generator, 40, head_dim=head_dim)
     groups = [Group(1, 30, 0, 21), Group(31, 9, 1, 40)]
@@ -220,7 +220,7 @@ def test_no_groups_change_nothing(generator) -> None:
 
 
 def test_more_groups_than_are_searched_at_once_give_the_definition(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels import shared_attention
+    from toka_engine.model.kernels import prefix_attention as shared_attention
 
     monkeypatch.setattr(shared_attention, "_SEARCHED_AT_ONCE", 8)
     case = make_case(generator, 20, heads=1, kv_heads=1)
@@ -242,7 +242,7 @@ def test_more_groups_than_are_searched_at_once_give_the_definition(generator, mo
 def test_programs_have_equal_shares_or_a_little_more_if_then_tiles_are_not_cut(
     rows, columns, num_programs, total, share
 ) -> None:
-    from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
 
     cut = SharedCut(block_rows=128, block_tokens=16, num_warps=4, num_stages=2, residency=1)
     work = SharedWorkspace.allocate(32, 8, 64, torch.device("cpu"), cut, num_programs)
@@ -251,7 +251,7 @@ def test_programs_have_equal_shares_or_a_little_more_if_then_tiles_are_not_cut(
 
 
 def test_groups_beyond_the_capacity_are_refused() -> None:
-    from toka_engine.model.kernels.shared_groups import SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import SharedWorkspace
 
     work = SharedWorkspace.allocate(4, 2, 64, torch.device("cpu"), num_programs=1)
     with pytest.raises(ValueError, match="first_rows: 3 groups, but capacity=2"):

@@ -31,7 +31,7 @@ class Simulated:
 
 @pytest.fixture(autouse=True)
 def kernel(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels import shared_hopper
+    from toka_engine.model.kernels import prefix_hopper as shared_hopper
 
     if generator.device.type != "cuda":
         monkeypatch.setattr(shared_hopper, "_hopper_kernel", Simulated(shared_hopper._hopper_kernel))
@@ -40,7 +40,7 @@ def kernel(generator, monkeypatch) -> None:
 
 
 def make_work(case: Case, num_programs: int, **changes: Any) -> Any:
-    from toka_engine.model.kernels.shared_groups import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
 
     heads, kv_heads, head_dim = case.q.shape[1], case.cache.shape[3], case.q.shape[2]
     cut = replace(SharedCut.for_hopper(head_dim), **changes)
@@ -77,7 +77,7 @@ def check(
 def test_it_is_chosen_where_its_copies_fit(
     monkeypatch, head_dim, page_size, is_heads_first, capability, is_chosen
 ) -> None:
-    from toka_engine.model.kernels import shared_groups
+    from toka_engine.model.kernels import prefix_groups as shared_groups
 
     monkeypatch.setattr(shared_groups, "find_capability", lambda: capability)
     cut = shared_groups.SharedCut.choose(head_dim, page_size, is_heads_first)
@@ -173,7 +173,7 @@ def test_no_groups_change_nothing(generator) -> None:
 
 
 def test_more_groups_than_are_searched_at_once_give_the_definition(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels import shared_hopper
+    from toka_engine.model.kernels import prefix_hopper as shared_hopper
 
     monkeypatch.setattr(shared_hopper, "_SEARCHED_AT_ONCE", 128)
     case = make(generator, 140, heads=1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ConfigFields, parse_model_config
-from toka_engine.model.registry import build_model
 
 BF16 = torch.bfloat16
 DTYPES = [(torch.float32, 1e-5), (BF16, 1e-2)]
@@ -31,7 +31,7 @@ EPS = 1e-5
 
 @pytest.fixture
 def kernels(device):
-    from toka_engine.model.kernels.single_row import SingleRowKernels
+    from toka_engine.model.kernels.gemv import SingleRowKernels
 
     capability = 0
     if device.type == "cuda":
@@ -181,8 +181,8 @@ FIELDS = {
 def test_a_token_alone_gets_the_hidden_state_and_the_logits_that_it_gets_among_others(
     device, kernels, architecture, fields
 ) -> None:
-    from toka_engine.model.cuda_ops import make_linear, make_ops
-    from toka_engine.model.kernels.single_row import Cut
+    from toka_engine.model.cuda.backend import make_linear, make_ops
+    from toka_engine.model.kernels.gemv import Cut
 
     few_programs = Cut(32, 64, 4)  # each takes the interpreter some milliseconds
     kernels = replace(kernels, behind_norm=few_programs, other=few_programs)

@@ -44,7 +44,7 @@ def test_copy_pages_copies_every_plane_of_the_named_pages(device, generator) -> 
 
 
 def test_new_slots_get_their_fields_and_others_keep_theirs(device) -> None:
-    from toka_engine.model.kernels.slots import SlotState, pack_new_slots, set_slots
+    from toka_engine.model.kernels.device_slots import SlotState, pack_new_slots, set_slots
 
     state = SlotState.allocate(6, device)
     slots = np.array([5, 1], np.int32)
@@ -68,7 +68,7 @@ def test_new_slots_get_their_fields_and_others_keep_theirs(device) -> None:
 
 
 def test_gather_ids_takes_last_tokens_then_prefill_tokens(device) -> None:
-    from toka_engine.model.kernels.slots import SlotState, gather_ids
+    from toka_engine.model.kernels.device_slots import SlotState, gather_ids
 
     state = SlotState.allocate(4, device)
     state.last_token.copy_(int32(device, 10, 11, 12, 13))

@@ -4,7 +4,7 @@ A row finds its slot, position and pages on the device, so the host plans nothin
 that it uploads, and a CUDA graph of these launches holds for any contexts. Owns what the launches of a step share
 (`Workspace`); norms of heads, prefill and the tokens that rows share are others' work: of a row that shares its first
 tokens this gives the part over its own, with the log-sum-exp by which parts are merged. Of many rows whose own tokens
-are few `decode_rows` has the kernel.
+are few `decode_attention_short` has the kernel.
 
 Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
 of which the last to arrive merges all.
@@ -23,8 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
 from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
-from toka_engine.model.kernels.decode_rows import RowCut, attend_rows_kernel
-from toka_engine.model.kernels.decode_tokens import (
+from toka_engine.model.kernels.decode_attention_common import (
     append,
     attend_block,
     attend_new,
@@ -36,6 +35,7 @@ from toka_engine.model.kernels.decode_tokens import (
     load_tokens,
     rotate_heads,
 )
+from toka_engine.model.kernels.decode_attention_short import RowCut, attend_rows_kernel
 
 MAX_SPLITS = 64
 _MIN_TILE = 16

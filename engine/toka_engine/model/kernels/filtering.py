@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.gathering import cut_gathered
-from toka_engine.model.kernels.ordering import key_of, unordered
+from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.logit_ordering import key_of, unordered
 from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_temperature
-from toka_engine.model.kernels.slots import SlotState
+from toka_engine.model.kernels.top_k_gathering import cut_gathered
 
 
 @triton.jit

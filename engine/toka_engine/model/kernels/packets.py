@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from toka_engine.model.kernels.slots import SlotState
+from toka_engine.model.kernels.device_slots import SlotState
 
 RING = 4
 """Packets that may be on their way. More than the steps in flight."""
@@ -35,7 +35,7 @@ class Packets:
     def __init__(self, max_rows: int, group_words: int, padding_slot: int, device: torch.device) -> None:
         """`padding_slot`: the slot of rows that a packet does not fill; their position is 0.
 
-        `group_words`: int32 words that describe the groups of a step (see shared_attention).
+        `group_words`: int32 words that describe the groups of a step (see prefix_groups).
         """
         is_cuda, words = device.type == "cuda", _HEADER + _NUM_ARRAYS * max_rows + group_words
         self.max_rows, self._padding_slot = max_rows, padding_slot

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.slots import SlotState
+from toka_engine.model.kernels.device_slots import SlotState
 
 BLOCK = 4096
 """Logits per program: 16 KiB of fp32."""

@@ -1,0 +1,186 @@
+"""Builds our Triton kernels ahead, for a GPU that is not there: every variant that a start of the engine asks for.
+
+No list of variants is kept: models are rehearsed whose sizes between them ask for what all models ask for that an image
+serves, and Triton says what it would compile. Beside a kernel's constants two things decide a variant: whether an
+integer or an address is divisible by 16, and whether an integer is 1; kernels exempt from that what varies freely.
+Triton compiles and keys each variant itself (JITFunction.preload), so what it asks for at run time is what is here.
+
+A model of other sizes starts too, after ptxas, which comes with Triton, has compiled what is missing: the modules in C
+depend on the types of arguments alone, and serve it as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import driver
+from triton.runtime.errors import TritonError
+
+from toka_engine.config import EngineConfig
+from toka_engine.errors import ConfigError, DeviceUnavailableError, StorageError
+from toka_engine.model.aot.triton_dry_run import rehearse
+from toka_engine.model.architectures.registry import MODELS
+from toka_engine.model.cuda import toolchain
+from toka_engine.model.cuda.triton_cache import KernelCache, find_c_compiler, folder_of, pin_keys
+from toka_engine.model.memory import count_threads
+from toka_engine.model.model_config import ConfigFields, ModelConfig, parse_model_config
+
+_HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Each stands for itself and for what is above the one before; so do all sizes here."""
+_HIDDEN_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
+_VOCAB_SIZES = (32768, 65536, 131072, 262144)
+
+Shape: TypeAlias = tuple[ModelConfig, int]
+"""A model and the page size."""
+
+
+class _Target:
+    """A driver of Triton's for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Variants:
+    """What Triton would have compiled: by kernel and key, the kernel and how it is to be specialised."""
+
+    def __init__(self, capability: int) -> None:
+        """Decides, once per process, which GPU Triton compiles for."""
+        if knobs.runtime.interpret:
+            raise ConfigError("TRITON_INTERPRET is set: nothing can be compiled")
+        self.found: dict[tuple[str, str], tuple[Any, str]] = {}
+        driver.set_active(_Target(capability))
+
+    def record(self, shapes: Iterable[Shape]) -> None:
+        """Add what starts of the engine ask for."""
+        with self.recording():
+            for model, page_size in shapes:
+                rehearse(model, page_size)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Add what is launched meanwhile."""
+        knobs.runtime.jit_cache_hook = self._note
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = None
+
+    def _note(self, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        self.found[fn.name, key] = fn.jit_function, compile["specialization_data"]
+        return True  # nothing is compiled, nothing launched
+
+
+def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
+    """What between them asks for every variant that an image holds."""
+    page_size = EngineConfig().page_size
+    for head_dim in head_dims:
+        for kv_heads, heads in itertools.combinations_with_replacement(_HEAD_COUNTS, 2):
+            yield make_model(head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads), page_size
+        for architecture in MODELS:
+            yield make_model(architecture, head_dim=head_dim), page_size
+    for hidden_size in _HIDDEN_SIZES:
+        yield make_model(hidden_size=hidden_size), page_size
+    for vocab_size in _VOCAB_SIZES:
+        yield make_model(vocab_size=vocab_size), page_size
+        yield make_model(vocab_size=vocab_size - 1), page_size
+    yield make_model(attention_bias=True, mlp_bias=True), page_size
+    yield make_model(), 1  # a size of 1 is a type of its own to Triton
+
+
+def make_model(architecture: str = "LlamaForCausalLM", **fields: int) -> ModelConfig:
+    """A model of one layer; `fields` as in config.json."""
+    defaults = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 1,
+        "head_dim": 64,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 64,
+    }
+    return parse_model_config(ConfigFields({"architectures": [architecture], **defaults, **fields}, Path()))
+
+
+def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
+    """Compile into `out_dir` what `shapes` ask for, as far as it is not there. `capability` as 90.
+
+    Raises DeviceUnavailableError (no C compiler, or a compiler fails), StorageError.
+    """
+    began_s = time.monotonic()
+    title = f"triton capability={capability}"
+    pin_keys()
+    variants = Variants(capability)
+    variants.record(shapes)
+    print(f"{title}: {len(variants.found)} variants of kernels", file=sys.stderr, flush=True)
+    folder = folder_of(out_dir, capability)
+    cache = KernelCache(folder)
+    knobs.cache.dir, knobs.cache.manager_class = str(folder), cache.open
+    knobs.compilation.store_binary_only = True
+    try:
+        with _driver_library(), ThreadPoolExecutor(count_threads()) as pool:
+            kernels = list(pool.map(lambda found: found[0].preload(found[1]), variants.found.values()))
+            # The modules in C by Triton's own means: one to load kernels, and one to launch those of each signature.
+            nvidia.CudaUtils()
+            for kernel in kernels:
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    except (subprocess.CalledProcessError, RuntimeError, TritonError) as error:
+        raise DeviceUnavailableError(f"{title}: {toolchain.summarise(str(error))}") from error
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(
+        f"{title}: {time.monotonic() - began_s:.0f} s, {len(cache.compiled)} kernels and {cache.num_modules_compiled} "
+        f"modules compiled, {num_bytes / 1e6:.1f} MB",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextmanager
+def _driver_library() -> Iterator[None]:
+    """Triton links modules in C against the GPU's driver and loads them: here it finds `make_driver_library`'s."""
+    with tempfile.TemporaryDirectory(prefix="toka-driver-") as temporary:
+        ctypes.CDLL(str(make_driver_library(Path(temporary))), mode=ctypes.RTLD_GLOBAL)
+        knobs.nvidia.libcuda_path = temporary
+        yield
+
+
+def make_driver_library(folder: Path) -> Path:
+    """A libcuda.so.1 with every function of the driver's, none of which does anything.
+
+    Raises DeviceUnavailableError if there is no C compiler, CalledProcessError if it fails, StorageError.
+    """
+    (header,) = (Path(path) / "cuda.h" for path in nvidia.include_dirs)
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w*", header.read_text())))
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    compiler = find_c_compiler("the modules with which Triton loads and launches kernels")
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(library)]
+    try:
+        source.write_text("\n".join(f"int {name}(void) {{ return 100; }}" for name in names))
+    except OSError as error:
+        raise StorageError(f"cannot write {source}: {error.strerror}") from error
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    return library

@@ -1,0 +1,90 @@
+"""The start of an engine on a GPU, without one: what it launches, it launches here too, on torch's device `meta`.
+
+Tensors of that device have a shape, a dtype and an address's alignment, which is all that Triton looks at to choose a
+kernel's variant, and no memory. The model, the attention, the sampler and the steps are the engine's own. Only
+flashinfer's kernels and the copies to the host are left out. Who rehearses decides what a launch does and for which GPU
+(Triton's active driver, see `build`): nothing here may compile, or touch a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+from toka_engine.config import EngineConfig
+from toka_engine.messages import Step, WorkerReady
+from toka_engine.model.architectures.registry import build_model
+from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.backend import make_ops
+from toka_engine.model.cuda.memory_fit import make_largest_steps
+from toka_engine.model.cuda.runner import CudaRunner
+from toka_engine.model.kernels.decode_attention_short import RowCut
+from toka_engine.model.loader import Weights
+from toka_engine.model.model_config import ModelConfig
+from toka_engine.model.runner import Launched
+from toka_engine.model.sample_plan import Sampled, SamplePlan
+from toka_engine.model.sizing import Sizes
+from toka_engine.model.worker import attention_shape, describe, make_warm_up_steps
+
+_META = torch.device("meta")
+_SIZES = Sizes(num_pages=64, page_size=0, max_seqs=40, max_tokens_per_forward=96, max_pages_per_seq=64)
+"""As few as reach all code: no variant of a kernel may depend on how many there are."""
+
+
+class _Weights(Weights):
+    """Tensors of any name and shape."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), _META, torch.bfloat16, 0)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class RehearsalRunner(CudaRunner):
+    """A CudaRunner whose results stay where they are."""
+
+    def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
+        pass
+
+    def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
+        return Launched(step.number, plan, sampled, started_s, 0.0)
+
+
+def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[RehearsalRunner, WorkerReady]:
+    """What runs steps of this model, and what its worker would report. `sizes`: other than the page size."""
+    sizes = replace(sizes, page_size=page_size)
+    shape = attention_shape(model, torch.bfloat16, _META)
+    attention = FlashInferAttention(shape, kernels=_without_kernels())
+    attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+    with torch.inference_mode():
+        runner = RehearsalRunner(
+            build_model(model, _Weights(), make_ops(driver.active.get_current_target().arch)),
+            attention, sizes.max_seqs, EngineConfig(),
+        )  # fmt: skip
+    return runner, describe(model, sizes, shape)
+
+
+@torch.inference_mode()
+def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
+    """Launch what the start of an engine with this model launches: see worker.Worker.warm_up."""
+    runner, ready = make_runner(model, page_size, sizes)
+    for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
+        runner.launch(step)
+    runner.launch_rest()
+    whole_steps = runner.make_whole_steps()
+    for size in (1, 2, whole_steps.max_rows):
+        whole_steps.launch(size)
+    runner.launch_many_rows(RowCut.of(model.head_dim).most_rows)  # an image has them for engines of any slots
+
+
+def _without_kernels() -> Any:
+    def do_nothing(*arguments: Any) -> None:
+        pass
+
+    return SimpleNamespace(plan_queries=do_nothing, run_queries=do_nothing)

@@ -1,1 +1,0 @@
-"""Attention backends behind one interface (see base)."""

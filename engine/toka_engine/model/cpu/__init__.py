@@ -1,0 +1,1 @@
+"""The CPU backend: operators, paged attention and sampler in plain torch and numpy."""

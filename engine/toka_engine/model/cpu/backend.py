@@ -1,0 +1,91 @@
+"""The table of implementations for CPUs.
+
+Linear layers are packed by oneDNN once, at load: for one row that is 2-3 times as fast as an unpacked product. In
+bfloat16 its products give each row the same bits whatever the number of rows (a test holds them to that), which is what
+makes seeded requests repeatable whatever else runs. The one exception is a single row of more than 1,024 values, whose
+sum it cuts in two: such a row goes through as two.
+
+oneDNN makes a primitive of some 0.6 MB for every number of rows that a layer's shape meets, and keeps 1,024; so do the
+caches of torch around it. A batch has a new number of rows in many a step: they would grow by 300 MB and more, which no
+pod has reserved. `make_ops` keeps fewer; making one anew takes 0.3 ms, and steps of equal size still find theirs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+from toka_engine.config import EngineConfig
+from toka_engine.model.attention_backend import AttentionBackend, AttentionShape
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.cpu.attention import CpuAttention
+from toka_engine.model.cpu.sampler import CpuSampler
+from toka_engine.model.ops import Linear, Ops
+from toka_engine.model.runner import Runner
+from toka_engine.model.slot_state import SlotState
+
+_PACKED_FOR_ROWS = 32
+_MAX_EXACT_SINGLE_ROW = 1024
+_PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Read by oneDNN and by torch's ideep at their first product."""
+_NUM_PRIMITIVES = "64"
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Pack `weight` [out, in]; see ops.Ops."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+    product = torch.ops.mkldnn._linear_pointwise.default
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = product(x, packed, bias, "none", [], "")
+        return result
+
+    def linear_of_two_or_more(x: torch.Tensor) -> torch.Tensor:
+        return linear(x.expand(2, -1).contiguous())[:1] if x.shape[0] == 1 else linear(x)
+
+    return linear if weight.shape[1] <= _MAX_EXACT_SINGLE_ROW else linear_of_two_or_more
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(residual.add_(x), weight.shape, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    width = gate_up.shape[1] // 2
+    return F.silu(gate_up.narrow(1, 0, width)).mul_(gate_up.narrow(1, width, width))
+
+
+def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBackend:
+    return CpuAttention(shape)
+
+
+def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
+    if not isinstance(attention, CpuAttention):
+        raise AssertionError("a CPU runner needs the CPU attention")
+    state, sample = SlotState(max_seqs, torch.device("cpu")), CpuSampler(config.seed, attention.read_tokens)
+    return Runner(model, attention, state, sample, has_repeatable_rows=True)
+
+
+def make_ops() -> Ops:
+    """The table; to be made before the process's first product, see above."""
+    for name in _PRIMITIVE_CACHES:
+        os.environ.setdefault(name, _NUM_PRIMITIVES)
+    return Ops(
+        make_linear=make_linear,
+        make_head=lambda weight: make_linear(weight, None),
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        silu_mul=silu_mul,
+        single_row=None,
+        make_attention=_make_attention,
+        make_runner=_make_runner,
+        fits_cache=False,
+        has_packed_products=True,
+        max_steps_in_flight=1,
+    )

@@ -1,0 +1,218 @@
+"""Draws tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, penalties, logprobs. Only rows that
+ask pay.
+
+Unseeded rows: one pass makes exp((x - max) / T) and its sums over blocks of the vocabulary; a uniform number picks the
+block, then the token in it (inverse transform, exact). Seeded rows: Gumbel-max (Gumbel 1954; Maddison et al. 2014) with
+noise by hash(seed, position, token), so that the draw depends on nothing else, and small differences of the logits
+rarely change it. Filters follow common practice: temperature, then top_k, top_p of what is left, then min_p; of equal
+logits at the cut the lowest token ids are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toka_engine.model.cpu.gumbel import gumbel_noise
+from toka_engine.model.cpu.penalties import apply_penalties
+from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
+from toka_engine.model.slot_state import SlotState
+
+ReadTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int64]]
+"""slots and lengths [k] -> the first tokens of each slot, side by side [sum(lengths)]."""
+
+_BLOCK = 256
+_FIRST_CANDIDATES = 1024
+_NEGATIVE = float("-inf")
+
+
+class CpuSampler:
+    """An ops.Sample."""
+
+    def __init__(self, seed: int, read_tokens: ReadTokens) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._read_tokens = read_tokens
+
+    def __call__(
+        self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: SlotState
+    ) -> Sampled:
+        wide = logits.float()
+        rows = torch.arange(plan.slots.size) if logit_rows is None else logit_rows
+        # The sum finds -inf, which the maximum hides; NaN and +inf show in both.
+        maxima = wide.amax(dim=1)
+        is_finite = torch.isfinite(maxima) & torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
+        ids = torch.empty(plan.slots.size, dtype=torch.int64)
+        is_plain = np.ones(plan.slots.size, np.bool_)
+        if plan.penalties is not None:
+            is_plain[plan.penalties.rows] = False
+            changed, changed_rows = self._penalize(wide, rows, plan.penalties)
+            self._fill(ids, ~is_plain, changed, changed.amax(dim=1), changed_rows, plan, state)
+        self._fill(ids, is_plain, wide, maxima, rows, plan, state)
+        ids.masked_fill_(~is_finite[rows], -1)
+        return _add_logprobs(ids.int(), wide, rows, plan)
+
+    def _fill(
+        self,
+        ids: torch.Tensor,  # [R] int64, written
+        members: NDArray[np.bool_],  # [R]: the rows to draw
+        wide: torch.Tensor,  # [n, vocab] float32
+        maxima: torch.Tensor,  # [n]
+        rows: torch.Tensor,  # [R] int64: row of `wide` of each member
+        plan: SamplePlan,
+        state: SlotState,
+    ) -> None:
+        slots = torch.from_numpy(plan.slots.astype(np.int64))
+        for of_kind, draw in (
+            (plan.greedy, _find_maxima),
+            (plan.drawn, self._draw),
+            (plan.seeded, _draw_seeded),
+        ):
+            chosen = of_kind[members[of_kind]]
+            if chosen.size:
+                at = torch.from_numpy(chosen)
+                is_whole = chosen.size == wide.shape[0] and bool((rows[at] == torch.arange(chosen.size)).all())
+                x = wide if is_whole else wide[rows[at]]
+                x = _apply_filters(x, chosen, plan, slots[at], state) if plan.filtered.size else x
+                ids[at] = draw(x, maxima[rows[at]], slots[at], state)
+
+    def _penalize(
+        self, wide: torch.Tensor, rows: torch.Tensor, penalties: Penalties
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Changed logits [k, vocab] of the rows that ask, and where each row's are [R] (others: anywhere)."""
+        asking = torch.from_numpy(penalties.rows)
+        changed = wide[rows[asking]]
+        apply_penalties(changed, self._read_tokens(penalties.sources, penalties.lengths), penalties)
+        return changed, torch.zeros_like(rows).index_copy_(0, asking, torch.arange(asking.shape[0]))
+
+    def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+        """x [n, vocab] -> [n] ids by inverse transform over blocks."""
+        weights = x.sub(maxima[:, None]).div_(state.temperatures[slots][:, None]).exp_()
+        blocks = _view_blocks(weights, 0.0)
+        uniforms = torch.rand(2, x.shape[0], 1, generator=self._generator, dtype=torch.float64)
+        block = _pick(blocks.sum(dim=2, dtype=torch.float64), uniforms[0])
+        inside = blocks[torch.arange(x.shape[0]), block].double()
+        return block * _BLOCK + _pick(inside, uniforms[1])
+
+
+def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Index [n] drawn from weights [n, k] (float64, not normalised) with uniforms [n, 1] in [0, 1)."""
+    sums = weights.cumsum(dim=1)
+    index = torch.searchsorted(sums, uniforms * sums[:, -1:], right=True).squeeze(1)
+    # Rounding may point one past the end: the last entry with weight is meant.
+    last = weights.shape[1] - 1 - (weights > 0).flip(1).int().argmax(dim=1)
+    return torch.minimum(index, last)
+
+
+def _view_blocks(x: torch.Tensor, padding: float) -> torch.Tensor:
+    """[n, vocab] -> [n, blocks, _BLOCK]."""
+    rest = -x.shape[1] % _BLOCK
+    padded = torch.nn.functional.pad(x, (0, rest), value=padding) if rest else x
+    return padded.view(x.shape[0], -1, _BLOCK)
+
+
+def _find_first_maximum(x: torch.Tensor) -> torch.Tensor:
+    """The lowest index [n] of each row's maximum. By blocks: torch's argmax over a long row is ten times slower."""
+    blocks = _view_blocks(x, _NEGATIVE)
+    block = blocks.amax(dim=2).argmax(dim=1)
+    return block * _BLOCK + blocks[torch.arange(x.shape[0]), block].argmax(dim=1)
+
+
+def _find_maxima(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+    return _find_first_maximum(x)
+
+
+def _draw_seeded(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+    noise = gumbel_noise(state.seeds[slots], state.num_sampled[slots], x.shape[1])
+    return _find_first_maximum(noise.add_(x / state.temperatures[slots][:, None]))
+
+
+def _apply_filters(
+    x: torch.Tensor,
+    chosen: np.ndarray[tuple[int], np.dtype[np.int64]],
+    plan: SamplePlan,
+    slots: torch.Tensor,
+    state: SlotState,
+) -> torch.Tensor:
+    """A copy of x [n, vocab] with -inf for what top_k, top_p and min_p leave out, in the rows that ask."""
+    asking = np.flatnonzero(np.isin(chosen, plan.filtered, assume_unique=True))
+    if not asking.size:
+        return x
+    at = torch.from_numpy(asking)
+    result = x.clone() if asking.size < x.shape[0] else x
+    kept = keep_likeliest(
+        x[at],
+        state.temperatures[slots[at]],
+        state.top_ks[slots[at]],
+        state.top_ps[slots[at]],
+        state.min_ps[slots[at]],
+    )
+    if result is x:
+        return kept
+    result[at] = kept
+    return result
+
+
+def keep_likeliest(
+    x: torch.Tensor,  # [n, vocab] float32
+    temperatures: torch.Tensor,  # [n]
+    top_ks: torch.Tensor,  # [n]; 0: off
+    top_ps: torch.Tensor,  # [n]; 1: off
+    min_ps: torch.Tensor,  # [n]; 0: off
+) -> torch.Tensor:
+    """x with -inf where a filter leaves a token out; exact over the whole vocabulary."""
+    vocab = x.shape[1]
+    parameters = (temperatures, top_ks, top_ps, min_ps)
+    counts, thresholds, is_known = _find_cuts(x, min(vocab, _FIRST_CANDIDATES), *parameters)
+    if not bool(is_known.all()):  # a flat distribution: sort those rows whole
+        rest = torch.nonzero(~is_known).squeeze(1)
+        counts[rest], thresholds[rest], _ = _find_cuts(x[rest], vocab, *(each[rest] for each in parameters))
+    is_above, is_equal = x > thresholds[:, None], x == thresholds[:, None]
+    num_equal = counts - is_above.sum(dim=1)
+    is_kept = is_above | (is_equal & (is_equal.cumsum(dim=1) <= num_equal[:, None]))
+    return x.masked_fill(~is_kept, _NEGATIVE)
+
+
+def _find_cuts(
+    x: torch.Tensor,
+    width: int,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many tokens [n] the filters keep, the last one's logit [n], and whether `width` candidates sufficed [n]."""
+    vocab = x.shape[1]
+    values = torch.topk(x, width, dim=1).values if width < vocab else x.sort(dim=1, descending=True).values
+    limits = torch.where(top_ks > 0, top_ks.long().clamp(max=vocab), vocab)
+    top = values[:, :1]
+    weights = ((values - top) / temperatures[:, None]).double().exp()
+    inside = torch.arange(width)[None, :] < limits[:, None]
+    totals = ((x - top) / temperatures[:, None]).exp().sum(dim=1, dtype=torch.float64)
+    totals = torch.where(limits <= width, (weights * inside).sum(dim=1), totals)
+    before = weights.cumsum(dim=1) - weights  # a token stays while what comes before it is short of top_p
+    is_kept = inside & ((before < (top_ps.double() * totals)[:, None]) | (top_ps >= 1.0)[:, None])
+    is_kept &= weights >= min_ps.double()[:, None]
+    is_kept[:, 0] = True
+    counts = is_kept.sum(dim=1)
+    thresholds = values.gather(1, (counts - 1)[:, None]).squeeze(1)
+    return counts, thresholds, (counts < width) | (limits <= width) | (width == vocab)
+
+
+def _add_logprobs(ids: torch.Tensor, wide: torch.Tensor, rows: torch.Tensor, plan: SamplePlan) -> Sampled:
+    """Logprobs of the unscaled distribution for the rows that ask; NaN where the logits were not finite."""
+    if not plan.has_logprobs:
+        return Sampled(ids, None, None, None)
+    log_sums = torch.logsumexp(wide, dim=1)
+    logprobs = wide[rows, ids.long().clamp(min=0)] - log_sums[rows]
+    logprobs.masked_fill_(ids < 0, float("nan"))
+    if not plan.top.size:
+        return Sampled(ids, logprobs, None, None)
+    at = rows[torch.from_numpy(plan.top)]
+    best = torch.topk(wide[at], plan.top_width, dim=1)
+    is_beyond = torch.arange(plan.top_width)[None, :] >= torch.from_numpy(plan.top_counts)[:, None]
+    tokens = best.indices.int().masked_fill_(is_beyond, -1)
+    return Sampled(ids, logprobs, tokens, best.values - log_sums[at][:, None])

@@ -1,0 +1,253 @@
+"""Paged attention on a GPU: our kernels for decode rows and for what rows share (Hydragen), flashinfer's for prefill.
+
+Owns the KV cache, the block table on the device and each step's index arrays. Decode rows, prefill chunks and groups
+with shared prefixes share a step. Each step is planned by `plan` (any mix), or for a CUDA graph of decode rows by
+`plan_nothing`, whose inputs are at fixed addresses. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toka_engine.errors import ConfigError
+from toka_engine.model.attention_backend import AttentionShape, StepLayout
+from toka_engine.model.cuda.attention_plan import (
+    PageLists,
+    find_levels,
+    find_own_starts,
+    outermost,
+    plan_prefill,
+    rows_of,
+)
+from toka_engine.model.cuda.flashinfer_prefill import HND, DevicePages, PagedKernels
+from toka_engine.model.cuda.staging import Staging
+from toka_engine.model.kernels.decode_attention import OwnPart, Workspace, attend_decode
+from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
+from toka_engine.model.kernels.prefix_attention import attend_shared
+from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, count_words, lay_groups
+from toka_engine.model.kernels.rope_append import rope_append
+
+GRAPH_GROUPS = 256
+"""Groups of a step that is a graph."""
+GRAPH_GROUP_WORDS = count_words(GRAPH_GROUPS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """A planned QueryBatch."""
+
+    planned: Any
+    q_indptr: torch.Tensor
+    pages: DevicePages
+
+
+@dataclass(frozen=True, slots=True)
+class GraphGroups:
+    """Groups of decode rows, on the host, for a graph."""
+
+    own_starts: NDArray[np.int32]  # [d] tokens
+    words: NDArray[np.int32]  # [GRAPH_GROUP_WORDS]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What `forward` needs of the step."""
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    num_decode: int = 0
+    own_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
+    levels: list[torch.Tensor] = field(default_factory=list)
+    """Words of groups, see lay_groups; the outermost first."""
+    prefill: _Queries | None = None
+
+
+class FlashInferAttention:
+    """An attention.base.AttentionBackend. `kernels` may be replaced by a reference in tests."""
+
+    def __init__(self, shape: AttentionShape, layout: int = HND, kernels: Any = None) -> None:
+        if shape.device.type == "cuda" and shape.dtype is not torch.bfloat16:
+            raise ConfigError(f"dtype={shape.dtype} is not supported on a GPU (bfloat16 is)")
+        self.shape = shape
+        self.use_groups = True
+        self._layout = layout
+        self._kernels = kernels
+        self._step: _Plan | None = None
+        self._tables = Staging(shape.device)
+        self._inputs = Staging(shape.device)
+
+    @property
+    def row_slots(self) -> torch.Tensor:
+        """[T] int32 on the device: the slot of each row of the step that was planned last."""
+        assert self._step is not None
+        return self._step.slots
+
+    # -------------------------------------------------------------- memory
+
+    def kv_bytes_per_token(self) -> int:
+        shape = self.shape
+        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+
+    def allocate(self, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int) -> None:
+        """One page and one table row more than asked for: where the padding rows of graphs write."""
+        shape = self.shape
+        self.page_size, self.scratch_slot, self.max_pages_per_seq = page_size, max_seqs, max_pages_per_seq
+        page = (shape.num_kv_heads, page_size) if self._layout == HND else (page_size, shape.num_kv_heads)
+        # Zeros: a masked key has weight 0, but 0 times a NaN in memory that was never written would be NaN.
+        self.cache = torch.zeros(
+            (shape.num_layers, 2, num_pages + 1, *page, shape.head_dim), dtype=shape.dtype, device=shape.device
+        )
+        self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
+        self.table[max_seqs] = num_pages
+        self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
+        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
+        cut = SharedCut.choose(shape.head_dim, page_size, self._layout == HND)
+        self._decode_work, self._shared_work = Workspace.allocate(*heads), SharedWorkspace.allocate(*heads, cut)
+        if self._kernels is None:
+            self._kernels = PagedKernels(shape, page_size, self._layout)
+
+    def release(self) -> None:
+        """Let go of the cache, so that `allocate` may make another one."""
+        self._step = None
+        self.cache = self.page_tokens = self.table = torch.empty(0)
+
+    def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
+        """table[slots[i], columns[i]] = pages[i]."""
+        if slots.size:
+            (entries,) = self._tables.upload(np.concatenate((slots, columns, pages)))
+            set_table(self.table, entries)
+
+    def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+        """Copy whole pages in every layer, and their token ids. No page is both source and target."""
+        if source.size:
+            from_pages, to_pages = self._tables.upload(source, target)
+            planes, pages = 2 * self.shape.num_layers, self.cache.shape[2]
+            copy_pages(self.cache.view(planes, pages, -1), from_pages, to_pages)
+            copy_pages(self.page_tokens.unsqueeze(0), from_pages, to_pages)
+
+    # -------------------------------------------------------------- planning
+
+    def plan(self, layout: StepLayout) -> None:
+        """Prepare the forward of any mix of decode rows, groups and prefill chunks."""
+        page_size = self.page_size
+        levels = [self._lay_groups(layout, some) for some in find_levels(layout)] if self.use_groups else []
+        chunks = plan_prefill(layout, page_size) if layout.prefill_slots.size else None
+        # One upload for the whole step.
+        own_starts = find_own_starts(layout, page_size) if levels else np.empty(0, np.int32)
+        arrays = [*rows_of(layout), own_starts, *levels]
+        if chunks is not None:
+            arrays += [chunks.q_indptr, *_arrays_of(chunks.pages)]
+        slots, positions, starts, *rest = self._inputs.upload(*arrays)
+        step = _Plan(slots, positions, layout.decode_slots.size, starts, rest[: len(levels)])
+        if chunks is not None:
+            q_indptr, *pages = rest[len(levels) :]
+            planned = self._kernels.plan_queries(chunks)
+            step.prefill = _Queries(planned, q_indptr, self._flatten(chunks.pages, pages))
+        self._step = step
+
+    def _lay_groups(
+        self, layout: StepLayout, some: NDArray[np.int64], capacity: int | None = None
+    ) -> NDArray[np.int32]:
+        first_rows = layout.group_first_rows[some]
+        return lay_groups(
+            self._shared_work, self.page_size, first_rows, layout.group_num_rows[some], layout.decode_slots[first_rows],
+            layout.group_first_columns[some], layout.group_num_columns[some], capacity,
+        )  # fmt: skip
+
+    def lay_graph_groups(self, layout: StepLayout) -> GraphGroups | None:
+        """The groups of decode rows for a graph, without those inside others; None if there are none or too many."""
+        layout = outermost(layout)
+        count = layout.group_first_rows.size
+        if not 0 < count <= GRAPH_GROUPS:
+            return None
+        words = self._lay_groups(layout, np.arange(count), GRAPH_GROUPS)
+        return GraphGroups(find_own_starts(layout, self.page_size), words)
+
+    def plan_nothing(
+        self,
+        slots: torch.Tensor,  # [rows] int32
+        positions: torch.Tensor,  # [rows] int32
+        groups: tuple[torch.Tensor, torch.Tensor] | None = None,  # own starts [rows] int32, [GRAPH_GROUP_WORDS] int32
+    ) -> None:
+        """Prepare a forward of decode rows alone, of what these hold when it runs. A graph may hold the forward."""
+        self._step = _Plan(slots, positions, slots.shape[0])
+        if groups is not None:
+            self._step.own_starts, self._step.levels = groups[0], [groups[1]]
+
+    def _flatten(self, pages: PageLists, arrays: list[torch.Tensor]) -> DevicePages:
+        slots, first_columns, kv_indptr, last_page_lens = arrays
+        out = torch.empty(max(1, pages.num_pages), dtype=torch.int32, device=self.shape.device)
+        flatten_table(self.table, slots, first_columns, kv_indptr, out)
+        return DevicePages(kv_indptr, out, last_page_lens)
+
+    # -------------------------------------------------------------- forward
+
+    def write_tokens(self, ids: torch.Tensor) -> None:
+        """See attention.base.AttentionBackend."""
+        step = self._step
+        assert step is not None
+        write_tokens(ids, step.slots, step.positions, self.table, self.page_tokens)
+
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,  # [T, num_heads, head_dim], before RoPE; may be a strided view of a packed qkv
+        k: torch.Tensor,  # [T, num_kv_heads, head_dim], before RoPE
+        v: torch.Tensor,  # [T, num_kv_heads, head_dim]
+        cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
+    ) -> torch.Tensor:
+        """See attention.base.AttentionBackend."""
+        step = self._step
+        assert step is not None
+        cache, count = self.cache[layer], step.num_decode
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if count:
+            self._attend_decode(step, q[:count], k[:count], v[:count], cos_sin, cache, out[:count])
+        if step.prefill is not None:
+            chunk, rotated = step.prefill, torch.empty(q[count:].shape, dtype=q.dtype, device=q.device)
+            keys, values = self._by_token(cache)
+            rope_append(
+                q[count:], k[count:], v[count:], cos_sin, step.slots[count:], step.positions[count:], self.table,
+                keys, values, rotated,
+            )  # fmt: skip
+            self._kernels.run_queries(chunk.planned, rotated, cache, chunk.q_indptr, chunk.pages, out[count:])
+        return out
+
+    def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [pages, page_size, num_kv_heads, head_dim] of a layer's cache."""
+        keys, values = cache.transpose(2, 3) if self._layout == HND else cache
+        return keys, values
+
+    def _attend_decode(
+        self,
+        step: _Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos_sin: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        part = None
+        if step.levels and step.own_starts is not None:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            part = OwnPart(step.own_starts, lse, torch.empty(q.shape, dtype=q.dtype, device=q.device))
+        keys, values = self._by_token(cache)
+        attend_decode(
+            q, k, v, cos_sin, step.slots, step.positions, self.table, keys, values, out, self._decode_work,
+            self.shape.scale, part,
+        )  # fmt: skip
+        if part is not None:
+            for groups in step.levels:
+                attend_shared(
+                    part.rotated, groups, self.table, keys, values, out, part.lse, self._shared_work, self.shape.scale
+                )  # fmt: skip
+
+
+def _arrays_of(pages: PageLists) -> tuple[NDArray[np.int32], ...]:
+    return pages.slots, pages.first_columns, pages.kv_indptr, pages.last_page_lens

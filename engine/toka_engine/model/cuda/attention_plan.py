@@ -1,0 +1,112 @@
+"""From a step's layout to the index arrays of paged attention. Pure numpy: no device, no kernels.
+
+Decode rows and Hydragen groups find their pages themselves; rows have to be told where what groups share of them ends.
+Groups within groups are levels, attended one after the other. Prefill chunks are queries over lists of pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toka_engine.model.attention_backend import StepLayout
+
+Int32s = NDArray[np.int32]
+_GROUP_FIELDS = ("group_first_rows", "group_num_rows", "group_first_columns", "group_num_columns")
+
+
+@dataclass(frozen=True, slots=True)
+class PageLists:
+    """n requests over pages: request i reads block_table[slots[i], first_columns[i]:] of kv_lens[i] tokens."""
+
+    slots: Int32s  # [n]
+    first_columns: Int32s  # [n]
+    kv_indptr: Int32s  # [n + 1] in pages
+    kv_lens: Int32s  # [n] in tokens
+    last_page_lens: Int32s  # [n] 1..page_size
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.kv_indptr[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBatch:
+    """Requests with several query rows each: prefill chunks."""
+
+    q_indptr: Int32s  # [n + 1]
+    pages: PageLists
+
+
+def indptr_of(counts: NDArray[np.int32]) -> Int32s:
+    """[n] -> [n + 1] running sums from 0."""
+    result = np.zeros(counts.size + 1, np.int32)
+    np.cumsum(counts, out=result[1:])
+    return result
+
+
+def list_pages(slots: Int32s, first_columns: Int32s, ends: Int32s, page_size: int) -> PageLists:
+    """`ends` [n]: tokens of the slot up to which each request reads, counted from position 0; beyond first_columns."""
+    counts = -(-ends // page_size) - first_columns
+    return PageLists(
+        slots=slots,
+        first_columns=first_columns,
+        kv_indptr=indptr_of(counts),
+        kv_lens=ends - first_columns * page_size,
+        last_page_lens=((ends - 1) % page_size + 1).astype(np.int32),
+    )
+
+
+def find_depths(first_rows: Int32s, num_rows: Int32s) -> NDArray[np.int64]:
+    """Depth of each group in the nesting: how many earlier groups hold its rows. Sorted by column, as Step states."""
+    inside = (first_rows[:, None] >= first_rows[None, :]) & (
+        (first_rows + num_rows)[:, None] <= (first_rows + num_rows)[None, :]
+    )
+    earlier = np.tri(first_rows.size, k=-1, dtype=bool)
+    depths: NDArray[np.int64] = (inside & earlier).sum(axis=1)
+    return depths
+
+
+def find_levels(layout: StepLayout) -> list[NDArray[np.int64]]:
+    """Which of the layout's groups lie at each depth, the outermost first; groups of one depth share no rows."""
+    if not layout.group_first_rows.size:
+        return []
+    depths = find_depths(layout.group_first_rows, layout.group_num_rows)
+    return [np.flatnonzero(depths == depth) for depth in range(int(depths.max()) + 1)]
+
+
+def find_own_starts(layout: StepLayout, page_size: int) -> Int32s:
+    """[d]: how many of each decode row's first tokens its groups cover."""
+    columns = np.zeros(layout.decode_slots.size, np.int32)
+    ends = layout.group_first_columns + layout.group_num_columns
+    order = np.argsort(ends, kind="stable")  # of the groups of a row, the one that ends last is written last
+    counts = layout.group_num_rows[order]
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns[np.repeat(layout.group_first_rows[order], counts) + within] = np.repeat(ends[order], counts)
+    return columns * np.int32(page_size)
+
+
+def outermost(layout: StepLayout) -> StepLayout:
+    """`layout` with the groups of depth 0 alone: what an inner group would share is then read row by row."""
+    is_outer = find_depths(layout.group_first_rows, layout.group_num_rows) == 0
+    return replace(layout, **{name: getattr(layout, name)[is_outer] for name in _GROUP_FIELDS})
+
+
+def plan_prefill(layout: StepLayout, page_size: int) -> QueryBatch:
+    """The chunks, each over its slot's pages up to its own end."""
+    ends = (layout.prefill_starts + layout.prefill_lengths).astype(np.int32)
+    pages = list_pages(layout.prefill_slots, np.zeros(ends.size, np.int32), ends, page_size)
+    return QueryBatch(indptr_of(layout.prefill_lengths), pages)
+
+
+def rows_of(layout: StepLayout) -> tuple[Int32s, Int32s]:
+    """Slot and position of each of the step's T rows."""
+    lengths = layout.prefill_lengths
+    if not lengths.size:
+        return layout.decode_slots, layout.decode_positions
+    within = np.arange(int(lengths.sum()), dtype=np.int32) - np.repeat(indptr_of(lengths)[:-1], lengths)
+    positions = np.concatenate((layout.decode_positions, np.repeat(layout.prefill_starts, lengths) + within))
+    slots = np.concatenate((layout.decode_slots, np.repeat(layout.prefill_slots, lengths)))
+    return slots.astype(np.int32), positions.astype(np.int32)

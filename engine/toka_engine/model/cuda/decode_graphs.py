@@ -1,0 +1,143 @@
+"""Decode steps, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
+
+All that goes up is one packet, and attention reads the block table itself. A step is two graphs of its padded size: the
+forward, one for rows alone and one for rows in groups that share their first tokens, and the head with a draw that asks
+for no more than temperature, whose tokens the last kernel publishes to the host. Where a row asks for more, or where
+there are so many rows that their logits are large and the host has time, head and sampler follow the first graph one by
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.cuda.attention import GRAPH_GROUP_WORDS, FlashInferAttention, GraphGroups
+from toka_engine.model.cuda.graph_sizes import graph_sizes, measure_captures
+from toka_engine.model.cuda.sampler import GpuSampler
+from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.packets import Packets
+
+_MAX_DRAWN_ROWS = 512
+"""Up to which the logits, 256 MB then for a vocabulary of 128 k, have memory of the graphs' own."""
+_MIN_GROUPED_ROWS = 32
+"""One of the graphs' sizes; steps of fewer rows in groups are padded to it."""
+
+
+class WholeSteps:
+    """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        attention: FlashInferAttention,
+        state: SlotState,
+        sampler: GpuSampler,
+        max_rows: int,
+    ) -> None:
+        """`attention`, whose memory may not be replaced afterwards, and `sampler` work on the same `state`."""
+        self.max_rows = max_rows
+        self._model, self._attention, self._state, self._sampler = model, attention, state, sampler
+        self.packets = Packets(max_rows, GRAPH_GROUP_WORDS, attention.scratch_slot, attention.shape.device)
+        self._sizes = np.array(graph_sizes(max_rows))
+        self._forwards: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        """By size, and whether there are groups; with their hidden states."""
+        self._draws: dict[int, torch.cuda.CUDAGraph] = {}
+        self._last_size = 0
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether there are graphs for rows in groups."""
+        return self.max_rows >= _MIN_GROUPED_ROWS
+
+    # -------------------------------------------------------------- capturing
+
+    def capture(self) -> None:
+        """Capture every size, the largest first, so that the others fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes.tolist()):
+            self._capture(size, pool)
+
+    def measure(self) -> int:
+        """Bytes of the device that `capture` will take, from a few captures. Not to be run afterwards."""
+        pool, sizes = torch.cuda.graph_pool_handle(), self._sizes.tolist()
+        drawn = [size for size in sizes if size <= _MAX_DRAWN_ROWS]
+        rest = sizes[len(drawn) :]
+        return sum(measure_captures(some, lambda size: self._capture(size, pool)) for some in (rest, drawn))
+
+    def launch(self, size: int) -> None:
+        """Launch what the graphs of `size` hold, one by one, for rows of the padding slot."""
+        for has_groups in self._kinds(size):
+            if self.packets.slots.device.type != "meta":
+                none, no_groups = np.empty(0, np.int32), np.zeros(GRAPH_GROUP_WORDS, np.int32)
+                self.packets.write(size, none, none, (none, none, none), np.zeros(4, np.int32), none, no_groups)
+            hidden = self._forward(size, has_groups)
+        if size <= _MAX_DRAWN_ROWS:
+            self._draw(size, hidden)
+
+    @staticmethod
+    def _kinds(size: int) -> tuple[bool, ...]:
+        """Whether there are groups, in each graph of this size."""
+        return (False, True) if size >= _MIN_GROUPED_ROWS else (False,)
+
+    def _capture(self, size: int, pool: Any) -> None:
+        self.launch(size)  # compiles and allocates what a capture may not
+        torch.cuda.synchronize()
+        for has_groups in self._kinds(size):
+            forward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=pool):
+                hidden = self._forward(size, has_groups)
+                if has_groups:  # the draw's graph knows one address
+                    hidden = self._forwards[size, False][1].copy_(hidden)
+            self._forwards[size, has_groups] = forward, hidden
+        if size <= _MAX_DRAWN_ROWS:
+            self._draws[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._draws[size], pool=pool):
+                self._draw(size, hidden)
+
+    def _forward(self, size: int, has_groups: bool) -> torch.Tensor:
+        packets, attention = self.packets, self._attention
+        packets.take(size, self._state, attention.table, attention.page_tokens, has_groups)
+        groups = (packets.starts[:size], packets.groups) if has_groups else None
+        attention.plan_nothing(packets.slots[:size], packets.positions[:size], groups)
+        return self._model.forward(packets.ids[:size], attention)
+
+    def _draw(self, size: int, hidden: torch.Tensor) -> None:
+        packets = self.packets
+        logits = self._model.logits(hidden)
+        self._sampler.draw_plain(logits, packets.slots[:size], packets.random, packets.drawn[:size])
+        packets.publish(size)
+
+    # -------------------------------------------------------------- running
+
+    def forward(
+        self,
+        slots: NDArray[np.int32],  # [rows], 1 <= rows <= max_rows
+        positions: NDArray[np.int32],  # [rows]
+        appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most max_rows] each
+        groups: GraphGroups | None = None,  # None unless `has_groups`
+    ) -> tuple[torch.Tensor, int]:
+        """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
+        size, starts, words = self._pad(slots.size), None, None
+        if groups is not None:
+            size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.own_starts, groups.words
+        self._last_size, random = size, self._sampler.next_random()
+        place = self.packets.write(size, slots, positions, appends, random, starts, words)
+        graph, hidden = self._forwards[size, groups is not None]
+        graph.replay()
+        return hidden[: slots.size], place
+
+    def draw(self) -> bool:
+        """Draw tokens from what the last forward gave, and publish them. False: it had too many rows."""
+        graph = self._draws.get(self._last_size)
+        if graph is None:
+            return False
+        graph.replay()
+        return True
+
+    def _pad(self, num_rows: int) -> int:
+        return int(self._sizes[np.searchsorted(self._sizes, num_rows)])

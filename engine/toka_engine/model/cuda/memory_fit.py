@@ -1,0 +1,157 @@
+"""How large the KV cache may be on a GPU: what is left beside the largest steps and the graphs, measured.
+
+The worker starts with a provisional cache, just large enough for the largest steps. They run, the largest graphs are
+captured and dropped, and the real cache takes what is then left. So whatever holds an address of the cache or of the
+block table is made after `fit_cache`. Whoever sized the cache, what steps need is taken before ready (`keep_room`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch
+
+from toka_engine.errors import OutOfMemoryError
+from toka_engine.messages import Step, WorkerReady
+from toka_engine.model.sizing import TOKEN_ID_BYTES, Sizes
+
+if TYPE_CHECKING:
+    from toka_engine.model.cuda.runner import CudaRunner
+
+_log = logging.getLogger("toka.model")
+
+_MARGIN_BYTES = 512 << 20
+_MARGIN_SHARE = 0.01
+"""Of the device: left for what steps need beyond the largest ones, as their memory is free in pieces only."""
+_LATE_BYTES = 384 << 20
+"""Of the margin: nobody's, for kernels that libraries load when they first need them."""
+_TOP_LOGPROBS = 20
+"""As many as a request may ask for, if nobody said otherwise."""
+_SMALL_BYTES, _NUM_SMALL = 1 << 20, 64
+"""Torch takes memory for tensors of up to a MiB by 2 MiB. Smaller steps have more of these than the largest ones."""
+
+
+def provisional_sizes(sizes: Sizes) -> Sizes:
+    """`sizes` with as few pages as `make_largest_steps` needs."""
+    num_chunks, _, pages_per_chunk = _cut_prefill(sizes)
+    return replace(sizes, num_pages=num_chunks * pages_per_chunk)
+
+
+def _cut_prefill(sizes: Sizes | WorkerReady) -> tuple[int, int, int]:
+    """The largest prefill: chunks, tokens of one (the last may have fewer), pages of one."""
+    num_pages = max(1, min(sizes.max_pages_per_seq - 1, sizes.max_tokens_per_forward // sizes.page_size))
+    # The last page of the longest sequence may reach beyond the model's positions.
+    length = num_pages * sizes.page_size if sizes.max_pages_per_seq > 1 else 1
+    length = min(length, sizes.max_tokens_per_forward)
+    return min(-(-sizes.max_tokens_per_forward // length), sizes.max_seqs), length, num_pages
+
+
+def make_largest_steps(ready: WorkerReady) -> list[Step]:
+    """A prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet.
+
+    The rows ask for all that takes memory: a filter, and top logprobs. If there are fewer pages than such a prefill
+    has, chunks share them: nobody reads what they write.
+    """
+    num_tokens, num_logprobs = ready.max_tokens_per_forward, min(_TOP_LOGPROBS, ready.vocab_size)
+    num_chunks, length, pages_per_chunk = _cut_prefill(ready)
+    lengths = np.diff(np.minimum(np.arange(num_chunks + 1) * length, num_tokens)).astype(np.int32)
+    chunks = np.arange(num_chunks, dtype=np.int32)
+    columns = np.arange(num_chunks * pages_per_chunk, dtype=np.int32)
+    prefill = Step(
+        number=0,
+        **_new_slots(num_chunks, num_logprobs),
+        append_slots=columns // pages_per_chunk,
+        append_indices=columns % pages_per_chunk,
+        append_pages=columns % ready.num_pages,
+        prefill_slots=chunks,
+        prefill_starts=np.zeros(num_chunks, np.int32),
+        prefill_lengths=lengths,
+        prefill_tokens=np.zeros(int(lengths.sum()), np.int32),
+        fanout_slots=chunks,
+        fanout_chunks=chunks,
+    )
+    num_rows = min(ready.max_seqs, num_tokens)
+    # Slots without pages write to page 0, all of them to the same place: nobody reads it.
+    decode = Step(number=0, **_new_slots(num_rows, num_logprobs), decode_slots=np.arange(num_rows, dtype=np.int32))
+    return [prefill, decode]
+
+
+def _new_slots(count: int, num_logprobs: int) -> dict[str, Any]:
+    zeros = np.zeros(count, np.int32)
+    return {
+        "new_slots": np.arange(count, dtype=np.int32),
+        "new_lengths": zeros,
+        "new_num_sampled": zeros,
+        "new_temperatures": np.ones(count, np.float32),
+        "new_top_ps": np.full(count, 0.9, np.float32),
+        "new_top_ks": zeros,
+        "new_min_ps": np.zeros(count, np.float32),
+        "new_seeds": np.full(count, -1, np.int64),
+        "new_num_logprobs": np.full(count, num_logprobs, np.int32),
+    }
+
+
+def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
+    """Measure, allocate the real cache in the place of the provisional one, and return the final sizes.
+
+    Raises OutOfMemoryError if not even one page is left.
+    """
+    attention = runner.cuda_attention
+    device = attention.shape.device
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    for step in make_largest_steps(ready):
+        runner.finish(runner.launch(step))
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    graph_bytes = runner.measure_graphs()
+    attention.release()
+    gc.collect()
+    torch.cuda.empty_cache()
+    (free, _), margin = torch.cuda.mem_get_info(device), _find_margin(device)
+    available = free - step_bytes - graph_bytes - margin
+    bytes_per_page = (attention.kv_bytes_per_token() + TOKEN_ID_BYTES) * ready.page_size
+    num_pages = available // bytes_per_page - 1  # one is the backend's own
+    _log.info(
+        "event=memory free_gb=%.2f largest_step_gb=%.2f graphs_gb=%.2f margin_gb=%.2f pages=%d",
+        *(value / 1e9 for value in (free, step_bytes, graph_bytes, margin)),
+        num_pages,
+    )
+    if num_pages < 1:
+        raise OutOfMemoryError(
+            f"no room for a KV cache: {free / 1e9:.1f} GB of GPU memory are free beside the weights, the largest step "
+            f"takes {step_bytes / 1e9:.1f} GB and graphs {graph_bytes / 1e9:.1f} GB; lower max_tokens_per_forward or "
+            "max_seqs_per_forward"
+        )
+    fitted = msgspec.structs.replace(
+        ready, num_pages=num_pages, max_pages_per_seq=min(ready.max_pages_per_seq, num_pages)
+    )
+    attention.allocate(num_pages, ready.page_size, ready.max_seqs, fitted.max_pages_per_seq)
+    return fitted
+
+
+def keep_room(runner: CudaRunner, ready: WorkerReady) -> None:
+    """Have torch take now what steps may need, so that it takes nothing after ready: it keeps what tensors leave.
+
+    Behind the capture of graphs, before each of which torch gives back what is free. The largest steps run without
+    graphs, which takes most; what is left of the margin is for steps that leave their memory in pieces.
+    """
+    whole_steps, runner.whole_steps = runner.whole_steps, None
+    for step in make_largest_steps(ready):
+        runner.finish(runner.launch(step))
+    runner.whole_steps = whole_steps
+    device = runner.cuda_attention.shape.device
+    small = [torch.empty(_SMALL_BYTES, dtype=torch.uint8, device=device) for _ in range(_NUM_SMALL)]
+    free, _ = torch.cuda.mem_get_info(device)
+    spare = min(free, _find_margin(device)) - _LATE_BYTES
+    large = torch.empty(max(0, spare), dtype=torch.uint8, device=device)
+    del small, large
+
+
+def _find_margin(device: torch.device) -> int:
+    return _MARGIN_BYTES + int(torch.cuda.mem_get_info(device)[1] * _MARGIN_SHARE)

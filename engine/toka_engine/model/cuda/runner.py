@@ -1,0 +1,292 @@
+"""Executes steps on a GPU without waiting for it: everything that changes goes up through pinned memory in the order of
+one stream, and the tokens come down on a side stream while the next step runs.
+
+Decode steps go another way: all they need is in a graph (decode_graphs), so that the host replays and waits.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from toka_engine.config import EngineConfig
+from toka_engine.messages import Int32s, Step, Tokens
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.decode_graphs import WholeSteps
+from toka_engine.model.cuda.sampler import GpuSampler
+from toka_engine.model.cuda.staging import Staging
+from toka_engine.model.kernels.decode_attention_short import RowCut
+from toka_engine.model.kernels.device_slots import SlotState, gather_ids, pack_new_slots, set_slots
+from toka_engine.model.kernels.packets import RING
+from toka_engine.model.runner import Launched, Runner
+from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.slot_state import SlotState as HostState
+
+_OUTPUTS = 4
+_READ_BYTES_PER_S = 3e12
+_EAGER_OVERHEAD_S = 4e-3
+"""What a step without graphs costs more where launches bound it; shared prefixes must save as much to be worth it."""
+_GROUP_OVERHEAD_S = 2e-4
+"""What the merges of a step with groups cost."""
+_NO_APPENDS = (np.empty(0, np.int32),) * 3
+
+
+@dataclass(frozen=True, slots=True)
+class CudaLaunched(Launched):
+    """A step in the stream; `done` is behind the copies of its results to the host."""
+
+    done: torch.cuda.Event
+    ids: torch.Tensor | None = None  # pinned
+    logprobs: torch.Tensor | None = None
+    top_tokens: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    place: int | None = None
+    """Where a whole step publishes its tokens, which are then all of its results."""
+
+
+class CudaRunner(Runner):
+    """A Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
+
+    def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
+        device, vocab_size = attention.shape.device, model.config.vocab_size
+        self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
+        self.sampler = GpuSampler(config.seed, self._slots, attention, max_seqs, vocab_size)
+        super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), self.sampler, False)
+        self.cuda_attention = attention
+        self._new_slots, self._tokens = Staging(device), Staging(device)
+        self.whole_steps: WholeSteps | None = None
+        self._last_plan: SamplePlan | None = None
+        self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
+        self._reserve_outputs(device, max_seqs)
+
+    def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
+        self._stream, self._copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        self._published = [torch.cuda.Event() for _ in range(RING)]
+        self._is_awaited = [False] * RING
+        self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
+        self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
+        self._turn = 0
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Launch what the warm-up steps did not reach, then capture the graphs."""
+        self.launch_rest()
+        torch.cuda.synchronize()
+        self.whole_steps = None  # earlier ones give their memory back
+        if self._max_graph_rows:
+            whole_steps = self.make_whole_steps()
+            whole_steps.capture()
+            self.whole_steps = whole_steps
+
+    def make_whole_steps(self) -> WholeSteps:
+        """Not captured yet."""
+        return WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, self._max_graph_rows)
+
+    @torch.inference_mode()
+    def measure_graphs(self) -> int:
+        """Bytes that the graphs of `prepare` will take."""
+        if not self._max_graph_rows:
+            return 0
+        return self.make_whole_steps().measure()
+
+    def launch_rest(self) -> None:
+        """Launch, once each, the variants of kernels that the warm-up steps do not."""
+        attention, device = self.cuda_attention, self.cuda_attention.shape.device
+        slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
+        none = np.empty(0, np.int64)
+        logits = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=device)
+        penalties = Penalties(row, slot, slot * 0 + 1, slot * 0, *np.ones((3, 1), np.float32))
+        for has_logprobs in (False, True):
+            for seeded, changes in ((none, None), (row, None), (row, penalties)):
+                asked = row if has_logprobs else none
+                plan = SamplePlan(
+                    slots=slot,
+                    greedy=none,
+                    drawn=none,
+                    seeded=seeded,
+                    filtered=row,
+                    has_logprobs=has_logprobs,
+                    top=asked,
+                    top_counts=np.ones(asked.size, np.int32),
+                    top_width=asked.size,
+                    penalties=changes,
+                )
+                self.sample(logits, None, plan, self.state)
+        self.launch_many_rows(min(self.state.max_seqs, RowCut.of(attention.shape.head_dim).most_rows))
+        scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
+        attention.copy_pages(scratch_page, scratch_page)
+
+    def launch_many_rows(self, rows: int) -> None:
+        """Launch a step of so many decode rows, with groups and without: attention of many takes other kernels, whether
+        or not graphs hold as many."""
+        WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, rows).launch(rows)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """See Runner.launch."""
+        started_s, cpu_s = time.monotonic(), time.thread_time()
+        self._set_up(step)
+        plan = self._plan_sampling(step)
+        self.attention.copy_pages(step.copy_from, step.copy_to)
+        decoded = self._decode_by_graph(step)
+        if decoded is None:
+            logits, logit_rows = self._forward(step)
+        else:
+            hidden, place = decoded
+            if place is not None and self._draw_by_graph(plan):
+                self.state.advance(step)
+                return self._await_published(step, plan, place, started_s, cpu_s)
+            logits, logit_rows = self.model.logits(hidden), None
+        sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
+        self.state.advance(step)
+        return self._fetch(step, plan, sampled, started_s, cpu_s)
+
+    def _plan_sampling(self, step: Step) -> SamplePlan:
+        """As plan_sampling. Decode steps of the same rows share one plan: nothing in it changes from step to step."""
+        last, slots = self._last_plan, step.decode_slots
+        has_new = step.new_slots.size or step.fanout_slots.size
+        if last is not None and not has_new and np.array_equal(slots, last.slots):
+            return last
+        plan = plan_sampling(step, self.state.host)
+        self._last_plan = plan if plan.penalties is None else None
+        return plan
+
+    def _decode_by_graph(self, step: Step) -> tuple[torch.Tensor, int | None] | None:
+        """Hidden states [d, hidden_size] of a step of decode rows, and the place of its packet if it had one.
+
+        None, with the step's pages appended, where launching one by one is better.
+        """
+        appends = step.append_slots, step.append_indices, step.append_pages
+        count, whole_steps = step.decode_slots.size, self.whole_steps
+        groups, is_better = None, False
+        if whole_steps is not None and not step.prefill_slots.size and 0 < count <= whole_steps.max_rows:
+            saved_s = self._saved_s(step)
+            if saved_s > _GROUP_OVERHEAD_S and whole_steps.has_groups:
+                groups = self.cuda_attention.lay_graph_groups(self._make_layout(step))
+            is_better = groups is not None or saved_s < _EAGER_OVERHEAD_S
+        if whole_steps is None or not is_better:
+            self.attention.append_pages(*appends)
+            return None
+        if step.append_slots.size > whole_steps.max_rows:
+            self.attention.append_pages(*appends)
+            appends = _NO_APPENDS
+        return whole_steps.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends, groups)
+
+    def _draw_by_graph(self, plan: SamplePlan) -> bool:
+        return self.whole_steps is not None and plan.is_plain and self.whole_steps.draw()
+
+    def _await_published(self, step: Step, plan: SamplePlan, place: int, started_s: float, cpu_s: float) -> Launched:
+        if self._is_awaited[place]:
+            raise AssertionError("more steps in flight than there are packets")
+        self._is_awaited[place] = True
+        done = self._published[place]
+        done.record(self._stream)
+        host_cpu_s = time.thread_time() - cpu_s
+        return CudaLaunched(step.number, plan, None, started_s, host_cpu_s, done, place=place)
+
+    def finish(self, launched: Launched) -> Tokens:
+        """See Runner.finish."""
+        if not isinstance(launched, CudaLaunched):
+            raise AssertionError("a step of another runner")
+        launched.done.synchronize()
+        none = np.empty(0, np.float32)
+        if launched.place is not None and self.whole_steps is not None:
+            self._is_awaited[launched.place] = False
+            ids = self.whole_steps.packets.tokens(launched.place, launched.plan.slots.size).copy()
+            wall_s = time.monotonic() - launched.started_s
+            return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
+        has_top = launched.top_tokens is not None and launched.top_logprobs is not None
+        return Tokens(
+            launched.number,
+            np.empty(0, np.int32) if launched.ids is None else launched.ids.numpy().copy(),
+            none if launched.logprobs is None else launched.logprobs.numpy().copy(),
+            top_rows=launched.plan.top.astype(np.int32) if has_top else np.empty(0, np.int32),
+            top_tokens=np.empty(0, np.int32)
+            if launched.top_tokens is None
+            else launched.top_tokens.numpy().reshape(-1),
+            top_logprobs=none if launched.top_logprobs is None else launched.top_logprobs.numpy().reshape(-1),
+            top_width=launched.plan.top_width if has_top else 0,
+            step_wall_s=time.monotonic() - launched.started_s,
+            host_cpu_s=launched.host_cpu_s,
+        )
+
+    def _set_up(self, step: Step) -> None:
+        self.state.set_up(step)
+        if step.new_slots.size:
+            (words,) = self._new_slots.upload(
+                pack_new_slots(
+                    step.new_slots,
+                    step.new_temperatures,
+                    step.new_top_ps,
+                    step.new_top_ks,
+                    step.new_min_ps,
+                    step.new_seeds,
+                    step.new_num_sampled,
+                )
+            )
+            set_slots(self._slots, words)
+
+    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of any step, launched one by one, and each sampled row's index into them (None: in order)."""
+        layout = self._make_layout(step)
+        self.cuda_attention.plan(layout)
+        num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
+        rows, logit_rows = _find_sampled_rows(step, num_decode) if chunks else (None, None)
+        none = np.empty(0, np.int32)
+        tokens, row_index, logit_index = self._tokens.upload(
+            step.prefill_tokens, none if rows is None else rows, none if logit_rows is None else logit_rows
+        )
+        slots = self.cuda_attention.row_slots
+        ids = torch.empty_like(slots)
+        gather_ids(self._slots, slots, tokens, num_decode, ids)
+        self.attention.write_tokens(ids)
+        hidden = self.model.forward(ids, self.attention, None if rows is None else row_index)
+        return self.model.logits(hidden), None if logit_rows is None else logit_index
+
+    def _saved_s(self, step: Step) -> float:
+        """What reading once the pages that groups share saves."""
+        if not step.group_first_rows.size or not self.cuda_attention.use_groups:
+            return 0.0
+        pages_saved = int(((step.group_num_rows - 1) * step.group_num_columns).sum())
+        bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size
+        return pages_saved * bytes_per_page / _READ_BYTES_PER_S
+
+    def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
+        """Enqueue the copies of the results to the host, beside the main stream."""
+        done = torch.cuda.Event()
+        ids = logprobs = top_tokens = top_logprobs = None
+        self._copies.wait_stream(self._stream)
+        with torch.cuda.stream(self._copies):
+            if sampled is not None:
+                self._turn = (self._turn + 1) % _OUTPUTS
+                count = plan.slots.size
+                ids = self._pinned_ids[self._turn][:count].copy_(sampled.ids, non_blocking=True)
+                if sampled.logprobs is not None:
+                    pinned = self._pinned_logprobs[self._turn][:count]
+                    logprobs = pinned.copy_(sampled.logprobs, non_blocking=True)
+                if sampled.top_tokens is not None and sampled.top_logprobs is not None:
+                    for tensor in (sampled.top_tokens, sampled.top_logprobs):
+                        tensor.record_stream(self._copies)
+                    top_tokens = sampled.top_tokens.to("cpu", non_blocking=True)
+                    top_logprobs = sampled.top_logprobs.to("cpu", non_blocking=True)
+            done.record(self._copies)
+        host_cpu_s = time.thread_time() - cpu_s
+        return CudaLaunched(
+            step.number, plan, sampled, started_s, host_cpu_s, done, ids, logprobs, top_tokens, top_logprobs
+        )
+
+
+def _find_sampled_rows(step: Step, num_decode: int) -> tuple[Int32s, Int32s | None]:
+    """Rows whose logits are needed, and each sample's index into those logits (None: one each, in order)."""
+    chunks, chunk_of_entry = np.unique(step.fanout_chunks, return_inverse=True)
+    last_rows = num_decode + np.cumsum(step.prefill_lengths, dtype=np.int32) - 1
+    decode_rows = np.arange(num_decode, dtype=np.int32)
+    rows = np.concatenate((decode_rows, last_rows[chunks])).astype(np.int32)
+    if chunks.size == step.fanout_chunks.size and (chunks == step.fanout_chunks).all():
+        return rows, None
+    entries = num_decode + chunk_of_entry.reshape(-1).astype(np.int32)
+    return rows, np.concatenate((decode_rows, entries)).astype(np.int32)

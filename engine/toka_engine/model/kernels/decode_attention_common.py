@@ -1,0 +1,107 @@
+"""What kernels of attention of decode rows are made of: a row's inputs, its cache's tokens, one more block of them.
+
+Owns no launch and no choice of how rows are cut into programs: see `decode_attention` and `decode_attention_short`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from toka_engine.model.kernels.rope_append import rotate
+
+
+@triton.jit
+def load_angles(cos_sin_ptr, position, HEAD_DIM: tl.constexpr):
+    at = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
+    return tl.load(at), tl.load(at + HEAD_DIM // 2)
+
+
+@triton.jit
+def load_pages(table_at, tokens, end, PAGE_SIZE: tl.constexpr):
+    """The page of each of a slot's tokens; page 0 from `end` on."""
+    return tl.load(table_at + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def load_tokens(
+    k_cache_at, v_cache_at, pages, tokens, end, page_stride, token_stride,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [tokens, HEAD_DIM] of one head; zeros from `end` on."""
+    offset = (pages * page_stride + (tokens % PAGE_SIZE) * token_stride)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    inside = (tokens < end)[:, None]
+    return tl.load(k_cache_at + offset, mask=inside, other=0.0), tl.load(v_cache_at + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_heads(q_at, k_at, v_at, q_head_stride, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Halves of the group's q [TILE, HALF] and of k [HALF], and v [HEAD_DIM]; k and v are zeros if not new."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.arange(0, TILE)[:, None]
+    half = tl.arange(0, HALF)
+    column = tl.arange(0, HEAD_DIM)
+    q_at += head * q_head_stride + half[None, :]
+    # All loads before their first use, so that they are on their way together.
+    q_a = tl.load(q_at, mask=head < group, other=0.0)
+    q_b = tl.load(q_at + HALF, mask=head < group, other=0.0)
+    k_a = tl.load(k_at + half, mask=is_new & (half < HALF), other=0.0)
+    k_b = tl.load(k_at + HALF + half, mask=is_new & (half < HALF), other=0.0)
+    value = tl.load(v_at + column, mask=is_new & (column < HEAD_DIM), other=0.0)
+    return q_a, q_b, k_a, k_b, value
+
+
+@triton.jit
+def rotate_heads(q_a, q_b, k_a, k_b, cos, sin):
+    """The halves of q and k rotated, in their dtype."""
+    dtype: tl.constexpr = q_a.dtype
+    q_a, q_b = rotate(q_a.to(tl.float32), q_b.to(tl.float32), cos[None, :], sin[None, :], dtype)
+    k_a, k_b = rotate(k_a.to(tl.float32), k_b.to(tl.float32), cos, sin, dtype)
+    return q_a, q_b, k_a, k_b
+
+
+@triton.jit
+def join_halves(q_a, q_b, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    return tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), (TILE, HEAD_DIM))
+
+
+@triton.jit
+def append(k_at, v_at, k_a, k_b, value, is_new, HEAD_DIM: tl.constexpr):
+    """Write the new token's key and value to its place in the caches."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    half = tl.arange(0, HALF)
+    column = tl.arange(0, HEAD_DIM)
+    tl.store(k_at + half, k_a, mask=is_new & (half < HALF))
+    tl.store(k_at + HALF + half, k_b, mask=is_new & (half < HALF))
+    tl.store(v_at + column, value, mask=is_new & (column < HEAD_DIM))
+
+
+@triton.jit
+def give_back(rotated_at, q_a, q_b, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write the group's rotated q."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head = tl.arange(0, TILE)[:, None]
+    at = rotated_at + head * HEAD_DIM + tl.arange(0, HALF)[None, :]
+    tl.store(at, q_a, mask=is_new & (head < group))
+    tl.store(at + HALF, q_b, mask=is_new & (head < group))
+
+
+@triton.jit
+def attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The greatest score, the sum of weights and the weighted sums of the new token alone; of nothing if not new."""
+    products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
+    top = tl.where(is_new, tl.sum(products, axis=1) * scale, float("-inf"))
+    total = tl.zeros((TILE,), tl.float32) + tl.where(is_new, 1.0, 0.0)
+    return top, total, tl.zeros((TILE, HEAD_DIM), tl.float32) + value.to(tl.float32)[None, :]
+
+
+@triton.jit
+def attend_block(q, keys, values, is_inside, scale, top, total, sums):
+    """The same with one more block of tokens."""
+    scores = tl.dot(q, tl.trans(keys)) * scale
+    scores = tl.where(is_inside[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    kept = tl.exp2(top - new_top)
+    weights = tl.exp2(scores - new_top[:, None])
+    total = total * kept + tl.sum(weights, axis=1)
+    return new_top, total, tl.dot(weights.to(values.dtype), values, sums * kept[:, None])

@@ -1,0 +1,195 @@
+"""Attention of many decode rows over few tokens: one program serves several KV heads of its row, one after the other.
+
+A program waits for a chain of loads before it has any work: position and slot, then the row's pages, then keys and
+values. Where rows alone fill the GPU, that is paid once for all heads of a program, and from then on the next block is
+on its way while one is worked on, whichever head it is of. Owns this kernel and the rule by which launches take it
+(`RowCut`); nothing here is split over programs, so few rows of long contexts are `decode_attention`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from toka_engine.model.kernels.decode_attention_common import (
+    append,
+    attend_block,
+    attend_new,
+    give_back,
+    join_halves,
+    load_angles,
+    load_heads,
+    load_pages,
+    load_tokens,
+    rotate_heads,
+)
+
+_MOST_GROUP = 16
+"""Query heads of a KV head: rows of one tensor core's product. More would not fit into a program's registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCut:
+    """Which launches take this kernel, with how many KV heads a program; none of it changes what is computed.
+
+    Decided by what the host knows without the contexts, so that one graph holds for all of them.
+    """
+
+    most_heads: int  # of a program, where rows share their first tokens; 0: never this kernel
+    most_heads_alone: int  # where they share none, so that contexts may be long
+    min_programs: int  # as many as fill the GPU
+    min_programs_alone: int  # where rows share none
+    block_tokens: int  # keys and values in flight per program; a power of 2, at least 16
+    num_warps: int
+    most_registers: int  # of a thread: with fewer, more programs are on a processor at once
+
+    @classmethod
+    def of(cls, head_dim: int) -> RowCut:
+        """Eight programs for each of an H100's 132 processors, all of which are on it at once, in blocks of 8 KB.
+
+        For heads of 64 the best of those that tests/gpu/bench_own_part.py timed on an H100. Other heads' own parts,
+        which are short as a rule, have what that suggests. One head a program is within 4 % of eight where rows share
+        nothing, and shares long contexts out more evenly; fewer rows than timed there stay with the other kernel.
+        """
+        return cls(
+            most_heads=8,
+            most_heads_alone=1 if head_dim <= 64 else 0,
+            min_programs=1024,
+            min_programs_alone=8192,
+            block_tokens=32 if head_dim <= 64 else 16,
+            num_warps=1 if head_dim <= 64 else 2 if head_dim <= 128 else 4,
+            most_registers=255 if head_dim <= 64 else 168,
+        )
+
+    @property
+    def most_rows(self) -> int:
+        """Rows from which no launch takes another kernel than one of more rows does, whatever the heads."""
+        return max(self.min_programs, self.min_programs_alone)
+
+    def count_heads(self, rows: int, num_kv_heads: int, group: int, is_part: bool) -> int:
+        """KV heads of a program: the most that are allowed, divide `num_kv_heads` and leave enough programs; or 0."""
+        if group > _MOST_GROUP:
+            return 0
+        if is_part:
+            most, programs = self.most_heads, self.min_programs
+        else:
+            most, programs = self.most_heads_alone, self.min_programs_alone
+        return max(
+            (
+                heads
+                for heads in range(1, min(most, num_kv_heads) + 1)
+                if num_kv_heads % heads == 0 and rows * num_kv_heads >= programs * heads
+            ),
+            default=0,
+        )
+
+
+@triton.jit
+def _attend_head(
+    q, keys, values, pages, begin, end, end_behind, k_cache_at, v_cache_at, head_stride, table_at, page_stride,
+    token_stride, scale, top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `decode_attention`'s, but behind a head's last block comes the next head's first, up to `end_behind`.
+
+    Returns that block and the pages of the one after it, too.
+    """
+    token = tl.arange(0, BLOCK)
+    for start in tl.range(begin, end, BLOCK):
+        is_last = start + BLOCK >= end
+        following = tl.where(is_last, begin, start + BLOCK)
+        # No head changes the pages: behind the last comes the first again.
+        second = tl.where(following + BLOCK >= end, begin, following + BLOCK)
+        step = tl.where(is_last, head_stride, 0)
+        next_keys, next_values = load_tokens(
+            k_cache_at + step, v_cache_at + step, pages, following + token, tl.where(is_last, end_behind, end),
+            page_stride, token_stride, PAGE_SIZE, HEAD_DIM,
+        )  # fmt: skip
+        pages = load_pages(table_at, second + token, end, PAGE_SIZE)
+        top, total, sums = attend_block(q, keys, values, start + token < end, scale, top, total, sums)
+        keys = next_keys
+        values = next_values
+    return top, total, sums, keys, values, pages
+
+
+@triton.jit
+def _load_first(
+    k_cache_at, v_cache_at, table_at, begin, end, page_stride, token_stride,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a row's first block, the pages of its second, and where a head's new token goes."""
+    token = tl.arange(0, BLOCK)
+    pages = load_pages(table_at, begin + token, end, PAGE_SIZE)
+    page = tl.load(table_at + end // PAGE_SIZE, volatile=True).to(tl.int64)
+    keys, values = load_tokens(
+        k_cache_at, v_cache_at, pages, begin + token, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
+    )
+    second = tl.where(begin + BLOCK >= end, begin, begin + BLOCK)
+    pages = load_pages(table_at, second + token, end, PAGE_SIZE)
+    return keys, values, pages, page * page_stride + (end % PAGE_SIZE) * token_stride
+
+
+# How many heads a program has is no constant either: one variant serves all numbers of rows and of KV heads.
+@triton.jit(do_not_specialize=["table_stride", "group", "num_heads"])
+def attend_rows_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
+    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, starts_ptr, lse_ptr, rotated_ptr, scale,
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    table_stride, page_stride, token_stride, head_stride, group, num_heads,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    """For a grid of rows and their KV heads by `num_heads`; see `decode_attention.attend_decode`."""
+    if HAS_PDL:
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    first_head = tl.program_id(1) * num_heads
+    position = tl.load(positions_ptr + row)
+    slot = tl.load(slots_ptr + row, volatile=True)  # else ptxas moves it behind the wait for the position
+    begin = 0
+    if IS_PART:
+        begin = tl.load(starts_ptr + row, volatile=True)
+    table_at = table_ptr + slot.to(tl.int64) * table_stride
+    k_cache_at = k_cache_ptr + first_head.to(tl.int64) * head_stride
+    v_cache_at = v_cache_ptr + first_head.to(tl.int64) * head_stride
+    keys, values, pages, new = _load_first(
+        k_cache_at, v_cache_at, table_at, begin, position, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK
+    )
+    if HAS_PDL:
+        gdc_wait()  # what kernels of this step wrote is read below alone, and nothing is written above
+
+    q_at = q_ptr + row * q_row_stride + first_head * group * q_head_stride
+    k_at = k_ptr + row * k_row_stride + first_head * k_head_stride
+    v_at = v_ptr + row * v_row_stride + first_head * v_head_stride
+    first = (row * tl.num_programs(1) * num_heads + first_head) * group  # of q's heads, over all rows
+    q_a, q_b, k_a, k_b, value = load_heads(q_at, k_at, v_at, q_head_stride, group, True, TILE, HEAD_DIM)
+    head = tl.arange(0, TILE)
+    heads_at = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    for index in tl.range(0, num_heads):
+        cos, sin = load_angles(cos_sin_ptr, position, HEAD_DIM)  # anew: a few registers less while blocks are worked on
+        # The next head's inputs are on their way as its first tokens are; none are behind the last.
+        has_next = index + 1 < num_heads
+        q_at, k_at, v_at = q_at + group * q_head_stride, k_at + k_head_stride, v_at + v_head_stride
+        next_q_a, next_q_b, next_k_a, next_k_b, next_value = load_heads(
+            q_at, k_at, v_at, q_head_stride, tl.where(has_next, group, 0), has_next, TILE, HEAD_DIM
+        )
+        q_a, q_b, k_a, k_b = rotate_heads(q_a, q_b, k_a, k_b, cos, sin)
+        append(k_cache_at + new, v_cache_at + new, k_a, k_b, value, True, HEAD_DIM)
+        if IS_PART:
+            give_back(rotated_ptr + first * HEAD_DIM, q_a, q_b, group, True, TILE, HEAD_DIM)
+        top, total, sums = attend_new(q_a, q_b, k_a, k_b, value, True, scale, TILE, HEAD_DIM)
+        top, total, sums, keys, values, pages = _attend_head(
+            join_halves(q_a, q_b, TILE, HEAD_DIM), keys, values, pages, begin, position,
+            tl.where(has_next, position, begin), k_cache_at, v_cache_at, head_stride, table_at, page_stride,
+            token_stride, scale, top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK,
+        )  # fmt: skip
+        mean = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + first * HEAD_DIM + heads_at, mean, mask=(head < group)[:, None])
+        if IS_PART:
+            tl.store(lse_ptr + first + head, top + tl.log2(total), mask=head < group)
+        first += group
+        k_cache_at += head_stride
+        v_cache_at += head_stride
+        q_a, q_b, k_a, k_b, value = next_q_a, next_q_b, next_k_a, next_k_b, next_value

@@ -1,0 +1,189 @@
+"""Products of a step of one row: one kernel each, with the norm, the activation or the sum with the residual inside.
+
+A step of one row waits for its weights and for nothing else, so what counts is how little lies between two reads of
+them. What is small is done again by every program (the norm's sum of squares) or by the one that has the result. From
+compute capability 9.0 on, each kernel starts while the one before ends (programmatic dependent launch): it asks for its
+weights at once, and waits before it touches anything that a kernel writes. Measured on an H100 at the 1B shape, a layer
+without attention: 58.8 us with a kernel each for norm, product, activation and sum, 51.2 so, 47.3 with dependent
+launches, 44.7 with two tiles of weights on their way instead of one. What lost: bulk prefetches into L2 of a program's
+whole weights (55.3), x loaded once an output to spare the exchange in shared memory (46.9), weights that L2 may keep.
+
+Sums are fp32, and a result is rounded once: nothing between norm, product, activation and sum is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
+
+
+@triton.jit
+def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl.constexpr):
+    """Values [start, start + BLOCK_IN) of the program's rows of weights, and with IS_GATED of those of up."""
+    inside = is_out[:, None] & (start + columns < width)
+    weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+    up = weight
+    if IS_GATED:
+        up = tl.load(weight_at + up_offset + start, mask=inside, other=0.0, eviction_policy="evict_first")
+    return weight, up
+
+
+@triton.jit
+def _add_tile(
+    sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr
+):
+    """The sums with the products of a tile of weights and the values `at` of x."""
+    x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        squares += x * x
+        x *= tl.load(norm_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    sums += weight.to(tl.float32) * x
+    if IS_GATED:
+        up_sums += up.to(tl.float32) * x
+    return sums, up_sums, squares
+
+
+# A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. Nothing rests on the number of
+# outputs: it makes no variants (see aot.triton_build).
+@triton.jit(do_not_specialize=["num_out"])
+def _single_row_kernel(
+    x_ptr,  # [width]
+    norm_ptr,  # [width], with HAS_NORM
+    weight_ptr,  # [num_out, width], with IS_GATED [2 * num_out, width]: gate, then up
+    bias_ptr,  # as many as the weight has rows, with HAS_BIAS
+    out_ptr,  # [num_out]
+    num_out,
+    width,
+    eps,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    ADDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_PDL: tl.constexpr,
+):
+    if HAS_PDL:
+        gdc_launch_dependents()
+    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_out = outs < num_out
+    columns = tl.arange(0, BLOCK_IN)[None, :]
+    up_offset = num_out.to(tl.int64) * width
+    weight_at = weight_ptr + outs.to(tl.int64)[:, None] * width + columns
+    weight, up = _load_tile(weight_at, up_offset, 0, columns, width, is_out, IS_GATED)
+    weight_2, up_2 = _load_tile(weight_at, up_offset, BLOCK_IN, columns, width, is_out, IS_GATED)
+    if HAS_PDL:
+        # Kernels before this one may still run, two or more of them. Above this line only weights are read, which no
+        # step writes, and nothing is written: memory that is new to this kernel may be in use by those.
+        gdc_wait()
+    sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    squares = tl.zeros((1, BLOCK_IN), tl.float32)
+    # A turn has both tiles that are on their way: one that moved to other registers would have to have arrived first.
+    for start in range(0, width, 2 * BLOCK_IN):
+        at = start + columns
+        sums, up_sums, squares = _add_tile(
+            sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+        )
+        following = start + 2 * BLOCK_IN
+        weight, up = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED)
+        at += BLOCK_IN
+        sums, up_sums, squares = _add_tile(
+            sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+        )
+        following += BLOCK_IN
+        weight_2, up_2 = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED)
+    result, up_result = tl.sum(sums, axis=1), tl.sum(up_sums, axis=1)
+    if HAS_NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + eps)
+        result *= scale
+        up_result *= scale
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+        if IS_GATED:
+            up_result += tl.load(bias_ptr + num_out + outs, mask=is_out, other=0.0).to(tl.float32)
+    if IS_GATED:
+        result = result / (1.0 + tl.exp(-result)) * up_result
+    if ADDS:
+        result += tl.load(out_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+    tl.store(out_ptr + outs, result.to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a product is cut: a program has `block_out` outputs, and reads `block_in` values of each at a time."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SingleRowKernels:
+    """An ops.SingleRow. How a product is cut depends on what it is; any width and number of outputs will do.
+
+    The cuts are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_products.py).
+    """
+
+    has_pdl: bool
+    behind_norm: Cut = Cut(2, 512, 2)
+    """Programs of many outputs would be too few for a row as short as a hidden state."""
+    other: Cut = Cut(8, 1024, 8)
+
+    @classmethod
+    def for_capability(cls, capability: int) -> Self:
+        """`capability` of the device, as 90."""
+        return cls(has_pdl=capability >= DEPENDENT_LAUNCH_CAPABILITY)
+
+    def product(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ops.SingleRow."""
+        out = residual.new_empty((1, weight.shape[0]))
+        return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps)
+
+    def gated_product(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ops.SingleRow."""
+        out = residual.new_empty((1, weight.shape[0] // 2))
+        return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps, is_gated=True)
+
+    def add_product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> None:
+        """See ops.SingleRow."""
+        self._launch(self.other, x, weight, bias, residual, adds=True)
+
+    def head_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ops.SingleRow."""
+        out = x.new_empty((1, weight.shape[0]), dtype=torch.float32)
+        return self._launch(self.other, x, weight, None, out)
+
+    def _launch(
+        self,
+        cut: Cut,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        is_gated: bool = False,
+        adds: bool = False,
+    ) -> torch.Tensor:
+        num_out, width = out.shape[1], weight.shape[1]
+        _single_row_kernel[(triton.cdiv(num_out, cut.block_out),)](
+            x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
+            BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
+            HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
+            HAS_PDL=self.has_pdl, num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+        )  # fmt: skip
+        return out

@@ -1,0 +1,262 @@
+"""Attention of decode rows over tokens that they share (Hydragen), merged with what each row has over its own.
+
+One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of a
+block of keys for a tile of query heads, and each program takes an equal share of units, whatever tiles they are of. So
+all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`), and
+a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
+(`SharedWorkspace`); RoPE, the rows' own tokens and which rows are groups are others' work.
+
+Algorithm: Hydragen's split by prefix (Juravsky et al. 2024); FlashAttention's online softmax (Dao et al. 2022) in base
+2, begun with a row's own part; the even cut of Stream-K (Osama et al. 2023), for attention LeanAttention (2024).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from toka_engine.model.kernels.prefix_groups import ARRAYS, HEADER, SharedWorkspace
+from toka_engine.model.kernels.prefix_hopper import attend_shared_hopper
+
+_LOG2_E = 1.4426950408889634
+_SEARCHED_AT_ONCE = 256
+
+
+@triton.jit
+def _find_group(unit_ends_ptr, unit, count, AT_ONCE: tl.constexpr):
+    """The group that has the unit."""
+    group = 0
+    for begin in tl.range(0, count, AT_ONCE):
+        some = begin + tl.arange(0, AT_ONCE)
+        ends = tl.load(unit_ends_ptr + some, mask=some < count, other=2147483647)
+        group += tl.sum((ends <= unit).to(tl.int32), axis=0)
+    return group
+
+
+@triton.jit
+def _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS: tl.constexpr):
+    """Of each pair of row and head of a tile: its place in [rows, num_heads], and whether it is one.
+
+    Pairs follow each other without gaps, so that a group of 5 or 7 heads wastes nothing of a tile.
+    """
+    pair = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    # A division, exact up to 2 ** 21 pairs: the half is more than floats err by. Of integers it takes 20 instructions.
+    row = ((pair.to(tl.float32) + 0.5) * (1.0 / heads_per_kv)).to(tl.int32)
+    place = (first_row + row).to(tl.int64) * num_heads + kv_head * heads_per_kv + pair - row * heads_per_kv
+    return place, row < num_rows
+
+
+@triton.jit
+def _load_pages(table_at, block, last_column, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of each token of a block; the last one's beyond the end."""
+    column = (block * BLOCK + tl.arange(0, BLOCK)) // PAGE_SIZE
+    return tl.load(table_at + tl.minimum(column, last_column))
+
+
+@triton.jit
+def _find_tokens(
+    pages, block, page_stride, token_stride, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where a block's keys and values [BLOCK, HEAD_DIM] lie. Pages are whole, so whatever is beyond the end exists."""
+    within = (block * BLOCK + tl.arange(0, BLOCK)) % PAGE_SIZE
+    offset = pages.to(tl.int64) * page_stride + within * token_stride
+    return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _weigh(scores, scale, top, total):
+    """The new greatest score and sum of weights, by how much what was summed before shrinks, and the weights."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    kept = tl.exp2(top - new_top)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    return new_top, total * kept + tl.sum(weights, axis=1), kept, weights
+
+
+@triton.jit
+def _hide_end(scores, block, num_tokens, BLOCK: tl.constexpr):
+    """-inf for tokens beyond the end."""
+    return tl.where((block * BLOCK + tl.arange(0, BLOCK) < num_tokens)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _attend_blocks(
+    q, k_at, v_at, table_at, pages, begin, end, last_column, page_stride, token_stride, scale, top, total, sums,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The greatest score, sum of weights and weighted sums with blocks begin..end-1 too; `pages` are the first one's.
+
+    Only the last one may be short, and is worked on apart: the others take no masks.
+    """
+    num_tokens = (last_column + 1) * PAGE_SIZE
+    num_full = tl.minimum(end, num_tokens // BLOCK)
+    for block in tl.range(begin, num_full, num_stages=STAGES):
+        at = _find_tokens(pages, block, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
+        keys = tl.load(k_at + at)
+        values = tl.load(v_at + at)
+        pages = _load_pages(table_at, block + 1, last_column, PAGE_SIZE, BLOCK)
+        top, total, kept, weights = _weigh(tl.dot(q, tl.trans(keys)), scale, top, total)
+        sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+    if num_full < end:
+        at = _find_tokens(pages, num_full, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
+        keys = tl.load(k_at + at)
+        values = tl.load(v_at + at)
+        scores = _hide_end(tl.dot(q, tl.trans(keys)), num_full, num_tokens, BLOCK)
+        top, total, kept, weights = _weigh(scores, scale, top, total)
+        sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
+    return top, total, sums
+
+
+@triton.jit
+def _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM: tl.constexpr):
+    at = out_ptr + place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(at, (sums * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
+    tl.store(lse_ptr + place, top + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def _merge_parts(sums_ptr, scales_ptr, first, last, BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Of a tile that programs first..last share, in their order: the first one's last part, and the others' first.
+
+    Read past the first cache (.cg): the others' programs wrote it, through the second one.
+    """
+    row = tl.arange(0, BLOCK_ROWS)
+    at = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    part = 2 * first + 1
+    top = tl.load(scales_ptr + part * 2 * BLOCK_ROWS + row, cache_modifier=".cg")
+    total = tl.load(scales_ptr + (part * 2 + 1) * BLOCK_ROWS + row, cache_modifier=".cg")
+    sums = tl.load(sums_ptr + part * BLOCK_ROWS * HEAD_DIM + at, cache_modifier=".cg")
+    for program in tl.range(first + 1, last + 1):
+        part = 2 * program
+        other_top = tl.load(scales_ptr + part * 2 * BLOCK_ROWS + row, cache_modifier=".cg")
+        other_total = tl.load(scales_ptr + (part * 2 + 1) * BLOCK_ROWS + row, cache_modifier=".cg")
+        other_sums = tl.load(sums_ptr + part * BLOCK_ROWS * HEAD_DIM + at, cache_modifier=".cg")
+        new_top = tl.maximum(top, other_top)
+        kept, weight = tl.exp2(top - new_top), tl.exp2(other_top - new_top)
+        total = total * kept + other_total * weight
+        sums = sums * kept[:, None] + other_sums * weight[:, None]
+        top = new_top
+    return top, total, sums
+
+
+@triton.jit
+def _finish(
+    out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, place, is_head, is_first, first, last, top, total, sums,
+    BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Write the tile, if this program has all of it; else leave its part, and merge all parts if it is the last."""
+    if first == last:
+        _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM)
+    else:
+        row = tl.arange(0, BLOCK_ROWS)
+        part = 2 * tl.program_id(0) + is_first.to(tl.int32)
+        at = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        tl.store(sums_ptr + part * BLOCK_ROWS * HEAD_DIM + at, sums)
+        tl.store(scales_ptr + part * 2 * BLOCK_ROWS + row, top)
+        tl.store(scales_ptr + (part * 2 + 1) * BLOCK_ROWS + row, total)
+        # As in decode_attention._finish: the barriers and one thread's addition put all stores of all programs that
+        # arrived before in front of the last one's reads.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == last - first:
+            top, total, sums = _merge_parts(sums_ptr, scales_ptr, first, last, BLOCK_ROWS, HEAD_DIM)
+            _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM)
+            tl.store(arrived_ptr + first, 0)  # for the next launch, which begins to write when this one has ended
+
+
+@triton.jit(do_not_specialize=["capacity", "table_stride", "num_heads", "num_kv_heads"])
+def _shared_kernel(
+    q_ptr, words_ptr, table_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
+    capacity, table_stride, page_stride, token_stride, head_stride, num_heads, num_kv_heads,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, HEADER: tl.constexpr, AT_ONCE: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    if HAS_PDL:
+        gdc_launch_dependents()
+    count = tl.load(words_ptr)
+    num_units = tl.load(words_ptr + 1)
+    share = tl.load(words_ptr + 2)
+    arrays_ptr = words_ptr + HEADER
+    unit = tl.program_id(0) * share
+    end = tl.minimum(unit + share, num_units)
+    group = _find_group(arrays_ptr + 5 * capacity, unit, count, AT_ONCE)
+    if HAS_PDL:
+        gdc_wait()  # what kernels of this step wrote is read below alone; programs without work wait for those behind
+    heads_per_kv = num_heads // num_kv_heads
+    while unit < end:
+        # A group has a unit at least, so the next unit is in this one or the next one.
+        group += (tl.load(arrays_ptr + 5 * capacity + group) <= unit).to(tl.int32)
+        at = arrays_ptr + group
+        first_row, num_rows, slot = tl.load(at), tl.load(at + capacity), tl.load(at + 2 * capacity)
+        first_column, num_columns = tl.load(at + 3 * capacity), tl.load(at + 4 * capacity)
+        num_blocks = tl.cdiv(num_columns * PAGE_SIZE, BLOCK)
+        num_tiles = tl.cdiv(num_rows * heads_per_kv, BLOCK_ROWS)
+        within = unit - (tl.load(at + 5 * capacity) - num_blocks * num_tiles * num_kv_heads)
+        begin_block = within % num_blocks
+        end_block = tl.minimum(num_blocks, begin_block + end - unit)
+        tile = (within // num_blocks) % num_tiles
+        kv_head = within // num_blocks // num_tiles
+        is_first = begin_block == 0
+
+        # All loads before their first use, so that they are on their way together.
+        table_at = table_ptr + slot.to(tl.int64) * table_stride + first_column
+        pages = _load_pages(table_at, begin_block, num_columns - 1, PAGE_SIZE, BLOCK)
+        place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
+        heads_at = place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + heads_at, mask=is_head[:, None], other=0.0)
+        # The part with a tile's first keys begins with what the rows have already, the others with nothing.
+        sums = tl.load(out_ptr + heads_at, mask=is_head[:, None] & is_first, other=0.0).to(tl.float32)
+        top = tl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))
+        total = tl.where(is_head & is_first, 1.0, 0.0)
+        k_at, v_at = k_cache_ptr + kv_head * head_stride, v_cache_ptr + kv_head * head_stride
+        top, total, sums = _attend_blocks(
+            q, k_at, v_at, table_at, pages, begin_block, end_block, num_columns - 1, page_stride, token_stride, scale,
+            top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK, STAGES,
+        )  # fmt: skip
+        # Found once more, from words read once more: else the places of heads stay in registers that blocks need.
+        first_row, num_rows = tl.load(at, volatile=True), tl.load(at + capacity, volatile=True)
+        place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
+        begin_unit = unit - begin_block
+        _finish(
+            out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, place, is_head, is_first,
+            begin_unit // share, (begin_unit + num_blocks - 1) // share, top, total, sums, BLOCK_ROWS, HEAD_DIM,
+        )  # fmt: skip
+        unit += end_block - begin_block
+
+
+def attend_shared(
+    rotated: torch.Tensor,  # [rows, num_heads, head_dim] contiguous: q
+    groups: torch.Tensor,  # [count_words(capacity)] int32, as lay_groups lays them for `work`
+    block_table: torch.Tensor,  # [max_seqs + 1, columns] int32
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides but the last
+    v_cache: torch.Tensor,  # like k_cache, same strides
+    out: torch.Tensor,  # [rows, num_heads, head_dim] contiguous, written
+    lse: torch.Tensor,  # [rows, num_heads] fp32, base 2, finite, written
+    work: SharedWorkspace,
+    scale: float,  # above 0
+) -> None:
+    """Add each group's shared tokens to what its rows have in `out` and `lse`; rows without a group stay as they are.
+
+    Groups within groups are calls that follow each other. head_dim is a power of 2, 16 to 256. The same arguments give
+    the same bits.
+
+    With programmatic dependent launch this kernel begins before the ones in front of it have ended, and reads `groups`
+    before it waits for them: between what wrote these and this launch there must be one that is no programmatic
+    dependent launch. Whatever is launched so behind it must wait itself.
+    """
+    head_dim, cut = rotated.shape[2], work.cut
+    if cut.num_warpgroups:
+        attend_shared_hopper(rotated, groups, block_table, k_cache, v_cache, out, lse, work, scale)
+        return
+    _shared_kernel[(work.num_programs,)](
+        rotated, groups, block_table, k_cache, v_cache, out, lse, work.sums, work.scales, work.arrived,
+        scale * _LOG2_E, (groups.shape[0] - HEADER) // ARRAYS,
+        block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        work.num_heads, work.num_kv_heads,
+        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, BLOCK_ROWS=cut.block_rows, BLOCK=cut.block_tokens,
+        STAGES=cut.num_stages, HEADER=HEADER, AT_ONCE=_SEARCHED_AT_ONCE,
+        HAS_PDL=work.has_pdl, num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
+        **({"launch_pdl": True} if work.has_pdl else {}),
+    )  # fmt: skip

@@ -1,0 +1,347 @@
+"""Attention over shared tokens for Hopper GPUs: `prefix_attention`'s computation by warps of two kinds, in Gluon.
+
+One program a processor. A warp brings blocks of keys and values by TMA, a page a copy, and three warpgroups have rows
+of their own, which they multiply by what has come without a barrier between them: while one of them takes exponentials,
+others have the tensor cores. What is computed, how the work is cut and what a launch is told are the same.
+
+After FlashAttention-3 (Shah et al. 2024): warp specialisation. Its other means, the next block's scores begun before
+this one's values are summed and turns at the tensor cores, gained nothing here (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from toka_engine.model.kernels.prefix_groups import SharedWorkspace
+from toka_engine.model.kernels.prefix_hopper_blocks import attend, let_pass, shrink
+from toka_engine.model.kernels.prefix_hopper_segments import (
+    find_end,
+    find_group,
+    find_heads,
+    find_next,
+    find_pages,
+    find_tile,
+    measure,
+)
+
+_LOG2_E = 1.4426950408889634
+_BOX = 64
+"""Values of a row that a TMA copy brings: 128 bytes, as wide as the swizzle."""
+_SEARCHED_AT_ONCE = 256
+_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Of rows of heads, where they are read and written: 8 threads have 128 bytes that follow each other."""
+_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+# ---------------------------------------------------------------- the warp that brings
+
+
+@gluon.jit
+def _bring_block(
+    desc, place, ready, table_at, block, last_column, kv_head, num_kv_heads, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr
+):
+    """Start the copies of a block's keys or values to a place that is empty.
+
+    Columns beyond the end give the last page once more: whatever is beyond may be of anybody.
+    """
+    BLOCK: gl.constexpr = place.shape[0]
+    HEAD_DIM: gl.constexpr = place.shape[1]
+    PAGES: gl.constexpr = BLOCK // PAGE_SIZE
+    mbarrier.expect(ready, BLOCK * HEAD_DIM * 2)
+    for page in gl.static_range(PAGES):
+        column = gl.minimum(block * PAGES + page, last_column)
+        row = (gl.load(table_at + column) * num_kv_heads + kv_head) * PAGE_SIZE
+        for box in gl.static_range(HEAD_DIM // BOX):
+            part = place.slice(page * PAGE_SIZE, PAGE_SIZE, 0).slice(box * BOX, BOX, 1)
+            tma.async_copy_global_to_shared(desc, [row, box * BOX], ready, part)
+
+
+@gluon.jit
+def _bring(
+    cache, words_ptr, work, ring,
+    TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """One warp: all blocks that the program's units need, in their order."""
+    # What kernels of this step wrote is read behind this alone. All warps wait, also those of programs without work,
+    # for whose end later kernels wait.
+    gdc_wait()
+    k_desc, v_desc, table_ptr, table_stride = cache
+    group, unit = work
+    keys, values, k_full, v_full, empty = ring
+    STAGES: gl.constexpr = keys.shape[0]
+    BLOCK: gl.constexpr = keys.shape[1]
+    num_kv_heads = gl.load(words_ptr + 4)
+    count = 0
+    unit, kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
+    while unit < find_end(words_ptr):
+        num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
+        end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
+        table_at = find_pages(words_ptr, group, table_ptr, table_stride)
+        last_column = num_tokens // PAGE_SIZE - 1
+        for block in range(begin_block, end_block):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+            _bring_block(
+                k_desc, keys.index(stage), k_full.index(stage), table_at, block, last_column, kv_head, num_kv_heads,
+                PAGE_SIZE, BOX,
+            )  # fmt: skip
+            _bring_block(
+                v_desc, values.index(stage), v_full.index(stage), table_at, block, last_column, kv_head, num_kv_heads,
+                PAGE_SIZE, BOX,
+            )  # fmt: skip
+            count += 1
+        unit += end_block - begin_block + TILE_COST
+        begin_block = gl.to_tensor(0)
+        group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
+
+
+# ---------------------------------------------------------------- the warpgroups that multiply
+
+
+@gluon.jit
+def _write(
+    rows, where, q_buffer, top, total, sums,
+    WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Through the place of the queries, which are needed no more, so that a store is of whole lines."""
+    _, words_ptr, out_ptr, lse_ptr = rows
+    ROWS: gl.constexpr = sums.shape[0]
+    HEAD_DIM: gl.constexpr = sums.shape[1]
+    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, SCORES))
+    gl.store(lse_ptr + place, top + gl.log2(total), mask=is_head)
+    q_buffer.store(shrink(sums, 1.0 / total, SUMS).to(q_buffer.dtype))
+    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, _LINES))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, _LINES))
+    gl.store(out_ptr + place[:, None] * HEAD_DIM + column[None, :], q_buffer.load(_LINES), mask=is_head[:, None])
+
+
+@gluon.jit
+def _place_sums(
+    part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, SUMS: gl.constexpr
+):
+    """Where each value of a warpgroup's part lies: those that a warp's threads hold in the same register, in a line."""
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
+    # In registers 16 rows of a warp are twice 8, and columns are pairs of 8.
+    by_row = (row // 16 * (HEAD_DIM // 2) + row // 8 % 2 * 2) * 32 + row % 8 * 4
+    by_column = (column // 8 * 4 + column % 2) * 32 + column // 2 % 4
+    return (part * TILE + WHICH * ROWS) * HEAD_DIM + by_row[:, None] + by_column[None, :]
+
+
+@gluon.jit
+def _store_part(
+    parts, part, top, total, sums, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
+):
+    sums_ptr, scales_ptr, _ = parts
+    ROWS: gl.constexpr = sums.shape[0]
+    gl.store(sums_ptr + _place_sums(part, WHICH, TILE, ROWS, sums.shape[1], SUMS), sums)
+    row = 2 * part * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    gl.store(scales_ptr + row, top)
+    gl.store(scales_ptr + TILE + row, total)
+
+
+@gluon.jit
+def _load_part(
+    parts, part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SCORES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Read past the first cache (.cg): other programs wrote it, through the second one."""
+    sums_ptr, scales_ptr, _ = parts
+    sums = gl.load(sums_ptr + _place_sums(part, WHICH, TILE, ROWS, HEAD_DIM, SUMS), cache_modifier=".cg")
+    row = 2 * part * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    top = gl.load(scales_ptr + row, cache_modifier=".cg")
+    total = gl.load(scales_ptr + TILE + row, cache_modifier=".cg")
+    return top, total, sums
+
+
+@gluon.jit
+def _merge_parts(
+    parts, first, last, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SCORES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Of a tile that programs first..last share, in their order: the first one's last part, and the others' first."""
+    top, total, sums = _load_part(parts, 2 * first + 1, WHICH, TILE, ROWS, HEAD_DIM, SCORES, SUMS)
+    for program in range(first + 1, last + 1):
+        other_top, other_total, other = _load_part(parts, 2 * program, WHICH, TILE, ROWS, HEAD_DIM, SCORES, SUMS)
+        new_top = gl.maximum(top, other_top)
+        kept, weight = gl.exp2(top - new_top), gl.exp2(other_top - new_top)
+        total = total * kept + other_total * weight
+        sums = shrink(sums, kept, SUMS) + shrink(other, weight, SUMS)
+        top = new_top
+    return top, total, sums
+
+
+@gluon.jit
+def _finish(
+    rows, where, q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
+    WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Write the tile's rows, if this program has all of it; else leave their part, and merge all if it is the last.
+
+    Each warpgroup counts arrivals of its own, and waits for no other.
+    """
+    ROWS: gl.constexpr = sums.shape[0]
+    HEAD_DIM: gl.constexpr = sums.shape[1]
+    share = gl.load(rows[1] + 2)
+    first, last = (unit - begin_block) // share, (unit - begin_block + num_blocks - 1) // share
+    if first == last:
+        _write(rows, where, q_buffer, top, total, sums, WHICH, TILE, SCORES, SUMS)
+    else:
+        part = 2 * gl.program_id(0) + (begin_block == 0).to(gl.int32)
+        _store_part(parts, part, top, total, sums, WHICH, TILE, SCORES, SUMS)
+        # As in prefix_attention._finish: the barriers and one thread's addition put all stores of all programs that
+        # arrived before in front of the last one's reads.
+        arrived_at = parts[2] + first * (TILE // ROWS) + WHICH
+        gl.thread_barrier()
+        arrived = gl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
+        gl.thread_barrier()
+        if arrived == last - first:
+            top, total, sums = _merge_parts(parts, first, last, WHICH, TILE, ROWS, HEAD_DIM, SCORES, SUMS)
+            _write(rows, where, q_buffer, top, total, sums, WHICH, TILE, SCORES, SUMS)
+            gl.store(arrived_at, 0)  # for the next launch, which begins to write when this one has ended
+
+
+@gluon.jit
+def _begin_rows(
+    rows, where, is_first, q_buffer, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
+):
+    """Bring the queries of a tile's rows, and what their sums begin with.
+
+    That is what the rows have already for the part with a tile's first keys, and nothing for the others.
+    """
+    q_ptr, words_ptr, out_ptr, lse_ptr = rows
+    ROWS: gl.constexpr = q_buffer.shape[0]
+    HEAD_DIM: gl.constexpr = q_buffer.shape[1]
+    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, _LINES))
+    at = place[:, None] * HEAD_DIM + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, _LINES))[None, :]
+    own = gl.load(out_ptr + at, mask=is_head[:, None] & is_first, other=0.0)
+    q = gl.load(q_ptr + at, mask=is_head[:, None], other=0.0)
+    place, is_head = find_heads(words_ptr, where, WHICH, TILE, ROWS, gl.SliceLayout(1, SCORES))
+    top = gl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))
+    total = gl.where(is_head & is_first, 1.0, 0.0)
+    q_buffer.store(own)  # only to change threads: a load is of whole lines
+    sums = q_buffer.load(SUMS).to(gl.float32)
+    q_buffer.store(q)
+    fence_async_shared()
+    return top, total, sums
+
+
+@gluon.jit
+def _multiply(
+    rows, parts, work, ring, q_buffer, scale,
+    WHICH: gl.constexpr, TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its rows of all tiles that the program has blocks of."""
+    gdc_wait()
+    words_ptr = rows[1]
+    group, unit = work
+    ROWS: gl.constexpr = q_buffer.shape[0]
+    BLOCK: gl.constexpr = ring[0].shape[1]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_buffer.shape[1], 16])
+    count = 0
+    unit, kv_head, tile, begin_block = find_tile(words_ptr, group, unit, BLOCK, TILE, PAGE_SIZE, TILE_COST)
+    while unit < find_end(words_ptr):
+        num_pairs, num_tokens, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
+        end_block = gl.minimum(num_blocks, begin_block + find_end(words_ptr) - unit)
+        if num_pairs > tile * TILE + WHICH * ROWS:
+            top, total, sums = _begin_rows(
+                rows, (group, kv_head, tile), begin_block == 0, q_buffer, WHICH, TILE, SCORES, SUMS
+            )
+            top, total, sums = attend(
+                q_buffer, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums, SCORES, SUMS
+            )
+            _finish(
+                rows, (group, kv_head, tile), q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
+                WHICH, TILE, SCORES, SUMS,
+            )  # fmt: skip
+        else:
+            let_pass(ring, count, end_block - begin_block)
+        count += end_block - begin_block
+        unit += end_block - begin_block + TILE_COST
+        begin_block = gl.to_tensor(0)
+        group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
+
+
+# ---------------------------------------------------------------- the program
+
+
+@gluon.jit
+def _make_barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    """[STAGES] barriers that end a phase after COUNT arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(stage), count=COUNT)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=["table_stride"])
+def _hopper_kernel(
+    q_ptr, words_ptr, table_ptr, k_desc, v_desc, out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, scale,
+    table_stride,
+    HEAD_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, TILE_COST: gl.constexpr, BOX: gl.constexpr, AT_ONCE: gl.constexpr,
+):  # fmt: skip
+    gdc_launch_dependents()
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    TILE: gl.constexpr = 3 * ROWS
+    keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, HEAD_DIM], LAYOUT)
+    values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, HEAD_DIM], LAYOUT)
+    queries = gl.allocate_shared_memory(DTYPE, [3, ROWS, HEAD_DIM], LAYOUT)
+    k_full, v_full, empty = _make_barriers(STAGES, 1), _make_barriers(STAGES, 1), _make_barriers(STAGES, 3)
+    fence_async_shared()
+    unit = gl.program_id(0) * gl.load(words_ptr + 2)
+    group = find_group(words_ptr, unit, AT_ONCE)
+    # Constants are named in each call's tuple: in a variable of this function they would be no constants any more.
+    rows = (q_ptr, words_ptr, out_ptr, lse_ptr)
+    parts = (sums_ptr, scales_ptr, arrived_ptr)
+    work = (group, unit)
+    ring = (keys, values, k_full, v_full, empty)
+    cache = (k_desc, v_desc, table_ptr, table_stride)
+    gl.warp_specialize(
+        [
+            (_multiply, (rows, parts, work, ring, queries.index(0), scale, 0, TILE, TILE_COST, PAGE_SIZE)),
+            (_multiply, (rows, parts, work, ring, queries.index(1), scale, 1, TILE, TILE_COST, PAGE_SIZE)),
+            (_multiply, (rows, parts, work, ring, queries.index(2), scale, 2, TILE, TILE_COST, PAGE_SIZE)),
+            (_bring, (cache, words_ptr, work, ring, TILE, TILE_COST, PAGE_SIZE, BOX)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 32],  # with three times 160 all that a processor has
+    )
+
+
+def attend_shared_hopper(
+    rotated: torch.Tensor,
+    groups: torch.Tensor,
+    block_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    work: SharedWorkspace,
+    scale: float,
+) -> None:
+    """`shared_attention.attend_shared` with a cut of three warpgroups: head_dim 64 or 128, a cache of heads first."""
+    head_dim, cut = rotated.shape[2], work.cut
+    _hopper_kernel[(work.num_programs,)](
+        rotated, groups, block_table, _describe(k_cache), _describe(v_cache), out, lse,
+        work.sums, work.scales, work.arrived, scale * _LOG2_E, block_table.stride(0),
+        HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=cut.block_rows // cut.num_warpgroups,
+        BLOCK=cut.block_tokens, STAGES=cut.num_stages, REGISTERS=cut.max_registers,
+        TILE_COST=cut.tile_cost, BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
+        num_warps=cut.num_warps, launch_pdl=True,
+    )  # fmt: skip
+
+
+def _describe(tokens: torch.Tensor) -> TensorDescriptor:
+    """Of a layer's keys or values [pages, page_size, num_kv_heads, head_dim], a view of heads first: a page of a head
+    is rows that follow each other."""
+    page_size, head_dim = tokens.shape[1], tokens.shape[3]
+    flat = tokens.transpose(1, 2).view(-1, head_dim)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [page_size, _BOX], _SWIZZLED)

@@ -1,0 +1,131 @@
+"""RoPE and the write of K and V into the cache's pages, in one kernel per layer.
+
+A row finds its page itself: block table [slot, position // page_size]. Optionally the heads of q and k pass through an
+RMSNorm first (Qwen3). Non-interleaved halves, as Llama rotates: (a, b) -> (a cos - b sin, b cos + a sin).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMSNorm of each head of q and k before RoPE."""
+
+    q_weight: torch.Tensor  # [head_dim]
+    k_weight: torch.Tensor  # [head_dim]
+    eps: float
+
+
+@triton.jit
+def rotate(a, b, cos, sin, dtype: tl.constexpr):
+    """Both halves of heads, fp32, rotated and rounded to `dtype`."""
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
+def _load_rotated(
+    x_ptr, head_stride, cos, sin, weight_ptr, eps, num_heads,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Both rotated halves, [HEADS, HALF_BLOCK] each, of the heads at x_ptr."""
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF_BLOCK)[None, :]
+    inside = (head < num_heads) & (column < HALF)
+    at = x_ptr + head * head_stride + column
+    a = tl.load(at, mask=inside, other=0.0)
+    b = tl.load(at + HALF, mask=inside, other=0.0)
+    dtype = a.dtype
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    if HAS_NORM:
+        mean = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF)
+        scale = (1.0 / tl.sqrt(mean + eps))[:, None]
+        weight_a = tl.load(weight_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
+        b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
+    return rotate(a, b, cos, sin, dtype)
+
+
+# Head counts are no constants of the kernel, only their powers of two: few variants serve all models (see aot).
+@triton.jit(do_not_specialize=["table_stride", "num_heads", "num_kv_heads"])
+def _rope_append_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
+    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, q_weight_ptr, k_weight_ptr, eps,
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    table_stride, page_stride, token_stride, head_stride, num_heads, num_kv_heads,
+    PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    position = tl.load(positions_ptr + row).to(tl.int64)
+    page = tl.load(table_ptr + slot * table_stride + position // PAGE_SIZE).to(tl.int64)
+    half = tl.arange(0, HALF_BLOCK)
+    cos_at = cos_sin_ptr + position * (2 * HALF) + half
+    cos = tl.load(cos_at, mask=half < HALF, other=0.0)[None, :]
+    sin = tl.load(cos_at + HALF, mask=half < HALF, other=0.0)[None, :]
+
+    q_a, q_b = _load_rotated(
+        q_ptr + row * q_row_stride, q_head_stride, cos, sin, q_weight_ptr, eps, num_heads,
+        HEADS, HALF, HALF_BLOCK, HAS_NORM,
+    )  # fmt: skip
+    head = tl.arange(0, HEADS)[:, None]
+    column = half[None, :]
+    inside = (head < num_heads) & (column < HALF)
+    q_at = q_out_ptr + row * (num_heads * 2 * HALF) + head * (2 * HALF) + column
+    tl.store(q_at, q_a, mask=inside)
+    tl.store(q_at + HALF, q_b, mask=inside)
+
+    k_a, k_b = _load_rotated(
+        k_ptr + row * k_row_stride, k_head_stride, cos, sin, k_weight_ptr, eps, num_kv_heads,
+        KV_HEADS, HALF, HALF_BLOCK, HAS_NORM,
+    )  # fmt: skip
+    kv_head = tl.arange(0, KV_HEADS)[:, None]
+    inside = (kv_head < num_kv_heads) & (column < HALF)
+    offset = page * page_stride + (position % PAGE_SIZE) * token_stride + kv_head * head_stride + column
+    tl.store(k_cache_ptr + offset, k_a, mask=inside)
+    tl.store(k_cache_ptr + offset + HALF, k_b, mask=inside)
+    v_at = v_ptr + row * v_row_stride + kv_head * v_head_stride + column
+    tl.store(v_cache_ptr + offset, tl.load(v_at, mask=inside), mask=inside)
+    tl.store(v_cache_ptr + offset + HALF, tl.load(v_at + HALF, mask=inside), mask=inside)
+
+
+def rope_append(
+    q: torch.Tensor,  # [T, num_heads, head_dim], last dimension contiguous
+    k: torch.Tensor,  # [T, num_kv_heads, head_dim]
+    v: torch.Tensor,  # [T, num_kv_heads, head_dim]
+    cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32: cos in the first half, sin in the second
+    slots: torch.Tensor,  # [T] int32
+    positions: torch.Tensor,  # [T] int32
+    block_table: torch.Tensor,  # [max_seqs, columns] int32
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides
+    v_cache: torch.Tensor,  # like k_cache, same strides
+    q_out: torch.Tensor,  # [T, num_heads, head_dim] contiguous
+    head_norm: HeadNorm | None = None,
+) -> None:
+    """Write rotated q to `q_out`, rotated k and plain v to the page of each row's position."""
+    rows, num_heads, head_dim = q.shape
+    if not rows:
+        return
+    half = head_dim // 2
+    heads = triton.next_power_of_2(num_heads)
+    _rope_append_kernel[(rows,)](
+        q, k, v, q_out, k_cache, v_cache,
+        cos_sin, slots, positions, block_table,
+        q if head_norm is None else head_norm.q_weight,
+        q if head_norm is None else head_norm.k_weight,
+        0.0 if head_norm is None else head_norm.eps,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), num_heads, k.shape[1],
+        PAGE_SIZE=k_cache.shape[1], HEADS=heads, KV_HEADS=triton.next_power_of_2(k.shape[1]),
+        HALF=half, HALF_BLOCK=triton.next_power_of_2(half),
+        HAS_NORM=head_norm is not None,
+        num_warps=4 if heads * head_dim <= 4096 else 8,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""What a step's sampled rows ask for, decided on the host, and what the sampler gives back. Shared by all devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toka_engine.messages import Step
+from toka_engine.model.slot_state import HostSlots, SlotState
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The k rows whose logits change by the tokens that their sequences have so far; arrays [k].
+
+    A sequence's tokens lie beside its keys and values: when a row is sampled, the forward has just written the last of
+    them. So nothing here waits for the host, however many steps are on their way.
+    """
+
+    rows: NDArray[np.int64]  # of the plan's R rows, ascending
+    sources: NDArray[np.int32]  # the slot whose pages hold the row's tokens, from position 0
+    lengths: NDArray[np.int32]  # how many tokens, prompt and generated
+    num_generated: NDArray[np.int32]  # how many of these, the last ones, are generated
+    presence: NDArray[np.float32]  # taken off the logit of each generated token
+    frequency: NDArray[np.float32]  # taken off once for each time that it was generated
+    repetition: NDArray[np.float32]  # divides positive logits of all tokens so far, multiplies negative ones
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePlan:
+    """The R rows of one step's sampler and, by row index, which of them pay for what."""
+
+    slots: NDArray[np.int32]  # [R]
+    greedy: NDArray[np.int64]  # rows with temperature 0
+    drawn: NDArray[np.int64]  # rows with temperature > 0 and no seed
+    seeded: NDArray[np.int64]  # rows with temperature > 0 and a seed
+    filtered: NDArray[np.int64]  # drawn or seeded rows with top_k, top_p or min_p
+    has_logprobs: bool
+    """Any row asks for the chosen token's logprob."""
+    top: NDArray[np.int64]  # rows that ask for top logprobs
+    top_counts: NDArray[np.int32]  # [rows of top]: how many
+    top_width: int
+    """The largest number of top logprobs that any row asks for."""
+    penalties: Penalties | None = None
+    """None: no row asks."""
+
+    @property
+    def is_plain(self) -> bool:
+        """No row asks for more than a temperature."""
+        return not (self.seeded.size or self.filtered.size or self.has_logprobs or self.penalties is not None)
+
+
+def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
+    """Sort the rows that `step` samples by what they ask for. `host` as before the step's forward."""
+    slots = np.concatenate((step.decode_slots, step.fanout_slots))
+    is_greedy = host.temperatures[slots] <= 0.0
+    is_seeded = host.seeds[slots] >= 0
+    num_logprobs = host.num_logprobs[slots]
+    return SamplePlan(
+        slots=slots,
+        greedy=np.flatnonzero(is_greedy),
+        drawn=np.flatnonzero(~is_greedy & ~is_seeded),
+        seeded=np.flatnonzero(~is_greedy & is_seeded),
+        filtered=np.flatnonzero(host.is_filtered[slots]),
+        has_logprobs=bool((num_logprobs >= 0).any()),
+        top=np.flatnonzero(num_logprobs > 0),
+        top_counts=num_logprobs[num_logprobs > 0],
+        top_width=max(0, int(num_logprobs.max(initial=0))),
+        penalties=_plan_penalties(step, slots, host),
+    )
+
+
+def _plan_penalties(step: Step, slots: NDArray[np.int32], host: HostSlots) -> Penalties | None:
+    rows = np.flatnonzero(host.has_penalties[slots])
+    if not rows.size:
+        return None
+    # Choices of one prompt are first sampled from its chunk, before they have a copy of its last page.
+    chunk_ends = step.prefill_starts + step.prefill_lengths
+    sources = np.concatenate((step.decode_slots, step.prefill_slots[step.fanout_chunks]))
+    lengths = np.concatenate((host.lengths[step.decode_slots] + 1, chunk_ends[step.fanout_chunks]))
+    asking = slots[rows]
+    return Penalties(
+        rows=rows,
+        sources=sources[rows],
+        lengths=lengths[rows].astype(np.int32),
+        num_generated=host.num_sampled[asking],
+        presence=host.presence_penalties[asking],
+        frequency=host.frequency_penalties[asking],
+        repetition=host.repetition_penalties[asking],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """On the device. Rows as in the plan."""
+
+    ids: torch.Tensor  # [R] int32; -1: logits not finite
+    logprobs: torch.Tensor | None  # [R] float32, of the model's own distribution; None if no row asks
+    top_tokens: torch.Tensor | None  # [rows of plan.top, top_width] int32; -1 beyond what a row asks for
+    top_logprobs: torch.Tensor | None  # [rows of plan.top, top_width] float32
+
+
+class Sample(Protocol):
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [n, vocab], as make_head gives them
+        logit_rows: torch.Tensor | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
+        plan: SamplePlan,  # R rows
+        state: SlotState,
+    ) -> Sampled:
+        """Draw one token per row. Does not change `state`."""
+        ...

@@ -1,0 +1,88 @@
+"""Decides dtype and sizes: what the user set, else what fits the device and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from toka_engine.config import EngineConfig
+from toka_engine.errors import ConfigError, OutOfMemoryError
+from toka_engine.model.memory import choose_num_pages, read_limit_bytes
+from toka_engine.model.model_config import ModelConfig
+
+_CPU_TOKENS_PER_FORWARD, _CPU_SEQS = 128, 256
+_GPU_TOKENS_PER_FORWARD, _GPU_SEQS = 8192, 4096
+TOKEN_ID_BYTES = 4
+"""Beside the keys and values of each token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Final sizes of the worker, as `WorkerReady` reports them."""
+
+    num_pages: int
+    page_size: int
+    max_seqs: int
+    max_tokens_per_forward: int
+    max_pages_per_seq: int
+
+
+def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes with it, float32 elsewhere, unless the user set it. Raises ConfigError."""
+    match config.dtype:
+        case "bfloat16":
+            return torch.bfloat16
+        case "float32":
+            return torch.float32
+        case "auto":
+            return torch.bfloat16 if device.type == "cuda" or _has_cpu_bfloat16() else torch.float32
+        case other:
+            raise ConfigError(f"dtype={other!r} is not one of auto, bfloat16, float32")
+
+
+def _has_cpu_bfloat16() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return capabilities.startswith("AVX512") and bool(
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int) -> Sizes:
+    """Sizes for a model that is loaded already. Raises ConfigError, OutOfMemoryError."""
+    is_gpu = device.type == "cuda"
+    page_size = config.page_size
+    max_seqs = config.max_seqs_per_forward or (_GPU_SEQS if is_gpu else _CPU_SEQS)
+    max_tokens = config.max_tokens_per_forward or (_GPU_TOKENS_PER_FORWARD if is_gpu else _CPU_TOKENS_PER_FORWARD)
+    for name, value in (
+        ("page_size", page_size),
+        ("max_seqs", max_seqs),
+        ("max_tokens_per_forward", max_tokens),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    longest = min(model.max_positions, config.max_num_tokens_per_request or model.max_positions)
+    pages_of_longest = -(-longest // page_size)
+    bytes_per_page = (kv_bytes_per_token + TOKEN_ID_BYTES) * page_size
+    available = read_available_bytes(device)
+    if is_gpu and config.kv_cache_num_tokens is None:
+        num_pages = available // bytes_per_page  # an upper bound, see cuda.memory_fit
+    else:
+        min_pages = min(pages_of_longest, 256)
+        num_pages = choose_num_pages(available, bytes_per_page, min_pages, config.kv_cache_num_tokens, page_size)
+    if num_pages < 1 or num_pages * bytes_per_page > available:
+        num_pages = max(1, num_pages)
+        raise OutOfMemoryError(
+            f"a KV cache of {num_pages * page_size} tokens takes {num_pages * bytes_per_page / 1e9:.1f} GB, "
+            f"{max(0, available) / 1e9:.1f} GB of memory are available beside the weights; "
+            f"kv_cache_num_tokens may be up to {max(0, available // bytes_per_page) * page_size}"
+        )
+    return Sizes(num_pages, page_size, max_seqs, max_tokens, min(pages_of_longest, num_pages))
+
+
+def read_available_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on `device`."""
+    if device.type != "cuda":
+        return read_limit_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free

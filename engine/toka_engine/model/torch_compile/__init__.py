@@ -1,0 +1,1 @@
+"""torch_compile=T: a backend whose model torch.compile has compiled, and inductor's cache folder."""

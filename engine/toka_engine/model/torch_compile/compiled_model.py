@@ -1,0 +1,212 @@
+"""torch_compile=T: the table of operations whose model torch.compile has compiled. No model's file knows of it.
+
+`compile_ops` takes a device's table and gives one in which norms and activation are plain torch, for inductor to fuse,
+and in which the runner gets a `CompiledModel`. It has no kernels for a single row: a trace would have to ask whether it
+is one. The model is compiled when it is made, so before any step runs, for any number of rows (`_mark_rows`); a trace
+that would be good for some numbers alone ends the start. CUDA graphs stay the runner's: inductor makes none, and its
+kernels are captured like others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._dynamo.decorators import mark_dynamic, mark_unbacked
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._inductor import config as inductor
+from torch._inductor import list_mode_options
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+from toka_engine.config import EngineConfig
+from toka_engine.errors import ConfigError
+from toka_engine.model.attention_backend import AttentionBackend
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.ops import Linear, Ops
+from toka_engine.model.runner import Runner
+from toka_engine.model.torch_compile.regions import RegionCompiler, attend, product
+
+_FIRST_ROWS = {"cpu": 2, "cuda": 1024}
+"""Rows of the first run: on a GPU, those at which Triton's kernels choose how they are launched."""
+_LARGEST_FORWARD = 1 << 14
+"""Rows that a step may have where the settings do not say: twice the default on a GPU. A larger bound would cost models
+their start: inductor counts in 32 bits and refuses a number of rows with which any tensor could have more elements."""
+
+_log = logging.getLogger("toka.model")
+
+
+def compile_ops(ops: Ops, device: torch.device, config: EngineConfig) -> Ops:
+    """`ops` for compiled models. Raises ConfigError where this machine cannot compile."""
+    mode = config.torch_compile_config
+    if device.type == "cpu":
+        _check_cpu(mode)
+    outside = _Outside()
+
+    def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        linear = ops.make_linear(weight, bias)
+        return outside.add(linear, weight.shape[0]) if ops.has_packed_products else linear
+
+    def make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
+        compiled = CompiledModel(model, outside)
+        compiled.compile(device, mode, max(max_seqs, config.max_tokens_per_forward or _LARGEST_FORWARD))
+        return ops.make_runner(compiled, attention, max_seqs, config)
+
+    return replace(
+        ops,
+        make_linear=make_linear,
+        rms_norm=_rms_norm,
+        add_rms_norm=_add_rms_norm,
+        silu_mul=_silu_mul,
+        single_row=None,
+        make_runner=make_runner,
+    )
+
+
+class CompiledModel:
+    """A causal.CausalModel around another one. Its head is not compiled: it is one product."""
+
+    def __init__(self, model: CausalModel, outside: _Outside) -> None:
+        self.config = model.config
+        self.logits = model.logits
+        self.regions = RegionCompiler(outside.run_attention, outside.products)
+        self._model, self._outside = model, outside
+        traced: Any = _TracedAttention()
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            return model.forward(ids, traced)
+
+        self._forward = torch.compile(forward, backend=self.regions, fullgraph=True)
+
+    def forward(
+        self, ids: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See causal.CausalModel. All rows are computed to the end: another number of them would be another trace."""
+        if not ids.shape[0]:
+            return self._model.forward(ids, attention, wanted)
+        self._outside.attention = attention
+        hidden: torch.Tensor = self._forward(ids)
+        return hidden if wanted is None else hidden.index_select(0, wanted)
+
+    @torch.inference_mode()
+    def compile(self, device: torch.device, mode: str, max_rows: int) -> None:
+        """Compile for up to `max_rows` rows, by a run with many and one with a single row. Raises ConfigError."""
+        began_s = time.monotonic()
+        settings: dict[str, Any] = {
+            **list_mode_options(mode),
+            "compile_threads": 1,  # few regions: no pool of processes that outlives the start
+            "cpp_cache_precompile_headers": False,  # would take longer than it saves, and is kept outside the cache
+            "cpp.vec_isa_ok": True,  # believe the CPU: each trial would start a process that loads torch
+        }
+        blank: Any = _BlankAttention()
+        try:
+            with inductor.patch(settings):
+                for rows in (_FIRST_ROWS[device.type], 1):
+                    ids = torch.zeros(rows, dtype=torch.int32, device=device)
+                    _mark_rows(ids, max_rows)
+                    self.forward(ids, blank)
+        except TorchDynamoException as error:
+            _log.error("event=compile_failed\n%s", error)
+            raise ConfigError(f"torch_compile=T: {_summarise(error)}") from error
+        seconds = time.monotonic() - began_s
+        _log.info("event=compiled regions=%d mode=%s seconds=%.1f", self.regions.num_regions, mode, seconds)
+
+
+class _Outside:
+    """What the compiled regions leave to others: the attention of the step, and packed products."""
+
+    def __init__(self) -> None:
+        self.products: list[Linear] = []
+        self.attention: AttentionBackend | None = None
+
+    def add(self, linear: Linear, width: int) -> Linear:
+        """`linear`, of `width` outputs, as a trace shows it; the same as before where nothing is traced."""
+        index = len(self.products)
+        self.products.append(linear)
+
+        def traced(x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = product(x, index, width) if torch.compiler.is_compiling() else linear(x)
+            return result
+
+        return traced
+
+    def run_attention(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.attention is not None, "a region runs without a forward"
+        return self.attention.forward(layer, q, k, v, cos_sin)
+
+
+class _TracedAttention:
+    """What a model's forward is traced with in the place of its attention."""
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor
+    ) -> torch.Tensor:
+        result: torch.Tensor = attend(layer, q, k, v, cos_sin)
+        return result
+
+
+class _BlankAttention:
+    """For runs that only compile: no pages are needed yet, and nothing of the regions depends on the values."""
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor
+    ) -> torch.Tensor:
+        return q.new_zeros(q.shape)
+
+
+def _mark_rows(ids: torch.Tensor, max_rows: int) -> None:
+    """Say, before a trace, that `ids` [rows] may have any number of rows up to `max_rows`.
+
+    On a CPU there is one trace, of a number that it knows nothing about, so that a row gets the same bits alone and
+    among others: seeded requests rest on that. What knows nothing fuses less: a norm is two kernels instead of one. So
+    on a GPU there is a trace for two rows or more, and one row, for torch a case of its own, gets another.
+    """
+    if ids.device.type == "cpu":
+        mark_unbacked(ids, 0)
+    elif ids.shape[0] > 1:
+        mark_dynamic(ids, 0, min=2, max=max_rows)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(residual.add_(x), weight.shape, weight, eps)
+
+
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def _check_cpu(mode: str) -> None:
+    if mode != "default":
+        raise ConfigError(
+            f"torch_compile_config={mode} has no effect on a CPU, whose products are not compiled (default is allowed)"
+        )
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "torch_compile=T needs a C++ compiler on a CPU, and there is none (g++, or what CXX names); the engine's "
+            "image for CPUs has none: use torch_compile=F there"
+        ) from error
+
+
+def _summarise(error: TorchDynamoException) -> str:
+    """What a user can do something about, in one line."""
+    cause: BaseException = error
+    while isinstance(cause, BackendCompilerFailed):
+        cause = cause.inner_exception
+    if isinstance(cause, CppCompileError):
+        lines = [line for line in cause.output.splitlines() if "error" in line] or ["no reason given"]
+        return f"the C++ compiler fails: {lines[0].strip()}"
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return f"the layers cannot be compiled: {lines[0]}"

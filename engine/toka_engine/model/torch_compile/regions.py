@@ -1,0 +1,119 @@
+"""A torch.compile backend, used by `compiled_model`: a traced forward becomes compiled regions and calls between.
+
+What inductor must not look into stands in the trace as an operator without an implementation: attention, which writes
+KV pages that the trace does not know, and products whose weights are packed. The trace is cut there. These calls run as
+they are, in the trace's order; inductor compiles what lies between, equal regions once: the layers of a decoder differ
+in nothing but their weights, so a model of any depth is three compilations. Knows no model and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch._inductor
+from torch import fx
+from torch.fx.passes.split_module import split_module
+
+Region: TypeAlias = Callable[..., Any]
+"""The region's inputs, in its order -> its outputs."""
+
+torch.library.define("toka::attend", "(int layer, Tensor q, Tensor k, Tensor v, Tensor cos_sin) -> Tensor")
+torch.library.define("toka::product", "(Tensor x, int index, int width) -> Tensor")
+
+attend: Any = torch.ops.toka.attend.default
+"""layer, q, k, v, cos_sin -> [T, num_heads, head_dim]: an AttentionBackend's forward, in a trace."""
+product: Any = torch.ops.toka.product.default
+"""x [rows, in], index, width -> [rows, width]: one of the products outside, in a trace."""
+
+_VIEWS = {"view", "reshape", "split", "chunk", "narrow", "transpose", "unsqueeze", "squeeze", "getitem", "size"}
+"""Calls that compute nothing: a region of these alone stays as it is."""
+
+
+def _attend_shape(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+def _product_shape(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
+    return x.new_empty((x.shape[0], width))
+
+
+torch.library.register_fake("toka::attend", _attend_shape)
+torch.library.register_fake("toka::product", _product_shape)
+
+
+class RegionCompiler:
+    """A backend of torch.compile, for one model. Counts the graphs it got and the regions it compiled."""
+
+    def __init__(self, run_attention: Region, products: Sequence[Region]) -> None:
+        """`run_attention` and `products[index]` are what `attend` and `product` stand for."""
+        self._run_attention, self._products = run_attention, products
+        self.num_graphs = self.num_regions = 0
+
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Region:
+        """What runs `graph`. Raises whatever inductor raises."""
+        self.num_graphs += 1
+        numbers: dict[fx.Node, int] = {}
+        number = 0
+        for node in graph.graph.nodes:
+            is_outside = node.target in (attend, product)
+            number += is_outside
+            numbers[node] = number
+            number += is_outside
+        parts = split_module(graph, graph, numbers.__getitem__, keep_original_order=True)
+        compiled: dict[Any, Region] = {}
+        for name, part in list(parts.named_children()):
+            delattr(parts, name)  # a module may not be replaced by something that is none
+            setattr(parts, name, self._make(part, compiled))
+        forward: Region = parts.forward
+        return forward
+
+    def _make(self, part: fx.GraphModule, compiled: dict[Any, Region]) -> Region:
+        calls = [node for node in part.graph.nodes if node.op.startswith("call")]
+        if calls[0].target is attend:
+            return _replace_call(part, calls[0], self._run_attention, calls[0].args)
+        if calls[0].target is product:
+            x, index, _ = calls[0].args
+            return _replace_call(part, calls[0], self._products[index], (x,))
+        if all(_name_of(node) in _VIEWS for node in calls):
+            return part.forward
+        meaning = _describe(part)
+        if meaning not in compiled:
+            inputs = [node.meta["example_value"] for node in part.graph.nodes if node.op == "placeholder"]
+            compiled[meaning] = torch._inductor.compile(part, inputs)
+            self.num_regions += 1
+        return compiled[meaning]
+
+
+def _replace_call(part: fx.GraphModule, call: fx.Node, function: Region, arguments: tuple[Any, ...]) -> Region:
+    """`part`, whose one node is `call`, with `function` in its place."""
+    part.__dict__["outside"] = function
+    call.op, call.target, call.args = "call_module", "outside", arguments
+    part.recompile()
+    return part.forward
+
+
+def _name_of(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _describe(part: fx.GraphModule) -> tuple[Any, ...]:
+    """What a region computes, without the names of its values: equal where one compilation serves both."""
+    places = {node: f"%{place}" for place, node in enumerate(part.graph.nodes)}
+    lines: list[Any] = []
+    for node in part.graph.nodes:
+        match node.op:
+            case "placeholder":
+                lines.append(_describe_input(node.meta["example_value"]))
+            case "get_attr":
+                lines.append(id(getattr(part, str(node.target))))
+            case _:
+                lines.append((node.target, repr(fx.map_arg((node.args, node.kwargs), places.__getitem__))))
+    return tuple(lines)
+
+
+def _describe_input(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
+    return repr(value)
