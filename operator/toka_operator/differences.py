@@ -72,7 +72,9 @@ def _fill_in(wanted: Any, found: Any) -> Any:
 
 def _is_same(key: str, wanted: Any, found: Any) -> bool:
     if found is None:
-        return wanted in (None, "", {}, [], 0, False)
+        if isinstance(wanted, dict):
+            return all(_is_same(name, value, None) for name, value in wanted.items())
+        return wanted in (None, "", [], 0, False)
     if isinstance(wanted, dict) and isinstance(found, dict):
         patch: Json = {}
         _correct(patch, key, wanted, found)

@@ -26,6 +26,8 @@ _IMAGE_REASONS = {
 _MAX_MESSAGE = 1024
 CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
 """Reasons for which a pod has no node yet, though nothing that the spec names is missing."""
+STARTS_TOGETHER_S = 1.0
+"""A kubelet writes a pod's start time and its first, unready, condition together; their seconds may differ by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,18 @@ class Startup:
 
 @dataclass(frozen=True, slots=True)
 class PodView:
-    """One engine pod. `ready_since`: since when (Unix time) it is, or is not, ready. `failure`: its
-    latest, also when it runs again. `startup`: None unless it is ready and its times tell of its first start."""
+    """One engine pod. `ready_since`: since when (Unix time) it is, or is not, ready. `has_served`: it has been ready
+    since it was made. `failure`: its latest, also when it runs again. `startup`: None unless it is ready and its times
+    tell of its first start."""
 
     name: str
+    uid: str
     revision: str
     ordinal: int
     is_ready: bool
+    has_served: bool
     ready_since: float
+    is_on_lost_node: bool
     is_in_endpoints: bool
     terminating_until: float | None
     failure: Failure | None
@@ -104,6 +110,8 @@ class Observed:
     pods: tuple[PodView, ...]
     strangers: frozenset[tuple[str, str]]
     """Names of children that another owner's object holds."""
+    other_pods: frozenset[str] = frozenset()
+    """Names of pods labelled as ours that no StatefulSet of ours controls: a new pod cannot have such a name."""
 
     def of_kind(self, kind: str) -> list[Json]:
         return [child for (k, _), child in sorted(self.children.items()) if k == kind]
@@ -145,15 +153,33 @@ def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
     deletion = metadata.get("deletionTimestamp")
     return PodView(
         name=metadata["name"],
+        uid=metadata.get("uid", ""),
         revision=(metadata.get("labels") or {}).get(REVISION_LABEL, ""),
         ordinal=int(ordinal) if ordinal.isdigit() else 0,
         is_ready=ready.get("status") == "True",
+        has_served=has_been_ready(status, ready),
         ready_since=parse_time(ready.get("lastTransitionTime")),
+        is_on_lost_node=is_on_lost_node(conditions),
         is_in_endpoints=metadata["name"] in endpoints,
         terminating_until=parse_time(deletion) if deletion else None,
         failure=find_failure(metadata["name"], status),
         startup=find_startup(metadata, status, conditions),
     )
+
+
+def has_been_ready(status: Json, ready: Json) -> bool:
+    """Whether a pod is ready or was once: only then its condition changed after the kubelet had taken the pod on."""
+    if ready.get("status") == "True":
+        return True
+    changed, started = parse_time(ready.get("lastTransitionTime")), parse_time(status.get("startTime"))
+    return started > 0.0 and changed > started + STARTS_TOGETHER_S
+
+
+def is_on_lost_node(conditions: Mapping[str, Json]) -> bool:
+    """Whether the pod's kubelet no longer answers. A kubelet derives Ready from ContainersReady (engine pods have no
+    readiness gates); only the node controller, when it has lost the node, turns Ready alone to False."""
+    ready, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
+    return ready.get("status") == "False" and containers.get("status") == "True"
 
 
 def find_startup(metadata: Json, status: Json, conditions: Mapping[str, Json]) -> Startup | None:

@@ -8,7 +8,7 @@ twice writes nothing the second time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toka_operator.fields import Json
 from toka_operator.observed import Observed, PodView
@@ -24,15 +24,17 @@ from toka_operator.resources import (
     render_service,
     render_service_account,
     render_stateful_set,
+    set_name,
 )
-from toka_operator.rollout import Budgets, RevisionPods, decide_replicas
-from toka_operator.settings import REVISION_LABEL
+from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
 from toka_operator.spec import TokaDeploymentSpec
 
-MIN_RESTARTS_OF_HOPELESS = 3
+MIN_RESTARTS_OF_UNRECOVERABLE = 3
 """A container that failed this often is not taken to come back by itself."""
-HOPELESS_AFTER_S = 60.0
-"""Nor is an old pod that has not been ready for so long, say on a dead node."""
+UNRECOVERABLE_AFTER_S = 60.0
+"""Nor is a pod that has not been ready for this long."""
+NODE_LOST_FOR_S = 10.0
+"""A pod that was told to go from a lost node is deleted for good this long after the node was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,11 @@ class Plan:
 
     desired: tuple[Json, ...]
     deletions: tuple[tuple[str, str, str], ...]
+    dead_pods: tuple[tuple[str, str], ...]
+    """(name, uid) of pods to be deleted without waiting for a kubelet, which does not answer."""
     revisions: Mapping[str, RevisionPods]
-    """The revisions with a StatefulSet, as seen."""
-    targets: Mapping[str, int]
+    """The revisions with a StatefulSet, as seen, oldest first."""
+    targets: Mapping[str, Window]
     templates: Mapping[str, Json]
     requeue_s: float | None
 
@@ -51,22 +55,26 @@ class Plan:
 def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, default_image: str, now: float) -> Plan:
     """The one next step towards `spec`. `now` is a Unix time; `requeue_s` says when time alone changes the
     answer."""
-    sets = _by_revision(observed.of_kind(STATEFUL_SET))
-    stored = _by_revision(observed.of_kind(CONTROLLER_REVISION))
-    revisions = {name: _view_revision(name, live, spec, observed, now) for name, live in sets.items()}
+    sets = _by_revision(owner, observed.of_kind(STATEFUL_SET))
+    stored = _by_revision(owner, observed.of_kind(CONTROLLER_REVISION))
+    numbers = {revision: int(child.get("revision", 0)) for revision, child in stored.items()}
+    by_age = sorted(sets, key=lambda revision: (numbers.get(revision, 0), revision))
+    revisions = {name: _view_revision(name, sets[name], spec, observed, now) for name in by_age}
     budgets = Budgets(
-        num_wanted=spec.num_wanted,
+        num_desired=spec.num_wanted,
         max_surge=spec.rollout.max_surge,
         max_unavailable=spec.rollout.max_unavailable,
         is_paused=spec.rollout.paused,
     )
-    targets = decide_replicas(budgets, spec.revision, revisions)
+    unmade = RevisionPods(leaving=_find_other_pods(set_name(owner.name, spec.revision), observed))
+    targets = decide_windows(budgets, spec.revision, revisions, unmade)
     finished = _find_finished_sets(spec, sets, targets, observed)
     templates = _find_templates(owner, spec, sets, stored, targets, default_image)
-    desired = _render_children(owner, spec, templates, stored, targets, finished)
+    desired = _render_children(owner, spec, templates, numbers, targets, finished)
     return Plan(
         desired=tuple(m for m in desired if (m["kind"], m["metadata"]["name"]) not in observed.strangers),
         deletions=(*finished.values(), *_find_surplus(spec, owner, observed, stored, sets)),
+        dead_pods=tuple((pod.name, pod.uid) for pod in observed.pods if _is_dead(pod, spec, now)),
         revisions=revisions,
         targets=targets,
         templates=templates,
@@ -74,36 +82,59 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, defaul
     )
 
 
-def _by_revision(children: list[Json]) -> dict[str, Json]:
-    labelled = ((c["metadata"].get("labels", {}).get(REVISION_LABEL), c) for c in children)
-    return {revision: child for revision, child in labelled if revision}
+def _by_revision(owner: Owner, children: list[Json]) -> dict[str, Json]:
+    """Children by the revision in their names, because a label can be edited."""
+    prefix = set_name(owner.name, "")
+    names = ((child["metadata"]["name"], child) for child in children)
+    return {name.removeprefix(prefix): child for name, child in names if name.startswith(prefix)}
+
+
+def read_window(live: Json) -> Window:
+    """The ordinals that a StatefulSet asks for."""
+    spec = live["spec"]
+    return Window(int((spec.get("ordinals") or {}).get("start", 0)), int(spec.get("replicas", 1)))
 
 
 def _view_revision(revision: str, live: Json, spec: TokaDeploymentSpec, observed: Observed, now: float) -> RevisionPods:
-    replicas = int(live["spec"].get("replicas", 1))
     pods = [pod for pod in observed.pods if pod.revision == revision]
-    min_ready_s = spec.rollout.min_ready_s
-    return RevisionPods(
-        replicas=replicas,
-        available=frozenset(p.ordinal for p in pods if p.is_available(now, min_ready_s)),
-        hopeless=frozenset(p.ordinal for p in pods if _is_hopeless(p, now)),
-        num_draining=sum(1 for p in pods if p.ordinal >= replicas and not p.is_stuck(now, spec.rollout.stuck_s)),
+    leaving = frozenset(pod.ordinal for pod in pods if pod.is_terminating)
+    seen = RevisionPods(
+        window=read_window(live),
+        available=frozenset(p.ordinal for p in pods if p.is_available(now, spec.rollout.min_ready_s)),
+        served=frozenset(p.ordinal for p in pods if p.has_served and not p.is_terminating),
+        unrecoverable=frozenset(p.ordinal for p in pods if _is_unrecoverable(p, now)),
+        leaving=leaving | _find_other_pods(live["metadata"]["name"], observed),
     )
+    outside = (pod for pod in pods if pod.ordinal not in seen.trim())
+    return replace(seen, num_draining=sum(not pod.is_stuck(now, spec.rollout.stuck_s) for pod in outside))
 
 
-def _is_hopeless(pod: PodView, now: float) -> bool:
+def _find_other_pods(set_name: str, observed: Observed) -> frozenset[int]:
+    """Ordinals of a StatefulSet whose pods cannot be made, because another's pod has the name."""
+    prefix = set_name + "-"
+    ordinals = (name.removeprefix(prefix) for name in observed.other_pods if name.startswith(prefix))
+    return frozenset(int(ordinal) for ordinal in ordinals if ordinal.isdigit())
+
+
+def _is_unrecoverable(pod: PodView, now: float) -> bool:
     """Failing before its first start or again and again, or not ready for long, whatever the reason."""
-    if pod.is_ready:
+    if pod.is_ready or pod.is_terminating:
         return False
-    if pod.ready_since and now >= pod.ready_since + HOPELESS_AFTER_S:
+    if pod.ready_since and now >= pod.ready_since + UNRECOVERABLE_AFTER_S:
         return True
     if pod.failure is None or not pod.is_failing:
         return False
-    return pod.failure.exit_code is None or pod.failure.restarts >= MIN_RESTARTS_OF_HOPELESS
+    return pod.failure.exit_code is None or pod.failure.restarts >= MIN_RESTARTS_OF_UNRECOVERABLE
+
+
+def _is_dead(pod: PodView, spec: TokaDeploymentSpec, now: float) -> bool:
+    """Told to go, and nobody will end it: its node is lost, or its grace period has long been over."""
+    is_lost = pod.is_on_lost_node and now > pod.ready_since + NODE_LOST_FOR_S
+    return pod.is_terminating and (is_lost or pod.is_stuck(now, spec.rollout.stuck_s))
 
 
 def _find_finished_sets(
-    spec: TokaDeploymentSpec, sets: Mapping[str, Json], targets: Mapping[str, int], observed: Observed
+    spec: TokaDeploymentSpec, sets: Mapping[str, Json], targets: Mapping[str, Window], observed: Observed
 ) -> dict[str, tuple[str, str, str]]:
     """Old revisions' StatefulSets with no pod asked for and none left."""
     with_pods = {pod.revision for pod in observed.pods}
@@ -111,7 +142,8 @@ def _find_finished_sets(
         revision: (STATEFUL_SET, live["metadata"]["name"], live["metadata"]["uid"])
         for revision, live in sets.items()
         if revision != spec.revision
-        and targets.get(revision) == 0
+        and revision in targets
+        and targets[revision].replicas == 0
         and revision not in with_pods
         and live["spec"].get("replicas") == 0
         and live.get("status", {}).get("replicas", 0) == 0
@@ -124,7 +156,7 @@ def _find_templates(
     spec: TokaDeploymentSpec,
     sets: Mapping[str, Json],
     stored: Mapping[str, Json],
-    targets: Mapping[str, int],
+    targets: Mapping[str, Window],
     default_image: str,
 ) -> dict[str, Json]:
     """Each live revision's pod template: the stored one, else its StatefulSet's; rendered only for a new
@@ -147,12 +179,11 @@ def _render_children(
     owner: Owner,
     spec: TokaDeploymentSpec,
     templates: Mapping[str, Json],
-    stored: Mapping[str, Json],
-    targets: Mapping[str, int],
+    numbers: Mapping[str, int],
+    targets: Mapping[str, Window],
     finished: Mapping[str, object],
 ) -> list[Json]:
     children = [render_service_account(owner), render_service(owner, spec)]
-    numbers = {revision: int(child.get("revision", 0)) for revision, child in stored.items()}
     newest = max(numbers.values(), default=0)
     order = sorted(set(targets) - set(finished), key=lambda r: (r == spec.revision, numbers.get(r, 0), r))
     for revision in order:
@@ -160,7 +191,8 @@ def _render_children(
         if revision == spec.revision and any(n >= number for r, n in numbers.items() if r != revision):
             number = newest + 1
         children.append(render_revision(owner, revision, templates[revision], number))
-        children.append(render_stateful_set(owner, revision, templates[revision], targets[revision]))
+        window = targets[revision]
+        children.append(render_stateful_set(owner, revision, templates[revision], window.replicas, window.start))
     budget = render_disruption_budget(owner, spec)
     return [*children, budget] if budget else children
 
@@ -172,7 +204,7 @@ def _find_surplus(
     stored: Mapping[str, Json],
     sets: Mapping[str, Json],
 ) -> list[tuple[str, str, str]]:
-    """A disruption budget no longer wanted, and revisions beyond the history's limit."""
+    """A disruption budget that is no longer desired, and revisions beyond the history's limit."""
     surplus = []
     budget = observed.children.get((POD_DISRUPTION_BUDGET, owner.name))
     if budget is not None and render_disruption_budget(owner, spec) is None:
@@ -184,15 +216,15 @@ def _find_surplus(
 
 
 def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> float | None:
-    """Seconds until a pod has been ready for long enough, or is given up as stuck or hopeless."""
-    moments = [
-        pod.ready_since + spec.rollout.min_ready_s for pod in observed.pods if pod.is_ready and not pod.is_terminating
-    ]
-    moments += [
-        pod.ready_since + HOPELESS_AFTER_S
-        for pod in observed.pods
-        if pod.revision != spec.revision and not pod.is_ready and pod.ready_since
-    ]
-    endings = (p.terminating_until for p in observed.pods)
-    moments += [ending + spec.rollout.stuck_s for ending in endings if ending is not None]
+    """Seconds until a pod has been ready for long enough, or is given up as unrecoverable or dead."""
+    moments = []
+    for pod in observed.pods:
+        if pod.terminating_until is not None:
+            moments.append(pod.terminating_until + spec.rollout.stuck_s)
+            if pod.is_on_lost_node:
+                moments.append(pod.ready_since + NODE_LOST_FOR_S)
+        elif pod.is_ready:
+            moments.append(pod.ready_since + spec.rollout.min_ready_s)
+        elif pod.revision != spec.revision and pod.ready_since:
+            moments.append(pod.ready_since + UNRECOVERABLE_AFTER_S)
     return min((moment - now + 0.01 for moment in moments if moment >= now), default=None)

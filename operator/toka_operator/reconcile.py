@@ -21,7 +21,7 @@ from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, format_time, is_owned_by, ready_addresses, view_pod
 from toka_operator.plan import Plan, make_plan
-from toka_operator.resources import STATEFUL_SET, Owner
+from toka_operator.resources import POD, STATEFUL_SET, Owner
 from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import (
@@ -122,9 +122,13 @@ class Reconciler:
             for s in self._stores["EndpointSlice"].members(key)
             if (s["metadata"].get("labels") or {}).get("kubernetes.io/service-name") == owner.name
         )
-        pods = self._stores["Pod"].members(key)
-        ours = tuple(view_pod(pod, endpoints) for pod in pods if any(is_owned_by(pod, uid) for uid in sets))
-        return Observed(children, ours, frozenset(memory.strangers))
+        ours: list[Json] = []
+        others: list[Json] = []
+        for pod in self._stores["Pod"].members(key):
+            (ours if any(is_owned_by(pod, uid) for uid in sets) else others).append(pod)
+        views = tuple(view_pod(pod, endpoints) for pod in ours)
+        names = frozenset(pod["metadata"]["name"] for pod in others)
+        return Observed(children, views, frozenset(memory.strangers), names)
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
         """Before children are made *again*: kopf may not have told that the object itself is gone.
@@ -169,6 +173,9 @@ class Reconciler:
                 )
         for kind, name, uid in plan.deletions:
             self._delete_child(owner, kind, name, uid)
+        for name, uid in plan.dead_pods:
+            logger.info("object=%s/%s pod=%s event=deleted_for_good", owner.namespace, owner.name, name)
+            self._delete_child(owner, POD, name, uid, grace_s=0)
         return Outcome(rejected)
 
     def _write_child(self, owner: Owner, desired: Json, live: Json | None, memory: _Memory) -> None:
@@ -255,9 +262,9 @@ class Reconciler:
         self._stores[kind].put(live)
         return live
 
-    def _delete_child(self, owner: Owner, kind: str, name: str, uid: str) -> None:
+    def _delete_child(self, owner: Owner, kind: str, name: str, uid: str, grace_s: int | None = None) -> None:
         try:
-            self._cluster.delete(kind, owner.namespace, name, uid)
+            self._cluster.delete(kind, owner.namespace, name, uid, grace_s)
             WRITES.labels(kind=kind, verb="delete").inc()
         except (NotFoundError, ConflictError):
             self._stores[kind].forget((owner.namespace, name))

@@ -16,6 +16,7 @@ from toka_operator.spec import TokaDeploymentSpec
 
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
 POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerRevision"
+POD = "Pod"
 API_VERSIONS = {
     SERVICE_ACCOUNT: "v1",
     SERVICE: "v1",
@@ -41,6 +42,7 @@ class Owner:
             "name": self.name,
             "uid": self.uid,
             "controller": True,
+            "blockOwnerDeletion": True,
         }
 
 
@@ -79,6 +81,9 @@ def render_service(owner: Owner, spec: TokaDeploymentSpec) -> Json:
     service["spec"] = {
         "type": spec.service.type,
         "selector": selector_labels(owner.name),
+        "publishNotReadyAddresses": False,
+        "sessionAffinity": "None",
+        "externalIPs": [],
         "ports": [{"name": "http", "port": spec.service.port, "targetPort": "http", "protocol": "TCP"}],
     }
     return service
@@ -105,13 +110,17 @@ def render_revision(owner: Owner, revision: str, template: Json, number: int) ->
     return {**stored, "data": {"template": template}, "revision": number}
 
 
-def render_stateful_set(owner: Owner, revision: str, template: Json, replicas: int) -> Json:
-    """The pods of one revision. OnDelete: the template is not to change, and a hand-made change must
-    restart nothing."""
+def render_stateful_set(owner: Owner, revision: str, template: Json, replicas: int, start: int = 0) -> Json:
+    """The pods of one revision, `replicas` of them from ordinal `start`.
+
+    OnDelete: the template is not to change, and a hand-made change must restart nothing.
+    """
     stateful_set = _child(owner, STATEFUL_SET, set_name(owner.name, revision), "engine")
     stateful_set["metadata"]["labels"][REVISION_LABEL] = revision
     stateful_set["spec"] = {
         "replicas": replicas,
+        "ordinals": {"start": start},
+        "minReadySeconds": 0,
         "serviceName": owner.name,
         "podManagementPolicy": "Parallel",
         "updateStrategy": {"type": "OnDelete"},

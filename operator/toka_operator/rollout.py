@@ -1,121 +1,244 @@
-"""Which revisions get how many pods: the rollout's policy.
+"""Which revisions get which pods: the rollout's policy.
 
-Owns: the surge and availability budgets. Pure; one call decides one step from what is there, whatever
-happened before, so it needs no memory and no order of events.
+Owns: the surge and availability budgets, and which pods of a revision go first. Pure; one call decides one step
+from what is there, whatever happened before, so it needs no memory and no order of events.
 
-Two rules hold at every step, over all revisions together:
-- no more than wanted + maxSurge pods are asked for. Old pods that still drain count (they hold their
-GPUs); hopeless ones do not, or one of them below an available pod could block a rollout for ever;
-- no step takes away an available pod if fewer than wanted - maxUnavailable would be left.
-A StatefulSet loses its highest ordinals first, so taking pods away is judged from the top.
+A revision's StatefulSet asks for a `Window` of ordinals. Pods are taken from either end of it, so the pods that do
+not serve go first, and are added at the end whose names are free, so that a new pod never waits for the name of one
+that is still leaving. These rules hold at every step, over all revisions together:
+- no more than desired + maxSurge pods are asked for. Old pods that still drain count (they hold their GPUs);
+  unrecoverable ones do not, or one of them could block a rollout for ever;
+- an available pod goes only if desired - maxUnavailable available pods are left;
+- an old pod that is not available, but served before, goes only if desired - maxUnavailable other old or available
+  pods are left: it may come back, and a new revision that never serves must not replace it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """The ordinals that a StatefulSet asks for: `replicas` of them, from `start`."""
+
+    start: int = 0
+    replicas: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.replicas
+
+    def __contains__(self, ordinal: int) -> bool:
+        return self.start <= ordinal < self.end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+
+@dataclass(frozen=True, slots=True)
 class RevisionPods:
-    """The pods of one revision. `replicas` is what its StatefulSet asks for; the sets hold ordinals."""
+    """The pods of one revision as seen. The sets hold ordinals."""
 
-    replicas: int
+    window: Window = Window()
+    """What its StatefulSet asks for now."""
     available: frozenset[int] = frozenset()
-    hopeless: frozenset[int] = frozenset()
-    """Not ready for long, or failing for a reason that waiting does not mend: no loss to anybody."""
+    served: frozenset[int] = frozenset()
+    """Pods that have been ready at some time."""
+    unrecoverable: frozenset[int] = frozenset()
+    """Not ready for long, or failing for a reason that waiting does not mend."""
+    leaving: frozenset[int] = frozenset()
+    """Pods that go, whoever asked for it, and other objects that hold the name of a pod."""
     num_draining: int = 0
-    """Pods beyond `replicas` that are not gone yet."""
+    """Pods outside the window, or leaving, that still hold what they use."""
 
-    def num_available(self, replicas: int | None = None) -> int:
-        """How many available pods remain with this many replicas."""
-        limit = self.replicas if replicas is None else replicas
-        return sum(1 for ordinal in self.available if ordinal < limit)
-
-    def num_hopeless(self) -> int:
-        return sum(1 for ordinal in self.hopeless if ordinal < self.replicas)
+    def trim(self) -> Window:
+        """The window without pods at its ends that leave anyway: their successors need not wait for their names."""
+        start, end = self.window.start, self.window.end
+        while start < end and start in self.leaving:
+            start += 1
+        while end > start and end - 1 in self.leaving:
+            end -= 1
+        return Window(start, end - start)
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """How many pods are wanted, how many more may exist, how many fewer may serve."""
+    """How many pods are desired, how many more may exist, how many fewer may serve."""
 
-    num_wanted: int
+    num_desired: int
     max_surge: int
     max_unavailable: int
     is_paused: bool = False
 
     @property
     def max_total(self) -> int:
-        return self.num_wanted + self.max_surge
+        return self.num_desired + self.max_surge
 
     @property
     def min_available(self) -> int:
-        return max(0, self.num_wanted - self.max_unavailable)
+        return max(0, self.num_desired - self.max_unavailable)
 
 
-def decide_replicas(budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods]) -> dict[str, int]:
-    """Replicas for each revision now. `revisions` are those with a StatefulSet; `current` is the wanted
-    one."""
-    if budgets.num_wanted == 0:
-        return dict.fromkeys([*revisions, current], 0)
+_NONE = RevisionPods()
+
+
+def decide_windows(
+    budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods], unmade: RevisionPods = _NONE
+) -> dict[str, Window]:
+    """The window of each revision now. `revisions` are those with a StatefulSet, oldest first; `current` is the
+    desired one; `unmade` says which names are taken, if that has no StatefulSet yet."""
+    if budgets.num_desired == 0:
+        names = dict.fromkeys([*revisions, current])
+        return {name: Window(revisions[name].window.start if name in revisions else 0) for name in names}
     if budgets.is_paused:
-        return _decide_paused(budgets, revisions)
-    targets = {name: pods.replicas for name, pods in revisions.items()}
-    targets.setdefault(current, 0)
-    targets[current] = min(targets[current], budgets.num_wanted)
-    _shrink_old(budgets, current, revisions, targets)
-    _grow_current(budgets, current, revisions, targets)
-    return targets
+        return _Step(budgets, current, revisions).follow_scale() if revisions else {}
+    step = _Step(budgets, current, {**revisions, current: revisions.get(current, unmade)})
+    step.shrink([current], budgets.num_desired)
+    step.retire_old()
+    step.grow_serving_old()
+    step.grow_current()
+    return step.windows
 
 
-def _grow_current(
-    budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods], targets: dict[str, int]
-) -> None:
-    """Adds current pods as far as the surge allows. An old pod taken away in this very step still counts."""
-    old = [pods for name, pods in revisions.items() if name != current]
-    num_old = sum(pods.replicas - pods.num_hopeless() + pods.num_draining for pods in old)
-    room = budgets.max_total - num_old - targets[current]
-    missing = budgets.num_wanted - targets[current]
-    targets[current] += max(0, min(room, missing))
+class _Step:
+    """One decision in the making: `windows` starts as what is asked for now and ends as what to ask for."""
 
+    def __init__(self, budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods]) -> None:
+        self._budgets, self._current, self._revisions = budgets, current, revisions
+        self.windows = {name: pods.trim() for name, pods in revisions.items()}
+        self._old = [name for name in revisions if name != current]
 
-def _shrink_old(budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods], targets: dict[str, int]) -> None:
-    """Takes old pods away from the top, oldest name order, while the budgets allow it."""
-    num_available = sum(pods.num_available(targets[name]) for name, pods in revisions.items())
-    spare_available = num_available - budgets.min_available
-    waiting_current = targets[current]
-    if current in revisions:
-        waiting_current -= revisions[current].num_available(targets[current])
-    spare_waiting = sum(targets.values()) - max(0, waiting_current) - budgets.min_available
-    for name in sorted(revisions):
-        if name == current:
-            continue
-        pods = revisions[name]
-        while targets[name] > 0:
-            top = targets[name] - 1
-            if top in pods.available:
-                if spare_available <= 0:
-                    break
-                spare_available -= 1
-            elif top not in pods.hopeless and spare_waiting <= 0:
-                break
-            spare_waiting -= 1
-            targets[name] = top
+    # ---- counts
 
+    def _num_available(self, name: str) -> int:
+        return sum(ordinal in self.windows[name] for ordinal in self._revisions[name].available)
 
-def _decide_paused(budgets: Budgets, revisions: Mapping[str, RevisionPods]) -> dict[str, int]:
-    """A paused rollout only follows a change of the wanted number, in the revision that serves most."""
-    targets = {name: pods.replicas for name, pods in revisions.items()}
-    if not targets:
-        return targets
-    main = max(sorted(revisions), key=lambda name: (revisions[name].num_available(), revisions[name].replicas))
-    total = sum(targets.values())
-    if total < budgets.num_wanted:
-        targets[main] += budgets.num_wanted - total
-    excess = max(0, total - budgets.max_total)
-    for name in sorted(revisions, key=lambda name: (name == main, name)):
-        cut = min(excess, targets[name])
-        targets[name] -= cut
-        excess -= cut
-    return targets
+    def _total(self, names: list[str]) -> int:
+        return sum(self.windows[name].replicas for name in names)
+
+    @property
+    def _spare_available(self) -> int:
+        return sum(map(self._num_available, self.windows)) - self._budgets.min_available
+
+    @property
+    def _spare_old(self) -> int:
+        """Old pods that could go if no pod that is not available now ever came back, but those of old revisions."""
+        return self._total(self._old) + self._num_available(self._current) - self._budgets.min_available
+
+    def _num_old_held(self) -> int:
+        """Old pods that hold what they use. One taken away in this very step does; an unrecoverable one does not."""
+        held = 0
+        for name in self._old:
+            pods, before = self._revisions[name], self._revisions[name].trim()
+            unrecoverable = sum(ordinal in before for ordinal in pods.unrecoverable)
+            held += max(before.replicas, self.windows[name].replicas) - unrecoverable + pods.num_draining
+        return held
+
+    # ---- taking away
+
+    def shrink(self, names: list[str], num_left: int) -> None:
+        """Takes pods of these revisions, in this order, down to `num_left`: those that do not serve, then those that do
+        while enough are left."""
+        for is_serving in (False, True):
+            for name in names:
+                while self._total(names) > num_left and self._take_surplus(name, is_serving):
+                    pass
+
+    def _take_surplus(self, name: str, is_serving: bool) -> bool:
+        if self._take_waiting(name, is_free=False):
+            return True
+        return is_serving and self._take_available(name)
+
+    def retire_old(self) -> None:
+        """Takes old pods while the budgets allow it: first those that never served, last those that do."""
+        while self._retire_one():
+            pass
+
+    def _retire_one(self) -> bool:
+        if any(self._take_waiting(name, is_free=True) for name in self._old):
+            return True
+        if self._spare_old > 0 and any(self._take_waiting(name, is_free=False) for name in self._old):
+            return True
+        return any(self._take_available(name) for name in self._old)
+
+    def _take_waiting(self, name: str, is_free: bool) -> bool:
+        """Takes a pod at an end that is not available. `is_free`: only one that never served and does not come up."""
+        pods = self._revisions[name]
+        ends = [ordinal for ordinal in self._ends(name) if ordinal not in pods.available]
+        if is_free:
+            ends = [ordinal for ordinal in ends if ordinal in pods.unrecoverable and ordinal not in pods.served]
+        if not ends:
+            return False
+        self._take(name, min(ends, key=lambda ordinal: (ordinal in pods.served, -ordinal)))
+        return True
+
+    def _take_available(self, name: str) -> bool:
+        """Takes the lowest pod, the longest there, so that the names above it stay free for new pods."""
+        ends = self._ends(name)
+        if self._spare_available <= 0 or not ends:
+            return False
+        self._take(name, ends[0])
+        return True
+
+    def _ends(self, name: str) -> list[int]:
+        window = self.windows[name]
+        return sorted({window.start, window.end - 1}) if window.replicas else []
+
+    def _take(self, name: str, ordinal: int) -> None:
+        window = self.windows[name]
+        start = window.start + 1 if ordinal == window.start and window.replicas > 1 else window.start
+        self.windows[name] = Window(start, window.replicas - 1)
+
+    # ---- adding
+
+    def grow_serving_old(self) -> None:
+        """While no pod of the current revision has ever served, pods that are lacking come from one that serves.
+
+        Pods are lacking when more are desired than the rollout began with, or when old ones are gone.
+        """
+        serving = [name for name in self._old if self._num_available(name)]
+        lacking = -self._spare_old
+        if self._is_proven() or not serving or lacking <= 0:
+            return
+        self.shrink_unproven()
+        room = self._budgets.max_total - self._num_old_held() - self.windows[self._current].replicas
+        main = max(serving, key=self._num_available)
+        self._add(main, min(lacking, room))
+
+    def shrink_unproven(self) -> None:
+        """Leaves the current revision, which never served, no more than its share of the budgets."""
+        share = self._budgets.max_total - self._budgets.min_available
+        while self.windows[self._current].replicas > share and self._take_waiting(self._current, is_free=False):
+            pass
+
+    def _is_proven(self) -> bool:
+        pods = self._revisions[self._current]
+        return any(ordinal in pods.window for ordinal in pods.served | pods.available)
+
+    def grow_current(self) -> None:
+        """Adds current pods as far as the surge allows."""
+        replicas = self.windows[self._current].replicas
+        room = self._budgets.max_total - self._num_old_held() - replicas
+        self._add(self._current, min(room, self._budgets.num_desired - replicas))
+
+    def _add(self, name: str, count: int) -> None:
+        """Adds pods where their names are free, if they are anywhere."""
+        leaving = self._revisions[name].leaving
+        for _ in range(count):
+            window = self.windows[name]
+            if window.replicas == 0:
+                window = Window(max(leaving, default=-1) + 1)
+            is_below = window.end in leaving and window.start > 0 and window.start - 1 not in leaving
+            self.windows[name] = Window(window.start - is_below, window.replicas + 1)
+
+    # ---- paused
+
+    def follow_scale(self) -> dict[str, Window]:
+        """A paused rollout only follows a change of the desired number, in the revision that serves most."""
+        names = sorted(self.windows, key=lambda name: (self._num_available(name), self.windows[name].replicas))
+        self._add(names[-1], self._budgets.num_desired - self._total(names))
+        limit = self._budgets.num_desired if len(names) == 1 else self._budgets.max_total
+        self.shrink(names, limit)
+        return self.windows

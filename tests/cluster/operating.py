@@ -159,6 +159,23 @@ class Operator:
         body = json.dumps({"status": status})
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", "-p", body)
 
+    def keep_pod(self, pod: str) -> None:
+        """Deletes a pod, which then stays as a pod does that nobody ends."""
+        hold = json.dumps({"metadata": {"finalizers": ["example.com/hold"]}})
+        self.kubectl("patch", "pod", pod, "--type=merge", "-p", hold)
+        self.kubectl("delete", "pod", pod, "--wait=false")
+
+    def lose_pod(self, pod: str) -> None:
+        """What the node controller writes when it has lost the node."""
+        since = "2026-01-01T00:00:00Z"
+        ready = {"type": "Ready", "status": "False", "lastTransitionTime": since}
+        containers = {"type": "ContainersReady", "status": "True", "lastTransitionTime": since}
+        self.set_pod_status(pod, conditions=[ready, containers])
+
+    def release_pod(self, pod: str) -> None:
+        """Lets a pod that was kept be gone."""
+        self.kubectl("patch", "pod", pod, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+
     # ---- waiting
 
     def wait_for(self, predicate: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:

@@ -33,6 +33,17 @@ def used(operator: Operator) -> set[tuple[str, str]]:
     return {(verb, resource) for verb, resource in found if resource != "leases"}
 
 
+def lose_node_of_a_pod(operator: Operator) -> None:
+    """A pod is told to go, and its kubelet no longer answers: the operator deletes it for good."""
+    operator.wait_until_ready("chat")
+    pod = operator.pods("chat")[0]["metadata"]
+    operator.keep_pod(pod["name"])
+    operator.lose_pod(pod["name"])
+    operator.wait_for(lambda: ("delete", "pods") in operator.requests(), "the pod to be deleted for good")
+    operator.release_pod(pod["name"])
+    operator.wait_until_ready("chat")
+
+
 def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: Operator) -> None:
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{compute_revision(spec)}"
@@ -54,6 +65,7 @@ def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: 
             f"{kind} {child} to be put back",
         )
     operator.kubectl("delete", "service", "chat")
+    lose_node_of_a_pod(operator)
     operator.patch("chat", replicas=1, engine={"pageSize": 32})
     operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")

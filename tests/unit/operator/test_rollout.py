@@ -1,214 +1,194 @@
-"""The rollout's budgets hold in any order of events, and every rollout ends."""
+"""The rollout's budgets: single decisions. Any order of events: test_rollout_in_any_order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from toka_operator.rollout import Budgets, RevisionPods, decide_replicas
+from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
 
 
-def pods(replicas: int, available: int = 0, hopeless: int = 0, draining: int = 0) -> RevisionPods:
-    """The lowest ordinals are available, the highest hopeless."""
+def pods(
+    replicas: int, available: int = 0, unrecoverable: int = 0, draining: int = 0, served: int | None = None
+) -> RevisionPods:
+    """The lowest ordinals are available (and `served`, if not said otherwise), the highest unrecoverable."""
     return RevisionPods(
-        replicas, frozenset(range(available)), frozenset(range(replicas - hopeless, replicas)), draining
+        Window(0, replicas),
+        available=frozenset(range(available)),
+        served=frozenset(range(available if served is None else served)),
+        unrecoverable=frozenset(range(replicas - unrecoverable, replicas)),
+        num_draining=draining,
     )
 
 
+def states(word: str, start: int = 0, leaving: frozenset[int] = frozenset()) -> RevisionPods:
+    """One pod a letter: a available, s and u unready after it served (s for long), n failing before it ever served,
+    . starting, x leaving."""
+
+    def where(letters: str) -> frozenset[int]:
+        return frozenset(start + n for n, letter in enumerate(word) if letter in letters)
+
+    window = Window(start, len(word))
+    return RevisionPods(window, where("a"), where("asu"), where("sn"), leaving=where("x") | leaving)
+
+
+def decide(budgets: Budgets, current: str, revisions: dict[str, RevisionPods]) -> dict[str, int]:
+    """How many pods each revision gets."""
+    return {name: window.replicas for name, window in decide_windows(budgets, current, revisions).items()}
+
+
 def test_the_first_revision_comes_up_at_once() -> None:
-    assert decide_replicas(Budgets(3, 1, 0), "a", {}) == {"a": 3}
+    assert decide(Budgets(3, 1, 0), "a", {}) == {"a": 3}
 
 
 def test_a_new_revision_comes_up_by_max_surge_before_an_old_pod_goes() -> None:
-    assert decide_replicas(Budgets(3, 1, 0), "b", {"a": pods(3, 3)}) == {"a": 3, "b": 1}
+    assert decide(Budgets(3, 1, 0), "b", {"a": pods(3, 3)}) == {"a": 3, "b": 1}
 
 
 def test_an_old_pod_goes_once_a_new_one_is_available() -> None:
     both = {"a": pods(3, 3), "b": pods(1, 1)}
-    assert decide_replicas(Budgets(3, 1, 0), "b", both) == {"a": 2, "b": 1}
+    assert decide(Budgets(3, 1, 0), "b", both) == {"a": 2, "b": 1}
 
 
 def test_a_pod_that_drains_still_counts_as_surge() -> None:
     both = {"a": pods(2, 2, draining=1), "b": pods(1, 1)}
-    assert decide_replicas(Budgets(3, 1, 0), "b", both) == {"a": 2, "b": 1}
+    assert decide(Budgets(3, 1, 0), "b", both) == {"a": 2, "b": 1}
 
 
 def test_without_surge_an_old_pod_goes_first() -> None:
-    assert decide_replicas(Budgets(2, 0, 1), "b", {"a": pods(2, 2)}) == {"a": 1, "b": 0}
-    assert decide_replicas(Budgets(2, 0, 1), "b", {"a": pods(1, 1), "b": pods(0)}) == {"a": 1, "b": 1}
+    assert decide(Budgets(2, 0, 1), "b", {"a": pods(2, 2)}) == {"a": 1, "b": 0}
+    assert decide(Budgets(2, 0, 1), "b", {"a": pods(1, 1), "b": pods(0)}) == {"a": 1, "b": 1}
 
 
 def test_a_third_revision_replaces_the_second_before_the_first() -> None:
     both = {"a": pods(2, 2), "b": pods(1)}
-    assert decide_replicas(Budgets(2, 1, 0), "c", both)["b"] == 0
-    assert decide_replicas(Budgets(2, 1, 0), "c", both)["a"] == 2
+    assert decide(Budgets(2, 1, 0), "c", both)["b"] == 0
+    assert decide(Budgets(2, 1, 0), "c", both)["a"] == 2
+
+
+def test_of_two_old_revisions_that_serve_the_older_goes_first() -> None:
+    three = {"z": pods(1, 1), "a": pods(1, 1), "c": pods(1, 1)}
+    assert decide(Budgets(2, 1, 0), "c", three) == {"z": 0, "a": 1, "c": 1}
 
 
 def test_going_back_scales_the_old_revision_up_again() -> None:
     both = {"a": pods(1, 1), "b": pods(2, 1)}
-    assert decide_replicas(Budgets(2, 1, 0), "a", both) == {"a": 1, "b": 1}
-    assert decide_replicas(Budgets(2, 1, 0), "a", {"a": pods(1, 1), "b": pods(1, 1)}) == {"a": 2, "b": 1}
+    assert decide(Budgets(2, 1, 0), "a", both) == {"a": 1, "b": 1}
+    assert decide(Budgets(2, 1, 0), "a", {"a": pods(1, 1), "b": pods(1, 1)}) == {"a": 2, "b": 1}
 
 
 def test_an_old_pod_that_restarts_is_kept_until_a_new_one_serves_in_its_place() -> None:
     both = {"a": pods(2, 1), "b": pods(1, 0)}
-    assert decide_replicas(Budgets(2, 1, 0), "b", both) == {"a": 2, "b": 1}
-    assert decide_replicas(Budgets(2, 1, 0), "b", {"a": pods(2, 1), "b": pods(1, 1)})["a"] == 1
+    assert decide(Budgets(2, 1, 0), "b", both) == {"a": 2, "b": 1}
+    assert decide(Budgets(2, 1, 0), "b", {"a": pods(2, 1), "b": pods(1, 1)})["a"] == 1
 
 
 def test_old_pods_that_never_come_up_are_taken_away_at_once() -> None:
-    both = {"a": pods(2, 0, hopeless=2)}
-    assert decide_replicas(Budgets(2, 1, 0), "b", both)["a"] == 0
+    both = {"a": pods(2, 0, unrecoverable=2)}
+    assert decide(Budgets(2, 1, 0), "b", both)["a"] == 0
+
+
+@pytest.mark.parametrize("old", ["sss", "ass", "aas", "suu", "sas"])
+def test_old_pods_that_served_outlive_a_new_revision_that_never_does(old: str) -> None:
+    """They may come back; the room that they free is all that the new revision gets."""
+    for new in ("", ".", "n", "nn", "nnn"):
+        assert decide(Budgets(3, 1, 0), "b", {"a": states(old), "b": states(new)})["a"] == 3
+    assert decide(Budgets(1, 1, 0), "b", {"a": states("s"), "b": states("n")})["a"] == 1
+
+
+def test_a_stuck_old_pod_that_served_frees_room_and_goes_once_a_new_one_is_available() -> None:
+    assert decide(Budgets(3, 1, 0), "b", {"a": states("ass"), "b": states(".")}) == {"a": 3, "b": 3}
+    assert decide_windows(Budgets(3, 1, 0), "b", {"a": states("ass"), "b": states("a..")})["a"] == Window(0, 2)
 
 
 def test_a_dead_old_pod_below_an_available_one_blocks_nothing() -> None:
-    old = RevisionPods(3, frozenset({1, 2}), frozenset({0}))
-    assert decide_replicas(Budgets(3, 1, 0), "b", {"a": old, "b": pods(1, 1)}) == {"a": 3, "b": 2}
+    both = {"a": states("naa"), "b": states("a")}
+    assert decide_windows(Budgets(3, 1, 0), "b", both) == {"a": Window(1, 2), "b": Window(0, 2)}
 
 
-def test_nothing_is_wanted_while_suspended() -> None:
-    assert decide_replicas(Budgets(0, 1, 0), "b", {"a": pods(3, 3)}) == {"a": 0, "b": 0}
+def test_nothing_is_desired_while_suspended() -> None:
+    assert decide(Budgets(0, 1, 0), "b", {"a": pods(3, 3)}) == {"a": 0, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("seen", "desired", "kept"),
+    [
+        ("sa", 1, Window(1, 1)),
+        ("as", 1, Window(0, 1)),
+        (".a.", 1, Window(1, 1)),
+        ("asa", 1, Window(2, 1)),
+        ("aaa", 1, Window(2, 1)),
+        ("asa", 2, Window(0, 3)),
+        ("a.a", 2, Window(0, 3)),
+        ("aan", 2, Window(0, 2)),
+        ("naa", 2, Window(1, 2)),
+        ("s.", 1, Window(0, 1)),
+        (".n", 1, Window(0, 1)),
+        ("saas", 2, Window(1, 2)),
+    ],
+)
+def test_scaling_down_takes_the_pods_that_do_not_serve_first(seen: str, desired: int, kept: Window) -> None:
+    assert decide_windows(Budgets(desired, 1, 0), "a", {"a": states(seen)})["a"] == kept
+
+
+def test_a_pod_that_leaves_is_replaced_under_another_name_at_once() -> None:
+    budgets = Budgets(2, 1, 0)
+    assert decide_windows(budgets, "a", {"a": states("xa")}) == {"a": Window(1, 2)}
+    assert decide_windows(budgets, "a", {"a": states("a", 1, leaving=frozenset({0}))}) == {"a": Window(1, 2)}
+    assert decide_windows(budgets, "a", {"a": states("ax", 3)}) == {"a": Window(2, 2)}
+    assert decide_windows(budgets, "a", {"a": states("ax")}) == {"a": Window(0, 2)}, "both other names are not free"
+    assert decide_windows(budgets, "a", {"a": states("", leaving=frozenset({0, 1}))}) == {"a": Window(2, 2)}
+    assert decide_windows(budgets, "a", {"a": states("", 2)}) == {"a": Window(0, 2)}, "no name is taken"
 
 
 def test_a_paused_rollout_keeps_what_is_there() -> None:
     both = {"a": pods(2, 2), "b": pods(1, 1)}
-    assert decide_replicas(Budgets(2, 1, 0, is_paused=True), "b", both) == {"a": 2, "b": 1}
-    assert decide_replicas(Budgets(2, 1, 0, is_paused=True), "a", {}) == {}
+    assert decide(Budgets(2, 1, 0, is_paused=True), "b", both) == {"a": 2, "b": 1}
+    assert decide(Budgets(2, 1, 0, is_paused=True), "a", {}) == {}
 
 
 def test_a_paused_rollout_still_scales() -> None:
     both = {"a": pods(2, 2), "b": pods(1, 1)}
-    assert decide_replicas(Budgets(5, 1, 0, is_paused=True), "b", both) == {"a": 4, "b": 1}
-    assert sum(decide_replicas(Budgets(1, 1, 0, is_paused=True), "b", both).values()) == 2
+    assert decide(Budgets(5, 1, 0, is_paused=True), "b", both) == {"a": 4, "b": 1}
+    assert sum(decide(Budgets(1, 1, 0, is_paused=True), "b", both).values()) == 2
 
 
-@dataclass
-class FakeSet:
-    """What a StatefulSet and its pods do: surplus pods drain from the top, and may take long to go."""
-
-    replicas: int = 0
-    state: dict[int, str] = field(default_factory=dict)
-    draining: int = 0
-
-    def scale(self, replicas: int) -> None:
-        for ordinal in [o for o in self.state if o >= replicas]:
-            del self.state[ordinal]
-            self.draining += 1
-        self.replicas = replicas
-        for ordinal in range(replicas):
-            self.state.setdefault(ordinal, "starting")
-
-    def view(self) -> RevisionPods:
-        available = frozenset(o for o, s in self.state.items() if s == "available")
-        hopeless = frozenset(o for o, s in self.state.items() if s == "hopeless")
-        return RevisionPods(self.replicas, available, hopeless, self.draining)
+@pytest.mark.parametrize("surge", [1, 5])
+@pytest.mark.parametrize("current", ["a", "b"])
+def test_paused_with_one_revision_there_are_exactly_as_many_pods_as_desired(surge: int, current: str) -> None:
+    assert decide(Budgets(1, surge, 0, is_paused=True), current, {"a": pods(3, 3)}) == {"a": 1}
+    assert decide(Budgets(5, surge, 0, is_paused=True), current, {"a": pods(3, 3)}) == {"a": 5}
 
 
-class AnyOrderOfEvents(RuleBasedStateMachine):
-    """Pods start, fail, recover and drain, and the user changes the mind, in any order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sets: dict[str, FakeSet] = {}
-        self.current = "r0"
-        self.budgets = Budgets(1, 1, 0)
-
-    @initialize(wanted=st.integers(1, 4), budget=st.sampled_from([(1, 0), (0, 1), (2, 1), (1, 1), (3, 0)]))
-    def begin(self, wanted: int, budget: tuple[int, int]) -> None:
-        self.budgets = Budgets(wanted, *budget)
-
-    @rule(number=st.integers(0, 4))
-    def change_revision(self, number: int) -> None:
-        self.current = f"r{number}"
-
-    @rule(wanted=st.integers(1, 5))
-    def change_wanted(self, wanted: int) -> None:
-        self.budgets = Budgets(wanted, self.budgets.max_surge, self.budgets.max_unavailable)
-
-    @precondition(lambda self: any(s.state for s in self.sets.values()))
-    @rule(data=st.data(), state=st.sampled_from(["available", "available", "starting", "hopeless"]))
-    def change_pod(self, data: st.DataObject, state: str) -> None:
-        name = data.draw(st.sampled_from(sorted(n for n, s in self.sets.items() if s.state)))
-        ordinal = data.draw(st.sampled_from(sorted(self.sets[name].state)))
-        self.sets[name].state[ordinal] = state
-
-    @precondition(lambda self: any(s.draining for s in self.sets.values()))
-    @rule(data=st.data())
-    def finish_draining(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(n for n, s in self.sets.items() if s.draining)))
-        self.sets[name].draining -= 1
-
-    @rule()
-    def step(self) -> None:
-        self._step()
-
-    def _num_available(self) -> int:
-        return sum(s.view().num_available() for s in self.sets.values())
-
-    def _step(self) -> bool:
-        """One decision, checked and carried out; whether it changed anything."""
-        views = {name: s.view() for name, s in self.sets.items()}
-        before, current_before = self._num_available(), self.sets.get(self.current, FakeSet()).replicas
-        is_scale_down = current_before > self.budgets.num_wanted
-        targets = decide_replicas(self.budgets, self.current, views)
-        self._check_total(views, targets)
-        is_changed = any(self.sets.get(n, FakeSet(-1)).replicas != t for n, t in targets.items())
-        for name, target in targets.items():
-            self.sets.setdefault(name, FakeSet()).scale(target)
-        if not is_scale_down:
-            assert self._num_available() >= min(before, self.budgets.min_available)
-        return is_changed
-
-    def _check_total(self, views: dict[str, RevisionPods], targets: dict[str, int]) -> None:
-        grown = {n: t for n, t in targets.items() if t > views.get(n, pods(0)).replicas}
-        assert set(grown) <= {self.current}, "only the current revision grows"
-        if grown:
-            old = [v for n, v in views.items() if n != self.current]
-            asked = sum(v.replicas - v.num_hopeless() + v.num_draining for v in old)
-            assert asked + targets[self.current] <= self.budgets.max_total
-
-    @invariant()
-    def nobody_has_a_negative_number_of_pods(self) -> None:
-        assert all(s.replicas >= 0 for s in self.sets.values())
-
-    def teardown(self) -> None:
-        """Left alone, with pods that come up and go, every rollout ends."""
-        for _ in range(200):
-            is_changed = self._step()
-            for fake in self.sets.values():
-                fake.draining = 0
-                fake.state = dict.fromkeys(fake.state, "available")
-            if not is_changed and not self._step():
-                break
-        sizes = {name: s.replicas for name, s in self.sets.items() if s.replicas}
-        assert sizes == {self.current: self.budgets.num_wanted}
+def test_growth_during_a_rollout_goes_to_the_revision_that_serves() -> None:
+    assert decide(Budgets(6, 1, 0), "b", {"a": states("aaa"), "b": states("n")}) == {"a": 6, "b": 1}
+    assert decide(Budgets(6, 1, 0), "b", {"a": states("aaa"), "b": states(".nnn")}) == {"a": 6, "b": 1}
+    assert decide(Budgets(6, 1, 0), "b", {"a": states("aaa"), "b": states("a")}) == {"a": 3, "b": 4}
+    assert decide(Budgets(6, 1, 0), "b", {"a": states("aaa"), "b": states("u")}) == {"a": 3, "b": 4}
+    assert decide(Budgets(6, 1, 0), "b", {"a": states("uuu"), "b": states("n")}) == {"a": 3, "b": 4}
+    draining = {"a": pods(3, 3, draining=2), "b": states("n")}
+    assert decide(Budgets(6, 1, 0), "b", draining) == {"a": 4, "b": 1}, "no more than the surge allows"
 
 
-TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def test_an_old_pod_that_is_evicted_comes_back_while_the_new_revision_does_not_serve() -> None:
+    both = {"a": states("xaa"), "b": states("n")}
+    assert decide_windows(Budgets(3, 1, 0), "b", both) == {"a": Window(1, 3), "b": Window(0, 1)}
 
 
-@given(st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
-def test_a_rollout_whose_new_pods_never_come_up_keeps_the_old_ones(wanted: int, surge: int, down: int) -> None:
-    if surge + down == 0:
-        surge = 1
-    budgets = Budgets(wanted, surge, down)
-    old, new = FakeSet(), FakeSet()
-    old.scale(wanted)
-    old.state = dict.fromkeys(old.state, "available")
-    for _ in range(50):
-        targets = decide_replicas(budgets, "b", {"a": old.view(), "b": new.view()})
-        old.scale(targets["a"])
-        new.scale(targets["b"])
-        old.draining = 0
-    assert len(old.view().available) >= budgets.min_available
-    assert new.replicas <= surge + down
+@pytest.mark.parametrize("num_desired", [1, 2, 5])
+def test_a_decision_is_stable_once_the_rollout_is_over(num_desired: int) -> None:
+    done = {"b": pods(num_desired, num_desired)}
+    assert decide(Budgets(num_desired, 1, 0), "b", done) == {"b": num_desired}
 
 
-@pytest.mark.parametrize("wanted", [1, 2, 5])
-def test_a_decision_is_stable_once_the_rollout_is_over(wanted: int) -> None:
-    done = {"b": pods(wanted, wanted)}
-    assert decide_replicas(Budgets(wanted, 1, 0), "b", done) == {"b": wanted}
+@given(st.integers(1, 6), st.integers(0, 3), st.integers(0, 3), st.text("asu", min_size=6, max_size=6))
+def test_a_rollout_whose_new_pods_never_come_up_keeps_the_old_ones(
+    num_desired: int, surge: int, down: int, word: str
+) -> None:
+    budgets = Budgets(num_desired, surge if surge + down else 1, down)
+    old, new = word[:num_desired], ""
+    for _ in range(20):
+        windows = decide_windows(budgets, "b", {"a": states(old), "b": states(new)})
+        old = "".join(old[ordinal] for ordinal in windows["a"])
+        new = "n" * windows["b"].replicas
+        assert len(old) >= budgets.min_available
