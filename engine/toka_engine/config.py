@@ -115,7 +115,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Name | None, doc("file for the last words; default: /dev/termination-log where it can be written")
     ] = None
 
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), doc("of the sampler, for requests without a seed")] = 0
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        doc("of the noise for requests without a seed; default: other noise at every start and in every replica"),
+    ] = None
     num_threads: Annotated[
         NumThreads | None, doc("CPU threads of the model worker; default: what the cgroup allows")
     ] = None

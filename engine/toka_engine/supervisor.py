@@ -41,6 +41,7 @@ from toka_engine.messages import (
     Silent,
     Start,
 )
+from toka_engine.noise import settle_seed
 from toka_engine.processes import (
     BUSY_PONGS_STALLED,
     PING_INTERVAL_S,
@@ -88,7 +89,8 @@ class Supervisor:
     """Runs one engine. Use: `Supervisor(config, listener).run()`."""
 
     def __init__(self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES) -> None:
-        self._config = config
+        self._config = settle_seed(config)
+        self._is_seed_given = config.seed is not None
         self._listener = listener
         self._modules = modules
         self._children: dict[str, ChildProcess] = {}
@@ -105,6 +107,8 @@ class Supervisor:
         """Run the engine to its end; afterwards none of its processes is left."""
         with SignalFd(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD) as signals:
             try:
+                # A run whose seed was drawn can be had again with this one.
+                log.info("event=seed value=%d given=%s", self._config.seed, "T" if self._is_seed_given else "F")
                 self._resolve()
                 next_beat = time.monotonic() + PING_INTERVAL_S
                 while self._outcome is None:

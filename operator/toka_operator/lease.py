@@ -8,6 +8,7 @@ itself, before another may start. `is_held` is asked before every write.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Election(threading.Thread):
                 logger.info("lease=%s held=%s identity=%s", LEASE_NAME, was_held, self._settings.identity)
                 if was_held:
                     self._on_elected()
-            self._stop_event.wait(self._settings.lease_retry_s)
+            self._stop_event.wait(next_try_s(self._settings.lease_retry_s, self.is_held()))
         self._release()
 
     def _try_once(self) -> None:
@@ -126,3 +127,8 @@ class Election(threading.Thread):
             self._cluster.replace({**self._known, "spec": spec})
         except (ApiError, TransientError) as error:
             logger.warning("lease=%s event=not_released error=%r", LEASE_NAME, str(error))
+
+
+def next_try_s(retry_s: float, is_held: bool) -> float:
+    """Return the seconds until the next try: a leader renews on time, those that wait spread out their writes."""
+    return retry_s if is_held else retry_s * random.uniform(1.0, 1.2)

@@ -5,6 +5,7 @@ Owns: every name and limit that is not part of a TokaDeployment. May not import 
 
 from __future__ import annotations
 
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         engine_image=image,
         namespace=environ.get("TOKA_NAMESPACE", "default"),
         watch_namespaces=namespaces,
-        identity=environ.get("TOKA_IDENTITY") or socket.gethostname(),
+        identity=environ.get("TOKA_IDENTITY") or _make_identity(),
         num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),
         health_port=_read_int(environ, "TOKA_HEALTH_PORT", 8080, 0, 65535),
         log_level=log_level,
@@ -92,6 +93,11 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         names_check_s=_read_int(environ, "TOKA_NAMES_CHECK_SECONDS", 600, 1, 86400),
         stranger_retry_s=_read_int(environ, "TOKA_STRANGER_RETRY_SECONDS", 30, 1, 3600),
     )
+
+
+def _make_identity() -> str:
+    """Return a name for the Lease that no other operator has, one on the same host included: both would lead."""
+    return f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
 def _read_int(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

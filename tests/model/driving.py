@@ -24,6 +24,7 @@ def load(folder: Path, **settings: Any) -> Worker:
         "dtype": "float32",
         "kv_cache_num_tokens": 16384,
         "num_threads": 1,
+        "seed": 0,
     }
     return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None)
 

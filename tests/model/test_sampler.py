@@ -103,6 +103,14 @@ CASES: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.parametrize("bit", [0, 31, 32, 62])
+def test_engine_seeds_that_differ_in_any_bit_draw_other_tokens(bit: int) -> None:
+    logits, state = make_logits().expand(64, -1), make_state(64)
+    first, again, other = (sample(logits, state, seed=seed).ids for seed in (5, 5, 5 ^ 1 << bit))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 @pytest.mark.parametrize("name", list(CASES))
 def test_frequencies_of_draws_match_the_distribution(name: str) -> None:
     logits = make_logits()

@@ -59,7 +59,8 @@ def start_process(
     child_control.close()
     child_link.close()
     process = Process(popen, Channel(control, FromChild), Channel(link, WorkerToManager))
-    config = EngineConfig(device="cpu", dtype="float32", kv_cache_num_tokens=4096, num_threads=1, **settings)
+    defaults = {"device": "cpu", "dtype": "float32", "kv_cache_num_tokens": 4096, "num_threads": 1, "seed": 0}
+    config = EngineConfig(**{**defaults, **settings})
     process.control.send(Start(config, str(model_dir), str(model_dir)))
     return process
 

@@ -39,7 +39,7 @@ class Bench:
         self.logprobs = torch.zeros(n, device=device)
         self.step = 0
 
-    def draw(self, with_logprobs: bool = False) -> torch.Tensor:
+    def draw(self, with_logprobs: bool = False, engine_seed: int = 7) -> torch.Tensor:
         from toka_engine.model.kernels.filtering import apply_filters
         from toka_engine.model.kernels.sampling import block_stats, draw
         from toka_engine.model.kernels.seeded_sampling import add_noise
@@ -50,7 +50,7 @@ class Bench:
         filtered = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
         seeded = state.seed >= 0
         block_stats(self.logits, self.samples, state, self.work, with_logprobs)
-        random = torch.tensor([7, self.step], dtype=torch.int64, device=self.logits.device)
+        random = torch.tensor([engine_seed, self.step], dtype=torch.int64, device=self.logits.device)
         chosen = filtered.nonzero().flatten().int()
         draw_by_rejection(self.logits, self.samples, chosen, state, self.work, random)
         gather_best(self.logits, self.samples, chosen, state, self.work)
@@ -135,6 +135,17 @@ def test_frequencies_match_the_asked_distribution(device, generator, options, is
     counts = np.bincount(ids, minlength=vocab)
     assert counts[probabilities == 0].sum() == 0
     assert chi_square_is_plausible(counts, probabilities)
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 62])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}], ids=["plain", "rejection"])
+def test_engine_seeds_that_differ_in_any_bit_draw_other_tokens(device, generator, options, bit) -> None:
+    logits = torch.randn(1, 64, generator=generator, device=device) * 0.1
+    first, again, other = (
+        Bench(logits, [0] * 16, block=32, **options).draw(engine_seed=seed) for seed in (5, 5, 5 ^ 1 << bit)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @settings(max_examples=400 if ON_GPU else 12, deadline=None, derandomize=True)

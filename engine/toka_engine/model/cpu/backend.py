@@ -25,6 +25,7 @@ from toka_engine.model.cpu.sampler import CpuSampler
 from toka_engine.model.ops import Linear, Ops
 from toka_engine.model.runner import Runner
 from toka_engine.model.slot_state import SlotState
+from toka_engine.noise import settled_seed
 
 _PACKED_FOR_ROWS = 32
 _MAX_EXACT_SINGLE_ROW = 1024
@@ -68,7 +69,7 @@ def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBac
 def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
     if not isinstance(attention, CpuAttention):
         raise AssertionError("a CPU runner needs the CPU attention")
-    state, sample = SlotState(max_seqs, torch.device("cpu")), CpuSampler(config.seed, attention.read_tokens)
+    state, sample = SlotState(max_seqs, torch.device("cpu")), CpuSampler(settled_seed(config), attention.read_tokens)
     return Runner(model, attention, state, sample, has_repeatable_rows=True)
 
 

@@ -34,7 +34,8 @@ class CpuSampler:
     """An ops.Sample."""
 
     def __init__(self, seed: int, read_tokens: ReadTokens) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        # Not torch's generator: it keeps the lower half of a seed alone, so that one engine in 2**32 repeats another.
+        self._generator = np.random.Generator(np.random.PCG64(seed))
         self._read_tokens = read_tokens
 
     def __call__(
@@ -92,7 +93,7 @@ class CpuSampler:
         """x [n, vocab] -> [n] ids by inverse transform over blocks."""
         weights = x.sub(maxima[:, None]).div_(state.temperatures[slots][:, None]).exp_()
         blocks = _view_blocks(weights, 0.0)
-        uniforms = torch.rand(2, x.shape[0], 1, generator=self._generator, dtype=torch.float64)
+        uniforms = torch.from_numpy(self._generator.random((2, x.shape[0], 1)))
         block = _pick(blocks.sum(dim=2, dtype=torch.float64), uniforms[0])
         inside = blocks[torch.arange(x.shape[0]), block].double()
         return block * _BLOCK + _pick(inside, uniforms[1])

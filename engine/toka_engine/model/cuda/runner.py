@@ -25,6 +25,7 @@ from toka_engine.model.kernels.packets import RING
 from toka_engine.model.runner import Launched, Runner
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_state import SlotState as HostState
+from toka_engine.noise import settled_seed
 
 _OUTPUTS = 4
 _READ_BYTES_PER_S = 3e12
@@ -54,7 +55,7 @@ class CudaRunner(Runner):
     def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
-        self.sampler = GpuSampler(config.seed, self._slots, attention, max_seqs, vocab_size)
+        self.sampler = GpuSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
         super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), self.sampler, False)
         self.cuda_attention = attention
         self._new_slots, self._tokens = Staging(device), Staging(device)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 def behave(child: Child, link_fds: list[int]) -> None:
     behaviour = os.environ.get(f"TOKA_TEST_{child.name.upper()}", "ready")
     child.progress("load", "weights")
+    log.info("event=given process=%s seed=%s", child.name, child.start.config.seed)
     if behaviour == "memory":
         raise OutOfMemoryError(f"{child.name}: 1 GB short")
     if behaviour == "crash":
