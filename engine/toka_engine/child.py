@@ -35,6 +35,7 @@ from toka_engine.messages import (
     Start,
     ToChild,
 )
+from toka_engine.output import outlive_reader
 
 _PR_SET_PDEATHSIG = 1
 
@@ -121,6 +122,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
 
     Signals that a terminal sends to the whole group are left to the supervisor.
     """
+    outlive_reader()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)

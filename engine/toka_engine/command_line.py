@@ -87,11 +87,11 @@ def format_help() -> str:
 
 
 def format_keys(kind: type[msgspec.Struct]) -> str:
-    """Two lines per key: its type and default, and its meaning."""
+    """Return two lines per key: its type and default, and its meaning."""
     lines = []
     for field in _struct(kind).fields:
         kind_text, meaning = _describe(field.type)
-        lines.append(f"  {field.name} ({kind_text}) = {_default(field)}")
+        lines.append(f"  {field.name} ({kind_text}){', required' if field.required else f' = {_default(field)}'}")
         lines.append(f"      {meaning}")
     return "\n".join(lines)
 

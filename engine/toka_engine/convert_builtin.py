@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from toka_engine.output import run_command
+
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONFIG_KEYS_OF_THE_SOURCE = (
     "quantization_config",
@@ -109,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, __doc__)

@@ -19,6 +19,7 @@ from toka_engine import __version__
 from toka_engine.command_line import format_help, parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import REASONS, ConfigError, ExitCode, PortInUseError, TokaError
+from toka_engine.output import outlive_reader, run_command
 from toka_engine.supervisor import MODULES, Outcome, Supervisor
 
 _TERMINATION_LOG = "/dev/termination-log"
@@ -31,16 +32,15 @@ def main() -> None:
     """Entry point of the command `toka`."""
     arguments = sys.argv[1:]
     if {"--help", "-h"} & {*arguments}:
-        print(format_help())
-        sys.exit(ExitCode.OK)
+        run_command(lambda: print(format_help()))
     if "--version" in arguments:
-        print(f"toka {__version__}")
-        sys.exit(ExitCode.OK)
+        run_command(lambda: print(f"toka {__version__}"))
     sys.exit(run(arguments))
 
 
 def run(arguments: Sequence[str], modules: Mapping[str, str] = MODULES) -> ExitCode:
     """Run the engine that `arguments` describe until it ends; leave its last words where they belong."""
+    outlive_reader()
     termination_log = _TERMINATION_LOG
     try:
         config = parse_config(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,7 +20,8 @@ def main() -> int:
     try:
         settings = read_settings(os.environ)
     except SettingsError as error:
-        print(f"toka-operator: {error}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads why: the exit code still says it
+            print(f"toka-operator: {error}", file=sys.stderr)
         return 2
     _set_up_logging(settings)
     runtime = Runtime(settings)

@@ -22,6 +22,7 @@ from typing import Any
 
 import urllib3
 from kubernetes import config
+from toka_engine.output import run_command
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.processes import ProcessHandle
@@ -222,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

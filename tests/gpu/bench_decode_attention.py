@@ -19,6 +19,7 @@ import flashinfer
 import torch
 from toka_engine.model.kernels.decode_attention import Cut, Workspace, attend_decode
 from toka_engine.model.kernels.rope_append import rope_append
+from toka_engine.output import run_command
 
 from tests.gpu.bench_products import time_graph
 
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

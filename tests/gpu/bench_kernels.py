@@ -15,6 +15,7 @@ from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, 
 from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
 from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
+from toka_engine.output import run_command
 from triton.testing import do_bench
 
 DEVICE = torch.device("cuda")
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from toka_engine.model.kernels.decode_attention import Cut, OwnPart, Workspace, attend_decode
 from toka_engine.model.kernels.decode_attention_short import RowCut
+from toka_engine.output import run_command
 
 from tests.gpu.bench_products import compile_together, time_graph
 
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,6 @@ Ends with code 1 if it is not so. Usage: python tests/gpu/bench_products.py
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.gemv import Cut, SingleRowKernels
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
+from toka_engine.output import run_command
 from triton import knobs
 
 LAYERS = 16
@@ -313,4 +313,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from toka_engine.model.kernels.prefix_attention import attend_shared
 from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, lay_groups
+from toka_engine.output import run_command
 
 from tests.gpu.bench_products import compile_together, time_graph
 
@@ -154,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,8 @@ import torch
 from toka_engine.benchmarks.decoding import DecodeBench
 from toka_engine.command_line import parse_config
 from toka_engine.model.worker import Worker, load_worker
+from toka_engine.noise import settle_seed
+from toka_engine.output import run_command
 
 # rows, shared tokens, groups, own tokens
 CASES = [
@@ -68,7 +70,7 @@ def main() -> None:
     max_size = int(words[2]) if len(words) > 2 else 512
     fixed = ["device=cuda", "kv_cache_num_tokens=2200000", f"cudagraph_max_size={max_size}"]
     config = parse_config([*fixed, *settings])
-    worker = load_worker(config, folder, lambda phase, detail: None)
+    worker = load_worker(settle_seed(config), folder, lambda phase, detail: None)
     loaded = time.perf_counter()
     worker.warm_up()
     print(f"load_s={loaded - began:.1f} warm_up_s={time.perf_counter() - loaded:.1f}", flush=True)
@@ -86,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,6 +6,8 @@ import ast
 import sys
 from pathlib import Path
 
+from toka_engine.output import run_command
+
 NAMES = ("throughput", "cpu", "step", "hydragen", "manager", "api", "soak", "machine", "plot")
 
 
@@ -28,4 +30,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -37,6 +37,7 @@ from toka_engine.messages import (
     Start,
     Submit,
 )
+from toka_engine.output import run_command
 
 _PROMPT_TOKENS = 220
 _VOCABULARY = 49152
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, __doc__)

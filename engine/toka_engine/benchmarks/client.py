@@ -22,6 +22,7 @@ import aiohttp
 
 import toka_engine
 from toka_engine.benchmarks.workloads import Request, Workload, make_workload
+from toka_engine.output import run_command
 
 _ERRORS_KEPT = 2
 
@@ -200,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, __doc__)

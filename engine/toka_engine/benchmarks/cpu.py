@@ -23,6 +23,7 @@ from toka_engine.benchmarks.client import drive
 from toka_engine.benchmarks.engine import running_engine, wait_until_ready
 from toka_engine.benchmarks.workloads import Request, Workload
 from toka_engine.builtin import ensure_builtin
+from toka_engine.output import run_command
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _ROUNDS = 32, 64, 3
 _SHARED_PROMPT_TOKENS, _SHARED_OUTPUT_TOKENS, _CHOICES = 512, 16, 32
@@ -126,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, __doc__)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -45,6 +44,7 @@ from toka_engine.messages import Sampling, Submit
 from toka_engine.model.model_config import read_model_config
 from toka_engine.model.runner import Launched
 from toka_engine.model.worker import Worker
+from toka_engine.output import run_command
 
 _UNSHARED_PROMPT_TOKENS = 32
 _SPARE_STEPS = 8
@@ -268,4 +268,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -25,6 +25,7 @@ from toka_engine.errors import TokaError
 from toka_engine.model.devices import find_device
 from toka_engine.model.memory import count_threads
 from toka_engine.model.sizing import choose_dtype
+from toka_engine.output import run_command
 
 _COPY_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -91,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, __doc__)

@@ -52,6 +52,7 @@ from toka_engine.messages import (
     WorkerReady,
     WorkerToManager,
 )
+from toka_engine.output import run_command
 
 VOCABULARY = 128_256
 STOP = 128_001
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,6 +30,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from toka_engine.output import run_command
+
 _STYLE: Any = {
     "svg.hashsalt": "toka",  # ids inside the file do not depend on chance
     "svg.fonttype": "none",  # text stays text: smaller, and searchable
@@ -238,4 +240,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, __doc__)

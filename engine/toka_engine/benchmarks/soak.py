@@ -38,6 +38,7 @@ from toka_engine.benchmarks.soak_check import Agreement, Difference, check_greed
 from toka_engine.benchmarks.soak_reference import ask_reference
 from toka_engine.benchmarks.soak_traffic import Limits, Traffic
 from toka_engine.command_line import parse_config
+from toka_engine.output import run_command
 
 _MIN_AGREEMENT = 0.99
 _MEMORY_PERIOD_S = 1.0
@@ -252,4 +253,4 @@ def _builtin_folder() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, __doc__)

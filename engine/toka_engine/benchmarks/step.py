@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +24,8 @@ from toka_engine.benchmarks.decoding import DecodeBench
 from toka_engine.command_line import parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.model.worker import Worker, load_worker
+from toka_engine.noise import settle_seed
+from toka_engine.output import run_command
 
 
 def measure(worker: Worker, rows: int, prefix: int, suffix: int, repeats: int) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _counts(text: str) -> list[int]:
 
 def start_worker(config: EngineConfig, folder: Path) -> Worker:
     """Loaded and warmed up."""
-    worker = load_worker(config, folder, lambda phase, detail: None)
+    worker = load_worker(settle_seed(config), folder, lambda phase, detail: None)
     worker.warm_up()
     return worker
 
@@ -122,4 +123,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

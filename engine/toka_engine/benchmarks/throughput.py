@@ -48,6 +48,7 @@ from toka_engine.command_line import format_keys, parse_config, parse_struct
 from toka_engine.config import doc
 from toka_engine.errors import ConfigError, TokaError
 from toka_engine.model.model_config import read_model_config
+from toka_engine.output import run_command
 
 _MAX_VOCAB_SIZE = 128_000
 """Token ids of prompts, at most: what the peers were sent."""
@@ -257,4 +258,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

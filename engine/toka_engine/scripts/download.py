@@ -15,6 +15,7 @@ import msgspec
 from toka_engine.command_line import format_keys, parse_struct
 from toka_engine.config import EngineConfig, Name, doc
 from toka_engine.errors import REASONS, TokaError
+from toka_engine.output import run_command
 from toka_engine.resolve import resolve
 
 
@@ -28,7 +29,7 @@ class DownloadConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     """Entry point of the command `toka-download`."""
-    sys.exit(run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from msgspec import Meta
 from toka_engine.command_line import format_keys, parse_struct
 from toka_engine.config import doc
 from toka_engine.errors import ConfigError
+from toka_engine.output import run_command
 
 
 class PingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ class ServerError(Exception):
 
 def main() -> None:
     """Entry point of the command `toka-ping`."""
-    sys.exit(run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from tests.cluster.harness.cluster import Cluster
@@ -30,7 +31,8 @@ from tests.cluster.harness.tools import ensure_tools, purge
 
 
 def main() -> int:
-    """Run one command; errors are one sentence on stderr and status 1."""
+    """Run one command; errors are one sentence on stderr and status 1. Ends with the reader of its output."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # it holds no connection that this could end, as a server would
     arguments = _parser().parse_args()
     try:
         match arguments.command:

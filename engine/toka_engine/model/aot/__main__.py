@@ -19,6 +19,7 @@ from pathlib import Path
 from toka_engine.errors import REASONS, ConfigError, TokaError
 from toka_engine.model.cuda import flashinfer_modules, toolchain
 from toka_engine.model.cuda.flashinfer_modules import Kind
+from toka_engine.output import run_command
 
 _ARCHITECTURE = re.compile(r"(?P<major>[1-9][0-9]?)\.(?P<minor>[0-9])[af]?")
 _TRITON = "triton"
@@ -118,4 +119,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))
