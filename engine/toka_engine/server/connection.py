@@ -1,8 +1,8 @@
 """One HTTP connection: uvicorn's httptools protocol with the limits that uvicorn lacks.
 
 Owns: how long a client may take to send a request, how large its head may be, how long it may leave an answer
-unread, how many connections there are; and telling a running request that its client is gone. No routes, no
-bodies.
+unread, how many connections there are; that an offered upgrade is ignored and not the request; that HTTP/1.0 gets
+no chunks; and telling a running request that its client is gone. No routes, no bodies.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import msgspec
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from toka_engine.server.errors import ApiError, unavailable
+from toka_engine.server.half_closed import COMMENT, INTERIM, HalfClosedWatch
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -60,6 +62,10 @@ class Connection(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._num_parsed_bytes = 0
         self._is_in_head = True
+        self._takes_requests = True
+        self._running: RequestResponseCycle | None = None
+        """The request that is being answered, or was last; `cycle` is the one that arrived last."""
+        self._half_closed: HalfClosedWatch | None = None
         self.is_gone = False
 
     # ------------------------------------------------------------ life
@@ -71,8 +77,18 @@ class Connection(HttpToolsProtocol):
             return
         self._start_deadline()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection while requests that have arrived are answered, for as long as the client is there."""
+        if not self._end_after_answers():
+            return False
+        if self._half_closed is None:
+            self._half_closed = HalfClosedWatch(self.transport, self._probe)
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
+        if self._half_closed is not None:
+            self._half_closed.stop()
         self.resume_writing()
         super().connection_lost(exc)
         self.is_gone = True
@@ -81,17 +97,71 @@ class Connection(HttpToolsProtocol):
             callback()
         self._all.on_lost()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _probe(self) -> bytes:
+        """Return what may be sent to see whether the client is there, and is no part of the answer."""
+        cycle = self._running
+        if cycle is None or cycle.response_complete or self.flow.write_paused:
+            return b""
+        if not cycle.response_started:
+            return INTERIM if cycle.scope["http_version"] == "1.1" else b""
+        # Whole answers are never between head and end here, so that this one is a stream, between two events.
+        return b"%x\r\n%s\r\n" % (len(COMMENT), COMMENT) if cycle.chunked_encoding else COMMENT
+
+    def _end_after_answers(self) -> bool:
+        """Take no further request and close after the answers to those that have arrived whole. Return whether there
+        are any.
+        """
+        if self.pipeline and self.pipeline[0][0].more_body:
+            self.pipeline.popleft()
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is None or last.response_complete or last.more_body:
+            return False
+        last.keep_alive = False
+        self._takes_requests = False
+        self._stop_deadline()
+        return True
+
     # ------------------------------------------------------------ receiving
 
+    @property
+    def _is_deaf(self) -> bool:
+        return not self._takes_requests or self.transport.is_closing()
+
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._is_deaf:
             return
         if self._is_in_head:
             self._num_head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         # The body that came with the head does not count: a parsed head was measured by its own parts.
         if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. After a head that offers an upgrade it skips the body: so the head is parsed again without
+        the offer, which a server may ignore.
+        """
+        while data and not self._is_deaf:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = self._head_without_upgrade() + data[offer.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -109,22 +179,34 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_deaf:
+            return
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(ApiError(405, "This server is no proxy.", code="method_not_allowed"))
+            return
+        if self.parser.should_upgrade():
+            return  # `_parse` comes back with the same head
         self._is_in_head = False
         if self._num_parsed_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
             return
         super().on_headers_complete()
         self.scope["state"]["cycle"] = self.cycle
+        if self.scope["http_version"] != "1.1":
+            self.cycle.keep_alive = False
+            self.cycle.waiting_for_100_continue = False
 
     def on_body(self, body: bytes) -> None:
-        if self.cycle is not None and not self.transport.is_closing():
+        if self.cycle is not None and not self._is_deaf:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._is_in_head = True
         self._num_head_bytes = 0
         self._stop_deadline()
-        if self.cycle is not None and not self.transport.is_closing():
+        if self.cycle is not None and not self._is_deaf:
             super().on_message_complete()
 
     def watch_for_end(self) -> None:
@@ -144,6 +226,8 @@ class Connection(HttpToolsProtocol):
         self._deadline = None
         if self.pipeline:  # we stopped reading: an earlier request of this connection is still being answered
             self._start_deadline()
+        elif self._end_after_answers():
+            return
         elif self._num_head_bytes == 0 or (self.cycle is not None and self.cycle.response_started):
             self.transport.close()
         else:
@@ -172,9 +256,9 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(431, f"The request's head has more than {MAX_HEAD_BYTES} bytes.", code="head_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer outside any request and close."""
+        """Answer outside any request and close; only close, behind the answers to earlier requests."""
         self._stop_deadline()
-        if self.transport.is_closing():
+        if self._is_deaf or self._end_after_answers():
             return
         body = error.body()
         head = [

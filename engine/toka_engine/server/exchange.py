@@ -51,6 +51,8 @@ class Exchange:
         self.status = 0
         """0 until the answer has begun."""
         self._is_stream = False
+        self._is_chunked: bool = scope["http_version"] == "1.1"
+        """Else a stream ends with its connection."""
         self._is_complete = False
         self.body_bytes = 0
         self._receive = receive
@@ -92,6 +94,9 @@ class Exchange:
     ) -> None:
         """Write a whole answer."""
         self.status = status
+        if self._cycle.waiting_for_100_continue:
+            # Whether the body will still be sent is not known: what follows could be taken for it.
+            self._cycle.keep_alive = False
         fixed = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
         with JoinedWrites(self._cycle):
             await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
@@ -102,14 +107,22 @@ class Exchange:
         self.status = 200
         self._is_stream = True
         headers = [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        if self._is_chunked:
+            headers.append((b"transfer-encoding", b"chunked"))
+        else:
+            self._cycle.chunked_encoding = False
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write_events(self, events: bytes) -> None:
         """Write complete events; waits while the client does not read."""
+        if not self._is_chunked:
+            self._cycle.expected_content_length = len(events)
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self, events: bytes) -> None:
         self._is_complete = True
+        if not self._is_chunked:
+            self._cycle.expected_content_length = len(events)
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def release(self) -> None:

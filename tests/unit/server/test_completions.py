@@ -139,7 +139,7 @@ def test_echo_puts_the_prompt_before_each_choice(server: RunningServer, client: 
     assert len(text) > len(SENTENCE)
 
 
-def test_a_stop_string_across_tokens_cuts_text_and_usage(
+def test_a_stop_string_across_tokens_cuts_the_text_and_its_tokens_count(
     server: RunningServer, client: openai.OpenAI, sentence_ids: list[int]
 ) -> None:
     manager = server.manager

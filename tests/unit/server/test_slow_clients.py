@@ -118,6 +118,24 @@ def test_an_answer_may_take_longer_than_the_receive_deadline(hasty_server: Runni
         assert slow.recv(65536).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_half_a_request_behind_another_does_not_cut_its_answer(hasty_server: RunningServer, is_streamed: bool) -> None:
+    manager = hasty_server.manager
+    waiting: list[Submit] = []
+    manager.on_submit = waiting.append
+    with hasty_server.connect() as slow, hasty_server.connect() as silent:
+        raw = json.dumps(completion_body(stream=is_streamed)).encode()
+        slow.sendall(_POST + b"content-length: %d\r\n\r\n" % len(raw) + raw + b"GET /pi")
+        manager.wait_for(lambda: bool(waiting))
+        if is_streamed:
+            manager.send(each(streams_of(waiting[0]), [28]))
+        assert _read_all(silent) == b""  # the deadline has passed for both
+        speak(manager, waiting[0], [28])
+        answer = _read_all(slow)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" in answer if is_streamed else b'"usage"' in answer
+
+
 def test_a_keep_alive_connection_outlives_the_receive_deadline(hasty_server: RunningServer) -> None:
     with hasty_server.connect() as kept, hasty_server.connect() as silent:
         for _ in range(2):
