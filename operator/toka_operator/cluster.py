@@ -1,15 +1,16 @@
 """The API server, as this program uses it: list, watch, create, server-side apply, merge patch, delete,
 status.
 
-Owns: every request but kopf's own, paths, timeouts and the mapping of HTTP errors to our tree. The only
-user of the kubernetes client. Decides nothing and retries nothing; objects are plain dicts. Safe to use
-from several threads.
+Owns: every request but the discovery that kopf makes when it starts, paths, timeouts and the mapping of HTTP errors
+to our tree. The only user of the kubernetes client. Decides nothing and retries nothing; objects are plain dicts.
+Safe to use from several threads.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,16 @@ from toka_operator.errors import (
 from toka_operator.fields import Json
 from toka_operator.settings import FIELD_MANAGER, GROUP, PLURAL, VERSION
 
-CONNECT_TIMEOUT_S = 10.0
-REQUEST_TIMEOUT_S = 30.0
-WATCH_SERVER_TIMEOUT_S = 270
-WATCH_CLIENT_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 15.0
+"""Longest silence within the answer to a read."""
+WATCH_TIMEOUT_S = 25
+"""The API server ends each watch after so long, with a bookmark before. So a stream that is silent for longer is dead,
+however it died, and to go on from the last version costs one request."""
+WATCHES_PER_TIMEOUT = 4
+"""Many watches live longer: no more of them are renewed in a second than this."""
+WATCH_SILENCE_S = 5.0
+"""A stream without a byte for so much longer than its life is given up."""
 LIST_PAGE = 500
 
 _PATHS = {
@@ -61,17 +68,39 @@ class Page:
 
 
 class Cluster:
-    """A connection to one API server. `may_write` is asked before each write but those on Leases."""
+    """A connection to one API server. `write_window_s` says how long a write may take that begins now: 0.0 if we may
+    not write. Leases are not asked about: they have `lease_timeout_s`."""
 
-    def __init__(self, api_client: Any, may_write: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        api_client: Any,
+        write_window_s: Callable[[], float],
+        lease_timeout_s: float = READ_TIMEOUT_S,
+        watch_timeout_s: int = WATCH_TIMEOUT_S,
+        ca_file: Path | None = None,
+    ) -> None:
         self._api = api_client
-        self._may_write = may_write
+        self._write_window_s = write_window_s
+        self._lease_timeout_s = lease_timeout_s
+        self._watch_timeout_s = watch_timeout_s
+        self._ca_file = ca_file
+        self._ca = _read_bytes(ca_file)
+        self.last_answer = time.monotonic()
+        """When the API server last answered anything."""
 
-    def list_all(self, kind: str, namespace: str | None, selector: str = "") -> Page:
+    def has_outdated_ca(self) -> bool:
+        """Whether the certificate authority's file is another than was read at the start: only a new process reads
+        it again."""
+        current = _read_bytes(self._ca_file)
+        return bool(current) and current != self._ca
+
+    def list_all(self, kind: str, namespace: str | None, selector: str = "", field_selector: str = "") -> Page:
         """Every object of a kind, page by page. `namespace` None: the whole cluster."""
         query: list[tuple[str, Any]] = [("limit", LIST_PAGE)]
         if selector:
             query.append(("labelSelector", selector))
+        if field_selector:
+            query.append(("fieldSelector", field_selector))
         items: list[Json] = []
         token = ""
         while True:
@@ -81,13 +110,6 @@ class Cluster:
             if not token:
                 return Page(items, page["metadata"]["resourceVersion"])
 
-    def list_identities(self, kind: str, namespace: str | None) -> dict[tuple[str, str], str]:
-        """(namespace, name) -> uid of every object of a kind: a list of names, without the objects."""
-        accept = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"
-        page = self._request("GET", _path(kind, namespace), [("resourceVersion", "0")], accept=accept)
-        metadata = (item["metadata"] for item in page.get("items") or [])
-        return {(m["namespace"], m["name"]): m["uid"] for m in metadata}
-
     def watch(self, kind: str, namespace: str | None, selector: str, resource_version: str) -> Iterator[Json]:
         """Watch events until the server ends the stream. Raises GoneError when the version is too old."""
         query = [
@@ -95,10 +117,10 @@ class Cluster:
             ("labelSelector", selector),
             ("resourceVersion", resource_version),
             ("allowWatchBookmarks", "true"),
-            ("timeoutSeconds", WATCH_SERVER_TIMEOUT_S),
+            ("timeoutSeconds", self._watch_timeout_s),
         ]
-        timeout = (CONNECT_TIMEOUT_S, WATCH_CLIENT_TIMEOUT_S)
-        response = self._send("GET", _path(kind, namespace), query, timeout=timeout)
+        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=self._watch_timeout_s + WATCH_SILENCE_S)
+        response = self._send("GET", _path(kind, namespace), query, None, _JSON, timeout)
         try:
             if response.status >= 400:
                 raise _to_error(response.status, response.data, response.headers)
@@ -122,15 +144,19 @@ class Cluster:
         metadata = manifest["metadata"]
         return self._write("PUT", _path(manifest["kind"], metadata["namespace"], metadata["name"]), manifest, _JSON)
 
-    def apply_status(self, manifest: Json, uid: str) -> Json:
-        """Server-side apply of the status block; ConflictError if the object is not the one with this uid."""
+    def apply_status(self, manifest: Json) -> Json:
+        """Server-side apply of the status block; ConflictError if the object is not the one with the manifest's uid,
+        or not in its resourceVersion."""
         metadata = manifest["metadata"]
         path = _path(manifest["kind"], metadata["namespace"], metadata["name"]) + "/status"
-        return self._write("PATCH", path, {**manifest, "metadata": {**metadata, "uid": uid}}, _APPLY)
+        return self._write("PATCH", path, manifest, _APPLY)
 
-    def merge(self, kind: str, namespace: str, name: str, uid: str, patch: Json) -> Json:
-        """JSON merge patch of an existing object; ConflictError if that is not the one with this uid."""
-        body = {**patch, "metadata": {**patch.get("metadata", {}), "uid": uid}}
+    def merge(self, kind: str, live: Json, patch: Json) -> Json:
+        """JSON merge patch of `live`; ConflictError if that is no longer the object, or the newest version of it."""
+        metadata = live["metadata"]
+        namespace, name = metadata["namespace"], metadata["name"]
+        identity = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+        body = {**patch, "metadata": {**patch.get("metadata", {}), **identity}}
         return self._write("PATCH", _path(kind, namespace, name), body, _MERGE)
 
     def delete(self, kind: str, namespace: str, name: str, uid: str, grace_s: int | None = None) -> None:
@@ -149,12 +175,15 @@ class Cluster:
         self._write("DELETE", _path(kind, namespace, name), body, _JSON)
 
     def _write(self, method: str, path: str, body: Json, content_type: str) -> Json:
-        if "/leases" not in path and not self._may_write():
+        window_s = self._lease_timeout_s if "/leases" in path else self._write_window_s()
+        if window_s <= 0.0:
             raise NotLeaderError(f"{method} {path}: the lease is not held")
         query: list[tuple[str, Any]] = [] if method == "DELETE" else [("fieldManager", FIELD_MANAGER)]
         if content_type == _APPLY:
             query.append(("force", "true"))
-        return self._request(method, path, query, body, content_type)
+        elif method != "DELETE":
+            query.append(("fieldValidation", "Strict"))  # a misspelt field of a sidecar is refused by its name
+        return self._request(method, path, query, body, content_type, urllib3.Timeout(total=window_s))
 
     def _request(
         self,
@@ -163,10 +192,13 @@ class Cluster:
         query: list[tuple[str, Any]],
         body: Json | None = None,
         content_type: str = _JSON,
-        accept: str = "application/json",
+        timeout: urllib3.Timeout | None = None,
     ) -> Json:
-        timeout = (CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S)
-        response = self._send(method, path, query, body, content_type, accept, timeout)
+        if timeout is None:
+            is_lease = "/leases" in path
+            limit_s = self._lease_timeout_s if is_lease else None
+            timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S, total=limit_s)
+        response = self._send(method, path, query, body, content_type, timeout)
         try:
             data = response.data
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -182,28 +214,28 @@ class Cluster:
         method: str,
         path: str,
         query: list[tuple[str, Any]],
-        body: Json | None = None,
-        content_type: str = _JSON,
-        accept: str = "application/json",
-        timeout: tuple[float, float] = (CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S),
+        body: Json | None,
+        content_type: str,
+        timeout: urllib3.Timeout,
     ) -> Any:
         verb, url, headers, *_ = self._api.param_serialize(
             method=method,
             resource_path=path,
             query_params=query,
-            header_params={"Accept": accept, "Content-Type": content_type},
+            header_params={"Accept": _JSON, "Content-Type": content_type},
             auth_settings=["BearerToken"],
         )
-        connect_s, read_s = timeout
         try:
-            return self._api.rest_client.pool_manager.request(
+            response = self._api.rest_client.pool_manager.request(
                 verb,
                 url,
                 body=None if body is None else encode_canonically(body),
                 headers=headers,
-                timeout=urllib3.Timeout(connect=connect_s, read=read_s),
+                timeout=timeout,
                 preload_content=False,
             )
+            self.last_answer = time.monotonic()
+            return response
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise TransientError(f"{method} {path}: {error}") from error
 
@@ -220,7 +252,7 @@ def encode_canonically(body: Json) -> bytes:
     return text.encode()
 
 
-def connect(num_connections: int, may_write: Callable[[], bool]) -> Cluster:
+def connect(num_watches: int, num_writers: int, write_window_s: Callable[[], float], lease_timeout_s: float) -> Cluster:
     """A Cluster from the pod's service account, else from KUBECONFIG."""
     configuration = client.Configuration()
     if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
@@ -228,10 +260,20 @@ def connect(num_connections: int, may_write: Callable[[], bool]) -> Cluster:
     else:
         path = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
         config.load_kube_config(config_file=path, client_configuration=configuration)
-    configuration.connection_pool_maxsize = num_connections
+    configuration.connection_pool_maxsize = num_watches + num_writers + 4
     configuration.retries = False
     configuration.keep_alive = True
-    return Cluster(client.ApiClient(configuration), may_write)
+    ca_file = Path(configuration.ssl_ca_cert) if configuration.ssl_ca_cert else None
+    watch_timeout_s = max(WATCH_TIMEOUT_S, num_watches // WATCHES_PER_TIMEOUT)
+    return Cluster(client.ApiClient(configuration), write_window_s, lease_timeout_s, watch_timeout_s, ca_file)
+
+
+def _read_bytes(path: Path | None) -> bytes:
+    """What a file holds; nothing if there is none."""
+    try:
+        return path.read_bytes() if path is not None else b""
+    except OSError:
+        return b""
 
 
 def _path(kind: str, namespace: str | None, name: str = "") -> str:
@@ -247,9 +289,11 @@ def _read_events(response: Any) -> Iterator[Json]:
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in filter(None, lines):
             event = _parse_json(line)
-            if event["type"] == "ERROR":
-                status = event["object"]
-                raise _to_error(int(status.get("code", 500)), json.dumps(status).encode(), {})
+            if event.get("type") == "ERROR":
+                status = event.get("object") or {}
+                raise _to_error(int(status.get("code") or 500), json.dumps(status).encode(), {})
+            if not isinstance(event.get("object"), dict) or "metadata" not in event["object"]:
+                raise TransientError("a watch event has no object")
             yield event
 
 

@@ -1,6 +1,6 @@
 """The operator's own HTTP port: /livez, /readyz and /metrics.
 
-Owns: how the process tells about itself. It takes no input and changes nothing.
+Owns: the answers' form, not their content. It takes no input and changes nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 
 class HealthServer:
-    """Answers in threads of its own. `describe_trouble` returns "" while the process is well."""
+    """Answers in threads of its own.
+
+    `describe_trouble` returns "" unless a restart would help; `describe_readiness` whether the replica is ready, and
+    what it lacks.
+    """
 
     def __init__(
         self,
         port: int,
         describe_trouble: Callable[[], str],
-        is_ready: Callable[[], bool],
+        describe_readiness: Callable[[], tuple[bool, str]],
         measure: Callable[[], None],
     ) -> None:
         def answer(path: str) -> tuple[int, bytes, str]:
@@ -27,7 +31,8 @@ class HealthServer:
                 trouble = describe_trouble()
                 return (503 if trouble else 200), (trouble or "ok").encode(), "text/plain"
             if path == "/readyz":
-                return (200, b"ok", "text/plain") if is_ready() else (503, b"caches are filling", "text/plain")
+                is_ready, text = describe_readiness()
+                return (200 if is_ready else 503), text.encode(), "text/plain"
             if path == "/metrics":
                 measure()
                 return 200, generate_latest(), CONTENT_TYPE_LATEST

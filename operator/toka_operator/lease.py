@@ -2,7 +2,7 @@
 
 Owns: who leads, by the rules of client-go: a lease is taken when its holder did not renew it for its whole
 duration *as measured by our own clock*, and a leader that could not renew before the deadline stops by
-itself, before another may start. `is_held` is asked before every write.
+itself, before another may start. Every write asks `write_window_s`, and is given up before another may act.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ from toka_operator.settings import LEASE_NAME, Settings
 logger = logging.getLogger("toka.lease")
 
 
+LEASE_SILENCE_S = 60.0
+"""A replica that has not seen the Lease renewed, by whomever, for so long could not take part in an election."""
+
+
 class Election(threading.Thread):
-    """Runs until stopped; gives the lease back then, so that the next leader need not wait."""
+    """Runs until stopped; gives the lease back then, so that the next leader need not wait.
+
+    `on_elected` is called at the beginning of each term. A term ends when the Lease lapses, also if nobody looked
+    meanwhile and the next renewal succeeds.
+    """
 
     def __init__(self, settings: Settings, on_elected: Callable[[], None]) -> None:
         super().__init__(name="lease", daemon=True)
@@ -34,14 +42,34 @@ class Election(threading.Thread):
         self._known: Json | None = None
         self._seen_at = 0.0
         self._held_until = 0.0
+        self._is_new_term = False
+        """Whether a term began that `on_elected` was not called for."""
+        self._renewal: tuple[str, str] | None = None
+        """Holder and time of the last renewal that was read."""
+        self._alive_at: float | None = None
+        """When the Lease was last seen renewed, by us or another."""
 
     def connect(self, cluster: Cluster) -> None:
-        """The cluster asks `is_held` before writes, so the two are made one after the other."""
+        """The cluster asks `write_window_s` before writes, so the two are made one after the other."""
         self._cluster = cluster
 
     def is_held(self) -> bool:
         """Whether we surely lead now."""
         return time.monotonic() < self._held_until
+
+    def write_window_s(self) -> float:
+        """Seconds that a write may take which begins now, so that it ends before another may lead; 0.0 if we do not."""
+        left_s = self._held_until - time.monotonic()
+        if left_s <= 0.0:
+            return 0.0
+        return left_s + self._settings.lease_duration_s - self._settings.lease_renew_deadline_s
+
+    def describe_silence(self) -> str:
+        """Why this replica could not take part in an election; empty if it can."""
+        if self._alive_at is None:
+            return f"lease {LEASE_NAME} has no living holder yet"
+        silence_s = time.monotonic() - self._alive_at
+        return f"lease {LEASE_NAME} was not seen renewed for {silence_s:.0f} s" if silence_s > LEASE_SILENCE_S else ""
 
     def stop(self) -> None:
         self._stop_event.set()
@@ -59,8 +87,9 @@ class Election(threading.Thread):
             if self.is_held() != was_held:
                 was_held = not was_held
                 logger.info("lease=%s held=%s identity=%s", LEASE_NAME, was_held, self._settings.identity)
-                if was_held:
-                    self._on_elected()
+            if self._is_new_term:
+                self._is_new_term = False
+                self._on_elected()
             self._stop_event.wait(next_try_s(self._settings.lease_retry_s, self.is_held()))
         self._release()
 
@@ -89,7 +118,16 @@ class Election(threading.Thread):
         if not is_same:
             self._seen_at = time.monotonic()
         self._known = lease
+        self._note_renewal(lease)
         return lease
+
+    def _note_renewal(self, lease: Json) -> None:
+        """Whoever renewed the Lease since it was read last is alive."""
+        spec = lease["spec"]
+        renewal = (spec.get("holderIdentity") or "", spec.get("renewTime") or "")
+        if self._renewal is not None and renewal != self._renewal and renewal[0]:
+            self._alive_at = time.monotonic()
+        self._renewal = renewal
 
     def _write(self, lease: Json | None) -> Json:
         assert self._cluster is not None
@@ -113,10 +151,15 @@ class Election(threading.Thread):
         return self._cluster.create(manifest)
 
     def _accept(self, lease: Json, started: float) -> None:
-        """We lead until the renewal deadline, counted from before the request."""
+        """We lead until the renewal deadline, counted from before the request. A new term begins unless we still
+        led until now."""
+        was_held = self.is_held()
         self._known = lease
         self._seen_at = started
+        self._alive_at = time.monotonic()
         self._held_until = started + self._settings.lease_renew_deadline_s
+        if not was_held and self.is_held():
+            self._is_new_term = True
 
     def _release(self) -> None:
         if not self.is_held() or self._cluster is None or self._known is None:

@@ -28,14 +28,7 @@ def main() -> int:
     registry = kopf.OperatorRegistry()
     register(registry, runtime)
     try:
-        runtime.wait_for_resource()
-        runtime.start()
-        kopf.run(
-            registry=registry,
-            standalone=True,
-            clusterwide=not settings.watch_namespaces,
-            namespaces=settings.watch_namespaces,
-        )
+        kopf.run(registry=registry, standalone=True, clusterwide=True)
     finally:
         runtime.stop()
     return 0

@@ -11,3 +11,6 @@ WATCH_RESTARTS = Counter("toka_operator_watch_restarts_total", "Watches begun an
 QUEUE_DEPTH = Gauge("toka_operator_queue_depth", "Keys waiting or worked on.")
 QUEUE_OLDEST_SECONDS = Gauge("toka_operator_queue_oldest_seconds", "How long the oldest waiting key has waited.")
 IS_LEADER = Gauge("toka_operator_is_leader", "1 while this replica holds the Lease.")
+UNWATCHED_NAMESPACES = Gauge(
+    "toka_operator_unwatched_namespaces", "Namespaces that cannot be watched: gone, or without a Role."
+)

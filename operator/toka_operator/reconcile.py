@@ -73,14 +73,28 @@ class Reconciler:
             return None
         metadata = deployment["metadata"]
         owner = Owner(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata.get("generation", 1)))
-        previous = deployment.get("status") or {}
         spec = parse(deployment)
+        requeue_s: float | None = None
         if isinstance(spec, list):
-            self._write_status(owner, previous, build_invalid_status(owner, spec, previous, time.time()))
-            return None
-        return self._converge(owner, spec, previous)
+            previous = deployment.get("status") or {}
+            self._write_status(owner, deployment, build_invalid_status(owner, spec, previous, time.time()))
+        else:
+            requeue_s = self._converge(owner, spec, deployment)
+        return 0.0 if self._has_changed(key, owner) else requeue_s
 
-    def _converge(self, owner: Owner, spec: TokaDeploymentSpec, previous: Json) -> float | None:
+    def _has_changed(self, key: Key, owner: Owner) -> bool:
+        """Whether the object has another spec by now than this pass worked on.
+
+        The answer to our own write may bring it before the watch does, whose event is then no news.
+        """
+        newest = self._deployments.get(key)
+        if newest is None:
+            return False
+        metadata = newest["metadata"]
+        return (metadata["uid"], int(metadata.get("generation", 1))) != (owner.uid, owner.generation)
+
+    def _converge(self, owner: Owner, spec: TokaDeploymentSpec, deployment: Json) -> float | None:
+        previous = deployment.get("status") or {}
         memory = self._memories.setdefault((owner.namespace, owner.name), _Memory())
         observed = self._observe(owner, memory)
         plan = make_plan(owner, spec, observed, self._settings.engine_image, time.time())
@@ -98,7 +112,7 @@ class Reconciler:
             _delay_status(memory, previous, status),
         ]
         if memory.status_due is None:
-            self._write_status(owner, previous, status)
+            self._write_status(owner, deployment, status)
         if memory.strangers:
             delays.append(max(0.1, min(memory.strangers.values()) - time.monotonic()))
         if outcome.rejected:
@@ -131,7 +145,7 @@ class Reconciler:
         return Observed(children, views, frozenset(memory.strangers), names)
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
-        """Before children are made *again*: kopf may not have told that the object itself is gone.
+        """Before children are made *again*: the object itself may be gone, and another watch told of them first.
 
         Costs one read, and only when a child is missing from an object that was reconciled before.
         """
@@ -143,7 +157,7 @@ class Reconciler:
             raise TransientError(f"{KIND} {owner.namespace}/{owner.name} is being replaced")
 
     def _refresh(self, owner: Owner) -> Json:
-        """Reads the TokaDeployment itself, which otherwise kopf tells us about."""
+        """Reads the TokaDeployment itself, which otherwise its watch tells us about."""
         key = (owner.namespace, owner.name)
         try:
             found = self._cluster.read(KIND, *key)
@@ -253,14 +267,24 @@ class Reconciler:
         kind, metadata = desired["kind"], live["metadata"]
         name, namespace = metadata["name"], metadata["namespace"]
         try:
-            live = self._cluster.merge(kind, namespace, name, metadata["uid"], patch)
+            live = self._cluster.merge(kind, live, patch)
         except (ConflictError, NotFoundError) as error:
-            self._stores[kind].forget((namespace, name))
+            self._look_again(kind, namespace, name)
             raise TransientError(f"{kind} {namespace}/{name} changed meanwhile: {error.message}") from error
         WRITES.labels(kind=kind, verb="patch").inc()
         live.setdefault("kind", kind)
         self._stores[kind].put(live)
         return live
+
+    def _look_again(self, kind: str, namespace: str, name: str) -> None:
+        """Reads a child that is another than we knew."""
+        try:
+            found = self._cluster.read(kind, namespace, name)
+        except NotFoundError:
+            self._stores[kind].forget((namespace, name))
+            return
+        found.setdefault("kind", kind)
+        self._stores[kind].put(found)
 
     def _delete_child(self, owner: Owner, kind: str, name: str, uid: str, grace_s: int | None = None) -> None:
         try:
@@ -269,17 +293,16 @@ class Reconciler:
         except (NotFoundError, ConflictError):
             self._stores[kind].forget((owner.namespace, name))
 
-    def _write_status(self, owner: Owner, previous: Json, status: Json) -> None:
+    def _write_status(self, owner: Owner, deployment: Json, status: Json) -> None:
+        """Writes the status of the object as it was when the pass began: what a newer spec needs, this may not say."""
+        previous = deployment.get("status") or {}
         if status == previous:
             return
-        manifest = {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "metadata": {"name": owner.name, "namespace": owner.namespace},
-            "status": status,
-        }
+        metadata = {"name": owner.name, "namespace": owner.namespace, "uid": owner.uid}
+        metadata["resourceVersion"] = deployment["metadata"]["resourceVersion"]
+        manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
         try:
-            updated = self._cluster.apply_status(manifest, owner.uid)
+            updated = self._cluster.apply_status(manifest)
         except NotFoundError:
             self._deployments.forget((owner.namespace, owner.name))
             return

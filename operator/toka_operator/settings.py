@@ -48,9 +48,6 @@ class Settings:
     lease_duration_s: float = 15.0
     lease_renew_deadline_s: float = 10.0
     lease_retry_s: float = 2.0
-    names_check_s: float = 600.0
-    """How often one list of names is compared with what we know, because kopf does not report what
-    vanished in a gap."""
     stranger_retry_s: float = 30.0
     """How soon a child's name that a stranger holds is tried again: no watch of ours can see that it was
     freed."""
@@ -90,7 +87,6 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         lease_duration_s=duration_s,
         lease_renew_deadline_s=deadline_s,
         lease_retry_s=retry_s,
-        names_check_s=_read_int(environ, "TOKA_NAMES_CHECK_SECONDS", 600, 1, 86400),
         stranger_retry_s=_read_int(environ, "TOKA_STRANGER_RETRY_SECONDS", 30, 1, 3600),
     )
 

@@ -74,11 +74,15 @@ class Store:
         with self._lock:
             return self._discard(name)
 
-    def replace_all(self, objects: Iterable[Json], version: int) -> set[Key]:
-        """Takes over a complete list made at `version`. Returns the keys of everything that changed."""
+    def replace_all(self, objects: Iterable[Json], version: int, namespace: str | None = None) -> set[Key]:
+        """Takes over a complete list of a namespace (None: of the whole cluster) made at `version`.
+
+        Returns the keys of everything that changed. Other namespaces' objects stay as they are.
+        """
         listed = {_name(obj): obj for obj in objects}
         with self._lock:
-            gone = [n for n, o in self._objects.items() if n not in listed and _version(o) <= version]
+            known = ((n, o) for n, o in self._objects.items() if namespace in (None, n[0]))
+            gone = [n for n, o in known if n not in listed and _version(o) <= version]
             changed = {key for key in (self._discard(name) for name in gone) if key is not None}
         return changed.union(*map(self.put, listed.values()))
 
@@ -91,9 +95,10 @@ class Store:
         with self._lock:
             return [self._objects[name] for name in sorted(self._members.get(key, ()))]
 
-    def list_keys(self) -> list[Key]:
+    def list_keys(self, namespace: str | None = None) -> list[Key]:
+        """Every key with an object, of one namespace or (None) of all."""
         with self._lock:
-            return list(self._members)
+            return [key for key in self._members if namespace in (None, key[0])]
 
     def _discard(self, name: Key) -> Key | None:
         known = self._objects.pop(name, None)

@@ -18,6 +18,8 @@ K = TypeVar("K", bound=Hashable)
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LAST_S = 30.0
+TIMED_APART_S = 1.0
+"""Time alone calls for no more passes of a key than one in so long, whatever a pass asks for."""
 
 
 class WorkQueue(Generic[K]):
@@ -40,6 +42,8 @@ class WorkQueue(Generic[K]):
         """What is worked on -> whether it came in bulk."""
         self._again: set[K] = set()
         self._failures: dict[K, int] = {}
+        self._fired: OrderedDict[K, float] = OrderedDict()
+        """Keys whose delay ended within `TIMED_APART_S` -> when."""
         self._sequence = 0
         self._is_closed = False
 
@@ -51,13 +55,13 @@ class WorkQueue(Generic[K]):
     def add_after(self, key: K, delay_s: float) -> None:
         """Asks for work on `key` in `delay_s`, or earlier if that was asked for before."""
         with self._changed:
-            due = time.monotonic() + delay_s
-            if self._is_closed or self._due.get(key, float("inf")) <= due:
-                return
-            self._due[key] = due
-            self._sequence += 1
-            heapq.heappush(self._later, (due, self._sequence, key))
-            self._changed.notify()
+            self._add_at(key, time.monotonic() + delay_s)
+
+    def add_timed(self, key: K, delay_s: float) -> None:
+        """As `add_after`, for a pass that nothing but time calls for: at most one a second, so that no mistake of a
+        pass makes a loop that burns a core."""
+        with self._changed:
+            self._add_at(key, max(time.monotonic() + delay_s, self._fired.get(key, 0.0) + TIMED_APART_S))
 
     def get(self) -> K | None:
         """The next key, or None once the queue is closed. Call `done` or `retry` afterwards."""
@@ -114,6 +118,14 @@ class WorkQueue(Generic[K]):
             self._ready[key] = time.monotonic()
         self._changed.notify()
 
+    def _add_at(self, key: K, due: float) -> None:
+        if self._is_closed or self._due.get(key, float("inf")) <= due:
+            return
+        self._due[key] = due
+        self._sequence += 1
+        heapq.heappush(self._later, (due, self._sequence, key))
+        self._changed.notify()
+
     def _choose_line(self) -> OrderedDict[K, float]:
         """The line to take the next key from; it is empty if there is nothing to do."""
         may_take_bulk = self._bulk and sum(self._working.values()) < self._max_bulk_workers
@@ -138,4 +150,8 @@ class WorkQueue(Generic[K]):
             due, _, key = heapq.heappop(self._later)
             if self._due.get(key) == due:
                 del self._due[key]
+                self._fired[key] = now
+                self._fired.move_to_end(key)
                 self._add(key)
+        while self._fired and next(iter(self._fired.values())) + TIMED_APART_S < now:
+            self._fired.popitem(last=False)

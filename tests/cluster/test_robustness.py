@@ -17,7 +17,6 @@ BROKEN = (
     "logger=kopf",
     "event=failed",
     "event=retry",
-    "event=names_not_compared",
     "event=Ready lost=",
     "Traceback",
 )

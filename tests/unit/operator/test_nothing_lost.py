@@ -1,0 +1,295 @@
+"""No change of an object is lost, whatever our own writes, the Lease and the watches do meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from toka_operator import lease as lease_module
+from toka_operator.cluster import Page
+from toka_operator.errors import ApiError, GoneError, NotFoundError, TransientError
+from toka_operator.lease import LEASE_SILENCE_S, Election
+from toka_operator.settings import KIND, Settings
+from toka_operator.store import Store
+from toka_operator.watches import Watch, own_key
+from toka_operator.workqueue import TIMED_APART_S, WorkQueue
+
+from tests.unit.operator.fakes import FakeCluster, World
+
+Json = dict[str, Any]
+
+
+# ---- the object, and our own writes to it
+
+
+def test_a_spec_that_changes_while_its_status_is_written_is_worked_on_next() -> None:
+    """The user writes between the watch event of our pass and our status write, whose answer would hide that."""
+    world = World()
+    world.put(suspend=True)
+    world.show()
+    world.put(suspend=True, service={"port": 8080})
+    with pytest.raises(TransientError):
+        world.reconcile()
+    assert world.status() == {}, "it would tell of a spec that is no more"
+    world.reconcile()
+    assert world.status()["observedGeneration"] == 2
+    assert world.cluster.objects["Service", "apps", "chat"]["spec"]["ports"][0]["port"] == 8080
+
+
+def test_a_newer_spec_that_our_own_answer_brings_asks_for_another_pass() -> None:
+    world = World()
+    world.put()
+    world.show()
+    world.reconcile()  # the children
+
+    def user_writes(verb: str, body: Json) -> None:
+        """Right after our patch of a child, the answer to our next read brings a newer spec."""
+        world.cluster.after = lambda *_: None
+        world.put(replicas=2)
+        world.deployments.put(world.cluster.read(KIND, "apps", "chat"))
+
+    world.show()
+    world.cluster.objects["Service", "apps", "chat"]["spec"]["ports"] = []
+    world.cluster.store(world.cluster.objects["Service", "apps", "chat"])
+    world.show()
+    world.cluster.after = user_writes
+    assert world.reconcile() == 0.0
+
+
+def test_a_list_of_one_namespace_leaves_the_others_alone() -> None:
+    store = Store(own_key)
+
+    def obj(namespace: str, name: str, version: int) -> Json:
+        return {"metadata": {"namespace": namespace, "name": name, "uid": name, "resourceVersion": str(version)}}
+
+    store.replace_all([obj("a", "x", 1), obj("a", "y", 2)], 3, "a")
+    assert store.replace_all([obj("b", "z", 4)], 5, "b") == {("b", "z")}
+    assert store.replace_all([obj("a", "x", 1)], 6, "a") == {("a", "y")}
+    assert sorted(store.list_keys()) == [("a", "x"), ("b", "z")]
+    assert store.list_keys("b") == [("b", "z")]
+    assert store.replace_all([], 9) == {("a", "x"), ("b", "z")}
+
+
+# ---- the Lease
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The Lease's clock, which stands still."""
+    found = Clock()
+    monkeypatch.setattr(lease_module.time, "monotonic", found.monotonic)
+    return found
+
+
+class LeaseServer(FakeCluster):
+    """Holds one Lease; each request takes `delay_s` on the clock and fails if `is_broken`."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock, self.delay_s, self.is_broken = clock, 0.0, False
+
+    def read(self, kind: str, namespace: str, name: str) -> Json:
+        self._pass_time()
+        return super().read(kind, namespace, name)
+
+    def replace(self, manifest: Json) -> Json:
+        self._pass_time()
+        return self.store(manifest)
+
+    def _pass_time(self) -> None:
+        self._clock.now += self.delay_s
+        if self.is_broken:
+            raise TransientError("no answer")
+
+
+def make_election(server: LeaseServer, terms: list[float], identity: str = "a") -> Election:
+    settings = Settings(engine_image="e", identity=identity)
+    election = Election(settings, lambda: terms.append(server._clock.now))
+    election.connect(server)  # type: ignore[arg-type]
+    return election
+
+
+def try_once(election: Election) -> None:
+    """One turn of the thread's loop."""
+    turns = iter((False, True))
+    election._stop_event.is_set = lambda: next(turns)  # type: ignore[method-assign]
+    election._stop_event.wait = lambda timeout=None: True  # type: ignore[method-assign]
+    election._release = lambda: None  # type: ignore[method-assign]
+    election.run()
+
+
+def test_a_lease_that_lapsed_while_nobody_looked_begins_a_new_term(clock: Clock) -> None:
+    """A renewal hangs for 7 s and fails, the next succeeds: for a second nothing was held, and keys were dropped."""
+    server, terms = LeaseServer(clock), []  # type: tuple[LeaseServer, list[float]]
+    election = make_election(server, terms)
+    try_once(election)
+    assert len(terms) == 1
+    clock.now += 2
+    server.delay_s, server.is_broken = 7.0, True
+    try_once(election)
+    clock.now += 2
+    assert not election.is_held()
+    server.delay_s, server.is_broken = 0.0, False
+    try_once(election)
+    assert election.is_held()
+    assert len(terms) == 2, "whatever was dropped meanwhile is worked on"
+    clock.now += 2
+    try_once(election)
+    assert len(terms) == 2, "a renewal in time begins no term"
+
+
+def test_a_write_ends_before_another_replica_may_lead(clock: Clock) -> None:
+    server, terms = LeaseServer(clock), []  # type: tuple[LeaseServer, list[float]]
+    election = make_election(server, terms)
+    assert election.write_window_s() == 0.0
+    try_once(election)
+    taken_by_another = clock.now + 15.0
+    for passed_s in (0.0, 3.0, 6.9):
+        clock.now += passed_s
+        assert clock.now + election.write_window_s() <= taken_by_another
+        assert election.write_window_s() >= 5.0
+    clock.now += 0.2
+    assert election.write_window_s() == 0.0
+
+
+def test_a_replica_is_not_ready_while_it_sees_no_living_leader(clock: Clock) -> None:
+    """Also not because of a Lease that somebody left behind: then nothing would be done for a while."""
+    server = LeaseServer(clock)
+    leader, follower = make_election(server, [], "a"), make_election(server, [], "b")
+    try_once(leader)
+    assert leader.describe_silence() == ""
+    try_once(follower)
+    assert "no living holder" in follower.describe_silence()
+    clock.now += 2
+    try_once(leader)
+    try_once(follower)
+    assert follower.describe_silence() == ""
+    server.is_broken = True
+    clock.now += LEASE_SILENCE_S + 1
+    try_once(follower)
+    assert "not seen renewed for 61 s" in follower.describe_silence()
+    assert "not seen renewed" in leader.describe_silence()
+
+
+# ---- the watches
+
+
+class Stream:
+    """What the API server says to each list and each watch, in turn: objects and events, or an error."""
+
+    def __init__(self, lists: list[Any], watches: list[Any]) -> None:
+        self.lists, self.watches = lists, watches
+        self.asked: list[str] = []
+        self.is_over = threading.Event()
+
+    def list_all(self, kind: str, namespace: str | None, selector: str = "", field_selector: str = "") -> Page:
+        self.asked.append("list")
+        found = self.lists.pop(0) if self.lists else []
+        if isinstance(found, Exception):
+            raise found
+        return Page(found, "5")
+
+    def watch(self, kind: str, namespace: str | None, selector: str, resource_version: str) -> Iterator[Json]:
+        self.asked.append(f"watch {resource_version}")
+        if not self.watches:
+            self.is_over.set()
+            threading.Event().wait(3600)
+        for event in self.watches.pop(0):
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+
+def deployment(name: str, version: int) -> Json:
+    return {"metadata": {"namespace": "n", "name": name, "uid": name, "resourceVersion": str(version)}}
+
+
+def added(name: str, version: int) -> Json:
+    return {"type": "ADDED", "object": deployment(name, version)}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GoneError(410, "Expired", "too old"),
+        NotFoundError(404, "NotFound", "the CRD is gone"),
+        ApiError(403, "Forbidden", "no Role"),
+        ApiError(400, "BadRequest", "odd"),
+        TransientError("401 Unauthorized"),
+        TransientError("429 TooManyRequests"),
+        TransientError("500 InternalError"),
+        TransientError("the connection broke"),
+    ],
+)
+@pytest.mark.parametrize("where", ["list", "watch"])
+def test_a_watch_outlives_every_error(error: Exception, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toka_operator.watches.BACKOFF_FIRST_S", 0.001)
+    broken: list[Any] = [error] if where == "list" else []
+    stream = Stream([*broken, [deployment("a", 1)], [deployment("a", 1)]], [[added("b", 6), error], [added("c", 7)]])
+    store, seen = Store(own_key), set()
+    watch = Watch(stream, KIND, None, store, lambda key, _: seen.add(key), lambda: None)  # type: ignore[arg-type]
+    watch.start()
+    assert stream.is_over.wait(timeout=60)
+    watch.stop()
+    assert {("n", "b"), ("n", "c")} <= seen
+    assert watch.trouble == ""
+    assert watch.is_alive()
+
+
+def test_streams_that_end_at_once_make_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    stream = Stream([], [[] for _ in range(8)])
+    watch = Watch(stream, KIND, None, Store(own_key), lambda *_: None, lambda: None)  # type: ignore[arg-type]
+    monkeypatch.setattr(watch._stop_event, "wait", lambda delay_s: waits.append(delay_s))
+    watch.start()
+    assert stream.is_over.wait(timeout=60)
+    watch.stop()
+    assert waits[0] == 0.0, "a stream may end"
+    assert all(delay_s > 0.2 for delay_s in waits[1:])
+
+
+def test_an_error_that_comes_again_with_a_version_ends_with_a_list() -> None:
+    stream = Stream([], [[TransientError("504 too large a version")] for _ in range(3)])
+    watch = Watch(stream, KIND, None, Store(own_key), lambda *_: None, lambda: None)  # type: ignore[arg-type]
+    watch._stop_event.wait = lambda timeout=None: False  # type: ignore[method-assign]
+    watch.start()
+    assert stream.is_over.wait(timeout=60)
+    watch.stop()
+    assert stream.asked == ["list", "watch 5", "watch 5", "watch 5", "list", "watch 5"]
+
+
+# ---- the queue
+
+
+def test_time_alone_calls_for_no_more_than_one_pass_a_second() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
+    queue.add_after("a", 0.0)
+    passes = []
+    for _ in range(3):
+        assert queue.get() == "a"
+        passes.append(time.monotonic())
+        queue.done("a")
+        queue.add_timed("a", 0.01)
+    gaps = [b - a for a, b in itertools.pairwise(passes)]
+    assert min(gaps) > TIMED_APART_S * 0.9
+    queue.add("a")
+    assert queue.get() == "a", "a change does not wait"
+
+
+def test_a_far_moment_does_not_hold_up_a_near_one() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_bulk_workers=4)
+    queue.add_timed("a", 3600.0)
+    queue.add_timed("a", 0.0)
+    assert queue.get() == "a"
