@@ -43,6 +43,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: a GPU where there is one")] = "auto"
 
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        doc("auto: requests that leave temperature, top_p, top_k, min_p or repetition_penalty out get the model's own"),
+    ] = "auto"
+
     # HTTP
     host: Annotated[Name, doc("address to listen on")] = "0.0.0.0"
     port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210

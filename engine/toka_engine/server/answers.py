@@ -145,9 +145,12 @@ class CompletionFormat(_Format):
         )
 
     def _tops(self, shown: ShownToken) -> dict[str, float]:
+        """The likeliest tokens, and the sampled one behind them if it is not among them, as in OpenAI's API."""
         found: dict[str, float] = {}
         for token, logprob in shown.top:
             found.setdefault(self._name(token), _plain(logprob))
+        if not math.isnan(shown.logprob):
+            found.setdefault(self._name(shown.token), _plain(shown.logprob))
         return found
 
 

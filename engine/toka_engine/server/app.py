@@ -22,6 +22,7 @@ from toka_engine.server.chat import ChatTemplate
 from toka_engine.server.errors import ApiError, ClientGoneError, internal, invalid
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.generate import Job, run_job
+from toka_engine.server.generation_defaults import describe_defaults
 from toka_engine.server.health import Health
 from toka_engine.server.limits import DEFAULT_COMPLETION_TOKENS, Asked, Limits
 from toka_engine.server.metrics import CONTENT_TYPE, Metrics
@@ -156,7 +157,10 @@ class App:
         await exchange.answer(200, msgspec.json.encode(self._card(name)))
 
     def _card(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created_s, "owned_by": "toka"}
+        card = {"id": name, "object": "model", "created": self._created_s, "owned_by": "toka"}
+        if self.engine is not None:
+            card["default_sampling_params"] = describe_defaults(self.engine.limits.defaults)
+        return card
 
     async def _completions(self, exchange: Exchange) -> None:
         engine = self._serving_engine()

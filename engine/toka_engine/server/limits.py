@@ -17,6 +17,12 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo, Int32s, Sampling
 from toka_engine.server.chat import Turn
 from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.generation_defaults import (
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+    SamplingDefaults,
+)
 from toka_engine.server.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode_part
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import GenerationSpec
@@ -24,11 +30,8 @@ from toka_engine.server.streams import GenerationSpec
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
-MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 """Of presence and frequency, either sign."""
-MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
-"""Far beyond what is of use; within them no logit overflows."""
 MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
 """Over all choices of one request."""
 MAX_REQUEST_LOGPROBS = 1024 * 1024
@@ -89,11 +92,20 @@ class Asked(msgspec.Struct, frozen=True):
 class Limits:
     """The limits of this engine, as `EngineInfo` and the settings state them."""
 
-    def __init__(self, config: EngineConfig, info: EngineInfo, names: Sequence[str], end_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        names: Sequence[str],
+        end_ids: tuple[int, ...],
+        defaults: SamplingDefaults,
+    ) -> None:
         self._config = config
         self._info = info
         self._names = names
         self._end_ids = end_ids
+        self.defaults = defaults.complete(info.vocab_size)
+        """The sampling parameters of requests that leave a field out."""
         self.max_request_tokens = min(info.max_request_tokens, info.num_kv_tokens)
 
     # ------------------------------------------------------------ fields
@@ -152,22 +164,27 @@ class Limits:
             raise ApiError(404, f"The model '{shown}' does not exist.", param="model", code="model_not_found")
 
     def _check_sampling(self, request: GenerationRequest, num_logprobs: int) -> Sampling:
-        temperature = _float_in(request.temperature, "temperature", 0.0, MAX_TEMPERATURE, 1.0)
-        top_p = _float_in(request.top_p, "top_p", 0.0, 1.0, 1.0)
+        defaults = self.defaults
+        temperature = _float_in(request.temperature, "temperature", 0.0, MAX_TEMPERATURE, defaults.temperature)
+        top_p = _float_in(request.top_p, "top_p", 0.0, 1.0, defaults.top_p)
         if top_p == 0.0:  # the smallest nucleus is the most likely token
             top_p, temperature = 1.0, 0.0
         seed = _int_in(request.seed, "seed", -(2**63), 2**63 - 1, -1)
         return Sampling(
             temperature=temperature,
             top_p=top_p,
-            top_k=max(0, _int_in(request.top_k, "top_k", -1, self._info.vocab_size, 0)),
-            min_p=_float_in(request.min_p, "min_p", 0.0, 1.0, 0.0),
+            top_k=max(0, _int_in(request.top_k, "top_k", -1, self._info.vocab_size, defaults.top_k)),
+            min_p=_float_in(request.min_p, "min_p", 0.0, 1.0, defaults.min_p),
             seed=-1 if request.seed is None else seed & (2**63 - 1),
             num_logprobs=num_logprobs,
             presence_penalty=_float_in(request.presence_penalty, "presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
             frequency_penalty=_float_in(request.frequency_penalty, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
             repetition_penalty=_float_in(
-                request.repetition_penalty, "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, 1.0
+                request.repetition_penalty,
+                "repetition_penalty",
+                MIN_REPETITION_PENALTY,
+                MAX_REPETITION_PENALTY,
+                defaults.repetition_penalty,
             ),
         )
 

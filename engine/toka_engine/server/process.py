@@ -37,6 +37,7 @@ from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
 from toka_engine.server.chat import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
 from toka_engine.server.errors import unavailable
+from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
 from toka_engine.server.health import Health, Phase
 from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink
@@ -129,12 +130,15 @@ class Server:
 
     async def _start(self) -> None:
         self._child.progress("load", "tokenizer")
-        tokenizer, template, end_ids = await self._loop.run_in_executor(None, self._load)
+        tokenizer, template, end_ids, defaults = await self._loop.run_in_executor(None, self._load)
         self._health.detail = "waiting for the model"
         self._child.progress("wait", "for the manager")
         info = await self._engine_info
         tokenizer.cover(info.vocab_size)
-        limits = Limits(self._config, info, self._names, end_ids)
+        limits = Limits(self._config, info, self._names, end_ids, defaults)
+        stated = " ".join(f"{name}={value:g}" for name, value in describe_defaults(limits.defaults).items())
+        source = "model" if defaults.values() else "none"
+        logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
         self._app.metrics.info = info
         self._app.engine = Engine(tokenizer, template, limits)
         gc.collect()
@@ -143,12 +147,15 @@ class Server:
         self._child.ready()
         logger.info("serving model=%s max_request_tokens=%d", self._names[0], limits.max_request_tokens)
 
-    def _load(self) -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...]]:
+    def _load(self) -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...], SamplingDefaults]:
         start = self._child.start
         model_dir, tokenizer_dir = Path(start.model_dir), Path(start.tokenizer_dir)
         tokenizer = Tokenizer(tokenizer_dir)
         template = load_chat_template(tokenizer_dir, tokenizer.special_texts)
-        return tokenizer, template, find_end_ids(model_dir, tokenizer_dir, tokenizer.id_of)
+        end_ids = find_end_ids(model_dir, tokenizer_dir, tokenizer.id_of)
+        is_wanted = self._config.generation_config == "auto"
+        defaults = read_sampling_defaults(model_dir) if is_wanted else SamplingDefaults()
+        return tokenizer, template, end_ids, defaults
 
     # ------------------------------------------------------------ the manager
 

@@ -205,7 +205,7 @@ def test_logprobs_come_with_tokens_offsets_and_tops(
     assert logprobs.tokens == ["The", " capital", " of"]
     assert logprobs.token_logprobs == [-0.5, None, -9999.0]
     assert logprobs.text_offset == [0, 3, 11]
-    assert logprobs.top_logprobs == [{"The": -0.5, "<|im_end|>": -1.5}, {}, {" of": -0.25}]
+    assert logprobs.top_logprobs == [{"The": -0.5, "<|im_end|>": -1.5}, {}, {" of": -0.25}]  # NaN: none
     named = {"return_tokens_as_token_ids": True}
     answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=3, logprobs=2, extra_body=named)
     logprobs = answer.choices[0].logprobs
