@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from toka_operator import __version__
 from toka_operator.cluster import Cluster
@@ -21,6 +22,7 @@ from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, format_time, is_owned_by, ready_addresses, view_pod
 from toka_operator.plan import Plan, make_plan
+from toka_operator.refusals import Refusals
 from toka_operator.resources import POD, STATEFUL_SET, Owner
 from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
@@ -36,8 +38,8 @@ from toka_operator.store import Key, Store
 
 logger = logging.getLogger("toka.reconcile")
 
-REJECTED_RETRY_S = 15.0
-"""A child that the API server refused (a quota, an admission policy) is tried again this often."""
+MAX_CORRECTIONS = 3
+"""How often one pass corrects one child: a hand edit may race with each correction."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class _Memory:
     settled: dict[str, tuple[Json, Json]] = field(default_factory=dict)
     """uid -> (desired, what no write of ours could correct), so that an admission webhook makes no endless
     loop."""
+    refusals: Refusals = field(default_factory=Refusals)
     status_due: float | None = None
     """When a status that waits for more progress is written (monotonic)."""
 
@@ -115,8 +118,7 @@ class Reconciler:
             self._write_status(owner, deployment, status)
         if memory.strangers:
             delays.append(max(0.1, min(memory.strangers.values()) - time.monotonic()))
-        if outcome.rejected:
-            delays.append(REJECTED_RETRY_S)
+        delays.append(memory.refusals.next_try_s())
         return min((delay for delay in delays if delay is not None), default=None)
 
     def _observe(self, owner: Owner, memory: _Memory) -> Observed:
@@ -168,29 +170,37 @@ class Reconciler:
         return found
 
     def _write_children(self, owner: Owner, plan: Plan, observed: Observed, memory: _Memory) -> Outcome:
+        """Every write of the plan. What the API server refuses is told and backs off; the rest is written."""
         rejected: dict[str, str] = {}
+
+        def attempt(target: str, wish: object, write: Callable[[], None]) -> None:
+            rejected[target] = memory.refusals.find(target, wish) or self._attempt(owner, memory, target, wish, write)
+
         for desired in plan.desired:
             kind, name = desired["kind"], desired["metadata"]["name"]
-            try:
-                self._write_child(owner, desired, observed.children.get((kind, name)), memory)
-            except ApiError as error:
-                if error.status not in (400, 403, 422) or isinstance(error, NamespaceEndsError):
-                    raise
-                rejected[f"{kind} {name}"] = error.message[:1024]
-                logger.warning(
-                    "object=%s/%s child=%s/%s rejected=%r",
-                    owner.namespace,
-                    owner.name,
-                    kind,
-                    name,
-                    error.message,
-                )
+            live = observed.children.get((kind, name))
+            attempt(f"{kind} {name}", desired, partial(self._write_child, owner, desired, live, memory))
         for kind, name, uid in plan.deletions:
-            self._delete_child(owner, kind, name, uid)
+            attempt(f"deletion of {kind} {name}", uid, partial(self._delete_child, owner, kind, name, uid))
         for name, uid in plan.dead_pods:
             logger.info("object=%s/%s pod=%s event=deleted_for_good", owner.namespace, owner.name, name)
-            self._delete_child(owner, POD, name, uid, grace_s=0)
+            attempt(f"deletion of {POD} {name}", uid, partial(self._delete_child, owner, POD, name, uid, grace_s=0))
+        rejected = {target: why for target, why in rejected.items() if why}
+        memory.refusals.keep_only(set(rejected))
         return Outcome(rejected)
+
+    def _attempt(self, owner: Owner, memory: _Memory, target: str, wish: object, write: Callable[[], None]) -> str:
+        """Makes one write. Returns why the API server refused it, or nothing."""
+        try:
+            write()
+        except ApiError as error:
+            if error.status not in (400, 403, 422) or isinstance(error, NamespaceEndsError):
+                raise
+            why = error.message[:1024] or f"{error.status} {error.reason}"
+            if memory.refusals.note(target, wish, why):
+                logger.warning("object=%s/%s child=%r rejected=%r", owner.namespace, owner.name, target, why)
+            return why
+        return ""
 
     def _write_child(self, owner: Owner, desired: Json, live: Json | None, memory: _Memory) -> None:
         kind, name = desired["kind"], desired["metadata"]["name"]
@@ -198,25 +208,21 @@ class Reconciler:
             live = self._create_child(owner, desired, memory)
             if live is None:
                 return
-        metadata = live["metadata"]
-        if metadata.get("deletionTimestamp"):
+        if live["metadata"].get("deletionTimestamp"):
             return
-        corrections = find_corrections(desired, live)
-        stale = find_stale_annotations(desired, live, SERVICE_ANNOTATIONS_KEY)
-        if not stale and (not corrections or memory.settled.get(metadata["uid"]) == (desired, corrections)):
-            return
-        live = self._correct_child(desired, live, _merge(corrections, stale))
-        left = find_corrections(desired, live)
-        if left:
-            logger.warning(
-                "object=%s/%s child=%s/%s not_corrected=%s",
-                owner.namespace,
-                owner.name,
-                kind,
-                name,
-                sorted(left),
-            )
-            memory.settled[metadata["uid"]] = (desired, left)
+        uid = live["metadata"]["uid"]
+        for _ in range(MAX_CORRECTIONS):
+            corrections = find_corrections(desired, live)
+            stale = find_stale_annotations(desired, live, SERVICE_ANNOTATIONS_KEY)
+            if not stale and (not corrections or memory.settled.get(uid) == (desired, corrections)):
+                return
+            live = self._correct_child(desired, live, _merge(corrections, stale))
+            left = find_corrections(desired, live)
+            stubborn = _intersect(left, corrections)
+            if stubborn:
+                where = (owner.namespace, owner.name, kind, name)
+                logger.warning("object=%s/%s child=%s/%s not_corrected=%s", *where, sorted(stubborn))
+                memory.settled[uid] = (desired, stubborn)
 
     def _create_child(self, owner: Owner, desired: Json, memory: _Memory) -> Json | None:
         """The new child; None if a stranger holds the name."""
@@ -348,6 +354,20 @@ def _delay_status(memory: _Memory, previous: Json, status: Json) -> float | None
     due = min(now + patience_s, memory.status_due or math.inf)
     memory.status_due = due if patience_s and due > now else None
     return due - now if memory.status_due else None
+
+
+def _intersect(left: Json, corrections: Json) -> Json:
+    """What of `left` was corrected just now in vain. The rest is another's edit meanwhile, which is corrected next."""
+    common: Json = {}
+    for key in left.keys() & corrections.keys():
+        a, b = left[key], corrections[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _intersect(a, b)
+            if inner:
+                common[key] = inner
+        else:
+            common[key] = a
+    return common
 
 
 def _merge(a: Json, b: Json) -> Json:

@@ -137,7 +137,7 @@ def test_a_suspended_object_has_no_pods_and_comes_back(operator: Operator) -> No
 
 def test_a_surge_without_room_says_so_and_goes_on_when_there_is(operator: Operator) -> None:
     operator.apply("chat", resources={"device": "gpu", "gpuResource": "example.com/scarce"})
-    operator.wait_for_condition("chat", "Degraded", "True", "Unschedulable")
+    operator.wait_for_condition("chat", "Progressing", "True", "Unschedulable")
     _give_gpus(operator, 1)
     operator.wait_until_ready("chat")
     operator.patch("chat", engine={"pageSize": 32})

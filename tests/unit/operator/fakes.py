@@ -73,7 +73,7 @@ class FakeCluster:
             raise ConflictError(409, "Conflict", "the object has been modified")
         return self._finish("status", {**found, "status": copy.deepcopy(manifest["status"])})
 
-    def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+    def delete(self, kind: str, namespace: str, name: str, uid: str, grace_s: int | None = None) -> None:
         found = self.read(kind, namespace, name)
         self._ask("delete", found)
         del self.objects[kind, namespace, name]

@@ -293,3 +293,106 @@ def test_a_far_moment_does_not_hold_up_a_near_one() -> None:
     queue.add_timed("a", 3600.0)
     queue.add_timed("a", 0.0)
     assert queue.get() == "a"
+
+
+# ---- the children
+
+
+def settled_world() -> World:
+    """A TokaDeployment whose children are made and known."""
+    world = World()
+    world.put(replicas=2)
+    world.show()
+    world.reconcile()
+    world.show()
+    return world
+
+
+def test_an_edit_that_races_with_our_correction_is_put_back_too() -> None:
+    """Somebody edits a label; while that is put back, somebody sets the replicas."""
+    world = settled_world()
+    (name,) = [n for kind, _, n in world.cluster.objects if kind == "StatefulSet"]
+    address = ("StatefulSet", "apps", name)
+
+    def edit(change: Json) -> None:
+        found = world.cluster.read(*address)
+        world.cluster.store({**found, "spec": {**found["spec"], **change}})
+
+    found = world.cluster.read(*address)
+    found["metadata"]["labels"]["app.kubernetes.io/part-of"] = "other"
+    world.cluster.store(found)
+    world.show()
+    original = world.cluster.merge
+
+    def merge(kind: str, live: Json, patch: Json) -> Json:
+        """Our patch is made after the other edit, and its answer shows both."""
+        if world.cluster.merge is merge:
+            world.cluster.merge = original  # type: ignore[method-assign]
+            edit({"replicas": 7})
+            return original(kind, world.cluster.read(*address), patch)
+        return original(kind, live, patch)
+
+    world.cluster.merge = merge  # type: ignore[method-assign]
+    world.reconcile()
+    assert world.cluster.read(*address)["spec"]["replicas"] == 2
+    assert world.cluster.read(*address)["metadata"]["labels"]["app.kubernetes.io/part-of"] == "toka"
+
+
+def test_what_a_webhook_insists_on_is_corrected_once() -> None:
+    world = settled_world()
+    original = world.cluster.merge
+
+    def merge(kind: str, live: Json, patch: Json) -> Json:
+        return original(kind, live, {**patch, "spec": {"type": "NodePort"}})
+
+    world.cluster.merge = merge  # type: ignore[method-assign]
+    world.cluster.store({**world.cluster.read("Service", "apps", "chat"), "spec": {"type": "NodePort"}})
+    world.show()
+    world.reconcile()
+    num_writes = len(world.cluster.writes)
+    world.reconcile()
+    assert len(world.cluster.writes) == num_writes
+
+
+def test_a_refused_child_backs_off_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("toka_operator.refusals.time.monotonic", lambda: now)
+    world = World()
+    world.put()
+    world.show()
+    world.cluster.refuse = lambda verb, body: (
+        ApiError(403, "Forbidden", "exceeded quota") if body["kind"] == "StatefulSet" else None
+    )
+    tried = []
+    for _ in range(8):
+        before = world.cluster.writes.count(("refused create", "StatefulSet"))
+        delay_s = world.reconcile()
+        world.show()
+        world.reconcile()  # whatever else calls for a pass
+        world.show()
+        tried.append(world.cluster.writes.count(("refused create", "StatefulSet")) - before)
+        assert world.condition("Degraded")["reason"] == "ChildRejected"
+        assert "exceeded quota" in world.condition("Degraded")["message"]
+        assert delay_s is not None
+        now += delay_s
+    assert tried == [1] * 8
+    assert delay_s == 120.0
+    world.put(engine={"pageSize": 32})
+    world.cluster.refuse = lambda verb, body: None
+    world.show()
+    world.reconcile()
+    assert [kind for kind, *_ in world.cluster.objects].count("StatefulSet") == 1, "another wish does not wait"
+
+
+def test_a_deletion_that_is_refused_is_told_and_holds_up_no_status() -> None:
+    world = settled_world()
+    world.cluster.refuse = lambda verb, body: ApiError(403, "Forbidden", "no delete") if verb == "delete" else None
+    world.put(replicas=1)
+    world.show()
+    world.reconcile()
+    assert world.status()["observedGeneration"] == 2
+    degraded = world.condition("Degraded")
+    assert (degraded["reason"], degraded["message"]) == (
+        "ChildRejected",
+        "deletion of PodDisruptionBudget chat: no delete",
+    )
