@@ -44,6 +44,7 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     --constraint /requirements/constraints.txt -r /requirements/kernels.txt
 COPY engine/toka_engine/errors.py /tmp/build/toka_engine/
 COPY engine/toka_engine/model/memory.py /tmp/build/toka_engine/model/
+COPY engine/toka_engine/model/folders.py /tmp/build/toka_engine/model/
 COPY engine/toka_engine/model/cuda/flashinfer_modules.py /tmp/build/toka_engine/model/cuda/
 COPY engine/toka_engine/model/cuda/toolchain.py /tmp/build/toka_engine/model/cuda/
 COPY engine/toka_engine/model/aot/__main__.py /tmp/build/toka_engine/model/aot/

@@ -57,7 +57,7 @@ from toka_engine.model.cuda.triton_cache import log_compiled
 from toka_engine.model.aot.triton_dry_run import rehearse
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import rms_norm
-from toka_engine.model.devices import select_ops
+from toka_engine.model.devices import select_backend
 
 class Driver:
     "Triton's own for NVIDIA, less the GPU: each kernel's binary and the module that launches it are only loaded."
@@ -85,7 +85,7 @@ ctypes.CDLL(sys.argv[1] + "/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
 what, capability = sys.argv[2], int(sys.argv[3])
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-select_ops(torch.device("cuda"), EngineConfig())
+select_backend(torch.device("cuda"), EngineConfig())
 cache = knobs.cache.manager_class.__self__
 try:
     fake = Driver(capability)

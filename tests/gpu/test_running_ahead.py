@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from toka_engine.messages import Step, Tokens
+from toka_engine.model.backend import Launched
 from toka_engine.model.cuda import runner as cuda_runner
 from toka_engine.model.cuda.flashinfer_prefill import _RING, _Workspace
 from toka_engine.model.cuda.staging import Staging
-from toka_engine.model.runner import Launched
 
 from tests.gpu.test_parity import make
 from tests.model.driving import Driver, load
@@ -112,7 +112,7 @@ def test_steps_queued_behind_each_other_give_what_they_give_one_by_one(folder: P
     worker.warm_up()
     recorder = Recorder(worker)
     play(recorder)
-    runner, most = worker.runner, worker.ops.max_steps_in_flight
+    runner, most = worker.runner, worker.runner.max_steps_in_flight
     assert 1 < most <= cuda_runner._OUTPUTS
     launched: deque[Launched] = deque()
     tokens = []

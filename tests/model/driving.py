@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
-from toka_engine.model.runner import Launched
+from toka_engine.model.backend import Launched
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import SlotState
 from toka_engine.model.worker import Worker, load_worker

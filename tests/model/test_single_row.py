@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model.cpu import backend
-from toka_engine.model.devices import select_ops
+from toka_engine.model.devices import select_backend
 from toka_engine.model.layers import Head, NormedLinear, Projections, ResidualLinear
 from toka_engine.model.ops import Ops
 
@@ -161,5 +161,5 @@ def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str]
 
 def test_a_model_that_is_compiled_gets_no_such_kernels(kernels: PlainSingleRow) -> None:
     cpu = torch.device("cpu")
-    assert select_ops(cpu, EngineConfig()).single_row is kernels
-    assert select_ops(cpu, EngineConfig(torch_compile=True)).single_row is None
+    assert select_backend(cpu, EngineConfig()).ops.single_row is kernels
+    assert select_backend(cpu, EngineConfig(torch_compile=True)).ops.single_row is None

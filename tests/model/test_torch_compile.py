@@ -169,8 +169,8 @@ def test_what_is_compiled_on_a_gpu_gives_the_reference_logits_on_a_cpu_and_compi
         backend.make_ops(),
         make_linear=make_linear,
         make_head=lambda weight: make_linear(weight, None),
-        has_packed_products=False,
     )
+    monkeypatch.setattr(backend.CpuBackend, "has_packed_linears", False)
     monkeypatch.setattr(backend, "make_ops", lambda: like_cuda)
     monkeypatch.setattr(compiled_model, "_mark_rows", mark_rows)
     family, overrides = VARIANTS[name]
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(
         gate, up = gate_up.chunk(2, dim=1)
         return F.silu(gate) * (up if float(up.sum()) > 0 else -up)
 
-    monkeypatch.setattr("toka_engine.model.torch_compile.compiled_model._silu_mul", asks_for_values)
+    monkeypatch.setattr("toka_engine.model.torch_compile.backend._silu_mul", asks_for_values)
     with pytest.raises(ConfigError, match="torch_compile=T: the layers cannot be compiled: ") as refusal:
         load(make_tiny()[1], **COMPILED)
     assert "\n" not in str(refusal.value)

@@ -18,8 +18,8 @@ import torch
 
 from toka_engine.messages import Int32s, Step
 from toka_engine.model.attention_backend import AttentionBackend, StepLayout
+from toka_engine.model.backend import Launched
 from toka_engine.model.cpu.attention import CpuAttention
-from toka_engine.model.runner import Launched
 from toka_engine.model.worker import Worker
 
 _PAGES_AT_ONCE = 64
@@ -93,7 +93,7 @@ class DecodeBench:
         if num_steps > self._max_steps:
             raise ValueError(f"{num_steps} steps where there is room for {self._max_steps}")
         self._reset()
-        depth = in_flight or self._worker.ops.max_steps_in_flight
+        depth = in_flight or self._runner.max_steps_in_flight
         step = Step(number=0, decode_slots=ints(np.arange(self.rows)), **(self._groups if is_grouped else {}))
         flight: deque[Launched] = deque()
         host_cpu_s = []
@@ -161,13 +161,13 @@ def attention_skipped(worker: Worker) -> Iterator[None]:
     """
     attention = worker.runner.attention
     names = skip_attention(attention)
-    worker.runner.prepare()
+    worker.runner.capture_graphs()
     try:
         yield
     finally:
         for name in names:
             delattr(attention, name)
-        worker.runner.prepare()
+        worker.runner.capture_graphs()
 
 
 def skip_attention(attention: AttentionBackend) -> list[str]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from toka_engine.model.model_config import ModelConfig
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -27,6 +29,23 @@ class AttentionShape:
     """Multiplied with q.k; usually head_dim ** -0.5."""
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionShape:
+        return cls(
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            scale=model.head_dim**-0.5,
+            dtype=dtype,
+            device=device,
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +74,6 @@ class AttentionBackend(Protocol):
         """Allocate the KV cache [layers, 2, pages, ...], the pages' token ids and the block table
         [max_seqs, max_pages_per_seq]."""
         ...
-
-    def kv_bytes_per_token(self) -> int: ...
 
     def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
         """table[slots[i], columns[i]] = pages[i]."""

@@ -1,4 +1,4 @@
-"""The one place where a device and its implementations are chosen: a new one adds a table of `Ops`, and a line here."""
+"""The one place where a device and its backend are chosen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.errors import DeviceUnavailableError
-from toka_engine.model.ops import Ops
+from toka_engine.model.backend import Backend
 
 _FIRST_WITH_BFLOAT16 = (8, 0)
 """The first compute capability whose tensor cores multiply it: the only type of our kernels."""
@@ -35,27 +35,32 @@ def _check_has_bfloat16(device: torch.device) -> None:
         )
 
 
-def select_ops(device: torch.device, config: EngineConfig) -> Ops:
-    """The table of `device`. Imports what only that device needs, and decides where its kernels are looked for.
+def select_backend(device: torch.device, config: EngineConfig) -> Backend:
+    """The backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
     Raises ConfigError, StorageError.
     """
-    if device.type == "cuda":
-        from toka_engine.model.cuda.backend import make_ops as make_cuda_ops
-        from toka_engine.model.cuda.triton_cache import use_built
-
-        major, minor = torch.cuda.get_device_capability(device)
-        use_built(10 * major + minor)
-        ops = make_cuda_ops(10 * major + minor)
-    else:
-        from toka_engine.model.cpu.backend import make_ops
-
-        ops = make_ops()
+    backend = _make_cuda_backend(device) if device.type == "cuda" else _make_cpu_backend()
     if not config.torch_compile:
-        return ops
+        return backend
     from toka_engine.model.torch_compile.inductor_cache import choose_compile_cache
 
     choose_compile_cache()
-    from toka_engine.model.torch_compile.compiled_model import compile_ops
+    from toka_engine.model.torch_compile.backend import CompiledBackend
 
-    return compile_ops(ops, device, config)
+    return CompiledBackend(backend, device, config.torch_compile_config)
+
+
+def _make_cpu_backend() -> Backend:
+    from toka_engine.model.cpu.backend import CpuBackend
+
+    return CpuBackend()
+
+
+def _make_cuda_backend(device: torch.device) -> Backend:
+    from toka_engine.model.cuda.backend import CudaBackend
+    from toka_engine.model.cuda.triton_cache import use_built
+
+    major, minor = torch.cuda.get_device_capability(device)
+    use_built(10 * major + minor)
+    return CudaBackend(10 * major + minor)

@@ -1,7 +1,4 @@
-"""What a device implements: a table of functions, which models, layers and worker use, beside the attention interface.
-
-The tables are `cpu.backend` and `cuda.backend`; `devices` chooses one.
-"""
+"""The table of operators that models and layers are made of, beside the attention interface. Each backend has one."""
 
 from __future__ import annotations
 
@@ -10,11 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
-
-from toka_engine.config import EngineConfig
-from toka_engine.model.attention_backend import AttentionBackend, AttentionShape
-from toka_engine.model.causal import CausalModel
-from toka_engine.model.runner import Runner
 
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in_features] -> [rows, out_features]."""
@@ -86,13 +78,3 @@ class Ops:
     """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
     single_row: SingleRow | None
     """Kernels for a step of one row, where there are some. `make_linear` must take no copy of the weights then."""
-    make_attention: Callable[[AttentionShape, EngineConfig], AttentionBackend]
-    make_runner: Callable[[CausalModel, AttentionBackend, int, EngineConfig], Runner]
-    """model, attention, max_seqs, config -> what executes steps, with its state by slot."""
-    fits_cache: bool
-    """Whether the KV cache is sized by what the largest steps leave, unless the user sizes it, and what these take is
-    kept for steps (cuda.memory_fit)."""
-    has_packed_products: bool
-    """Whether torch.compile must leave the products of `make_linear` alone: it cannot look into their weights."""
-    max_steps_in_flight: int
-    """Steps launched before the first one's tokens are on the host."""

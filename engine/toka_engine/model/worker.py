@@ -24,14 +24,12 @@ from toka_engine.errors import OutOfMemoryError, PeerClosedError
 from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
 from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.attention_backend import AttentionShape
-from toka_engine.model.cuda.memory_fit import provisional_sizes
-from toka_engine.model.devices import find_device, select_ops
+from toka_engine.model.backend import Launched, Runner
+from toka_engine.model.devices import find_device, select_backend
 from toka_engine.model.loader import Weights
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
-from toka_engine.model.ops import Ops
-from toka_engine.model.runner import Launched, Runner
-from toka_engine.model.sizing import Sizes, choose_dtype, choose_sizes, read_available_bytes
+from toka_engine.model.sizing import Sizes, choose_dtype, read_available_bytes
 
 _log = logging.getLogger("toka.model")
 
@@ -42,12 +40,10 @@ Report: TypeAlias = Callable[[str, str], None]
 class Worker:
     """A loaded model with its sizes; made by `load_worker`."""
 
-    def __init__(self, runner: Runner, ready: WorkerReady, ops: Ops, is_provisional: bool) -> None:
-        """`is_provisional`: the KV cache is only large enough for the largest steps, until `warm_up` has measured."""
-        self._is_provisional = is_provisional
+    def __init__(self, runner: Runner, ready: WorkerReady) -> None:
+        """`ready` is final after `warm_up`."""
         self.runner = runner
         self.ready = ready
-        self.ops = ops
 
     def warm_up(self) -> None:
         """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet; settle the memory.
@@ -57,31 +53,13 @@ class Worker:
         try:
             for step in make_warm_up_steps(self.ready):
                 self.runner.finish(self.runner.launch(step))
-            if self.ops.fits_cache:
-                self._prepare_device()
-            else:
-                self.runner.prepare()
+            self.ready = self.runner.prepare(self.ready)
         except torch.OutOfMemoryError as error:
             num_tokens = self.ready.num_pages * self.ready.page_size
             raise OutOfMemoryError(
                 f"a KV cache of {num_tokens} tokens leaves too little memory for the largest step; lower "
                 "kv_cache_num_tokens, max_tokens_per_forward or max_seqs_per_forward"
             ) from error
-
-    @torch.inference_mode()
-    def _prepare_device(self) -> None:
-        """Nothing compiles after this, and torch takes no more of the device's memory."""
-        from toka_engine.model.cuda.memory_fit import fit_cache, keep_room
-        from toka_engine.model.cuda.runner import CudaRunner
-        from toka_engine.model.cuda.triton_cache import log_compiled
-
-        if not isinstance(self.runner, CudaRunner):
-            raise AssertionError("a cache is fitted on a GPU only")
-        if self._is_provisional:
-            self.ready = fit_cache(self.runner, self.ready)
-        self.runner.prepare()
-        keep_room(self.runner, self.ready)
-        log_compiled()
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
         """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
@@ -93,13 +71,13 @@ class Worker:
             else:
                 waiting.extend(_receive_ready(link, bool(waiting) or bool(launched)))
             with child.busy():
-                if waiting and len(launched) < self.ops.max_steps_in_flight:
+                if waiting and len(launched) < self.runner.max_steps_in_flight:
                     match waiting.popleft():
                         case Step() as step:
                             launched.append(self.runner.launch(step))
                         case Stop():
                             return
-                    if waiting and len(launched) < self.ops.max_steps_in_flight:
+                    if waiting and len(launched) < self.runner.max_steps_in_flight:
                         continue
                 link.send(self.runner.finish(launched.popleft()))
 
@@ -119,42 +97,24 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker
     device = find_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or count_threads())
-    ops = select_ops(device, config)
+    backend = select_backend(device, config)
     model_config = read_model_config(model_dir)
     dtype = choose_dtype(config, device)
-    shape = attention_shape(model_config, dtype, device)
+    shape = AttentionShape.of(model_config, dtype, device)
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
         with torch.inference_mode(), Weights(model_dir, device, dtype, read_available_bytes(device)) as weights:
-            model = build_model(model_config, weights, ops)
+            model = build_model(model_config, weights, backend.ops)
             for name in weights.list_untaken():
                 _log.warning("event=unused_tensor name=%s", name)
         gc.collect()
-        attention = ops.make_attention(shape, config)
-        is_provisional = ops.fits_cache and config.kv_cache_num_tokens is None
-        sizes = choose_sizes(config, model_config, device, attention.kv_bytes_per_token())
-        if is_provisional:
-            sizes = provisional_sizes(sizes)
-        attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+        sizes = backend.choose_sizes(config, model_config, shape)
         if config.torch_compile:
             report("compile", "the layers, with torch.compile")
-        runner = ops.make_runner(model, attention, sizes.max_seqs, config)
+        runner = backend.make_runner(model, shape, sizes, config)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
-    return Worker(runner, describe(model_config, sizes, shape), ops, is_provisional)
-
-
-def attention_shape(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionShape:
-    """What a backend has to know of the model."""
-    return AttentionShape(
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        scale=model.head_dim**-0.5,
-        dtype=dtype,
-        device=device,
-    )
+    return Worker(runner, describe(model_config, sizes, shape))
 
 
 def describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:

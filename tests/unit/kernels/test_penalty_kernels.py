@@ -52,8 +52,8 @@ class TableRunner:
         self.logits_of = table.to(device, torch.bfloat16)
 
     def launch(self, step: Step) -> Any:
-        from toka_engine.model.cuda.runner import _find_sampled_rows
         from toka_engine.model.kernels.device_slots import gather_ids, pack_new_slots, set_slots
+        from toka_engine.model.step_rows import find_sampled_rows
 
         device, attention = self.attention.shape.device, self.attention
         self.state.set_up(step)
@@ -72,7 +72,7 @@ class TableRunner:
         attention.write_tokens(ids)
         sampled = None
         if plan.slots.size:
-            rows, logit_rows = _find_sampled_rows(step, step.decode_slots.size)
+            rows, logit_rows = find_sampled_rows(step)
             logits = self.logits_of[ids[torch.from_numpy(rows).to(device)].long()]
             shared = None if logit_rows is None else torch.from_numpy(logit_rows).to(device)
             sampled = self.sample(logits, shared, plan, self.state)

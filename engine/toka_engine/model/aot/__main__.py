@@ -19,6 +19,7 @@ from pathlib import Path
 from toka_engine.errors import REASONS, ConfigError, TokaError
 from toka_engine.model.cuda import flashinfer_modules, toolchain
 from toka_engine.model.cuda.flashinfer_modules import Kind
+from toka_engine.model.folders import check_writable
 from toka_engine.output import run_command
 
 _ARCHITECTURE = re.compile(r"(?P<major>[1-9][0-9]?)\.(?P<minor>[0-9])[af]?")
@@ -35,7 +36,7 @@ def build(out_dir: Path, architecture: str, kinds: Sequence[str], head_dims: Seq
     if match is None:
         raise ConfigError(f"--architectures {architecture}: not a compute capability, as 8.0 or 9.0a")
     needed = [kind for kind in flashinfer_modules.list_kinds(int(match["major"])) if kind in kinds]
-    flashinfer_modules.check_writable(out_dir, "the folder")
+    check_writable(out_dir, "the folder")
     if needed:
         _build_modules(out_dir, architecture, needed, head_dims)
     if _TRITON in kinds:

@@ -19,6 +19,8 @@ from triton.runtime import driver
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, WorkerReady
 from toka_engine.model.architectures.registry import build_model
+from toka_engine.model.attention_backend import AttentionShape
+from toka_engine.model.backend import Launched
 from toka_engine.model.cuda.attention import FlashInferAttention
 from toka_engine.model.cuda.backend import make_ops
 from toka_engine.model.cuda.memory_fit import make_largest_steps
@@ -26,10 +28,9 @@ from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.kernels.decode_attention_short import RowCut
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.runner import Launched
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sizing import Sizes
-from toka_engine.model.worker import attention_shape, describe, make_warm_up_steps
+from toka_engine.model.worker import describe, make_warm_up_steps
 
 _META = torch.device("meta")
 _SIZES = Sizes(num_pages=64, page_size=0, max_seqs=40, max_tokens_per_forward=96, max_pages_per_seq=64)
@@ -59,7 +60,7 @@ class RehearsalRunner(CudaRunner):
 def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[RehearsalRunner, WorkerReady]:
     """What runs steps of this model, and what its worker would report. `sizes`: other than the page size."""
     sizes = replace(sizes, page_size=page_size)
-    shape = attention_shape(model, torch.bfloat16, _META)
+    shape = AttentionShape.of(model, torch.bfloat16, _META)
     attention = FlashInferAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     with torch.inference_mode():

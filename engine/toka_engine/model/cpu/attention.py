@@ -48,9 +48,6 @@ class CpuAttention:
         self._plan: _Plan | None = None
         self._scratch = torch.empty(0, dtype=shape.dtype)
 
-    def kv_bytes_per_token(self) -> int:
-        return self._shape.num_layers * self._width * self._shape.dtype.itemsize
-
     def allocate(self, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int) -> None:
         shape = self._shape
         self._page_size = page_size

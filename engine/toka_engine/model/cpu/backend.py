@@ -1,4 +1,4 @@
-"""The table of implementations for CPUs.
+"""The CPU backend: its operators, and the runner that is made of its parts.
 
 Linear layers are packed by oneDNN once, at load: for one row that is 2-3 times as fast as an unpacked product. In
 bfloat16 its products give each row the same bits whatever the number of rows (a test holds them to that), which is what
@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from toka_engine.config import EngineConfig
-from toka_engine.model.attention_backend import AttentionBackend, AttentionShape
+from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.attention import CpuAttention
+from toka_engine.model.cpu.runner import CpuRunner
 from toka_engine.model.cpu.sampler import CpuSampler
+from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Linear, Ops
-from toka_engine.model.runner import Runner
+from toka_engine.model.sizing import Sizes, choose_sizes
 from toka_engine.model.slot_state import SlotState
+from toka_engine.model.torch_norms import add_rms_norm, rms_norm
 from toka_engine.noise import settled_seed
 
 _PACKED_FOR_ROWS = 32
@@ -49,28 +52,9 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return linear if weight.shape[1] <= _MAX_EXACT_SINGLE_ROW else linear_of_two_or_more
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(residual.add_(x), weight.shape, weight, eps)
-
-
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     width = gate_up.shape[1] // 2
     return F.silu(gate_up.narrow(1, 0, width)).mul_(gate_up.narrow(1, width, width))
-
-
-def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBackend:
-    return CpuAttention(shape)
-
-
-def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
-    if not isinstance(attention, CpuAttention):
-        raise AssertionError("a CPU runner needs the CPU attention")
-    state, sample = SlotState(max_seqs, torch.device("cpu")), CpuSampler(settled_seed(config), attention.read_tokens)
-    return Runner(model, attention, state, sample, has_repeatable_rows=True)
 
 
 def make_ops() -> Ops:
@@ -84,9 +68,24 @@ def make_ops() -> Ops:
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
         single_row=None,
-        make_attention=_make_attention,
-        make_runner=_make_runner,
-        fits_cache=False,
-        has_packed_products=True,
-        max_steps_in_flight=1,
     )
+
+
+class CpuBackend:
+    """A backend.Backend."""
+
+    has_packed_linears = True
+
+    def __init__(self) -> None:
+        self.ops = make_ops()
+
+    def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
+        """See backend.Backend."""
+        return choose_sizes(config, model, shape.device, shape.kv_bytes_per_token)
+
+    def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CpuRunner:
+        """See backend.Backend."""
+        attention = CpuAttention(shape)
+        attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+        state, sample = SlotState(sizes.max_seqs, shape.device), CpuSampler(settled_seed(config), attention.read_tokens)
+        return CpuRunner(model, attention, state, sample)

@@ -89,10 +89,6 @@ class FlashInferAttention:
 
     # -------------------------------------------------------------- memory
 
-    def kv_bytes_per_token(self) -> int:
-        shape = self.shape
-        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
-
     def allocate(self, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int) -> None:
         """One page and one table row more than asked for: where the padding rows of graphs write."""
         shape = self.shape

@@ -1,4 +1,4 @@
-"""The table of implementations for NVIDIA GPUs (see ops)."""
+"""The NVIDIA GPU backend: its operators, and the runner that is made of its parts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from toka_engine.config import EngineConfig
-from toka_engine.model.attention_backend import AttentionBackend, AttentionShape
+from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.gemv import SingleRowKernels
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
+from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Linear, Ops
+from toka_engine.model.sizing import Sizes, choose_sizes
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -32,16 +35,6 @@ def make_head(weight: torch.Tensor) -> Linear:
     return head
 
 
-def _make_attention(shape: AttentionShape, config: EngineConfig) -> AttentionBackend:
-    return FlashInferAttention(shape)
-
-
-def _make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> CudaRunner:
-    if not isinstance(attention, FlashInferAttention):
-        raise AssertionError("a CUDA runner needs the CUDA attention")
-    return CudaRunner(model, attention, max_seqs, config)
-
-
 def make_ops(capability: int) -> Ops:
     """The table for a GPU of this compute capability, as 90."""
     return Ops(
@@ -51,9 +44,25 @@ def make_ops(capability: int) -> Ops:
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
         single_row=SingleRowKernels.for_capability(capability),
-        make_attention=_make_attention,
-        make_runner=_make_runner,
-        fits_cache=True,
-        has_packed_products=False,
-        max_steps_in_flight=2,
     )
+
+
+class CudaBackend:
+    """A backend.Backend. Unless the user sizes the KV cache, it is fitted into what the largest steps leave."""
+
+    has_packed_linears = False
+
+    def __init__(self, capability: int) -> None:
+        """`capability`: the GPU's compute capability, as 90."""
+        self.ops = make_ops(capability)
+
+    def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
+        """See backend.Backend. The number of pages is provisional where `CudaRunner.prepare` fits the cache."""
+        sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token)
+        return provisional_sizes(sizes) if config.kv_cache_num_tokens is None else sizes
+
+    def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CudaRunner:
+        """See backend.Backend."""
+        attention = FlashInferAttention(shape)
+        attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+        return CudaRunner(model, attention, sizes.max_seqs, config)

@@ -20,6 +20,7 @@ from typing import Any
 
 from toka_engine.errors import DeviceUnavailableError, StorageError
 from toka_engine.model.cuda import toolchain
+from toka_engine.model.folders import check_writable
 
 KERNELS_VARIABLE = "TOKA_KERNELS_DIR"
 WORKSPACE_VARIABLE = "FLASHINFER_WORKSPACE_BASE"
@@ -74,16 +75,6 @@ def folder_of(base: Path) -> Path:
 
 def library_in(folder: Path, name: str) -> Path:
     return folder / name / f"{name}.so"
-
-
-def check_writable(folder: Path, meaning: str) -> None:
-    """Raises StorageError, which names the folder by its path and its `meaning`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise StorageError(f"{meaning} {folder} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

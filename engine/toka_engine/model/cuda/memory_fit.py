@@ -2,13 +2,14 @@
 
 The worker starts with a provisional cache, just large enough for the largest steps. They run, the largest graphs are
 captured and dropped, and the real cache takes what is then left. So whatever holds an address of the cache or of the
-block table is made after `fit_cache`. Whoever sized the cache, what steps need is taken before ready (`keep_room`).
+block table is made after `fit_cache`. Whoever sized the cache, what steps need is taken before ready (`take_spare`).
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from toka_engine.messages import Step, WorkerReady
 from toka_engine.model.sizing import TOKEN_ID_BYTES, Sizes
 
 if TYPE_CHECKING:
-    from toka_engine.model.cuda.runner import CudaRunner
+    from toka_engine.model.cuda.attention import FlashInferAttention
 
 _log = logging.getLogger("toka.model")
 
@@ -96,26 +97,30 @@ def _new_slots(count: int, num_logprobs: int) -> dict[str, Any]:
     }
 
 
-def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
+def fit_cache(
+    attention: FlashInferAttention,
+    ready: WorkerReady,
+    run: Callable[[Iterable[Step]], None],
+    measure_graphs: Callable[[], int],
+) -> WorkerReady:
     """Measure, allocate the real cache in the place of the provisional one, and return the final sizes.
 
-    Raises OutOfMemoryError if not even one page is left.
+    `run` executes steps; `measure_graphs` gives the bytes that graphs will take. Raises OutOfMemoryError if not even
+    one page is left.
     """
-    attention = runner.cuda_attention
     device = attention.shape.device
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    for step in make_largest_steps(ready):
-        runner.finish(runner.launch(step))
+    run(make_largest_steps(ready))
     step_bytes = torch.cuda.max_memory_allocated(device) - before
-    graph_bytes = runner.measure_graphs()
+    graph_bytes = measure_graphs()
     attention.release()
     gc.collect()
     torch.cuda.empty_cache()
     (free, _), margin = torch.cuda.mem_get_info(device), _find_margin(device)
     available = free - step_bytes - graph_bytes - margin
-    bytes_per_page = (attention.kv_bytes_per_token() + TOKEN_ID_BYTES) * ready.page_size
+    bytes_per_page = (attention.shape.kv_bytes_per_token + TOKEN_ID_BYTES) * ready.page_size
     num_pages = available // bytes_per_page - 1  # one is the backend's own
     _log.info(
         "event=memory free_gb=%.2f largest_step_gb=%.2f graphs_gb=%.2f margin_gb=%.2f pages=%d",
@@ -135,17 +140,12 @@ def fit_cache(runner: CudaRunner, ready: WorkerReady) -> WorkerReady:
     return fitted
 
 
-def keep_room(runner: CudaRunner, ready: WorkerReady) -> None:
+def take_spare(device: torch.device) -> None:
     """Have torch take now what steps may need, so that it takes nothing after ready: it keeps what tensors leave.
 
-    Behind the capture of graphs, before each of which torch gives back what is free. The largest steps run without
-    graphs, which takes most; what is left of the margin is for steps that leave their memory in pieces.
+    Called after the capture of graphs, before each of which torch gives back what is free, and after the largest
+    steps: what is left of the margin is for steps that leave their memory in pieces.
     """
-    whole_steps, runner.whole_steps = runner.whole_steps, None
-    for step in make_largest_steps(ready):
-        runner.finish(runner.launch(step))
-    runner.whole_steps = whole_steps
-    device = runner.cuda_attention.shape.device
     small = [torch.empty(_SMALL_BYTES, dtype=torch.uint8, device=device) for _ in range(_NUM_SMALL)]
     free, _ = torch.cuda.mem_get_info(device)
     spare = min(free, _find_margin(device)) - _LATE_BYTES

@@ -7,24 +7,28 @@ Decode steps go another way: all they need is in a graph (decode_graphs), so tha
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.messages import Int32s, Step, Tokens
+from toka_engine.messages import Step, Tokens, WorkerReady
+from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import FlashInferAttention
 from toka_engine.model.cuda.decode_graphs import WholeSteps
+from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, take_spare
 from toka_engine.model.cuda.sampler import GpuSampler
 from toka_engine.model.cuda.staging import Staging
+from toka_engine.model.cuda.triton_cache import log_compiled
 from toka_engine.model.kernels.decode_attention_short import RowCut
 from toka_engine.model.kernels.device_slots import SlotState, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.kernels.packets import RING
-from toka_engine.model.runner import Launched, Runner
-from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_state import SlotState as HostState
+from toka_engine.model.step_rows import find_sampled_rows, make_layout
 from toka_engine.noise import settled_seed
 
 _OUTPUTS = 4
@@ -49,18 +53,22 @@ class CudaLaunched(Launched):
     """Where a whole step publishes its tokens, which are then all of its results."""
 
 
-class CudaRunner(Runner):
-    """A Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
+class CudaRunner:
+    """A backend.Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
+
+    max_steps_in_flight = 2
 
     def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
         self.sampler = GpuSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
-        super().__init__(model, attention, HostState(max_seqs, torch.device("cpu")), self.sampler, False)
-        self.cuda_attention = attention
+        self.sample: Sample = self.sampler
+        self.model, self.attention = model, attention
+        self.state = HostState(max_seqs, torch.device("cpu"))
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self.whole_steps: WholeSteps | None = None
         self._last_plan: SamplePlan | None = None
+        self._fits_cache = config.kv_cache_num_tokens is None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
         self._reserve_outputs(device, max_seqs)
 
@@ -73,7 +81,24 @@ class CudaRunner(Runner):
         self._turn = 0
 
     @torch.inference_mode()
-    def prepare(self) -> None:
+    def prepare(self, ready: WorkerReady) -> WorkerReady:
+        """See backend.Runner: fit the KV cache unless the user sized it, capture the graphs, keep memory for steps."""
+        if self._fits_cache:
+            ready = fit_cache(self.attention, ready, self._run, self.measure_graphs)
+        self.capture_graphs()
+        whole_steps, self.whole_steps = self.whole_steps, None  # steps take most memory without graphs
+        self._run(make_largest_steps(ready))
+        self.whole_steps = whole_steps
+        take_spare(self.attention.shape.device)
+        log_compiled()
+        return ready
+
+    def _run(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            self.finish(self.launch(step))
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
         """Launch what the warm-up steps did not reach, then capture the graphs."""
         self.launch_rest()
         torch.cuda.synchronize()
@@ -85,7 +110,7 @@ class CudaRunner(Runner):
 
     def make_whole_steps(self) -> WholeSteps:
         """Not captured yet."""
-        return WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, self._max_graph_rows)
+        return WholeSteps(self.model, self.attention, self._slots, self.sampler, self._max_graph_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
@@ -96,7 +121,7 @@ class CudaRunner(Runner):
 
     def launch_rest(self) -> None:
         """Launch, once each, the variants of kernels that the warm-up steps do not."""
-        attention, device = self.cuda_attention, self.cuda_attention.shape.device
+        attention, device = self.attention, self.attention.shape.device
         slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
         none = np.empty(0, np.int64)
         logits = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=device)
@@ -124,11 +149,11 @@ class CudaRunner(Runner):
     def launch_many_rows(self, rows: int) -> None:
         """Launch a step of so many decode rows, with groups and without: attention of many takes other kernels, whether
         or not graphs hold as many."""
-        WholeSteps(self.model, self.cuda_attention, self._slots, self.sampler, rows).launch(rows)
+        WholeSteps(self.model, self.attention, self._slots, self.sampler, rows).launch(rows)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
-        """See Runner.launch."""
+        """See backend.Runner."""
         started_s, cpu_s = time.monotonic(), time.thread_time()
         self._set_up(step)
         plan = self._plan_sampling(step)
@@ -167,7 +192,7 @@ class CudaRunner(Runner):
         if whole_steps is not None and not step.prefill_slots.size and 0 < count <= whole_steps.max_rows:
             saved_s = self._saved_s(step)
             if saved_s > _GROUP_OVERHEAD_S and whole_steps.has_groups:
-                groups = self.cuda_attention.lay_graph_groups(self._make_layout(step))
+                groups = self.attention.lay_graph_groups(make_layout(step, self.state.host, keep_seeded_out=False))
             is_better = groups is not None or saved_s < _EAGER_OVERHEAD_S
         if whole_steps is None or not is_better:
             self.attention.append_pages(*appends)
@@ -190,7 +215,7 @@ class CudaRunner(Runner):
         return CudaLaunched(step.number, plan, None, started_s, host_cpu_s, done, place=place)
 
     def finish(self, launched: Launched) -> Tokens:
-        """See Runner.finish."""
+        """See backend.Runner."""
         if not isinstance(launched, CudaLaunched):
             raise AssertionError("a step of another runner")
         launched.done.synchronize()
@@ -233,15 +258,15 @@ class CudaRunner(Runner):
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of any step, launched one by one, and each sampled row's index into them (None: in order)."""
-        layout = self._make_layout(step)
-        self.cuda_attention.plan(layout)
+        layout = make_layout(step, self.state.host, keep_seeded_out=False)
+        self.attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
-        rows, logit_rows = _find_sampled_rows(step, num_decode) if chunks else (None, None)
+        rows, logit_rows = find_sampled_rows(step) if chunks else (None, None)
         none = np.empty(0, np.int32)
         tokens, row_index, logit_index = self._tokens.upload(
             step.prefill_tokens, none if rows is None else rows, none if logit_rows is None else logit_rows
         )
-        slots = self.cuda_attention.row_slots
+        slots = self.attention.row_slots
         ids = torch.empty_like(slots)
         gather_ids(self._slots, slots, tokens, num_decode, ids)
         self.attention.write_tokens(ids)
@@ -250,10 +275,10 @@ class CudaRunner(Runner):
 
     def _saved_s(self, step: Step) -> float:
         """What reading once the pages that groups share saves."""
-        if not step.group_first_rows.size or not self.cuda_attention.use_groups:
+        if not step.group_first_rows.size or not self.attention.use_groups:
             return 0.0
         pages_saved = int(((step.group_num_rows - 1) * step.group_num_columns).sum())
-        bytes_per_page = self.cuda_attention.kv_bytes_per_token() * self.cuda_attention.page_size
+        bytes_per_page = self.attention.shape.kv_bytes_per_token * self.attention.page_size
         return pages_saved * bytes_per_page / _READ_BYTES_PER_S
 
     def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
@@ -279,15 +304,3 @@ class CudaRunner(Runner):
         return CudaLaunched(
             step.number, plan, sampled, started_s, host_cpu_s, done, ids, logprobs, top_tokens, top_logprobs
         )
-
-
-def _find_sampled_rows(step: Step, num_decode: int) -> tuple[Int32s, Int32s | None]:
-    """Rows whose logits are needed, and each sample's index into those logits (None: one each, in order)."""
-    chunks, chunk_of_entry = np.unique(step.fanout_chunks, return_inverse=True)
-    last_rows = num_decode + np.cumsum(step.prefill_lengths, dtype=np.int32) - 1
-    decode_rows = np.arange(num_decode, dtype=np.int32)
-    rows = np.concatenate((decode_rows, last_rows[chunks])).astype(np.int32)
-    if chunks.size == step.fanout_chunks.size and (chunks == step.fanout_chunks).all():
-        return rows, None
-    entries = num_decode + chunk_of_entry.reshape(-1).astype(np.int32)
-    return rows, np.concatenate((decode_rows, entries)).astype(np.int32)

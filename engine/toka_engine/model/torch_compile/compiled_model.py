@@ -1,21 +1,17 @@
-"""torch_compile=T: the table of operations whose model torch.compile has compiled. No model's file knows of it.
+"""A causal model that torch.compile has compiled.
 
-`compile_ops` takes a device's table and gives one in which norms and activation are plain torch, for inductor to fuse,
-and in which the runner gets a `CompiledModel`. It has no kernels for a single row: a trace would have to ask whether it
-is one. The model is compiled when it is made, so before any step runs, for any number of rows (`_mark_rows`); a trace
-that would be good for some numbers alone ends the start. CUDA graphs stay the runner's: inductor makes none, and its
-kernels are captured like others.
+It is compiled when it is made, so before any step runs, for any number of rows (`_mark_rows`); a trace that would be
+good for some numbers alone ends the start. CUDA graphs stay the runner's: inductor makes none, and its kernels are
+captured like others.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch._dynamo.decorators import mark_dynamic, mark_unbacked
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._inductor import config as inductor
@@ -23,54 +19,21 @@ from torch._inductor import list_mode_options
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError
 from toka_engine.model.attention_backend import AttentionBackend
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.ops import Linear, Ops
-from toka_engine.model.runner import Runner
+from toka_engine.model.ops import Linear
 from toka_engine.model.torch_compile.regions import RegionCompiler, attend, product
 
 _FIRST_ROWS = {"cpu": 2, "cuda": 1024}
 """Rows of the first run: on a GPU, those at which Triton's kernels choose how they are launched."""
-_LARGEST_FORWARD = 1 << 14
-"""Rows that a step may have where the settings do not say: twice the default on a GPU. A larger bound would cost models
-their start: inductor counts in 32 bits and refuses a number of rows with which any tensor could have more elements."""
-
 _log = logging.getLogger("toka.model")
-
-
-def compile_ops(ops: Ops, device: torch.device, config: EngineConfig) -> Ops:
-    """`ops` for compiled models. Raises ConfigError where this machine cannot compile."""
-    mode = config.torch_compile_config
-    if device.type == "cpu":
-        _check_cpu(mode)
-    outside = _Outside()
-
-    def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        linear = ops.make_linear(weight, bias)
-        return outside.add(linear, weight.shape[0]) if ops.has_packed_products else linear
-
-    def make_runner(model: CausalModel, attention: AttentionBackend, max_seqs: int, config: EngineConfig) -> Runner:
-        compiled = CompiledModel(model, outside)
-        compiled.compile(device, mode, max(max_seqs, config.max_tokens_per_forward or _LARGEST_FORWARD))
-        return ops.make_runner(compiled, attention, max_seqs, config)
-
-    return replace(
-        ops,
-        make_linear=make_linear,
-        rms_norm=_rms_norm,
-        add_rms_norm=_add_rms_norm,
-        silu_mul=_silu_mul,
-        single_row=None,
-        make_runner=make_runner,
-    )
 
 
 class CompiledModel:
     """A causal.CausalModel around another one. Its head is not compiled: it is one product."""
 
-    def __init__(self, model: CausalModel, outside: _Outside) -> None:
+    def __init__(self, model: CausalModel, outside: Outside) -> None:
         self.config = model.config
         self.logits = model.logits
         self.regions = RegionCompiler(outside.run_attention, outside.products)
@@ -116,7 +79,7 @@ class CompiledModel:
         _log.info("event=compiled regions=%d mode=%s seconds=%.1f", self.regions.num_regions, mode, seconds)
 
 
-class _Outside:
+class Outside:
     """What the compiled regions leave to others: the attention of the step, and packed products."""
 
     def __init__(self) -> None:
@@ -173,20 +136,7 @@ def _mark_rows(ids: torch.Tensor, max_rows: int) -> None:
         mark_dynamic(ids, 0, min=2, max=max_rows)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(residual.add_(x), weight.shape, weight, eps)
-
-
-def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
-    return F.silu(gate) * up
-
-
-def _check_cpu(mode: str) -> None:
+def check_cpu(mode: str) -> None:
     if mode != "default":
         raise ConfigError(
             f"torch_compile_config={mode} has no effect on a CPU, whose products are not compiled (default is allowed)"

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from toka_engine.builtin import cache_dir
-from toka_engine.model.cuda.flashinfer_modules import check_writable
+from toka_engine.model.folders import check_writable
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Inductor's own."""

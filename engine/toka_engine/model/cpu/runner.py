@@ -1,0 +1,102 @@
+"""Executes steps on a CPU. A step's work is done when `launch` returns."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toka_engine.messages import Step, Tokens, WorkerReady
+from toka_engine.model.backend import Launched
+from toka_engine.model.causal import CausalModel
+from toka_engine.model.cpu.attention import CpuAttention
+from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.slot_state import SlotState
+from toka_engine.model.step_rows import find_sampled_rows, make_layout
+
+
+class CpuRunner:
+    """A backend.Runner. Its rows do not depend on the rows beside them: seeded requests are repeatable."""
+
+    max_steps_in_flight = 1
+
+    def __init__(self, model: CausalModel, attention: CpuAttention, state: SlotState, sample: Sample) -> None:
+        self.model = model
+        self.attention = attention
+        self.state = state
+        self.sample = sample
+
+    def prepare(self, ready: WorkerReady) -> WorkerReady:
+        """Change nothing: sizes are final from the start."""
+        return ready
+
+    def capture_graphs(self) -> None:
+        """Do nothing: there are no graphs."""
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """See backend.Runner."""
+        started_s, cpu_s = time.monotonic(), time.thread_time()
+        self.state.set_up(step)
+        if step.append_slots.size:
+            self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
+        if step.copy_from.size:
+            self.attention.copy_pages(step.copy_from, step.copy_to)
+        plan = plan_sampling(step, self.state.host)
+        sampled = self._forward_and_sample(step, plan)
+        self.state.advance(step)
+        return Launched(step.number, plan, sampled, started_s, time.thread_time() - cpu_s)
+
+    def finish(self, launched: Launched) -> Tokens:
+        """See backend.Runner."""
+        sampled, plan = launched.sampled, launched.plan
+        wall_s = time.monotonic() - launched.started_s
+        if sampled is None:
+            ids = np.empty(0, np.int32)
+            return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
+        ids = sampled.ids.numpy()
+        empty = np.empty(0, np.float32)
+        logprobs = empty if sampled.logprobs is None else sampled.logprobs.numpy()
+        if sampled.top_tokens is None or sampled.top_logprobs is None:
+            return Tokens(launched.number, ids, logprobs, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
+        return Tokens(
+            launched.number,
+            ids,
+            logprobs,
+            top_rows=plan.top.astype(np.int32),
+            top_tokens=sampled.top_tokens.numpy().reshape(-1),
+            top_logprobs=sampled.top_logprobs.numpy().reshape(-1),
+            top_width=plan.top_width,
+            step_wall_s=wall_s,
+            host_cpu_s=launched.host_cpu_s,
+        )
+
+    def _forward_and_sample(self, step: Step, plan: SamplePlan) -> Sampled | None:
+        logits, logit_rows = self._forward(step)
+        if not plan.slots.size:
+            return None
+        sampled = self.sample(logits, logit_rows, plan, self.state)
+        slots = _to_tensor(plan.slots).long()
+        # The next step may be planned before anybody has seen a -1: its row must stay a valid token.
+        self.state.last_tokens.index_copy_(0, slots, sampled.ids.clamp(min=0))
+        return sampled
+
+    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits [n, vocab] and, where samples share logits, each sample's index into them [R] int64."""
+        self.attention.plan(make_layout(step, self.state.host, keep_seeded_out=True))
+        ids = self.state.last_tokens[_to_tensor(step.decode_slots).long()]
+        if not step.prefill_slots.size:
+            self.attention.write_tokens(ids)
+            return self.model.logits(self.model.forward(ids, self.attention)), None
+        ids = torch.cat((ids, _to_tensor(step.prefill_tokens)))
+        self.attention.write_tokens(ids)
+        rows, logit_rows = find_sampled_rows(step)
+        logits = self.model.logits(self.model.forward(ids, self.attention, _to_tensor(rows).long()))
+        return logits, None if logit_rows is None else _to_tensor(logit_rows).long()
+
+
+def _to_tensor(array: NDArray[np.int32]) -> torch.Tensor:
+    # Arrays decoded from a frame are read-only, which torch cannot express: hence the copy.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
