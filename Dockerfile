@@ -43,6 +43,7 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
     /uv/bin/uv pip install --quiet --no-cache --no-deps --python /opt/toka/bin/python \
     --constraint /requirements/constraints.txt -r /requirements/kernels.txt
 COPY engine/toka_engine/errors.py /tmp/build/toka_engine/
+COPY engine/toka_engine/output.py /tmp/build/toka_engine/
 COPY engine/toka_engine/model/memory.py /tmp/build/toka_engine/model/
 COPY engine/toka_engine/model/folders.py /tmp/build/toka_engine/model/
 COPY engine/toka_engine/model/cuda/flashinfer_modules.py /tmp/build/toka_engine/model/cuda/

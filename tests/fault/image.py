@@ -13,6 +13,11 @@ ROOT = Path(__file__).parents[2]
 _OTHERS = ("CC", "CUDA_", "FLASHINFER_", "TRITON_", "TOKA_KERNELS_DIR")
 """Of the environment: what would decide a test beside what it sets itself."""
 
+_WITHOUT_CHECKOUT = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+"""
+
 
 def copy_stage(name: str, root: Path) -> None:
     """Put into `root` what a stage copies of the engine, and nothing else."""
@@ -26,6 +31,8 @@ def copy_stage(name: str, root: Path) -> None:
             else:
                 (root / target).mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, root / target)
+    # Read at Python's start: an editable installation would find in the checkout what the copy lacks.
+    (root / "sitecustomize.py").write_text(_WITHOUT_CHECKOUT)
 
 
 def run(*arguments: str, source: Path = ROOT / "engine", **env: str | Path) -> subprocess.CompletedProcess[str]:
