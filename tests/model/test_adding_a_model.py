@@ -106,7 +106,9 @@ def test_a_window_that_the_engine_has_not_is_refused_by_the_documents_mistral(
     tree: Path, make_tiny: Callable[..., tuple[Any, Path]]
 ) -> None:
     _, folder = make_tiny("Mistral", sliding_window=16)
-    spec = importlib.util.spec_from_file_location("mistral", tree / "engine" / "toka_engine" / "model" / "mistral.py")
+    spec = importlib.util.spec_from_file_location(
+        "mistral", tree / "engine" / "toka_engine" / "model" / "architectures" / "mistral.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
