@@ -44,6 +44,8 @@ class FinishedChoice(msgspec.Struct):
 class AnswerFormat(Protocol):
     """How one endpoint writes its answers. Events come complete, with `data: ` and the empty line."""
 
+    model: str
+
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes: ...
 
     def opening(self, index: int) -> bytes:

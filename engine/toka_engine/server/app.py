@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -16,10 +17,11 @@ from typing import Any, TypeAlias
 import msgspec
 
 from toka_engine.config import EngineConfig
+from toka_engine.server.access_log import log_request
 from toka_engine.server.answers import ChatFormat, CompletionFormat
 from toka_engine.server.auth import KeyCheck
 from toka_engine.server.chat import ChatTemplate
-from toka_engine.server.errors import ApiError, ClientGoneError, internal, invalid
+from toka_engine.server.errors import ApiError, ClientGoneError, internal, invalid, no_model
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.generate import Job, run_job
 from toka_engine.server.generation_defaults import describe_defaults
@@ -37,6 +39,7 @@ logger = logging.getLogger("toka.server")
 Handler: TypeAlias = Callable[[Exchange], Awaitable[None]]
 _CLIENT_GONE = 499
 """For the metrics only: what proxies write for a client that closed the connection before its answer."""
+_MAX_MISTAKEN_PATH = 200
 _TOTAL_BODIES = 8
 """Bodies of the largest size that may be held at once."""
 _LOGGED_FRAMES = 30
@@ -68,6 +71,7 @@ class App:
         self._key_check = key_check
         self._health = health
         self._streams = streams
+        self._logs_requests = config.access_log
         self._budget = BodyBudget(config.max_body_bytes, _TOTAL_BODIES * config.max_body_bytes)
         self._completion_decoder = BodyDecoder(CompletionRequest)
         self._chat_decoder = BodyDecoder(ChatRequest)
@@ -104,6 +108,8 @@ class App:
                 self._idle.set()
             if exchange.path.startswith("/v1/"):
                 self._count(exchange)
+            if self._logs_requests:
+                log_request(exchange)
 
     async def wait_idle(self) -> None:
         """Return when no request is being answered."""
@@ -123,16 +129,23 @@ class App:
         if path == "/v1" or path.startswith("/v1/"):
             self._key_check.check(exchange.headers)
         methods = self._routes.get(path)
-        if methods is None and path.startswith("/v1/models/"):
+        if methods is None and path.startswith("/v1/models/") and path != "/v1/models/":
             methods = {"GET": self._model}
         if methods is None:
-            raise ApiError(404, f"There is no {path[:200]}.", code="not_found")
-        handler = methods.get(exchange.method)
+            raise self._no_path(path)
+        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
-            allowed = ", ".join(methods)
+            allowed = ", ".join(methods).replace("GET", "GET, HEAD")
             message = f"{path[:200]} takes {allowed}, not {exchange.method}."
             raise ApiError(405, message, code="method_not_allowed", headers=((b"allow", allowed.encode()),))
         await handler(exchange)
+
+    def _no_path(self, path: str) -> ApiError:
+        """The 404 of a path that is not served, which names the one that was probably meant."""
+        plain = re.sub("/+", "/", path.lower()[:_MAX_MISTAKEN_PATH]).rstrip("/")
+        meant = [known for known in self._routes if plain.endswith(known) or known == f"/v1{plain}"]
+        advice = f" Did you mean {max(meant, key=len)}?" if meant else ""
+        return ApiError(404, f"There is no {path[:200]}.{advice}", code="not_found")
 
     async def _ping(self, exchange: Exchange) -> None:
         await exchange.answer(200, b'{"message":"pong"}')
@@ -153,13 +166,14 @@ class App:
     async def _model(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/v1/models/")
         if name not in self._names:
-            raise ApiError(404, f"The model '{name[:100]}' does not exist.", param="model", code="model_not_found")
+            raise no_model(name, self._names)
         await exchange.answer(200, msgspec.json.encode(self._card(name)))
 
     def _card(self, name: str) -> dict[str, Any]:
-        card = {"id": name, "object": "model", "created": self._created_s, "owned_by": "toka"}
+        card: dict[str, Any] = {"id": name, "object": "model", "created": self._created_s, "owned_by": "toka"}
         if self.engine is not None:
             card["default_sampling_params"] = describe_defaults(self.engine.limits.defaults)
+            card["max_model_len"] = self.engine.limits.max_request_tokens
         return card
 
     async def _completions(self, exchange: Exchange) -> None:

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from toka_engine.server.errors import ApiError, unavailable
 from toka_engine.server.half_closed import COMMENT, INTERIM, HalfClosedWatch
+from toka_engine.server.headers import REQUEST_ID, choose_request_id, date
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -263,6 +264,7 @@ class Connection(HttpToolsProtocol):
         body = error.body()
         head = [
             STATUS_LINE[error.status],
+            b"date: %s\r\n%s: %s\r\n" % (date(), REQUEST_ID, choose_request_id(self.headers or ())),
             b"content-type: application/json\r\nconnection: close\r\n",
             b"content-length: %d\r\n\r\n" % len(body),
         ]

@@ -6,6 +6,7 @@ Owns: the mapping of an error to status, type, code and headers. Everything that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -52,6 +53,14 @@ class ClientGoneError(TokaError):
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
     """A 400 that names the field `param`."""
     return ApiError(400, message, param=param, code=code)
+
+
+def no_model(name: str, served: Sequence[str]) -> ApiError:
+    """The 404 of a model that is not served, which names those that are."""
+    shown = name if len(name) <= 100 else name[:100] + "..."
+    others = ", ".join(f"'{other[:100]}'" for other in served[:10])
+    message = f"The model '{shown}' does not exist. This server has {others}."
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def internal() -> ApiError:

@@ -12,6 +12,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from toka_engine.server.connection import Connection, JoinedWrites
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
+from toka_engine.server.headers import REQUEST_ID, choose_request_id, date
+from toka_engine.server.protocol import Usage
 
 JSON = b"application/json"
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -47,7 +49,12 @@ class Exchange:
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.connection: Connection = scope["state"]["connection"]
         self._cycle: RequestResponseCycle = scope["state"]["cycle"]
+        self.request_id = choose_request_id(self.headers)
         self.started_s = time.monotonic()
+        self.model = ""
+        self.usage: Usage | None = None
+        self.first_token_s: float | None = None
+        """Seconds from the request's head to the first event of a stream."""
         self.status = 0
         """0 until the answer has begun."""
         self._is_stream = False
@@ -63,6 +70,12 @@ class Exchange:
 
     async def read_json(self, budget: BodyBudget) -> bytes:
         """Return the raw body. Raises 415, 413 or ClientGoneError."""
+        encoding = (self.header(b"content-encoding") or b"").strip().lower()
+        if encoding not in (b"", b"identity"):
+            shown = encoding[:50].decode("latin-1")
+            message = f"The content-encoding '{shown}' is not supported: send the body uncompressed."
+            wanted = ((b"accept-encoding", b"identity"),)
+            raise ApiError(415, message, code="unsupported_content_encoding", headers=wanted)
         kind = (self.header(b"content-type") or b"").partition(b";")[0].strip().lower()
         if kind != JSON:
             raise ApiError(415, "The content-type must be application/json.", code="unsupported_media_type")
@@ -97,16 +110,21 @@ class Exchange:
         if self._cycle.waiting_for_100_continue:
             # Whether the body will still be sent is not known: what follows could be taken for it.
             self._cycle.keep_alive = False
-        fixed = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+        fixed = [*self._fixed_headers(), (b"content-type", kind), (b"content-length", b"%d" % len(body))]
         with JoinedWrites(self._cycle):
             await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
             await self._send({"type": "http.response.body", "body": body})
         self._is_complete = True
 
+    def _fixed_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        return (b"date", date()), (REQUEST_ID, self.request_id)
+
     async def begin_events(self) -> None:
         self.status = 200
         self._is_stream = True
-        headers = [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        self.first_token_s = time.monotonic() - self.started_s
+        headers = [*self._fixed_headers(), (b"content-type", EVENTS)]
+        headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         if self._is_chunked:
             headers.append((b"transfer-encoding", b"chunked"))
         else:

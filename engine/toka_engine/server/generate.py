@@ -6,7 +6,6 @@ still runs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -42,6 +41,7 @@ class Job(msgspec.Struct, frozen=True):
 async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metrics) -> None:
     """Generate and answer. Raises ApiError, and ClientGoneError when there is nobody to answer."""
     connection = exchange.connection
+    exchange.model = job.form.model
     if connection.is_gone:
         raise ClientGoneError("the client closed the connection")
     with Generation(streams, job.prompts, job.spec) as generation:
@@ -54,7 +54,7 @@ async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metri
                 await _answer_whole(job, exchange, generation, renderers)
         finally:
             connection.gone_callbacks.discard(generation.abandon)
-    usage = _usage(job, renderers)
+    usage = exchange.usage = _usage(job, renderers)
     metrics.request_prompt_tokens.inc(usage.prompt_tokens)
     metrics.request_completion_tokens.inc(usage.completion_tokens)
 
@@ -97,8 +97,8 @@ async def _answer_in_events(
                 num_unfinished -= renderer.finish_reason is not None
         if not exchange.status:
             # Not earlier: until the first token the request may still be refused with a status of its own.
-            metrics.first_token_seconds.observe(time.monotonic() - exchange.started_s)
             await exchange.begin_events()
+            metrics.first_token_seconds.observe(exchange.first_token_s or 0.0)
         if events:
             await exchange.write_events(b"".join(events))
     tail = form.usage(_usage(job, renderers)) if job.includes_usage else b""

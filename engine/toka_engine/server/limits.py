@@ -16,7 +16,7 @@ import numpy as np
 from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo, Int32s, Sampling
 from toka_engine.server.chat import Turn
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.errors import ApiError, invalid, no_model
 from toka_engine.server.generation_defaults import (
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
@@ -143,7 +143,7 @@ class Limits:
         if options is not None and not request.stream:
             raise invalid("stream_options", "'stream_options' needs 'stream' to be true.")
         if options is not None and options.include_obfuscation:
-            raise _unsupported("stream_options.include_obfuscation")
+            raise _unsupported("stream_options.include_obfuscation", (False,))
         if request.return_tokens_as_token_ids and num_top < 0:
             raise invalid("return_tokens_as_token_ids", "'return_tokens_as_token_ids' needs 'logprobs'.")
         return Asked(
@@ -160,8 +160,7 @@ class Limits:
 
     def _check_model(self, name: str) -> None:
         if name not in self._names:
-            shown = name if len(name) <= 100 else name[:100] + "..."
-            raise ApiError(404, f"The model '{shown}' does not exist.", param="model", code="model_not_found")
+            raise no_model(name, self._names)
 
     def _check_sampling(self, request: GenerationRequest, num_logprobs: int) -> Sampling:
         defaults = self.defaults
@@ -320,7 +319,7 @@ def _check_neutral(request: msgspec.Struct, neutral: dict[str, tuple[Any, ...]],
             if value is not None and not any(
                 value == plain and isinstance(value, bool) == isinstance(plain, bool) for plain in neutral[name]
             ):
-                raise _unsupported(prefix + name)
+                raise _unsupported(prefix + name, neutral[name])
 
 
 def _small(value: Any) -> Any:
@@ -330,8 +329,11 @@ def _small(value: Any) -> Any:
     return value
 
 
-def _unsupported(name: str) -> ApiError:
-    return invalid(name, f"'{name}' is not supported with this value.", "unsupported_parameter")
+def _unsupported(name: str, neutral: tuple[Any, ...]) -> ApiError:
+    """The 400 of a field that this server does not support; `neutral`: its values that ask for nothing."""
+    values = " or ".join(msgspec.json.encode(value).decode() for value in neutral)
+    advice = f"it may only be {values}, or left out" if neutral else "no value of it is; leave it out"
+    return invalid(name, f"'{name}' is not supported: {advice}.", "unsupported_parameter")
 
 
 def _check_stops(raw: msgspec.Raw) -> StopStrings | None:

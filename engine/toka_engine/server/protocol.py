@@ -180,6 +180,18 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _NAMED = re.compile(r"(?P<kind>unknown|missing required) field `(?P<name>[^`]*)`")
+_STARTS = (
+    (b"\xef\xbb\xbf", "it begins with a byte order mark (BOM), which has to go"),
+    (b"\xff\xfe", "it is UTF-16 or UTF-32"),
+    (b"\xfe\xff", "it is UTF-16"),
+    (b"\x00\x00\xfe\xff", "it is UTF-32"),
+    (b"\x1f\x8b", "it is compressed (gzip)"),
+    (b"\x78\x01", "it is compressed (deflate)"),
+    (b"\x78\x9c", "it is compressed (deflate)"),
+    (b"\x78\xda", "it is compressed (deflate)"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed (zstd)"),
+)
+"""First bytes of what is often sent as JSON, and is none."""
 _EXPLAINED_BODY_BYTES = 64 * 1024
 """Larger bodies that are not JSON get no second look for the field's name."""
 
@@ -225,7 +237,14 @@ def _mistyped(message: str, prefix: str = "") -> ApiError:
 
 
 def _not_json(body: bytes, message: str) -> ApiError:
-    """Name the field where the body is JSON but for a NaN, an infinity or half a surrogate pair."""
+    """Say what the body is where that shows. Name the field where it is JSON but for a NaN, an infinity or half a
+    surrogate pair.
+    """
+    for start, what in _STARTS:
+        if body.startswith(start):
+            return invalid(None, f"The body is no JSON in UTF-8: {what}.", "invalid_json")
+    if b"\0" in body[:4]:
+        return invalid(None, "The body is no JSON in UTF-8: it seems to be UTF-16 or UTF-32.", "invalid_json")
     if len(body) <= _EXPLAINED_BODY_BYTES:
         odd = object()
         try:

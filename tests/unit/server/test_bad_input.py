@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from typing import Any
 
 import pytest
 
 from tests.unit.server.conftest import SENTENCE, chat_body, completion_body
-from tests.unit.server.harness import INFO, RunningServer
+from tests.unit.server.harness import INFO, MODEL, RunningServer
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
@@ -326,7 +328,105 @@ def test_another_path_is_a_404(server: RunningServer, path: str) -> None:
 def test_another_method_is_a_405(server: RunningServer, method: str, path: str) -> None:
     status, headers, answer = server.request(method, path)
     _assert_refused(status, json.loads(answer), None, 405)
-    assert headers["allow"] in ("GET", "POST")
+    assert headers["allow"] in ("GET, HEAD", "POST")
+
+
+# ---------------------------------------------------------------- errors that say what to do
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "gzip, identity", "x" * 1000])
+@pytest.mark.parametrize("path", [_COMPLETIONS, _CHAT])
+def test_a_compressed_body_is_a_415_that_names_the_encoding(server: RunningServer, path: str, encoding: str) -> None:
+    sent = {"content-type": "application/json", "content-encoding": encoding}
+    status, headers, answer = server.request("POST", path, gzip.compress(json.dumps(chat_body()).encode()), sent)
+    _assert_refused(status, json.loads(answer), None, 415)
+    assert encoding.lower()[:50] in json.loads(answer)["error"]["message"]
+    assert headers["accept-encoding"] == "identity"
+
+
+def test_a_body_of_identity_encoding_is_taken(server: RunningServer) -> None:
+    assert server.post(_COMPLETIONS, completion_body(), {"content-encoding": "identity"})[0] == 200
+    server.manager.submits.clear()
+
+
+_TEXT = json.dumps(completion_body())
+_NO_UTF_8: dict[str, tuple[bytes, str]] = {
+    "bom": (_TEXT.encode("utf-8-sig"), "byte order mark"),
+    "utf-16": (_TEXT.encode("utf-16"), "UTF-16"),
+    "utf-16-le": (_TEXT.encode("utf-16-le"), "UTF-16"),
+    "utf-16-be": (_TEXT.encode("utf-16-be"), "UTF-16"),
+    "utf-16-be-bom": (b"\xfe\xff" + _TEXT.encode("utf-16-be"), "UTF-16"),
+    "utf-32": (_TEXT.encode("utf-32"), "UTF-32"),
+    "utf-32-be-bom": (b"\0\0\xfe\xff" + _TEXT.encode("utf-32-be"), "UTF-32"),
+    "gzip": (gzip.compress(_TEXT.encode()), "gzip"),
+    **{f"deflate-{level}": (zlib.compress(_TEXT.encode(), level), "deflate") for level in (0, 6, 9)},
+}
+
+
+@pytest.mark.parametrize(("body", "word"), _NO_UTF_8.values(), ids=_NO_UTF_8)
+def test_a_body_that_is_no_utf_8_is_named_for_what_it_is(server: RunningServer, body: bytes, word: str) -> None:
+    status, answer = server.post(_COMPLETIONS, body)
+    _assert_refused(status, answer, None)
+    assert word in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [_COMPLETIONS, _CHAT, "/v1/models/gpt-4"])
+def test_an_unknown_model_names_what_is_served(server: RunningServer, path: str) -> None:
+    if path.startswith("/v1/models"):
+        status, _, raw = server.request("GET", path)
+        answer = json.loads(raw)
+    else:
+        status, answer = server.post(path, (completion_body if path == _COMPLETIONS else chat_body)(model="gpt-4"))
+    _assert_refused(status, answer, "model", 404)
+    assert f"'{MODEL}'" in answer["error"]["message"]
+
+
+_MISTAKEN = {
+    "/v1/completions/": _COMPLETIONS,
+    "/v1//completions": _COMPLETIONS,
+    "//v1/completions": _COMPLETIONS,
+    "/completions": _COMPLETIONS,
+    "/chat/completions": _CHAT,
+    "/chat/completions/": _CHAT,
+    "/v1/v1/chat/completions": _CHAT,
+    "/api/v1/chat/completions": _CHAT,
+    "/V1/Models": "/v1/models",
+    "/v1/models/": "/v1/models",
+    "/models": "/v1/models",
+    "/v1/metrics": "/metrics",
+    "/ping/": "/ping",
+}
+
+
+@pytest.mark.parametrize(("path", "right"), _MISTAKEN.items())
+def test_a_mistaken_path_names_the_right_one(server: RunningServer, path: str, right: str) -> None:
+    status, _, answer = server.request("POST", path)
+    _assert_refused(status, json.loads(answer), None, 404)
+    assert json.loads(answer)["error"]["message"].endswith(f"Did you mean {right}?")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/embeddings", "/v1/completions/x", "/" + "a" * 5000, "/v1/completion"]
+)
+def test_a_path_like_no_other_suggests_nothing(server: RunningServer, path: str) -> None:
+    status, _, answer = server.request("GET", path)
+    _assert_refused(status, json.loads(answer), None, 404)
+    assert "mean" not in json.loads(answer)["error"]["message"]
+
+
+def test_an_unsupported_field_says_whether_another_value_would_do(server: RunningServer) -> None:
+    for fields, advice in (
+        ({"tools": [{}]}, "it may only be [], or left out"),
+        ({"tool_choice": "required"}, 'it may only be "none" or "auto", or left out'),
+        ({"response_format": {"type": "json_object"}}, 'it may only be {"type":"text"}, or left out'),
+        ({"store": True}, "it may only be false, or left out"),
+        ({"prediction": {}}, "no value of it is; leave it out"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "it may only be false, or left out"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "no value of it is; leave it out"),
+    ):
+        status, answer = server.post(_CHAT, chat_body(**fields))
+        assert status == 400
+        assert advice in answer["error"]["message"]
 
 
 def test_a_body_beyond_the_limit_is_a_413(server: RunningServer) -> None:

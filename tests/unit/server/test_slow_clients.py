@@ -39,6 +39,11 @@ def _read_all(sock: socket.socket) -> bytes:
         return b"reset"
 
 
+def _assert_has_fixed_headers(answer: bytes) -> None:
+    head = answer.partition(b"\r\n\r\n")[0]
+    assert head.count(b"\r\ndate: ") == head.count(b"\r\nx-request-id: ") == 1
+
+
 def test_a_silent_connection_is_closed(hasty_server: RunningServer) -> None:
     with hasty_server.connect() as sock:
         assert _read_all(sock) == b""
@@ -54,6 +59,7 @@ def test_a_request_that_does_not_arrive_is_a_408(hasty_server: RunningServer, se
         sock.sendall(sent)
         answer = _read_all(sock)
     assert answer.startswith(b"HTTP/1.1 408")
+    _assert_has_fixed_headers(answer)
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "receive_timeout"
 
 
@@ -96,6 +102,7 @@ def test_what_is_not_http_is_a_400(hasty_server: RunningServer, sent: bytes) -> 
         sock.sendall(sent)
         answer = _read_all(sock)
     assert answer.startswith(b"HTTP/1.1 400")
+    _assert_has_fixed_headers(answer)
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
@@ -160,7 +167,9 @@ def test_connections_beyond_the_limit_are_a_503(hasty_server: RunningServer) -> 
         answers = []
         for sock in held[50:]:
             answers.append(_read_all(sock))
-        assert any(answer.startswith(b"HTTP/1.1 503") for answer in answers)
+        refusals = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503")]
+        assert refusals
+        _assert_has_fixed_headers(refusals[0])
         for sock in held[:50]:
             _read_all(sock)
     finally:

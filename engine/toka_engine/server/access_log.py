@@ -1,0 +1,34 @@
+"""A line per request in the log, as key=value: whose request it was, how it ended, what it cost. Never text, never
+a key; of a path only what stands before its query.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from toka_engine.server.exchange import Exchange
+
+logger = logging.getLogger("toka.server.access")
+
+_PROBES = frozenset(("/livez", "/readyz", "/metrics", "/ping"))
+"""Paths that machines ask for every few seconds: logged at level DEBUG."""
+
+
+def log_request(exchange: Exchange) -> None:
+    """Log one request that has ended."""
+    level = logging.DEBUG if exchange.path in _PROBES else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    fields = [
+        f"event=request request_id={exchange.request_id.decode()} method={exchange.method[:20]}",
+        f"path={exchange.path[:200]!r} status={exchange.status}",
+        f"seconds={time.monotonic() - exchange.started_s:.3f}",
+    ]
+    if exchange.model:
+        fields.append(f"model={exchange.model!r}")
+    if exchange.first_token_s is not None:
+        fields.append(f"first_token_s={exchange.first_token_s:.3f}")
+    if (usage := exchange.usage) is not None:
+        fields.append(f"prompt_tokens={usage.prompt_tokens} completion_tokens={usage.completion_tokens}")
+    logger.log(level, "%s", " ".join(fields))
