@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from toka_engine.errors import ConfigError, ModelInvalidError, ModelNotFoundError, OutOfMemoryError
+from toka_engine.model.loader import Weights
+from toka_engine.model.sharding import Shard
 
 from tests.model.driving import Driver, load
 
@@ -150,6 +153,53 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
 def test_a_tensor_of_integers_is_named(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}))
     refuse(folder, "model.norm.weight", "int32")
+
+
+NAME, SHAPE = "model.layers.0.self_attn.k_proj.weight", (32, 64)
+
+
+def open_weights(folder: Path, available_bytes: int = 1 << 20, dtype: torch.dtype = torch.float32) -> Weights:
+    return Weights(folder, torch.device("cpu"), dtype, available_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard", [Shard(0, 8, 24), Shard(1, 48, 64), Shard(0, 0, 32), Shard(1, 5, 6)])
+def test_a_shard_is_the_part_of_the_tensor_and_takes_no_more_memory(
+    folder: Path, shard: Shard, dtype: torch.dtype
+) -> None:
+    with open_weights(folder, dtype=dtype) as weights:
+        found = weights.take(NAME, SHAPE, shard)
+        assert torch.equal(found, weights.take(NAME, SHAPE)[shard.index])
+        assert found.is_contiguous()
+        assert found.untyped_storage().nbytes() == found.numel() * dtype.itemsize
+        assert NAME not in weights.list_untaken()
+
+
+def test_the_shards_of_a_tensor_need_only_their_own_memory(folder: Path) -> None:
+    shard = Shard(0, 0, 16)
+    with open_weights(folder, available_bytes=16 * 64 * 4) as weights:
+        weights.take(NAME, SHAPE, shard)
+        with pytest.raises(OutOfMemoryError):
+            weights.take(NAME, SHAPE, shard)
+
+
+def test_a_shard_of_a_misshapen_tensor_is_refused_with_the_whole_shapes(folder: Path) -> None:
+    with open_weights(folder) as weights, pytest.raises(ModelInvalidError) as caught:
+        weights.take(NAME, (64, 64), Shard(0, 0, 16))
+    assert all(word in str(caught.value) for word in (NAME, "[32, 64]", "[64, 64]"))
+
+
+def test_a_shard_reads_its_part_of_the_file_alone(tmp_path: Path) -> None:
+    rows, width = 1 << 17, 8192  # 2 GiB, a hole in the file
+    header = json.dumps({"big": {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, 2 * rows * width]}})
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 2 * rows * width)
+    with open_weights(tmp_path, dtype=torch.bfloat16) as weights:
+        before = psutil.Process().memory_info().rss
+        assert not weights.take("big", (rows, width), Shard(0, rows - 16, rows)).any()
+        assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model.cpu import backend
 from toka_engine.model.devices import select_backend
-from toka_engine.model.layers import Head, NormedLinear, Projections, ResidualLinear
+from toka_engine.model.linear import Linear, LinearParameters, LmHead, ResidualLinear
 from toka_engine.model.ops import Ops
+from toka_engine.model.residual import Norm
 
 from tests.model.driving import Driver
 from tests.model.test_logits import IDS, VARIANTS, check_parity
@@ -112,50 +113,51 @@ def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
     assert all(ours is theirs for ours, theirs in zip(kernels.weights, made, strict=True))
 
 
-def make_block(ops: Ops) -> tuple[NormedLinear, weakref.ref[torch.Tensor]]:
+def make_linear(ops: Ops) -> tuple[Linear, weakref.ref[torch.Tensor]]:
     weight = torch.randn(24, 16)
-    return NormedLinear(ops, torch.randn(16), 1e-5, Projections(weight, None)), weakref.ref(weight)
+    return Linear(ops, LinearParameters(weight, None)), weakref.ref(weight)
 
 
 def test_packed_weights_are_the_only_copy_where_there_are_no_such_kernels() -> None:
-    block, weight = make_block(backend.make_ops())
+    linear, weight = make_linear(backend.make_ops())
     assert weight() is None
-    assert block(None, torch.randn(1, 16)).shape == (1, 24)
+    assert linear(torch.randn(1, 16)).shape == (1, 24)
 
 
-def test_what_other_blocks_left_pending_is_added_once_to_a_step_of_one_row(kernels: PlainSingleRow) -> None:
-    block, _ = make_block(backend.make_ops())
-    start, pending = torch.randn(2, 1, 16)
-    residual = start.clone()
-    found = block(pending, residual)
-    assert torch.equal(residual, start + pending)
+def test_what_other_blocks_left_to_add_is_added_once_to_a_step_of_one_row(kernels: PlainSingleRow) -> None:
+    ops = backend.make_ops()
+    norm, (linear, _) = Norm(ops, torch.randn(16), 1e-5), make_linear(ops)
+    start, added = torch.randn(2, 1, 16)
+    x, residual = norm(added, start.clone())
+    found = linear(x)
+    assert torch.equal(residual, start + added)
     assert kernels.calls == []
-    torch.testing.assert_close(block(None, residual), found)
-    assert torch.equal(residual, start + pending)
+    x, residual = norm(residual, None)
+    torch.testing.assert_close(linear(x), found)
+    assert torch.equal(residual, start + added)
     assert kernels.calls == ["product"]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_product_of_one_row_is_in_the_residual_stream_and_one_of_more_is_pending(
-    rows: int, kernels: PlainSingleRow
+@pytest.mark.parametrize(("rows", "wanted"), [(1, None), (3, None), (3, [1]), (3, [2, 0])])
+def test_a_blocks_output_is_in_the_stream_once_a_norm_has_read_it(
+    rows: int, wanted: list[int] | None, kernels: PlainSingleRow
 ) -> None:
-    weight, bias = torch.randn(16, 24), torch.randn(16)
+    ops, weight, bias = backend.make_ops(), torch.randn(16, 24), torch.randn(16)
+    norm, last = Norm(ops, torch.randn(16), 1e-5), ResidualLinear(ops, LinearParameters(weight, bias))
     x, start = torch.randn(rows, 24), torch.randn(rows, 16)
-    residual = start.clone()
-    pending = ResidualLinear(backend.make_ops(), Projections(weight, bias))(x, residual)
-    expected = F.linear(x, weight, bias)
-    if rows == 1:
-        assert pending is None
-        torch.testing.assert_close(residual, start + expected)
-    else:
-        assert torch.equal(residual, start)
-        torch.testing.assert_close(pending, expected)
+    rows_that_go_on = list(range(rows)) if wanted is None else wanted
+    expected = (start + F.linear(x, weight, bias))[rows_that_go_on]
+    _, residual = norm(last(x, None if wanted is None else torch.tensor(wanted)), start.clone())
+    torch.testing.assert_close(residual, expected)
+    finished = norm.finish(last(x, None if wanted is None else torch.tensor(wanted)), start.clone())
+    torch.testing.assert_close(finished, F.rms_norm(expected, (16,), norm.weight, 1e-5))
+    assert kernels.calls == ["add_product"] * 2 * (len(rows_that_go_on) == 1)
 
 
 @pytest.mark.parametrize(("rows", "calls"), [(1, ["head_product"]), (2, [])])
 def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str], kernels: PlainSingleRow) -> None:
     weight, x = torch.randn(24, 16), torch.randn(rows, 16)
-    torch.testing.assert_close(Head(backend.make_ops(), weight)(x), F.linear(x, weight))
+    torch.testing.assert_close(LmHead(backend.make_ops(), weight)(x), F.linear(x, weight))
     assert kernels.calls == calls
 
 

@@ -1,137 +1,127 @@
-"""The blocks that dense decoder models share, made of `Ops` and `Weights`. No model's name appears here.
+"""The blocks of dense decoders: attention, the gated MLP, and the loop over a model's layers. Names no model.
 
-A layer adds to a residual stream. What an addition has computed and not yet added is `pending`: the next norm adds it,
-in the same pass over the rows. For a step of one row a device may have kernels that add at once (`Ops.single_row`);
-then nothing is pending. The blocks look after that: no model knows how many rows there are.
+A layer is written as papers write it: `x, residual = norm(x, residual)`, then a block of `x`. How adds and norms are
+fused, how many rows there are and which of them are wanted is not a model's business (see `linear`, `residual`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from toka_engine.model.loader import Weights
-from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Ops, SingleRow
+from toka_engine.model.attention_backend import AttentionBackend
+from toka_engine.model.builder import ModelBuilder
+from toka_engine.model.linear import Activation, LmHead
+from toka_engine.model.residual import Embedding, Norm
+from toka_engine.model.rope_tables import build_cos_sin
 
 
 @dataclass(frozen=True, slots=True)
-class Projections:
-    """Projections of one input, as one product."""
+class ForwardContext:
+    """What the blocks of one forward share."""
 
-    weight: torch.Tensor  # [all outputs, in]
-    bias: torch.Tensor | None  # [all outputs]
-
-
-def fuse(weights: Weights, names: list[str], out_sizes: list[int], in_size: int, has_bias: bool) -> Projections:
-    """Take the projections `names` of the same input: their rows, one below the other."""
-    pairs = list(zip(names, out_sizes, strict=True))
-    weight = torch.cat([weights.take(f"{name}.weight", (size, in_size)) for name, size in pairs])
-    bias = torch.cat([weights.take(f"{name}.bias", (size,)) for name, size in pairs]) if has_bias else None
-    return Projections(weight, bias)
+    attention: AttentionBackend
+    cos_sin: torch.Tensor  # [max_positions, head_dim] float32
+    wanted: torch.Tensor | None  # [n]: the rows that go on behind this layer's attention; None: all
 
 
-class ResidualNorm:
-    """The norm of the residual stream."""
+@dataclass(frozen=True, slots=True)
+class AttentionTraits:
+    """How a family's attention differs from that of others."""
 
-    def __init__(self, ops: Ops, weight: torch.Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
-        self._rms_norm, self._add_rms_norm = ops.rms_norm, ops.add_rms_norm
-
-    def __call__(self, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-        """Add `pending` to `residual` [rows, width] in place, if there is any, and return the norm [rows, width]."""
-        if pending is None:
-            return self._rms_norm(residual, self.weight, self.eps)
-        return self._add_rms_norm(pending, residual, self.weight, self.eps)
+    has_qkv_bias: bool
+    has_out_bias: bool
+    has_head_norm: bool = False
+    """RMSNorm of each head of q and k before RoPE."""
 
 
-class _Product:
-    """What one product is computed with. The weights are held once: where there are kernels for one row, a device's
-    `make_linear` takes them as they are; where it packs them, they are not kept beside.
-    """
+class Attention:
+    """Rotary attention with grouped keys (Ainslie et al. 2023), over paged keys and values."""
 
-    def __init__(self, ops: Ops, projections: Projections) -> None:
-        self.of_many_rows = ops.make_linear(projections.weight, projections.bias)
-        self._single_row = None if ops.single_row is None else (ops.single_row, projections)
+    def __init__(self, build: ModelBuilder, index: int, traits: AttentionTraits) -> None:
+        config, prefix = build.config, f"model.layers.{index}.self_attn"
+        self._index, self._heads, self._head_dim = index, build.heads, config.head_dim
+        self._qkv = build.qkv_linear(prefix, traits.has_qkv_bias)
+        self._out = build.residual_linear(f"{prefix}.o_proj", config.num_heads * config.head_dim, traits.has_out_bias)
+        self._rms_norm, self._eps = build.ops.rms_norm, config.rms_norm_eps
+        self._head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
+        if traits.has_head_norm:
+            self._head_norms = build.head_norm(f"{prefix}.q_norm"), build.head_norm(f"{prefix}.k_norm")
 
-    def find_single_row(
-        self, rows: torch.Tensor, pending: torch.Tensor | None = None
-    ) -> tuple[SingleRow, Projections] | None:
-        """What a step of one row is computed with, if this is one, the device has kernels for it, and nothing is
-        pending: those kernels leave nothing, and add nothing that others have left.
-        """
-        # In this order: where there are no kernels, a trace must not ask for the rows.
-        if self._single_row is None or rows.shape[0] != 1 or pending is not None:
-            return None
-        return self._single_row
+    def __call__(self, x: Activation, context: ForwardContext) -> Activation:
+        """x [n, hidden_size], normed -> what the next norm adds to the residual stream."""
+        num_heads, num_kv_heads = self._heads.num_heads, self._heads.num_kv_heads
+        qkv = self._qkv(x)
+        qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, self._head_dim)
+        q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if self._head_norms is not None:
+            q, k = (self._norm_heads(each, weight) for each, weight in zip((q, k), self._head_norms, strict=True))
+        mixed = context.attention.forward(self._index, q, k, v, context.cos_sin)
+        return self._out(mixed.reshape(qkv.shape[0], num_heads * self._head_dim), context.wanted)
 
-
-class NormedLinear:
-    """A product of the residual stream's norm."""
-
-    def __init__(self, ops: Ops, norm: torch.Tensor, eps: float, projections: Projections) -> None:
-        self._norm = ResidualNorm(ops, norm, eps)
-        self._product = _Product(ops, projections)
-
-    def __call__(self, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-        """Add `pending` to `residual` [rows, in] in place, if there is any, and return [rows, out]."""
-        found = self._product.find_single_row(residual, pending)
-        if found is None:
-            return self._product.of_many_rows(self._norm(pending, residual))
-        kernels, projections = found
-        return kernels.product(residual, self._norm.weight, self._norm.eps, projections.weight, projections.bias)
-
-
-class ResidualLinear:
-    """A product that is to be added to the residual stream."""
-
-    def __init__(self, ops: Ops, projections: Projections) -> None:
-        self._product = _Product(ops, projections)
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
-        """x [rows, in], residual [rows, out] -> the product [rows, out], or None if it has been added in place."""
-        found = self._product.find_single_row(residual)
-        if found is None:
-            return self._product.of_many_rows(x)
-        kernels, projections = found
-        kernels.add_product(x, projections.weight, projections.bias, residual)
-        return None
-
-
-class Head:
-    """The product that makes logits of normed rows, which are no residual stream."""
-
-    def __init__(self, ops: Ops, weight: torch.Tensor) -> None:
-        self._of_many_rows = ops.make_head(weight)
-        self._single_row = None if ops.single_row is None else (ops.single_row, weight)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in] -> [rows, vocab]."""
-        if self._single_row is None or x.shape[0] != 1:
-            return self._of_many_rows(x)
-        kernels, weight = self._single_row
-        return kernels.head_product(x, weight)
+    def _norm_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._rms_norm(x.reshape(-1, self._head_dim), weight, self._eps).view(x.shape)
 
 
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)) of the residual stream's norm x, with gate and up as one product."""
+    """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, prefix: str, norm: torch.Tensor) -> None:
+    def __init__(self, build: ModelBuilder, prefix: str) -> None:
+        config = build.config
         config.fields.require("hidden_act", "silu")
-        hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
-        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        self._norm = ResidualNorm(ops, norm, config.rms_norm_eps)
-        self._gate_up = _Product(ops, fuse(weights, names, [inner, inner], hidden, has_bias))
-        self._silu_mul = ops.silu_mul
-        self._down = ResidualLinear(ops, fuse(weights, [f"{prefix}.down_proj"], [hidden], inner, has_bias))
+        inner, has_bias = config.intermediate_size, config.has_mlp_bias
+        self._gate_up = build.gated_linear(f"{prefix}.gate_proj", f"{prefix}.up_proj", inner, has_bias)
+        self._down = build.residual_linear(f"{prefix}.down_proj", inner, has_bias)
 
-    def __call__(self, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
-        """Add `pending` to `residual` [rows, hidden_size] in place, if there is any; returns what is pending then."""
-        found = self._gate_up.find_single_row(residual, pending)
-        if found is None:
-            x = self._silu_mul(self._gate_up.of_many_rows(self._norm(pending, residual)))
-        else:
-            kernels, gate_up = found
-            x = kernels.gated_product(residual, self._norm.weight, self._norm.eps, gate_up.weight, gate_up.bias)
-        return self._down(x, residual)
+    def __call__(self, x: Activation) -> Activation:
+        """x [n, hidden_size], normed -> what the next norm adds to the residual stream."""
+        return self._down(self._gate_up(x))
+
+
+class DecoderLayer(Protocol):
+    """One layer of a decoder."""
+
+    def __call__(
+        self,
+        x: Activation,  # [n, hidden_size]: what the block before adds to the residual stream
+        residual: torch.Tensor | None,  # [n, hidden_size]; None: `x` starts it
+        context: ForwardContext,
+    ) -> tuple[Activation, torch.Tensor]:
+        """Return the same of this layer: what its last block adds, and the residual stream."""
+        ...
+
+
+class Decoder:
+    """Runs a stack of decoder layers: a causal.CausalModel, which a model's file gives its parts."""
+
+    def __init__(
+        self, build: ModelBuilder, embedding: Embedding, layers: Sequence[DecoderLayer], norm: Norm, head: LmHead
+    ) -> None:
+        self.config = build.config
+        self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
+        config = build.config
+        self._cos_sin = build_cos_sin(config.rope, config.head_dim, config.max_positions).to(build.weights.device)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [n] int32 -> [n, hidden_size], new memory."""
+        return self._embedding(ids)
+
+    def forward(
+        self, ids: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See causal.CausalModel. Behind its attention the last layer goes on with the wanted rows alone."""
+        context = ForwardContext(attention, self._cos_sin, wanted=None)
+        x: Activation = self.embed(ids)
+        residual: torch.Tensor | None = None
+        *others, last = self._layers
+        for layer in others:
+            x, residual = layer(x, residual, context)
+        x, residual = last(x, residual, ForwardContext(attention, self._cos_sin, wanted))
+        return self._norm.finish(x, residual)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] -> [n, vocab_size]."""
+        return self._head(hidden)

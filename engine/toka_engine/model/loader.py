@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from toka_engine.errors import ModelInvalidError, ModelNotFoundError, OutOfMemoryError
+from toka_engine.model.sharding import Shard
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -55,27 +56,30 @@ class Weights(AbstractContextManager["Weights"]):
         self._file_of.clear()
         self._files.close()
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return tensor `name` on the device in the model's dtype.
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> torch.Tensor:
+        """Return tensor `name`, which has `shape` in the file, on the device in the model's dtype.
 
-        Raises ModelInvalidError if missing or misshapen, OutOfMemoryError before the memory is taken that is not there.
+        With `shard`, only this part of it is read. Raises ModelInvalidError if the tensor is missing or misshapen,
+        OutOfMemoryError before memory is taken that is not there.
         """
         file = self._file_of.get(name)
         if file is None:
             raise ModelInvalidError(f"{self._folder}: the weights lack the tensor {name}")
-        found = tuple(file.get_slice(name).get_shape())
+        stored = file.get_slice(name)
+        found = tuple(stored.get_shape())
         if found != shape:
             raise ModelInvalidError(
                 f"{self._folder}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
             )
-        self._taken_bytes += math.prod(shape) * self.dtype.itemsize
+        taken = shape if shard is None else shard.cut(shape)
+        self._taken_bytes += math.prod(taken) * self.dtype.itemsize
         if self._taken_bytes > self._available_bytes:
             raise OutOfMemoryError(self._describe_shortage())
-        tensor: torch.Tensor = file.get_tensor(name)
+        tensor: torch.Tensor = stored[:] if shard is None else stored[shard.index]
         if not tensor.is_floating_point():
             raise ModelInvalidError(f"{self._folder}: tensor {name} has dtype {tensor.dtype}, not a float")
         self._untaken.discard(name)
-        # A copy of its own: a view of the map would keep the file's pages, and would crash if the file is cut later.
+        # A copy, which reads the file: a view of the map would keep its pages, and would crash if it is cut later.
         return tensor.to(device=self.device, dtype=self.dtype, copy=True)
 
     def list_untaken(self) -> Iterator[str]:

@@ -152,7 +152,8 @@ class RandomWeights(Weights):
     def __init__(self, device):
         super().__init__(Path(), device, torch.float32, 0)
 
-    def take(self, name, shape):
+    def take(self, name, shape, shard=None):
+        assert shard is None or shard.cut(shape) == shape, "there is one rank"
         generator = torch.Generator().manual_seed(sum(name.encode()))
         return (torch.randn(shape, generator=generator) * 0.3).to(self.device)
 

@@ -29,6 +29,7 @@ from toka_engine.model.kernels.decode_attention_short import RowCut
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.sample_plan import Sampled, SamplePlan
+from toka_engine.model.sharding import Shard
 from toka_engine.model.sizing import Sizes
 from toka_engine.model.worker import describe, make_warm_up_steps
 
@@ -43,8 +44,8 @@ class _Weights(Weights):
     def __init__(self) -> None:
         super().__init__(Path(), _META, torch.bfloat16, 0)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> torch.Tensor:
+        return torch.empty(shape if shard is None else shard.cut(shape), dtype=self.dtype, device=self.device)
 
 
 class RehearsalRunner(CudaRunner):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from toka_engine.model.architectures.llama import AttentionTraits, Llama
-from toka_engine.model.loader import Weights
-from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Ops
+from toka_engine.model.architectures.llama import Llama
+from toka_engine.model.builder import ModelBuilder
+from toka_engine.model.layers import AttentionTraits
 
 
 class Qwen2(Llama):
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
-        super().__init__(config, weights, ops, AttentionTraits(has_qkv_bias=True, has_out_bias=False))
+    def __init__(self, build: ModelBuilder) -> None:
+        super().__init__(build, AttentionTraits(has_qkv_bias=True, has_out_bias=False))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from toka_engine.model.architectures.llama import AttentionTraits, Llama
-from toka_engine.model.loader import Weights
-from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Ops
+from toka_engine.model.architectures.llama import Llama
+from toka_engine.model.builder import ModelBuilder
+from toka_engine.model.layers import AttentionTraits
 
 
 class Qwen3(Llama):
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
-        bias = config.has_attention_bias
-        super().__init__(config, weights, ops, AttentionTraits(bias, bias, has_head_norm=True))
+    def __init__(self, build: ModelBuilder) -> None:
+        has_bias = build.config.has_attention_bias
+        super().__init__(build, AttentionTraits(has_bias, has_bias, has_head_norm=True))

@@ -8,12 +8,14 @@ from toka_engine.errors import ModelInvalidError
 from toka_engine.model.architectures.llama import Llama
 from toka_engine.model.architectures.qwen2 import Qwen2
 from toka_engine.model.architectures.qwen3 import Qwen3
+from toka_engine.model.builder import ModelBuilder
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
+from toka_engine.model.sharding import Sharding
 
-MODELS: dict[str, Callable[[ModelConfig, Weights, Ops], CausalModel]] = {
+MODELS: dict[str, Callable[[ModelBuilder], CausalModel]] = {
     "LlamaForCausalLM": Llama,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
@@ -26,4 +28,4 @@ def build_model(config: ModelConfig, weights: Weights, ops: Ops) -> CausalModel:
     if make is None:
         known = ", ".join(MODELS)
         raise ModelInvalidError(f"architecture {config.architecture} is not supported ({known} are)")
-    return make(config, weights, ops)
+    return make(ModelBuilder(config, weights, ops, Sharding()))

@@ -1,0 +1,94 @@
+"""Makes a model's layers: their weights by name, this rank's part of them, as the device implements them.
+
+A model's file says which layers it has; nothing in it knows ranks or devices. Weights that are missing or misshapen are
+refused by name (see `loader`), sizes that cannot be split over the ranks with both numbers (see `sharding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from toka_engine.model.linear import GatedLinear, Linear, LinearParameters, LmHead, ResidualLinear
+from toka_engine.model.loader import Weights
+from toka_engine.model.model_config import ModelConfig
+from toka_engine.model.ops import Ops
+from toka_engine.model.residual import Embedding, Norm
+from toka_engine.model.sharding import HeadRange, Shard, Sharding
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBuilder:
+    """Takes weights and makes layers of them. A name here is a tensor's without its `.weight` or `.bias`."""
+
+    config: ModelConfig
+    weights: Weights
+    ops: Ops
+    sharding: Sharding
+
+    @property
+    def heads(self) -> HeadRange:
+        """This rank's attention heads."""
+        return self.sharding.split_heads(self.config.num_heads, self.config.num_kv_heads)
+
+    def linear(self, names: Sequence[str], out_size: int, has_bias: bool = False) -> Linear:
+        """Linear layers of the residual stream, with `out_size` outputs each, as one GEMM. Split by outputs."""
+        return Linear(self.ops, self._take_outputs(self._split_outputs(names, out_size), has_bias))
+
+    def gated_linear(self, gate: str, up: str, out_size: int, has_bias: bool = False) -> GatedLinear:
+        """silu(gate) * up of the residual stream. Split by outputs."""
+        return GatedLinear(self.ops, self._take_outputs(self._split_outputs((gate, up), out_size), has_bias))
+
+    def qkv_linear(self, prefix: str, has_bias: bool = False) -> Linear:
+        """The projections to this rank's queries, keys and values, in this order, as one GEMM. Split by heads."""
+        config, heads, width = self.config, self.heads, self.config.head_dim
+        q_shard = Shard(0, heads.begin * width, heads.end * width)
+        kv_shard = Shard(0, heads.kv_begin * width, heads.kv_end * width)
+        outputs = [
+            (f"{prefix}.q_proj", config.num_heads * width, q_shard),
+            (f"{prefix}.k_proj", config.num_kv_heads * width, kv_shard),
+            (f"{prefix}.v_proj", config.num_kv_heads * width, kv_shard),
+        ]
+        return Linear(self.ops, self._take_outputs(outputs, has_bias))
+
+    def residual_linear(self, name: str, in_size: int, has_bias: bool = False) -> ResidualLinear:
+        """A linear layer whose output is added to the residual stream. Split by inputs, so the bias is one rank's."""
+        width = self.config.hidden_size
+        shard = Shard(1, *self.sharding.split(name, in_size))
+        weight = self.weights.take(f"{name}.weight", (width, in_size), shard)
+        bias = self.weights.take(f"{name}.bias", (width,)) if has_bias else None
+        return ResidualLinear(self.ops, LinearParameters(weight, bias if self.sharding.rank == 0 else None))
+
+    def norm(self, name: str, offset: float = 0.0) -> Norm:
+        """The RMSNorm of the residual stream whose weight is the stored one plus `offset`."""
+        weight = self.weights.take(f"{name}.weight", (self.config.hidden_size,))
+        return Norm(self.ops, weight + offset if offset else weight, self.config.rms_norm_eps)
+
+    def head_norm(self, name: str) -> torch.Tensor:
+        """The weight [head_dim] of an RMSNorm that all heads of the queries, or of the keys, share."""
+        return self.weights.take(f"{name}.weight", (self.config.head_dim,))
+
+    def embedding(self, name: str = "model.embed_tokens") -> Embedding:
+        """The token embedding."""
+        return Embedding(self._take_vocabulary(name))
+
+    def lm_head(self, tied_to: Embedding | None, name: str = "lm_head") -> LmHead:
+        """The layer that makes logits, with the embedding's weight if it is tied to one."""
+        return LmHead(self.ops, self._take_vocabulary(name) if tied_to is None else tied_to.weight)
+
+    def _take_vocabulary(self, name: str) -> torch.Tensor:
+        vocab_size = self.config.vocab_size
+        shard = Shard(0, *self.sharding.split_vocabulary(vocab_size))
+        return self.weights.take(f"{name}.weight", (vocab_size, self.config.hidden_size), shard)
+
+    def _split_outputs(self, names: Sequence[str], out_size: int) -> list[tuple[str, int, Shard]]:
+        return [(name, out_size, Shard(0, *self.sharding.split(name, out_size))) for name in names]
+
+    def _take_outputs(self, outputs: Sequence[tuple[str, int, Shard]], has_bias: bool) -> LinearParameters:
+        """Name, number of outputs and this rank's of them -> the weights [outputs of all names, hidden_size]."""
+        width, take = self.config.hidden_size, self.weights.take
+        weights = [take(f"{name}.weight", (size, width), shard) for name, size, shard in outputs]
+        biases = [take(f"{name}.bias", (size,), shard) for name, size, shard in outputs] if has_bias else None
+        return LinearParameters(torch.cat(weights), None if biases is None else torch.cat(biases))
