@@ -147,6 +147,8 @@ class Submit(Message, frozen=True):
     """Tokens that end a stream (not delivered); empty with ignore_eos."""
     deliver_each: bool
     """True: tokens in each `Deltas` as they come. False: all at once in the `Deltas` that ends the stream."""
+    first_choice: int = 0
+    """Choice i here is choice first_choice + i of the request, which was sent in parts, and draws with its seed."""
 
 
 class Cancel(Message, frozen=True):
@@ -184,6 +186,15 @@ class Refused(Message, frozen=True):
 
     first_stream: int
     message: str
+
+
+class Started(Message, frozen=True):
+    """Prompts that were admitted, each before its first token. One that starts in several parts, or again after it was
+    preempted during its prefill, is named again.
+    """
+
+    streams: Int64s  # [a]  a stream of each
+    num_cached: Int32s  # [a]  tokens of the prompt found in the prefix tree
 
 
 class Deltas(Message, frozen=True):
@@ -233,7 +244,7 @@ class Stats(Message, frozen=True):
     """Of the model worker, to launch the steps."""
 
 
-ManagerToServer: TypeAlias = EngineInfo | Refused | Deltas | Stats
+ManagerToServer: TypeAlias = EngineInfo | Refused | Started | Deltas | Stats
 
 # ---------------------------------------------------------------- manager -> model worker
 

@@ -4,6 +4,7 @@ one class."""
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from toka_engine.config import EngineConfig
 from toka_engine.manager.lifecycle import cancel
@@ -12,7 +13,7 @@ from toka_engine.manager.scheduler import plan_step
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.state import ManagerState
 from toka_engine.manager.streams import Request, Waiting
-from toka_engine.messages import Cancel, Deltas, Refused, ServerToManager, Stats, Step, Submit, Tokens
+from toka_engine.messages import Cancel, Deltas, Refused, ServerToManager, Started, Stats, Step, Submit, Tokens
 
 
 class Manager:
@@ -41,6 +42,14 @@ class Manager:
     def plan(self) -> Step | None:
         """Return the next step for the workers, or None when there is nothing to send now."""
         return plan_step(self.state)
+
+    def take_started(self) -> Started | None:
+        """Return the prompts admitted since the last call; None if there are none."""
+        if not self.state.started:
+            return None
+        streams, num_cached = zip(*self.state.started, strict=True)
+        self.state.started.clear()
+        return Started(np.asarray(streams, np.int64), np.asarray(num_cached, np.int32))
 
     def stats(self, cpu_s: float, step_busy_s: float) -> Stats:
         """Return the totals; `cpu_s` is the CPU time of this process so far, `step_busy_s` that of `BusyTime`."""
@@ -72,6 +81,7 @@ class Manager:
         request = Request(
             first_stream=submit.first_stream,
             num_choices=submit.num_choices,
+            first_choice=submit.first_choice,
             prompt_length=submit.prompt_ids.size,
             max_tokens=submit.max_tokens,
             sampling=submit.sampling,

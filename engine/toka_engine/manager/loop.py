@@ -94,6 +94,8 @@ class Loop:
         while step := manager.plan():
             for worker in self._workers:
                 worker.send(step)
+        if started := manager.take_started():
+            self._server.send(started)  # before a token of theirs, which only a later turn can bring
         for message in outbox:
             self._server.send(message)
         self._report()

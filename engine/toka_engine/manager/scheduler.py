@@ -18,7 +18,7 @@ from toka_engine.manager.hydragen import NO_GROUPS, Groups
 from toka_engine.manager.lifecycle import close_job, end_slot, preempt_newest, requeue
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import EMPTY32, InFlight, ManagerState, StepBuilder
-from toka_engine.manager.streams import Job, PendingCopy, choice_seed
+from toka_engine.manager.streams import Job, PendingCopy
 from toka_engine.messages import Int32s, Sampling, Step
 
 
@@ -269,7 +269,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
 def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, Any]:
     streams = [state.slots.streams[slot] for slot in step.new_slots]
     sampling = [stream.request.sampling for stream in streams if stream is not None]
-    seeds = [choice_seed(stream.request.sampling.seed, stream.choice) for stream in streams if stream is not None]
+    seeds = [stream.seed for stream in streams if stream is not None]
     return _penalty_fields(step.new_slots, sampling) | {
         "new_slots": np.asarray(step.new_slots, np.int32),
         "new_lengths": np.asarray(step.new_lengths, np.int32),

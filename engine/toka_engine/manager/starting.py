@@ -47,6 +47,8 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     columns = np.arange(num_columns, dtype=np.int32)
     step.appends.append((np.full(num_columns, leader, np.int32), columns, pages))
     state.counters.prefix_hit_tokens += job.position
+    if not entry.num_kept:
+        state.started.append((entry.request.first_stream + choices[0], job.position))
 
 
 def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:

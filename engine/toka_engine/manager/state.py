@@ -77,6 +77,7 @@ class ManagerState:
         self.num_arrivals = 0
         self.has_admission_news = True  # something changed that may let a waiting request in
         self.next_admission = 0  # step before which nothing is admitted beside running streams
+        self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
 
     def take_pages(self, count: int) -> Int32s:

@@ -38,6 +38,7 @@ class Request:
 
     first_stream: int
     num_choices: int
+    first_choice: int
     prompt_length: int
     max_tokens: int
     sampling: Sampling
@@ -89,6 +90,10 @@ class Stream:
     @property
     def id(self) -> int:
         return self.request.first_stream + self.choice
+
+    @property
+    def seed(self) -> int:
+        return choice_seed(self.request.sampling.seed, self.request.first_choice + self.choice)
 
 
 @dataclass(slots=True, eq=False)

@@ -66,7 +66,7 @@ class App:
         streams: Streams,
     ) -> None:
         self.engine: Engine | None = None
-        self.metrics = Metrics(lambda: health.is_ready, lambda: streams.num_generations)
+        self.metrics = Metrics(lambda: health.is_ready, lambda: streams.num_generations, streams.replicas)
         self._names = names
         self._key_check = key_check
         self._health = health

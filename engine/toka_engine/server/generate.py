@@ -42,9 +42,10 @@ async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metri
     """Generate and answer. Raises ApiError, and ClientGoneError when there is nobody to answer."""
     connection = exchange.connection
     exchange.model = job.form.model
+    blocks = await streams.hash_prompts(job.prompts)
     if connection.is_gone:
         raise ClientGoneError("the client closed the connection")
-    with Generation(streams, job.prompts, job.spec) as generation:
+    with Generation(streams, job.prompts, job.spec, blocks) as generation:
         connection.gone_callbacks.add(generation.abandon)
         try:
             renderers = [job.new_renderer() for _ in generation.choices]

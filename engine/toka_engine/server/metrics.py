@@ -1,6 +1,7 @@
-"""Prometheus metrics: this process's own counters, and the manager's `Stats` as they came last.
+"""Prometheus metrics: this process's own counters, and the managers' `Stats` as they came last.
 
-Owns: every metric's name. Costs are per request, never per token.
+Owns: every metric's name. What managers report stands there twice: summed over all replicas, under a name that does not
+change with their number, and for each replica with the prefix toka_replica_. Costs are per request, never per token.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from toka_engine.messages import EngineInfo, Stats
+from toka_engine.messages import EngineInfo
+from toka_engine.server.replicas import Replicas
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -41,9 +43,9 @@ _UNITS = {name: name.replace("_s_total", "_seconds_total") for name in _TOTALS i
 class Metrics(Collector):
     """All metrics of the engine, in a registry of their own."""
 
-    def __init__(self, is_ready: Callable[[], bool], num_requests: Callable[[], int]) -> None:
-        self.stats: Stats | None = None
+    def __init__(self, is_ready: Callable[[], bool], num_requests: Callable[[], int], replicas: Replicas) -> None:
         self.info: EngineInfo | None = None
+        self._replicas = replicas
         self._is_ready = is_ready
         self._num_requests = num_requests
         registry = CollectorRegistry(auto_describe=False)
@@ -68,8 +70,9 @@ class Metrics(Collector):
         yield GaugeMetricFamily("toka_requests_running", "Requests in this server.", value=self._num_requests())
         if self.info is not None:
             yield from _sizes(self.info)
-        if self.stats is not None:
-            yield from _manager_metrics(self.stats)
+        yield from _router_metrics(self._replicas)
+        if any(replica.stats for replica in self._replicas.all):
+            yield from _manager_metrics(self._replicas)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -81,8 +84,43 @@ def _sizes(info: EngineInfo) -> Iterable[Metric]:
     yield GaugeMetricFamily("toka_max_request_tokens", "Longest request.", value=info.max_request_tokens)
 
 
-def _manager_metrics(stats: Stats) -> Iterable[Metric]:
+def _router_metrics(replicas: Replicas) -> Iterable[Metric]:
+    yield GaugeMetricFamily("toka_replicas", "Replicas that serve.", value=len(replicas.live))
+    outstanding = GaugeMetricFamily(
+        "toka_replica_outstanding_tokens", "Tokens that are still expected of it.", labels=["replica"]
+    )
+    for replica in replicas.live:
+        outstanding.add_metric([str(replica.index)], replica.outstanding)
+    yield outstanding
+    cached = CounterMetricFamily(
+        "toka_router_cached_tokens", "Prompt tokens in the chosen replica's cache: guessed, and found.", labels=["kind"]
+    )
+    cached.add_metric(["guessed"], replicas.guessed_tokens)
+    cached.add_metric(["found"], replicas.cached_tokens)
+    yield cached
+    yield CounterMetricFamily(
+        "toka_router_retries", "Prompts that one replica refused and another got.", value=replicas.num_retries
+    )
+
+
+def _manager_metrics(replicas: Replicas) -> Iterable[Metric]:
     for name, text in _GAUGES.items():
-        yield GaugeMetricFamily(f"toka_{name}", text, value=getattr(stats, name))
+        each = GaugeMetricFamily(f"toka_replica_{name}", text, labels=["replica"])
+        values = {one.index: getattr(one.stats, name) for one in replicas.live if one.stats}
+        yield GaugeMetricFamily(f"toka_{name}", text, value=sum(values.values()))
+        yield _add_values(each, values)
     for name, text in _TOTALS.items():
-        yield CounterMetricFamily(f"toka_{_UNITS.get(name, name)}", text, value=getattr(stats, name))
+        title = _UNITS.get(name, name)
+        total = CounterMetricFamily(f"toka_replica_{title}", text, labels=["replica"])
+        # With those of lost replicas: a counter never falls.
+        values = {one.index: getattr(one.stats, name) for one in replicas.all if one.stats}
+        yield CounterMetricFamily(f"toka_{title}", text, value=sum(values.values()))
+        yield _add_values(total, values)
+
+
+def _add_values(
+    family: GaugeMetricFamily | CounterMetricFamily, values: dict[int, float]
+) -> GaugeMetricFamily | CounterMetricFamily:
+    for index, value in values.items():
+        family.add_metric([str(index)], value)
+    return family

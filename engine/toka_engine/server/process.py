@@ -13,9 +13,11 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import uvicorn
 import uvloop
 
@@ -30,6 +32,7 @@ from toka_engine.messages import (
     ManagerToServer,
     Progress,
     Refused,
+    Started,
     Stats,
 )
 from toka_engine.server.app import App, Engine
@@ -41,11 +44,14 @@ from toka_engine.server.generation_defaults import SamplingDefaults, describe_de
 from toka_engine.server.health import Health, Phase
 from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink
+from toka_engine.server.prefix_index import PrefixHasher
+from toka_engine.server.replicas import Replicas
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 
 logger = logging.getLogger("toka.server")
 
+_NUM_REPLICAS = 1
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65
 """Longer than usual clients keep idle connections, so that it is they who close them."""
@@ -59,19 +65,27 @@ _OTHER_FILES = 128
 class Server:
     """Everything of the process, put together."""
 
-    def __init__(self, child: Child, manager_fd: int, listen_fd: int | None) -> None:
+    def __init__(self, child: Child, manager_fds: Sequence[int], listen_fd: int | None) -> None:
+        """`manager_fds`: the links to the managers, by replica."""
         self._child = child
         self._listen_fd = listen_fd
         self._config = child.start.config
         self._health = Health()
         self._loop = asyncio.get_running_loop()
-        self._link = ManagerLink(manager_fd, self._on_message, self._on_manager_gone)
-        self._streams = Streams(self._link.send)
+        self._links = [
+            ManagerLink(fd, partial(self._on_message, index), self._on_manager_gone)
+            for index, fd in enumerate(manager_fds)
+        ]
+        hasher = PrefixHasher(self._config.page_size)
+        self._block_tokens = hasher.block_tokens
+        self._replicas = Replicas([link.send for link in self._links], hasher.block_tokens)
+        has_choice = len(manager_fds) > 1 and self._config.use_prefix_cache
+        self._streams = Streams(self._replicas, hasher if has_choice else None)
         names = model_names(self._config)
         self._app = App(self._config, names, KeyCheck(os.environ.get(KEY_VARIABLE)), self._health, self._streams)
         self._names = names
         self._connections = Connections()
-        self._engine_info: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._has_all_infos = asyncio.Event()
         self._drain_asked = asyncio.Event()
         child.on_drain = lambda: self._from_thread(self._drain_asked.set)
         child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
@@ -85,7 +99,7 @@ class Server:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
         listener = await self._listen()
         drain = asyncio.create_task(self._drain(listener))
-        others = (self._start(), self._link.run(), self._beat())
+        others = (self._start(), *(link.run() for link in self._links), self._beat())
         running = {drain, *map(asyncio.create_task, others)}
         while not drain.done():
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -133,7 +147,8 @@ class Server:
         tokenizer, template, end_ids, defaults = await self._loop.run_in_executor(None, self._load)
         self._health.detail = "waiting for the model"
         self._child.progress("wait", "for the manager")
-        info = await self._engine_info
+        await self._has_all_infos.wait()
+        info = merge_infos([replica.info for replica in self._replicas.all if replica.info])
         tokenizer.cover(info.vocab_size)
         limits = Limits(self._config, info, self._names, end_ids, defaults)
         stated = " ".join(f"{name}={value:g}" for name, value in describe_defaults(limits.defaults).items())
@@ -159,16 +174,22 @@ class Server:
 
     # ------------------------------------------------------------ the manager
 
-    def _on_message(self, message: ManagerToServer) -> None:
+    def _on_message(self, index: int, message: ManagerToServer) -> None:
+        replica = self._replicas.all[index]
         match message:
             case Deltas():
-                self._streams.on_deltas(message)
+                self._streams.on_deltas(replica, message)
             case Refused():
                 self._streams.on_refused(message)
+            case Started():
+                self._streams.on_started(message)
             case Stats():
-                self._app.metrics.stats = message
+                replica.stats = message
             case EngineInfo():
-                self._engine_info.set_result(message)
+                replica.info = message
+                replica.prefixes.max_blocks = message.num_kv_tokens // self._block_tokens
+                if all(one.info for one in self._replicas.all):
+                    self._has_all_infos.set()
 
     def _on_manager_gone(self) -> None:
         self._fail("the manager process is gone")
@@ -225,6 +246,19 @@ def model_names(config: EngineConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, *config.model_aliases)))
 
 
+def merge_infos(infos: Sequence[EngineInfo]) -> EngineInfo:
+    """Return what all replicas together allow: a request must fit any of them, capacities add up."""
+    if len(infos) == 1:
+        return infos[0]
+    return msgspec.structs.replace(
+        infos[0],
+        vocab_size=min(info.vocab_size for info in infos),
+        max_request_tokens=min(min(info.max_request_tokens, info.num_kv_tokens) for info in infos),
+        num_kv_tokens=sum(info.num_kv_tokens for info in infos),
+        max_streams=sum(info.max_streams for info in infos),
+    )
+
+
 def _reason(message: Failing) -> str:
     return f"{message.process}: {message.reason}"
 
@@ -241,15 +275,15 @@ def _allow_connections(wanted: int) -> None:
 
 
 def main(child: Child, link_fds: list[int]) -> None:
-    """Entry of the process, for `run_child`: the link to the manager, and the socket that listens already.
+    """Entry of the process, for `run_child`: the links to the managers, and the socket that listens already.
 
-    Without the second it binds the port itself.
+    Without that socket it binds the port itself.
     """
 
     _allow_connections(child.start.config.max_connections)
 
     async def run() -> None:
-        manager_fd, *listen_fd = link_fds
-        await Server(child, manager_fd, listen_fd[0] if listen_fd else None).run()
+        manager_fds, listen_fd = link_fds[:_NUM_REPLICAS], link_fds[_NUM_REPLICAS:]
+        await Server(child, manager_fds, listen_fd[0] if listen_fd else None).run()
 
     uvloop.run(run())

@@ -51,6 +51,7 @@ class Renderer:
             text = self._decode(self._bytes_of[tokens[0]])
         else:
             text = self._decode(b"".join(map(self._bytes_of.__getitem__, tokens)))
+        choice.num_taken += len(tokens)
         choice.tokens = []
         if choice.finish_reason is not None:
             if choice.whole_tokens is not None:
@@ -85,6 +86,7 @@ class TrackingRenderer(Renderer):
         if self.finish_reason is not None:
             return ""
         tokens, choice.tokens = choice.tokens, []
+        choice.num_taken += len(tokens)
         logprobs, choice.logprobs = choice.logprobs, []
         tops, choice.tops = choice.tops, {}
         for row, token in enumerate(tokens):

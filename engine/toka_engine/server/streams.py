@@ -1,6 +1,6 @@
 """The running streams: one `Generation` per HTTP request, one `Choice` per output sequence.
 
-Owns: the numbers of streams, the link to the manager, and the registry stream -> choice. A generation is
+Owns: the numbers of streams, what is sent to which replica, and the registry stream -> choice. A generation is
 entered with `with`: its `__exit__` is the one place that removes its streams and cancels those that still
 run. Choices only collect token ids here; text is made in `render`, by the request's own task.
 """
@@ -8,15 +8,21 @@ run. Choices only collect token ids here; text is made in `render`, by the reque
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import TypeAlias
 
 import msgspec
 import numpy as np
 
-from toka_engine.messages import FINISH_ERROR, Cancel, Deltas, Int32s, Refused, Sampling, Submit
+from toka_engine.messages import FINISH_ERROR, Cancel, Deltas, Int32s, Refused, Sampling, Started, Submit
 from toka_engine.server.errors import ApiError, ClientGoneError
+from toka_engine.server.prefix_index import PrefixHasher
+from toka_engine.server.replicas import Replica, Replicas, Submission
+
+_INLINE_TOKENS = 8192
+"""Fewer take less time to hash than a thread takes to answer."""
 
 TopTokens: TypeAlias = list[tuple[int, float]]
 """The most likely tokens at one place, with their logprobs."""
@@ -42,21 +48,26 @@ class Choice:
         "index",
         "is_closed",
         "logprobs",
+        "num_taken",
         "num_tokens",
         "stream",
+        "submission",
         "tokens",
         "tops",
         "whole_tokens",
     )
 
-    def __init__(self, generation: Generation, index: int, stream: int) -> None:
+    def __init__(self, generation: Generation, index: int, submission: Submission, stream: int) -> None:
         self.generation = generation
         self.index = index
+        self.submission = submission
         self.stream = stream
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.tops: dict[int, TopTokens] = {}
         """By index into `tokens`."""
+        self.num_taken = 0
+        """Tokens that the renderer has taken out of `tokens`."""
         self.whole_tokens: Int32s | None = None
         """The whole output, where it is delivered at the end and without logprobs."""
         self.finish_reason: int | None = None
@@ -69,8 +80,16 @@ class Choice:
 class Generation:
     """One request's prompts and choices, from submission to the last token."""
 
-    def __init__(self, streams: Streams, prompts: Sequence[Int32s], spec: GenerationSpec) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        prompts: Sequence[Int32s],
+        spec: GenerationSpec,
+        blocks: Sequence[Sequence[bytes]] = (),
+    ) -> None:
+        """`blocks`: for each prompt, its hashes by PrefixHasher; none where there is one replica."""
         self.prompts = prompts
+        self.blocks = blocks
         self.spec = spec
         self.has_logprobs = spec.sampling.num_logprobs >= 0
         self.choices: list[Choice] = []
@@ -103,8 +122,7 @@ class Generation:
     def cut(self, choice: Choice) -> None:
         """Stop the stream of `choice` here: its stop string has been seen."""
         if not choice.is_closed:
-            choice.is_closed = True
-            self._streams.cancel([choice.stream])
+            self._streams.cut(choice)
 
     def fail(self, error: Exception) -> None:
         """Make `news` raise `error`; the first one counts."""
@@ -124,9 +142,10 @@ class Generation:
 class Streams:
     """All generations of this process."""
 
-    def __init__(self, send: Callable[[msgspec.Struct], None]) -> None:
-        """`send` takes a message to the manager; it does not raise when the manager is gone."""
-        self._send = send
+    def __init__(self, replicas: Replicas, hasher: PrefixHasher | None = None) -> None:
+        """`hasher`: None where prompts need no hashes, because there is no choice of replica, or no prefix cache."""
+        self.replicas = replicas
+        self._hasher = hasher
         self._next_stream = 0
         self._choices: dict[int, Choice] = {}
         self._generations: set[Generation] = set()
@@ -140,41 +159,66 @@ class Streams:
     def num_streams(self) -> int:
         return len(self._choices)
 
+    async def hash_prompts(self, prompts: Sequence[Int32s]) -> list[list[bytes]]:
+        """Return the hashes of each prompt's blocks; nothing where they are not needed."""
+        if self._hasher is None:
+            return []
+        work = partial(_hash_all, self._hasher, prompts)
+        if sum(prompt.size for prompt in prompts) <= _INLINE_TOKENS:
+            return work()
+        return await asyncio.to_thread(work)
+
     def begin(self, generation: Generation) -> None:
         """Number the streams of `generation` and submit its prompts. Raises what `fail_all` got."""
         if self._error is not None:
             raise self._error
         spec = generation.spec
         self._generations.add(generation)
-        for prompt_ids in generation.prompts:
+        for number, prompt_ids in enumerate(generation.prompts):
             first = self._next_stream
             self._next_stream += spec.num_choices
-            for stream in range(first, self._next_stream):
-                choice = Choice(generation, len(generation.choices), stream)
-                generation.choices.append(choice)
-                self._choices[stream] = choice
-            self._send(
-                Submit(
-                    first,
-                    spec.num_choices,
-                    prompt_ids,
-                    spec.max_tokens,
-                    spec.sampling,
-                    spec.stop_ids,
-                    spec.deliver_each,
-                )
+            submit = Submit(
+                first,
+                spec.num_choices,
+                prompt_ids,
+                spec.max_tokens,
+                spec.sampling,
+                spec.stop_ids,
+                spec.deliver_each,
             )
+            for submission in self.replicas.place(submit, generation.blocks[number] if generation.blocks else ()):
+                self._submit(generation, submission)
+
+    def _submit(self, generation: Generation, submission: Submission) -> None:
+        submit = submission.submit
+        for stream in range(submit.first_stream, submit.first_stream + submit.num_choices):
+            choice = Choice(generation, len(generation.choices), submission, stream)
+            generation.choices.append(choice)
+            self._choices[stream] = choice
+        submission.replica.send(submit)
 
     def end(self, generation: Generation) -> None:
         """Remove every trace of `generation`; cancel what still runs."""
         self._generations.discard(generation)
+        running: dict[Replica, list[int]] = {}
         for choice in generation.choices:
             self._choices.pop(choice.stream, None)
-        if running := [choice.stream for choice in generation.choices if not choice.is_closed]:
-            self.cancel(running)
+            if not choice.is_closed:
+                running.setdefault(choice.submission.replica, []).append(choice.stream)
+                self._close(choice)
+        for replica, streams in running.items():
+            replica.send(Cancel(np.array(streams, np.int64)))
 
-    def cancel(self, streams: list[int]) -> None:
-        self._send(Cancel(np.array(streams, np.int64)))
+    def cut(self, choice: Choice) -> None:
+        """Stop the stream of `choice`, which has all that it wants."""
+        self._close(choice)
+        self.replicas.learn_end(choice.num_taken, choice.generation.spec.max_tokens)
+        choice.submission.replica.send(Cancel(np.array([choice.stream], np.int64)))
+
+    def _close(self, choice: Choice) -> None:
+        """What still comes for `choice` is dropped, and its replica owes nothing more for it."""
+        choice.is_closed = True
+        self.replicas.close_choice(choice.submission, choice.num_taken + len(choice.tokens))
 
     def fail_all(self, error: ApiError) -> None:
         """End every generation with `error`, also those that begin later: a request whose body was still read, or
@@ -184,41 +228,64 @@ class Streams:
         for generation in list(self._generations):
             generation.fail(error)
 
+    def fail_replica(self, replica: Replica, error: ApiError) -> None:
+        """End with `error` every generation that waits for tokens of `replica`, which is gone."""
+        for generation in list(self._generations):
+            if any(choice.submission.replica is replica and not choice.is_closed for choice in generation.choices):
+                generation.fail(error)
+
     def on_refused(self, message: Refused) -> None:
+        """Try another replica; else answer 429."""
         if choice := self._choices.get(message.first_stream):
+            if self.replicas.move(choice.submission):
+                choice.submission.replica.send(choice.submission.submit)
+                return
             # Its streams are unknown to the manager now; the cancellation at the end ignores them.
             choice.generation.fail(ApiError(429, message.message, code="queue_full", headers=((b"retry-after", b"1"),)))
 
-    def on_deltas(self, deltas: Deltas) -> None:
-        """Hand out one message of the manager and wake the tasks concerned."""
+    def on_started(self, message: Started) -> None:
+        for stream, num_cached in zip(message.streams.tolist(), message.num_cached.tolist(), strict=True):
+            if choice := self._choices.get(stream):
+                self.replicas.start(choice.submission, num_cached)
+
+    def on_deltas(self, replica: Replica, deltas: Deltas) -> None:
+        """Hand out one message of a manager and wake the tasks concerned."""
         touched: list[Generation] = []
         if deltas.streams.size:
             if deltas.logprobs.size:
-                self._hand_out_with_logprobs(deltas, touched)
+                num_dropped = self._hand_out_with_logprobs(deltas, touched)
             else:
-                self._hand_out(deltas, touched)
+                num_dropped = self._hand_out(deltas, touched)
+            replica.outstanding -= deltas.streams.size - num_dropped
         if deltas.ended.size:
             self._hand_out_ends(deltas, touched)
         for generation in touched:
             generation.wake()
 
-    def _hand_out(self, deltas: Deltas, touched: list[Generation]) -> None:
+    def _hand_out(self, deltas: Deltas, touched: list[Generation]) -> int:
+        """Return how many tokens nobody waits for any more."""
         # A step brings one token per stream, so that grouping by stream first would only add to this loop.
         choices = self._choices
+        num_dropped = 0
         for stream, token in zip(deltas.streams.tolist(), deltas.tokens.tolist(), strict=True):
             choice = choices.get(stream)
             if choice is None or choice.is_closed:
+                num_dropped += 1
                 continue
             if not choice.tokens:
                 _mark_dirty(choice, touched)
             choice.tokens.append(token)
+        return num_dropped
 
-    def _hand_out_with_logprobs(self, deltas: Deltas, touched: list[Generation]) -> None:
+    def _hand_out_with_logprobs(self, deltas: Deltas, touched: list[Generation]) -> int:
+        """As `_hand_out`."""
         tops = {} if deltas.top_of_ended else _top_tokens(deltas)
         entries = zip(deltas.streams.tolist(), deltas.tokens.tolist(), deltas.logprobs.tolist(), strict=True)
+        num_dropped = 0
         for row, (stream, token, logprob) in enumerate(entries):
             choice = self._choices.get(stream)
             if choice is None or choice.is_closed:
+                num_dropped += 1
                 continue
             if not choice.tokens:
                 _mark_dirty(choice, touched)
@@ -227,6 +294,7 @@ class Streams:
             choice.tokens.append(token)
             if choice.generation.has_logprobs:
                 choice.logprobs.append(logprob)
+        return num_dropped
 
     def _hand_out_ends(self, deltas: Deltas, touched: list[Generation]) -> None:
         tops = _top_tokens(deltas) if deltas.top_of_ended else {}
@@ -243,6 +311,8 @@ class Streams:
                 continue
             if not choice.tokens:
                 _mark_dirty(choice, touched)
+            self._close(choice)
+            self.replicas.learn_end(num_tokens, choice.generation.spec.max_tokens)
             begin, end = bounds[row], bounds[row + 1]
             if end > begin and choice.generation.has_logprobs:
                 choice.tokens = deltas.ended_tokens[begin:end].tolist()
@@ -252,9 +322,12 @@ class Streams:
                 choice.whole_tokens = deltas.ended_tokens[begin:end]
             choice.finish_reason = reason
             choice.num_tokens = num_tokens
-            choice.is_closed = True
             if reason == FINISH_ERROR:
                 choice.generation.fail(_not_finite())
+
+
+def _hash_all(hasher: PrefixHasher, prompts: Sequence[Int32s]) -> list[list[bytes]]:
+    return [hasher.hash_blocks(prompt) for prompt in prompts]
 
 
 def _mark_dirty(choice: Choice, touched: list[Generation]) -> None:

@@ -306,12 +306,13 @@ class Harness:
         stop_ids: tuple[int, ...] = (),
         deliver_each: bool = False,
         num_logprobs: int = -1,
+        first_choice: int = 0,
         **penalties: float,
     ) -> list[int]:
         sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
         first = self.num_streams
         ids = np.asarray(prompt, np.int32)
-        submit = Submit(first, n, ids, max_tokens, sampling, stop_ids, deliver_each)
+        submit = Submit(first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice)
         self.num_streams += n
         answers = self.manager.handle(submit)
         streams = list(range(first, first + n))
@@ -320,7 +321,7 @@ class Harness:
             self.refused.update(streams)
             return []
         for choice, stream in enumerate(streams):
-            self.submits[stream] = submit, choice
+            self.submits[stream] = submit, first_choice + choice
             self.results[stream] = Result()
         return streams
 

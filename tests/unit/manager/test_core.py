@@ -225,6 +225,39 @@ def test_each_choice_has_a_seed_of_its_own() -> None:
     assert choice_seed(-1, 5) == -1
 
 
+def test_a_part_of_a_request_draws_as_its_choices_would_in_the_whole() -> None:
+    whole, parts = Harness(), Harness()
+    prompt = list(range(9))
+    whole.submit(prompt, n=5, max_tokens=12, seed=3)
+    finish(whole)
+    parts.submit(prompt, n=2, max_tokens=12, seed=3)
+    parts.submit(prompt, n=3, max_tokens=12, seed=3, first_choice=2)
+    finish(parts)
+    assert [parts.results[stream].tokens for stream in range(5)] == [
+        whole.results[stream].tokens for stream in range(5)
+    ]
+
+
+def test_the_server_hears_of_each_admitted_prompt_and_of_what_was_cached_of_it() -> None:
+    harness = Harness(small_sizes(num_slots=3, max_running=3))
+    shared = list(range(20))
+    (first,) = harness.submit(shared, max_tokens=3)
+    assert harness.manager.take_started() is None
+    harness.plan()
+    assert started(harness) == {first: 0}
+    finish(harness)
+    (second, *_) = harness.submit([*shared[:12], 1, 2, 3, 4, 5], n=2, max_tokens=3)
+    (third,) = harness.submit(shared, max_tokens=3)
+    harness.run()
+    assert started(harness) == {second: 12, third: 16}
+
+
+def started(harness: Harness) -> dict[int, int]:
+    message = harness.manager.take_started()
+    assert message is not None
+    return dict(zip(message.streams.tolist(), message.num_cached.tolist(), strict=True))
+
+
 def test_predictions_follow_what_finished_and_turn_careful_after_a_preemption() -> None:
     predictor = StopPredictor(is_enabled=True)
     limits = np.asarray([100, 100], np.int32)

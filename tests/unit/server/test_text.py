@@ -14,6 +14,7 @@ from toka_engine.errors import ModelInvalidError
 from toka_engine.messages import FINISH_LENGTH, Sampling
 from toka_engine.server.chat import load_chat_template
 from toka_engine.server.render import Renderer, TrackingRenderer
+from toka_engine.server.replicas import Replicas
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
 from toka_engine.server.tokenization import Tokenizer
@@ -26,7 +27,8 @@ _STOPS = st.lists(st.text(alphabet="ab\u00e9", min_size=1, max_size=4), min_size
 
 def _choice() -> Choice:
     spec = GenerationSpec(1, 1000, Sampling(), (), True)
-    generation = Generation(Streams(lambda message: None), [np.array([1], np.int32)], spec)
+    streams = Streams(Replicas([lambda message: None], 64))
+    generation = Generation(streams, [np.array([1], np.int32)], spec)
     generation.__enter__()
     return generation.choices[0]
 
