@@ -33,19 +33,19 @@ COMPILE = """
 import json, sys
 import torch
 from toka_engine.model.aot.triton_build import Variants
-from toka_engine.model.kernels.prefix_attention import attend_shared
-from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, count_words
+from toka_engine.model.kernels.prefix_attention import attend_prefix
+from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace, packed_size
 capability, head_dim, for_hopper, cubin = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hopper", sys.argv[4]
 meta = torch.device("meta")
 def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device=meta)
 variants = Variants(capability)
 with variants.recording():
-    cut = SharedCut.for_hopper(head_dim) if for_hopper else SharedCut.of(head_dim)
-    work = SharedWorkspace.allocate(32, 8, head_dim, meta, cut)
+    config = PrefixLaunchConfig.for_hopper(head_dim) if for_hopper else PrefixLaunchConfig.of(head_dim)
+    work = PrefixWorkspace.allocate(32, 8, head_dim, meta, config)
     keys, values = tensor(2, 64, 8, 16, head_dim).transpose(2, 3)
-    attend_shared(
-        tensor(64, 32, head_dim), tensor(count_words(256), dtype=torch.int32), tensor(9, 64, dtype=torch.int32), keys,
+    attend_prefix(
+        tensor(64, 32, head_dim), tensor(packed_size(256), dtype=torch.int32), tensor(9, 64, dtype=torch.int32), keys,
         values, tensor(64, 32, head_dim), tensor(64, 32, dtype=torch.float32), work, 0.125,
     )
 ((function, data),) = variants.found.values()
@@ -53,7 +53,7 @@ compiled = function.preload(data)
 with open(cubin, "wb") as file:
     file.write(compiled.asm["cubin"])
 print(json.dumps([compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared,
-                  cut.num_warps, cut.num_stages, cut.residency, cut.max_registers]))
+                  config.num_warps, config.num_stages, config.residency, config.max_registers]))
 """
 
 

@@ -54,7 +54,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
 from toka_engine.model.aot.triton_build import make_model
 from toka_engine.model.cuda.triton_cache import log_compiled
-from toka_engine.model.aot.triton_dry_run import rehearse
+from toka_engine.model.aot.triton_dry_run import dry_run
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import rms_norm
 from toka_engine.model.devices import select_backend
@@ -93,7 +93,7 @@ try:
     if what == "start":
         smollm2 = make_model("LlamaForCausalLM", hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
                              vocab_size=49152, intermediate_size=1536)
-        rehearse(smollm2, 16)
+        dry_run(smollm2, 16)
         rms_norm(torch.zeros(3, 576, dtype=torch.bfloat16), torch.zeros(576, dtype=torch.bfloat16), 1e-5)
     else:
         silu_mul(torch.zeros(3, 2 * 256, dtype=torch.bfloat16))

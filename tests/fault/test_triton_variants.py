@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from toka_engine.model.aot.triton_build import Variants, list_shapes, make_model
-from toka_engine.model.aot.triton_dry_run import make_runner, rehearse
+from toka_engine.model.aot.triton_dry_run import make_runner, dry_run
 from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS
 from toka_engine.model.sizing import Sizes
 from tests.model.driving import Driver, ints
@@ -91,9 +91,9 @@ def launch_steps(shape):
             for top_p in (1.0, 0.9):
                 for presence in (0.0, 0.5):
                     launch_steps_of_every_kind(driver, num_logprobs, seed, top_p, presence)
-    whole_steps = runner.make_whole_steps()
+    decode_graphs = runner.make_decode_graphs()
     for size in (1, 3, 40):
-        whole_steps.launch(size)
+        decode_graphs.launch(size)
     runner.launch_many_rows(9000)
 
 def record(name, shapes):
@@ -117,7 +117,7 @@ record("one start", [one])
 others = Variants(90)
 with others.recording():
     for num_pages, max_seqs, num_tokens, columns in ((1009, 37, 91, 33), (64, 5, 17, 1), (3, 2, 2, 3)):
-        rehearse(*one, Sizes(num_pages, 0, max_seqs, num_tokens, columns))
+        dry_run(*one, Sizes(num_pages, 0, max_seqs, num_tokens, columns))
 report("starts of other numbers", others)
 steps = Variants(90)
 with steps.recording(), torch.inference_mode():

@@ -3,7 +3,7 @@
 Prints microseconds a layer, and bytes of keys and values per second, of CUDA graphs of a few layers. Each layer has a
 cache of its own, and a graph goes through the layers again, over other tokens, until the L2 cache holds none when it
 comes back to them: in a model the weights see to that. What planning costs flashinfer's host is not in its time. Then
-other cuts of the kernel, from which Cut.of is chosen.
+other cuts of the kernel, from which LaunchConfig.of is chosen.
 
 Usage: python -m tests.gpu.bench_decode_attention [HEAD_DIM ...]
 """
@@ -17,11 +17,11 @@ from itertools import product
 
 import flashinfer
 import torch
-from toka_engine.model.kernels.decode_attention import Cut, Workspace, attend_decode
+from toka_engine.model.kernels.decode_attention import LaunchConfig, Workspace, attend_decode
 from toka_engine.model.kernels.rope_append import rope_append
 from toka_engine.output import run_command
 
-from tests.gpu.bench_products import time_graph
+from tests.gpu.bench_gemv import time_graph
 
 DEVICE = torch.device("cuda")
 LAYERS, PAGE_SIZE = 4, 16
@@ -156,11 +156,11 @@ class Bench:
 
 
 def bench_head_dim(head_dim: int) -> None:
-    bench, usual = Bench(head_dim), Cut.of(head_dim)
+    bench, usual = Bench(head_dim), LaunchConfig.of(head_dim)
     blocks = (32, 64) if head_dim <= 64 else (16, 32, 64)
     cuts = {
-        str(cut): Workspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, cut)
-        for cut in (replace(usual, block_tokens=block, num_warps=warps) for block, warps in product(blocks, (2, 4)))
+        str(config): Workspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, config)
+        for config in (replace(usual, block_tokens=block, num_warps=warps) for block, warps in product(blocks, (2, 4)))
     }
     print(f"{HEADS}/{KV_HEADS} heads of {head_dim}, chosen {usual}")
     for case in CASES:

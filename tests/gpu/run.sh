@@ -26,16 +26,16 @@ part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
 part smollm2 120 $pytest tests/gpu/test_smollm2.py
-part whole_steps 90 $pytest tests/gpu/test_whole_steps.py
+part decode_graphs 90 $pytest tests/gpu/test_decode_graphs.py
 part memory 60 $pytest tests/gpu/test_memory.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
-lines=90 part bench_products 60 python3 tests/gpu/bench_products.py
+lines=90 part bench_gemv 60 python3 tests/gpu/bench_gemv.py
 lines=90 part bench_decode_attention 60 python3 -m tests.gpu.bench_decode_attention
-lines=90 part bench_shared_attention 60 python3 -m tests.gpu.bench_shared_attention
-lines=190 part bench_own_part 90 python3 -m tests.gpu.bench_own_part
+lines=90 part bench_prefix_attention 60 python3 -m tests.gpu.bench_prefix_attention
+lines=190 part bench_suffix_attention 90 python3 -m tests.gpu.bench_suffix_attention
 lines=25 part bench_step 120 python3 tests/gpu/bench_step.py "$model" "$out"
 lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$model" "$out" 4096
 lines=25 part bench_step_compiled 180 python3 tests/gpu/bench_step.py "$model" "$out" 4096 torch_compile=T

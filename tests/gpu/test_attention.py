@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from toka_engine.model.attention_backend import AttentionShape, StepLayout
-from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.flashinfer_prefill import HND, NHD
 from toka_engine.model.kernels.rope_append import rope_append
 
@@ -60,7 +60,7 @@ def layout_of(positions: np.ndarray, prefill: list[tuple[int, int, int]], groups
     return StepLayout(slots, positions.astype(np.int32), *chunks.T.copy(), *table.T.copy())
 
 
-def define_decode(backend: FlashInferAttention, layout: StepLayout, table: np.ndarray, q, k, v, angles) -> torch.Tensor:
+def define_decode(backend: CudaAttention, layout: StepLayout, table: np.ndarray, q, k, v, angles) -> torch.Tensor:
     """Attention of the decode rows [d, num_heads, head_dim] in fp32, over the pages that a forward has left."""
     count, group = layout.decode_slots.size, q.shape[1] // k.shape[1]
     slots, positions = (torch.from_numpy(each).to(DEVICE) for each in (layout.decode_slots, layout.decode_positions))
@@ -99,7 +99,7 @@ LAYOUTS = {
 def test_the_kernels_give_what_the_definition_gives(name, layout_code, heads) -> None:
     num_heads, num_kv_heads, head_dim = heads
     shape = AttentionShape(1, num_heads, num_kv_heads, head_dim, head_dim**-0.5, torch.bfloat16, DEVICE)
-    backend = FlashInferAttention(shape, layout_code)
+    backend = CudaAttention(shape, layout_code)
     backend.allocate(SLOTS * COLUMNS, PAGE_SIZE, SLOTS, COLUMNS)
     checked = backend._kernels = Checked(backend._kernels, shape, layout_code == HND)
     layout = LAYOUTS[name]

@@ -28,12 +28,12 @@ class Case:
     table: torch.Tensor
     cache: torch.Tensor  # [2, pages, page_size, num_kv_heads, head_dim], perhaps a view of heads first
 
-    def run(self, cut):
+    def run(self, config):
         """Results and cache afterwards; the case's own cache stays as it is."""
         from toka_engine.model.kernels.decode_attention import Workspace
 
         heads, kv_heads, head_dim = self.q.shape[1], self.k.shape[1], self.q.shape[2]
-        work = Workspace.allocate(heads, kv_heads, head_dim, self.q.device, cut)
+        work = Workspace.allocate(heads, kv_heads, head_dim, self.q.device, config)
         return *self.run_in(work), work
 
     def run_in(self, work, part=None):
@@ -111,13 +111,13 @@ def assert_equals(out: torch.Tensor, expected: torch.Tensor) -> None:
 def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appends_cache(
     generator, splits, is_heads_first
 ) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig
 
     case = make_case(generator, CONTEXTS, is_heads_first=is_heads_first)
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=len(CONTEXTS) * 2 * splits)
-    assert cut.count_splits(len(CONTEXTS), 2) == splits
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=len(CONTEXTS) * 2 * splits)
+    assert config.count_splits(len(CONTEXTS), 2) == splits
     expected, expected_cache, *_ = case.expect()
-    out, cache, _ = case.run(cut)
+    out, cache, _ = case.run(config)
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)  # every bit: nothing beside the new tokens has changed
     assert int((cache != case.cache).any(dim=-1).sum()) == 2 * len(CONTEXTS) * 2
@@ -128,35 +128,35 @@ def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appen
     [(2, 2, 64), (8, 2, 64), (5, 1, 64), (14, 2, 64), (7, 1, 128), (20, 1, 128), (4, 1, 256)],
 )
 def test_any_group_of_query_heads_gives_the_definition(generator, heads, kv_heads, head_dim) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig
 
     case = make_case(generator, [0, 170], heads, kv_heads, head_dim)
     expected, expected_cache, *_ = case.expect()
     for num_programs in (16, 1):
-        out, cache, _ = case.run(replace(Cut.of(head_dim), num_programs=num_programs))
+        out, cache, _ = case.run(replace(LaunchConfig.of(head_dim), num_programs=num_programs))
         assert_equals(out, expected)
         assert torch.equal(cache, expected_cache)
 
 
 def test_one_row_in_as_many_splits_as_there_can_be_gives_the_definition(generator) -> None:
-    from toka_engine.model.kernels.decode_attention import MAX_SPLITS, Cut
+    from toka_engine.model.kernels.decode_attention import MAX_SPLITS, LaunchConfig
 
     case = make_case(generator, [16 * MAX_SPLITS], 4, 1, 128)
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=512)
-    assert cut.count_splits(1, 1) == MAX_SPLITS
-    out, cache, _ = case.run(cut)
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=512)
+    assert config.count_splits(1, 1) == MAX_SPLITS
+    out, cache, _ = case.run(config)
     expected, expected_cache, *_ = case.expect()
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)
 
 
 def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig
 
     case = make_case(generator, [100, 3, 47])
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=24)
-    assert (cut.count_splits(3, 2), cut.count_splits(4, 2)) == (4, 2)
-    out, cache, work = case.run(cut)
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=24)
+    assert (config.count_splits(3, 2), config.count_splits(4, 2)) == (4, 2)
+    out, cache, work = case.run(config)
     assert int(work.arrived.count_nonzero()) == 0
     again, cache_again = case.run_in(work)
     assert torch.equal(again, out)
@@ -167,27 +167,27 @@ def test_a_second_launch_in_the_same_workspace_gives_the_same_bits(generator) ->
 
 
 def test_the_order_in_which_splits_arrive_changes_no_bit(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig
     from triton.runtime.interpreter import interpreter_builder
 
     case = make_case(generator, [170], 16, 1, 128)  # 11 splits, of which 4 are merged at once
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=16)
-    out, cache, _ = case.run(cut)
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=16)
+    out, cache, _ = case.run(config)
     # The interpreter runs one program after the other, here from the last split to the first; a GPU in its own order.
     set_program = interpreter_builder.set_grid_idx
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: set_program(x, y, 15 - z))
-    again, cache_again, work = case.run(cut)
+    again, cache_again, work = case.run(config)
     assert torch.equal(again, out)
     assert torch.equal(cache_again, cache)
     assert int(work.arrived.count_nonzero()) == 0
 
 
 def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generator) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig
 
     case = make_case(generator, [37, 0, 100], num_padding=5)
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=32)
-    out, cache, _ = case.run(cut)
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=32)
+    out, cache, _ = case.run(config)
     real = replace(case, **{name: getattr(case, name)[:3] for name in ("q", "k", "v", "slots", "positions")})
     expected, expected_cache, *_ = real.expect()
     assert_equals(out[:3], expected)
@@ -198,24 +198,24 @@ def test_padding_rows_write_to_their_page_alone_and_change_no_other_row(generato
 
 @pytest.mark.parametrize(("rows", "kv_heads", "splits"), [(1, 8, 64), (1, 1, 64), (3, 8, 16), (16, 8, 4), (65, 8, 1)])
 def test_rows_are_split_as_far_as_programs_are_allowed(rows, kv_heads, splits) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig
 
-    cut = Cut(block_tokens=64, num_warps=4, num_programs=512)
-    assert cut.count_splits(rows, kv_heads) == splits
-    assert cut.count_splits(100_000, kv_heads) == 1
+    config = LaunchConfig(block_tokens=64, num_warps=4, num_programs=512)
+    assert config.count_splits(rows, kv_heads) == splits
+    assert config.count_splits(100_000, kv_heads) == 1
 
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_the_part_over_a_rows_own_tokens_comes_with_its_log_sum_exp(generator, splits) -> None:
-    from toka_engine.model.kernels.decode_attention import Cut, OwnPart, Workspace
+    from toka_engine.model.kernels.decode_attention import LaunchConfig, SuffixPart, Workspace
 
     starts, contexts = [0, 16, 16, 112, 320, 0], [0, 16, 40, 333, 333, 100]
     case = make_case(generator, contexts, heads=6, kv_heads=2)
     expected, expected_cache, expected_lse, expected_q = case.expect(starts)
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=len(contexts) * 2 * splits)
-    work = Workspace.allocate(6, 2, 64, case.q.device, cut)
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=len(contexts) * 2 * splits)
+    work = Workspace.allocate(6, 2, 64, case.q.device, config)
     lse, rotated = torch.full(case.q.shape[:2], math.nan, device=case.q.device), torch.empty_like(case.q).contiguous()
-    part = OwnPart(case.slots.new_tensor(starts), lse, rotated)
+    part = SuffixPart(case.slots.new_tensor(starts), lse, rotated)
     out, cache = case.run_in(work, part)
     assert_equals(out, expected)
     assert torch.equal(cache, expected_cache)
@@ -224,12 +224,14 @@ def test_the_part_over_a_rows_own_tokens_comes_with_its_log_sum_exp(generator, s
 
 
 def allocate_for_several_heads(case: Case, most_heads: int, min_programs: int = 1):
-    from toka_engine.model.kernels.decode_attention import Cut, Workspace
-    from toka_engine.model.kernels.decode_attention_short import RowCut
+    from toka_engine.model.kernels.decode_attention import LaunchConfig, Workspace
+    from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 
-    rows = RowCut(most_heads, most_heads, min_programs, min_programs, block_tokens=16, num_warps=2, most_registers=168)
-    cut = Cut(block_tokens=16, num_warps=4, num_programs=16, rows=rows)
-    return Workspace.allocate(*case.q.shape[1:2], *case.k.shape[1:], case.q.device, cut)
+    rows = ShortLaunchConfig(
+        most_heads, most_heads, min_programs, min_programs, block_tokens=16, num_warps=2, most_registers=168
+    )
+    config = LaunchConfig(block_tokens=16, num_warps=4, num_programs=16, short=rows)
+    return Workspace.allocate(*case.q.shape[1:2], *case.k.shape[1:], case.q.device, config)
 
 
 @pytest.mark.parametrize("is_part", [False, True])
@@ -248,7 +250,7 @@ def test_programs_of_several_kv_heads_give_the_definition_and_rope_appends_cache
     real = replace(case, **{name: getattr(case, name)[: len(contexts)] for name in names})
     expected, expected_cache, expected_lse, expected_q = real.expect(starts if is_part else None)
     lse, rotated = torch.full(case.q.shape[:2], math.nan, device=case.q.device), torch.empty_like(case.q).contiguous()
-    part = decode_attention.OwnPart(case.slots.new_tensor(starts + [0] * padding), lse, rotated)
+    part = decode_attention.SuffixPart(case.slots.new_tensor(starts + [0] * padding), lse, rotated)
     work = allocate_for_several_heads(case, most_heads)
     monkeypatch.setattr(decode_attention, "_attend_kernel", None)  # the other one
     out, cache = case.run_in(work, part if is_part else None)
@@ -280,11 +282,13 @@ def test_programs_of_several_kv_heads_give_the_same_bits_again(generator) -> Non
     ],
 )  # fmt: skip
 def test_a_program_has_as_many_kv_heads_as_leave_enough_programs(rows, kv_heads, is_part, heads) -> None:
-    from toka_engine.model.kernels.decode_attention_short import RowCut
+    from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 
-    cut = RowCut(8, 2, min_programs=1024, min_programs_alone=2048, block_tokens=32, num_warps=2, most_registers=168)
-    assert cut.count_heads(rows, kv_heads, 16, is_part) == heads
-    assert cut.count_heads(rows, kv_heads, 17, is_part) == 0
+    config = ShortLaunchConfig(
+        8, 2, min_programs=1024, min_programs_alone=2048, block_tokens=32, num_warps=2, most_registers=168
+    )
+    assert config.count_heads(rows, kv_heads, 16, is_part) == heads
+    assert config.count_heads(rows, kv_heads, 17, is_part) == 0
 
 
 def test_rows_that_are_too_few_for_programs_of_several_heads_are_split(generator, monkeypatch) -> None:

@@ -18,7 +18,7 @@ PAGE_SIZE = 4
 
 
 class DefinedKernels:
-    """PagedKernels by their definition, from the device's index arrays."""
+    """FlashInferPrefill by their definition, from the device's index arrays."""
 
     def __init__(self, shape: AttentionShape, is_heads_first: bool) -> None:
         self._shape, self._is_heads_first = shape, is_heads_first
@@ -84,39 +84,39 @@ def shared_table(layout: StepLayout, num_columns: int, generator: np.random.Gene
 def allocate(ours: Any, num_pages: int, max_seqs: int, max_pages_per_seq: int) -> None:
     """With short blocks and few programs for decode rows: some contexts are split, and no time goes into splits without
     a token, which the interpreter visits one by one."""
-    from toka_engine.model.kernels.decode_attention import Cut, Workspace
-    from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.decode_attention import LaunchConfig, Workspace
+    from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace
 
     ours.allocate(num_pages, PAGE_SIZE, max_seqs, max_pages_per_seq)
-    shape, cut = ours.shape, Cut(block_tokens=16, num_warps=4, num_programs=16)
+    shape, config = ours.shape, LaunchConfig(block_tokens=16, num_warps=4, num_programs=16)
     heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
-    ours._decode_work = Workspace.allocate(*heads, cut)
-    shared_cut = SharedCut(block_rows=16, block_tokens=16, num_warps=4, num_stages=1, residency=1)
-    ours._shared_work = SharedWorkspace.allocate(*heads, shared_cut, num_programs=3)
+    ours._decode_work = Workspace.allocate(*heads, config)
+    shared_cut = PrefixLaunchConfig(block_rows=16, block_tokens=16, num_warps=4, num_stages=1, residency=1)
+    ours._prefix_work = PrefixWorkspace.allocate(*heads, shared_cut, num_programs=3)
 
 
 def plan_padded(ours: Any, layout: StepLayout, num_rows: int) -> bool:
     """Plan decode rows as a graph holds them, with rows of the padding slot; whether there were groups for it."""
-    groups, padding = ours.lay_graph_groups(layout), num_rows - layout.decode_slots.size
+    groups, padding = ours.pack_graph_groups(layout), num_rows - layout.decode_slots.size
 
     def send(array: np.ndarray, filler: int | None = None) -> torch.Tensor:
         padded = array if filler is None else np.append(array, np.full(padding, filler, np.int32))
         return torch.from_numpy(padded).to(ours.shape.device)
 
-    described = None if groups is None else (send(groups.own_starts, 0), send(groups.words))
-    ours.plan_nothing(send(layout.decode_slots, ours.scratch_slot), send(layout.decode_positions, 0), described)
+    described = None if groups is None else (send(groups.suffix_starts, 0), send(groups.words))
+    ours.bind_graph_inputs(send(layout.decode_slots, ours.scratch_slot), send(layout.decode_positions, 0), described)
     return groups is not None
 
 
 @pytest.mark.parametrize("is_heads_first", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_first: bool) -> None:
-    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.attention import CudaAttention
     from toka_engine.model.cuda.flashinfer_prefill import HND, NHD
 
     layout, columns = LAYOUTS[name], 6
     shape = AttentionShape(2, 6, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
-    ours = FlashInferAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
+    ours = CudaAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
     reference = CpuAttention(shape)
     generator = np.random.default_rng(3)
     table = shared_table(layout, columns, generator)
@@ -146,11 +146,11 @@ def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_firs
 
 
 def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
-    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.attention import CudaAttention
     from toka_engine.model.cuda.flashinfer_prefill import HND
 
     shape = AttentionShape(1, 4, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
-    ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
+    ours = CudaAttention(shape, HND, DefinedKernels(shape, True))
     allocate(ours, 12, 4, 3)
     ours.cache[:, :, :12] = torch.randn(1, 2, 12, 2, PAGE_SIZE, 32, generator=torch.Generator().manual_seed(1))
     ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 3, 1))
@@ -169,11 +169,11 @@ def test_padding_rows_of_a_graph_leave_the_real_rows_and_pages_alone() -> None:
 
 @pytest.mark.parametrize("is_heads_first", [False, True])
 def test_without_a_plan_rows_find_their_pages_themselves(is_heads_first: bool) -> None:
-    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.attention import CudaAttention
     from toka_engine.model.cuda.flashinfer_prefill import HND, NHD
 
     shape = AttentionShape(2, 6, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
-    ours = FlashInferAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
+    ours = CudaAttention(shape, HND if is_heads_first else NHD, DefinedKernels(shape, is_heads_first))
     allocate(ours, 12, 4, 3)
     seeds = torch.Generator().manual_seed(1)
     ours.cache[:, :, :12] = torch.randn(ours.cache[:, :, :12].shape, generator=seeds)
@@ -185,7 +185,9 @@ def test_without_a_plan_rows_find_their_pages_themselves(is_heads_first: bool) -
     expected = ours.forward(1, q[:2], k[:2], v[:2], angles)
     written = ours.cache.clone()
     ours.cache.copy_(before)
-    ours.plan_nothing(torch.tensor([2, 0, 4, 4], dtype=torch.int32), torch.tensor([11, 5, 0, 0], dtype=torch.int32))
+    ours.bind_graph_inputs(
+        torch.tensor([2, 0, 4, 4], dtype=torch.int32), torch.tensor([11, 5, 0, 0], dtype=torch.int32)
+    )
     torch.testing.assert_close(ours.forward(1, q, k, v, angles)[:2], expected, atol=2e-5, rtol=1e-4)
     assert torch.equal(ours.cache[:, :, :12], written[:, :, :12])
     assert not torch.equal(written, before)
@@ -194,11 +196,11 @@ def test_without_a_plan_rows_find_their_pages_themselves(is_heads_first: bool) -
 @pytest.mark.parametrize("is_planned", [True, False])
 def test_a_benchmark_can_skip_attention_and_nothing_else(is_planned: bool) -> None:
     from toka_engine.benchmarks.decoding import skip_attention
-    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.attention import CudaAttention
     from toka_engine.model.cuda.flashinfer_prefill import HND
 
     shape = AttentionShape(1, 4, 2, 32, 32**-0.5, torch.float32, torch.device("cpu"))
-    ours = FlashInferAttention(shape, HND, DefinedKernels(shape, True))
+    ours = CudaAttention(shape, HND, DefinedKernels(shape, True))
     allocate(ours, 12, 4, 3)
     ours.append_pages(int32(0, 0, 2, 2), int32(0, 1, 0, 1), int32(3, 5, 7, 1))
     q, k, v = (torch.randn(2, heads, 32, generator=torch.Generator().manual_seed(2)) for heads in (4, 2, 2))
@@ -206,7 +208,7 @@ def test_a_benchmark_can_skip_attention_and_nothing_else(is_planned: bool) -> No
     if is_planned:
         ours.plan(layout_of({2: 6, 0: 5}, [], []))
     else:
-        ours.plan_nothing(torch.tensor([2, 0], dtype=torch.int32), torch.tensor([6, 5], dtype=torch.int32))
+        ours.bind_graph_inputs(torch.tensor([2, 0], dtype=torch.int32), torch.tensor([6, 5], dtype=torch.int32))
     expected = ours.forward(0, q, k, v, angles)
     written = ours.cache.clone()
     ours.cache.zero_()

@@ -36,17 +36,17 @@ class TableRunner:
     """CudaRunner.launch with a look-up in the place of the forward: a token's logits like itself best."""
 
     def __init__(self, device: torch.device) -> None:
-        from toka_engine.model.cuda.attention import FlashInferAttention
-        from toka_engine.model.cuda.sampler import GpuSampler
+        from toka_engine.model.cuda.attention import CudaAttention
+        from toka_engine.model.cuda.sampler import CudaSampler
         from toka_engine.model.kernels.device_slots import SlotState
 
         shape = AttentionShape(1, 4, 2, 32, 1.0, torch.bfloat16, device)
         unplanned = SimpleNamespace(plan_queries=lambda *_: None)
-        self.attention = FlashInferAttention(shape, kernels=unplanned)
+        self.attention = CudaAttention(shape, kernels=unplanned)
         self.attention.allocate(100, PAGE_SIZE, SLOTS, 20)
         self.state = HostState(SLOTS, torch.device("cpu"))
         self.slots = SlotState.allocate(SLOTS + 1, device)
-        self.sample: Any = GpuSampler(3, self.slots, self.attention, SLOTS, VOCAB)
+        self.sample: Any = CudaSampler(3, self.slots, self.attention, SLOTS, VOCAB)
         random = torch.Generator().manual_seed(4)
         table = torch.randn(VOCAB, VOCAB, generator=random) + 3 * torch.eye(VOCAB)
         self.logits_of = table.to(device, torch.bfloat16)

@@ -32,7 +32,7 @@ from triton.runtime.errors import TritonError
 
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, DeviceUnavailableError, StorageError
-from toka_engine.model.aot.triton_dry_run import rehearse
+from toka_engine.model.aot.triton_dry_run import dry_run
 from toka_engine.model.architectures.registry import MODELS
 from toka_engine.model.cuda import toolchain
 from toka_engine.model.cuda.triton_cache import KernelCache, find_c_compiler, folder_of, pin_keys
@@ -78,7 +78,7 @@ class Variants:
         """Add what starts of the engine ask for."""
         with self.recording():
             for model, page_size in shapes:
-                rehearse(model, page_size)
+                dry_run(model, page_size)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -21,11 +21,11 @@ from toka_engine.messages import Step, WorkerReady
 from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.backend import Launched
-from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.backend import make_ops
 from toka_engine.model.cuda.memory_fit import make_largest_steps
 from toka_engine.model.cuda.runner import CudaRunner
-from toka_engine.model.kernels.decode_attention_short import RowCut
+from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.sample_plan import Sampled, SamplePlan
@@ -48,7 +48,7 @@ class _Weights(Weights):
         return torch.empty(shape if shard is None else shard.cut(shape), dtype=self.dtype, device=self.device)
 
 
-class RehearsalRunner(CudaRunner):
+class DryRunner(CudaRunner):
     """A CudaRunner whose results stay where they are."""
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
@@ -58,14 +58,14 @@ class RehearsalRunner(CudaRunner):
         return Launched(step.number, plan, sampled, started_s, 0.0)
 
 
-def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[RehearsalRunner, WorkerReady]:
+def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[DryRunner, WorkerReady]:
     """What runs steps of this model, and what its worker would report. `sizes`: other than the page size."""
     sizes = replace(sizes, page_size=page_size)
     shape = AttentionShape.of(model, torch.bfloat16, _META)
-    attention = FlashInferAttention(shape, kernels=_without_kernels())
+    attention = CudaAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     with torch.inference_mode():
-        runner = RehearsalRunner(
+        runner = DryRunner(
             build_model(model, _Weights(), make_ops(driver.active.get_current_target().arch)),
             attention, sizes.max_seqs, EngineConfig(seed=0),
         )  # fmt: skip
@@ -73,16 +73,18 @@ def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tu
 
 
 @torch.inference_mode()
-def rehearse(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
+def dry_run(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
     """Launch what the start of an engine with this model launches: see worker.Worker.warm_up."""
     runner, ready = make_runner(model, page_size, sizes)
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
         runner.launch(step)
     runner.launch_rest()
-    whole_steps = runner.make_whole_steps()
-    for size in (1, 2, whole_steps.max_rows):
-        whole_steps.launch(size)
-    runner.launch_many_rows(RowCut.of(model.head_dim).most_rows)  # an image has them for engines of any slots
+    decode_graphs = runner.make_decode_graphs()
+    for size in (1, 2, decode_graphs.max_rows):
+        decode_graphs.launch(size)
+    runner.launch_many_rows(
+        ShortLaunchConfig.of(model.head_dim).most_rows
+    )  # an image has them for engines of any slots
 
 
 def _without_kernels() -> Any:

@@ -2,7 +2,7 @@
 
 Owns the KV cache, the block table on the device and each step's index arrays. Decode rows, prefill chunks and groups
 with shared prefixes share a step. Each step is planned by `plan` (any mix), or for a CUDA graph of decode rows by
-`plan_nothing`, whose inputs are at fixed addresses. Nothing here waits for the device.
+`bind_graph_inputs`, whose inputs are at fixed addresses. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from toka_engine.model.attention_backend import AttentionShape, StepLayout
 from toka_engine.model.cuda.attention_plan import (
     PageLists,
     find_levels,
-    find_own_starts,
+    find_suffix_starts,
     outermost,
     plan_prefill,
     rows_of,
 )
-from toka_engine.model.cuda.flashinfer_prefill import HND, DevicePages, PagedKernels
+from toka_engine.model.cuda.flashinfer_prefill import HND, DevicePages, FlashInferPrefill
 from toka_engine.model.cuda.staging import Staging
-from toka_engine.model.kernels.decode_attention import OwnPart, Workspace, attend_decode
+from toka_engine.model.kernels.decode_attention import SuffixPart, Workspace, attend_decode
 from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
-from toka_engine.model.kernels.prefix_attention import attend_shared
-from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, count_words, lay_groups
+from toka_engine.model.kernels.prefix_attention import attend_prefix
+from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace, pack_groups, packed_size
 from toka_engine.model.kernels.rope_append import rope_append
 
 GRAPH_GROUPS = 256
 """Groups of a step that is a graph."""
-GRAPH_GROUP_WORDS = count_words(GRAPH_GROUPS)
+GRAPH_GROUP_WORDS = packed_size(GRAPH_GROUPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class _Queries:
 class GraphGroups:
     """Groups of decode rows, on the host, for a graph."""
 
-    own_starts: NDArray[np.int32]  # [d] tokens
+    suffix_starts: NDArray[np.int32]  # [d] tokens
     words: NDArray[np.int32]  # [GRAPH_GROUP_WORDS]
 
 
@@ -61,13 +61,13 @@ class _Plan:
     slots: torch.Tensor
     positions: torch.Tensor
     num_decode: int = 0
-    own_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
+    suffix_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
     levels: list[torch.Tensor] = field(default_factory=list)
-    """Words of groups, see lay_groups; the outermost first."""
+    """Words of groups, see pack_groups; the outermost first."""
     prefill: _Queries | None = None
 
 
-class FlashInferAttention:
+class CudaAttention:
     """An attention.base.AttentionBackend. `kernels` may be replaced by a reference in tests."""
 
     def __init__(self, shape: AttentionShape, layout: int = HND, kernels: Any = None) -> None:
@@ -102,10 +102,10 @@ class FlashInferAttention:
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
         heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
-        cut = SharedCut.choose(shape.head_dim, page_size, self._layout == HND)
-        self._decode_work, self._shared_work = Workspace.allocate(*heads), SharedWorkspace.allocate(*heads, cut)
+        config = PrefixLaunchConfig.choose(shape.head_dim, page_size, self._layout == HND)
+        self._decode_work, self._prefix_work = Workspace.allocate(*heads), PrefixWorkspace.allocate(*heads, config)
         if self._kernels is None:
-            self._kernels = PagedKernels(shape, page_size, self._layout)
+            self._kernels = FlashInferPrefill(shape, page_size, self._layout)
 
     def release(self) -> None:
         """Let go of the cache, so that `allocate` may make another one."""
@@ -131,11 +131,11 @@ class FlashInferAttention:
     def plan(self, layout: StepLayout) -> None:
         """Prepare the forward of any mix of decode rows, groups and prefill chunks."""
         page_size = self.page_size
-        levels = [self._lay_groups(layout, some) for some in find_levels(layout)] if self.use_groups else []
+        levels = [self._pack_groups(layout, some) for some in find_levels(layout)] if self.use_groups else []
         chunks = plan_prefill(layout, page_size) if layout.prefill_slots.size else None
         # One upload for the whole step.
-        own_starts = find_own_starts(layout, page_size) if levels else np.empty(0, np.int32)
-        arrays = [*rows_of(layout), own_starts, *levels]
+        suffix_starts = find_suffix_starts(layout, page_size) if levels else np.empty(0, np.int32)
+        arrays = [*rows_of(layout), suffix_starts, *levels]
         if chunks is not None:
             arrays += [chunks.q_indptr, *_arrays_of(chunks.pages)]
         slots, positions, starts, *rest = self._inputs.upload(*arrays)
@@ -146,25 +146,25 @@ class FlashInferAttention:
             step.prefill = _Queries(planned, q_indptr, self._flatten(chunks.pages, pages))
         self._step = step
 
-    def _lay_groups(
+    def _pack_groups(
         self, layout: StepLayout, some: NDArray[np.int64], capacity: int | None = None
     ) -> NDArray[np.int32]:
         first_rows = layout.group_first_rows[some]
-        return lay_groups(
-            self._shared_work, self.page_size, first_rows, layout.group_num_rows[some], layout.decode_slots[first_rows],
+        return pack_groups(
+            self._prefix_work, self.page_size, first_rows, layout.group_num_rows[some], layout.decode_slots[first_rows],
             layout.group_first_columns[some], layout.group_num_columns[some], capacity,
         )  # fmt: skip
 
-    def lay_graph_groups(self, layout: StepLayout) -> GraphGroups | None:
+    def pack_graph_groups(self, layout: StepLayout) -> GraphGroups | None:
         """The groups of decode rows for a graph, without those inside others; None if there are none or too many."""
         layout = outermost(layout)
         count = layout.group_first_rows.size
         if not 0 < count <= GRAPH_GROUPS:
             return None
-        words = self._lay_groups(layout, np.arange(count), GRAPH_GROUPS)
-        return GraphGroups(find_own_starts(layout, self.page_size), words)
+        words = self._pack_groups(layout, np.arange(count), GRAPH_GROUPS)
+        return GraphGroups(find_suffix_starts(layout, self.page_size), words)
 
-    def plan_nothing(
+    def bind_graph_inputs(
         self,
         slots: torch.Tensor,  # [rows] int32
         positions: torch.Tensor,  # [rows] int32
@@ -173,7 +173,7 @@ class FlashInferAttention:
         """Prepare a forward of decode rows alone, of what these hold when it runs. A graph may hold the forward."""
         self._step = _Plan(slots, positions, slots.shape[0])
         if groups is not None:
-            self._step.own_starts, self._step.levels = groups[0], [groups[1]]
+            self._step.suffix_starts, self._step.levels = groups[0], [groups[1]]
 
     def _flatten(self, pages: PageLists, arrays: list[torch.Tensor]) -> DevicePages:
         slots, first_columns, kv_indptr, last_page_lens = arrays
@@ -230,9 +230,9 @@ class FlashInferAttention:
         out: torch.Tensor,
     ) -> None:
         part = None
-        if step.levels and step.own_starts is not None:
+        if step.levels and step.suffix_starts is not None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-            part = OwnPart(step.own_starts, lse, torch.empty(q.shape, dtype=q.dtype, device=q.device))
+            part = SuffixPart(step.suffix_starts, lse, torch.empty(q.shape, dtype=q.dtype, device=q.device))
         keys, values = self._by_token(cache)
         attend_decode(
             q, k, v, cos_sin, step.slots, step.positions, self.table, keys, values, out, self._decode_work,
@@ -240,8 +240,8 @@ class FlashInferAttention:
         )  # fmt: skip
         if part is not None:
             for groups in step.levels:
-                attend_shared(
-                    part.rotated, groups, self.table, keys, values, out, part.lse, self._shared_work, self.shape.scale
+                attend_prefix(
+                    part.rotated, groups, self.table, keys, values, out, part.lse, self._prefix_work, self.shape.scale
                 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def find_levels(layout: StepLayout) -> list[NDArray[np.int64]]:
     return [np.flatnonzero(depths == depth) for depth in range(int(depths.max()) + 1)]
 
 
-def find_own_starts(layout: StepLayout, page_size: int) -> Int32s:
+def find_suffix_starts(layout: StepLayout, page_size: int) -> Int32s:
     """[d]: how many of each decode row's first tokens its groups cover."""
     columns = np.zeros(layout.decode_slots.size, np.int32)
     ends = layout.group_first_columns + layout.group_num_columns

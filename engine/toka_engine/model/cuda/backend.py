@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.kernels.activation import silu_mul
@@ -63,6 +63,6 @@ class CudaBackend:
 
     def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CudaRunner:
         """See backend.Backend."""
-        attention = FlashInferAttention(shape)
+        attention = CudaAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
         return CudaRunner(model, attention, sizes.max_seqs, config)

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.cuda.attention import GRAPH_GROUP_WORDS, FlashInferAttention, GraphGroups
+from toka_engine.model.cuda.attention import GRAPH_GROUP_WORDS, CudaAttention, GraphGroups
 from toka_engine.model.cuda.graph_sizes import graph_sizes, measure_captures
-from toka_engine.model.cuda.sampler import GpuSampler
+from toka_engine.model.cuda.sampler import CudaSampler
 from toka_engine.model.kernels.device_slots import SlotState
 from toka_engine.model.kernels.packets import Packets
 
@@ -28,15 +28,15 @@ _MIN_GROUPED_ROWS = 32
 """One of the graphs' sizes; steps of fewer rows in groups are padded to it."""
 
 
-class WholeSteps:
+class DecodeGraphs:
     """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
 
     def __init__(
         self,
         model: CausalModel,
-        attention: FlashInferAttention,
+        attention: CudaAttention,
         state: SlotState,
-        sampler: GpuSampler,
+        sampler: CudaSampler,
         max_rows: int,
     ) -> None:
         """`attention`, whose memory may not be replaced afterwards, and `sampler` work on the same `state`."""
@@ -103,7 +103,7 @@ class WholeSteps:
         packets, attention = self.packets, self._attention
         packets.take(size, self._state, attention.table, attention.page_tokens, has_groups)
         groups = (packets.starts[:size], packets.groups) if has_groups else None
-        attention.plan_nothing(packets.slots[:size], packets.positions[:size], groups)
+        attention.bind_graph_inputs(packets.slots[:size], packets.positions[:size], groups)
         return self._model.forward(packets.ids[:size], attention)
 
     def _draw(self, size: int, hidden: torch.Tensor) -> None:
@@ -124,7 +124,7 @@ class WholeSteps:
         """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
         size, starts, words = self._pad(slots.size), None, None
         if groups is not None:
-            size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.own_starts, groups.words
+            size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.suffix_starts, groups.words
         self._last_size, random = size, self._sampler.next_random()
         place = self.packets.write(size, slots, positions, appends, random, starts, words)
         graph, hidden = self._forwards[size, groups is not None]

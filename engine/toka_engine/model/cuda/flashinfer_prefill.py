@@ -58,7 +58,7 @@ class _Workspace:
         self._events[self._turn].record(self._stream)
 
 
-class PagedKernels:
+class FlashInferPrefill:
     """flashinfer's kernels for chunks of prompts of one shape; on the current stream."""
 
     def __init__(self, shape: AttentionShape, page_size: int, layout: int) -> None:

@@ -22,7 +22,7 @@ from toka_engine.messages import Step, WorkerReady
 from toka_engine.model.sizing import TOKEN_ID_BYTES, Sizes
 
 if TYPE_CHECKING:
-    from toka_engine.model.cuda.attention import FlashInferAttention
+    from toka_engine.model.cuda.attention import CudaAttention
 
 _log = logging.getLogger("toka.model")
 
@@ -98,7 +98,7 @@ def _new_slots(count: int, num_logprobs: int) -> dict[str, Any]:
 
 
 def fit_cache(
-    attention: FlashInferAttention,
+    attention: CudaAttention,
     ready: WorkerReady,
     run: Callable[[Iterable[Step]], None],
     measure_graphs: Callable[[], int],

@@ -17,13 +17,13 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens, WorkerReady
 from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.cuda.attention import FlashInferAttention
-from toka_engine.model.cuda.decode_graphs import WholeSteps
+from toka_engine.model.cuda.attention import CudaAttention
+from toka_engine.model.cuda.decode_graphs import DecodeGraphs
 from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, take_spare
-from toka_engine.model.cuda.sampler import GpuSampler
+from toka_engine.model.cuda.sampler import CudaSampler
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.cuda.triton_cache import log_compiled
-from toka_engine.model.kernels.decode_attention_short import RowCut
+from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.device_slots import SlotState, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.kernels.packets import RING
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
@@ -58,15 +58,15 @@ class CudaRunner:
 
     max_steps_in_flight = 2
 
-    def __init__(self, model: CausalModel, attention: FlashInferAttention, max_seqs: int, config: EngineConfig) -> None:
+    def __init__(self, model: CausalModel, attention: CudaAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
-        self.sampler = GpuSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
+        self.sampler = CudaSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
         self.sample: Sample = self.sampler
         self.model, self.attention = model, attention
         self.state = HostState(max_seqs, torch.device("cpu"))
         self._new_slots, self._tokens = Staging(device), Staging(device)
-        self.whole_steps: WholeSteps | None = None
+        self.decode_graphs: DecodeGraphs | None = None
         self._last_plan: SamplePlan | None = None
         self._fits_cache = config.kv_cache_num_tokens is None
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
@@ -86,9 +86,9 @@ class CudaRunner:
         if self._fits_cache:
             ready = fit_cache(self.attention, ready, self._run, self.measure_graphs)
         self.capture_graphs()
-        whole_steps, self.whole_steps = self.whole_steps, None  # steps take most memory without graphs
+        decode_graphs, self.decode_graphs = self.decode_graphs, None  # steps take most memory without graphs
         self._run(make_largest_steps(ready))
-        self.whole_steps = whole_steps
+        self.decode_graphs = decode_graphs
         take_spare(self.attention.shape.device)
         log_compiled()
         return ready
@@ -102,22 +102,22 @@ class CudaRunner:
         """Launch what the warm-up steps did not reach, then capture the graphs."""
         self.launch_rest()
         torch.cuda.synchronize()
-        self.whole_steps = None  # earlier ones give their memory back
+        self.decode_graphs = None  # earlier ones give their memory back
         if self._max_graph_rows:
-            whole_steps = self.make_whole_steps()
-            whole_steps.capture()
-            self.whole_steps = whole_steps
+            decode_graphs = self.make_decode_graphs()
+            decode_graphs.capture()
+            self.decode_graphs = decode_graphs
 
-    def make_whole_steps(self) -> WholeSteps:
+    def make_decode_graphs(self) -> DecodeGraphs:
         """Not captured yet."""
-        return WholeSteps(self.model, self.attention, self._slots, self.sampler, self._max_graph_rows)
+        return DecodeGraphs(self.model, self.attention, self._slots, self.sampler, self._max_graph_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
         """Bytes that the graphs of `prepare` will take."""
         if not self._max_graph_rows:
             return 0
-        return self.make_whole_steps().measure()
+        return self.make_decode_graphs().measure()
 
     def launch_rest(self) -> None:
         """Launch, once each, the variants of kernels that the warm-up steps do not."""
@@ -142,14 +142,14 @@ class CudaRunner:
                     penalties=changes,
                 )
                 self.sample(logits, None, plan, self.state)
-        self.launch_many_rows(min(self.state.max_seqs, RowCut.of(attention.shape.head_dim).most_rows))
+        self.launch_many_rows(min(self.state.max_seqs, ShortLaunchConfig.of(attention.shape.head_dim).most_rows))
         scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
         attention.copy_pages(scratch_page, scratch_page)
 
     def launch_many_rows(self, rows: int) -> None:
         """Launch a step of so many decode rows, with groups and without: attention of many takes other kernels, whether
         or not graphs hold as many."""
-        WholeSteps(self.model, self.attention, self._slots, self.sampler, rows).launch(rows)
+        DecodeGraphs(self.model, self.attention, self._slots, self.sampler, rows).launch(rows)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -187,23 +187,23 @@ class CudaRunner:
         None, with the step's pages appended, where launching one by one is better.
         """
         appends = step.append_slots, step.append_indices, step.append_pages
-        count, whole_steps = step.decode_slots.size, self.whole_steps
+        count, decode_graphs = step.decode_slots.size, self.decode_graphs
         groups, is_better = None, False
-        if whole_steps is not None and not step.prefill_slots.size and 0 < count <= whole_steps.max_rows:
+        if decode_graphs is not None and not step.prefill_slots.size and 0 < count <= decode_graphs.max_rows:
             saved_s = self._saved_s(step)
-            if saved_s > _GROUP_OVERHEAD_S and whole_steps.has_groups:
-                groups = self.attention.lay_graph_groups(make_layout(step, self.state.host, keep_seeded_out=False))
+            if saved_s > _GROUP_OVERHEAD_S and decode_graphs.has_groups:
+                groups = self.attention.pack_graph_groups(make_layout(step, self.state.host, keep_seeded_out=False))
             is_better = groups is not None or saved_s < _EAGER_OVERHEAD_S
-        if whole_steps is None or not is_better:
+        if decode_graphs is None or not is_better:
             self.attention.append_pages(*appends)
             return None
-        if step.append_slots.size > whole_steps.max_rows:
+        if step.append_slots.size > decode_graphs.max_rows:
             self.attention.append_pages(*appends)
             appends = _NO_APPENDS
-        return whole_steps.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends, groups)
+        return decode_graphs.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends, groups)
 
     def _draw_by_graph(self, plan: SamplePlan) -> bool:
-        return self.whole_steps is not None and plan.is_plain and self.whole_steps.draw()
+        return self.decode_graphs is not None and plan.is_plain and self.decode_graphs.draw()
 
     def _await_published(self, step: Step, plan: SamplePlan, place: int, started_s: float, cpu_s: float) -> Launched:
         if self._is_awaited[place]:
@@ -220,9 +220,9 @@ class CudaRunner:
             raise AssertionError("a step of another runner")
         launched.done.synchronize()
         none = np.empty(0, np.float32)
-        if launched.place is not None and self.whole_steps is not None:
+        if launched.place is not None and self.decode_graphs is not None:
             self._is_awaited[launched.place] = False
-            ids = self.whole_steps.packets.tokens(launched.place, launched.plan.slots.size).copy()
+            ids = self.decode_graphs.packets.tokens(launched.place, launched.plan.slots.size).copy()
             wall_s = time.monotonic() - launched.started_s
             return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
         has_top = launched.top_tokens is not None and launched.top_logprobs is not None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toka_engine.model.cuda.attention import FlashInferAttention
+from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.kernels.device_slots import SlotState
 from toka_engine.model.kernels.filtering import apply_filters
@@ -26,11 +26,11 @@ _PENALTY_BYTES = 64 << 20
 """Of fp32 logits at a time for samples with penalties; as much again for their counts."""
 
 
-class GpuSampler:
+class CudaSampler:
     """An ops.Sample over the slots' state on the device, whose last tokens and draw counters it advances."""
 
     def __init__(
-        self, seed: int, state: SlotState, attention: FlashInferAttention, max_samples: int, vocab_size: int
+        self, seed: int, state: SlotState, attention: CudaAttention, max_samples: int, vocab_size: int
     ) -> None:
         """`attention` holds the tokens that penalties look at."""
         device = state.temperature.device

@@ -1,13 +1,12 @@
-"""Attention of decode rows in one kernel a layer: RoPE, the write of K and V, attention, the merge of its splits.
+"""Decode attention in one kernel per layer: RoPE, the write of K and V, attention over splits, and their merge.
 
-A row finds its slot, position and pages on the device, so the host plans nothing for a step but the slots and positions
-that it uploads, and a CUDA graph of these launches holds for any contexts. Owns what the launches of a step share
-(`Workspace`); norms of heads, prefill and the tokens that rows share are others' work: of a row that shares its first
-tokens this gives the part over its own, with the log-sum-exp by which parts are merged. Of many rows whose own tokens
-are few `decode_attention_short` has the kernel.
+A row finds its slot, position and pages on the device: the host uploads slots and positions and plans nothing else, and
+a CUDA graph of these launches holds for any contexts. Owns the scratch memory of a step's launches (`Workspace`). Not
+here: q/k norm, prefill, shared prefixes. For a row with a shared prefix this attends to the suffix only and returns the
+log-sum-exp for merging. `decode_attention_short` has the kernel for many rows with short suffixes.
 
-Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023),
-of which the last to arrive merges all.
+Algorithm: FlashAttention's online softmax (Dao et al. 2022) in base 2 over splits of the keys (Flash-Decoding, 2023);
+the last split to arrive merges all.
 """
 
 from __future__ import annotations
@@ -35,43 +34,43 @@ from toka_engine.model.kernels.decode_attention_common import (
     load_tokens,
     rotate_heads,
 )
-from toka_engine.model.kernels.decode_attention_short import RowCut, attend_rows_kernel
+from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig, attend_rows_kernel
 
 MAX_SPLITS = 64
 _MIN_TILE = 16
-"""Rows of a tensor core's product, for the query heads of a KV head."""
+"""Rows of a tensor core MMA, which the query heads of a KV head are padded to."""
 _LOG2_E = 1.4426950408889634
 _MERGED_AT_ONCE = 8192
-"""Floats of partial results that a program loads at once when it merges: 64 registers a thread of 128."""
+"""Floats of partial results that a program loads at once when it merges: 64 registers for each of 128 threads."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """How a launch is cut into programs; none of it changes what is computed."""
+class LaunchConfig:
+    """Block size, warps and splits of a launch. None of them changes the result."""
 
     block_tokens: int  # keys and values in flight per program; a power of 2, at least 16
     num_warps: int
     num_programs: int  # up to which the tokens of a row are split
-    rows: RowCut | None = None  # of many rows of few tokens; None: they are cut like all others
+    short: ShortLaunchConfig | None = None  # for many rows of few tokens; None: they are launched like all others
 
     @classmethod
-    def of(cls, head_dim: int) -> Cut:
-        """Blocks of 16 KB (32 KB for a head of 256), and about four programs for each of an H100's 132 processors.
+    def of(cls, head_dim: int) -> LaunchConfig:
+        """Use blocks of 16 KB (32 KB for a head of 256), and about four programs for each of an H100's 132 SMs.
 
-        For heads of 64 and 128 the best of those that tests/gpu/bench_decode_attention.py times, on an H100.
+        For heads of 64 and 128 this was the fastest of those that tests/gpu/bench_decode_attention.py times on an H100.
         """
         return cls(
             block_tokens=64 if head_dim <= 64 else 32,
             num_warps=2 if head_dim <= 128 else 4,
             num_programs=512,
-            rows=RowCut.of(head_dim),
+            short=ShortLaunchConfig.of(head_dim),
         )
 
     def count_splits(self, rows: int, num_kv_heads: int) -> int:
-        """Splits of each row's tokens: the largest power of 2 with which there are at most `num_programs` programs.
+        """Return how many splits a row's tokens get: the largest power of 2 with at most `num_programs` programs.
 
-        Between 1 and MAX_SPLITS, and of the number of rows alone, so that one graph holds for all contexts; splits
-        beyond the end of a short context leave at once.
+        It lies between 1 and MAX_SPLITS and depends on the number of rows alone, so that one graph holds for all
+        contexts; splits beyond the end of a short context return at once.
         """
         splits = self.num_programs // (rows * num_kv_heads)
         return 1 << (min(MAX_SPLITS, max(1, splits)).bit_length() - 1)
@@ -79,33 +78,33 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where the splits of a row leave what they found. Launches that follow each other in a stream may share it."""
+    """Partial results of a row's splits. Launches that follow each other in a stream may share it."""
 
     sums: torch.Tensor  # [num_programs, group, head_dim] fp32: weighted sums of values
     scales: torch.Tensor  # [num_programs, group, 2] fp32: greatest score in base 2, sum of weights
     arrived: torch.Tensor  # [num_programs] int32, by row and KV head; zeros between launches
-    cut: Cut
+    config: LaunchConfig
     has_pdl: bool  # programmatic dependent launch
 
     @classmethod
     def allocate(
-        cls, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, cut: Cut | None = None
+        cls, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, config: LaunchConfig | None = None
     ) -> Workspace:
-        """For any number of rows: where the rows alone make `num_programs` programs, none is split."""
-        cut = cut or Cut.of(head_dim)
+        """Allocate for any number of rows: where the rows alone make `num_programs` programs, none is split."""
+        config = config or LaunchConfig.of(head_dim)
         group = num_heads // num_kv_heads
         return cls(
-            sums=torch.empty(cut.num_programs, group, head_dim, dtype=torch.float32, device=device),
-            scales=torch.empty(cut.num_programs, group, 2, dtype=torch.float32, device=device),
-            arrived=torch.zeros(cut.num_programs, dtype=torch.int32, device=device),
-            cut=cut,
+            sums=torch.empty(config.num_programs, group, head_dim, dtype=torch.float32, device=device),
+            scales=torch.empty(config.num_programs, group, 2, dtype=torch.float32, device=device),
+            arrived=torch.zeros(config.num_programs, dtype=torch.int32, device=device),
+            config=config,
             has_pdl=has_pdl(),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class OwnPart:
-    """Of rows that share their first tokens: where each one's own begin, and what the other parts need."""
+class SuffixPart:
+    """Where each row's suffix starts, and what the merge with its shared prefix needs."""
 
     starts: torch.Tensor  # [rows] int32, tokens
     lse: torch.Tensor  # [rows, num_heads] fp32, base 2, written
@@ -113,7 +112,7 @@ class OwnPart:
 
 
 def find_capability() -> int:
-    """The compute capability, as 90, of the GPU that Triton compiles for; 0 in its interpreter and for other makes."""
+    """Return the compute capability, as 90, that Triton compiles for; 0 in its interpreter and for other vendors."""
     if knobs.runtime.interpret:
         return 0
     target: Any = driver.active.get_current_target()
@@ -121,18 +120,20 @@ def find_capability() -> int:
 
 
 def has_pdl() -> bool:
-    """Whether that GPU can start a kernel before the one in front of it has ended."""
+    """Whether the GPU that Triton compiles for has programmatic dependent launch."""
     return find_capability() >= DEPENDENT_LAUNCH_CAPABILITY
 
 
 @triton.jit
-def _cut(own_start, position, split, num_splits, BLOCK: tl.constexpr):
-    """How many splits have work, and this one's of the tokens in [own_start, position): whole blocks, but for the
-    last's."""
-    count = position - own_start
+def _find_split(suffix_start, position, split, num_splits, BLOCK: tl.constexpr):
+    """Return how many splits have work, and this split's part of the tokens in [suffix_start, position).
+
+    Scalars in tokens. Parts are whole blocks, except for the last one's.
+    """
+    count = position - suffix_start
     size = tl.cdiv(tl.cdiv(count, num_splits), BLOCK) * BLOCK
     num_active = tl.maximum(tl.cdiv(count, tl.maximum(size, 1)), 1)
-    begin = own_start + split * size
+    begin = suffix_start + split * size
     return num_active, begin, tl.minimum(begin + size, position)
 
 
@@ -141,10 +142,13 @@ def _attend_tokens(
     q, keys, values, pages, begin, end, k_cache_at, v_cache_at, table_at, page_stride, token_stride, scale,
     top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same with all tokens in [begin, end): `keys` and `values` are the first block's, `pages` the second's."""
+    """Run the online softmax over all tokens in [begin, end) of one KV head; see `attend_block` for its state.
+
+    `keys` and `values` [BLOCK, HEAD_DIM] are the first block's, `pages` [BLOCK] the second's.
+    """
     token = tl.arange(0, BLOCK)
     for start in tl.range(begin, end, BLOCK):
-        # The next block is on its way while this one is worked on, and the pages of the one after.
+        # The next block and the pages of the one after it are in flight while this block is worked on.
         following = start + BLOCK + token
         next_keys, next_values = load_tokens(
             k_cache_at, v_cache_at, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
@@ -161,9 +165,9 @@ def _merge_splits(
     sums_ptr, scales_ptr, num_active, group, out_at, lse_at,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of the splits' results, weighted by their sums, in an order that no arrival changes.
+    """Merge all splits of a row and KV head, in their order, and write out [group, HEAD_DIM] (and lse [group]).
 
-    Read past the first cache (.cg): the others' programs wrote it, through the second one.
+    Loads bypass L1 (.cg), because other programs wrote these values through L2.
     """
     head = tl.arange(0, GROUP)
     is_head = head < group
@@ -197,7 +201,10 @@ def _finish(
     GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, SPLITS: tl.constexpr,
     IS_PART: tl.constexpr,
 ):  # fmt: skip
-    """Write the result, if this split is all there is; else leave its part, and merge all parts if it is the last."""
+    """Write the result if there is only this split; else store its part, and merge all parts if it arrives last.
+
+    top, total [TILE] fp32 and sums [TILE, HEAD_DIM] fp32, as in `attend_block`.
+    """
     head = tl.arange(0, TILE)
     is_head = head < group
     heads_at = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
@@ -241,10 +248,10 @@ def _attend_kernel(
     split = tl.program_id(2)
     position = tl.load(positions_ptr + row)
     slot = tl.load(slots_ptr + row, volatile=True)  # else ptxas moves it behind the wait for the position
-    own_start = 0
+    suffix_start = 0
     if IS_PART:
-        own_start = tl.load(starts_ptr + row, volatile=True)
-    num_active, begin, end = _cut(own_start, position, split, tl.num_programs(2), BLOCK)
+        suffix_start = tl.load(starts_ptr + row, volatile=True)
+    num_active, begin, end = _find_split(suffix_start, position, split, tl.num_programs(2), BLOCK)
     if split >= num_active:
         return
     table_at = table_ptr + slot.to(tl.int64) * table_stride
@@ -300,23 +307,23 @@ def attend_decode(
     out: torch.Tensor,  # [S, num_heads, head_dim] contiguous
     work: Workspace,
     scale: float,
-    part: OwnPart | None = None,
+    part: SuffixPart | None = None,
 ) -> None:
     """Write each row's K (rotated) and V to the page of its position, and its attention over 0..position to `out`.
 
-    With `part` it is over the row's own tokens alone, which are at least the new one, and q is given back rotated.
-    head_dim is a power of 2, at least 32. Rows of one slot are padding: what they write to its page is
-    arbitrary, so its tokens must be nobody's. The same arguments give the same bits.
+    With `part` it attends to the row's suffix only, which has at least the new token, and writes q rotated. head_dim is
+    a power of 2, at least 32. Rows of the same slot are padding: what they write to its page is arbitrary, so the page
+    must belong to nobody. The same arguments give the same bits.
 
-    With programmatic dependent launch this kernel begins before the ones in front of it have ended. It waits for them
-    before it reads q, k and v or writes anything. Before, it reads `slots`, `positions`, the table, `cos_sin` and
-    tokens of earlier steps: between what wrote these and this launch there must be one that is no programmatic
-    dependent launch, such as the first kernel of a graph. Whatever is launched so behind it must wait itself.
+    With programmatic dependent launch this kernel starts before earlier ones have ended, and waits for them before it
+    reads q, k and v or writes anything. Before the wait it reads `slots`, `positions`, the table, `cos_sin` and tokens
+    of earlier steps: between whatever wrote these and this launch there must be one without programmatic dependent
+    launch, such as the first kernel of a graph. Dependent launches after this one must wait themselves.
     """
     rows, num_heads, head_dim = q.shape
     if not rows:
         return
-    num_kv_heads, cut = k.shape[1], work.cut
+    num_kv_heads, config = k.shape[1], work.config
     group = num_heads // num_kv_heads
     padded_group = triton.next_power_of_2(group)
     tensors = (
@@ -335,15 +342,16 @@ def attend_decode(
         "IS_PART": part is not None, "HAS_PDL": work.has_pdl, "num_stages": 1,
         **({"launch_pdl": True} if work.has_pdl else {}),
     }  # fmt: skip
-    heads = 0 if cut.rows is None else cut.rows.count_heads(rows, num_kv_heads, group, part is not None)
-    if cut.rows is not None and heads:
+    heads = 0 if config.short is None else config.short.count_heads(rows, num_kv_heads, group, part is not None)
+    if config.short is not None and heads:
         attend_rows_kernel[(rows, num_kv_heads // heads)](
             *tensors, scale * _LOG2_E, *strides, heads,
-            BLOCK=cut.rows.block_tokens, num_warps=cut.rows.num_warps, maxnreg=cut.rows.most_registers, **options,
+            BLOCK=config.short.block_tokens, num_warps=config.short.num_warps,
+            maxnreg=config.short.most_registers, **options,
         )  # fmt: skip
         return
-    _attend_kernel[(rows, num_kv_heads, cut.count_splits(rows, num_kv_heads))](
+    _attend_kernel[(rows, num_kv_heads, config.count_splits(rows, num_kv_heads))](
         *tensors, work.sums, work.scales, work.arrived, scale * _LOG2_E, *strides,
         GROUP=padded_group, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
-        SPLITS=MAX_SPLITS, BLOCK=cut.block_tokens, num_warps=cut.num_warps, **options,
+        SPLITS=MAX_SPLITS, BLOCK=config.block_tokens, num_warps=config.num_warps, **options,
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""What kernels of attention of decode rows are made of: a row's inputs, its cache's tokens, one more block of them.
+"""Device functions of both decode attention kernels: loading a row's inputs and cached tokens, and the online softmax.
 
-Owns no launch and no choice of how rows are cut into programs: see `decode_attention` and `decode_attention_short`.
+Owns no launch: see `decode_attention` and `decode_attention_short`. TILE is the padded number of query heads of one KV
+head, `group` the real one. Cosines and sines are fp32, all other inputs and the cache in the model's dtype.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from toka_engine.model.kernels.rope_append import rotate
 
 @triton.jit
 def load_angles(cos_sin_ptr, position, HEAD_DIM: tl.constexpr):
+    """Load a position's cosines and sines [HEAD_DIM / 2] each."""
     at = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
     return tl.load(at), tl.load(at + HEAD_DIM // 2)
 
 
 @triton.jit
 def load_pages(table_at, tokens, end, PAGE_SIZE: tl.constexpr):
-    """The page of each of a slot's tokens; page 0 from `end` on."""
+    """Load the page [tokens] int64 of each of a slot's tokens; page 0 from `end` on."""
     return tl.load(table_at + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int64)
 
 
@@ -28,7 +30,7 @@ def load_tokens(
     k_cache_at, v_cache_at, pages, tokens, end, page_stride, token_stride,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [tokens, HEAD_DIM] of one head; zeros from `end` on."""
+    """Load keys and values [tokens, HEAD_DIM] of one KV head; zeros from `end` on."""
     offset = (pages * page_stride + (tokens % PAGE_SIZE) * token_stride)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
     inside = (tokens < end)[:, None]
     return tl.load(k_cache_at + offset, mask=inside, other=0.0), tl.load(v_cache_at + offset, mask=inside, other=0.0)
@@ -36,13 +38,13 @@ def load_tokens(
 
 @triton.jit
 def load_heads(q_at, k_at, v_at, q_head_stride, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Halves of the group's q [TILE, HALF] and of k [HALF], and v [HEAD_DIM]; k and v are zeros if not new."""
+    """Load the halves of the group's q [TILE, HALF] and of k [HALF], and v [HEAD_DIM]; k and v are zeros if not new."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.arange(0, TILE)[:, None]
     half = tl.arange(0, HALF)
     column = tl.arange(0, HEAD_DIM)
     q_at += head * q_head_stride + half[None, :]
-    # All loads before their first use, so that they are on their way together.
+    # All loads before their first use, so that they are in flight together.
     q_a = tl.load(q_at, mask=head < group, other=0.0)
     q_b = tl.load(q_at + HALF, mask=head < group, other=0.0)
     k_a = tl.load(k_at + half, mask=is_new & (half < HALF), other=0.0)
@@ -53,7 +55,7 @@ def load_heads(q_at, k_at, v_at, q_head_stride, group, is_new, TILE: tl.constexp
 
 @triton.jit
 def rotate_heads(q_a, q_b, k_a, k_b, cos, sin):
-    """The halves of q and k rotated, in their dtype."""
+    """Rotate the halves of q [TILE, HALF] and k [HALF], in their dtype."""
     dtype: tl.constexpr = q_a.dtype
     q_a, q_b = rotate(q_a.to(tl.float32), q_b.to(tl.float32), cos[None, :], sin[None, :], dtype)
     k_a, k_b = rotate(k_a.to(tl.float32), k_b.to(tl.float32), cos, sin, dtype)
@@ -62,12 +64,13 @@ def rotate_heads(q_a, q_b, k_a, k_b, cos, sin):
 
 @triton.jit
 def join_halves(q_a, q_b, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Join halves [TILE, HALF] into q [TILE, HEAD_DIM]."""
     return tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), (TILE, HEAD_DIM))
 
 
 @triton.jit
 def append(k_at, v_at, k_a, k_b, value, is_new, HEAD_DIM: tl.constexpr):
-    """Write the new token's key and value to its place in the caches."""
+    """Write the new token's key (halves [HALF]) and value [HEAD_DIM] to the caches."""
     HALF: tl.constexpr = HEAD_DIM // 2
     half = tl.arange(0, HALF)
     column = tl.arange(0, HEAD_DIM)
@@ -78,7 +81,7 @@ def append(k_at, v_at, k_a, k_b, value, is_new, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def give_back(rotated_at, q_a, q_b, group, is_new, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Write the group's rotated q."""
+    """Write the group's rotated q [group, HEAD_DIM]."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.arange(0, TILE)[:, None]
     at = rotated_at + head * HEAD_DIM + tl.arange(0, HALF)[None, :]
@@ -88,7 +91,7 @@ def give_back(rotated_at, q_a, q_b, group, is_new, TILE: tl.constexpr, HEAD_DIM:
 
 @triton.jit
 def attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The greatest score, the sum of weights and the weighted sums of the new token alone; of nothing if not new."""
+    """Begin the online softmax with the new token alone, or with nothing if not new; see `attend_block`."""
     products = q_a.to(tl.float32) * k_a.to(tl.float32)[None, :] + q_b.to(tl.float32) * k_b.to(tl.float32)[None, :]
     top = tl.where(is_new, tl.sum(products, axis=1) * scale, float("-inf"))
     total = tl.zeros((TILE,), tl.float32) + tl.where(is_new, 1.0, 0.0)
@@ -97,7 +100,11 @@ def attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE: tl.constexpr, HEA
 
 @triton.jit
 def attend_block(q, keys, values, is_inside, scale, top, total, sums):
-    """The same with one more block of tokens."""
+    """Advance the online softmax by one block of keys and values [BLOCK, HEAD_DIM].
+
+    Its state is `top` [TILE], the greatest score in base 2 (`scale` has the factor log2(e)), `total` [TILE], the sum
+    of weights, and `sums` [TILE, HEAD_DIM], the weighted sum of values; all fp32.
+    """
     scores = tl.dot(q, tl.trans(keys)) * scale
     scores = tl.where(is_inside[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))

@@ -1,9 +1,9 @@
-"""Attention of many decode rows over few tokens: one program serves several KV heads of its row, one after the other.
+"""Decode attention for many rows with short contexts: a program handles several KV heads of its row in sequence.
 
 A program waits for a chain of loads before it has any work: position and slot, then the row's pages, then keys and
-values. Where rows alone fill the GPU, that is paid once for all heads of a program, and from then on the next block is
-on its way while one is worked on, whichever head it is of. Owns this kernel and the rule by which launches take it
-(`RowCut`); nothing here is split over programs, so few rows of long contexts are `decode_attention`'s.
+values. Where the rows alone fill the GPU, a program pays that once for all its heads, and from then on the next block
+is in flight while one is worked on, whichever head it belongs to. Owns this kernel and the rule by which launches take
+it (`ShortLaunchConfig`). Nothing here is split over programs: few rows of long contexts go to `decode_attention`.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from toka_engine.model.kernels.decode_attention_common import (
 )
 
 _MOST_GROUP = 16
-"""Query heads of a KV head: rows of one tensor core's product. More would not fit into a program's registers."""
+"""Query heads per KV head up to which they fit one tensor core MMA, and a program's registers."""
 
 
 @dataclass(frozen=True, slots=True)
-class RowCut:
-    """Which launches take this kernel, with how many KV heads a program; none of it changes what is computed.
+class ShortLaunchConfig:
+    """Which launches take this kernel, and how many KV heads a program has. None of it changes the result.
 
-    Decided by what the host knows without the contexts, so that one graph holds for all of them.
+    The choice does not depend on context lengths, so that one graph holds for all of them.
     """
 
-    most_heads: int  # of a program, where rows share their first tokens; 0: never this kernel
-    most_heads_alone: int  # where they share none, so that contexts may be long
+    most_heads: int  # of a program, for rows with a shared prefix; 0: never this kernel
+    most_heads_alone: int  # for rows without one, whose contexts may be long
     min_programs: int  # as many as fill the GPU
-    min_programs_alone: int  # where rows share none
+    min_programs_alone: int  # for rows without a shared prefix
     block_tokens: int  # keys and values in flight per program; a power of 2, at least 16
     num_warps: int
     most_registers: int  # of a thread: with fewer, more programs are on a processor at once
 
     @classmethod
-    def of(cls, head_dim: int) -> RowCut:
-        """Eight programs for each of an H100's 132 processors, all of which are on it at once, in blocks of 8 KB.
+    def of(cls, head_dim: int) -> ShortLaunchConfig:
+        """Use eight resident programs for each of an H100's 132 SMs, with blocks of 8 KB.
 
-        For heads of 64 the best of those that tests/gpu/bench_own_part.py timed on an H100. Other heads' own parts,
-        which are short as a rule, have what that suggests. One head a program is within 4 % of eight where rows share
-        nothing, and shares long contexts out more evenly; fewer rows than timed there stay with the other kernel.
+        For heads of 64 this was the fastest that tests/gpu/bench_suffix_attention.py timed on an H100; other head sizes
+        follow from it. One head per program is within 4 % of eight where rows share nothing, and balances long contexts
+        better; fewer rows than timed there stay with the other kernel.
         """
         return cls(
             most_heads=8,
@@ -66,11 +66,11 @@ class RowCut:
 
     @property
     def most_rows(self) -> int:
-        """Rows from which no launch takes another kernel than one of more rows does, whatever the heads."""
+        """From this many rows on, the choice of kernel no longer changes, whatever the number of heads."""
         return max(self.min_programs, self.min_programs_alone)
 
     def count_heads(self, rows: int, num_kv_heads: int, group: int, is_part: bool) -> int:
-        """KV heads of a program: the most that are allowed, divide `num_kv_heads` and leave enough programs; or 0."""
+        """Return KV heads per program: the most allowed that divide `num_kv_heads` and leave enough programs, or 0."""
         if group > _MOST_GROUP:
             return 0
         if is_part:
@@ -92,15 +92,16 @@ def _attend_head(
     q, keys, values, pages, begin, end, end_behind, k_cache_at, v_cache_at, head_stride, table_at, page_stride,
     token_stride, scale, top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `decode_attention`'s, but behind a head's last block comes the next head's first, up to `end_behind`.
+    """Run the online softmax over the tokens in [begin, end) of one KV head, then load the next head's first block.
 
-    Returns that block and the pages of the one after it, too.
+    That block ends at `end_behind`. Also returns it, keys and values [BLOCK, HEAD_DIM], and the pages [BLOCK] of the
+    block after it. For the state see `attend_block`.
     """
     token = tl.arange(0, BLOCK)
     for start in tl.range(begin, end, BLOCK):
         is_last = start + BLOCK >= end
         following = tl.where(is_last, begin, start + BLOCK)
-        # No head changes the pages: behind the last comes the first again.
+        # All heads have the same pages: after the last page comes the first again.
         second = tl.where(following + BLOCK >= end, begin, following + BLOCK)
         step = tl.where(is_last, head_stride, 0)
         next_keys, next_values = load_tokens(
@@ -119,7 +120,10 @@ def _load_first(
     k_cache_at, v_cache_at, table_at, begin, end, page_stride, token_stride,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a row's first block, the pages of its second, and where a head's new token goes."""
+    """Load keys and values [BLOCK, HEAD_DIM] of a row's first block and the pages [BLOCK] of its second.
+
+    Also returns the offset of the new token in a head's cache.
+    """
     token = tl.arange(0, BLOCK)
     pages = load_pages(table_at, begin + token, end, PAGE_SIZE)
     page = tl.load(table_at + end // PAGE_SIZE, volatile=True).to(tl.int64)
@@ -141,7 +145,7 @@ def attend_rows_kernel(
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
-    """For a grid of rows and their KV heads by `num_heads`; see `decode_attention.attend_decode`."""
+    """Grid: (rows, num_kv_heads / num_heads); see `decode_attention.attend_decode`."""
     if HAS_PDL:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -169,7 +173,7 @@ def attend_rows_kernel(
     heads_at = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     for index in tl.range(0, num_heads):
         cos, sin = load_angles(cos_sin_ptr, position, HEAD_DIM)  # anew: a few registers less while blocks are worked on
-        # The next head's inputs are on their way as its first tokens are; none are behind the last.
+        # The next head's inputs are in flight with its first tokens; after the last head there are none.
         has_next = index + 1 < num_heads
         q_at, k_at, v_at = q_at + group * q_head_stride, k_at + k_head_stride, v_at + v_head_stride
         next_q_a, next_q_b, next_k_a, next_k_b, next_value = load_heads(

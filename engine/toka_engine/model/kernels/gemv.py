@@ -129,7 +129,7 @@ class Cut:
 class SingleRowKernels:
     """An ops.SingleRow. How a product is cut depends on what it is; any width and number of outputs will do.
 
-    The cuts are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_products.py).
+    The cuts are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_gemv.py).
     """
 
     has_pdl: bool

@@ -1,13 +1,13 @@
-"""Attention of decode rows over tokens that they share (Hydragen), merged with what each row has over its own.
+"""Attention of decode rows to shared prefixes (Hydragen), merged with each row's attention to its suffix.
 
-One launch a layer, of a number of programs that the GPU alone decides: the work of all groups is cut into units of a
-block of keys for a tile of query heads, and each program takes an equal share of units, whatever tiles they are of. So
-all processors are busy to the end for any rows and lengths, the host plans nothing but running sums (`lay_groups`), and
-a CUDA graph of the launch holds for any groups. Owns the layout of what describes groups and what its launches share
-(`SharedWorkspace`); RoPE, the rows' own tokens and which rows are groups are others' work.
+One launch per layer, whose number of programs depends on the GPU alone: the work of all groups is divided into units,
+each a block of keys for a tile of query heads, and each program takes an equal share of units, across tiles. So all
+SMs stay busy to the end for any rows and lengths, the host computes only running sums (`prefix_groups.pack_groups`),
+and a CUDA graph of the launch holds for any groups. This is the kernel for any GPU, `prefix_hopper` the one for Hopper.
+Not here: RoPE, suffixes, and which rows form groups.
 
 Algorithm: Hydragen's split by prefix (Juravsky et al. 2024); FlashAttention's online softmax (Dao et al. 2022) in base
-2, begun with a row's own part; the even cut of Stream-K (Osama et al. 2023), for attention LeanAttention (2024).
+2, started from a row's suffix; Stream-K's even split (Osama et al. 2023), for attention LeanAttention (2024).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels.prefix_groups import ARRAYS, HEADER, SharedWorkspace
-from toka_engine.model.kernels.prefix_hopper import attend_shared_hopper
+from toka_engine.model.kernels.prefix_groups import ARRAYS, HEADER, PrefixWorkspace
+from toka_engine.model.kernels.prefix_hopper import attend_prefix_hopper
 
 _LOG2_E = 1.4426950408889634
 _SEARCHED_AT_ONCE = 256
@@ -26,7 +26,7 @@ _SEARCHED_AT_ONCE = 256
 
 @triton.jit
 def _find_group(unit_ends_ptr, unit, count, AT_ONCE: tl.constexpr):
-    """The group that has the unit."""
+    """Return the index of the group that has the unit."""
     group = 0
     for begin in tl.range(0, count, AT_ONCE):
         some = begin + tl.arange(0, AT_ONCE)
@@ -37,9 +37,9 @@ def _find_group(unit_ends_ptr, unit, count, AT_ONCE: tl.constexpr):
 
 @triton.jit
 def _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS: tl.constexpr):
-    """Of each pair of row and head of a tile: its place in [rows, num_heads], and whether it is one.
+    """Return each (row, head) pair's index into [rows, num_heads], [BLOCK_ROWS] int64, and whether the pair exists.
 
-    Pairs follow each other without gaps, so that a group of 5 or 7 heads wastes nothing of a tile.
+    Pairs follow each other without gaps, so that 5 or 7 heads per KV head waste nothing of a tile.
     """
     pair = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     # A division, exact up to 2 ** 21 pairs: the half is more than floats err by. Of integers it takes 20 instructions.
@@ -50,7 +50,7 @@ def _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLO
 
 @triton.jit
 def _load_pages(table_at, block, last_column, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The page of each token of a block; the last one's beyond the end."""
+    """Load the page [BLOCK] of each token of a block; the last page beyond the end."""
     column = (block * BLOCK + tl.arange(0, BLOCK)) // PAGE_SIZE
     return tl.load(table_at + tl.minimum(column, last_column))
 
@@ -59,7 +59,7 @@ def _load_pages(table_at, block, last_column, PAGE_SIZE: tl.constexpr, BLOCK: tl
 def _find_tokens(
     pages, block, page_stride, token_stride, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Where a block's keys and values [BLOCK, HEAD_DIM] lie. Pages are whole, so whatever is beyond the end exists."""
+    """Return the offsets [BLOCK, HEAD_DIM] of a block's keys and values. Beyond the end there is memory, too."""
     within = (block * BLOCK + tl.arange(0, BLOCK)) % PAGE_SIZE
     offset = pages.to(tl.int64) * page_stride + within * token_stride
     return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :]
@@ -67,7 +67,10 @@ def _find_tokens(
 
 @triton.jit
 def _weigh(scores, scale, top, total):
-    """The new greatest score and sum of weights, by how much what was summed before shrinks, and the weights."""
+    """Return the new maximum [rows] and sum of weights [rows], the factor [rows] for earlier sums, and the weights.
+
+    scores and weights [rows, BLOCK] fp32; the maximum is in base 2.
+    """
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     kept = tl.exp2(top - new_top)
     weights = tl.exp2(scores * scale - new_top[:, None])
@@ -76,7 +79,7 @@ def _weigh(scores, scale, top, total):
 
 @triton.jit
 def _hide_end(scores, block, num_tokens, BLOCK: tl.constexpr):
-    """-inf for tokens beyond the end."""
+    """Set scores [rows, BLOCK] of tokens beyond the end to -inf."""
     return tl.where((block * BLOCK + tl.arange(0, BLOCK) < num_tokens)[None, :], scores, float("-inf"))
 
 
@@ -85,9 +88,10 @@ def _attend_blocks(
     q, k_at, v_at, table_at, pages, begin, end, last_column, page_stride, token_stride, scale, top, total, sums,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The greatest score, sum of weights and weighted sums with blocks begin..end-1 too; `pages` are the first one's.
+    """Advance the online softmax by blocks begin..end-1; `pages` [BLOCK] are the first one's.
 
-    Only the last one may be short, and is worked on apart: the others take no masks.
+    The state is top, total [rows] and sums [rows, HEAD_DIM], fp32. Only the last block may be short, and is handled
+    separately: the others take no masks.
     """
     num_tokens = (last_column + 1) * PAGE_SIZE
     num_full = tl.minimum(end, num_tokens // BLOCK)
@@ -110,6 +114,7 @@ def _attend_blocks(
 
 @triton.jit
 def _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM: tl.constexpr):
+    """Write a tile's results: out [rows, num_heads, HEAD_DIM] and lse [rows, num_heads] at the indices `place`."""
     at = out_ptr + place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(at, (sums * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])
     tl.store(lse_ptr + place, top + tl.log2(total), mask=is_head)
@@ -117,9 +122,10 @@ def _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM: tl.cons
 
 @triton.jit
 def _merge_parts(sums_ptr, scales_ptr, first, last, BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Of a tile that programs first..last share, in their order: the first one's last part, and the others' first.
+    """Merge the parts of a tile that programs first..last share, in their order.
 
-    Read past the first cache (.cg): the others' programs wrote it, through the second one.
+    These are the first program's last part and the first part of each other one. Loads bypass L1 (.cg), because other
+    programs wrote these values through L2. Returns top, total [BLOCK_ROWS] and sums [BLOCK_ROWS, HEAD_DIM].
     """
     row = tl.arange(0, BLOCK_ROWS)
     at = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
@@ -145,7 +151,7 @@ def _finish(
     out_ptr, lse_ptr, sums_ptr, scales_ptr, arrived_ptr, place, is_head, is_first, first, last, top, total, sums,
     BLOCK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write the tile, if this program has all of it; else leave its part, and merge all parts if it is the last."""
+    """Write the tile if this program has all of it; else store its part, and merge all parts if it arrives last."""
     if first == last:
         _write(out_ptr, lse_ptr, place, is_head, top, total, sums, HEAD_DIM)
     else:
@@ -183,7 +189,7 @@ def _shared_kernel(
     end = tl.minimum(unit + share, num_units)
     group = _find_group(arrays_ptr + 5 * capacity, unit, count, AT_ONCE)
     if HAS_PDL:
-        gdc_wait()  # what kernels of this step wrote is read below alone; programs without work wait for those behind
+        gdc_wait()  # what kernels of this step wrote is read below only; programs without work wait for later kernels
     heads_per_kv = num_heads // num_kv_heads
     while unit < end:
         # A group has a unit at least, so the next unit is in this one or the next one.
@@ -200,13 +206,13 @@ def _shared_kernel(
         kv_head = within // num_blocks // num_tiles
         is_first = begin_block == 0
 
-        # All loads before their first use, so that they are on their way together.
+        # All loads before their first use, so that they are in flight together.
         table_at = table_ptr + slot.to(tl.int64) * table_stride + first_column
         pages = _load_pages(table_at, begin_block, num_columns - 1, PAGE_SIZE, BLOCK)
         place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
         heads_at = place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
         q = tl.load(q_ptr + heads_at, mask=is_head[:, None], other=0.0)
-        # The part with a tile's first keys begins with what the rows have already, the others with nothing.
+        # The part with a tile's first keys starts from the rows' suffixes, the others from nothing.
         sums = tl.load(out_ptr + heads_at, mask=is_head[:, None] & is_first, other=0.0).to(tl.float32)
         top = tl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))
         total = tl.where(is_head & is_first, 1.0, 0.0)
@@ -215,7 +221,7 @@ def _shared_kernel(
             q, k_at, v_at, table_at, pages, begin_block, end_block, num_columns - 1, page_stride, token_stride, scale,
             top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK, STAGES,
         )  # fmt: skip
-        # Found once more, from words read once more: else the places of heads stay in registers that blocks need.
+        # Computed again, from words read again: otherwise the indices stay in registers that blocks need.
         first_row, num_rows = tl.load(at, volatile=True), tl.load(at + capacity, volatile=True)
         place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
         begin_unit = unit - begin_block
@@ -226,37 +232,36 @@ def _shared_kernel(
         unit += end_block - begin_block
 
 
-def attend_shared(
+def attend_prefix(
     rotated: torch.Tensor,  # [rows, num_heads, head_dim] contiguous: q
-    groups: torch.Tensor,  # [count_words(capacity)] int32, as lay_groups lays them for `work`
+    groups: torch.Tensor,  # [packed_size(capacity)] int32, as pack_groups makes them for `work`
     block_table: torch.Tensor,  # [max_seqs + 1, columns] int32
     k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides but the last
     v_cache: torch.Tensor,  # like k_cache, same strides
     out: torch.Tensor,  # [rows, num_heads, head_dim] contiguous, written
     lse: torch.Tensor,  # [rows, num_heads] fp32, base 2, finite, written
-    work: SharedWorkspace,
+    work: PrefixWorkspace,
     scale: float,  # above 0
 ) -> None:
-    """Add each group's shared tokens to what its rows have in `out` and `lse`; rows without a group stay as they are.
+    """Merge attention to each group's shared prefix into `out` and `lse`; rows without a group stay as they are.
 
-    Groups within groups are calls that follow each other. head_dim is a power of 2, 16 to 256. The same arguments give
-    the same bits.
+    Nested groups take one call per level. head_dim is a power of 2, 16 to 256. The same arguments give the same bits.
 
-    With programmatic dependent launch this kernel begins before the ones in front of it have ended, and reads `groups`
-    before it waits for them: between what wrote these and this launch there must be one that is no programmatic
-    dependent launch. Whatever is launched so behind it must wait itself.
+    With programmatic dependent launch this kernel starts before earlier ones have ended, and reads `groups` before it
+    waits for them: between what wrote these and this launch there must be one without programmatic dependent launch.
+    Dependent launches after this one must wait themselves.
     """
-    head_dim, cut = rotated.shape[2], work.cut
-    if cut.num_warpgroups:
-        attend_shared_hopper(rotated, groups, block_table, k_cache, v_cache, out, lse, work, scale)
+    head_dim, config = rotated.shape[2], work.config
+    if config.num_warpgroups:
+        attend_prefix_hopper(rotated, groups, block_table, k_cache, v_cache, out, lse, work, scale)
         return
     _shared_kernel[(work.num_programs,)](
         rotated, groups, block_table, k_cache, v_cache, out, lse, work.sums, work.scales, work.arrived,
         scale * _LOG2_E, (groups.shape[0] - HEADER) // ARRAYS,
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         work.num_heads, work.num_kv_heads,
-        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, BLOCK_ROWS=cut.block_rows, BLOCK=cut.block_tokens,
-        STAGES=cut.num_stages, HEADER=HEADER, AT_ONCE=_SEARCHED_AT_ONCE,
-        HAS_PDL=work.has_pdl, num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
+        PAGE_SIZE=k_cache.shape[1], HEAD_DIM=head_dim, BLOCK_ROWS=config.block_rows, BLOCK=config.block_tokens,
+        STAGES=config.num_stages, HEADER=HEADER, AT_ONCE=_SEARCHED_AT_ONCE,
+        HAS_PDL=work.has_pdl, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         **({"launch_pdl": True} if work.has_pdl else {}),
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Attention over shared tokens for Hopper GPUs: `prefix_attention`'s computation by warps of two kinds, in Gluon.
+"""Attention to shared prefixes on Hopper GPUs: `prefix_attention`'s computation with warp specialisation, in Gluon.
 
-One program a processor. A warp brings blocks of keys and values by TMA, a page a copy, and three warpgroups have rows
-of their own, which they multiply by what has come without a barrier between them: while one of them takes exponentials,
-others have the tensor cores. What is computed, how the work is cut and what a launch is told are the same.
+One program per SM. A producer warp loads blocks of keys and values by TMA, one page per copy, and three consumer
+warpgroups, each with its own rows, multiply them without a barrier between each other: while one computes exponentials,
+the others use the tensor cores. Results, the division of work and the arguments of a launch are the same.
 
-After FlashAttention-3 (Shah et al. 2024): warp specialisation. Its other means, the next block's scores begun before
-this one's values are summed and turns at the tensor cores, gained nothing here (docs/performance.md).
+After FlashAttention-3 (Shah et al. 2024). Its other techniques, starting the next block's scores before this block's
+values are summed and ping-pong scheduling, gained nothing here (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels.prefix_groups import SharedWorkspace
+from toka_engine.model.kernels.prefix_groups import PrefixWorkspace
 from toka_engine.model.kernels.prefix_hopper_blocks import attend, let_pass, shrink
 from toka_engine.model.kernels.prefix_hopper_segments import (
     find_end,
@@ -31,23 +31,23 @@ from toka_engine.model.kernels.prefix_hopper_segments import (
 
 _LOG2_E = 1.4426950408889634
 _BOX = 64
-"""Values of a row that a TMA copy brings: 128 bytes, as wide as the swizzle."""
+"""Values of a row per TMA copy: 128 bytes, as wide as the swizzle."""
 _SEARCHED_AT_ONCE = 256
 _LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-"""Of rows of heads, where they are read and written: 8 threads have 128 bytes that follow each other."""
+"""Layout for reading and writing rows of heads in global memory: 8 threads have 128 consecutive bytes."""
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-# ---------------------------------------------------------------- the warp that brings
+# ---------------------------------------------------------------- producer warp
 
 
 @gluon.jit
 def _bring_block(
     desc, place, ready, table_at, block, last_column, kv_head, num_kv_heads, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr
 ):
-    """Start the copies of a block's keys or values to a place that is empty.
+    """Start the copies of a block's keys or values to an empty stage `place` [BLOCK, HEAD_DIM].
 
-    Columns beyond the end give the last page once more: whatever is beyond may be of anybody.
+    Columns beyond the end read the last page again: what lies beyond may belong to any sequence.
     """
     BLOCK: gl.constexpr = place.shape[0]
     HEAD_DIM: gl.constexpr = place.shape[1]
@@ -66,8 +66,8 @@ def _bring(
     cache, words_ptr, work, ring,
     TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
-    """One warp: all blocks that the program's units need, in their order."""
-    # What kernels of this step wrote is read behind this alone. All warps wait, also those of programs without work,
+    """Load all blocks of the program's units, in their order. Runs in one warp."""
+    # What kernels of this step wrote is read after this only. All warps wait, also those of programs without work,
     # for whose end later kernels wait.
     gdc_wait()
     k_desc, v_desc, table_ptr, table_stride = cache
@@ -100,7 +100,7 @@ def _bring(
         group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
-# ---------------------------------------------------------------- the warpgroups that multiply
+# ---------------------------------------------------------------- consumer warpgroups
 
 
 @gluon.jit
@@ -108,7 +108,7 @@ def _write(
     rows, where, q_buffer, top, total, sums,
     WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Through the place of the queries, which are needed no more, so that a store is of whole lines."""
+    """Write a warpgroup's results as full lines, through the shared memory of the queries, which it no longer needs."""
     _, words_ptr, out_ptr, lse_ptr = rows
     ROWS: gl.constexpr = sums.shape[0]
     HEAD_DIM: gl.constexpr = sums.shape[1]
@@ -124,7 +124,7 @@ def _write(
 def _place_sums(
     part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, SUMS: gl.constexpr
 ):
-    """Where each value of a warpgroup's part lies: those that a warp's threads hold in the same register, in a line."""
+    """Return the offsets of a warpgroup's part: what a warp holds in one register is one line of memory."""
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
     column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, SUMS))
     # In registers 16 rows of a warp are twice 8, and columns are pairs of 8.
@@ -137,6 +137,7 @@ def _place_sums(
 def _store_part(
     parts, part, top, total, sums, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
 ):
+    """Store a warpgroup's part: top, total [ROWS] and sums [ROWS, HEAD_DIM], fp32."""
     sums_ptr, scales_ptr, _ = parts
     ROWS: gl.constexpr = sums.shape[0]
     gl.store(sums_ptr + _place_sums(part, WHICH, TILE, ROWS, sums.shape[1], SUMS), sums)
@@ -150,7 +151,7 @@ def _load_part(
     parts, part, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
     SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Read past the first cache (.cg): other programs wrote it, through the second one."""
+    """Load a warpgroup's part. Loads bypass L1 (.cg), because other programs wrote it through L2."""
     sums_ptr, scales_ptr, _ = parts
     sums = gl.load(sums_ptr + _place_sums(part, WHICH, TILE, ROWS, HEAD_DIM, SUMS), cache_modifier=".cg")
     row = 2 * part * TILE + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
@@ -164,7 +165,7 @@ def _merge_parts(
     parts, first, last, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
     SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Of a tile that programs first..last share, in their order: the first one's last part, and the others' first."""
+    """Merge the parts of a tile that programs first..last share; see `prefix_attention`."""
     top, total, sums = _load_part(parts, 2 * first + 1, WHICH, TILE, ROWS, HEAD_DIM, SCORES, SUMS)
     for program in range(first + 1, last + 1):
         other_top, other_total, other = _load_part(parts, 2 * program, WHICH, TILE, ROWS, HEAD_DIM, SCORES, SUMS)
@@ -181,9 +182,9 @@ def _finish(
     rows, where, q_buffer, parts, unit, begin_block, num_blocks, top, total, sums,
     WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Write the tile's rows, if this program has all of it; else leave their part, and merge all if it is the last.
+    """Write the tile's rows if this program has all of it; else store their part, and merge all if it arrives last.
 
-    Each warpgroup counts arrivals of its own, and waits for no other.
+    Each warpgroup counts its own arrivals, and waits for no other.
     """
     ROWS: gl.constexpr = sums.shape[0]
     HEAD_DIM: gl.constexpr = sums.shape[1]
@@ -210,9 +211,9 @@ def _finish(
 def _begin_rows(
     rows, where, is_first, q_buffer, WHICH: gl.constexpr, TILE: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
 ):
-    """Bring the queries of a tile's rows, and what their sums begin with.
+    """Load the queries of a tile's rows, and the state that their online softmax starts from.
 
-    That is what the rows have already for the part with a tile's first keys, and nothing for the others.
+    That is the rows' suffix for the part with a tile's first keys, and nothing for the others.
     """
     q_ptr, words_ptr, out_ptr, lse_ptr = rows
     ROWS: gl.constexpr = q_buffer.shape[0]
@@ -236,7 +237,7 @@ def _multiply(
     rows, parts, work, ring, q_buffer, scale,
     WHICH: gl.constexpr, TILE: gl.constexpr, TILE_COST: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its rows of all tiles that the program has blocks of."""
+    """Compute a warpgroup's rows of all tiles that the program has blocks of."""
     gdc_wait()
     words_ptr = rows[1]
     group, unit = work
@@ -268,12 +269,12 @@ def _multiply(
         group, kv_head, tile = find_next(words_ptr, group, kv_head, tile, num_pairs, TILE)
 
 
-# ---------------------------------------------------------------- the program
+# ---------------------------------------------------------------- program
 
 
 @gluon.jit
 def _make_barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    """[STAGES] barriers that end a phase after COUNT arrivals."""
+    """Allocate [STAGES] barriers that complete a phase after COUNT arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(barriers.index(stage), count=COUNT)
@@ -316,32 +317,34 @@ def _hopper_kernel(
     )
 
 
-def attend_shared_hopper(
-    rotated: torch.Tensor,
-    groups: torch.Tensor,
-    block_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    work: SharedWorkspace,
+def attend_prefix_hopper(
+    rotated: torch.Tensor,  # [rows, num_heads, head_dim] contiguous: q
+    groups: torch.Tensor,  # [packed_size(capacity)] int32
+    block_table: torch.Tensor,  # [max_seqs + 1, columns] int32
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim]
+    v_cache: torch.Tensor,  # like k_cache
+    out: torch.Tensor,  # [rows, num_heads, head_dim] contiguous, written
+    lse: torch.Tensor,  # [rows, num_heads] fp32, base 2, written
+    work: PrefixWorkspace,
     scale: float,
 ) -> None:
-    """`shared_attention.attend_shared` with a cut of three warpgroups: head_dim 64 or 128, a cache of heads first."""
-    head_dim, cut = rotated.shape[2], work.cut
+    """Do `prefix_attention.attend_prefix` by three warpgroups, for head_dim 64 or 128 and a heads-first cache."""
+    head_dim, config = rotated.shape[2], work.config
     _hopper_kernel[(work.num_programs,)](
         rotated, groups, block_table, _describe(k_cache), _describe(v_cache), out, lse,
         work.sums, work.scales, work.arrived, scale * _LOG2_E, block_table.stride(0),
-        HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=cut.block_rows // cut.num_warpgroups,
-        BLOCK=cut.block_tokens, STAGES=cut.num_stages, REGISTERS=cut.max_registers,
-        TILE_COST=cut.tile_cost, BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
-        num_warps=cut.num_warps, launch_pdl=True,
+        HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], ROWS=config.block_rows // config.num_warpgroups,
+        BLOCK=config.block_tokens, STAGES=config.num_stages, REGISTERS=config.max_registers,
+        TILE_COST=config.tile_cost, BOX=_BOX, AT_ONCE=_SEARCHED_AT_ONCE,
+        num_warps=config.num_warps, launch_pdl=True,
     )  # fmt: skip
 
 
 def _describe(tokens: torch.Tensor) -> TensorDescriptor:
-    """Of a layer's keys or values [pages, page_size, num_kv_heads, head_dim], a view of heads first: a page of a head
-    is rows that follow each other."""
+    """Describe a layer's keys or values [pages, page_size, num_kv_heads, head_dim] to TMA as [rows, head_dim].
+
+    They are a view of a heads-first cache: a page of one head is consecutive rows.
+    """
     page_size, head_dim = tokens.shape[1], tokens.shape[3]
     flat = tokens.transpose(1, 2).view(-1, head_dim)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [page_size, _BOX], _SWIZZLED)

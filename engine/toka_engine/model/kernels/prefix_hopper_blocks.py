@@ -1,8 +1,8 @@
-"""What a warpgroup of `prefix_hopper` does with blocks of keys and values that another warp has brought.
+"""Consumer side of `prefix_hopper`: a warpgroup's online softmax over blocks that the producer warp has loaded.
 
-`ring`: keys and values [stages, block, head_dim] in shared memory, and of each stage the barriers that tell that its
-keys are there, that its values are, and that it is empty again. `count` numbers the blocks of a program, whatever tiles
-they are of.
+`ring` holds keys and values [stages, block, head_dim] in shared memory, and for each stage three barriers: keys are
+loaded, values are loaded, the stage is empty. `count` numbers the blocks of a program across tiles. The state of the
+softmax is top, total [ROWS] and sums [ROWS, HEAD_DIM], fp32, in base 2.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 @gluon.jit
 def _wait_for(full, count):
+    """Wait until block `count` is loaded."""
     STAGES: gl.constexpr = full.shape[0]
     mbarrier.wait(full.index(count % STAGES), (count // STAGES) & 1)
 
 
 @gluon.jit
 def _release(empty, count):
+    """Report that this warpgroup no longer needs block `count`."""
     STAGES: gl.constexpr = empty.shape[0]
     mbarrier.arrive(empty.index(count % STAGES), count=1)
 
 
 @gluon.jit
 def _find_scores(q, ring, count, SCORES: gl.constexpr):
-    """A block's products with the queries, once its keys are there."""
+    """Return q @ keys^T of a block [ROWS, BLOCK] fp32, once its keys are loaded."""
     keys, _, k_full, _, _ = ring
     ROWS: gl.constexpr = q.shape[0]
     STAGES: gl.constexpr = keys.shape[0]
@@ -39,7 +41,7 @@ def _find_scores(q, ring, count, SCORES: gl.constexpr):
 
 @gluon.jit
 def _add_values(weights, ring, count, sums):
-    """The sums with a block's values, once these are there; the block is needed no more."""
+    """Return sums + weights @ values of a block, once these are loaded, and release the block."""
     _, values, _, v_full, empty = ring
     STAGES: gl.constexpr = values.shape[0]
     _wait_for(v_full, count)
@@ -50,7 +52,7 @@ def _add_values(weights, ring, count, sums):
 
 @gluon.jit
 def _weigh(scores, scale, top, total, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr):
-    """The new greatest score and sum of weights, by how much what was summed before shrinks, and the weights."""
+    """Return the new maximum and sum of weights, the factor for earlier sums, and the weights [ROWS, BLOCK]."""
     new_top = gl.maximum(top, gl.max(scores, axis=1) * scale)
     kept = gl.exp2(top - new_top)
     weights = gl.exp2(scores * scale - new_top[:, None])
@@ -60,6 +62,7 @@ def _weigh(scores, scale, top, total, WEIGHTS: gl.constexpr, DTYPE: gl.constexpr
 
 @gluon.jit
 def shrink(sums, kept, SUMS: gl.constexpr):
+    """Return sums [ROWS, HEAD_DIM] times kept [ROWS]."""
     return sums * gl.convert_layout(kept, gl.SliceLayout(1, SUMS))[:, None]
 
 
@@ -68,7 +71,7 @@ def _attend_block(
     q, ring, count, num_tokens, scale, top, total, sums,
     SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr, IS_SHORT: gl.constexpr,
 ):  # fmt: skip
-    """The greatest score, sum of weights and weighted sums with one block more; if it is short, of `num_tokens`."""
+    """Advance the online softmax by one block; if it is short, by its first `num_tokens` tokens."""
     BLOCK: gl.constexpr = ring[0].shape[1]
     scores = _find_scores(q, ring, count, SCORES)
     if IS_SHORT:
@@ -83,9 +86,9 @@ def attend(
     q, ring, count, begin_block, end_block, num_tokens, scale, top, total, sums,
     SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """The greatest score, sum of weights and weighted sums with blocks begin_block..end_block-1 of `num_tokens` too.
+    """Advance the online softmax by blocks begin_block..end_block-1 of `num_tokens` tokens.
 
-    Only the last block may be short, and is worked on apart: the others take no masks.
+    Only the last block may be short, and is handled separately: the others take no masks.
     """
     BLOCK: gl.constexpr = ring[0].shape[1]
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -101,7 +104,7 @@ def attend(
 
 @gluon.jit
 def let_pass(ring, count, num_blocks):
-    """Of a tile in which this warpgroup has no rows: say of each block, once it is there, that it is not needed."""
+    """Release the blocks of a tile in which this warpgroup has no rows, once each is loaded."""
     for each in range(count, count + num_blocks):
         _wait_for(ring[2], each)
         _wait_for(ring[3], each)

@@ -1,7 +1,7 @@
-"""What of all groups' work a program of `prefix_hopper` has: its units, their tiles, and the rows and heads of those.
+"""Maps a program (CTA) of `prefix_hopper` to its share of the work: units, tiles, (row, head) pairs.
 
-Everything is read from the words of `prefix_groups.lay_groups`, anew wherever it is needed: a thread's registers are
-what limits the kernel, and the products and weights of a block have them all.
+Everything is read from the words of `prefix_groups.pack_groups`, again wherever it is needed: registers limit the
+kernel, and a block's scores and weights take them all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HEADER = gl.constexpr(HEADER)
 
 @gluon.jit
 def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
-    """The group that has the unit; the last one, if none has. By four warps."""
+    """Return the index of the group that has the unit, or of the last one. Runs in four warps."""
     count, ends_ptr = gl.load(words_ptr), words_ptr + _HEADER + 5 * gl.load(words_ptr + 3)
     LAYOUT: gl.constexpr = gl.BlockedLayout([AT_ONCE // 128], [32], [4], [0])
     group = 0
@@ -29,14 +29,14 @@ def find_group(words_ptr, unit, AT_ONCE: gl.constexpr):
 
 @gluon.jit
 def find_end(words_ptr):
-    """The unit behind this program's last one."""
+    """Return the end of this program's units."""
     num_units, share = gl.load(words_ptr + 1), gl.load(words_ptr + 2)
     return gl.minimum((gl.program_id(0) + 1) * share, num_units)
 
 
 @gluon.jit
 def measure(words_ptr, group, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """A group's pairs of row and head of a KV head, its tokens, and their blocks."""
+    """Return a group's number of (row, head) pairs per KV head, of shared tokens, and of their blocks."""
     capacity = gl.load(words_ptr + 3)
     num_pairs = gl.load(words_ptr + _HEADER + capacity + group) * gl.load(words_ptr + 5)
     num_tokens = gl.load(words_ptr + _HEADER + 4 * capacity + group) * PAGE_SIZE
@@ -47,9 +47,9 @@ def measure(words_ptr, group, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr):
 def find_tile(
     words_ptr, group, unit, BLOCK: gl.constexpr, TILE: gl.constexpr, PAGE_SIZE: gl.constexpr, TILE_COST: gl.constexpr
 ):
-    """The first unit from this one on that is a block, as a tile's first ones are not; its KV head, tile and block.
+    """Return the first unit from this one on that is a block, and its KV head, tile and block.
 
-    If there is no group: no matter.
+    A tile's first TILE_COST units are no blocks. Without groups the result is not used.
     """
     num_pairs, _, num_blocks = measure(words_ptr, group, BLOCK, PAGE_SIZE)
     num_units = gl.maximum(num_blocks, 1) + TILE_COST
@@ -63,7 +63,7 @@ def find_tile(
 
 @gluon.jit
 def find_next(words_ptr, group, kv_head, tile, num_pairs, TILE: gl.constexpr):
-    """The tile behind: of the same KV head, of the next one, or the next group's first. Behind the last: no matter."""
+    """Return the next tile's group, KV head and tile. After the last one the result is not used."""
     is_last = (tile + 1) * TILE >= num_pairs
     tile = gl.where(is_last, 0, tile + 1)
     kv_head += is_last.to(gl.int32)
@@ -73,7 +73,7 @@ def find_next(words_ptr, group, kv_head, tile, num_pairs, TILE: gl.constexpr):
 
 @gluon.jit
 def find_pages(words_ptr, group, table_ptr, table_stride):
-    """Where the pages of a group stand in the block table."""
+    """Return the address of a group's first page in the block table."""
     capacity = gl.load(words_ptr + 3)
     slot = gl.load(words_ptr + _HEADER + 2 * capacity + group)
     return table_ptr + slot.to(gl.int64) * table_stride + gl.load(words_ptr + _HEADER + 3 * capacity + group)
@@ -81,9 +81,9 @@ def find_pages(words_ptr, group, table_ptr, table_stride):
 
 @gluon.jit
 def find_heads(words_ptr, where, WHICH: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of each of this warpgroup's pairs of row and head: its place in [rows, num_heads], and whether it is one.
+    """Return each (row, head) pair's index into [rows, num_heads], [ROWS], and whether the pair exists.
 
-    As in prefix_attention.
+    See `prefix_attention`.
     """
     group, kv_head, tile = where
     capacity = gl.load(words_ptr + 3)

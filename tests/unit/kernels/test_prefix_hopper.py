@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.unit.kernels import gluon_simulator
-from tests.unit.kernels.test_shared_attention import Case, Group, assert_equals, lay, make_case
+from tests.unit.kernels.test_prefix_attention import Case, Group, assert_equals, lay, make_case
 
 
 class Simulated:
@@ -31,20 +31,20 @@ class Simulated:
 
 @pytest.fixture(autouse=True)
 def kernel(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels import prefix_hopper as shared_hopper
+    from toka_engine.model.kernels import prefix_hopper
 
     if generator.device.type != "cuda":
-        monkeypatch.setattr(shared_hopper, "_hopper_kernel", Simulated(shared_hopper._hopper_kernel))
+        monkeypatch.setattr(prefix_hopper, "_hopper_kernel", Simulated(prefix_hopper._hopper_kernel))
     elif torch.cuda.get_device_capability()[0] != 9:
         pytest.fail("this GPU is no Hopper")
 
 
 def make_work(case: Case, num_programs: int, **changes: Any) -> Any:
-    from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace
 
     heads, kv_heads, head_dim = case.q.shape[1], case.cache.shape[3], case.q.shape[2]
-    cut = replace(SharedCut.for_hopper(head_dim), **changes)
-    return SharedWorkspace.allocate(heads, kv_heads, head_dim, case.q.device, cut, num_programs)
+    config = replace(PrefixLaunchConfig.for_hopper(head_dim), **changes)
+    return PrefixWorkspace.allocate(heads, kv_heads, head_dim, case.q.device, config, num_programs)
 
 
 def make(generator, rows: int, heads: int = 4, kv_heads: int = 1, head_dim: int = 64, columns: int = 40) -> Case:
@@ -77,13 +77,13 @@ def check(
 def test_it_is_chosen_where_its_copies_fit(
     monkeypatch, head_dim, page_size, is_heads_first, capability, is_chosen
 ) -> None:
-    from toka_engine.model.kernels import prefix_groups as shared_groups
+    from toka_engine.model.kernels import prefix_groups
 
-    monkeypatch.setattr(shared_groups, "find_capability", lambda: capability)
-    cut = shared_groups.SharedCut.choose(head_dim, page_size, is_heads_first)
-    assert bool(cut.num_warpgroups) == is_chosen
+    monkeypatch.setattr(prefix_groups, "find_capability", lambda: capability)
+    config = prefix_groups.PrefixLaunchConfig.choose(head_dim, page_size, is_heads_first)
+    assert bool(config.num_warpgroups) == is_chosen
     if not is_chosen:
-        assert cut == shared_groups.SharedCut.of(head_dim)
+        assert config == prefix_groups.PrefixLaunchConfig.of(head_dim)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -173,9 +173,9 @@ def test_no_groups_change_nothing(generator) -> None:
 
 
 def test_more_groups_than_are_searched_at_once_give_the_definition(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels import prefix_hopper as shared_hopper
+    from toka_engine.model.kernels import prefix_hopper
 
-    monkeypatch.setattr(shared_hopper, "_SEARCHED_AT_ONCE", 128)
+    monkeypatch.setattr(prefix_hopper, "_SEARCHED_AT_ONCE", 128)
     case = make(generator, 140, heads=1)
     check(case, make_work(case, 4), [Group(row, 1, row % 3, 1 + row % 2) for row in range(140)])
 

@@ -3,9 +3,9 @@
 Prints microseconds a layer, and bytes of keys and values per second, of 16 layers with caches of their own in one CUDA
 graph: between two visits of a layer its cache leaves L2, as a model's weights would see to. Beside each cut of
 model/kernels/decode_attention_short.py stands by how much its result differs from that of decode_attention's kernel,
-which all launches took before. RowCut.of is to be chosen from what is fastest here.
+which all launches took before. ShortLaunchConfig.of is to be chosen from what is fastest here.
 
-Usage: python -m tests.gpu.bench_own_part
+Usage: python -m tests.gpu.bench_suffix_attention
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from toka_engine.model.kernels.decode_attention import Cut, OwnPart, Workspace, attend_decode
-from toka_engine.model.kernels.decode_attention_short import RowCut
+from toka_engine.model.kernels.decode_attention import LaunchConfig, SuffixPart, Workspace, attend_decode
+from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.output import run_command
 
-from tests.gpu.bench_products import compile_together, time_graph
+from tests.gpu.bench_gemv import compile_together, time_graph
 
 DEVICE = torch.device("cuda")
 LAYERS, PAGE_SIZE = 16, 16
@@ -30,20 +30,20 @@ ALONE_CASES = [(1024, 96), (1024, 320), (4096, 96), (4096, 320)]
 MOST_PAGES = max(rows * (own // PAGE_SIZE + 1) for rows, own in PART_CASES + ALONE_CASES) + 1
 
 
-def make_row_cut(heads: int, block_tokens: int, num_warps: int, most_registers: int) -> RowCut:
+def make_row_cut(heads: int, block_tokens: int, num_warps: int, most_registers: int) -> ShortLaunchConfig:
     """Of that many heads a program, however many rows there are."""
-    return RowCut(heads, heads, 1, 1, block_tokens, num_warps, most_registers)
+    return ShortLaunchConfig(heads, heads, 1, 1, block_tokens, num_warps, most_registers)
 
 
-def list_cuts(is_part: bool) -> dict[str, Cut]:
+def list_cuts(is_part: bool) -> dict[str, LaunchConfig]:
     """By name: the first is what all are compared with. Each block, warps and registers is one compilation."""
-    usual = replace(Cut.of(HEAD_DIM), rows=None)
+    usual = replace(LaunchConfig.of(HEAD_DIM), short=None)
     cuts = {f"one head, splits: block {usual.block_tokens}, warps {usual.num_warps}": usual}
     sizes = [(32, 1, 255), (32, 2, 168)] if is_part else [(32, 1, 255), (64, 2, 255)]
     for size in sizes:
         for heads in (1, 2, 4, 8) if size == sizes[0] else (2, 8):
             name = "block {}, warps {}, registers {}".format(*size)
-            cuts[f"heads {heads}: {name}"] = replace(usual, rows=make_row_cut(heads, *size))
+            cuts[f"heads {heads}: {name}"] = replace(usual, short=make_row_cut(heads, *size))
     return cuts
 
 
@@ -59,7 +59,7 @@ class Rows:
     positions: torch.Tensor
     table: torch.Tensor
     out: torch.Tensor
-    part: OwnPart | None
+    part: SuffixPart | None
 
     @classmethod
     def random(cls, rows: int, own: int, is_part: bool) -> Rows:
@@ -67,7 +67,7 @@ class Rows:
         shared, columns = SHARED if is_part else 0, own // PAGE_SIZE + 1
         pages = 1 + torch.randperm(MOST_PAGES - 1, device=DEVICE)[: rows * columns].int().view(rows, columns)
         packed = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE).bfloat16()
-        part = OwnPart(
+        part = SuffixPart(
             torch.full((rows,), shared, device=DEVICE, dtype=torch.int32),
             torch.zeros(rows, HEADS, device=DEVICE),
             torch.zeros(rows, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16),
@@ -135,7 +135,8 @@ def main() -> None:
     cos_sin = torch.randn(SHARED + longest + 1, HEAD_DIM, device=DEVICE)
     works = {
         is_part: {
-            name: Workspace.allocate(HEADS, KV_HEADS, HEAD_DIM, DEVICE, cut) for name, cut in list_cuts(is_part).items()
+            name: Workspace.allocate(HEADS, KV_HEADS, HEAD_DIM, DEVICE, config)
+            for name, config in list_cuts(is_part).items()
         }
         for is_part in (True, False)
     }

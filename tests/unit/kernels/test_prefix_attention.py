@@ -39,20 +39,22 @@ class Case:
         return self.q.shape[2] ** -0.5
 
     def make_work(self, num_programs, block_rows=64, block_tokens=64):
-        from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
+        from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace
 
-        cut = SharedCut(block_rows=block_rows, block_tokens=block_tokens, num_warps=4, num_stages=2, residency=1)
+        config = PrefixLaunchConfig(
+            block_rows=block_rows, block_tokens=block_tokens, num_warps=4, num_stages=2, residency=1
+        )
         heads, kv_heads, head_dim = self.q.shape[1], self.cache.shape[3], self.q.shape[2]
-        return SharedWorkspace.allocate(heads, kv_heads, head_dim, self.q.device, cut, num_programs)
+        return PrefixWorkspace.allocate(heads, kv_heads, head_dim, self.q.device, config, num_programs)
 
     def run(self, work, *levels, capacity=None):
         """`out` and `lse` after a call for each list of groups."""
-        from toka_engine.model.kernels.prefix_attention import attend_shared
+        from toka_engine.model.kernels.prefix_attention import attend_prefix
 
         out, lse = self.out.clone(), self.lse.clone()
         for groups in levels:
             words = torch.from_numpy(lay(work, groups, capacity)).to(out.device)
-            attend_shared(
+            attend_prefix(
                 self.q, words, self.table, self.cache[0], self.cache[1], out, lse, work, self.scale
             )  # fmt: skip
         return out, lse
@@ -76,11 +78,11 @@ class Case:
 
 
 def lay(work, groups, capacity=None):
-    from toka_engine.model.kernels.prefix_groups import lay_groups
+    from toka_engine.model.kernels.prefix_groups import pack_groups
 
     fields = ("first_row", "num_rows", "slot", "first_column", "num_columns")
     arrays = [np.array([getattr(group, field) for group in groups], np.int32) for field in fields]
-    return lay_groups(work, PAGE_SIZE, *arrays, capacity=capacity)
+    return pack_groups(work, PAGE_SIZE, *arrays, capacity=capacity)
 
 
 def make_case(
@@ -153,11 +155,11 @@ def test_any_number_of_query_heads_to_a_kv_head_gives_the_definition(generator, 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_usual_cut_gives_the_definition(generator, head_dim) -> None:
-    from toka_engine.model.kernels.prefix_groups import SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import PrefixWorkspace
 
     case = make_case(generator, 40, head_dim=head_dim)
     groups = [Group(1, 30, 0, 21), Group(31, 9, 1, 40)]
-    work = SharedWorkspace.allocate(4, 2, head_dim, case.q.device, num_programs=5)
+    work = PrefixWorkspace.allocate(4, 2, head_dim, case.q.device, num_programs=5)
     assert_equals(case.run(work, groups), case.expect(groups))
 
 
@@ -220,9 +222,9 @@ def test_no_groups_change_nothing(generator) -> None:
 
 
 def test_more_groups_than_are_searched_at_once_give_the_definition(generator, monkeypatch) -> None:
-    from toka_engine.model.kernels import prefix_attention as shared_attention
+    from toka_engine.model.kernels import prefix_attention
 
-    monkeypatch.setattr(shared_attention, "_SEARCHED_AT_ONCE", 8)
+    monkeypatch.setattr(prefix_attention, "_SEARCHED_AT_ONCE", 8)
     case = make_case(generator, 20, heads=1, kv_heads=1)
     groups = [Group(row, 1, row % 3, 1 + row % 2) for row in range(20)]
     assert_equals(case.run(case.make_work(4), groups), case.expect(groups))
@@ -242,17 +244,17 @@ def test_more_groups_than_are_searched_at_once_give_the_definition(generator, mo
 def test_programs_have_equal_shares_or_a_little_more_if_then_tiles_are_not_cut(
     rows, columns, num_programs, total, share
 ) -> None:
-    from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace
 
-    cut = SharedCut(block_rows=128, block_tokens=16, num_warps=4, num_stages=2, residency=1)
-    work = SharedWorkspace.allocate(32, 8, 64, torch.device("cpu"), cut, num_programs)
+    config = PrefixLaunchConfig(block_rows=128, block_tokens=16, num_warps=4, num_stages=2, residency=1)
+    work = PrefixWorkspace.allocate(32, 8, 64, torch.device("cpu"), config, num_programs)
     assert lay(work, [Group(0, rows, 0, columns)])[:3].tolist() == [1, total, share]
     assert share * num_programs >= total
 
 
 def test_groups_beyond_the_capacity_are_refused() -> None:
-    from toka_engine.model.kernels.prefix_groups import SharedWorkspace
+    from toka_engine.model.kernels.prefix_groups import PrefixWorkspace
 
-    work = SharedWorkspace.allocate(4, 2, 64, torch.device("cpu"), num_programs=1)
+    work = PrefixWorkspace.allocate(4, 2, 64, torch.device("cpu"), num_programs=1)
     with pytest.raises(ValueError, match="first_rows: 3 groups, but capacity=2"):
         lay(work, [Group(row, 1, 0, 1) for row in range(3)], capacity=2)

@@ -6,7 +6,7 @@ final norm. The cuts of model/kernels/gemv.py are to be the fastest here, and de
 it: all is measured without them too. A chain must be as near to fp32 as today's is, and replays must give the same
 bits: a kernel that did not wait would not.
 
-Ends with code 1 if it is not so. Usage: python tests/gpu/bench_products.py
+Ends with code 1 if it is not so. Usage: python tests/gpu/bench_gemv.py
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Times attention over tokens that decode rows share, by cuts of our kernel, from which those of SharedCut are chosen.
+"""Times attention to shared prefixes by launch config of our kernel, from which PrefixLaunchConfig's are chosen.
 
 Prints microseconds a layer, the FLOPs of both products per second, and the greatest difference from the first cut's
 result, of CUDA graphs of 16 layers with a cache each.
 
-Usage: python -m tests.gpu.bench_shared_attention [HEAD_DIM ...]
+Usage: python -m tests.gpu.bench_prefix_attention [HEAD_DIM ...]
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from toka_engine.model.kernels.prefix_attention import attend_shared
-from toka_engine.model.kernels.prefix_groups import SharedCut, SharedWorkspace, lay_groups
+from toka_engine.model.kernels.prefix_attention import attend_prefix
+from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace, pack_groups
 from toka_engine.output import run_command
 
-from tests.gpu.bench_products import compile_together, time_graph
+from tests.gpu.bench_gemv import compile_together, time_graph
 
 DEVICE = torch.device("cuda")
 LAYERS, PAGE_SIZE = 16, 16
@@ -41,17 +41,17 @@ SIZES: dict[int, list[Size]] = {
 }
 CUTS = {
     64: [
-        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
-        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
-        SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
-        SharedCut.for_hopper(64),
+        PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
+        PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
+        PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=4, num_stages=3, residency=2),
+        PrefixLaunchConfig.for_hopper(64),
     ],
     128: [
-        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1),
-        SharedCut(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
-        SharedCut(block_rows=128, block_tokens=32, num_warps=8, num_stages=3, residency=2, max_registers=128),
-        SharedCut(block_rows=128, block_tokens=64, num_warps=4, num_stages=2, residency=2),
-        SharedCut.for_hopper(128),
+        PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=1),
+        PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
+        PrefixLaunchConfig(block_rows=128, block_tokens=32, num_warps=8, num_stages=3, residency=2, max_registers=128),
+        PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=4, num_stages=2, residency=2),
+        PrefixLaunchConfig.for_hopper(128),
     ],
 }
 
@@ -93,18 +93,20 @@ class Bench:
             LAYERS, 2, self.num_pages, KV_HEADS, PAGE_SIZE, head_dim, device=DEVICE, dtype=torch.bfloat16
         ).normal_()
         self.scale = head_dim**-0.5
-        self.works = {cut: SharedWorkspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, cut) for cut in CUTS[head_dim]}
+        self.works = {
+            config: PrefixWorkspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, config) for config in CUTS[head_dim]
+        }
 
-    def make_candidate(self, inputs: Inputs, work: SharedWorkspace) -> Layer:
+    def make_candidate(self, inputs: Inputs, work: PrefixWorkspace) -> Layer:
         rows, _, groups = inputs.size
         index, ones = np.arange(groups, dtype=np.int32), np.ones(groups, np.int32)
         count, columns = rows // groups, inputs.table.shape[1]
-        words = lay_groups(work, PAGE_SIZE, index * count, ones * count, index, 0 * ones, ones * columns, capacity=256)
+        words = pack_groups(work, PAGE_SIZE, index * count, ones * count, index, 0 * ones, ones * columns, capacity=256)
         uploaded = torch.from_numpy(words).to(DEVICE)
 
         def run(layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
             keys, values = self.cache[layer].transpose(2, 3)
-            attend_shared(inputs.q, uploaded, inputs.table, keys, values, out, lse, work, self.scale)
+            attend_prefix(inputs.q, uploaded, inputs.table, keys, values, out, lse, work, self.scale)
 
         return run
 
@@ -137,8 +139,8 @@ class Bench:
     def compare(self, size: Size) -> None:
         inputs = Inputs.random(size, self.head_dim, self.num_pages)
         expected = None
-        for cut, work in self.works.items():
-            found = self.time(inputs, str(cut), self.make_candidate(inputs, work), expected)
+        for config, work in self.works.items():
+            found = self.time(inputs, str(config), self.make_candidate(inputs, work), expected)
             expected = found if expected is None else expected
 
 
@@ -147,7 +149,7 @@ def main() -> None:
     for head_dim in [int(word) for word in sys.argv[1:]] or list(SIZES):
         bench = Bench(head_dim)
         bench.compile()
-        print(f"{HEADS}/{KV_HEADS} heads of {head_dim}, chosen {SharedCut.of(head_dim)}", flush=True)
+        print(f"{HEADS}/{KV_HEADS} heads of {head_dim}, chosen {PrefixLaunchConfig.of(head_dim)}", flush=True)
         for size in SIZES[head_dim]:
             bench.compare(size)
         del bench

@@ -1,4 +1,4 @@
-"""What tests/gpu/bench_products.py times computes the same thing in each way."""
+"""What tests/gpu/bench_gemv.py times computes the same thing in each way."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.gpu import bench_products
-from tests.gpu.bench_products import (
+from tests.gpu import bench_gemv
+from tests.gpu.bench_gemv import (
     EPS,
     Candidate,
     Layer,
@@ -27,7 +27,7 @@ def test_chains_of_both_kinds_of_kernels_give_what_plain_torch_gives(
     from toka_engine.model.kernels.gemv import Cut
 
     for name, size in (("HIDDEN", 80), ("QKV", 96), ("MIXED", 64), ("INNER", 176)):
-        monkeypatch.setattr(bench_products, name, size)
+        monkeypatch.setattr(bench_gemv, name, size)
     torch.manual_seed(1)
     layers = [Layer.random(device, torch.float32, 0.2) for _ in range(2)]
     start = torch.randn(1, 80, device=device)
@@ -44,15 +44,15 @@ def test_heads_of_both_kinds_of_kernels_give_what_plain_torch_gives(device: torc
     row, norm, weight = (torch.randn(*shape, device=device) for shape in ((1, 80), (80,), (40, 80)))
     expected = F.linear(F.rms_norm(row, (80,), norm, EPS), weight)
     few_programs = Candidate(other=Cut(16, 32, 2), has_pdl=False).kernels
-    torch.testing.assert_close(bench_products.head_today(row, norm, weight), expected, atol=1e-4, rtol=1e-4)
-    found = bench_products.head_of_single_row(few_programs, row, norm, weight)
+    torch.testing.assert_close(bench_gemv.head_today(row, norm, weight), expected, atol=1e-4, rtol=1e-4)
+    found = bench_gemv.head_of_single_row(few_programs, row, norm, weight)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_candidates_are_the_engines_kernels_and_others_each_once_with_dependent_launches_and_once_without() -> None:
     for candidates, num_cuts in ((list_candidates(), 7), (list_head_candidates(), 5)):
         kernels = [each.kernels for each in candidates]
-        assert kernels[0] == bench_products.ENGINE
+        assert kernels[0] == bench_gemv.ENGINE
         assert len(set(kernels)) == len(set(map(str, candidates))) == 2 * num_cuts
         assert {each for each in candidates if each.has_pdl} == {
             replace(each, has_pdl=True) for each in candidates if not each.has_pdl
