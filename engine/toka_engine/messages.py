@@ -1,7 +1,7 @@
 """Every type that crosses a process boundary.
 
 Arrays are one-dimensional, contiguous numpy arrays; the comment behind each gives dtype and length. Imports nothing of
-ours but `config`. See `codec` for the wire form and docs/structure.md for the walk of one request.
+ours but `config` and `slot_parameters`. `codec` has the wire form, docs/structure.md the walk of one request.
 
 Links: supervisor <-> each child (control), server <-> manager, manager <-> each model worker.
 A *stream* is one output sequence (one of a request's n choices); the server numbers streams, never reusing a number.
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.config import EngineConfig
+from toka_engine.slot_parameters import Sampling, SlotBatch
 
 Int32s: TypeAlias = NDArray[np.int32]
 Int64s: TypeAlias = NDArray[np.int64]
@@ -111,27 +112,6 @@ FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Fatal
 
 
 # ---------------------------------------------------------------- server -> manager
-
-
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How one request's tokens are drawn. Defaults mean "off"; greedy is temperature 0."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: all."""
-    min_p: float = 0.0
-    seed: int = -1
-    """-1: none; else 0 <= seed < 2**63. Choice i of a request uses hash(seed, i)."""
-    num_logprobs: int = -1
-    """-1: none; 0: the chosen token's; k: also the k most likely tokens'."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-
-    @property
-    def has_penalties(self) -> bool:
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
 class Submit(Message, frozen=True):
@@ -262,21 +242,8 @@ class Step(Message, frozen=True):
     """
 
     number: int
-    # new slots
-    new_slots: Int32s = _empty(np.int32)  # [a]
-    new_lengths: Int32s = _empty(np.int32)  # [a]  tokens whose KV its pages hold already (prefix hit)
-    new_num_sampled: Int32s = _empty(np.int32)  # [a]  output tokens so far (> 0 after preemption): seeded draws go on
-    new_temperatures: Floats = _empty(np.float32)  # [a]
-    new_top_ps: Floats = _empty(np.float32)  # [a]
-    new_top_ks: Int32s = _empty(np.int32)  # [a]
-    new_min_ps: Floats = _empty(np.float32)  # [a]
-    new_seeds: Int64s = _empty(np.int64)  # [a]  already mixed with the choice's index; -1: none
-    new_num_logprobs: Int32s = _empty(np.int32)  # [a]
-    # those of the new slots that ask for penalties
-    penalty_slots: Int32s = _empty(np.int32)  # [q]
-    presence_penalties: Floats = _empty(np.float32)  # [q]
-    frequency_penalties: Floats = _empty(np.float32)  # [q]
-    repetition_penalties: Floats = _empty(np.float32)  # [q]
+    new: SlotBatch = SlotBatch()
+    """Slots to set up. Their `length` is what a prefix hit gave; `num_sampled` > 0 after preemption."""
     # block table: table[append_slots[i], append_indices[i]] = append_pages[i]
     append_slots: Int32s = _empty(np.int32)  # [b]
     append_indices: Int32s = _empty(np.int32)  # [b]

@@ -68,7 +68,7 @@ def launch_steps_of_every_kind(driver, num_logprobs, seed, top_p, presence):
     slots = [0, 2, 1, 3, 4]
     new = driver.add_slots(
         slots, num_logprobs=[-1, num_logprobs, -1, num_logprobs, -1], seed=[seed, -1, seed, seed, -1],
-        top_p=[top_p, 1.0, 1.0, top_p, 1.0], presence=[presence, 0.0, presence, 0.0, 0.0],
+        top_p=[top_p, 1.0, 1.0, top_p, 1.0], presence_penalty=[presence, 0.0, presence, 0.0, 0.0],
         temperature=[0.5, 0.0, 1.0, 1.0, 1.0],
     )
     driver.prefill({0: [5] * 33, 1: [6] * 3}, fanout={0: [0, 2, 3, 4], 1: [1]}, **new)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from toka_engine.model.kernels.activation import silu_mul
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.norm import add_rms_norm
 from toka_engine.model.kernels.rope_append import rope_append
@@ -58,8 +58,8 @@ def main() -> None:
     for rows in (1, 64, 1024, 4096):
         logits = torch.randn(rows, vocab, device=DEVICE) * 3
         index = torch.arange(rows, dtype=torch.int32, device=DEVICE)
-        samples, state = Samples(index, index), SlotState.allocate(rows, DEVICE)
-        state.temperature.fill_(0.8)
+        samples, state = Samples(index, index), DeviceSlots(rows, DEVICE)
+        state["temperature"].fill_(0.8)
         work = Workspace.allocate(rows, vocab, DEVICE)
         ids, logprobs = torch.empty_like(index), torch.empty(rows, device=DEVICE)
         seed = torch.tensor([1, 2], device=DEVICE)
@@ -80,7 +80,9 @@ def main() -> None:
             apply_filters(logits, samples, index, state, work)
 
         for asked in FILTERS:
-            for field, value in zip((state.top_k, state.top_p, state.min_p, state.seed), asked, strict=True):
+            for field, value in zip(
+                (state["top_k"], state["top_p"], state["min_p"], state["seed"]), asked, strict=True
+            ):
                 field.fill_(value)
             report(f"top_k, top_p, min_p, seed {asked} {rows}", apply_all, pass_bytes)
 

@@ -64,10 +64,8 @@ def test_steps_with_and_without_logprobs_follow_each_other(driver: Driver) -> No
             output.append(token)
         new: dict[str, Any] = {}
         if turn % 3 == 0:  # from here on with logprobs, or without
-            lengths = dict(driver.lengths)
-            new = driver.add_slots(slots, num_logprobs=0 if turn % 2 else -1)
-            new["new_lengths"] = np.array(list(lengths.values()), np.int32)
-            driver.lengths.update(lengths)
+            lengths = [driver.lengths[slot] for slot in slots]
+            new = driver.add_slots(slots, lengths, num_logprobs=0 if turn % 2 else -1)
         tokens = driver.decode(slots, **new)
         assert (tokens.logprobs.size > 0) == (turn // 3 % 2 == 1)
     assert outputs == plain

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toka_engine.model.cuda.memory_fit import make_largest_steps
 from toka_engine.model.sample_plan import Sampled, SamplePlan
-from toka_engine.model.slot_state import SlotState
+from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.worker import Worker
 
 from tests.gpu.test_parity import make
@@ -22,7 +22,7 @@ MAX_SEQS = 200
 class Frugal(Driver):
     """Keeps no logits, which would take memory that no engine takes."""
 
-    def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: SlotState) -> Sampled:
+    def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots) -> Sampled:
         return self._sample(logits, rows, plan, state)
 
 

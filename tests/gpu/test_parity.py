@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toka_engine.slot_parameters import SlotBatch
 
 from tests.model.driving import Driver, ints, load
 
@@ -148,7 +149,7 @@ def generate_shared(driver: Driver, prompts, shared, groups) -> tuple[Any, Any]:
     )  # fmt: skip
     for slot in slots:
         driver.pages[slot] = list(shared)
-    driver.prefill(dict(enumerate(prompts)), new_slots=ints())
+    driver.prefill(dict(enumerate(prompts)), new=SlotBatch())
     logits = [driver.logits]
     for _ in range(NUM_TOKENS - 1):
         driver.decode(slots, **groups)

@@ -11,10 +11,9 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
 from toka_engine.model.backend import Launched
 from toka_engine.model.sample_plan import Sampled, SamplePlan
-from toka_engine.model.slot_state import SlotState
+from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.worker import Worker, load_worker
-
-PENALTIES = ("presence", "frequency", "repetition")
+from toka_engine.slot_parameters import SlotBatch
 
 
 def load(folder: Path, **settings: Any) -> Worker:
@@ -48,7 +47,7 @@ class Driver:
         self._sample = worker.runner.sample
         worker.runner.sample = self._record
 
-    def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: SlotState) -> Sampled:
+    def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots) -> Sampled:
         self.logits = (logits if rows is None else logits[rows]).float().clone()
         return self._sample(logits, rows, plan, state)
 
@@ -64,31 +63,13 @@ class Driver:
     def run(self, **fields: Any) -> Tokens:
         return self.worker.runner.finish(self.launch(**fields))
 
-    def add_slots(self, slots: list[int], length: int = 0, **sampling: Any) -> dict[str, Any]:
-        """Fields that set up `slots`; sampling values are scalars or one per slot (penalties: presence, ...)."""
-        count = len(slots)
-        for slot in slots:
-            self.lengths[slot] = length
+    def add_slots(self, slots: list[int], length: int | list[int] = 0, **parameters: Any) -> dict[str, Any]:
+        """Fields that set up `slots`, greedy unless told; values are scalars or one per slot."""
+        lengths = [length] * len(slots) if isinstance(length, int) else length
+        for slot, known in zip(slots, lengths, strict=True):
+            self.lengths[slot] = known
             self.pages.setdefault(slot, [])
-
-        def column(name: str, default: float, dtype: Any) -> Any:
-            return np.broadcast_to(np.asarray(sampling.get(name, default), dtype), count).copy()
-
-        penalties = {name: column(name, float(name == "repetition"), np.float32) for name in PENALTIES}
-        asking = (penalties["presence"] != 0) | (penalties["frequency"] != 0) | (penalties["repetition"] != 1)
-        return {
-            "penalty_slots": ints(*slots)[asking],
-            **{f"{name}_penalties": values[asking] for name, values in penalties.items()},
-            "new_slots": ints(*slots),
-            "new_lengths": np.full(count, length, np.int32),
-            "new_num_sampled": column("num_sampled", 0, np.int32),
-            "new_temperatures": column("temperature", 0.0, np.float32),
-            "new_top_ps": column("top_p", 1.0, np.float32),
-            "new_top_ks": column("top_k", 0, np.int32),
-            "new_min_ps": column("min_p", 0.0, np.float32),
-            "new_seeds": column("seed", -1, np.int64),
-            "new_num_logprobs": column("num_logprobs", -1, np.int32),
-        }
+        return {"new": SlotBatch.of(slots, **{"temperature": 0.0, "length": lengths, **parameters})}
 
     def grow(self, upto: dict[int, int]) -> dict[str, Any]:
         """Fields that append the pages each slot needs to hold upto[slot] tokens."""
@@ -151,7 +132,7 @@ class Driver:
         outputs: list[list[int]] = []
         setup = self.add_slots(slots, **sampling)
         for index, (slot, ids) in enumerate(zip(slots, prompts, strict=True)):
-            new = setup if index == 0 else {"new_slots": ints()}
+            new = setup if index == 0 else {"new": SlotBatch()}
             outputs.append([int(self.prefill({slot: ids}, **new).ids[0])])
         for _ in range(num_tokens - 1):
             for output, token in zip(outputs, self.decode(slots).ids.tolist(), strict=True):

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from toka_engine.slot_parameters import SlotBatch
 
 from tests.model.driving import Driver, ints
 
@@ -46,7 +47,9 @@ def penalize(logits: torch.Tensor, prompt: list[int], generated: list[int], aske
 
 def sampling_of(asked: list[Asked]) -> dict[str, list[float]]:
     """For Driver.add_slots."""
-    return {name: [getattr(each, name) for each in asked] for name in ("presence", "frequency", "repetition")}
+    return {
+        f"{name}_penalty": [getattr(each, name) for each in asked] for name in ("presence", "frequency", "repetition")
+    }
 
 
 class Follower:
@@ -143,6 +146,6 @@ def follow_a_preempted_sequence(driver: Driver, prompt: list[int], num_tokens: i
     again.begin(1, prompt, asked, kept)
     setup = driver.add_slots([1], num_found * driver.page_size, num_sampled=len(kept), **sampling_of([asked]))
     driver.run(**setup, **driver.share_pages(1, driver.pages[0][:num_found], num_found * driver.page_size))
-    again.prefill(1, known[num_found * driver.page_size :], new_slots=ints())
+    again.prefill(1, known[num_found * driver.page_size :], new=SlotBatch())
     again.decode([1], num_tokens - len(kept) - 1)
     return undisturbed, again

@@ -55,7 +55,7 @@ def test_grouped_steps_compute_what_plain_ones_do(driver: Driver, num_groups: in
 
 def test_a_block_runs_as_many_steps_as_asked_and_the_next_one_begins_anew(driver: Driver) -> None:
     bench = DecodeBench(driver.worker, rows=3, shared=16, own=4, max_steps=6)
-    lengths = driver.worker.runner.state.host.lengths
+    lengths = driver.worker.runner.state["length"]
     for num_steps in (6, 2):
         bench.time(num_steps, True)
         assert lengths[:3].tolist() == [16 + 4 + num_steps] * 3

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toka_engine.slot_parameters import SlotBatch
 from tokenizers import Tokenizer
 
 from tests.model.driving import Driver, ints
@@ -101,7 +102,7 @@ def share_prefix(
     driver.run(**setup, **shared)
     outputs = []
     for slot, tail in zip(slots, tails, strict=True):
-        outputs.append([int(driver.prefill({slot: tail}, new_slots=ints()).ids[0])])
+        outputs.append([int(driver.prefill({slot: tail}, new=SlotBatch()).ids[0])])
     for _ in range(num_tokens - 1):
         for output, token in zip(outputs, driver.decode(slots, **groups).ids.tolist(), strict=True):
             output.append(token)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from toka_engine.slot_parameters import SlotBatch
 
 from tests.model.driving import Driver
 
@@ -148,7 +149,7 @@ def test_a_prompt_cut_into_chunks_gives_the_same_logits(
     expected = reference_logits(model, IDS[:100], 100)
     position = 0
     for length in (1, 30, 2, 16, 51):
-        driver.prefill({0: IDS[position : position + length]}, **({} if position == 0 else {"new_slots": NONE}))
+        driver.prefill({0: IDS[position : position + length]}, **({} if position == 0 else {"new": SlotBatch()}))
         position += length
         assert (driver.logits[0] - expected[position - 1]).abs().max() <= TOLERANCE
 

@@ -53,8 +53,8 @@ def test_the_largest_steps_ask_for_all_that_takes_memory_and_run_on_any_cache(
     prefill, decode = make_largest_steps(worker.ready)
     assert set(prefill.append_pages.tolist()) == {0, 1, 2}
     for step in (prefill, decode):
-        assert bool((step.new_top_ps < 1).all())
-        assert bool((step.new_num_logprobs == 20).all())
+        assert bool((step.new["top_p"] < 1).all())
+        assert bool((step.new["num_logprobs"] == 20).all())
         tokens = worker.runner.finish(worker.runner.launch(step))
         assert tokens.ids.size == step.decode_slots.size + step.fanout_slots.size
         assert (tokens.top_width, tokens.top_rows.size) == (20, tokens.ids.size)

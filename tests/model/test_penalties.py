@@ -75,7 +75,7 @@ def test_each_token_is_that_of_the_definition_and_rows_without_penalties_are_lef
 
 
 def test_choices_of_one_prompt_see_its_tokens_before_and_after_the_copy_of_its_last_page(driver: Driver) -> None:
-    favourites = driver.generate([PROMPT], 8, frequency=2.0)[0]
+    favourites = driver.generate([PROMPT], 8, frequency_penalty=2.0)[0]
     assert follow_choices_of_one_prompt(driver, PROMPT + favourites, 30).num_changed > 60
 
 

@@ -11,7 +11,8 @@ from toka_engine.messages import Step
 from toka_engine.model.cpu.gumbel import gumbel_noise
 from toka_engine.model.cpu.sampler import CpuSampler, keep_likeliest
 from toka_engine.model.sample_plan import Sampled, plan_sampling
-from toka_engine.model.slot_state import SlotState
+from toka_engine.model.slot_state import HostSlots
+from toka_engine.slot_parameters import SlotBatch
 
 VOCAB = 300
 NUM_DRAWS = 8_000
@@ -21,27 +22,10 @@ def make_logits(vocab: int = VOCAB, spread: float = 2.0) -> torch.Tensor:
     return torch.randn(vocab, generator=torch.Generator().manual_seed(3)) * spread
 
 
-def make_state(count: int, **sampling: Any) -> SlotState:
+def make_state(count: int, **sampling: Any) -> HostSlots:
     """`count` slots with these parameters, scalars or one per slot."""
-    state = SlotState(count, torch.device("cpu"))
-
-    def column(name: str, default: float, dtype: Any) -> Any:
-        return np.broadcast_to(np.asarray(sampling.get(name, default), dtype), count).copy()
-
-    state.set_up(
-        Step(
-            number=1,
-            new_slots=np.arange(count, dtype=np.int32),
-            new_lengths=np.zeros(count, np.int32),
-            new_num_sampled=column("num_sampled", 0, np.int32),
-            new_temperatures=column("temperature", 1.0, np.float32),
-            new_top_ps=column("top_p", 1.0, np.float32),
-            new_top_ks=column("top_k", 0, np.int32),
-            new_min_ps=column("min_p", 0.0, np.float32),
-            new_seeds=column("seed", -1, np.int64),
-            new_num_logprobs=column("num_logprobs", -1, np.int32),
-        )
-    )
+    state = HostSlots(count)
+    state.set_up(Step(number=1, new=SlotBatch.of(np.arange(count), **sampling)))
     return state
 
 
@@ -49,9 +33,9 @@ def read_nothing(slots: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> 
     raise AssertionError("no row asks for penalties")
 
 
-def sample(logits: torch.Tensor, state: SlotState, rows: torch.Tensor | None = None, seed: int = 0) -> Sampled:
+def sample(logits: torch.Tensor, state: HostSlots, rows: torch.Tensor | None = None, seed: int = 0) -> Sampled:
     step = Step(number=2, decode_slots=np.arange(state.max_seqs, dtype=np.int32))
-    return CpuSampler(seed, read_nothing)(logits, rows, plan_sampling(step, state.host), state)
+    return CpuSampler(seed, read_nothing)(logits, rows, plan_sampling(step, state), state)
 
 
 def draw_many(logits: torch.Tensor, **sampling: Any) -> np.ndarray[Any, Any]:

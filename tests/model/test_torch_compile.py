@@ -15,6 +15,7 @@ from toka_engine.errors import ConfigError
 from toka_engine.model.cpu import backend
 from toka_engine.model.torch_compile import compiled_model
 from toka_engine.model.torch_compile.compiled_model import CompiledModel
+from toka_engine.slot_parameters import SlotBatch
 from tokenizers import Tokenizer
 from torch._dynamo import mark_dynamic
 from torch._dynamo.callback import callback_handler
@@ -93,13 +94,13 @@ def serve_all_shapes(driver: Driver) -> None:
     driver.run()
     driver.prefill({0: IDS[:1]}, **driver.add_slots(slots))
     driver.decode([0])
-    driver.prefill({1: IDS[:2]}, new_slots=ints())
-    driver.prefill({2: IDS[:60], 3: IDS[:1], 4: IDS[:67]}, new_slots=ints())
-    driver.prefill({5: IDS[:16]}, fanout={5: [5, 6, 7]}, new_slots=ints())
-    driver.prefill({8: IDS[:20]}, fanout={}, new_slots=ints())
-    driver.prefill({8: IDS[20:24]}, new_slots=ints())
+    driver.prefill({1: IDS[:2]}, new=SlotBatch())
+    driver.prefill({2: IDS[:60], 3: IDS[:1], 4: IDS[:67]}, new=SlotBatch())
+    driver.prefill({5: IDS[:16]}, fanout={5: [5, 6, 7]}, new=SlotBatch())
+    driver.prefill({8: IDS[:20]}, fanout={}, new=SlotBatch())
+    driver.prefill({8: IDS[20:24]}, new=SlotBatch())
     for slot in slots[9:]:
-        driver.prefill({slot: IDS[:1]}, new_slots=ints())
+        driver.prefill({slot: IDS[:1]}, new=SlotBatch())
     for rows in (1, 2, 3, 7, 8, 9, 16, 31, 33):
         driver.decode(slots[-rows:])
     pages = driver.grow({30: driver.lengths[30] + 5, **{slot: driver.lengths[slot] + 1 for slot in slots[9:12]}})

@@ -32,6 +32,7 @@ from toka_engine.messages import (
     WorkerToManager,
 )
 from toka_engine.model.worker import make_warm_up_steps
+from toka_engine.slot_parameters import SlotBatch
 
 ENGINE = Path(__file__).parents[2] / "engine"
 TIMEOUT_S = 120.0
@@ -161,5 +162,5 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(make_tiny: Callable[..., 
     driver.lengths[2], driver.pages[2] = 0, [page]
     appended = {"append_slots": np.array([2], np.int32), "append_indices": np.zeros(1, np.int32)}
     driver.run(**driver.add_slots([2]), **appended, append_pages=np.array([page], np.int32))
-    assert driver.prefill({2: [5, 6, 7]}, new_slots=np.empty(0, np.int32)).ids.tolist() == [healthy[0]]
+    assert driver.prefill({2: [5, 6, 7]}, new=SlotBatch()).ids.tolist() == [healthy[0]]
     assert driver.decode([2]).ids.tolist() == [healthy[1]]

@@ -21,6 +21,7 @@ from toka_engine.model.attention_backend import AttentionBackend, StepLayout
 from toka_engine.model.backend import Launched
 from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.worker import Worker
+from toka_engine.slot_parameters import SlotBatch
 
 _PAGES_AT_ONCE = 64
 
@@ -128,15 +129,7 @@ class DecodeBench:
         rows, columns = self._table.shape
         step = Step(
             number=0,
-            new_slots=ints(np.arange(rows)),
-            new_lengths=ints(np.full(rows, self.shared + self.own)),
-            new_num_sampled=ints(np.zeros(rows)),
-            new_temperatures=np.ones(rows, np.float32),
-            new_top_ps=np.ones(rows, np.float32),
-            new_top_ks=ints(np.zeros(rows)),
-            new_min_ps=np.zeros(rows, np.float32),
-            new_seeds=np.full(rows, -1, np.int64),
-            new_num_logprobs=ints(np.full(rows, -1)),
+            new=SlotBatch.of(np.arange(rows), length=self.shared + self.own),
             append_slots=ints(np.repeat(np.arange(rows), columns)),
             append_indices=ints(np.tile(np.arange(columns), rows)),
             append_pages=self._table.reshape(-1),

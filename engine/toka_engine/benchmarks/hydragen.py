@@ -40,11 +40,12 @@ from toka_engine.command_line import parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
 from toka_engine.manager.sizes import choose_sizes
-from toka_engine.messages import Sampling, Submit
+from toka_engine.messages import Submit
 from toka_engine.model.backend import Launched
 from toka_engine.model.model_config import read_model_config
 from toka_engine.model.worker import Worker
 from toka_engine.output import run_command
+from toka_engine.slot_parameters import Sampling
 
 _UNSHARED_PROMPT_TOKENS = 32
 _SPARE_STEPS = 8

@@ -45,7 +45,6 @@ from toka_engine.manager.loop import make_collections_rare
 from toka_engine.manager.sizes import choose_sizes
 from toka_engine.messages import (
     ManagerToWorker,
-    Sampling,
     Step,
     Submit,
     Tokens,
@@ -53,6 +52,7 @@ from toka_engine.messages import (
     WorkerToManager,
 )
 from toka_engine.output import run_command
+from toka_engine.slot_parameters import Sampling
 
 VOCABULARY = 128_256
 STOP = 128_001

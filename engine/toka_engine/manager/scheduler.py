@@ -19,7 +19,8 @@ from toka_engine.manager.lifecycle import close_job, end_slot, preempt_newest, r
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import EMPTY32, InFlight, ManagerState, StepBuilder
 from toka_engine.manager.streams import Job, PendingCopy
-from toka_engine.messages import Int32s, Sampling, Step
+from toka_engine.messages import Int32s, Step
+from toka_engine.slot_parameters import SlotBatch
 
 
 def plan_step(state: ManagerState) -> Step | None:
@@ -262,34 +263,16 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
             "group_num_columns": groups.num_columns,
         }
     if step.new_slots:
-        fields |= _new_slot_fields(state, step)
+        fields["new"] = _batch_new_slots(state, step)
     return Step(number=step.number, decode_slots=rows, **fields)
 
 
-def _new_slot_fields(state: ManagerState, step: StepBuilder) -> dict[str, Any]:
-    streams = [state.slots.streams[slot] for slot in step.new_slots]
-    sampling = [stream.request.sampling for stream in streams if stream is not None]
-    seeds = [stream.seed for stream in streams if stream is not None]
-    return _penalty_fields(step.new_slots, sampling) | {
-        "new_slots": np.asarray(step.new_slots, np.int32),
-        "new_lengths": np.asarray(step.new_lengths, np.int32),
-        "new_num_sampled": np.asarray([stream.num_kept for stream in streams if stream is not None], np.int32),
-        "new_temperatures": np.asarray([each.temperature for each in sampling], np.float32),
-        "new_top_ps": np.asarray([each.top_p for each in sampling], np.float32),
-        "new_top_ks": np.asarray([each.top_k for each in sampling], np.int32),
-        "new_min_ps": np.asarray([each.min_p for each in sampling], np.float32),
-        "new_seeds": np.asarray(seeds, np.int64),
-        "new_num_logprobs": np.asarray([each.num_logprobs for each in sampling], np.int32),
-    }
-
-
-def _penalty_fields(new_slots: list[int], sampling: list[Sampling]) -> dict[str, Any]:
-    asking = [(slot, each) for slot, each in zip(new_slots, sampling, strict=True) if each.has_penalties]
-    if not asking:
-        return {}
-    return {
-        "penalty_slots": np.asarray([slot for slot, _ in asking], np.int32),
-        "presence_penalties": np.asarray([each.presence_penalty for _, each in asking], np.float32),
-        "frequency_penalties": np.asarray([each.frequency_penalty for _, each in asking], np.float32),
-        "repetition_penalties": np.asarray([each.repetition_penalty for _, each in asking], np.float32),
-    }
+def _batch_new_slots(state: ManagerState, step: StepBuilder) -> SlotBatch:
+    streams = [stream for slot in step.new_slots if (stream := state.slots.streams[slot]) is not None]
+    return SlotBatch.of_streams(
+        step.new_slots,
+        [stream.request.sampling for stream in streams],
+        length=step.new_lengths,
+        num_sampled=[stream.num_kept for stream in streams],
+        seed=[stream.seed for stream in streams],
+    )

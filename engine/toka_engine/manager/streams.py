@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.manager.top_logprobs import Tops
-from toka_engine.messages import Floats, Int32s, Sampling
+from toka_engine.messages import Floats, Int32s
+from toka_engine.slot_parameters import Sampling
 
 CHOICE_BITS = 20
 """A stream's order is its request's arrival number shifted by this, plus its choice."""

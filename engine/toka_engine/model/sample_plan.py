@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Step
-from toka_engine.model.slot_state import HostSlots, SlotState
+from toka_engine.model.slot_state import HostSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class SamplePlan:
 def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
     """Sort the rows that `step` samples by what they ask for. `host` as before the step's forward."""
     slots = np.concatenate((step.decode_slots, step.fanout_slots))
-    is_greedy = host.temperatures[slots] <= 0.0
-    is_seeded = host.seeds[slots] >= 0
-    num_logprobs = host.num_logprobs[slots]
+    is_greedy = host["temperature"][slots] <= 0.0
+    is_seeded = host["seed"][slots] >= 0
+    num_logprobs = host["num_logprobs"][slots]
     return SamplePlan(
         slots=slots,
         greedy=np.flatnonzero(is_greedy),
@@ -81,16 +81,16 @@ def _plan_penalties(step: Step, slots: NDArray[np.int32], host: HostSlots) -> Pe
     # Choices of one prompt are first sampled from its chunk, before they have a copy of its last page.
     chunk_ends = step.prefill_starts + step.prefill_lengths
     sources = np.concatenate((step.decode_slots, step.prefill_slots[step.fanout_chunks]))
-    lengths = np.concatenate((host.lengths[step.decode_slots] + 1, chunk_ends[step.fanout_chunks]))
+    lengths = np.concatenate((host["length"][step.decode_slots] + 1, chunk_ends[step.fanout_chunks]))
     asking = slots[rows]
     return Penalties(
         rows=rows,
         sources=sources[rows],
         lengths=lengths[rows].astype(np.int32),
-        num_generated=host.num_sampled[asking],
-        presence=host.presence_penalties[asking],
-        frequency=host.frequency_penalties[asking],
-        repetition=host.repetition_penalties[asking],
+        num_generated=host["num_sampled"][asking],
+        presence=host["presence_penalty"][asking],
+        frequency=host["frequency_penalty"][asking],
+        repetition=host["repetition_penalty"][asking],
     )
 
 
@@ -110,7 +110,7 @@ class Sample(Protocol):
         logits: torch.Tensor,  # [n, vocab], as make_head gives them
         logit_rows: torch.Tensor | None,  # [R] int64: row of logits of each sampled row; None: row i has logits i
         plan: SamplePlan,  # R rows
-        state: SlotState,
+        state: HostSlots,
     ) -> Sampled:
         """Draw one token per row. Does not change `state`."""
         ...

@@ -23,12 +23,12 @@ def make_layout(step: Step, slots: HostSlots, keep_seeded_out: bool) -> StepLayo
         step.group_num_columns,
     )
     if keep_seeded_out and step.group_first_rows.size:
-        is_seeded = slots.seeds[step.decode_slots] >= 0
+        is_seeded = slots["seed"][step.decode_slots] >= 0
         if is_seeded.any():
             groups = leave_out_rows(is_seeded, *groups)
     return StepLayout(
         step.decode_slots,
-        slots.lengths[step.decode_slots],
+        slots["length"][step.decode_slots],
         step.prefill_slots,
         step.prefill_starts,
         step.prefill_lengths,

@@ -30,6 +30,7 @@ from toka_engine.model.loader import Weights
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.sizing import Sizes, choose_dtype, read_available_bytes
+from toka_engine.slot_parameters import SlotBatch
 
 _log = logging.getLogger("toka.model")
 
@@ -141,18 +142,10 @@ def make_warm_up_steps(ready: WorkerReady) -> list[Step]:
     capacity = min(ready.num_pages, ready.max_pages_per_seq) * ready.page_size
     length = max(1, min(ready.max_tokens_per_forward, capacity - 2))
     pages = np.arange(min(-(-(length + 2) // ready.page_size), ready.max_pages_per_seq), dtype=np.int32)
-    slot, zero = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    slot = np.zeros(1, np.int32)
     prefill = Step(
         number=0,
-        new_slots=slot,
-        new_lengths=slot,
-        new_num_sampled=slot,
-        new_temperatures=zero + 1,
-        new_top_ps=zero + 1,
-        new_top_ks=slot,
-        new_min_ps=zero,
-        new_seeds=np.full(1, -1, np.int64),
-        new_num_logprobs=slot - 1,
+        new=SlotBatch.of(slot),
         append_slots=np.zeros(pages.size, np.int32),
         append_indices=pages,
         append_pages=pages,

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from toka_engine.config import EngineConfig
-from toka_engine.messages import EngineInfo, Int32s, Sampling
+from toka_engine.messages import EngineInfo, Int32s
 from toka_engine.server.chat import Turn
 from toka_engine.server.errors import ApiError, invalid, no_model
 from toka_engine.server.generation_defaults import (
@@ -26,6 +26,7 @@ from toka_engine.server.generation_defaults import (
 from toka_engine.server.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode_part
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import GenerationSpec
+from toka_engine.slot_parameters import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 16

@@ -16,10 +16,11 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from toka_engine.messages import FINISH_ERROR, Cancel, Deltas, Int32s, Refused, Sampling, Started, Submit
+from toka_engine.messages import FINISH_ERROR, Cancel, Deltas, Int32s, Refused, Started, Submit
 from toka_engine.server.errors import ApiError, ClientGoneError
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replica, Replicas, Submission
+from toka_engine.slot_parameters import Sampling
 
 _INLINE_TOKENS = 8192
 """Fewer take less time to hash than a thread takes to answer."""

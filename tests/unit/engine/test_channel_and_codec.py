@@ -22,7 +22,6 @@ from toka_engine.messages import (
     Deltas,
     ManagerToServer,
     ManagerToWorker,
-    Sampling,
     ServerToManager,
     Step,
     Stop,
@@ -30,6 +29,7 @@ from toka_engine.messages import (
     Tokens,
     WorkerToManager,
 )
+from toka_engine.slot_parameters import Sampling
 
 int32s = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=50).map(lambda values: np.array(values, np.int32))
 int64s = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=50).map(lambda values: np.array(values, np.int64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.packets import RING, Packets
 
 SCRATCH, PAGE_SIZE, COLUMNS = 9, 4, 6
@@ -20,8 +20,8 @@ NO_APPENDS = (ints(), ints(), ints())
 
 
 @pytest.fixture
-def parts(device: torch.device) -> tuple[Packets, SlotState, torch.Tensor, torch.Tensor]:
-    packets, state = Packets(5, GROUP_WORDS, SCRATCH, device), SlotState.allocate(SCRATCH + 1, device)
+def parts(device: torch.device) -> tuple[Packets, DeviceSlots, torch.Tensor, torch.Tensor]:
+    packets, state = Packets(5, GROUP_WORDS, SCRATCH, device), DeviceSlots(SCRATCH + 1, device)
     state.last_token.copy_(torch.arange(SCRATCH + 1) * 11)
     table = torch.zeros((SCRATCH + 1, COLUMNS), dtype=torch.int32, device=device)
     table[SCRATCH] = 19
@@ -117,7 +117,7 @@ def test_steps_of_other_sizes_share_the_rings_and_fill_no_more_than_their_size(p
 
 def test_more_rows_than_a_block_are_all_there(device: torch.device) -> None:
     count = 300
-    packets, state = Packets(count + 7, GROUP_WORDS, 400, device), SlotState.allocate(401, device)
+    packets, state = Packets(count + 7, GROUP_WORDS, 400, device), DeviceSlots(401, device)
     state.last_token.copy_(torch.arange(401) + 1000)
     table = torch.zeros((401, 2), dtype=torch.int32, device=device)
     page_tokens = torch.zeros((900, PAGE_SIZE), dtype=torch.int32, device=device)

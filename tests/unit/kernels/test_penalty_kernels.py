@@ -15,7 +15,7 @@ import torch
 from toka_engine.messages import Step, Tokens
 from toka_engine.model.attention_backend import AttentionShape, StepLayout
 from toka_engine.model.sample_plan import plan_sampling
-from toka_engine.model.slot_state import SlotState as HostState
+from toka_engine.model.slot_state import HostSlots
 
 from tests.model.driving import Driver, ints
 from tests.model.penalized import (
@@ -38,14 +38,14 @@ class TableRunner:
     def __init__(self, device: torch.device) -> None:
         from toka_engine.model.cuda.attention import CudaAttention
         from toka_engine.model.cuda.sampler import CudaSampler
-        from toka_engine.model.kernels.device_slots import SlotState
+        from toka_engine.model.kernels.device_slots import DeviceSlots
 
         shape = AttentionShape(1, 4, 2, 32, 1.0, torch.bfloat16, device)
         unplanned = SimpleNamespace(plan_queries=lambda *_: None)
         self.attention = CudaAttention(shape, kernels=unplanned)
         self.attention.allocate(100, PAGE_SIZE, SLOTS, 20)
-        self.state = HostState(SLOTS, torch.device("cpu"))
-        self.slots = SlotState.allocate(SLOTS + 1, device)
+        self.state = HostSlots(SLOTS)
+        self.slots = DeviceSlots(SLOTS + 1, device)
         self.sample: Any = CudaSampler(3, self.slots, self.attention, SLOTS, VOCAB)
         random = torch.Generator().manual_seed(4)
         table = torch.randn(VOCAB, VOCAB, generator=random) + 3 * torch.eye(VOCAB)
@@ -57,13 +57,12 @@ class TableRunner:
 
         device, attention = self.attention.shape.device, self.attention
         self.state.set_up(step)
-        new = [getattr(step, f"new_{name}") for name in ("temperatures", "top_ps", "top_ks", "min_ps", "seeds")]
-        set_slots(self.slots, torch.from_numpy(pack_new_slots(step.new_slots, *new, step.new_num_sampled)).to(device))
+        set_slots(self.slots, torch.from_numpy(pack_new_slots(step.new)).to(device))
         attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
         attention.copy_pages(step.copy_from, step.copy_to)
-        plan = plan_sampling(step, self.state.host)
+        plan = plan_sampling(step, self.state)
         none = ints()
-        lengths = self.state.host.lengths[step.decode_slots]
+        lengths = self.state["length"][step.decode_slots]
         chunks = (step.prefill_slots, step.prefill_starts, step.prefill_lengths)
         attention.plan(StepLayout(step.decode_slots, lengths, *chunks, none, none, none, none))
         ids = torch.empty_like(attention.row_slots)

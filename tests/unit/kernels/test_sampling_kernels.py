@@ -20,7 +20,7 @@ class Bench:
     def __init__(
         self, logits: torch.Tensor, rows: list[int], block: int = 64, room: int = 64, **fields: object
     ) -> None:
-        from toka_engine.model.kernels.device_slots import SlotState
+        from toka_engine.model.kernels.device_slots import DeviceSlots
         from toka_engine.model.kernels.sampling import Samples, Workspace
 
         device = logits.device
@@ -30,10 +30,10 @@ class Bench:
             torch.tensor(rows, dtype=torch.int32, device=device),
             torch.arange(n, dtype=torch.int32, device=device),
         )
-        self.state = SlotState.allocate(n, device)
-        self.state.temperature.fill_(1.0)
+        self.state = DeviceSlots(n, device)
+        self.state["temperature"].fill_(1.0)
         for name, value in fields.items():
-            getattr(self.state, name).copy_(torch.as_tensor(value))
+            self.state[name].copy_(torch.as_tensor(value))
         self.work = Workspace.allocate(n, logits.shape[1], device, block=block, room=room)
         self.ids = torch.zeros(n, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(n, device=device)
@@ -47,8 +47,8 @@ class Bench:
         from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
 
         state = self.state
-        filtered = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
-        seeded = state.seed >= 0
+        filtered = (state["top_k"] > 0) | (state["top_p"] < 1) | (state["min_p"] > 0)
+        seeded = state["seed"] >= 0
         block_stats(self.logits, self.samples, state, self.work, with_logprobs)
         random = torch.tensor([engine_seed, self.step], dtype=torch.int64, device=self.logits.device)
         chosen = filtered.nonzero().flatten().int()

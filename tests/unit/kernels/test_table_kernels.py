@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from toka_engine.slot_parameters import SLOT_COLUMNS, SlotBatch
 
 
 def int32(device: torch.device, *values: int) -> torch.Tensor:
@@ -43,34 +44,38 @@ def test_copy_pages_copies_every_plane_of_the_named_pages(device, generator) -> 
     assert torch.equal(cache, expected)
 
 
-def test_new_slots_get_their_fields_and_others_keep_theirs(device) -> None:
-    from toka_engine.model.kernels.device_slots import SlotState, pack_new_slots, set_slots
+def test_new_slots_get_the_columns_of_the_device_and_others_keep_theirs(device) -> None:
+    from toka_engine.model.kernels.device_slots import DeviceSlots, pack_new_slots, set_slots
 
-    state = SlotState.allocate(6, device)
-    slots = np.array([5, 1], np.int32)
-    seeds = np.array([2**62 + 12345678901, -1], np.int64)
-    words = pack_new_slots(
-        slots,
-        np.array([0.7, 0.0], np.float32),
-        np.array([0.9, 1.0], np.float32),
-        np.array([40, 0], np.int32),
-        np.array([0.0, 0.05], np.float32),
-        seeds,
-        np.array([3, 0], np.int32),
-    )
-    set_slots(state, torch.from_numpy(words).to(device))
-    np.testing.assert_array_equal(state.temperature.cpu().numpy()[[5, 1, 0]], np.float32([0.7, 0.0, 0.0]))
-    np.testing.assert_array_equal(state.top_p.cpu().numpy()[[5, 1, 0]], np.float32([0.9, 1.0, 1.0]))
-    assert state.top_k.tolist() == [0, 0, 0, 0, 0, 40]
-    np.testing.assert_array_equal(state.min_p.cpu().numpy()[[5, 1, 0]], np.float32([0.0, 0.05, 0.0]))
-    assert state.seed[[5, 1, 0]].tolist() == [int(seeds[0]), -1, -1]
-    assert state.num_sampled.tolist() == [0, 0, 0, 0, 0, 3]
+    slots = DeviceSlots(6, device)
+    on_device = [column for column in SLOT_COLUMNS if column.on_device]
+    expected = {column.name: np.full(6, column.default, column.dtype) for column in on_device}
+    random = np.random.default_rng(0)
+    for named in ([5, 1], [4], [0, 5, 2]):
+        new = {column.name: random.integers(-(2**62), 2**62, len(named)).astype(column.dtype) for column in on_device}
+        batch = SlotBatch.of(named, num_logprobs=3, **new)
+        set_slots(slots, torch.from_numpy(pack_new_slots(batch)).to(device))
+        for name, values in new.items():
+            expected[name][named] = values
+    set_slots(slots, torch.from_numpy(pack_new_slots(SlotBatch.of([3]))).to(device))  # defaults: not sent, but set
+    set_slots(slots, torch.from_numpy(pack_new_slots(SlotBatch())).to(device))
+    for name, values in expected.items():
+        np.testing.assert_array_equal(slots[name].cpu().numpy(), values)
+
+
+def test_defaults_replace_what_a_slots_last_owner_had(device) -> None:
+    from toka_engine.model.kernels.device_slots import DeviceSlots, pack_new_slots, set_slots
+
+    slots = DeviceSlots(3, device)
+    for batch in (SlotBatch.of([1], seed=7, top_k=40, temperature=0.5), SlotBatch.of([1], top_k=2)):
+        set_slots(slots, torch.from_numpy(pack_new_slots(batch)).to(device))
+    assert [slots[name][1].item() for name in ("seed", "top_k", "temperature")] == [-1, 2, 1.0]
 
 
 def test_gather_ids_takes_last_tokens_then_prefill_tokens(device) -> None:
-    from toka_engine.model.kernels.device_slots import SlotState, gather_ids
+    from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids
 
-    state = SlotState.allocate(4, device)
+    state = DeviceSlots(4, device)
     state.last_token.copy_(int32(device, 10, 11, 12, 13))
     out = int32(device, -1, -1, -1, -1, -1)
     gather_ids(state, int32(device, 3, 1, 0, 0, 0), int32(device, 7, 8, 9), 2, out)

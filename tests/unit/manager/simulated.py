@@ -24,11 +24,11 @@ from toka_engine.messages import (
     Cancel,
     Deltas,
     Refused,
-    Sampling,
     Step,
     Submit,
     Tokens,
 )
+from toka_engine.slot_parameters import Sampling
 
 MASK = (1 << 61) - 1
 NO_FAILURE = 0
@@ -148,17 +148,15 @@ class SimulatedWorker:
         return self._sample(step.number, rows)
 
     def _set_up(self, step: Step) -> None:
-        for index, slot in enumerate(step.new_slots.tolist()):
+        new = step.new
+        for index, slot in enumerate(new.slots.tolist()):
             self.table[slot] = -1
-            self.lengths[slot] = int(step.new_lengths[index])
-            self.num_sampled[slot] = int(step.new_num_sampled[index])
-            self.seeds[slot] = int(step.new_seeds[index])
-            self.num_logprobs[slot] = int(step.new_num_logprobs[index])
-            self.penalties[slot] = NO_PENALTIES
-        arrays = (step.presence_penalties, step.frequency_penalties, step.repetition_penalties)
-        for slot, *values in zip(step.penalty_slots.tolist(), *(each.tolist() for each in arrays), strict=True):
-            assert slot in step.new_slots
-            self.penalties[slot] = tuple(values)
+            self.lengths[slot] = int(new["length"][index])
+            self.num_sampled[slot] = int(new["num_sampled"][index])
+            self.seeds[slot] = int(new["seed"][index])
+            self.num_logprobs[slot] = int(new["num_logprobs"][index])
+            penalties = (new[f"{name}_penalty"][index] for name in ("presence", "frequency", "repetition"))
+            self.penalties[slot] = tuple(map(float, penalties))
         self.table[step.append_slots, step.append_indices] = step.append_pages
         assert len(set(step.copy_to.tolist())) == step.copy_to.size
         assert not set(step.copy_to.tolist()) & set(step.copy_from.tolist())
@@ -407,7 +405,7 @@ class Harness:
             for named in (sent.decode_slots, sent.prefill_slots, sent.fanout_slots)
             for slot in named.tolist()
         }
-        assert not in_flight_slots & set(step.new_slots.tolist()), "a slot is reused while a step still names it"
+        assert not in_flight_slots & set(step.new.slots.tolist()), "a slot is reused while a step still names it"
         given = set(step.append_pages.tolist())
         assert not given & set(step.copy_from.tolist()), "a page is given away before it is copied"
         assert not given & set().union(*self.copied), "a step on its way still copies this page"

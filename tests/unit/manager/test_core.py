@@ -342,7 +342,7 @@ def test_where_pages_are_short_at_most_every_second_step_admits() -> None:
         harness.submit([first] * 4, max_tokens=5 + first % 9, seed=first)
     admitting = []
     while harness.plan() or harness.sent:
-        admitting += [step.number for step in harness.sent if step.new_slots.size and step.number not in admitting]
+        admitting += [step.number for step in harness.sent if len(step.new) and step.number not in admitting]
         harness.return_one()
     assert len(admitting) > 2
     assert min(np.diff(admitting)) >= 2

@@ -10,7 +10,8 @@ from toka_engine.config import EngineConfig
 from toka_engine.manager import admission, lifecycle, receiving, scheduler
 from toka_engine.manager.allocator import Allocator
 from toka_engine.manager.state import ManagerState
-from toka_engine.messages import Sampling, Submit
+from toka_engine.messages import Submit
+from toka_engine.slot_parameters import Sampling
 
 from tests.unit.manager.simulated import Harness, HashModel, reference, small_sizes
 

@@ -27,13 +27,13 @@ from toka_engine.messages import (
     Ping,
     Pong,
     Progress,
-    Sampling,
     Start,
     Stats,
     Step,
     Submit,
     WorkerReady,
 )
+from toka_engine.slot_parameters import Sampling
 
 from tests.engine_process import WAIT_S
 from tests.unit.manager.simulated import HashModel, SimulatedWorker, reference

@@ -26,7 +26,7 @@ from toka_engine.model.cpu.sampler import CpuSampler
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Linear, Ops
 from toka_engine.model.sizing import Sizes, choose_sizes
-from toka_engine.model.slot_state import SlotState
+from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.torch_norms import add_rms_norm, rms_norm
 from toka_engine.noise import settled_seed
 
@@ -87,5 +87,5 @@ class CpuBackend:
         """See backend.Backend."""
         attention = CpuAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
-        state, sample = SlotState(sizes.max_seqs, shape.device), CpuSampler(settled_seed(config), attention.read_tokens)
+        state, sample = HostSlots(sizes.max_seqs), CpuSampler(settled_seed(config), attention.read_tokens)
         return CpuRunner(model, attention, state, sample)

@@ -13,7 +13,7 @@ from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
-from toka_engine.model.slot_state import SlotState
+from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
 
 
@@ -22,7 +22,7 @@ class CpuRunner:
 
     max_steps_in_flight = 1
 
-    def __init__(self, model: CausalModel, attention: CpuAttention, state: SlotState, sample: Sample) -> None:
+    def __init__(self, model: CausalModel, attention: CpuAttention, state: HostSlots, sample: Sample) -> None:
         self.model = model
         self.attention = attention
         self.state = state
@@ -44,7 +44,7 @@ class CpuRunner:
             self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
         if step.copy_from.size:
             self.attention.copy_pages(step.copy_from, step.copy_to)
-        plan = plan_sampling(step, self.state.host)
+        plan = plan_sampling(step, self.state)
         sampled = self._forward_and_sample(step, plan)
         self.state.advance(step)
         return Launched(step.number, plan, sampled, started_s, time.thread_time() - cpu_s)
@@ -85,7 +85,7 @@ class CpuRunner:
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits [n, vocab] and, where samples share logits, each sample's index into them [R] int64."""
-        self.attention.plan(make_layout(step, self.state.host, keep_seeded_out=True))
+        self.attention.plan(make_layout(step, self.state, keep_seeded_out=True))
         ids = self.state.last_tokens[_to_tensor(step.decode_slots).long()]
         if not step.prefill_slots.size:
             self.attention.write_tokens(ids)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from toka_engine.model.cpu.gumbel import gumbel_noise
 from toka_engine.model.cpu.penalties import apply_penalties
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
-from toka_engine.model.slot_state import SlotState
+from toka_engine.model.slot_state import HostSlots
 
 ReadTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int64]]
 """slots and lengths [k] -> the first tokens of each slot, side by side [sum(lengths)]."""
@@ -39,7 +39,7 @@ class CpuSampler:
         self._read_tokens = read_tokens
 
     def __call__(
-        self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: SlotState
+        self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots
     ) -> Sampled:
         wide = logits.float()
         rows = torch.arange(plan.slots.size) if logit_rows is None else logit_rows
@@ -64,7 +64,7 @@ class CpuSampler:
         maxima: torch.Tensor,  # [n]
         rows: torch.Tensor,  # [R] int64: row of `wide` of each member
         plan: SamplePlan,
-        state: SlotState,
+        state: HostSlots,
     ) -> None:
         slots = torch.from_numpy(plan.slots.astype(np.int64))
         for of_kind, draw in (
@@ -89,9 +89,9 @@ class CpuSampler:
         apply_penalties(changed, self._read_tokens(penalties.sources, penalties.lengths), penalties)
         return changed, torch.zeros_like(rows).index_copy_(0, asking, torch.arange(asking.shape[0]))
 
-    def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+    def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:
         """x [n, vocab] -> [n] ids by inverse transform over blocks."""
-        weights = x.sub(maxima[:, None]).div_(state.temperatures[slots][:, None]).exp_()
+        weights = x.sub(maxima[:, None]).div_(state.tensor("temperature")[slots][:, None]).exp_()
         blocks = _view_blocks(weights, 0.0)
         uniforms = torch.from_numpy(self._generator.random((2, x.shape[0], 1)))
         block = _pick(blocks.sum(dim=2, dtype=torch.float64), uniforms[0])
@@ -122,13 +122,13 @@ def _find_first_maximum(x: torch.Tensor) -> torch.Tensor:
     return block * _BLOCK + blocks[torch.arange(x.shape[0]), block].argmax(dim=1)
 
 
-def _find_maxima(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
+def _find_maxima(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:
     return _find_first_maximum(x)
 
 
-def _draw_seeded(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: SlotState) -> torch.Tensor:
-    noise = gumbel_noise(state.seeds[slots], state.num_sampled[slots], x.shape[1])
-    return _find_first_maximum(noise.add_(x / state.temperatures[slots][:, None]))
+def _draw_seeded(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:
+    noise = gumbel_noise(state.tensor("seed")[slots], state.tensor("num_sampled")[slots], x.shape[1])
+    return _find_first_maximum(noise.add_(x / state.tensor("temperature")[slots][:, None]))
 
 
 def _apply_filters(
@@ -136,7 +136,7 @@ def _apply_filters(
     chosen: np.ndarray[tuple[int], np.dtype[np.int64]],
     plan: SamplePlan,
     slots: torch.Tensor,
-    state: SlotState,
+    state: HostSlots,
 ) -> torch.Tensor:
     """A copy of x [n, vocab] with -inf for what top_k, top_p and min_p leave out, in the rows that ask."""
     asking = np.flatnonzero(np.isin(chosen, plan.filtered, assume_unique=True))
@@ -146,10 +146,10 @@ def _apply_filters(
     result = x.clone() if asking.size < x.shape[0] else x
     kept = keep_likeliest(
         x[at],
-        state.temperatures[slots[at]],
-        state.top_ks[slots[at]],
-        state.top_ps[slots[at]],
-        state.min_ps[slots[at]],
+        state.tensor("temperature")[slots[at]],
+        state.tensor("top_k")[slots[at]],
+        state.tensor("top_p")[slots[at]],
+        state.tensor("min_p")[slots[at]],
     )
     if result is x:
         return kept

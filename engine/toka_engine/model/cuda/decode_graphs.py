@@ -19,7 +19,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import GRAPH_GROUP_WORDS, CudaAttention, GraphGroups
 from toka_engine.model.cuda.graph_sizes import graph_sizes, measure_captures
 from toka_engine.model.cuda.sampler import CudaSampler
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.packets import Packets
 
 _MAX_DRAWN_ROWS = 512
@@ -35,7 +35,7 @@ class DecodeGraphs:
         self,
         model: CausalModel,
         attention: CudaAttention,
-        state: SlotState,
+        state: DeviceSlots,
         sampler: CudaSampler,
         max_rows: int,
     ) -> None:

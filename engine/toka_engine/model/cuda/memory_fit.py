@@ -11,15 +11,16 @@ import gc
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import torch
 
 from toka_engine.errors import OutOfMemoryError
-from toka_engine.messages import Step, WorkerReady
+from toka_engine.messages import Int32s, Step, WorkerReady
 from toka_engine.model.sizing import TOKEN_ID_BYTES, Sizes
+from toka_engine.slot_parameters import SlotBatch
 
 if TYPE_CHECKING:
     from toka_engine.model.cuda.attention import CudaAttention
@@ -65,7 +66,7 @@ def make_largest_steps(ready: WorkerReady) -> list[Step]:
     columns = np.arange(num_chunks * pages_per_chunk, dtype=np.int32)
     prefill = Step(
         number=0,
-        **_new_slots(num_chunks, num_logprobs),
+        new=_ask_for_all(chunks, num_logprobs),
         append_slots=columns // pages_per_chunk,
         append_indices=columns % pages_per_chunk,
         append_pages=columns % ready.num_pages,
@@ -78,23 +79,13 @@ def make_largest_steps(ready: WorkerReady) -> list[Step]:
     )
     num_rows = min(ready.max_seqs, num_tokens)
     # Slots without pages write to page 0, all of them to the same place: nobody reads it.
-    decode = Step(number=0, **_new_slots(num_rows, num_logprobs), decode_slots=np.arange(num_rows, dtype=np.int32))
+    rows = np.arange(num_rows, dtype=np.int32)
+    decode = Step(number=0, new=_ask_for_all(rows, num_logprobs), decode_slots=rows)
     return [prefill, decode]
 
 
-def _new_slots(count: int, num_logprobs: int) -> dict[str, Any]:
-    zeros = np.zeros(count, np.int32)
-    return {
-        "new_slots": np.arange(count, dtype=np.int32),
-        "new_lengths": zeros,
-        "new_num_sampled": zeros,
-        "new_temperatures": np.ones(count, np.float32),
-        "new_top_ps": np.full(count, 0.9, np.float32),
-        "new_top_ks": zeros,
-        "new_min_ps": np.zeros(count, np.float32),
-        "new_seeds": np.full(count, -1, np.int64),
-        "new_num_logprobs": np.full(count, num_logprobs, np.int32),
-    }
+def _ask_for_all(slots: Int32s, num_logprobs: int) -> SlotBatch:
+    return SlotBatch.of(slots, top_p=0.9, num_logprobs=num_logprobs)
 
 
 def fit_cache(

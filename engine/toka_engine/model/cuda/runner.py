@@ -24,10 +24,10 @@ from toka_engine.model.cuda.sampler import CudaSampler
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.cuda.triton_cache import log_compiled
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
-from toka_engine.model.kernels.device_slots import SlotState, gather_ids, pack_new_slots, set_slots
+from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.kernels.packets import RING
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
-from toka_engine.model.slot_state import SlotState as HostState
+from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
 from toka_engine.noise import settled_seed
 
@@ -60,11 +60,11 @@ class CudaRunner:
 
     def __init__(self, model: CausalModel, attention: CudaAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
-        self._slots = SlotState.allocate(max_seqs + 1, device)  # one more: padding rows of graphs
+        self._slots = DeviceSlots(max_seqs + 1, device)  # one more: padding rows of graphs
         self.sampler = CudaSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
         self.sample: Sample = self.sampler
         self.model, self.attention = model, attention
-        self.state = HostState(max_seqs, torch.device("cpu"))
+        self.state = HostSlots(max_seqs)
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self.decode_graphs: DecodeGraphs | None = None
         self._last_plan: SamplePlan | None = None
@@ -174,10 +174,10 @@ class CudaRunner:
     def _plan_sampling(self, step: Step) -> SamplePlan:
         """As plan_sampling. Decode steps of the same rows share one plan: nothing in it changes from step to step."""
         last, slots = self._last_plan, step.decode_slots
-        has_new = step.new_slots.size or step.fanout_slots.size
+        has_new = len(step.new) or step.fanout_slots.size
         if last is not None and not has_new and np.array_equal(slots, last.slots):
             return last
-        plan = plan_sampling(step, self.state.host)
+        plan = plan_sampling(step, self.state)
         self._last_plan = plan if plan.penalties is None else None
         return plan
 
@@ -192,7 +192,7 @@ class CudaRunner:
         if decode_graphs is not None and not step.prefill_slots.size and 0 < count <= decode_graphs.max_rows:
             saved_s = self._saved_s(step)
             if saved_s > _GROUP_OVERHEAD_S and decode_graphs.has_groups:
-                groups = self.attention.pack_graph_groups(make_layout(step, self.state.host, keep_seeded_out=False))
+                groups = self.attention.pack_graph_groups(make_layout(step, self.state, keep_seeded_out=False))
             is_better = groups is not None or saved_s < _EAGER_OVERHEAD_S
         if decode_graphs is None or not is_better:
             self.attention.append_pages(*appends)
@@ -200,7 +200,7 @@ class CudaRunner:
         if step.append_slots.size > decode_graphs.max_rows:
             self.attention.append_pages(*appends)
             appends = _NO_APPENDS
-        return decode_graphs.forward(step.decode_slots, self.state.host.lengths[step.decode_slots], appends, groups)
+        return decode_graphs.forward(step.decode_slots, self.state["length"][step.decode_slots], appends, groups)
 
     def _draw_by_graph(self, plan: SamplePlan) -> bool:
         return self.decode_graphs is not None and plan.is_plain and self.decode_graphs.draw()
@@ -242,23 +242,13 @@ class CudaRunner:
 
     def _set_up(self, step: Step) -> None:
         self.state.set_up(step)
-        if step.new_slots.size:
-            (words,) = self._new_slots.upload(
-                pack_new_slots(
-                    step.new_slots,
-                    step.new_temperatures,
-                    step.new_top_ps,
-                    step.new_top_ks,
-                    step.new_min_ps,
-                    step.new_seeds,
-                    step.new_num_sampled,
-                )
-            )
+        if len(step.new):
+            (words,) = self._new_slots.upload(pack_new_slots(step.new))
             set_slots(self._slots, words)
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of any step, launched one by one, and each sampled row's index into them (None: in order)."""
-        layout = make_layout(step, self.state.host, keep_seeded_out=False)
+        layout = make_layout(step, self.state, keep_seeded_out=False)
         self.attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
         rows, logit_rows = find_sampled_rows(step) if chunks else (None, None)

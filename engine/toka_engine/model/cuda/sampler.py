@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.staging import Staging
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.logit_penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
 from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, draw
@@ -16,7 +16,7 @@ from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
 from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
-from toka_engine.model.slot_state import SlotState as HostState
+from toka_engine.model.slot_state import HostSlots
 
 _OUTPUTS = 4
 """Result buffers in turn: a step's results are copied out while later steps run. More than the steps in flight."""
@@ -30,10 +30,10 @@ class CudaSampler:
     """An ops.Sample over the slots' state on the device, whose last tokens and draw counters it advances."""
 
     def __init__(
-        self, seed: int, state: SlotState, attention: CudaAttention, max_samples: int, vocab_size: int
+        self, seed: int, state: DeviceSlots, attention: CudaAttention, max_samples: int, vocab_size: int
     ) -> None:
         """`attention` holds the tokens that penalties look at."""
-        device = state.temperature.device
+        device = state["temperature"].device
         self._seed, self._step, self._turn = seed, 0, 0
         self._state, self._attention = state, attention
         self._work = Workspace.allocate(max_samples, vocab_size, device)
@@ -45,7 +45,7 @@ class CudaSampler:
         self._inputs = Staging(device)
 
     def __call__(
-        self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostState
+        self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots
     ) -> Sampled:
         """logits [n, vocab] fp32; see ops.Sample. `state` is the host's mirror: the device has its own."""
         self._turn = (self._turn + 1) % _OUTPUTS

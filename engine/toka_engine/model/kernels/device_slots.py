@@ -1,11 +1,10 @@
-"""Sampling state on the GPU by slot, and the kernels that set and read it.
+"""A slot's parameters on the GPU, and the kernels that set and read them.
 
-A step changes it through one packed array of int32, so that a step's inputs are a single copy from pinned memory.
+The columns are those that the table in `slot_parameters` marks `on_device`. A step changes them through one packed
+array of int32, so that its inputs are a single copy from pinned memory.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,92 +12,79 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-NUM_FIELDS = 8
-"""int32 words per new slot: slot, temperature, top_p, top_k, min_p, seed (low, high), num_sampled."""
+from toka_engine.slot_parameters import SLOT_COLUMNS, Column, SlotBatch
+
+_COLUMNS = [column for column in SLOT_COLUMNS if column.on_device]
+_WORDS = [column.dtype.itemsize // 4 for column in _COLUMNS]
+"""int32 words of each column's values, 1 or 2. Columns of two come first in memory."""
+_NUM_LONGS = sum(words == 2 for words in _WORDS)
+_NUM_SHORTS = sum(words == 1 for words in _WORDS)
+_ALIGN = 16
+"""Slots are allocated by as many, so that every column begins where Triton's vector loads may."""
 
 
-@dataclass(frozen=True, slots=True)
-class SlotState:
-    """What sampling knows of each slot; every tensor is [num_slots]."""
+class DeviceSlots:
+    """The columns that kernels read by slot, [num_slots] each, and the last sampled token."""
 
-    temperature: torch.Tensor  # fp32; 0: greedy
-    top_p: torch.Tensor  # fp32; 1: off
-    top_k: torch.Tensor  # int32; 0: off
-    min_p: torch.Tensor  # fp32; 0: off
-    seed: torch.Tensor  # int64; -1: none
-    num_sampled: torch.Tensor  # int32: tokens drawn so far, the counter of seeded draws
     last_token: torch.Tensor  # int32: what the next decode step reads
 
-    @classmethod
-    def allocate(cls, num_slots: int, device: torch.device) -> SlotState:
-        def zeros(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(num_slots, dtype=dtype, device=device)
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.stride = triton.cdiv(num_slots, _ALIGN) * _ALIGN
+        self.words = torch.zeros(sum(_WORDS) * self.stride, dtype=torch.int32, device=device)
+        """All columns in the order of `_in_memory_order`, `stride` slots each."""
+        self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._columns: dict[str, torch.Tensor] = {}
+        begin = 0
+        for column in _in_memory_order():
+            end = begin + self.stride * (column.dtype.itemsize // 4)
+            values = self.words[begin:end].view(_TORCH_DTYPES[column.dtype])
+            self._columns[column.name] = values[:num_slots].fill_(column.default)
+            begin = end
 
-        return cls(
-            temperature=zeros(torch.float32),
-            top_p=zeros(torch.float32) + 1,
-            top_k=zeros(torch.int32),
-            min_p=zeros(torch.float32),
-            seed=zeros(torch.int64) - 1,
-            num_sampled=zeros(torch.int32),
-            last_token=zeros(torch.int32),
-        )
-
-
-def pack_new_slots(
-    slots: NDArray[np.int32],
-    temperatures: NDArray[np.float32],
-    top_ps: NDArray[np.float32],
-    top_ks: NDArray[np.int32],
-    min_ps: NDArray[np.float32],
-    seeds: NDArray[np.int64],
-    num_sampled: NDArray[np.int32],
-) -> NDArray[np.int32]:
-    """The words that `set_slots` takes: field by field, [NUM_FIELDS * n]."""
-    halves = seeds.astype("<i8").view("<i4").reshape(-1, 2)
-    fields = [
-        slots,
-        temperatures.view(np.int32),
-        top_ps.view(np.int32),
-        top_ks,
-        min_ps.view(np.int32),
-        halves[:, 0],
-        halves[:, 1],
-        num_sampled,
-    ]
-    return np.concatenate(fields, dtype=np.int32) if slots.size else np.empty(0, np.int32)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The column `name` [num_slots]."""
+        return self._columns[name]
 
 
-@triton.jit(do_not_specialize=["count"])
+def _in_memory_order() -> list[Column]:
+    return sorted(_COLUMNS, key=lambda column: -column.dtype.itemsize)
+
+
+_TORCH_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
+
+
+def pack_new_slots(new: SlotBatch) -> NDArray[np.int32]:
+    """Return what `set_slots` takes [words * n]: the slots, then word by word the columns in their order in memory."""
+    words = [new.slots]
+    for column in _in_memory_order():
+        halves = new[column.name].astype(column.dtype.newbyteorder("<"), copy=False).view("<i4")
+        words += list(halves.reshape(len(new), column.dtype.itemsize // 4).T)
+    return np.concatenate(words, dtype=np.int32)
+
+
+@triton.jit(do_not_specialize=["count", "stride"])
 def _set_slots_kernel(
-    words_ptr, count, temperature_ptr, top_p_ptr, top_k_ptr, min_p_ptr, seed_ptr, num_sampled_ptr,
-    BLOCK: tl.constexpr,
+    words_ptr, count, state_ptr, stride, NUM_LONGS: tl.constexpr, NUM_SHORTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     slot = tl.load(words_ptr + index, mask=inside, other=0)
-    temperature = tl.load(words_ptr + count + index, mask=inside, other=0)
-    top_p = tl.load(words_ptr + 2 * count + index, mask=inside, other=0)
-    top_k = tl.load(words_ptr + 3 * count + index, mask=inside, other=0)
-    min_p = tl.load(words_ptr + 4 * count + index, mask=inside, other=0)
-    low = tl.load(words_ptr + 5 * count + index, mask=inside, other=0).to(tl.int64)
-    high = tl.load(words_ptr + 6 * count + index, mask=inside, other=0).to(tl.int64)
-    num_sampled = tl.load(words_ptr + 7 * count + index, mask=inside, other=0)
-    tl.store(temperature_ptr + slot, temperature.to(tl.float32, bitcast=True), mask=inside)
-    tl.store(top_p_ptr + slot, top_p.to(tl.float32, bitcast=True), mask=inside)
-    tl.store(top_k_ptr + slot, top_k, mask=inside)
-    tl.store(min_p_ptr + slot, min_p.to(tl.float32, bitcast=True), mask=inside)
-    tl.store(seed_ptr + slot, (high << 32) | (low & 0xFFFFFFFF), mask=inside)
-    tl.store(num_sampled_ptr + slot, num_sampled, mask=inside)
+    for column in tl.static_range(NUM_LONGS):
+        from_ptr, into_ptr = words_ptr + (1 + 2 * column) * count + index, state_ptr + 2 * column * stride + 2 * slot
+        tl.store(into_ptr, tl.load(from_ptr, mask=inside, other=0), mask=inside)
+        tl.store(into_ptr + 1, tl.load(from_ptr + count, mask=inside, other=0), mask=inside)
+    for column in tl.static_range(2 * NUM_LONGS, 2 * NUM_LONGS + NUM_SHORTS):
+        word = tl.load(words_ptr + (1 + column) * count + index, mask=inside, other=0)
+        tl.store(state_ptr + column * stride + slot, word, mask=inside)
 
 
-def set_slots(state: SlotState, words: torch.Tensor) -> None:
-    """Set the sampling fields of the slots in `words` [NUM_FIELDS * n] int32 (see pack_new_slots)."""
-    count = words.shape[0] // NUM_FIELDS
+def set_slots(slots: DeviceSlots, words: torch.Tensor) -> None:
+    """Set the columns of the slots in `words` int32 (see pack_new_slots)."""
+    count = words.shape[0] // (1 + sum(_WORDS))
     if count:
         _set_slots_kernel[(triton.cdiv(count, 128),)](
-            words, count, state.temperature, state.top_p, state.top_k, state.min_p, state.seed,
-            state.num_sampled, BLOCK=128, num_warps=4,
+            words, count, slots.words, slots.stride, NUM_LONGS=_NUM_LONGS, NUM_SHORTS=_NUM_SHORTS, BLOCK=128,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -114,7 +100,7 @@ def _gather_ids_kernel(last_token_ptr, slots_ptr, tokens_ptr, out_ptr, num_decod
 
 
 def gather_ids(
-    state: SlotState,
+    state: DeviceSlots,
     slots: torch.Tensor,  # [rows] int32
     prefill_tokens: torch.Tensor,  # [rows - num_decode] int32
     num_decode: int,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.logit_ordering import key_of, unordered
 from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_temperature
 from toka_engine.model.kernels.top_k_gathering import cut_gathered
@@ -157,7 +157,7 @@ def apply_filters(
     logits: torch.Tensor,
     samples: Samples,
     chosen: torch.Tensor,  # [f] int32: the samples with a filter
-    state: SlotState,
+    state: DeviceSlots,
     work: Workspace,
 ) -> None:
     """After block_stats, draw_by_rejection and gather_best, for those of the chosen samples that have no token yet.
@@ -170,12 +170,12 @@ def apply_filters(
     shift = 16 if logits.dtype == torch.bfloat16 else 0
     _threshold_kernel[(count,)](
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
-        state.temperature, state.top_k, state.top_p, state.min_p, work.maximum, work.scaled_sum, work.token,
+        state["temperature"], state["top_k"], state["top_p"], state["min_p"], work.maximum, work.scaled_sum, work.token,
         work.gathered, work.num_gathered, work.threshold, work.num_blocks,
         BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], SHIFT=shift,
         num_warps=16,
     )  # fmt: skip
     _masked_sums_kernel[(count, work.num_blocks)](
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
-        state.temperature, work.maximum, work.scaled_sum, work.token, work.threshold, BLOCK=work.block, num_warps=8,
+        state["temperature"], work.maximum, work.scaled_sum, work.token, work.threshold, BLOCK=work.block, num_warps=8,
     )  # fmt: skip

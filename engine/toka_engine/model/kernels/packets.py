@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 
 RING = 4
 """Packets that may be on their way. More than the steps in flight."""
@@ -92,7 +92,7 @@ class Packets:
     def take(
         self,
         size: int,
-        state: SlotState,
+        state: DeviceSlots,
         block_table: torch.Tensor,
         page_tokens: torch.Tensor,
         has_groups: bool = False,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 
 BLOCK = 4096
 """Logits per program: 16 KiB of fp32."""
@@ -177,11 +177,13 @@ def _draw_kernel(
     tl.store(num_sampled_ptr + slot, tl.load(num_sampled_ptr + slot) + 1)
 
 
-def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: Workspace, with_logprobs: bool) -> None:
+def block_stats(
+    logits: torch.Tensor, samples: Samples, state: DeviceSlots, work: Workspace, with_logprobs: bool
+) -> None:
     """First pass over logits [rows, vocab_size]: fills work.maximum, scaled_sum, threshold and, if asked, plain_sum."""
     if len(samples):
         _block_stats_kernel[(work.num_blocks, len(samples))](
-            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state.temperature,
+            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state["temperature"],
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token,
             work.num_gathered, BLOCK=work.block, HAS_PLAIN=with_logprobs, num_warps=8,
         )  # fmt: skip
@@ -190,7 +192,7 @@ def block_stats(logits: torch.Tensor, samples: Samples, state: SlotState, work: 
 def draw(
     logits: torch.Tensor,
     samples: Samples,
-    state: SlotState,
+    state: DeviceSlots,
     work: Workspace,
     random: torch.Tensor,  # [2] int64: engine seed, step number (Philox: key and counter)
     ids: torch.Tensor,  # [n] int32
@@ -204,7 +206,7 @@ def draw(
     if len(samples):
         _draw_kernel[(len(samples),)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots,
-            state.temperature, state.seed, state.num_sampled, state.last_token, random,
+            state["temperature"], state["seed"], state["num_sampled"], state.last_token, random,
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token, work.noisy_best,
             work.noisy_token, ids, work.maximum if logprobs is None else logprobs, work.num_blocks,
             BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks),

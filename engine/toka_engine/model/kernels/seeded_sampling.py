@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_temperature
 
 
@@ -55,13 +55,13 @@ def add_noise(
     logits: torch.Tensor,
     samples: Samples,
     chosen: torch.Tensor,  # [g] int32: the samples with a seed
-    state: SlotState,
+    state: DeviceSlots,
     work: Workspace,
 ) -> None:
     """After block_stats and apply_filters: the best noisy token of each block, for the chosen samples."""
     if chosen.shape[0]:
         _noisy_best_kernel[(chosen.shape[0], work.num_blocks)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
-            state.temperature, state.seed, state.num_sampled, work.maximum, work.threshold, work.noisy_best,
+            state["temperature"], state["seed"], state["num_sampled"], work.maximum, work.threshold, work.noisy_best,
             work.noisy_token, BLOCK=work.block, num_warps=8,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.logit_ordering import key_of, ordered
 from toka_engine.model.kernels.sampling import Samples, Workspace
 
@@ -88,7 +88,7 @@ def gather_best(
     logits: torch.Tensor,
     samples: Samples,
     chosen: torch.Tensor,  # [f] int32: the samples with a filter
-    state: SlotState,
+    state: DeviceSlots,
     work: Workspace,
 ) -> None:
     """After block_stats: for those of the chosen samples that have top_k, set work.num_gathered and work.gathered.
@@ -97,7 +97,7 @@ def gather_best(
     """
     if chosen.shape[0]:
         _gather_kernel[(work.num_blocks, chosen.shape[0])](
-            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen, state.top_k,
+            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen, state["top_k"],
             work.maximum, work.gathered, work.num_gathered,
             BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], num_warps=8,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toka_engine.model.kernels.device_slots import SlotState
+from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.sampling import Samples, Workspace, find_passing, inverse_temperature
 
 
@@ -109,7 +109,7 @@ def draw_by_rejection(
     logits: torch.Tensor,
     samples: Samples,
     chosen: torch.Tensor,  # [f] int32: the samples with a filter
-    state: SlotState,
+    state: DeviceSlots,
     work: Workspace,
     random: torch.Tensor,  # [2] int64, as for draw
 ) -> None:
@@ -117,6 +117,7 @@ def draw_by_rejection(
     if chosen.shape[0]:
         _rejection_kernel[(chosen.shape[0],)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen, random,
-            state.temperature, state.top_k, state.top_p, state.min_p, state.seed, work.maximum, work.scaled_sum,
-            work.token, work.num_blocks, BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), num_warps=16,
+            state["temperature"], state["top_k"], state["top_p"], state["min_p"], state["seed"], work.maximum,
+            work.scaled_sum, work.token, work.num_blocks,
+            BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), num_warps=16,
         )  # fmt: skip
