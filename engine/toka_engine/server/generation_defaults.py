@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from toka_engine.errors import ModelInvalidError
-from toka_engine.messages import Sampling
+from toka_engine.slot_parameters import Sampling
 
 MAX_TEMPERATURE = 2.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0

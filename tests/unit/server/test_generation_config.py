@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from toka_engine.errors import ExitCode
-from toka_engine.messages import Fatal, Sampling
+from toka_engine.messages import Fatal
+from toka_engine.slot_parameters import Sampling
 
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import MODEL, RunningServer, running_server, speak
