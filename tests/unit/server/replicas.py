@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from toka_engine.messages import Int32s, Sampling, Submit
+from toka_engine.messages import Int32s, Submit
 from toka_engine.server.replicas import Replicas
+from toka_engine.slot_parameters import Sampling
 
 BLOCK_TOKENS = 64
 
