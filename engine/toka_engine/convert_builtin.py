@@ -17,8 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from toka_engine.output import run_command
-
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONFIG_KEYS_OF_THE_SOURCE = (
     "quantization_config",
@@ -111,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__)
+    sys.exit(main())
