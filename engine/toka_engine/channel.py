@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -63,9 +63,12 @@ class Channel(Generic[T]):
 
     def send(self, message: msgspec.Struct) -> None:
         """Queue `message` and write what the socket takes. Raises PeerClosedError."""
-        body = encode(message)
+        self.send_frame(make_frame(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Queue a frame of `make_frame` and write what the socket takes. Raises PeerClosedError."""
         with self._write_lock:
-            self._unsent.append(memoryview(_LENGTH.pack(len(body)) + body))
+            self._unsent.append(memoryview(frame))
             self._write_unsent()
 
     def flush(self) -> None:
@@ -143,6 +146,19 @@ class Channel(Generic[T]):
         if start:
             del self._received[:start]
         return messages
+
+
+def make_frame(message: msgspec.Struct) -> bytes:
+    """Return `message` as it goes over a channel."""
+    body = encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def broadcast(channels: Sequence[Channel[Any]], message: msgspec.Struct) -> None:
+    """Send `message`, encoded once, over each of `channels`. Raises PeerClosedError."""
+    frame = make_frame(message)
+    for channel in channels:
+        channel.send_frame(frame)
 
 
 def wait(channels: Iterable[Channel[Any]], timeout_s: float | None) -> list[Channel[Any]]:

@@ -120,7 +120,8 @@ class Child:
 def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     """Run `main(child, link_fds)` as this process and end it with an exit code of the table.
 
-    Signals that a terminal sends to the whole group are left to the supervisor.
+    `name` is that of its role, for a `Start` that has none. Signals that a terminal sends to the whole group are left
+    to the supervisor.
     """
     outlive_reader()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -130,6 +131,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     start, *early = control.receive()
     if not isinstance(start, Start):
         raise AssertionError(f"{name}: the first message was not Start")
+    name = start.process or name
     logging.basicConfig(
         level=start.config.log_level,
         stream=sys.stderr,

@@ -39,12 +39,36 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 # ---------------------------------------------------------------- control: supervisor <-> child
 
 
+class RankInfo(msgspec.Struct, frozen=True, array_like=True):
+    """The place of a process among replicas (dp), pipeline stages (pp) and tensor parallel ranks (tp)."""
+
+    dp_rank: int = 0
+    pp_rank: int = 0
+    tp_rank: int = 0
+    dp_size: int = 1
+    pp_size: int = 1
+    tp_size: int = 1
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether this rank sends the replica's `Tokens`: the first one of the last stage."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
+
+    @property
+    def device_index(self) -> int:
+        """Index of the rank's GPU among the visible ones."""
+        return (self.dp_rank * self.pp_size + self.pp_rank) * self.tp_size + self.tp_rank
+
+
 class Start(Message, frozen=True):
-    """First message to every child: the settings, and where `entry` put the model."""
+    """First message to every child: the settings, where the model's files are, and which process it is."""
 
     config: EngineConfig
     model_dir: str
     tokenizer_dir: str
+    process: str = ""
+    """Its name in the topology; "": its role's."""
+    rank: RankInfo = RankInfo()
 
 
 class Ping(Message, frozen=True):

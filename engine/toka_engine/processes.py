@@ -15,17 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.errors import PeerClosedError
 from toka_engine.messages import Fatal, FromChild, Ping, Pong, Start, ToChild
+from toka_engine.topology import Process, Role
 
 PING_INTERVAL_S = 0.25
 SILENT_PINGS_UNSURE = 2
 """Silence of 0.5 to 0.75 s: readiness off, and on again when the process answers."""
 SILENT_PINGS_STALLED = 12
 """Silence of about 3 s: the process is stuck. With the grace below the engine has ended within 5 s."""
-MAX_BUSY_S = {"server": 20.0, "manager": 30.0, "model": 120.0}
-"""One turn of a main loop. The longest honest step, 8,192 prompt tokens in fp32 on two cores, takes 13 s."""
+MAX_BUSY_S = {Role.SERVER: 20.0, Role.MANAGER: 30.0, Role.MODEL: 120.0}
+"""One turn of a main loop, by role. The longest honest step, 8,192 prompt tokens in fp32 on two cores, takes 13 s."""
 BUSY_PONGS_STALLED = 4
 """So many answers in a row must tell of one: the first after a pause of the whole container tells of the pause."""
 
@@ -35,10 +38,10 @@ _OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.o
 class ChildProcess:
     """A spawned child. Live state: mutated by the supervisor's loop only."""
 
-    def __init__(self, name: str, module: str, start: Start, link_fds: Sequence[int] = ()) -> None:
+    def __init__(self, process: Process, module: str, start: Start, link_fds: Sequence[int] = ()) -> None:
         """Spawn `python -m module CONTROL_FD *link_fds` and send `start`. The caller closes `link_fds` afterwards."""
         ours, theirs = socket_pair()
-        self.name = name
+        self.name, self.role = process.name, process.role
         self.control: Channel[FromChild] = Channel(ours, FromChild)
         with theirs:
             self.pid = _spawn(module, [theirs.fileno(), *link_fds])
@@ -54,7 +57,7 @@ class ChildProcess:
         self.silent_pings = 0
         self._is_ping_out = False
         self._num_pings = 0
-        self.send(start)
+        self.send(msgspec.structs.replace(start, process=process.name, rank=process.rank))
 
     @property
     def is_running(self) -> bool:
@@ -79,7 +82,7 @@ class ChildProcess:
         for message in messages:
             if isinstance(message, Pong):
                 self.busy_s = message.busy_s
-                is_long = message.busy_s > MAX_BUSY_S.get(self.name, math.inf)
+                is_long = message.busy_s > MAX_BUSY_S.get(self.role, math.inf)
                 self.busy_pongs = self.busy_pongs + 1 if is_long else 0
                 self.silent_pings = 0
                 self._is_ping_out = False

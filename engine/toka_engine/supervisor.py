@@ -11,6 +11,7 @@ server drains and the code is 0. A second one ends it at once, also with 0: the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from types import TracebackType
@@ -51,16 +52,17 @@ from toka_engine.processes import (
     count_oom_kills,
     reap,
 )
+from toka_engine.topology import RESOLVER, SERVER, Process, Role, choose_topology
 
 log = logging.getLogger(__name__)
 
-MODULES = {
-    "resolve": "toka_engine.resolve",
-    "server": "toka_engine.server",
-    "manager": "toka_engine.manager",
-    "model": "toka_engine.model",
+MODULES: Mapping[str, str] = {
+    Role.RESOLVE: "toka_engine.resolve",
+    Role.SERVER: "toka_engine.server",
+    Role.MANAGER: "toka_engine.manager",
+    Role.MODEL: "toka_engine.model",
 }
-"""What each process runs."""
+"""The module that the processes of a role run."""
 
 _FAILING_GRACE_S = 1.0
 """For the server to answer waiting requests with 503 before everything is killed."""
@@ -150,7 +152,7 @@ class Supervisor:
                 self._phase = Phase.DRAINING
                 limit_s = self._config.drain_endpoint_delay_s + self._config.drain_timeout_s + _DRAIN_MARGIN_S
                 self._deadline = time.monotonic() + limit_s
-                self._children["server"].send(Drain())
+                self._children[SERVER.name].send(Drain())
             case Phase.DRAINING:
                 log.warning("event=stop signal=%s while=draining", name)
                 self._outcome = Outcome(ExitCode.OK)
@@ -233,28 +235,31 @@ class Supervisor:
 
     # ------------------------------------------------------------ actions
 
-    def _spawn(self, name: str, start: Start, link_fds: tuple[int, ...] = ()) -> None:
-        self._children[name] = ChildProcess(name, self._modules[name], start, link_fds)
-        log.info("event=started process=%s pid=%d", name, self._children[name].pid)
+    def _spawn(self, process: Process, start: Start, link_fds: Sequence[int] = ()) -> None:
+        child = ChildProcess(process, self._modules[process.role], start, link_fds)
+        self._children[process.name] = child
+        log.info("event=started process=%s pid=%d", process.name, child.pid)
 
     def _resolve(self) -> None:
         """Find the model's files: here where they are local folders, else in a process that may take its time."""
         if resolved := resolve.find_local(self._config):
             self._start_engine(Start(self._config, resolved.model_dir, resolved.tokenizer_dir))
         else:
-            self._spawn("resolve", Start(self._config, "", ""))
+            self._spawn(RESOLVER, Start(self._config, "", ""))
 
     def _start_engine(self, start: Start) -> None:
-        if "resolve" in self._children:
-            self._remove(self._children["resolve"])
+        if RESOLVER.name in self._children:
+            self._remove(self._children[RESOLVER.name])
         os.environ.pop("HF_TOKEN", None)  # nobody needs it any more
-        server_end, manager_end = socket_pair()
-        worker_end, manager_worker_end = socket_pair()
-        with server_end, manager_end, worker_end, manager_worker_end:
-            self._spawn("server", start, (server_end.fileno(), self._listener.fileno()))
-            self._spawn("manager", start, (manager_end.fileno(), manager_worker_end.fileno()))
-            self._spawn("model", start, (worker_end.fileno(),))
-        self._listener.close()
+        topology = choose_topology(self._config)
+        link_fds: dict[str, list[int]] = {process.name: [] for process in topology.processes}
+        with contextlib.ExitStack() as ends:
+            for link in topology.links:
+                for name, end in zip((link.first, link.second), socket_pair(), strict=True):
+                    link_fds[name].append(ends.enter_context(end).fileno())
+            link_fds[SERVER.name].append(ends.enter_context(self._listener).fileno())
+            for process in topology.processes:
+                self._spawn(process, start, link_fds[process.name])
 
     def _remove(self, child: ChildProcess) -> None:
         child.control.close()
@@ -268,13 +273,13 @@ class Supervisor:
         log.error("event=failing process=%s reason=%s message=%r", child.name, REASONS[outcome.code], outcome.words)
         was_serving = self._phase in (Phase.READY, Phase.DRAINING)
         self._phase = Phase.FAILING
-        server = self._children.get("server")
+        server = self._children.get(SERVER.name)
         is_answering = was_serving and server is not None and server is not child
         self._deadline = time.monotonic() + (_FAILING_GRACE_S if is_answering else _BLAME_GRACE_S)
         self._tell_server(Failing(child.name, outcome.words))
 
     def _tell_server(self, message: Progress | Silent | Failing) -> None:
-        server = self._children.get("server")
+        server = self._children.get(SERVER.name)
         if server is not None:
             server.send(message)
 

@@ -1,7 +1,7 @@
 """The manager's process: the only module here that does I/O.
 
-Sleeps in `wait` until the server or a worker has something to say. Every worker gets the same steps; the
-first one's tokens count.
+Sleeps in `wait` until the server or a worker has something to say. Every rank of the replica gets the same steps; the
+output rank, the first one of the last stage, sends their tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import time
 
 import msgspec
 
-from toka_engine.channel import Channel, wait
+from toka_engine.channel import Channel, broadcast, wait
 from toka_engine.child import Child
 from toka_engine.errors import MessageError
 from toka_engine.manager.busy import BusyTime
 from toka_engine.manager.core import Manager
-from toka_engine.manager.sizes import choose_sizes, engine_info
+from toka_engine.manager.sizes import agree_on, choose_sizes, engine_info
 from toka_engine.messages import ServerToManager, Tokens, WorkerReady, WorkerToManager
+from toka_engine.topology import find_output_rank
 
 STATS_INTERVAL_S = 0.25
 
@@ -41,6 +42,7 @@ class Loop:
         self._child = child
         self._server = server
         self._workers = workers
+        self._output = workers[find_output_rank(child.start.rank)]
         self._config = child.start.config
         self._next_stats = 0.0
         self._next_report = 0.0
@@ -60,9 +62,10 @@ class Loop:
         """Wait for the workers, tell the server the limits."""
         self._child.progress("wait", "for the model workers")
         readies = [self._receive_ready(worker) for worker in self._workers]
-        sizes = choose_sizes(self._config, readies[0])
+        ready = agree_on(readies)
+        sizes = choose_sizes(self._config, ready)
         manager = Manager(self._config, sizes)
-        self._server.send(engine_info(sizes, readies[0]))
+        self._server.send(engine_info(sizes, ready))
         self._child.ready()
         logger.info(
             "event=ready pages=%d page_size=%d slots=%d max_running=%d max_tokens_per_forward=%d "
@@ -85,15 +88,14 @@ class Loop:
         for worker in self._workers:
             if worker in readable:
                 for tokens in worker.receive_ready():
-                    if worker is self._workers[0] and isinstance(tokens, Tokens):
+                    if worker is self._output and isinstance(tokens, Tokens):
                         self._busy_time.add_step(time.monotonic(), tokens.step_wall_s)
                         outbox += manager.receive(tokens)
         if self._server in readable:
             for request in self._server.receive_ready():
                 outbox += manager.handle(request)
         while step := manager.plan():
-            for worker in self._workers:
-                worker.send(step)
+            broadcast(self._workers, step)
         if started := manager.take_started():
             self._server.send(started)  # before a token of theirs, which only a later turn can bring
         for message in outbox:

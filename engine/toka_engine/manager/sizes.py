@@ -5,9 +5,13 @@ Pure. Every limit that the server enforces for the manager (`EngineInfo`) is mad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from toka_engine.config import EngineConfig
+from toka_engine.errors import MessageError
 from toka_engine.messages import EngineInfo, WorkerReady
 
 PREFILL_SHARE = 8
@@ -34,8 +38,24 @@ class Sizes:
     max_request_tokens: int
 
 
+_SMALLEST = ("num_pages", "max_seqs", "max_tokens_per_forward", "max_pages_per_seq")
+"""Sizes of which a replica has what its smallest rank has."""
+_EQUAL = ("vocab_size", "max_positions", "page_size", "device", "dtype")
+
+
+def agree_on(readies: Sequence[WorkerReady]) -> WorkerReady:
+    """Return what all ranks of a replica can do. Raises MessageError that names what they disagree on."""
+    for name in _EQUAL:
+        values = {getattr(ready, name) for ready in readies}
+        if len(values) > 1:
+            raise MessageError(f"the model workers disagree on {name}: {', '.join(map(str, sorted(values)))}")
+    return msgspec.structs.replace(
+        readies[0], **{name: min(getattr(ready, name) for ready in readies) for name in _SMALLEST}
+    )
+
+
 def choose_sizes(config: EngineConfig, ready: WorkerReady) -> Sizes:
-    """Return the sizes that `ready` (the first worker's; all ranks agree) and `config` allow."""
+    """Return the sizes that `ready`, on which all ranks agree, and `config` allow."""
     max_request_tokens = min(
         ready.max_positions,
         ready.num_pages * ready.page_size,

@@ -63,7 +63,7 @@ class Worker:
             ) from error
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
-        """Execute steps until `Stop`. Raises PeerClosedError when the manager is gone."""
+        """Execute steps until `Stop`. The output rank sends their tokens. Raises PeerClosedError: no manager."""
         waiting: deque[ManagerToWorker] = deque()
         launched: deque[Launched] = deque()
         while True:
@@ -80,7 +80,9 @@ class Worker:
                             return
                     if waiting and len(launched) < self.runner.max_steps_in_flight:
                         continue
-                link.send(self.runner.finish(launched.popleft()))
+                tokens = self.runner.finish(launched.popleft())
+                if child.start.rank.is_output_rank:
+                    link.send(tokens)
 
 
 def _receive_ready(link: Channel[ManagerToWorker], has_work: bool) -> list[ManagerToWorker]:

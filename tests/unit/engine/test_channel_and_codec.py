@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toka_engine.channel import Channel, socket_pair, wait
+from toka_engine.channel import Channel, broadcast, socket_pair, wait
 from toka_engine.codec import Decoder, encode
 from toka_engine.errors import MessageError, PeerClosedError
 from toka_engine.messages import (
@@ -101,6 +101,22 @@ def test_messages_of_any_size_arrive_whole_and_in_order(sizes: list[int]) -> Non
     assert [message.streams.tolist() for message in received] == [[n] * size for n, size in enumerate(sizes)]
     sender.close()
     receiver.close()
+
+
+def test_a_broadcast_reaches_every_peer_in_order_with_what_is_sent_to_it_alone() -> None:
+    pairs = [pair() for _ in range(3)]
+    senders = [sender for sender, _ in pairs]
+    for number in range(5):
+        broadcast(senders, Cancel(np.array([number], np.int64)))
+        senders[1].send(Cancel(np.array([-number], np.int64)))
+    for index, (sender, receiver) in enumerate(pairs):
+        received: list[Any] = []
+        while len(received) < (10 if index == 1 else 5):
+            received += receiver.receive(10.0)
+        told = [int(message.streams[0]) for message in received]
+        assert told == ([sign * number for number in range(5) for sign in (1, -1)] if index == 1 else list(range(5)))
+        sender.close()
+        receiver.close()
 
 
 def test_send_never_blocks_and_wait_sends_what_is_left() -> None:

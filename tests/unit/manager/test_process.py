@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import toka_engine
 from toka_engine.channel import Channel, socket_pair
+from toka_engine.codec import encode
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ExitCode
 from toka_engine.manager.sizes import choose_sizes
@@ -27,10 +28,12 @@ from toka_engine.messages import (
     Ping,
     Pong,
     Progress,
+    RankInfo,
     Start,
     Stats,
     Step,
     Submit,
+    Tokens,
     WorkerReady,
 )
 from toka_engine.slot_parameters import Sampling
@@ -57,11 +60,14 @@ READY = WorkerReady(
 )
 
 
+ONE_RANK = RankInfo()
+
+
 class Process:
     """A running manager and the other ends of its links."""
 
-    def __init__(self) -> None:
-        pairs = [socket_pair() for _ in range(3)]
+    def __init__(self, rank: RankInfo = ONE_RANK) -> None:
+        pairs = [socket_pair() for _ in range(2 + rank.pp_size * rank.tp_size)]
         fds = [theirs.fileno() for _, theirs in pairs]
         root = Path(toka_engine.__file__).parents[1]
         command = [sys.executable, "-m", "toka_engine.manager", *map(str, fds)]
@@ -72,12 +78,13 @@ class Process:
             theirs.close()
         self.control: Channel[FromChild] = Channel(pairs[0][0], FromChild)
         self.server: Channel[ManagerToServer] = Channel(pairs[1][0], ManagerToServer)
-        self.worker: Channel[ManagerToWorker] = Channel(pairs[2][0], ManagerToWorker)
+        self.workers: list[Channel[ManagerToWorker]] = [Channel(ours, ManagerToWorker) for ours, _ in pairs[2:]]
+        self.worker = self.workers[0]
         self.config = EngineConfig()
-        self.control.send(Start(self.config, "", ""))
+        self.control.send(Start(self.config, "", "", "manager", rank))
 
     def close(self) -> None:
-        for channel in (self.control, self.server, self.worker):
+        for channel in (self.control, self.server, *self.workers):
             channel.close()
         self.process.kill()
         self.process.wait()
@@ -159,3 +166,41 @@ def test_a_broken_frame_ends_the_process_with_a_clear_error(process: Process, fr
     assert fatal.exit_code == ExitCode.PROCESS_DIED
     assert "frame" in fatal.message
     assert not fatal.is_consequence
+
+
+def test_all_ranks_get_the_same_steps_and_the_output_rank_alone_gives_tokens() -> None:
+    process = Process(RankInfo(pp_size=2, tp_size=2))
+    output = process.workers[2]  # the first one of the last stage
+    try:
+        for index, worker in enumerate(process.workers):
+            worker.send(msgspec.structs.replace(READY, num_pages=64 - index, num_layers=1 + index))
+        (info,) = process.server.receive(20)
+        assert isinstance(info, EngineInfo)
+        assert info.num_kv_tokens == 61 * READY.page_size, "as many pages as the smallest rank has"
+        process.server.send(Submit(0, 1, np.arange(3, dtype=np.int32), 1, Sampling(), (), True))
+        steps = [worker.receive(20)[0] for worker in process.workers]
+        assert {encode(step) for step in steps} == {encode(steps[0])}
+        assert isinstance(steps[0], Step)
+        for worker, token in ((process.workers[0], 5), (output, 7)):
+            worker.send(Tokens(steps[0].number, np.array([token], np.int32)))
+        tokens: list[int] = []
+        while not tokens:
+            for message in process.server.receive(20):
+                tokens += message.tokens.tolist() if isinstance(message, Deltas) else []
+        assert tokens == [7]
+    finally:
+        process.close()
+
+
+def test_ranks_that_disagree_end_the_process_with_what_they_disagree_on() -> None:
+    process = Process(RankInfo(tp_size=2))
+    try:
+        process.workers[0].send(READY)
+        process.workers[1].send(msgspec.structs.replace(READY, page_size=8))
+        assert process.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
+        messages = process.control.receive(20)
+        while not isinstance(messages[-1], Fatal):
+            messages += process.control.receive(20)
+        assert "the model workers disagree on page_size: 4, 8" in messages[-1].message
+    finally:
+        process.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 import threading
 
 from toka_engine.channel import Channel
@@ -20,9 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def behave(child: Child, link_fds: list[int]) -> None:
+    num_links = len(sys.argv) - 2  # the first one is the control link
     behaviour = os.environ.get(f"TOKA_TEST_{child.name.upper()}", "ready")
     child.progress("load", "weights")
-    log.info("event=given process=%s seed=%s", child.name, child.start.config.seed)
+    log.info("event=given process=%s seed=%s links=%d", child.name, child.start.config.seed, num_links)
     if behaviour == "memory":
         raise OutOfMemoryError(f"{child.name}: 1 GB short")
     if behaviour == "crash":
