@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from toka_operator.advice import add_advice
+from toka_operator.failures import DISRUPTION_REASONS, NOT_READY_S, Failure
 from toka_operator.fields import Json
-from toka_operator.observed import Failure, Observed, format_time
+from toka_operator.observed import Observed
 from toka_operator.plan import Plan
 from toka_operator.spec import TokaDeploymentSpec
+from toka_operator.times import format_time
 
 READY, AVAILABLE, PROGRESSING = "Ready", "Available", "Progressing"
 DEGRADED, CONFIG_VALID = "Degraded", "ConfigValid"
 
 _PRIORITY = (
+    "PodSecurityViolated",
+    "QuotaExceeded",
+    "WebhookRefused",
+    "PodsRejected",
     "SecretMissing",
     "ConfigMapMissing",
     "ClaimMissing",
@@ -32,6 +39,10 @@ _PRIORITY = (
     "HubUnavailable",
     "PortInUse",
     "ContainerNotStarted",
+    "VolumeFailed",
+    "SandboxFailed",
+    "StartupTimeout",
+    "NodeLost",
 )
 """Causes that a user can mend come before symptoms."""
 
@@ -64,6 +75,14 @@ class Counts:
     num_updated_available: int
     num_old: int
     """Pods of other revisions, those that go included."""
+
+    @property
+    def is_underway(self) -> bool:
+        """Whether more pods have to become available, or old ones have to be told to go. That those that were told
+        finish their streams is no lack of progress."""
+        return self.num_wanted > 0 and (
+            self.num_pods > self.num_updated or self.num_updated_available < self.num_wanted
+        )
 
 
 def count_pods(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Counts:
@@ -103,7 +122,9 @@ def decide_conditions(
 
 
 def _is_complete(counts: Counts) -> bool:
-    return counts.num_old == 0 and counts.num_updated == counts.num_updated_available == counts.num_wanted
+    """Whether every wanted pod is of the current revision and available. Old ones may still finish their streams."""
+    has_old = counts.num_pods > counts.num_updated
+    return not has_old and counts.num_updated == counts.num_updated_available == counts.num_wanted
 
 
 def _idle_reason(spec: TokaDeploymentSpec) -> str:
@@ -136,6 +157,8 @@ def _decide_progressing(
 ) -> Condition:
     if counts.num_wanted == 0 and not observed.pods:
         return Condition(PROGRESSING, False, _idle_reason(spec), "no pods are wanted")
+    if _is_complete(counts) and counts.num_old:
+        return Condition(PROGRESSING, True, "Draining", f"{counts.num_old} old pods finish their streams")
     if _is_complete(counts):
         return Condition(PROGRESSING, False, "Complete", f"revision {spec.revision} is rolled out")
     if spec.rollout.paused:
@@ -151,23 +174,27 @@ def _decide_progressing(
         )
         return Condition(PROGRESSING, True, "SurgeBlocked", message)
     if waiting is not None:
-        return Condition(PROGRESSING, True, waiting.reason, f"pod {waiting.pod} waits for a node: {waiting.message}")
+        return Condition(PROGRESSING, True, waiting.reason, f"pod {waiting.pod} waits: {waiting.message}")
     if len(plan.targets) > 1 or counts.num_old:
         return Condition(PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods")
     return Condition(PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods")
 
 
 def _find_waiting(spec: TokaDeploymentSpec, observed: Observed) -> Failure | None:
-    """The first pod of the current revision that waits for capacity."""
+    """The first pod of the current revision that waits for capacity, or may not be made for want of quota."""
     failures = (p.failure for p in observed.pods if p.revision == spec.revision and p.is_failing)
-    return next((f for f in failures if f is not None and f.is_waiting_for_capacity), None)
+    waiting = [f for f in failures if f is not None and f.is_waiting_for_capacity]
+    return next(iter([*waiting, *(f for f in observed.missing_pods if f.reason == "QuotaExceeded")]), None)
 
 
 def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> float | None:
-    """When (Unix time) waiting for capacity begins to count as a failure; None for whatever is one at once."""
-    if failure is None or not failure.is_waiting_for_capacity:
+    """When (Unix time) waiting for capacity, or for an answer to a probe, begins to count as a failure; None for
+    whatever is one at once."""
+    if failure is None:
         return None
-    return failure.since + spec.scheduling.patience_s
+    if failure.reason == "NotReady":
+        return failure.since + NOT_READY_S
+    return failure.since + spec.scheduling.patience_s if failure.is_waiting_for_capacity else None
 
 
 def _decide_degraded(
@@ -176,34 +203,50 @@ def _decide_degraded(
     if observed.strangers:
         names = ", ".join(f"{kind} {name}" for kind, name in sorted(observed.strangers))
         message = f"{names}: the name is taken by an object that does not belong to this TokaDeployment"
-        return Condition(DEGRADED, True, "NameTaken", message)
+        return _degraded("NameTaken", message)
     if outcome.rejected:
         child, why = sorted(outcome.rejected.items())[0]
-        return Condition(DEGRADED, True, "ChildRejected", f"{child}: {why}")
+        return _degraded("ChildRejected", f"{child}: {why}")
     failing = [pod.failure for pod in observed.pods if pod.is_failing and pod.failure is not None]
-    failing += _find_stuck(spec, observed, now)
+    failing += observed.missing_pods
+    is_short = counts.num_available < counts.num_wanted
+    failing += [f for f in _find_leaving(spec, observed, now) if is_short or f.reason == "PodStuckTerminating"]
     failing = [failure for failure in failing if now >= (find_patience_end(spec, failure) or 0.0)]
     if counts.num_old and counts.num_available >= counts.num_wanted:
-        failing = [failure for failure in failing if not failure.is_waiting_for_capacity]
+        failing = [failure for failure in failing if not _is_want_of_room(failure)]
     if failing:
         worst = min(failing, key=_rank)
-        return Condition(DEGRADED, True, worst.reason, _describe(worst, len(failing)))
+        return _degraded(worst.reason, _describe(worst, len(failing)))
     if is_late:
         deadline = spec.rollout.progress_deadline_s
-        return Condition(DEGRADED, True, "ProgressDeadlineExceeded", f"no progress within {deadline} s")
+        return _degraded("ProgressDeadlineExceeded", f"no progress within {deadline} s")
     return Condition(DEGRADED, False, "AsExpected")
 
 
+def _degraded(reason: str, message: str) -> Condition:
+    return Condition(DEGRADED, True, reason, add_advice(reason, message))
+
+
+def _is_want_of_room(failure: Failure) -> bool:
+    """Whether a new revision's pod only lacks room, while the old ones serve: then the rollout says so."""
+    return failure.is_waiting_for_capacity or failure.reason == "QuotaExceeded"
+
+
 def find_failures(spec: TokaDeploymentSpec, observed: Observed, now: float) -> list[Failure]:
-    """The failure of each pod that has one. Pods that go are left out, unless they are stuck."""
+    """The failure of each pod that has one, or is missing. Pods that go are left out, unless they are stuck or were
+    not told to go by us."""
     failures = [pod.failure for pod in observed.pods if pod.failure is not None and not pod.is_terminating]
-    return failures + _find_stuck(spec, observed, now)
+    return [*failures, *observed.missing_pods, *_find_leaving(spec, observed, now)]
 
 
-def _find_stuck(spec: TokaDeploymentSpec, observed: Observed, now: float) -> list[Failure]:
+def _find_leaving(spec: TokaDeploymentSpec, observed: Observed, now: float) -> list[Failure]:
+    """Pods that go since their node is lost, or somebody evicts them, or that do not come to an end."""
     message = "the pod is still there after its grace period: its node is probably gone"
-    stuck = (pod for pod in observed.pods if pod.is_stuck(now, spec.rollout.stuck_s))
-    return [Failure(pod.name, "", "PodStuckTerminating", message) for pod in stuck]
+    leaving = [pod for pod in observed.pods if pod.is_terminating]
+    found = [pod.failure for pod in leaving if pod.failure is not None and pod.failure.reason in DISRUPTION_REASONS]
+    named = {failure.pod for failure in found}
+    stuck = [pod for pod in leaving if pod.is_stuck(now, spec.rollout.stuck_s) and pod.name not in named]
+    return [*found, *(Failure(pod.name, "", "PodStuckTerminating", message) for pod in stuck)]
 
 
 def _rank(failure: Failure) -> tuple[int, str]:

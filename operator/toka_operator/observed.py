@@ -6,47 +6,17 @@ decides on these values, so no other module knows the shape of a pod's status.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from toka_operator.errors import EXIT_REASONS
+from toka_operator.failures import Failure, find_failure, is_on_lost_node
 from toka_operator.fields import Json
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.settings import REVISION_LABEL
+from toka_operator.times import parse_time
 
-_IMAGE_REASONS = {
-    "ErrImagePull",
-    "ImagePullBackOff",
-    "InvalidImageName",
-    "ErrImageNeverPull",
-    "ImageInspectError",
-}
-_MAX_MESSAGE = 1024
-CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
-"""Reasons for which a pod has no node yet, though nothing that the spec names is missing."""
 STARTS_TOGETHER_S = 1.0
 """A kubelet writes a pod's start time and its first, unready, condition together; their seconds may differ by one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a pod does not (or lately did not) run. `reason` is CamelCase and fit for a condition."""
-
-    pod: str
-    container: str
-    reason: str
-    message: str
-    exit_code: int | None = None
-    restarts: int = 0
-    since: float = 0.0
-    """Since when (Unix time) the pod waits for a node; 0.0 for other failures."""
-
-    @property
-    def is_waiting_for_capacity(self) -> bool:
-        """Whether only a node, a queue or a volume is missing, which may come without anybody's help."""
-        return self.reason in CAPACITY_REASONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +67,7 @@ class PodView:
     @property
     def is_failing(self) -> bool:
         """Not ready, for a reason that waiting alone does not mend."""
-        return self.failure is not None and not self.is_ready and not self.is_terminating
+        return self.failure is not None and self.failure.is_current and not self.is_ready and not self.is_terminating
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +82,11 @@ class Observed:
     """Names of children that another owner's object holds."""
     other_pods: frozenset[str] = frozenset()
     """Names of pods labelled as ours that no StatefulSet of ours controls: a new pod cannot have such a name."""
+    missing_pods: tuple[Failure, ...] = ()
+    """Why StatefulSets have fewer pods than they ask for."""
 
     def of_kind(self, kind: str) -> list[Json]:
         return [child for (k, _), child in sorted(self.children.items()) if k == kind]
-
-
-def parse_time(text: str | None) -> float:
-    """Unix time of an RFC 3339 time; 0.0 for none."""
-    if not text:
-        return 0.0
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-
-
-def format_time(now: float) -> str:
-    return datetime.fromtimestamp(now, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def is_owned_by(child: Json, uid: str) -> bool:
@@ -162,7 +123,7 @@ def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
         is_on_lost_node=is_on_lost_node(conditions),
         is_in_endpoints=metadata["name"] in endpoints,
         terminating_until=parse_time(deletion) if deletion else None,
-        failure=find_failure(metadata["name"], status),
+        failure=find_failure(pod),
         startup=find_startup(metadata, status, conditions),
     )
 
@@ -173,13 +134,6 @@ def has_been_ready(status: Json, ready: Json) -> bool:
         return True
     changed, started = parse_time(ready.get("lastTransitionTime")), parse_time(status.get("startTime"))
     return started > 0.0 and changed > started + STARTS_TOGETHER_S
-
-
-def is_on_lost_node(conditions: Mapping[str, Json]) -> bool:
-    """Whether the pod's kubelet no longer answers. A kubelet derives Ready from ContainersReady (engine pods have no
-    readiness gates); only the node controller, when it has lost the node, turns Ready alone to False."""
-    ready, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
-    return ready.get("status") == "False" and containers.get("status") == "True"
 
 
 def find_startup(metadata: Json, status: Json, conditions: Mapping[str, Json]) -> Startup | None:
@@ -196,70 +150,3 @@ def find_startup(metadata: Json, status: Json, conditions: Mapping[str, Json]) -
         return None
     created, bound, started, up = times
     return Startup(int(bound - created), int(started - bound), int(up - started))
-
-
-def find_failure(pod_name: str, status: Json) -> Failure | None:
-    """The most telling thing that is, or lately was, wrong with a pod."""
-    statuses = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    failures = [f for f in (_container_failure(pod_name, s) for s in statuses) if f is not None]
-    if failures:
-        return next((f for f in failures if f.container == ENGINE_CONTAINER), failures[0])
-    for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition.get("reason") in ("Unschedulable", "SchedulingGated"):
-            return _scheduling_failure(pod_name, condition)
-    if status.get("phase") == "Failed":
-        reason = status.get("reason") or "PodFailed"
-        return Failure(pod_name, "", reason, _shorten(status.get("message", "")))
-    return None
-
-
-def _scheduling_failure(pod_name: str, condition: Json) -> Failure:
-    message, reason = condition.get("message", ""), condition["reason"]
-    if re.search(r'persistentvolumeclaim "([^"]+)" not found', message):
-        reason = "ClaimMissing"
-    elif "unbound immediate PersistentVolumeClaims" in message:
-        reason = "ClaimPending"
-    return Failure(pod_name, "", reason, _shorten(message), since=parse_time(condition.get("lastTransitionTime")))
-
-
-def _container_failure(pod_name: str, status: Json) -> Failure | None:
-    name, restarts = status.get("name", ""), int(status.get("restartCount", 0))
-    state = status.get("state") or {}
-    waiting = state.get("waiting") or {}
-    word, message = waiting.get("reason", ""), waiting.get("message", "")
-    if word in _IMAGE_REASONS:
-        return Failure(pod_name, name, "ImagePullFailed", _shorten(message or word), None, restarts)
-    if word == "CreateContainerConfigError":
-        return Failure(pod_name, name, _config_reason(message), _shorten(message), None, restarts)
-    if word in ("CreateContainerError", "RunContainerError", "PreStartHookError", "PostStartHookError"):
-        return Failure(pod_name, name, "ContainerNotStarted", _shorten(message or word), None, restarts)
-    ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated")
-    if ended and (ended.get("exitCode", 0) != 0 or word == "CrashLoopBackOff"):
-        return _ended_failure(pod_name, name, ended, restarts)
-    if word == "CrashLoopBackOff":
-        return Failure(pod_name, name, "CrashLoop", _shorten(message), None, restarts)
-    return None
-
-
-def _config_reason(message: str) -> str:
-    lowered = message.lower()
-    if "secret" in lowered:
-        return "SecretMissing"
-    return "ConfigMapMissing" if "configmap" in lowered else "ContainerNotStarted"
-
-
-def _ended_failure(pod_name: str, container: str, ended: Json, restarts: int) -> Failure:
-    code = int(ended.get("exitCode", 0))
-    reason = "CrashLoop"
-    if ended.get("reason") == "OOMKilled":
-        reason = "OutOfMemory"
-    elif container == ENGINE_CONTAINER:
-        reason = EXIT_REASONS.get(code, "CrashLoop")
-    words = (ended.get("message") or "").strip() or f"container {container} ended with exit code {code}"
-    return Failure(pod_name, container, reason, _shorten(words), code, restarts)
-
-
-def _shorten(message: str) -> str:
-    """The end of a long message: last words say why."""
-    text = message.strip()
-    return text if len(text) <= _MAX_MESSAGE else "..." + text[-(_MAX_MESSAGE - 3) :]

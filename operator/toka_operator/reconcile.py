@@ -13,21 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from toka_operator import __version__
 from toka_operator.cluster import Cluster
 from toka_operator.conditions import Outcome
 from toka_operator.differences import find_corrections, find_stale_annotations, is_satisfied
 from toka_operator.errors import ApiError, ConflictError, NamespaceEndsError, NotFoundError, TransientError
+from toka_operator.events import Recorder, Suspects
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
-from toka_operator.observed import Observed, format_time, is_owned_by, ready_addresses, view_pod
+from toka_operator.observed import Observed, is_owned_by, ready_addresses, view_pod
 from toka_operator.plan import Plan, make_plan
 from toka_operator.refusals import Refusals
 from toka_operator.resources import POD, STATEFUL_SET, Owner
-from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, SERVICE_ANNOTATIONS_KEY, Settings
+from toka_operator.settings import API_VERSION, KIND, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import (
-    Event,
     build_invalid_status,
     build_status,
     find_events,
@@ -52,6 +51,7 @@ class _Memory:
     """uid -> (desired, what no write of ours could correct), so that an admission webhook makes no endless
     loop."""
     refusals: Refusals = field(default_factory=Refusals)
+    suspects: Suspects = field(default_factory=Suspects)
     status_due: float | None = None
     """When a status that waits for more progress is written (monotonic)."""
 
@@ -63,6 +63,7 @@ class Reconciler:
         self._cluster, self._settings = cluster, settings
         self._deployments, self._stores = deployments, stores
         self._memories: dict[Key, _Memory] = {}
+        self._recorder = Recorder(cluster, settings.identity)
 
     def reconcile(self, key: Key) -> float | None:
         """One pass; returns in how many seconds time alone may call for another.
@@ -118,11 +119,11 @@ class Reconciler:
             self._write_status(owner, deployment, status)
         if memory.strangers:
             delays.append(max(0.1, min(memory.strangers.values()) - time.monotonic()))
-        delays.append(memory.refusals.next_try_s())
+        delays += [memory.refusals.next_try_s(), memory.suspects.next_ask_s()]
         return min((delay for delay in delays if delay is not None), default=None)
 
     def _observe(self, owner: Owner, memory: _Memory) -> Observed:
-        """The state of the watches' caches; no requests."""
+        """The state of the watches' caches, and of events where a pod does not come; else no requests."""
         key = (owner.namespace, owner.name)
         now = time.monotonic()
         for name in [name for name, until in memory.strangers.items() if until <= now]:
@@ -144,7 +145,8 @@ class Reconciler:
             (ours if any(is_owned_by(pod, uid) for uid in sets) else others).append(pod)
         views = tuple(view_pod(pod, endpoints) for pod in ours)
         names = frozenset(pod["metadata"]["name"] for pod in others)
-        return Observed(children, views, frozenset(memory.strangers), names)
+        observed = Observed(children, views, frozenset(memory.strangers), names)
+        return memory.suspects.explain(self._cluster, owner, observed, {p["metadata"]["name"]: p for p in ours})
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
         """Before children are made *again*: the object itself may be gone, and another watch told of them first.
@@ -318,33 +320,7 @@ class Reconciler:
         WRITES.labels(kind=KIND, verb="status").inc()
         self._deployments.put(updated)
         for event in find_events(previous, status):
-            self._tell(owner, event)
-
-    def _tell(self, owner: Owner, event: Event) -> None:
-        """Posts an Event. One that is lost is not missed: the conditions say the same."""
-        stamp = format_time(time.time())
-        involved = {"apiVersion": API_VERSION, "kind": KIND, "name": owner.name}
-        involved |= {"namespace": owner.namespace, "uid": owner.uid}
-        manifest = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{owner.name}.{time.time_ns():x}", "namespace": owner.namespace},
-            "involvedObject": involved,
-            "type": "Warning" if event.is_warning else "Normal",
-            "reason": event.reason,
-            "message": event.message[:1024],
-            "source": {"component": MANAGED_BY},
-            "reportingComponent": MANAGED_BY,
-            "reportingInstance": f"{self._settings.identity} {__version__}"[:128],
-            "firstTimestamp": stamp,
-            "lastTimestamp": stamp,
-            "count": 1,
-        }
-        try:
-            self._cluster.create(manifest)
-            WRITES.labels(kind="Event", verb="create").inc()
-        except (ApiError, TransientError) as error:
-            logger.warning("object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error))
+            self._recorder.post(owner, event)
 
 
 def _delay_status(memory: _Memory, previous: Json, status: Json) -> float | None:

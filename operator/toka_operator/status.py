@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from toka_operator.advice import add_advice
 from toka_operator.conditions import (
     AVAILABLE,
     CONFIG_VALID,
@@ -25,12 +26,14 @@ from toka_operator.conditions import (
     merge_conditions,
 )
 from toka_operator.errors import FieldError
+from toka_operator.failures import Failure
 from toka_operator.fields import Json
-from toka_operator.observed import Failure, Observed, format_time, parse_time
+from toka_operator.observed import Observed
 from toka_operator.plan import Plan
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import Owner, selector_labels
 from toka_operator.spec import TokaDeploymentSpec
+from toka_operator.times import format_time, parse_time
 
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
@@ -68,8 +71,9 @@ def build_status(
     and of the last progress, and how the revision's first pod came up."""
     counts = count_pods(spec, observed, now)
     revisions = _describe_revisions(spec, observed, plan, now)
-    last_progress = _find_last_progress(spec, revisions, previous, now)
-    is_late = _is_underway(counts) and now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
+    last_progress = _find_last_progress(owner, spec, revisions, previous, now)
+    is_overdue = now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
+    is_late = counts.is_underway and is_overdue and not spec.rollout.paused
     conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late, now)
     phase, reason = _decide_phase(spec, counts, {c.type: c for c in conditions})
     status: Json = {
@@ -101,7 +105,7 @@ def build_status(
 def build_invalid_status(owner: Owner, errors: Sequence[FieldError], previous: Json, now: float) -> Json:
     """The status of an object whose spec cannot be used: every bad field named, the rest as it was."""
     message = "; ".join(str(error) for error in errors)
-    invalid = Condition(CONFIG_VALID, False, "InvalidSpec", message)
+    invalid = Condition(CONFIG_VALID, False, "InvalidSpec", add_advice("InvalidSpec", message))
     kept = [c for c in previous.get("conditions", []) if c.get("type") != CONFIG_VALID]
     conditions = merge_conditions([invalid], previous.get("conditions", []), owner.generation, now)
     status = {**previous, "observedGeneration": owner.generation, "phase": "Invalid", "reason": "InvalidSpec"}
@@ -145,7 +149,7 @@ def _readiness(status: Json) -> dict[str, tuple[int, int]]:
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:
-    """What to tell: transitions of Ready, Degraded and ConfigValid and of the current revision."""
+    """What to tell: transitions of Ready, Available, Degraded and ConfigValid and of the current revision."""
     before = {c["type"]: c for c in previous.get("conditions", [])}
     events = []
     old, new = previous.get("currentRevision"), status.get("currentRevision")
@@ -156,6 +160,8 @@ def find_events(previous: Json, status: Json) -> list[Event]:
         was = before.get(kind, {})
         is_new_status = was.get("status", "") != condition["status"]
         is_new_reason = was.get("reason", "") != condition["reason"]
+        if kind == AVAILABLE and not is_true and was.get("status") == "True":
+            events.append(Event(bool(condition["reason"] == "MinimumUnavailable"), "Unavailable", condition["message"]))
         if kind == READY and is_true and is_new_status:
             events.append(Event(False, "Ready", condition["message"]))
         if kind == DEGRADED and is_true and (is_new_status or is_new_reason):
@@ -216,15 +222,22 @@ def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Js
     }
 
 
-def _find_last_progress(spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float) -> str:
-    """Progress: another revision, more of its pods available, fewer old ones, or a change of what is
-    wanted."""
+def _find_last_progress(
+    owner: Owner, spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float
+) -> str:
+    """When there was progress: another wish, more available pods of the current revision, or fewer old ones.
+
+    A deadline counts from the wish, however old the object is, and from when something that was complete is not.
+    """
     before = {r["name"]: r for r in previous.get("revisions", [])}
     after = {r["name"]: r for r in revisions}
     last = previous.get("lastProgressTime")
-    is_same_wish = previous.get("currentRevision") == spec.revision and not _was_over(previous)
+    is_same_wish = previous.get("observedGeneration") == owner.generation
+    is_same_wish = is_same_wish and previous.get("currentRevision") == spec.revision
     if not last or not is_same_wish:
-        return str(last) if last and _was_over(previous) and before == after else format_time(now)
+        return format_time(now)
+    if _was_over(previous):
+        return str(last) if before == after else format_time(now)
     more_new = _number(after, spec.revision, "available") > _number(before, spec.revision, "available")
     old_before = sum(r["replicas"] for name, r in before.items() if name != spec.revision)
     old_after = sum(r["replicas"] for name, r in after.items() if name != spec.revision)
@@ -240,10 +253,6 @@ def _was_over(previous: Json) -> bool:
 
 def _number(revisions: dict[str, Json], name: str, key: str) -> int:
     return int(revisions.get(name, {}).get(key, 0))
-
-
-def _is_underway(counts: Counts) -> bool:
-    return counts.num_wanted > 0 and (counts.num_old > 0 or counts.num_updated_available < counts.num_wanted)
 
 
 def _describe_failures(failures: Iterable[Failure]) -> list[Json]:

@@ -1,4 +1,4 @@
-"""A proxy between an operator and the API server that makes writes go wrong, and may kill the operator for one.
+"""A proxy between an operator and the API server that makes requests go wrong, and may kill the operator for one.
 
 Plain HTTP towards the operator, TLS towards the API server; watches are streamed. The answer to a write that
 kills is withheld, so the operator dies not knowing whether it was made.
@@ -10,6 +10,8 @@ import base64
 import json
 import sys
 import threading
+import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,35 @@ from tests.cluster.harness.processes import ProcessHandle
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 CUT, GARBAGE = "cut", "garbage"
 """The write is made, and then the connection breaks, or the answer is no JSON."""
+FREEZE = "freeze"
+"""The request, or the rest of the stream, is held for as long as its fault lasts, and then the connection breaks."""
+HANG = "hang"
+"""As FREEZE for streams alone, and nothing ever comes of them: what a middlebox does that forgets connections."""
+DELAY = "delay"
+"""The request waits until its fault is over, and then goes on."""
+
+
+def error_event(code: int) -> bytes:
+    """A watch event that ends its watch."""
+    status = {"kind": "Status", "apiVersion": "v1", "code": code, "message": "so says the proxy", "metadata": {}}
+    return json.dumps({"type": "ERROR", "object": status}).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to the requests of which `resource` is the last word (any, if it is empty), for as long as the
+    fault is among the proxy's. `action` is a status code, or CUT, FREEZE, HANG or DELAY, or an event's bytes."""
+
+    action: int | str | bytes
+    resource: str = ""
+    only: str = ""
+    """"watches", "writes" or, for both and reads too, nothing."""
+
+    def concerns(self, method: str, path: str) -> bool:
+        is_watch = "watch=true" in path
+        is_write = method in WRITES
+        kind = {"watches": is_watch, "writes": is_write}.get(self.only, True)
+        return kind and self.resource in ("", path.partition("?")[0].rsplit("/", 1)[-1])
 
 
 class _Server(ThreadingHTTPServer):
@@ -55,6 +86,10 @@ class FaultProxy:
         self.kill_after_writes = 0
         self.victim: ProcessHandle | None = None
         self.fail_once: dict[str, int | str] = {}
+        self.faults: list[Fault] = []
+        """What goes wrong now; a list that a test replaces."""
+        self.num_waiting = 0
+        """Requests that wait for a fault to be over."""
         self._server = _Server(("127.0.0.1", 0), self._make_handler())
         self.kubeconfig = kubeconfig.with_suffix(".proxy")
         config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{self._server.server_address[1]}"}
@@ -78,6 +113,18 @@ class FaultProxy:
             self.kill_after_writes -= 1
             return self.kill_after_writes == 0
 
+    def _find_fault(self, method: str, path: str) -> Fault | None:
+        return next((fault for fault in self.faults if fault.concerns(method, path)), None)
+
+    def _outlast(self, fault: Fault) -> None:
+        """Waits until a fault is over."""
+        with self._lock:
+            self.num_waiting += 1
+        while fault in self.faults:
+            time.sleep(0.05)
+        with self._lock:
+            self.num_waiting -= 1
+
     def _take_fault(self, method: str, path: str) -> int | str | None:
         if method not in WRITES:
             return None
@@ -93,8 +140,21 @@ class FaultProxy:
             def forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
                 fault = proxy._take_fault(self.command, self.path)
+                lasting = proxy._find_fault(self.command, self.path)
+                if lasting is not None and lasting.action in (FREEZE, DELAY):
+                    proxy._outlast(lasting)
+                    self.close_connection = lasting.action == FREEZE
+                    if self.close_connection:
+                        return
+                    lasting = None
+                if lasting is not None and lasting.action == CUT:
+                    self.close_connection = True
+                    return
                 if isinstance(fault, int):
                     self.refuse(fault)
+                    return
+                if lasting is not None and isinstance(lasting.action, int):
+                    self.refuse(lasting.action)
                     return
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
                 answer: Any = proxy._pool.request(
@@ -116,8 +176,28 @@ class FaultProxy:
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
                 for chunk in answer.stream(amt=None, decode_content=True):
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+                    lasting = proxy._find_fault(self.command, self.path) if "watch=true" in self.path else None
+                    if lasting is not None and not self.disturb(lasting):
+                        return
+                    self.send_chunk(chunk)
                 self.wfile.write(b"0\r\n\r\n")
+
+            def send_chunk(self, chunk: bytes) -> None:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+
+            def disturb(self, fault: Fault) -> bool:
+                """Does to an open stream, before its next event, what the fault says. Returns whether it goes on."""
+                if fault.action == DELAY:
+                    proxy._outlast(fault)
+                    return True
+                self.close_connection = True
+                if fault.action == HANG:
+                    threading.Event().wait(300)
+                elif fault.action == FREEZE:
+                    proxy._outlast(fault)
+                elif isinstance(fault.action, bytes):
+                    self.send_chunk(fault.action)
+                return False
 
             def refuse(self, code: int) -> None:
                 status = {"kind": "Status", "apiVersion": "v1", "code": code, "message": "so says the proxy"}

@@ -6,9 +6,11 @@ There is no kubelet here, so each test writes what a kubelet reports; the e2e te
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
+from toka_operator.advice import ADVICE
 
 from tests.cluster.operating import HOLD, Operator
 
@@ -121,6 +123,46 @@ def test_a_pod_that_fits_on_no_node_is_told_in_the_schedulers_words(operator: Op
     assert failure["reason"] == "Unschedulable"
     assert "Insufficient example.com/none" in failure["message"]
     assert failure["message"] in degraded["message"]
+
+
+LIMITS = {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "small"}}
+LIMITS |= {"spec": {"limits": [{"type": "Container", "max": {"memory": "1Gi"}}]}}
+QUOTA = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "0"}}}
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "obstacle"),
+    [("QuotaExceeded", "exceeded quota: few", QUOTA), ("PodsRejected", "maximum memory usage per Container", LIMITS)],
+)
+def test_pods_that_are_refused_are_told_and_made_soon_after_they_may(
+    operator: Operator, reason: str, words: str, obstacle: dict[str, Any]
+) -> None:
+    operator.server.apply(obstacle, namespace=operator.namespace)
+    operator.apply("chat", resources={"device": "cpu", "memory": "2Gi"})
+    began = time.monotonic()
+    degraded = operator.wait_for_condition("chat", "Degraded", "True", reason)
+    print(f"{reason}: told after {time.monotonic() - began:.1f} s")
+    assert words in degraded["message"]
+    assert degraded["message"].endswith(f"{ADVICE[reason]}.")
+    assert operator.require("td", "chat")["status"]["failures"][0]["reason"] == reason
+    operator.kubectl("delete", obstacle["kind"], obstacle["metadata"]["name"])
+    began = time.monotonic()
+    operator.wait_until_ready("chat")
+    print(f"{reason}: ready {time.monotonic() - began:.1f} s after the obstacle went")
+
+
+def test_a_kubelets_warning_about_a_volume_is_told(operator: Operator) -> None:
+    operator.apply("chat", **HOLD)
+    operator.wait_for(lambda: operator.pods("chat"), "the pod")
+    (pod,) = operator.pods("chat")
+    involved = {"kind": "Pod", "namespace": operator.namespace}
+    involved |= {key: pod["metadata"][key] for key in ("name", "uid")}
+    message = 'MountVolume.SetUp failed for volume "data": secret "certificates" not found'
+    event = {"apiVersion": "v1", "kind": "Event", "metadata": {"name": "mount"}, "involvedObject": involved}
+    event |= {"type": "Warning", "reason": "FailedMount", "message": message, "source": {"component": "kubelet"}}
+    operator.server.apply(event, namespace=operator.namespace)
+    degraded = operator.wait_for_condition("chat", "Degraded", "True", "SecretMissing")
+    assert message in degraded["message"]
 
 
 def test_transitions_are_told_as_events_once(operator: Operator) -> None:

@@ -44,6 +44,15 @@ def lose_node_of_a_pod(operator: Operator) -> None:
     operator.wait_until_ready("chat")
 
 
+def exceed_quota_twice(operator: Operator) -> None:
+    """A pod may not be made: the operator lists the events that say why, and counts its own event up."""
+    operator.kubectl("create", "quota", "few", "--hard=pods=2")
+    for replicas in (3, 2, 3, 2):
+        operator.kubectl("scale", "td/chat", f"--replicas={replicas}")
+        operator.wait_for_condition("chat", "Degraded", "True" if replicas == 3 else "False")
+    operator.kubectl("delete", "quota", "few")
+
+
 def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: Operator) -> None:
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{compute_revision(spec)}"
@@ -66,6 +75,7 @@ def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: 
         )
     operator.kubectl("delete", "service", "chat")
     lose_node_of_a_pod(operator)
+    exceed_quota_twice(operator)
     operator.patch("chat", replicas=1, engine={"pageSize": 32})
     operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")

@@ -50,7 +50,7 @@ seccompProfile:
   verbs: [list, watch, delete]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create]
+  verbs: [list, create, patch]
 - apiGroups: [apps]
   resources: [statefulsets, controllerrevisions]
   verbs: [get, list, watch, create, patch, delete]

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 from toka_operator.conditions import Outcome
-from toka_operator.observed import Observed, PodView, format_time, view_pod
+from toka_operator.observed import Observed, PodView, view_pod
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.status import build_status
+from toka_operator.times import format_time
 
 from tests.unit.operator.examples import NOW, OWNER, live, plan_for, pod, seen, valid
 
@@ -124,7 +125,7 @@ def look(spec: TokaDeploymentSpec) -> str:
     stuck = replace(pod(old.revision, 3), terminating_until=NOW - 45)
     observed = Observed(children, (*pods, stuck, _new_pod(spec.revision), _waiting_pod(spec.revision)), frozenset())
     plan = plan_for(spec, observed)
-    previous = {"currentRevision": spec.revision, "lastProgressTime": format_time(NOW - 2000)}
+    previous = {"observedGeneration": 1, "currentRevision": spec.revision, "lastProgressTime": format_time(NOW - 2000)}
     previous |= {"revisions": [{"name": spec.revision, "available": 1, "replicas": 1}]}
     status = build_status(OWNER, spec, observed, plan, Outcome(), previous, NOW)
     for key in ("currentRevision", "revisions"):

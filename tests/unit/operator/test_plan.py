@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.errors import FieldError
-from toka_operator.observed import Observed, PodView, format_time, view_pod
+from toka_operator.observed import Observed, PodView, view_pod
 from toka_operator.status import build_invalid_status, build_status, find_events, find_next_moment_s, find_patience_s
+from toka_operator.times import format_time
 
 from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
 
@@ -190,7 +191,7 @@ def test_an_invalid_spec_names_every_field_and_keeps_the_rest() -> None:
     assert condition(status, "ConfigValid") == ("False", "InvalidSpec")
     assert condition(status, "Ready") == ("True", "AllAvailable")
     (message,) = [c["message"] for c in status["conditions"] if c["type"] == "ConfigValid"]
-    assert message == "spec.a: is bad; spec.b: too"
+    assert message == "spec.a: is bad; spec.b: too. Correct the fields that the message names."
 
 
 def test_a_transition_is_told_once() -> None:

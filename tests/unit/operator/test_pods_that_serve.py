@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toka_operator.observed import Observed, PodView, format_time, view_pod
+from toka_operator.observed import Observed, PodView, view_pod
 from toka_operator.plan import Plan, make_plan
 from toka_operator.rollout import Window
 from toka_operator.spec import TokaDeploymentSpec
+from toka_operator.times import format_time
 
 from tests.unit.operator.examples import IMAGE, NOW, OWNER, live, plan_for, seen, valid
 

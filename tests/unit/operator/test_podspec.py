@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from toka_operator.spec import parse
 
-from tests.unit.operator.examples import child, plan_for, valid
+from tests.unit.operator.examples import body, child, plan_for, valid
+from tests.unit.operator.test_spec import JSON
 
 
 def pod_of(**spec: Any) -> dict[str, Any]:
@@ -169,3 +172,13 @@ def test_user_labels_never_override_the_operators() -> None:
     spec = valid(podTemplate={"labels": {"team": "x", "app.kubernetes.io/instance": "other"}})
     labels = child(plan_for(spec), "StatefulSet")["spec"]["template"]["metadata"]["labels"]
     assert (labels["team"], labels["app.kubernetes.io/instance"]) == ("x", "chat")
+
+
+@pytest.mark.parametrize("field", ["sidecars", "volumes"])
+@given(value=JSON)
+def test_no_shape_of_an_addition_makes_the_plan_fail(field: str, value: Any) -> None:
+    """The CRD takes unknown fields there, so the API server is the one who refuses."""
+    addition = {"name": "x", "image": "x", "securityContext": value, "emptyDir": value, "env": value}
+    spec = parse(body(podTemplate={field: [addition]}, scheduling={"affinity": {"podAntiAffinity": value}}))
+    if not isinstance(spec, list):
+        plan_for(spec)

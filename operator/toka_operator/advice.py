@@ -1,0 +1,56 @@
+"""What to do about each reason that a condition gives. Pure.
+
+Owns: one sentence a reason, put behind the words of whoever reported it. docs/operations.md has the same table, and a
+test compares them.
+"""
+
+from __future__ import annotations
+
+ADVICE: dict[str, str] = {
+    "ChildRejected": "Change what the message names, or the policy that refuses it; it is tried again by itself",
+    "ClaimMissing": "Create the PersistentVolumeClaim",
+    "ClaimPending": "See why the PersistentVolumeClaim is not bound (kubectl describe pvc)",
+    "ConfigInvalid": "Correct the engine setting that the message names",
+    "ConfigMapMissing": "Create the ConfigMap: nothing needs to be restarted",
+    "ContainerNotStarted": "Correct what the message names in engine.image, engine.env or podTemplate",
+    "CrashLoop": "Read the container's log (kubectl logs --previous)",
+    "DeviceUnavailable": "Check the node's GPU, resources.device and the image",
+    "EngineExited": "Check engine.image: a toka engine does not end by itself",
+    "EngineProcessDied": "The pod restarts by itself; if it comes again, report the last words",
+    "EngineProcessStalled": "The pod restarts by itself; if it comes again, report the last words",
+    "Evicted": "A new pod is made; see why the node gave the old one up (kubectl describe node)",
+    "HubUnavailable": "Check the network and HF_ENDPOINT; the pod tries again by itself",
+    "ImagePullFailed": "Check engine.image and engine.pullSecrets",
+    "InvalidSpec": "Correct the fields that the message names",
+    "ModelAuthFailed": "Check auth.hfTokenSecretRef, and whether its account may read the model",
+    "ModelInvalid": "Check the model's files: the message names the one that is wrong",
+    "ModelNotFound": "Check model.source and model.revision",
+    "NameTaken": "Delete or rename the other object, or this TokaDeployment",
+    "NodeLost": "A new pod is made elsewhere when the node's is given up; repair or delete the node",
+    "NodeRejected": "The kubelet did not take the pod on: the message says why",
+    "NotReady": "Read the engine's log; if it stays silent, the kubelet restarts it",
+    "NotResponding": "Read the engine's log of that run (kubectl logs --previous)",
+    "OutOfMemory": "Raise resources.memory, or lower engine.kvCacheNumTokens",
+    "PodNotStarted": "See the pod's events (kubectl describe pod)",
+    "PodSecurityViolated": "Make podTemplate.sidecars fit the namespace's Pod Security level",
+    "PodStuckTerminating": "The operator deletes it for good; repair or delete its node",
+    "PodsRejected": "Change what the message names, or the policy that refuses the pods",
+    "PortInUse": "Choose another engine.port than the sidecars use",
+    "Preempted": "Give the pods a higher scheduling.priorityClassName, or more nodes",
+    "ProgressDeadlineExceeded": "See status.failures and the engine's log, or raise rollout.progressDeadlineSeconds",
+    "QuotaExceeded": "Raise the namespace's quota, or lower replicas or resources",
+    "SandboxFailed": "Check resources.memory and the node's network (kubectl describe pod)",
+    "SchedulingGated": "Whoever gated the pod (a queue) lets it go, or does not",
+    "SecretMissing": "Create the Secret: nothing needs to be restarted",
+    "StartupTimeout": "Raise startup.timeoutSeconds, or see in the engine's log what takes so long",
+    "StorageFailed": "Check cache.size, the claim and the disk",
+    "Unschedulable": "Free or add a node that fits, or relax scheduling and resources",
+    "VolumeFailed": "Check podTemplate.volumes and the claims that the message names",
+    "WebhookRefused": "Change what the admission webhook names, or the webhook",
+}
+
+
+def add_advice(reason: str, message: str) -> str:
+    """The message, with what to do behind it."""
+    advice = ADVICE.get(reason)
+    return f"{message.rstrip('.')}. {advice}." if advice else message

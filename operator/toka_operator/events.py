@@ -1,0 +1,163 @@
+"""Events: those that we post about TokaDeployments, and those of others that explain missing pods.
+
+Owns: every request about Events. An Event that is posted again within a while is counted up instead of made anew.
+Others' events are listed only for a pod or StatefulSet that does not come, by its uid, with a backoff: watching them
+would cost more than everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from toka_operator import __version__
+from toka_operator.cluster import Cluster
+from toka_operator.errors import ApiError, TransientError
+from toka_operator.failures import Failure, explain_missing_pods, explain_waiting_pod, is_creating
+from toka_operator.fields import Json
+from toka_operator.metrics import WRITES
+from toka_operator.observed import Observed
+from toka_operator.resources import STATEFUL_SET, Owner
+from toka_operator.settings import API_VERSION, GROUP, KIND, MANAGED_BY
+from toka_operator.status import Event
+from toka_operator.times import format_time
+
+logger = logging.getLogger("toka.events")
+
+SERIES_S = 600.0
+"""The same event within so long is counted up."""
+MAX_SERIES = 4096
+SUSPECT_AFTER_S = 2.0
+"""A pod that does not come within so long is asked about."""
+ASK_FIRST_S = 2.0
+ASK_LAST_S = 30.0
+RETRIED_ANNOTATION = f"{GROUP}/pods-retried-at"
+"""On a StatefulSet whose pods were refused: when its controller was last made to try again."""
+
+
+class Recorder:
+    """Posts Events about TokaDeployments. One that is lost is not missed: the conditions say the same."""
+
+    def __init__(self, cluster: Cluster, identity: str) -> None:
+        self._cluster, self._identity = cluster, identity
+        self._series: OrderedDict[tuple[str, str, str], tuple[Json, float]] = OrderedDict()
+
+    def post(self, owner: Owner, event: Event) -> None:
+        series = (owner.uid, event.reason, event.message)
+        posted, at = self._series.pop(series, (None, 0.0))
+        try:
+            if posted is not None and time.monotonic() < at + SERIES_S:
+                posted = self._count_up(posted)
+            else:
+                posted = self._create(owner, event)
+        except (ApiError, TransientError) as error:
+            logger.warning("object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error))
+            return
+        self._series[series] = (posted, time.monotonic())
+        while len(self._series) > MAX_SERIES:
+            self._series.popitem(last=False)
+
+    def _create(self, owner: Owner, event: Event) -> Json:
+        stamp = format_time(time.time())
+        involved = {"apiVersion": API_VERSION, "kind": KIND, "name": owner.name}
+        involved |= {"namespace": owner.namespace, "uid": owner.uid}
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{owner.name}.{time.time_ns():x}", "namespace": owner.namespace},
+            "involvedObject": involved,
+            "type": "Warning" if event.is_warning else "Normal",
+            "reason": event.reason,
+            "message": event.message[:1024],
+            "source": {"component": MANAGED_BY},
+            "reportingComponent": MANAGED_BY,
+            "reportingInstance": f"{self._identity} {__version__}"[:128],
+            "firstTimestamp": stamp,
+            "lastTimestamp": stamp,
+            "count": 1,
+        }
+        created = self._cluster.create(manifest)
+        WRITES.labels(kind="Event", verb="create").inc()
+        return created
+
+    def _count_up(self, posted: Json) -> Json:
+        patch = {"count": int(posted.get("count") or 1) + 1, "lastTimestamp": format_time(time.time())}
+        updated = self._cluster.merge("Event", posted, patch)
+        WRITES.labels(kind="Event", verb="patch").inc()
+        return updated
+
+
+@dataclass(slots=True)
+class _Suspect:
+    """A pod, or a StatefulSet with too few pods, that does not come."""
+
+    since: float
+    next_ask: float
+    delay_s: float = ASK_FIRST_S
+    failure: Failure | None = None
+
+
+class Suspects:
+    """What one TokaDeployment waits for without anybody saying why, by uid, and what the events say of it."""
+
+    def __init__(self) -> None:
+        self._suspects: dict[str, _Suspect] = {}
+
+    def explain(self, cluster: Cluster, owner: Owner, observed: Observed, pods: Mapping[str, Json]) -> Observed:
+        """The same observation with the failures that only events tell. `pods` are those of `observed` by name."""
+        lacking = {child["metadata"]["uid"]: child for child in observed.of_kind(STATEFUL_SET) if _lacks(child, pods)}
+        creating = {pod["metadata"]["uid"]: pod for pod in pods.values() if is_creating(pod)}
+        for uid in self._suspects.keys() - (lacking.keys() | creating.keys()):
+            del self._suspects[uid]
+        missing = [self._ask(cluster, owner, child, explain_missing_pods) for child in lacking.values()]
+        waiting = [self._ask(cluster, owner, pod, explain_waiting_pod) for pod in creating.values()]
+        told = {failure.pod: failure for failure in waiting if failure is not None}
+        views = (replace(view, failure=view.failure or told.get(view.name)) for view in observed.pods)
+        found = tuple(failure for failure in missing if failure is not None)
+        return replace(observed, pods=tuple(views), missing_pods=found)
+
+    def next_ask_s(self) -> float | None:
+        """Seconds until events are to be asked for again; None if nothing is waited for."""
+        moment = min((suspect.next_ask for suspect in self._suspects.values()), default=None)
+        return None if moment is None else max(0.0, moment - time.monotonic())
+
+    def _ask(
+        self, cluster: Cluster, owner: Owner, obj: Json, explain: Callable[[str, list[Json]], Failure | None]
+    ) -> Failure | None:
+        now = time.monotonic()
+        uid, name = obj["metadata"]["uid"], obj["metadata"]["name"]
+        suspect = self._suspects.setdefault(uid, _Suspect(now, now + SUSPECT_AFTER_S))
+        if now < suspect.next_ask:
+            return suspect.failure
+        suspect.next_ask = now + suspect.delay_s
+        suspect.delay_s = min(ASK_LAST_S, suspect.delay_s * 2)
+        selector = f"involvedObject.uid={uid},type=Warning"
+        try:
+            events = cluster.list_all("Event", owner.namespace, field_selector=selector).items
+        except (ApiError, TransientError) as error:
+            logger.warning("object=%s/%s event=events_not_listed why=%r", owner.namespace, owner.name, str(error))
+            return suspect.failure
+        suspect.failure = explain(name, events)
+        if suspect.failure is not None and obj.get("kind") == STATEFUL_SET:
+            self._nudge(cluster, obj)
+        return suspect.failure
+
+    def _nudge(self, cluster: Cluster, stateful_set: Json) -> None:
+        """Touches a StatefulSet whose pods were refused: its controller tries again at once, instead of after a
+        backoff of up to a quarter of an hour."""
+        patch = {"metadata": {"annotations": {RETRIED_ANNOTATION: format_time(time.time())}}}
+        try:
+            cluster.merge(STATEFUL_SET, stateful_set, patch)
+            WRITES.labels(kind=STATEFUL_SET, verb="patch").inc()
+        except (ApiError, TransientError) as error:
+            logger.info("child=%s event=not_touched why=%r", stateful_set["metadata"]["name"], str(error))
+
+
+def _lacks(stateful_set: Json, pods: Mapping[str, Json]) -> bool:
+    """Whether a StatefulSet asks for a pod that nobody has seen, while its controller could have made it."""
+    uid, wanted = stateful_set["metadata"]["uid"], int(stateful_set["spec"].get("replicas", 1))
+    owned = (o for pod in pods.values() for o in pod["metadata"].get("ownerReferences") or [])
+    return sum(1 for owner in owned if owner.get("uid") == uid) < wanted
