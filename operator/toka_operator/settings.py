@@ -45,8 +45,8 @@ class Settings:
     """At most half of them work on objects that came in bulk."""
     health_port: int = 8080
     log_level: str = "INFO"
-    lease_duration_s: float = 15.0
-    lease_renew_deadline_s: float = 10.0
+    lease_duration_s: float = 10.0
+    lease_renew_deadline_s: float = 7.0
     lease_retry_s: float = 2.0
     stranger_retry_s: float = 30.0
     """How soon a child's name that a stranger holds is tried again: no watch of ours can see that it was
@@ -62,8 +62,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     log_level = environ.get("TOKA_LOG_LEVEL", "INFO").upper()
     if log_level not in LOG_LEVELS:
         raise SettingsError(f"TOKA_LOG_LEVEL={log_level}: must be one of {', '.join(LOG_LEVELS)}")
-    duration_s = _read_int(environ, "TOKA_LEASE_DURATION_SECONDS", 15, 3, 3600)
-    deadline_s = _read_int(environ, "TOKA_LEASE_RENEW_DEADLINE_SECONDS", 10, 2, 3600)
+    duration_s = _read_int(environ, "TOKA_LEASE_DURATION_SECONDS", 10, 3, 3600)
+    deadline_s = _read_int(environ, "TOKA_LEASE_RENEW_DEADLINE_SECONDS", 7, 2, 3600)
     retry_s = _read_int(environ, "TOKA_LEASE_RETRY_SECONDS", 2, 1, 3600)
     if deadline_s >= duration_s:
         raise SettingsError(

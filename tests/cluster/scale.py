@@ -32,9 +32,9 @@ Json = dict[str, Any]
 NAMESPACE = "scale"
 REPLICAS = 2
 QUIET_S = 30.0
-_AS_INSTALLED = {
-    "TOKA_LEASE_DURATION_SECONDS": "15",
-    "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "10",
+AS_INSTALLED = {
+    "TOKA_LEASE_DURATION_SECONDS": "10",
+    "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "7",
     "TOKA_LEASE_RETRY_SECONDS": "2",
 }
 """The chart's defaults, where the tests' are shorter."""
@@ -93,7 +93,7 @@ def measure(server: ApiServer, num_objects: int, min_ready_s: int) -> Json:
     _watch(api, "endpointslice", seen.note_slice)
     _watch(api, "statefulset", seen.note_set)
     _watch(api, "td", seen.note_deployment)
-    operator = start_operator(server, kubeconfig, "operator-0", **_AS_INSTALLED)
+    operator = start_operator(server, kubeconfig, "operator-0", **AS_INSTALLED)
     server.wait_for(lambda: "held=True" in operator.log(), "the operator to lead")
     names = [f"chat-{i}" for i in range(num_objects)]
     began = time.monotonic()
@@ -138,7 +138,7 @@ def _restart(server: ApiServer, kubeconfig: Path, operator: ProcessHandle, api: 
     path = f"{PATHS['service'].format(NAMESPACE)}/{name}"
     _request(api, "DELETE", path)
     began = time.monotonic()
-    start_operator(server, kubeconfig, "operator-1", **_AS_INSTALLED)
+    start_operator(server, kubeconfig, "operator-1", **AS_INSTALLED)
     server.wait_for(lambda: _request(api, "GET", path).status == 200, "the Service to be put back")
     return time.monotonic() - began
 

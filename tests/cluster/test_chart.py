@@ -49,7 +49,7 @@ def test_the_crd_is_upgraded_with_the_chart_and_kept_by_an_uninstallation(server
         ("unknown=1", "unknown"),
         ("replicas=many", "replicas"),
         ("lease.durationSeconds=0", "durationSeconds"),
-        ("lease.durationSeconds=10", "lease.renewDeadlineSeconds, and that less than"),
+        ("lease.durationSeconds=7", "lease.renewDeadlineSeconds, and that less than"),
         ("lease.retrySeconds=10", "lease.retrySeconds must be less"),
         ("image=", "image"),
     ],

@@ -233,8 +233,8 @@ def test_the_canonical_encoding_is_json_of_the_same_value(value: dict[str, Any])
         ("TOKA_WORKERS", "many"),
         ("TOKA_LOG_LEVEL", "LOUD"),
         ("TOKA_ENGINE_IMAGE", ""),
-        ("TOKA_LEASE_RENEW_DEADLINE_SECONDS", "15"),
-        ("TOKA_LEASE_DURATION_SECONDS", "10"),
+        ("TOKA_LEASE_RENEW_DEADLINE_SECONDS", "10"),
+        ("TOKA_LEASE_DURATION_SECONDS", "7"),
         ("TOKA_LEASE_RETRY_SECONDS", "10"),
     ],
 )
