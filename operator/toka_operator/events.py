@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from toka_operator import __version__
 from toka_operator.cluster import Cluster
-from toka_operator.errors import ApiError, TransientError
+from toka_operator.errors import ApiError, NamespaceEndsError, TransientError
 from toka_operator.failures import Failure, explain_missing_pods, explain_waiting_pod, is_creating
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
@@ -53,6 +53,8 @@ class Recorder:
                 posted = self._count_up(posted)
             else:
                 posted = self._create(owner, event)
+        except NamespaceEndsError:
+            return
         except (ApiError, TransientError) as error:
             logger.warning("object=%s/%s event=%s lost=%r", owner.namespace, owner.name, event.reason, str(error))
             return
@@ -114,8 +116,8 @@ class Suspects:
             del self._suspects[uid]
         missing = [self._ask(cluster, owner, child, explain_missing_pods) for child in lacking.values()]
         waiting = [self._ask(cluster, owner, pod, explain_waiting_pod) for pod in creating.values()]
-        told = {failure.pod: failure for failure in waiting if failure is not None}
-        views = (replace(view, failure=view.failure or told.get(view.name)) for view in observed.pods)
+        explained = {failure.pod: failure for failure in waiting if failure is not None}
+        views = (replace(view, failure=view.failure or explained.get(view.name)) for view in observed.pods)
         found = tuple(failure for failure in missing if failure is not None)
         return replace(observed, pods=tuple(views), missing_pods=found)
 

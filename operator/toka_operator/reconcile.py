@@ -29,9 +29,9 @@ from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import (
     build_invalid_status,
     build_status,
+    find_batching_delay_s,
     find_events,
     find_next_moment_s,
-    find_patience_s,
 )
 from toka_operator.store import Key, Store
 
@@ -149,7 +149,7 @@ class Reconciler:
         return memory.suspects.explain(self._cluster, owner, observed, {p["metadata"]["name"]: p for p in ours})
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
-        """Before children are made *again*: the object itself may be gone, and another watch told of them first.
+        """Before children are made *again*: the object itself may be gone, and another watch saw that of them first.
 
         Costs one read, and only when a child is missing from an object that was reconciled before.
         """
@@ -161,7 +161,7 @@ class Reconciler:
             raise TransientError(f"{KIND} {owner.namespace}/{owner.name} is being replaced")
 
     def _refresh(self, owner: Owner) -> Json:
-        """Reads the TokaDeployment itself, which otherwise its watch tells us about."""
+        """Reads the TokaDeployment itself, which its watch shows otherwise."""
         key = (owner.namespace, owner.name)
         try:
             found = self._cluster.read(KIND, *key)
@@ -172,7 +172,7 @@ class Reconciler:
         return found
 
     def _write_children(self, owner: Owner, plan: Plan, observed: Observed, memory: _Memory) -> Outcome:
-        """Every write of the plan. What the API server refuses is told and backs off; the rest is written."""
+        """Makes every write of the plan. What the API server refuses is reported and backs off; the rest is written."""
         rejected: dict[str, str] = {}
 
         def attempt(target: str, wish: object, write: Callable[[], None]) -> None:
@@ -325,10 +325,10 @@ class Reconciler:
 
 def _delay_status(memory: _Memory, previous: Json, status: Json) -> float | None:
     """Seconds until this status is due, which `memory` keeps over passes; None if it is due now, or no news."""
-    patience_s = 0.0 if status == previous else find_patience_s(previous, status)
+    delay_s = 0.0 if status == previous else find_batching_delay_s(previous, status)
     now = time.monotonic()
-    due = min(now + patience_s, memory.status_due or math.inf)
-    memory.status_due = due if patience_s and due > now else None
+    due = min(now + delay_s, memory.status_due or math.inf)
+    memory.status_due = due if delay_s and due > now else None
     return due - now if memory.status_due else None
 
 

@@ -1,6 +1,6 @@
 """The status block: what a user sees of a TokaDeployment.
 
-Owns: every field of `status` and the events told on its transitions. Pure: the same observations give the
+Owns: every field of `status` and the events reported on its transitions. Pure: the same observations give the
 same status, so nothing is written while nothing changes.
 """
 
@@ -38,12 +38,12 @@ from toka_operator.times import format_time, parse_time
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
 """A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
-START_PATIENCE_S = 2.0
-"""How long it waits to be told that a new object starts: of a thousand at once, most are ready soon after."""
-READINESS_PATIENCE_S = 1.0
-"""How long the readiness of some pods waits for that of the others."""
-COUNTS_PATIENCE_S = 5.0
-"""How long it waits to be told that pods exist, of which none is ready or no longer ready."""
+START_BATCH_S = 2.0
+"""A new object's first status waits this long: of a thousand at once, most are ready soon after."""
+READINESS_BATCH_S = 1.0
+"""A status with more ready pods waits this long for the others' readiness."""
+COUNTS_BATCH_S = 5.0
+"""A status in which only counts of pods changed, and no readiness, waits this long."""
 
 _STARTING = {READY: "False", AVAILABLE: "False", DEGRADED: "False", CONFIG_VALID: "True"}
 """The conditions of a new object with which nothing is wrong."""
@@ -51,7 +51,7 @@ _STARTING = {READY: "False", AVAILABLE: "False", DEGRADED: "False", CONFIG_VALID
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One transition, as told to the user."""
+    """One transition, as reported to the user."""
 
     is_warning: bool
     reason: str
@@ -124,7 +124,7 @@ def find_next_moment_s(spec: TokaDeploymentSpec, observed: Observed, status: Jso
     return min((moment - now + 0.01 for moment in moments if moment is not None and moment > now), default=None)
 
 
-def find_patience_s(previous: Json, status: Json) -> float:
+def find_batching_delay_s(previous: Json, status: Json) -> float:
     """How long a change of the status may wait for the next one, so that a start of many pods is a few writes.
 
     Not at all if somebody waits for it: another condition or reason, a failure, or that a new spec was seen. Counts
@@ -136,10 +136,10 @@ def find_patience_s(previous: Json, status: Json) -> float:
         return 0.0
     if not previous:
         is_well = all(after[kind][0] == expected for kind, expected in _STARTING.items())
-        return START_PATIENCE_S if is_well else 0.0
+        return START_BATCH_S if is_well else 0.0
     if before != after or previous.get("observedGeneration") != status["observedGeneration"]:
         return 0.0
-    return COUNTS_PATIENCE_S if _readiness(previous) == _readiness(status) else READINESS_PATIENCE_S
+    return COUNTS_BATCH_S if _readiness(previous) == _readiness(status) else READINESS_BATCH_S
 
 
 def _readiness(status: Json) -> dict[str, tuple[int, int]]:
@@ -149,7 +149,7 @@ def _readiness(status: Json) -> dict[str, tuple[int, int]]:
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:
-    """What to tell: transitions of Ready, Available, Degraded and ConfigValid and of the current revision."""
+    """The transitions to report: of Ready, Available, Degraded and ConfigValid and of the current revision."""
     before = {c["type"]: c for c in previous.get("conditions", [])}
     events = []
     old, new = previous.get("currentRevision"), status.get("currentRevision")
@@ -200,13 +200,13 @@ def _describe_revisions(spec: TokaDeploymentSpec, observed: Observed, plan: Plan
 
 
 def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Json, now: float) -> Json | None:
-    """How the first ready pod of the current revision came up; just the revision, if that cannot be told.
+    """How the first ready pod of the current revision came up; just the revision, if that cannot be seen.
 
     It stays as it is for as long as the revision: a pod that is ready again later did not start then.
     """
-    told: Json | None = previous.get("startup")
-    if told is not None and told.get("revision") == spec.revision:
-        return told
+    reported: Json | None = previous.get("startup")
+    if reported is not None and reported.get("revision") == spec.revision:
+        return reported
     ready = [p for p in observed.pods if p.revision == spec.revision and p.is_ready and not p.is_terminating]
     if not ready:
         return None

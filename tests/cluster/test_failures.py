@@ -175,6 +175,25 @@ def test_transitions_are_told_as_events_once(operator: Operator) -> None:
     def reasons() -> list[str]:
         events = json.loads(operator.kubectl("get", "events", "-o", "json"))["items"]
         ours = [e for e in events if e["involvedObject"]["kind"] == "TokaDeployment"]
-        return sorted(e["reason"] for e in ours)
+        return sorted(e["reason"] for e in ours for _ in range(e["count"]))
 
-    operator.wait_for(lambda: reasons() == ["Ready", "Ready", "RolloutStarted"], "three events")
+    operator.wait_for(
+        lambda: reasons() == ["Ready", "Ready", "RolloutStarted"],
+        "three events, of which the second Ready is counted up",
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"podTemplate": {"sidecars": [{"name": "log", "image": "log:1", "mispelt": 1}]}},
+        {"scheduling": {"affinity": {"mispelt": 1}}},
+    ],
+)
+def test_a_misspelt_field_that_the_crd_does_not_know_is_refused_by_its_name(
+    operator: Operator, spec: dict[str, Any]
+) -> None:
+    operator.expected.append("rejected=")
+    operator.apply("chat", **spec)
+    rejected = operator.wait_for_condition("chat", "ConfigValid", "False", "ChildRejected")
+    assert "mispelt" in rejected["message"]

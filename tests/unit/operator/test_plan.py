@@ -9,7 +9,13 @@ import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.errors import FieldError
 from toka_operator.observed import Observed, PodView, view_pod
-from toka_operator.status import build_invalid_status, build_status, find_events, find_next_moment_s, find_patience_s
+from toka_operator.status import (
+    build_invalid_status,
+    build_status,
+    find_batching_delay_s,
+    find_events,
+    find_next_moment_s,
+)
 from toka_operator.times import format_time
 
 from tests.unit.operator.examples import NOW, OWNER, child, engine_status, live, plan_for, pod, seen, valid
@@ -256,11 +262,11 @@ def test_only_counts_of_something_under_way_may_be_told_later() -> None:
     spec = valid(replicas=3)
     plan = plan_for(spec)
     starting = status_of(spec, seen(plan))
-    assert find_patience_s({}, starting) > 0
+    assert find_batching_delay_s({}, starting) > 0
     waiting = status_of(spec, seen(plan, tuple(pod(spec.revision, n) for n in range(3))), starting)
     one = pod(spec.revision, is_available=True)
     some = status_of(spec, seen(plan, (one, pod(spec.revision, 1), pod(spec.revision, 2))), waiting)
-    assert find_patience_s(starting, waiting) > find_patience_s(waiting, some) > 0
+    assert find_batching_delay_s(starting, waiting) > find_batching_delay_s(waiting, some) > 0
     ready = tuple(pod(spec.revision, n, is_available=True) for n in range(3))
     failed = pod(spec.revision, status=engine_status(state={"waiting": {"reason": "ErrImagePull"}}))
     taken = Observed({}, (), frozenset({("Service", "chat")}))
@@ -271,7 +277,7 @@ def test_only_counts_of_something_under_way_may_be_told_later() -> None:
         "nothing is under way": ({}, status_of(valid(suspend=True), seen(plan))),
         "a name is taken": ({}, status_of(spec, taken)),
     }
-    assert {why: find_patience_s(*pair) for why, pair in urgent.items()} == dict.fromkeys(urgent, 0.0)
+    assert {why: find_batching_delay_s(*pair) for why, pair in urgent.items()} == dict.fromkeys(urgent, 0.0)
 
 
 def test_a_stored_child_is_seen_as_it_was_written() -> None:
