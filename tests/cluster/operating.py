@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,6 +303,32 @@ def end_operator(server: ApiServer, process: ProcessHandle) -> int:
     """SIGTERM once it has started; returns its exit status. It gives its Lease back."""
     server.wait_for(lambda: "event=started" in process.log(), f"the start of {process.name}")
     return process.terminate()
+
+
+def pod_uids(operator: Operator) -> set[str]:
+    return {pod["metadata"]["uid"] for pod in operator.pods("chat")}
+
+
+def probe(port: int, path: str) -> tuple[int, str]:
+    """Status and text of one of an operator's health paths; 0 before it listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except urllib.error.URLError:
+        return 0, "nobody listens"
+
+
+def has_replicas(operator: Operator, name: str, replicas: int) -> bool:
+    """Whether a TokaDeployment is ready: one revision, so many pods, its newest spec seen and its Service there."""
+    found = operator.require("td", name)
+    status = found.get("status", {})
+    conditions = {c["type"]: c["status"] for c in status.get("conditions", [])}
+    sets = operator.sets(name).values()
+    is_seen = status.get("observedGeneration") == found["metadata"]["generation"]
+    has_pods = [s["spec"]["replicas"] for s in sets] == [replicas]
+    return is_seen and has_pods and conditions.get("Ready") == "True" and operator.get("service", name) is not None
 
 
 @pytest.fixture(scope="module")

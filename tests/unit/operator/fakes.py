@@ -26,6 +26,8 @@ class FakeCluster:
     def __init__(self) -> None:
         self.objects: dict[Address, Json] = {}
         self.writes: list[tuple[str, str]] = []
+        self.asked: list[str] = []
+        """The field selector of each list of events."""
         self.refuse: Callable[[str, Json], ApiError | None] = lambda verb, body: None
         self.after: Callable[[str, Json], None] = lambda verb, body: None
         self._versions = itertools.count(1)
@@ -50,6 +52,9 @@ class FakeCluster:
 
     def list_all(self, kind: str, namespace: str | None, selector: str = "", field_selector: str = "") -> Page:
         found = [copy.deepcopy(o) for (k, n, _), o in self.objects.items() if k == kind and namespace in (None, n)]
+        if kind == "Event":
+            self.asked.append(field_selector)
+            found = [e for e in found if f"involvedObject.uid={e['involvedObject']['uid']}," in field_selector]
         return Page(found, str(next(self._versions)))
 
     def create(self, manifest: Json) -> Json:
