@@ -58,6 +58,7 @@ from toka_engine.model.aot.triton_dry_run import dry_run
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.norm import rms_norm
 from toka_engine.model.devices import select_backend
+from toka_engine.model.ranks import SingleRank
 
 class Driver:
     "Triton's own for NVIDIA, less the GPU: each kernel's binary and the module that launches it are only loaded."
@@ -85,7 +86,7 @@ ctypes.CDLL(sys.argv[1] + "/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
 what, capability = sys.argv[2], int(sys.argv[3])
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-select_backend(torch.device("cuda"), EngineConfig())
+select_backend(torch.device("cuda"), EngineConfig(), SingleRank())
 cache = knobs.cache.manager_class.__self__
 try:
     fake = Driver(capability)

@@ -10,14 +10,15 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
 from toka_engine.model.backend import Launched
+from toka_engine.model.ranks import Ranks
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.worker import Worker, load_worker
 from toka_engine.slot_parameters import SlotBatch
 
 
-def load(folder: Path, **settings: Any) -> Worker:
-    """A worker on the CPU, in fp32 unless told."""
+def load(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Worker:
+    """A worker on the CPU, in fp32 unless told; one of `ranks`, if given."""
     defaults: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
@@ -25,7 +26,7 @@ def load(folder: Path, **settings: Any) -> Worker:
         "num_threads": 1,
         "seed": 0,
     }
-    return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None)
+    return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None, ranks)
 
 
 def ints(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -21,7 +21,7 @@ import torch
 from toka_engine.errors import ModelInvalidError
 from toka_engine.model.builder import ModelBuilder
 from toka_engine.model.model_config import read_model_config
-from toka_engine.model.sharding import Sharding
+from toka_engine.model.ranks import SingleRank
 from tokenizers import Tokenizer
 
 from tests.engine_process import ROOT, EngineProcess
@@ -116,4 +116,4 @@ def test_a_window_that_the_engine_has_not_is_refused_by_the_documents_mistral(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(ModelInvalidError, match=r"sliding_window=16 is not supported \(null is\)"):
-        module.Mistral(ModelBuilder(read_model_config(folder), None, None, Sharding()))  # before it takes any weight
+        module.Mistral(ModelBuilder(read_model_config(folder), None, None, SingleRank()))  # before it takes any weight

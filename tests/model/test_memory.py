@@ -158,5 +158,5 @@ def test_tables_of_pages_are_as_long_as_the_longest_request(
 ) -> None:
     _, folder = make_tiny(max_position_embeddings=512)
     config = EngineConfig(max_num_tokens_per_request=longest, kv_cache_num_tokens=4096)
-    sizes = choose_sizes(config, read_model_config(folder), torch.device("cpu"), kv_bytes_per_token=64)
+    sizes = choose_sizes(config, read_model_config(folder), torch.device("cpu"), 64, available=1 << 34)
     assert sizes.max_pages_per_seq == num_pages

@@ -10,9 +10,14 @@ import torch
 from toka_engine.messages import Step
 from toka_engine.model.cpu.gumbel import gumbel_noise
 from toka_engine.model.cpu.sampler import CpuSampler, keep_likeliest
+from toka_engine.model.cpu.vocabulary import ShardedVocabulary
+from toka_engine.model.ranks import Ranks
 from toka_engine.model.sample_plan import Sampled, plan_sampling
+from toka_engine.model.sharding import Sharding
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.slot_parameters import SlotBatch
+
+from tests.model.thread_ranks import run_ranks
 
 VOCAB = 300
 NUM_DRAWS = 8_000
@@ -206,3 +211,68 @@ def test_top_logprobs_beyond_what_a_row_asks_for_are_marked() -> None:
     assert sampled.top_tokens is not None
     assert (sampled.top_tokens[0, 1:] == -1).all()
     assert (sampled.top_tokens[1] >= 0).all()
+
+
+def sample_on(size: int, logits: torch.Tensor, state: HostSlots, rows: torch.Tensor | None = None) -> list[Sampled]:
+    """What each of `size` ranks samples, each given its part of the logits."""
+    step = Step(number=2, decode_slots=np.arange(state.max_seqs, dtype=np.int32))
+
+    def work(ranks: Ranks) -> Sampled:
+        vocabulary = ShardedVocabulary(ranks, logits.shape[1])
+        begin, end = Sharding(ranks.rank, size).split_vocabulary(logits.shape[1])
+        plan = plan_sampling(step, state)
+        return CpuSampler(5, read_nothing, vocabulary)(logits[:, begin:end].contiguous(), rows, plan, state)
+
+    return run_ranks(size, work)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "parameters", [{}, {"temperature": 0.6}, {"top_k": 7}, {"top_p": 0.8, "temperature": 1.3}, {"min_p": 0.05}]
+)
+def test_ranks_with_parts_of_the_vocabulary_draw_from_the_exact_distribution(
+    size: int, parameters: dict[str, Any]
+) -> None:
+    logits = make_logits()
+    state = make_state(NUM_DRAWS, **parameters)
+    first, *others = sample_on(size, logits[None, :], state, torch.zeros(NUM_DRAWS, dtype=torch.int64))
+    check_frequencies(first.ids.numpy(), expected_probabilities(logits, **parameters))
+    assert all(torch.equal(other.ids, first.ids) for other in others)
+
+
+@pytest.mark.parametrize(
+    "vocab", [40, 300]
+)  # a part of 40 over two has 8 tokens, fewer than the logprobs that are asked
+@pytest.mark.parametrize("spread", [0.0, 2.0])  # 0: all tokens are equal, so each part has the best one
+def test_ranks_agree_with_one_on_greedy_and_seeded_rows_and_on_logprobs(vocab: int, spread: float) -> None:
+    logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(9)) * spread
+    row = np.arange(64)
+    state = make_state(
+        64,
+        temperature=np.where(row % 2, 0.9, 0.0),
+        seed=np.where(row % 2, row, -1),
+        top_k=np.where(row % 3, 0, 11),
+        num_logprobs=np.where(row % 5, row % 21, -1),
+        num_sampled=row,
+    )
+    whole = sample(logits, state)
+    for each in sample_on(2, logits, state):
+        assert torch.equal(each.ids, whole.ids)
+        torch.testing.assert_close(each.logprobs, whole.logprobs)
+        torch.testing.assert_close(each.top_logprobs, whole.top_logprobs)
+        if spread:
+            assert torch.equal(each.top_tokens, whole.top_tokens)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("token", [0, 150, 299])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bad_logit_in_one_part_makes_the_row_bad_on_all_ranks(bad: float, token: int, temperature: float) -> None:
+    logits = torch.stack([make_logits(), make_logits()])
+    logits[1, token] = bad
+    state = make_state(2, temperature=temperature, seed=[-1, 4], num_logprobs=2)
+    for each in sample_on(3, logits, state):
+        assert each.ids[0] >= 0
+        assert each.ids[1] == -1
+        assert each.logprobs is not None
+        assert each.logprobs.isnan().tolist() == [False, True]

@@ -18,6 +18,7 @@ from toka_engine.model.cpu import backend
 from toka_engine.model.devices import select_backend
 from toka_engine.model.linear import Linear, LinearParameters, LmHead, ResidualLinear
 from toka_engine.model.ops import Ops
+from toka_engine.model.ranks import SingleRank
 from toka_engine.model.residual import Norm
 
 from tests.model.driving import Driver
@@ -126,7 +127,7 @@ def test_packed_weights_are_the_only_copy_where_there_are_no_such_kernels() -> N
 
 def test_what_other_blocks_left_to_add_is_added_once_to_a_step_of_one_row(kernels: PlainSingleRow) -> None:
     ops = backend.make_ops()
-    norm, (linear, _) = Norm(ops, torch.randn(16), 1e-5), make_linear(ops)
+    norm, (linear, _) = Norm(ops, torch.randn(16), 1e-5, SingleRank()), make_linear(ops)
     start, added = torch.randn(2, 1, 16)
     x, residual = norm(added, start.clone())
     found = linear(x)
@@ -143,7 +144,7 @@ def test_a_blocks_output_is_in_the_stream_once_a_norm_has_read_it(
     rows: int, wanted: list[int] | None, kernels: PlainSingleRow
 ) -> None:
     ops, weight, bias = backend.make_ops(), torch.randn(16, 24), torch.randn(16)
-    norm, last = Norm(ops, torch.randn(16), 1e-5), ResidualLinear(ops, LinearParameters(weight, bias))
+    norm, last = Norm(ops, torch.randn(16), 1e-5, SingleRank()), ResidualLinear(ops, LinearParameters(weight, bias))
     x, start = torch.randn(rows, 24), torch.randn(rows, 16)
     rows_that_go_on = list(range(rows)) if wanted is None else wanted
     expected = (start + F.linear(x, weight, bias))[rows_that_go_on]
@@ -163,5 +164,5 @@ def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str]
 
 def test_a_model_that_is_compiled_gets_no_such_kernels(kernels: PlainSingleRow) -> None:
     cpu = torch.device("cpu")
-    assert select_backend(cpu, EngineConfig()).ops.single_row is kernels
-    assert select_backend(cpu, EngineConfig(torch_compile=True)).ops.single_row is None
+    assert select_backend(cpu, EngineConfig(), SingleRank()).ops.single_row is kernels
+    assert select_backend(cpu, EngineConfig(torch_compile=True), SingleRank()).ops.single_row is None

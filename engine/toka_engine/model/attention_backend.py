@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.model.model_config import ModelConfig
+from toka_engine.model.sharding import Sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,15 @@ class AttentionShape:
     device: torch.device
 
     @classmethod
-    def of(cls, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionShape:
+    def of(
+        cls, model: ModelConfig, dtype: torch.dtype, device: torch.device, sharding: Sharding | None = None
+    ) -> AttentionShape:
+        """The shape of `model`, or of a rank's heads. Raises ConfigError if these cannot be split over the ranks."""
+        heads = (sharding or Sharding(0, 1)).split_heads(model.num_heads, model.num_kv_heads)
         return cls(
             num_layers=model.num_layers,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
             head_dim=model.head_dim,
             scale=model.head_dim**-0.5,
             dtype=dtype,

@@ -15,6 +15,7 @@ from toka_engine.model.linear import GatedLinear, Linear, LinearParameters, LmHe
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
+from toka_engine.model.ranks import Ranks
 from toka_engine.model.residual import Embedding, Norm
 from toka_engine.model.sharding import HeadRange, Shard, Sharding
 
@@ -26,7 +27,12 @@ class ModelBuilder:
     config: ModelConfig
     weights: Weights
     ops: Ops
-    sharding: Sharding
+    ranks: Ranks
+
+    @property
+    def sharding(self) -> Sharding:
+        """What this rank holds."""
+        return Sharding(self.ranks.rank, self.ranks.size)
 
     @property
     def heads(self) -> HeadRange:
@@ -64,18 +70,19 @@ class ModelBuilder:
     def norm(self, name: str, offset: float = 0.0) -> Norm:
         """The RMSNorm of the residual stream whose weight is the stored one plus `offset`."""
         weight = self.weights.take(f"{name}.weight", (self.config.hidden_size,))
-        return Norm(self.ops, weight + offset if offset else weight, self.config.rms_norm_eps)
+        return Norm(self.ops, weight + offset if offset else weight, self.config.rms_norm_eps, self.ranks)
 
     def head_norm(self, name: str) -> torch.Tensor:
         """The weight [head_dim] of an RMSNorm that all heads of the queries, or of the keys, share."""
         return self.weights.take(f"{name}.weight", (self.config.head_dim,))
 
     def embedding(self, name: str = "model.embed_tokens") -> Embedding:
-        """The token embedding."""
-        return Embedding(self._take_vocabulary(name))
+        """The token embedding. Split by vocabulary."""
+        first, _ = self.sharding.split_vocabulary(self.config.vocab_size)
+        return Embedding(self._take_vocabulary(name), first if self.ranks.size > 1 else None)
 
     def lm_head(self, tied_to: Embedding | None, name: str = "lm_head") -> LmHead:
-        """The layer that makes logits, with the embedding's weight if it is tied to one."""
+        """The layer that makes logits, with the embedding's weight if it is tied to one. Split by vocabulary."""
         return LmHead(self.ops, self._take_vocabulary(name) if tied_to is None else tied_to.weight)
 
     def _take_vocabulary(self, name: str) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.errors import DeviceUnavailableError
+from toka_engine.errors import ConfigError, DeviceUnavailableError
 from toka_engine.model.backend import Backend
+from toka_engine.model.ranks import Ranks
 
 _FIRST_WITH_BFLOAT16 = (8, 0)
 """The first compute capability whose tensor cores multiply it: the only type of our kernels."""
@@ -35,12 +36,14 @@ def _check_has_bfloat16(device: torch.device) -> None:
         )
 
 
-def select_backend(device: torch.device, config: EngineConfig) -> Backend:
+def select_backend(device: torch.device, config: EngineConfig, ranks: Ranks) -> Backend:
     """The backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
-    Raises ConfigError, StorageError.
+    Raises ConfigError, also for what several ranks cannot do yet, and StorageError.
     """
-    backend = _make_cuda_backend(device) if device.type == "cuda" else _make_cpu_backend()
+    if ranks.size > 1:
+        _check_ranks(device, config, ranks)
+    backend = _make_cuda_backend(device) if device.type == "cuda" else _make_cpu_backend(ranks)
     if not config.torch_compile:
         return backend
     from toka_engine.model.torch_compile.inductor_cache import choose_compile_cache
@@ -51,10 +54,19 @@ def select_backend(device: torch.device, config: EngineConfig) -> Backend:
     return CompiledBackend(backend, device, config.torch_compile_config)
 
 
-def _make_cpu_backend() -> Backend:
+def _check_ranks(device: torch.device, config: EngineConfig, ranks: Ranks) -> None:
+    if device.type != "cpu":
+        raise ConfigError(
+            f"tp_size={ranks.size} needs device=cpu: the exchange between GPUs is not built yet (tp_size=1 is allowed)"
+        )
+    if config.torch_compile:
+        raise ConfigError(f"torch_compile=T is not supported with tp_size={ranks.size} (torch_compile=F is)")
+
+
+def _make_cpu_backend(ranks: Ranks) -> Backend:
     from toka_engine.model.cpu.backend import CpuBackend
 
-    return CpuBackend()
+    return CpuBackend(ranks)
 
 
 def _make_cuda_backend(device: torch.device) -> Backend:

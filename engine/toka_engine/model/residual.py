@@ -2,6 +2,9 @@
 
 The adds are fused into the norms, so a block's output travels to the next norm before it is in the stream. For one row,
 where the device has GEMV kernels, the add and the norm are fused into the GEMVs instead (see `linear`).
+
+On several ranks a block's output is each rank's part of a sum, and so is an embedding, of which a rank has the rows of
+its own tokens: the norm adds the parts up first. The stream itself is the same on every rank.
 """
 
 from __future__ import annotations
@@ -11,33 +14,43 @@ import torch.nn.functional as F
 
 from toka_engine.model.linear import Activation, DeferredAdd, DeferredNorm
 from toka_engine.model.ops import Ops
+from toka_engine.model.ranks import Ranks
 
 
 class Embedding:
     """The vectors of token ids."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight  # [vocab, width]
+    def __init__(self, weight: torch.Tensor, first: int | None) -> None:
+        """`weight` has the rows of the tokens from `first` on; None: of all."""
+        self.weight = weight  # [tokens, width]
+        self._first = first
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [n] int32 -> [n, width], new memory: the stream grows in it."""
-        return F.embedding(ids, self.weight)
+        """ids [n] int32 -> [n, width], new memory: the stream grows in it. Zeros for other ranks' tokens."""
+        if self._first is None:
+            return F.embedding(ids, self.weight)
+        local, num_tokens = ids - self._first, self.weight.shape[0]
+        is_elsewhere = (local < 0) | (local >= num_tokens)
+        return F.embedding(local.clamp(0, num_tokens - 1), self.weight).masked_fill_(is_elsewhere[:, None], 0)
 
 
 class Norm:
     """RMSNorm of the residual stream (Zhang and Sennrich 2019)."""
 
-    def __init__(self, ops: Ops, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, ops: Ops, weight: torch.Tensor, eps: float, ranks: Ranks) -> None:
+        if ranks.size > 1 and ops.single_row is not None:
+            raise AssertionError("each rank's GEMV would add the whole stream to its part of the sum")
         self.weight, self._eps = weight, eps
         self._rms_norm, self._add_rms_norm = ops.rms_norm, ops.add_rms_norm
         self._can_defer = ops.single_row is not None
+        self._all_reduce = ranks.all_reduce if ranks.size > 1 else None
 
     def __call__(self, x: Activation, residual: torch.Tensor | None) -> tuple[Activation, torch.Tensor]:
         """Add a block's output `x` [n, width] to the stream [n, width], in place; return its norm, and the stream.
 
         Without a stream, `x` becomes it.
         """
-        pending, residual = _enter(x, residual)
+        pending, residual = self._enter(x, residual)
         # In this order: where there are no kernels, a trace must not ask for the rows.
         if self._can_defer and pending is None and residual.shape[0] == 1:
             return DeferredNorm(residual, self.weight, self._eps), residual
@@ -45,26 +58,25 @@ class Norm:
 
     def finish(self, x: Activation, residual: torch.Tensor | None) -> torch.Tensor:
         """The norm behind the last block: as a call, but always computed here, [n, width]."""
-        return self._compute(*_enter(x, residual))
+        return self._compute(*self._enter(x, residual))
 
     def _compute(self, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         if pending is None:
             return self._rms_norm(residual, self.weight, self._eps)
         return self._add_rms_norm(pending, residual, self.weight, self._eps)
 
-
-def _enter(x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """What is still to be added to the stream, None if a GEMV has done it, and the stream, cut to the wanted rows."""
-    match x:
-        case DeferredNorm():
-            raise AssertionError("a norm reads a block's output, not another norm")
-        case DeferredAdd():
+    def _enter(self, x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What is still to be added to the stream, None if it is all there, and the stream, cut to the wanted rows."""
+        if isinstance(x, DeferredAdd):
             assert residual is not None, "only an embedding starts a stream"
             if x.wanted is not None:
                 residual = residual.index_select(0, x.wanted)
-            if x.gemv is None:
-                return x.x, residual
-            x.gemv.add(x.x, residual)
-            return None, residual
-        case _:
-            return (None, x) if residual is None else (x, residual)
+            if x.gemv is not None:
+                x.gemv.add(x.x, residual)
+                return None, residual
+            x = x.x
+        if isinstance(x, DeferredNorm):
+            raise AssertionError("a norm reads a block's output, not another norm")
+        if self._all_reduce is not None:
+            x = self._all_reduce(x)
+        return (None, x) if residual is None else (x, residual)

@@ -52,10 +52,16 @@ class HeadRange:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """Rank `rank` of `size` tensor-parallel ranks."""
+    """What rank `rank` of `size` tensor-parallel ranks holds."""
 
-    rank: int = 0
-    size: int = 1
+    rank: int
+    size: int
+
+    def check(self, num_heads: int, num_kv_heads: int, intermediate_size: int, vocab_size: int) -> None:
+        """Raise ConfigError where these sizes of config.json cannot be split, with the field and both numbers."""
+        self.split_heads(num_heads, num_kv_heads)
+        self.split("intermediate_size", intermediate_size)
+        self.split_vocabulary(vocab_size)
 
     def split(self, name: str, total: int) -> tuple[int, int]:
         """This rank's equal part [begin, end) of `total`. Raises ConfigError, with `name` and both numbers."""

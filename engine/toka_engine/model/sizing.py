@@ -48,8 +48,10 @@ def _has_cpu_bfloat16() -> bool:
     )
 
 
-def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int) -> Sizes:
-    """Sizes for a model that is loaded already. Raises ConfigError, OutOfMemoryError."""
+def choose_sizes(
+    config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int, available: int
+) -> Sizes:
+    """Sizes for a model that is loaded already, with `available` bytes left. Raises ConfigError, OutOfMemoryError."""
     is_gpu = device.type == "cuda"
     page_size = config.page_size
     max_seqs = config.max_seqs_per_forward or (_GPU_SEQS if is_gpu else _CPU_SEQS)
@@ -64,7 +66,6 @@ def choose_sizes(config: EngineConfig, model: ModelConfig, device: torch.device,
     longest = min(model.max_positions, config.max_num_tokens_per_request or model.max_positions)
     pages_of_longest = -(-longest // page_size)
     bytes_per_page = (kv_bytes_per_token + TOKEN_ID_BYTES) * page_size
-    available = read_available_bytes(device)
     if is_gpu and config.kv_cache_num_tokens is None:
         num_pages = available // bytes_per_page  # an upper bound, see cuda.memory_fit
     else:

@@ -29,6 +29,8 @@ from toka_engine.model.devices import find_device, select_backend
 from toka_engine.model.loader import Weights
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
+from toka_engine.model.ranks import Ranks, SingleRank
+from toka_engine.model.sharding import Sharding
 from toka_engine.model.sizing import Sizes, choose_dtype, read_available_bytes
 from toka_engine.slot_parameters import SlotBatch
 
@@ -95,19 +97,27 @@ def _receive_ready(link: Channel[ManagerToWorker], has_work: bool) -> list[Manag
         raise
 
 
-def load_worker(config: EngineConfig, model_dir: Path, report: Report) -> Worker:
-    """Load the model of `model_dir` and allocate everything. Raises errors of the tree, OutOfMemoryError among them."""
+def load_worker(config: EngineConfig, model_dir: Path, report: Report, ranks: Ranks | None = None) -> Worker:
+    """Load the model of `model_dir`, or this rank's part of it, and allocate everything.
+
+    Without `ranks` there is one. Raises errors of the tree, OutOfMemoryError among them.
+    """
+    ranks = ranks or SingleRank()
     device = find_device(config)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or count_threads())
-    backend = select_backend(device, config)
+        torch.set_num_threads(config.num_threads or max(1, count_threads() // ranks.size))
+    backend = select_backend(device, config, ranks)
     model_config = read_model_config(model_dir)
-    dtype = choose_dtype(config, device)
-    shape = AttentionShape.of(model_config, dtype, device)
+    dtype, sharding = choose_dtype(config, device), Sharding(ranks.rank, ranks.size)
+    sharding.check(
+        model_config.num_heads, model_config.num_kv_heads, model_config.intermediate_size, model_config.vocab_size
+    )
+    shape = AttentionShape.of(model_config, dtype, device, sharding)
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
-        with torch.inference_mode(), Weights(model_dir, device, dtype, read_available_bytes(device)) as weights:
-            model = build_model(model_config, weights, backend.ops)
+        available = ranks.agree_min(read_available_bytes(device)) // (ranks.size if device.type == "cpu" else 1)
+        with torch.inference_mode(), Weights(model_dir, device, dtype, available) as weights:
+            model = build_model(model_config, weights, backend.ops, ranks)
             for name in weights.list_untaken():
                 _log.warning("event=unused_tensor name=%s", name)
         gc.collect()

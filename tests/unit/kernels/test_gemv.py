@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ConfigFields, parse_model_config
+from toka_engine.model.ranks import SingleRank
 
 BF16 = torch.bfloat16
 DTYPES = [(torch.float32, 1e-5), (BF16, 1e-2)]
@@ -190,7 +191,7 @@ def test_a_token_alone_gets_the_hidden_state_and_the_logits_that_it_gets_among_o
     config = parse_model_config(ConfigFields({"architectures": [architecture], **FIELDS, **fields}, Path()))
     # torch's product with another dtype is for GPUs alone
     ops = replace(make_ops(0), single_row=kernels, make_head=lambda weight: make_linear(weight, None))
-    model = build_model(config, RandomWeights(device), ops)
+    model = build_model(config, RandomWeights(device), ops, SingleRank())
     ids = torch.tensor([3, 30, 44], dtype=torch.int32, device=device)
     together = model.forward(ids, FirstTokens())
     alone = torch.cat([model.forward(ids[row : row + 1], FirstTokens()) for row in range(3)])

@@ -54,9 +54,9 @@ def test_each_token_is_on_one_rank_and_shards_begin_where_the_hash_does(size: in
 
 
 def test_one_rank_holds_all() -> None:
-    assert Sharding().split("intermediate_size", 7) == (0, 7)
-    assert Sharding().split_vocabulary(7) == (0, 7)
-    assert Sharding().split_heads(9, 3).num_kv_heads == 3
+    assert Sharding(0, 1).split("intermediate_size", 7) == (0, 7)
+    assert Sharding(0, 1).split_vocabulary(7) == (0, 7)
+    assert Sharding(0, 1).split_heads(9, 3).num_kv_heads == 3
 
 
 def test_a_shard_knows_its_shape() -> None:

@@ -28,6 +28,7 @@ from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
+from toka_engine.model.ranks import SingleRank
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sharding import Shard
 from toka_engine.model.sizing import Sizes
@@ -66,7 +67,7 @@ def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tu
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     with torch.inference_mode():
         runner = DryRunner(
-            build_model(model, _Weights(), make_ops(driver.active.get_current_target().arch)),
+            build_model(model, _Weights(), make_ops(driver.active.get_current_target().arch), SingleRank()),
             attention, sizes.max_seqs, EngineConfig(seed=0),
         )  # fmt: skip
     return runner, describe(model, sizes, shape)

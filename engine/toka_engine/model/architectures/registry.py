@@ -13,7 +13,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
-from toka_engine.model.sharding import Sharding
+from toka_engine.model.ranks import Ranks
 
 MODELS: dict[str, Callable[[ModelBuilder], CausalModel]] = {
     "LlamaForCausalLM": Llama,
@@ -22,10 +22,13 @@ MODELS: dict[str, Callable[[ModelBuilder], CausalModel]] = {
 }
 
 
-def build_model(config: ModelConfig, weights: Weights, ops: Ops) -> CausalModel:
-    """Build the model with its weights on their device. Raises ModelInvalidError."""
+def build_model(config: ModelConfig, weights: Weights, ops: Ops, ranks: Ranks) -> CausalModel:
+    """Build the model with its weights, or this rank's part of them, on their device.
+
+    Raises ModelInvalidError, and ConfigError where the model cannot be split over the ranks.
+    """
     make = MODELS.get(config.architecture)
     if make is None:
         known = ", ".join(MODELS)
         raise ModelInvalidError(f"architecture {config.architecture} is not supported ({known} are)")
-    return make(ModelBuilder(config, weights, ops, Sharding()))
+    return make(ModelBuilder(config, weights, ops, ranks))

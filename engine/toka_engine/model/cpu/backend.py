@@ -23,9 +23,11 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.cpu.runner import CpuRunner
 from toka_engine.model.cpu.sampler import CpuSampler
+from toka_engine.model.cpu.vocabulary import ShardedVocabulary, WholeVocabulary
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Linear, Ops
-from toka_engine.model.sizing import Sizes, choose_sizes
+from toka_engine.model.ranks import Ranks
+from toka_engine.model.sizing import Sizes, choose_sizes, read_available_bytes
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.torch_norms import add_rms_norm, rms_norm
 from toka_engine.noise import settled_seed
@@ -76,16 +78,21 @@ class CpuBackend:
 
     has_packed_linears = True
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ops = make_ops()
+        self._ranks = ranks
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
         """See backend.Backend."""
-        return choose_sizes(config, model, shape.device, shape.kv_bytes_per_token)
+        # Ranks share the machine's memory, and what they choose must be equal.
+        available = self._ranks.agree_min(read_available_bytes(shape.device)) // self._ranks.size
+        return choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, available)
 
     def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CpuRunner:
         """See backend.Backend."""
         attention = CpuAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
-        state, sample = HostSlots(sizes.max_seqs), CpuSampler(settled_seed(config), attention.read_tokens)
-        return CpuRunner(model, attention, state, sample)
+        is_whole = self._ranks.size == 1
+        vocabulary = WholeVocabulary() if is_whole else ShardedVocabulary(self._ranks, model.config.vocab_size)
+        sample = CpuSampler(settled_seed(config), attention.read_tokens, vocabulary)
+        return CpuRunner(model, attention, HostSlots(sizes.max_seqs), sample)

@@ -32,10 +32,10 @@ def _keys(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, t
     return z.to(torch.int32), (z >> 32).to(torch.int32)
 
 
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Return [n, vocab] float32 standard Gumbel noise for seeds [n] int64 and positions [n]."""
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, width: int, first: int = 0) -> torch.Tensor:
+    """Return [n, width] float32 standard Gumbel noise for seeds [n] int64, positions [n] and tokens from `first` on."""
     low, high = _keys(seeds, positions)
-    bits = torch.arange(vocab, dtype=torch.int32)[None, :] ^ low[:, None]
+    bits = torch.arange(first, first + width, dtype=torch.int32)[None, :] ^ low[:, None]
     bits = _mix(bits)
     bits += high[:, None]
     bits = _mix(bits)

@@ -14,18 +14,22 @@ from toka_engine.model.sample_plan import Penalties
 
 
 def apply_penalties(
-    logits: torch.Tensor,  # [k, vocab] float32, contiguous; changed in place
+    logits: torch.Tensor,  # [k, width] float32, contiguous; changed in place
     tokens: NDArray[np.int64],  # [sum(penalties.lengths)]: each row's tokens, side by side
     penalties: Penalties,
+    first: int = 0,  # the token of the first logit
 ) -> None:
     """Change only the logits of tokens that a row's sequence has."""
-    vocab = logits.shape[1]
+    width = logits.shape[1]
     lengths = penalties.lengths.astype(np.int64)
     owners = np.repeat(np.arange(lengths.size), lengths)
     is_generated = np.arange(tokens.size) >= np.repeat(np.cumsum(lengths) - penalties.num_generated, lengths)
-    keys, place = np.unique(owners * vocab + tokens, return_inverse=True)  # each token of each row once
+    if tokens.size and (first or tokens.max() >= width):
+        is_here = (tokens >= first) & (tokens < first + width)
+        owners, tokens, is_generated = owners[is_here], tokens[is_here] - first, is_generated[is_here]
+    keys, place = np.unique(owners * width + tokens, return_inverse=True)  # each token of each row once
     counts = np.bincount(place[is_generated], minlength=keys.size)
-    rows = keys // vocab
+    rows = keys // width
     flat, index = logits.view(-1), torch.from_numpy(keys)
     values = flat[index]
     repetition = torch.from_numpy(penalties.repetition[rows])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from toka_engine.model.cpu.gumbel import gumbel_noise
 from toka_engine.model.cpu.penalties import apply_penalties
+from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
@@ -31,12 +32,14 @@ _NEGATIVE = float("-inf")
 
 
 class CpuSampler:
-    """An ops.Sample."""
+    """A sample_plan.Sample. On several ranks, each is given the logits of its part of the vocabulary."""
 
-    def __init__(self, seed: int, read_tokens: ReadTokens) -> None:
+    def __init__(self, seed: int, read_tokens: ReadTokens, vocabulary: Vocabulary | None = None) -> None:
+        """`seed` is the same on all ranks, and they sample the same. Without `vocabulary`, there is one rank."""
         # Not torch's generator: it keeps the lower half of a seed alone, so that one engine in 2**32 repeats another.
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._read_tokens = read_tokens
+        self._vocabulary = WholeVocabulary() if vocabulary is None else vocabulary
 
     def __call__(
         self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots
@@ -46,57 +49,123 @@ class CpuSampler:
         # The sum finds -inf, which the maximum hides; NaN and +inf show in both.
         maxima = wide.amax(dim=1)
         is_finite = torch.isfinite(maxima) & torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
+        is_finite, maxima = self._vocabulary.join_all(is_finite), self._vocabulary.join_maxima(maxima)
         ids = torch.empty(plan.slots.size, dtype=torch.int64)
         is_plain = np.ones(plan.slots.size, np.bool_)
         if plan.penalties is not None:
             is_plain[plan.penalties.rows] = False
             changed, changed_rows = self._penalize(wide, rows, plan.penalties)
-            self._fill(ids, ~is_plain, changed, changed.amax(dim=1), changed_rows, plan, state)
+            changed_maxima = self._vocabulary.join_maxima(changed.amax(dim=1))
+            self._fill(ids, ~is_plain, changed, changed_maxima, changed_rows, plan, state)
         self._fill(ids, is_plain, wide, maxima, rows, plan, state)
         ids.masked_fill_(~is_finite[rows], -1)
-        return _add_logprobs(ids.int(), wide, rows, plan)
+        return self._add_logprobs(ids.int(), wide, rows, plan)
 
     def _fill(
         self,
         ids: torch.Tensor,  # [R] int64, written
         members: NDArray[np.bool_],  # [R]: the rows to draw
-        wide: torch.Tensor,  # [n, vocab] float32
-        maxima: torch.Tensor,  # [n]
+        wide: torch.Tensor,  # [n, width] float32: logits of this rank's part of the vocabulary
+        maxima: torch.Tensor,  # [n], over the whole vocabulary
         rows: torch.Tensor,  # [R] int64: row of `wide` of each member
         plan: SamplePlan,
         state: HostSlots,
     ) -> None:
         slots = torch.from_numpy(plan.slots.astype(np.int64))
         for of_kind, draw in (
-            (plan.greedy, _find_maxima),
+            (plan.greedy, self._find_maxima),
             (plan.drawn, self._draw),
-            (plan.seeded, _draw_seeded),
+            (plan.seeded, self._draw_seeded),
         ):
             chosen = of_kind[members[of_kind]]
             if chosen.size:
                 at = torch.from_numpy(chosen)
                 is_whole = chosen.size == wide.shape[0] and bool((rows[at] == torch.arange(chosen.size)).all())
                 x = wide if is_whole else wide[rows[at]]
-                x = _apply_filters(x, chosen, plan, slots[at], state) if plan.filtered.size else x
+                x = self._apply_filters(x, chosen, plan, slots[at], state) if plan.filtered.size else x
                 ids[at] = draw(x, maxima[rows[at]], slots[at], state)
 
     def _penalize(
         self, wide: torch.Tensor, rows: torch.Tensor, penalties: Penalties
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Changed logits [k, vocab] of the rows that ask, and where each row's are [R] (others: anywhere)."""
+        """Changed logits [k, width] of the rows that ask, and where each row's are [R] (others: anywhere)."""
         asking = torch.from_numpy(penalties.rows)
         changed = wide[rows[asking]]
-        apply_penalties(changed, self._read_tokens(penalties.sources, penalties.lengths), penalties)
+        tokens = self._read_tokens(penalties.sources, penalties.lengths)
+        apply_penalties(changed, tokens, penalties, self._vocabulary.first)
         return changed, torch.zeros_like(rows).index_copy_(0, asking, torch.arange(asking.shape[0]))
 
     def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:
-        """x [n, vocab] -> [n] ids by inverse transform over blocks."""
+        """x [n, width] -> [n] ids by inverse transform over blocks."""
         weights = x.sub(maxima[:, None]).div_(state.tensor("temperature")[slots][:, None]).exp_()
         blocks = _view_blocks(weights, 0.0)
-        uniforms = torch.from_numpy(self._generator.random((2, x.shape[0], 1)))
-        block = _pick(blocks.sum(dim=2, dtype=torch.float64), uniforms[0])
+        sums = blocks.sum(dim=2, dtype=torch.float64)
+        block = self._pick(sums)
         inside = blocks[torch.arange(x.shape[0]), block].double()
-        return block * _BLOCK + _pick(inside, uniforms[1])
+        return self._vocabulary.join_drawn(sums.sum(dim=1), block * _BLOCK + self._pick(inside), self._pick)
+
+    def _pick(self, weights: torch.Tensor) -> torch.Tensor:
+        """See vocabulary.Pick."""
+        return _pick(weights, torch.from_numpy(self._generator.random((weights.shape[0], 1))))
+
+    def _find_maxima(
+        self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots
+    ) -> torch.Tensor:
+        return self._find_best(x)
+
+    def _draw_seeded(
+        self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots
+    ) -> torch.Tensor:
+        seeds, positions = state.tensor("seed")[slots], state.tensor("num_sampled")[slots]
+        noise = gumbel_noise(seeds, positions, x.shape[1], self._vocabulary.first)
+        return self._find_best(noise.add_(x / state.tensor("temperature")[slots][:, None]))
+
+    def _find_best(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [n, width] -> the lowest id [n] of each row's maximum over the whole vocabulary."""
+        tokens = _find_first_maximum(scores)
+        return self._vocabulary.join_best(scores.gather(1, tokens[:, None]).squeeze(1), tokens)
+
+    def _apply_filters(
+        self,
+        x: torch.Tensor,  # [n, width]
+        chosen: NDArray[np.int64],  # [n]: the plan's row of each
+        plan: SamplePlan,
+        slots: torch.Tensor,  # [n]
+        state: HostSlots,
+    ) -> torch.Tensor:
+        """A copy of x with -inf for what top_k, top_p and min_p leave out, in the rows that ask."""
+        asking = np.flatnonzero(np.isin(chosen, plan.filtered, assume_unique=True))
+        if not asking.size:
+            return x
+        at = torch.from_numpy(asking)
+        result = x.clone() if asking.size < x.shape[0] else x
+        kept = keep_likeliest(
+            self._vocabulary.widen(x[at]),
+            state.tensor("temperature")[slots[at]],
+            state.tensor("top_k")[slots[at]],
+            state.tensor("top_p")[slots[at]],
+            state.tensor("min_p")[slots[at]],
+        )
+        kept = self._vocabulary.narrow(kept)
+        if result is x:
+            return kept
+        result[at] = kept
+        return result
+
+    def _add_logprobs(self, ids: torch.Tensor, wide: torch.Tensor, rows: torch.Tensor, plan: SamplePlan) -> Sampled:
+        """Logprobs of the unscaled distribution for the rows that ask; NaN where the logits were not finite."""
+        if not plan.has_logprobs:
+            return Sampled(ids, None, None, None)
+        log_sums = self._vocabulary.join_log_sums(torch.logsumexp(wide, dim=1))
+        logprobs = self._vocabulary.find_logits(wide, rows, ids.long().clamp(min=0)) - log_sums[rows]
+        logprobs.masked_fill_(ids < 0, float("nan"))
+        if not plan.top.size:
+            return Sampled(ids, logprobs, None, None)
+        at = rows[torch.from_numpy(plan.top)]
+        best = torch.topk(wide[at], min(plan.top_width, wide.shape[1]), dim=1)
+        values, tokens = self._vocabulary.join_top(best.values, best.indices, plan.top_width)
+        is_beyond = torch.arange(plan.top_width)[None, :] >= torch.from_numpy(plan.top_counts)[:, None]
+        return Sampled(ids, logprobs, tokens.int().masked_fill_(is_beyond, -1), values - log_sums[at][:, None])
 
 
 def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -120,41 +189,6 @@ def _find_first_maximum(x: torch.Tensor) -> torch.Tensor:
     blocks = _view_blocks(x, _NEGATIVE)
     block = blocks.amax(dim=2).argmax(dim=1)
     return block * _BLOCK + blocks[torch.arange(x.shape[0]), block].argmax(dim=1)
-
-
-def _find_maxima(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:
-    return _find_first_maximum(x)
-
-
-def _draw_seeded(x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:
-    noise = gumbel_noise(state.tensor("seed")[slots], state.tensor("num_sampled")[slots], x.shape[1])
-    return _find_first_maximum(noise.add_(x / state.tensor("temperature")[slots][:, None]))
-
-
-def _apply_filters(
-    x: torch.Tensor,
-    chosen: np.ndarray[tuple[int], np.dtype[np.int64]],
-    plan: SamplePlan,
-    slots: torch.Tensor,
-    state: HostSlots,
-) -> torch.Tensor:
-    """A copy of x [n, vocab] with -inf for what top_k, top_p and min_p leave out, in the rows that ask."""
-    asking = np.flatnonzero(np.isin(chosen, plan.filtered, assume_unique=True))
-    if not asking.size:
-        return x
-    at = torch.from_numpy(asking)
-    result = x.clone() if asking.size < x.shape[0] else x
-    kept = keep_likeliest(
-        x[at],
-        state.tensor("temperature")[slots[at]],
-        state.tensor("top_k")[slots[at]],
-        state.tensor("top_p")[slots[at]],
-        state.tensor("min_p")[slots[at]],
-    )
-    if result is x:
-        return kept
-    result[at] = kept
-    return result
 
 
 def keep_likeliest(
@@ -201,19 +235,3 @@ def _find_cuts(
     counts = is_kept.sum(dim=1)
     thresholds = values.gather(1, (counts - 1)[:, None]).squeeze(1)
     return counts, thresholds, (counts < width) | (limits <= width) | (width == vocab)
-
-
-def _add_logprobs(ids: torch.Tensor, wide: torch.Tensor, rows: torch.Tensor, plan: SamplePlan) -> Sampled:
-    """Logprobs of the unscaled distribution for the rows that ask; NaN where the logits were not finite."""
-    if not plan.has_logprobs:
-        return Sampled(ids, None, None, None)
-    log_sums = torch.logsumexp(wide, dim=1)
-    logprobs = wide[rows, ids.long().clamp(min=0)] - log_sums[rows]
-    logprobs.masked_fill_(ids < 0, float("nan"))
-    if not plan.top.size:
-        return Sampled(ids, logprobs, None, None)
-    at = rows[torch.from_numpy(plan.top)]
-    best = torch.topk(wide[at], plan.top_width, dim=1)
-    is_beyond = torch.arange(plan.top_width)[None, :] >= torch.from_numpy(plan.top_counts)[:, None]
-    tokens = best.indices.int().masked_fill_(is_beyond, -1)
-    return Sampled(ids, logprobs, tokens, best.values - log_sums[at][:, None])

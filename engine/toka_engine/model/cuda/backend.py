@@ -16,7 +16,7 @@ from toka_engine.model.kernels.gemv import SingleRowKernels
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Linear, Ops
-from toka_engine.model.sizing import Sizes, choose_sizes
+from toka_engine.model.sizing import Sizes, choose_sizes, read_available_bytes
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -58,7 +58,7 @@ class CudaBackend:
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
         """See backend.Backend. The number of pages is provisional where `CudaRunner.prepare` fits the cache."""
-        sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token)
+        sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, read_available_bytes(shape.device))
         return provisional_sizes(sizes) if config.kv_cache_num_tokens is None else sizes
 
     def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CudaRunner:
