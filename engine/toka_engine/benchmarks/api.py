@@ -1,13 +1,14 @@
 """The HTTP server alone: tokens from a stub manager, requests from raw sockets, the server on one core.
 
-Usage: python -m toka_engine.benchmarks.api [tokenizer=FOLDER] [connections=256] [seconds=5] [tokens=200]
+Usage: python -m toka_engine.benchmarks.api [tokenizer=FOLDER] [connections=256] [seconds=5] [tokens=200] [KEY=VALUE]
 
 The default folder is that of the built-in model, which the first use converts.
 
-Prints one JSON object. `whole`: completions that are not streamed; `events`: streams in which every token is
-an event of its own. For each, output tokens per second of wall time and per second of the server's CPU time;
-the latter is what counts where the machine is shared. This process, which plays manager and clients, runs on
-the other cores.
+Prints one JSON object. `whole`: completions that are not streamed; `tiny`: the same with one token each, so that
+requests are measured and not tokens; `events`: streams in which every token is an event of its own. For each, output
+tokens per second of wall time and per second of the server's CPU time; the latter is what counts where the machine is
+shared. `rss_mb`: the server's memory once it is ready, and after the measurement. This process, which plays manager and
+clients, runs on the other cores. Other keys are the engine's own settings.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from toka_engine.builtin import ensure_builtin
@@ -49,7 +51,7 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 class _Bench:
     """A server process on one core, its manager's end, and client connections."""
 
-    def __init__(self, tokenizer_dir: Path, num_connections: int) -> None:
+    def __init__(self, tokenizer_dir: Path, num_connections: int, settings: dict[str, Any]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -64,7 +66,9 @@ class _Bench:
         manager_theirs.close()
         self.control: Channel[Any] = Channel(control, FromChild)
         self.manager: Channel[Any] = Channel(manager, ServerToManager)
-        config = EngineConfig(host="127.0.0.1", port=port, log_level="WARNING")
+        config = msgspec.convert(
+            {"log_level": "WARNING", **settings, "host": "127.0.0.1", "port": port}, EngineConfig, strict=False
+        )
         self.control.send(Start(config, str(tokenizer_dir), str(tokenizer_dir)))
         self.manager.send(EngineInfo(_VOCABULARY, 4096, 1 << 20, num_connections, "cpu", "float32"))
         while not any(isinstance(message, ChildReady) for message in self.control.receive()):
@@ -79,6 +83,10 @@ class _Bench:
     def server_cpu_s(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+    def rss_mb(self) -> float:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
     def close(self) -> None:
         for client in self.clients:
@@ -178,9 +186,12 @@ def _start_streams(bench: _Bench, request: bytes) -> np.ndarray[Any, Any]:
     return np.array(streams, np.int64)
 
 
-def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None) -> dict[str, Any]:
-    bench = _Bench(tokenizer_dir, num_connections)
+def _measure(
+    tokenizer_dir: Path, num_connections: int, seconds: float, num_tokens: int | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    bench = _Bench(tokenizer_dir, num_connections, settings)
     try:
+        ready_mb = bench.rss_mb()
         cpu_s, start_s = bench.server_cpu_s(), time.monotonic()
         made = _run_events(bench, seconds) if num_tokens is None else _run_whole(bench, seconds, num_tokens)
         wall_s, cpu_s = time.monotonic() - start_s, bench.server_cpu_s() - cpu_s
@@ -189,6 +200,7 @@ def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_toke
             "tokens_per_s": round(made / wall_s),
             "tokens_per_cpu_s": round(made / max(cpu_s, _TICK_S)),
             "cpu_share": round(cpu_s / wall_s, 3),
+            "rss_mb": [ready_mb, bench.rss_mb()],
         }
     finally:
         bench.close()
@@ -196,14 +208,12 @@ def _measure(tokenizer_dir: Path, num_connections: int, seconds: float, num_toke
 
 def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    folder = Path(settings["tokenizer"]) if "tokenizer" in settings else ensure_builtin()
-    num_connections = int(settings.get("connections", 256))
-    seconds, num_tokens = float(settings.get("seconds", 5)), int(settings.get("tokens", 200))
-    report = {
-        "connections": num_connections,
-        "whole": _measure(folder, num_connections, seconds, num_tokens),
-        "events": _measure(folder, num_connections, seconds, None),
-    }
+    folder = Path(settings.pop("tokenizer")) if "tokenizer" in settings else ensure_builtin()
+    num_connections = int(settings.pop("connections", 256))
+    seconds, num_tokens = float(settings.pop("seconds", 5)), int(settings.pop("tokens", 200))
+    report: dict[str, Any] = {"connections": num_connections}
+    for case, count in (("whole", num_tokens), ("tiny", 1), ("events", None)):
+        report[case] = _measure(folder, num_connections, seconds, count, settings)
     print(json.dumps(report))
 
 
