@@ -53,6 +53,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210
     uvicorn_log_level: Annotated[UvicornLogLevel, doc("level of the HTTP server's own log")] = "info"
     access_log: Annotated[bool, doc("log a line per request: id, status, tokens, times; no text, no keys")] = True
+    http_fast_path: Annotated[
+        bool, doc("answer POSTs of completions and chat without FastAPI's router; F: the same answers, later")
+    ] = True
     receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
     send_timeout_s: Annotated[
         PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")

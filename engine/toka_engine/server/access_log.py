@@ -7,17 +7,15 @@ from __future__ import annotations
 import logging
 import time
 
+from toka_engine.server.endpoints.probes import PATHS as PROBES
 from toka_engine.server.exchange import Exchange
 
 logger = logging.getLogger("toka.server.access")
 
-_PROBES = frozenset(("/livez", "/readyz", "/metrics", "/ping"))
-"""Paths that machines ask for every few seconds: logged at level DEBUG."""
-
 
 def log_request(exchange: Exchange) -> None:
-    """Log one request that has ended."""
-    level = logging.DEBUG if exchange.path in _PROBES else logging.INFO
+    """Log one request that has ended; probes, which come every few seconds, at level DEBUG."""
+    level = logging.DEBUG if exchange.path in PROBES else logging.INFO
     if not logger.isEnabledFor(level):
         return
     fields = [

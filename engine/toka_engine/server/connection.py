@@ -3,13 +3,19 @@
 Owns: how long a client may take to send a request, how large its head may be, how long it may leave an answer
 unread, how many connections there are; that an offered upgrade is ignored and not the request; that HTTP/1.0 gets
 no chunks; and telling a running request that its client is gone. No routes, no bodies.
+
+uvicorn promises nothing about what is behind its `run`, so that its version is pinned, and this module is the only one
+that uses what is there: `HttpToolsProtocol`, because its parser's callbacks and its transport are where such limits can
+be set; `RequestResponseCycle` with its attributes `transport`, `keep_alive`, `response_started`, `response_complete`,
+`more_body`, `waiting_for_100_continue`, `chunked_encoding` and `expected_content_length`; `STATUS_LINE`; and
+`ServerState`, whose connections a drain closes.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import httptools
 import msgspec
@@ -270,6 +276,34 @@ class Connection(HttpToolsProtocol):
         ]
         self.transport.write(b"".join([*head, body]))
         self.transport.close()
+
+
+Cycle: TypeAlias = RequestResponseCycle
+"""uvicorn's side of one request and its answer."""
+
+
+def close_if_body_is_unasked(cycle: Cycle) -> None:
+    """End the connection after an answer to a client that still waits to be asked for its body: whether it will send
+    that is not known, and what follows could be taken for it.
+    """
+    if cycle.waiting_for_100_continue:
+        cycle.keep_alive = False
+
+
+class UnsizedBody:
+    """A body whose length is not known at its beginning: in chunks, or ended by the connection for HTTP/1.0."""
+
+    def __init__(self, cycle: Cycle) -> None:
+        self._cycle = cycle
+        self._is_chunked = cycle.scope["http_version"] == "1.1"
+        self.headers = [(b"transfer-encoding", b"chunked")] if self._is_chunked else []
+        if not self._is_chunked:
+            cycle.chunked_encoding = False
+
+    def announce(self, part: bytes) -> None:
+        """Let `part` be sent, which uvicorn would refuse as beyond the length that it was told."""
+        if not self._is_chunked:
+            self._cycle.expected_content_length = len(part)
 
 
 class JoinedWrites:

@@ -1,19 +1,33 @@
 """The server's answers to what clients get wrong and to what the engine cannot do, in OpenAI's error shape.
 
 Owns: the mapping of an error to status, type, code and headers. Everything that refuses a request raises
-`ApiError`; `app` is the one place that turns it into an answer.
+`ApiError`; `failures` is the one place that turns it into an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
 from toka_engine.errors import TokaError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """An error as clients read it; `param` names the field that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    """The body of every answer other than success."""
+
+    error: ErrorBody
 
 
 class ApiError(TokaError):
@@ -37,13 +51,8 @@ class ApiError(TokaError):
 
     def body(self) -> bytes:
         """The error as JSON: {"error": {message, type, param, code}}."""
-        error: dict[str, Any] = {
-            "message": self.message,
-            "type": _TYPES.get(self.status, "invalid_request_error"),
-            "param": self.param,
-            "code": self.code,
-        }
-        return msgspec.json.encode({"error": error})
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return msgspec.json.encode(ErrorAnswer(ErrorBody(self.message, kind, self.param, self.code)))
 
 
 class ClientGoneError(TokaError):

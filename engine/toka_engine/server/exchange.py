@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import ctypes
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
 
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-
-from toka_engine.server.connection import Connection, JoinedWrites
+from toka_engine.server.connection import Connection, Cycle, JoinedWrites, UnsizedBody, close_if_body_is_unasked
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
 from toka_engine.server.headers import REQUEST_ID, choose_request_id, date
-from toka_engine.server.protocol import Usage
+from toka_engine.server.request import Usage
 
 JSON = b"application/json"
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -21,6 +20,10 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 _LARGE_BODY_BYTES = 1024 * 1024
 _trim_heap = ctypes.CDLL(None).malloc_trim
+
+
+Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
+"""An endpoint that answers through the exchange. Raises ApiError and ClientGoneError."""
 
 
 class BodyBudget:
@@ -48,7 +51,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.connection: Connection = scope["state"]["connection"]
-        self._cycle: RequestResponseCycle = scope["state"]["cycle"]
+        self._cycle: Cycle = scope["state"]["cycle"]
         self.request_id = choose_request_id(self.headers)
         self.started_s = time.monotonic()
         self.model = ""
@@ -57,11 +60,11 @@ class Exchange:
         """Seconds from the request's head to the first event of a stream."""
         self.status = 0
         """0 until the answer has begun."""
-        self._is_stream = False
-        self._is_chunked: bool = scope["http_version"] == "1.1"
-        """Else a stream ends with its connection."""
+        self._stream: UnsizedBody | None = None
         self._is_complete = False
         self.body_bytes = 0
+        self.failure: Exception | None = None
+        """The exception that has been answered."""
         self._receive = receive
         self._send = send
 
@@ -107,9 +110,7 @@ class Exchange:
     ) -> None:
         """Write a whole answer."""
         self.status = status
-        if self._cycle.waiting_for_100_continue:
-            # Whether the body will still be sent is not known: what follows could be taken for it.
-            self._cycle.keep_alive = False
+        close_if_body_is_unasked(self._cycle)
         fixed = [*self._fixed_headers(), (b"content-type", kind), (b"content-length", b"%d" % len(body))]
         with JoinedWrites(self._cycle):
             await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
@@ -119,28 +120,35 @@ class Exchange:
     def _fixed_headers(self) -> tuple[tuple[bytes, bytes], ...]:
         return (b"date", date()), (REQUEST_ID, self.request_id)
 
+    async def send(self, message: Any) -> None:
+        """Pass on what an ASGI application sends, with the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            close_if_body_is_unasked(self._cycle)
+            message = {**message, "headers": [*self._fixed_headers(), *message["headers"]]}
+        elif not message.get("more_body"):
+            self._is_complete = True
+        await self._send(message)
+
     async def begin_events(self) -> None:
         self.status = 200
-        self._is_stream = True
+        self._stream = UnsizedBody(self._cycle)
         self.first_token_s = time.monotonic() - self.started_s
         headers = [*self._fixed_headers(), (b"content-type", EVENTS)]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        if self._is_chunked:
-            headers.append((b"transfer-encoding", b"chunked"))
-        else:
-            self._cycle.chunked_encoding = False
+        headers += self._stream.headers
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write_events(self, events: bytes) -> None:
         """Write complete events; waits while the client does not read."""
-        if not self._is_chunked:
-            self._cycle.expected_content_length = len(events)
+        if self._stream is not None:
+            self._stream.announce(events)
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self, events: bytes) -> None:
         self._is_complete = True
-        if not self._is_chunked:
-            self._cycle.expected_content_length = len(events)
+        if self._stream is not None:
+            self._stream.announce(events)
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def release(self) -> None:
@@ -155,7 +163,7 @@ class Exchange:
         if not self.status:
             await self.answer(error.status, error.body(), headers=error.headers)
         elif not self._is_complete:
-            if self._is_stream:
+            if self._stream is not None:
                 await self.end_events(b"data: " + error.body() + b"\n\n")
             self.connection.transport.close()
 

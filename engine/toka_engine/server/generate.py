@@ -15,14 +15,14 @@ from toka_engine.server.answers import AnswerFormat, FinishedChoice
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.metrics import Metrics
-from toka_engine.server.protocol import Usage
 from toka_engine.server.render import Renderer
+from toka_engine.server.request import Usage
 from toka_engine.server.streams import Generation, GenerationSpec, Streams
 
 _DONE = b"data: [DONE]\n\n"
 
 
-class Job(msgspec.Struct, frozen=True):
+class GenerationJob(msgspec.Struct, frozen=True):
     """One request, ready to run."""
 
     prompts: Sequence[Int32s]
@@ -38,7 +38,7 @@ class Job(msgspec.Struct, frozen=True):
         return self.echoes[choice_index // self.spec.num_choices] if self.echoes else ""
 
 
-async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metrics) -> None:
+async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metrics: Metrics) -> None:
     """Generate and answer. Raises ApiError, and ClientGoneError when there is nobody to answer."""
     connection = exchange.connection
     exchange.model = job.form.model
@@ -60,7 +60,9 @@ async def run_job(job: Job, exchange: Exchange, streams: Streams, metrics: Metri
     metrics.request_completion_tokens.inc(usage.completion_tokens)
 
 
-async def _answer_whole(job: Job, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]) -> None:
+async def _answer_whole(
+    job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]
+) -> None:
     texts = [[job.echo(index)] for index in range(len(renderers))]
     choices = [FinishedChoice("", None, []) for _ in renderers]
     num_unfinished = len(renderers)
@@ -77,7 +79,7 @@ async def _answer_whole(job: Job, exchange: Exchange, generation: Generation, re
 
 
 async def _answer_in_events(
-    job: Job, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer], metrics: Metrics
+    job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer], metrics: Metrics
 ) -> None:
     form = job.form
     has_begun = [False] * len(renderers)
@@ -106,7 +108,7 @@ async def _answer_in_events(
     await exchange.end_events(tail + _DONE)
 
 
-def _usage(job: Job, renderers: Sequence[Renderer]) -> Usage:
+def _usage(job: GenerationJob, renderers: Sequence[Renderer]) -> Usage:
     num_prompt = sum(map(len, job.prompts))
     num_completion = sum(renderer.num_tokens for renderer in renderers)
     return Usage(num_prompt, num_completion, num_prompt + num_completion)

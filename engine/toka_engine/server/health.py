@@ -1,13 +1,10 @@
-"""What this process can promise right now: starting, serving, draining, refusing or failing.
-
-Owns: the phase, and the answers of /livez, /readyz and /ping. It sees only this process's part of the engine.
+"""The phase of this process: starting, serving, draining, refusing or failing. It sees only this process's part of the
+engine.
 """
 
 from __future__ import annotations
 
 from enum import Enum
-
-import msgspec
 
 from toka_engine.server.errors import unavailable
 
@@ -48,7 +45,6 @@ class Health:
         reason = f"{self.phase.value}: {self.detail}" if self.detail else self.phase.value
         raise unavailable(f"The engine takes no requests: {reason}.")
 
-    def report(self) -> bytes:
-        """The body of /readyz."""
-        detail = f"{self.silent_process} does not answer" if self.silent_process else self.detail
-        return msgspec.json.encode({"ready": self.is_ready, "phase": self.phase.value, "detail": detail})
+    def explain(self) -> str:
+        """Return what the process waits for, or why it fails."""
+        return f"{self.silent_process} does not answer" if self.silent_process else self.detail

@@ -1,7 +1,7 @@
-"""Every check of one request against the engine's limits. Nothing is ignored: what is wrong is refused.
+"""Checks a request against the engine's limits. Nothing is ignored: what is wrong is refused.
 
-Owns: ranges, defaults, and what is unsupported. Each refusal is a 400 that names the field. Pure: no I/O, no
-state.
+Owns: ranges and defaults of the fields that the endpoints share. Each refusal is a 400 that names the field. Pure: no
+I/O, no state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo, Int32s
-from toka_engine.server.chat import Turn
+from toka_engine.server.decoding import decode_part
 from toka_engine.server.errors import ApiError, invalid, no_model
 from toka_engine.server.generation_defaults import (
     MAX_REPETITION_PENALTY,
@@ -23,12 +23,11 @@ from toka_engine.server.generation_defaults import (
     MIN_REPETITION_PENALTY,
     SamplingDefaults,
 )
-from toka_engine.server.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode_part
+from toka_engine.server.request import GenerationRequest
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import GenerationSpec
 from toka_engine.slot_parameters import Sampling
 
-DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_PENALTY = 2.0
@@ -38,45 +37,17 @@ MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
 MAX_REQUEST_LOGPROBS = 1024 * 1024
 """Logprobs in one answer: each is about a hundred bytes of JSON."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "metadata": ({},),
-    "web_search_options": (),
-    "chat_template": (),
-}
-"""Fields of OpenAI's API that are not supported, with the values (beside null) that ask for nothing."""
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {"logit_bias": ({},)}
+"""Fields that every generating endpoint knows and none supports, with the values (beside null) that ask for nothing."""
 
 _MAX_NEUTRAL_BYTES = 256
 _MAX_STOP_BYTES = 64 * 1024
 """Of JSON; what is allowed fits even if every character is written as two escapes."""
 _decode_stop = msgspec.json.Decoder(str | list[str] | None).decode
-_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "name": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "refusal": (),
-    "audio": (),
-    "annotations": ([],),
-}
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """What a request asks for beyond its prompt, checked; `max_tokens` None: as many as fit."""
+class GenerationOptions(msgspec.Struct, frozen=True):
+    """The checked fields of a request beyond its prompt; `max_tokens` None: as many as fit."""
 
     num_choices: int
     max_tokens: int | None
@@ -111,51 +82,36 @@ class Limits:
 
     # ------------------------------------------------------------ fields
 
-    def check_completion(self, request: CompletionRequest) -> Asked:
-        """Check everything but the prompt."""
-        asked = self._check_shared(
-            request,
-            request.max_tokens,
-            "max_tokens",
-            _int_in(request.logprobs, "logprobs", 0, self._max_top(), -1),
-        )
-        if request.best_of is not None and request.best_of != asked.num_choices:
-            raise invalid("best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter")
-        if request.echo and request.logprobs is not None:
-            raise invalid("echo", "'echo' is not supported together with 'logprobs'.", "unsupported_parameter")
-        return asked
-
-    def check_chat(self, request: ChatRequest) -> Asked:
-        """Check everything but the messages."""
-        if request.top_logprobs is not None and not request.logprobs:
-            raise invalid("top_logprobs", "'top_logprobs' needs 'logprobs' to be true.")
-        num_top = _int_in(request.top_logprobs, "top_logprobs", 0, self._max_top(), 0)
-        max_tokens, name = request.max_tokens, "max_tokens"
-        if request.max_completion_tokens is not None:
-            if max_tokens not in (None, request.max_completion_tokens):
-                raise invalid("max_tokens", "'max_tokens' and 'max_completion_tokens' differ.")
-            max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
-        return self._check_shared(request, max_tokens, name, num_top if request.logprobs else -1)
-
-    def _check_shared(self, request: GenerationRequest, max_tokens: int | None, name: str, num_top: int) -> Asked:
+    def check_shared(
+        self,
+        request: GenerationRequest,
+        *,
+        max_tokens: int | None,
+        max_tokens_field: str,
+        num_logprobs: int,
+        unsupported: dict[str, tuple[Any, ...]],
+    ) -> GenerationOptions:
+        """Check what the endpoints share: everything but the prompt. `unsupported`: as in `refuse_unsupported`."""
         self._check_model(request.model)
-        _check_neutral(request, _NEUTRAL, "")
-        options = request.stream_options
-        if options is not None and not request.stream:
+        refuse_unsupported(request, unsupported)
+        stream_options = request.stream_options
+        if stream_options is not None and not request.stream:
             raise invalid("stream_options", "'stream_options' needs 'stream' to be true.")
-        if options is not None and options.include_obfuscation:
+        if stream_options is not None and stream_options.include_obfuscation:
             raise _unsupported("stream_options.include_obfuscation", (False,))
-        if request.return_tokens_as_token_ids and num_top < 0:
+        if request.return_tokens_as_token_ids and num_logprobs < 0:
             raise invalid("return_tokens_as_token_ids", "'return_tokens_as_token_ids' needs 'logprobs'.")
-        return Asked(
-            num_choices=_int_in(request.n, "n", 1, self._config.max_choices_per_request, 1),
-            max_tokens=None if max_tokens is None else _int_in(max_tokens, name, 1, self.max_request_tokens, 1),
-            max_tokens_field=name,
-            sampling=self._check_sampling(request, num_top),
+        return GenerationOptions(
+            num_choices=int_in(request.n, "n", 1, self._config.max_choices_per_request, 1),
+            max_tokens=None
+            if max_tokens is None
+            else int_in(max_tokens, max_tokens_field, 1, self.max_request_tokens, 1),
+            max_tokens_field=max_tokens_field,
+            sampling=self._check_sampling(request, num_logprobs),
             stops=_check_stops(request.stop),
             ignores_eos=bool(request.ignore_eos),
             is_streamed=bool(request.stream),
-            includes_usage=bool(options and options.include_usage),
+            includes_usage=bool(stream_options and stream_options.include_usage),
             names_token_ids=bool(request.return_tokens_as_token_ids),
         )
 
@@ -165,21 +121,21 @@ class Limits:
 
     def _check_sampling(self, request: GenerationRequest, num_logprobs: int) -> Sampling:
         defaults = self.defaults
-        temperature = _float_in(request.temperature, "temperature", 0.0, MAX_TEMPERATURE, defaults.temperature)
-        top_p = _float_in(request.top_p, "top_p", 0.0, 1.0, defaults.top_p)
+        temperature = float_in(request.temperature, "temperature", 0.0, MAX_TEMPERATURE, defaults.temperature)
+        top_p = float_in(request.top_p, "top_p", 0.0, 1.0, defaults.top_p)
         if top_p == 0.0:  # the smallest nucleus is the most likely token
             top_p, temperature = 1.0, 0.0
-        seed = _int_in(request.seed, "seed", -(2**63), 2**63 - 1, -1)
+        seed = int_in(request.seed, "seed", -(2**63), 2**63 - 1, -1)
         return Sampling(
             temperature=temperature,
             top_p=top_p,
-            top_k=max(0, _int_in(request.top_k, "top_k", -1, self._info.vocab_size, defaults.top_k)),
-            min_p=_float_in(request.min_p, "min_p", 0.0, 1.0, defaults.min_p),
+            top_k=max(0, int_in(request.top_k, "top_k", -1, self._info.vocab_size, defaults.top_k)),
+            min_p=float_in(request.min_p, "min_p", 0.0, 1.0, defaults.min_p),
             seed=-1 if request.seed is None else seed & (2**63 - 1),
             num_logprobs=num_logprobs,
-            presence_penalty=_float_in(request.presence_penalty, "presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
-            frequency_penalty=_float_in(request.frequency_penalty, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
-            repetition_penalty=_float_in(
+            presence_penalty=float_in(request.presence_penalty, "presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
+            frequency_penalty=float_in(request.frequency_penalty, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
+            repetition_penalty=float_in(
                 request.repetition_penalty,
                 "repetition_penalty",
                 MIN_REPETITION_PENALTY,
@@ -188,7 +144,8 @@ class Limits:
             ),
         )
 
-    def _max_top(self) -> int:
+    def max_top_logprobs(self) -> int:
+        """Return the most top logprobs per token that a request may ask for."""
         return min(self._config.max_topk_logprobs, self._info.vocab_size)
 
     # ------------------------------------------------------------ prompts
@@ -233,18 +190,10 @@ class Limits:
         message = f"'{param}' has {num_tokens} tokens; at most {most} fit, with room for one more."
         return invalid(param, message, "context_length_exceeded")
 
-    def check_turns(self, messages: Sequence[ChatMessage]) -> list[Turn]:
-        """Return the messages as text."""
-        if not messages:
-            raise invalid("messages", "'messages' is empty.")
-        if len(messages) >= self.max_request_tokens:  # each has at least one token
-            raise self.too_long("messages", len(messages))
-        return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
     # ------------------------------------------------------------ the whole
 
     def plan(
-        self, asked: Asked, prompts: Sequence[Int32s], param: str, default_tokens: int | None = None
+        self, options: GenerationOptions, prompts: Sequence[Int32s], param: str, default_tokens: int | None = None
     ) -> GenerationSpec:
         """Check the request as a whole. `param`: the field of the prompt; `default_tokens` None: as many as
         fit.
@@ -255,72 +204,51 @@ class Limits:
             raise invalid(param, f"'{param}' has no tokens.")
         if room < 1:
             raise self.too_long(param, longest)
-        max_tokens = asked.max_tokens or min(room, default_tokens or room)
+        max_tokens = options.max_tokens or min(room, default_tokens or room)
         if max_tokens > room:
             raise invalid(
-                asked.max_tokens_field,
-                f"'{asked.max_tokens_field}' is {max_tokens}, but {longest} tokens of prompt leave {room} of "
+                options.max_tokens_field,
+                f"'{options.max_tokens_field}' is {max_tokens}, but {longest} tokens of prompt leave {room} of "
                 f"{self.max_request_tokens}.",
                 "context_length_exceeded",
             )
-        self._check_size(asked, len(prompts), max_tokens, param)
+        self._check_size(options, len(prompts), max_tokens, param)
         return GenerationSpec(
-            num_choices=asked.num_choices,
+            num_choices=options.num_choices,
             max_tokens=max_tokens,
-            sampling=asked.sampling,
-            stop_ids=() if asked.ignores_eos else self._end_ids,
-            deliver_each=asked.is_streamed or asked.stops is not None,
+            sampling=options.sampling,
+            stop_ids=() if options.ignores_eos else self._end_ids,
+            deliver_each=options.is_streamed or options.stops is not None,
         )
 
-    def _check_size(self, asked: Asked, num_prompts: int, max_tokens: int, param: str) -> None:
-        num_choices = num_prompts * asked.num_choices
+    def _check_size(self, options: GenerationOptions, num_prompts: int, max_tokens: int, param: str) -> None:
+        num_choices = num_prompts * options.num_choices
         if num_choices > self._config.max_choices_per_request:
             raise invalid(
-                "n" if asked.num_choices > 1 else param,
-                f"{num_prompts} prompts times n={asked.num_choices} are more than "
+                "n" if options.num_choices > 1 else param,
+                f"{num_prompts} prompts times n={options.num_choices} are more than "
                 f"{self._config.max_choices_per_request} choices.",
             )
         if num_choices * max_tokens > MAX_REQUEST_OUTPUT_TOKENS:
             raise invalid(
-                asked.max_tokens_field,
+                options.max_tokens_field,
                 f"{num_choices} choices of {max_tokens} tokens are more than one answer may hold.",
             )
-        num_logprobs = 1 + asked.sampling.num_logprobs
+        num_logprobs = 1 + options.sampling.num_logprobs
         if num_choices * max_tokens * num_logprobs > MAX_REQUEST_LOGPROBS:
             raise invalid("logprobs", f"The answer could hold more than {MAX_REQUEST_LOGPROBS} logprobs.")
 
 
-def _check_message(message: ChatMessage, path: str) -> Turn:
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise invalid(f"{path}.role", f"'{path}.role' must be one of {', '.join(_ROLES)}.", "invalid_value")
-    _check_neutral(message, _MESSAGE_NEUTRAL, f"{path}.")
-    content = message.content
-    if content is None:
-        raise invalid(f"{path}.content", f"'{path}.content' is missing.", "missing_required_parameter")
-    if isinstance(content, str):
-        return Turn(role, content)
-    texts = []
-    for index, part in enumerate(content):
-        if part.type != "text":
-            where = f"{path}.content[{index}].type"
-            raise invalid(where, f"'{where}': only 'text' is supported.", "unsupported_parameter")
-        if part.text is None:
-            where = f"{path}.content[{index}].text"
-            raise invalid(where, f"'{where}' is missing.", "missing_required_parameter")
-        texts.append(part.text)
-    return Turn(role, "\n".join(texts))
-
-
-def _check_neutral(request: msgspec.Struct, neutral: dict[str, tuple[Any, ...]], prefix: str) -> None:
+def refuse_unsupported(request: msgspec.Struct, unsupported: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Refuse each field of `unsupported`, unless its value is null or one of those that ask for nothing."""
     for name in request.__struct_fields__:
-        if name in neutral:
+        if name in unsupported:
             value = _small(getattr(request, name))
             # 0 and False are equal in Python and are not in JSON.
             if value is not None and not any(
-                value == plain and isinstance(value, bool) == isinstance(plain, bool) for plain in neutral[name]
+                value == plain and isinstance(value, bool) == isinstance(plain, bool) for plain in unsupported[name]
             ):
-                raise _unsupported(prefix + name, neutral[name])
+                raise _unsupported(prefix + name, unsupported[name])
 
 
 def _small(value: Any) -> Any:
@@ -352,7 +280,8 @@ def _check_stops(raw: msgspec.Raw) -> StopStrings | None:
     return StopStrings(tuple(patterns))
 
 
-def _int_in(value: int | None, name: str, lowest: int, highest: int, default: int) -> int:
+def int_in(value: int | None, name: str, lowest: int, highest: int, default: int) -> int:
+    """Return `value`, or `default` for null. Raises a 400 that names the field and its range."""
     if value is None:
         return default
     if not lowest <= value <= highest:
@@ -360,7 +289,7 @@ def _int_in(value: int | None, name: str, lowest: int, highest: int, default: in
     return value
 
 
-def _float_in(value: float | None, name: str, lowest: float, highest: float, default: float) -> float:
+def float_in(value: float | None, name: str, lowest: float, highest: float, default: float) -> float:
     if value is None:
         return default
     if not (math.isfinite(value) and lowest <= value <= highest):

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from toka_engine.messages import EngineInfo
 from toka_engine.server.replicas import Replicas
 
-CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 _GAUGES = {

@@ -35,17 +35,19 @@ from toka_engine.messages import (
     Started,
     Stats,
 )
-from toka_engine.server.app import App, Engine
+from toka_engine.server.application import KNOWN_PATHS, generating_handlers, make_application
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
-from toka_engine.server.chat import ChatTemplate, find_end_ids, load_chat_template
+from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
 from toka_engine.server.errors import unavailable
+from toka_engine.server.front import Front
 from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
 from toka_engine.server.health import Health, Phase
 from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replicas
+from toka_engine.server.service import Engine, Service
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 
@@ -82,7 +84,8 @@ class Server:
         has_choice = len(manager_fds) > 1 and self._config.use_prefix_cache
         self._streams = Streams(self._replicas, hasher if has_choice else None)
         names = model_names(self._config)
-        self._app = App(self._config, names, KeyCheck(os.environ.get(KEY_VARIABLE)), self._health, self._streams)
+        self._service = Service(self._config, names, self._health, self._streams)
+        self._front = self._make_front(KeyCheck(os.environ.get(KEY_VARIABLE)))
         self._names = names
         self._connections = Connections()
         self._has_all_infos = asyncio.Event()
@@ -91,6 +94,18 @@ class Server:
         child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
         child.on_silent = lambda process: self._from_thread(lambda: self._note_silence(process))
         child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
+
+    def _make_front(self, key_check: KeyCheck) -> Front:
+        handlers = generating_handlers(self._service)
+        application = make_application(self._service, key_check, handlers)
+        return Front(
+            application,
+            fast_paths=handlers if self._config.http_fast_path else {},
+            known_paths=KNOWN_PATHS,
+            key_check=key_check,
+            metrics=self._service.metrics,
+            logs_requests=self._config.access_log,
+        )
 
     def _from_thread(self, action: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(action)
@@ -117,7 +132,7 @@ class Server:
     async def _listen(self) -> asyncio.Server:
         config = self._config
         http_config = uvicorn.Config(
-            self._app,
+            self._front,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -154,8 +169,8 @@ class Server:
         stated = " ".join(f"{name}={value:g}" for name, value in describe_defaults(limits.defaults).items())
         source = "model" if defaults.values() else "none"
         logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
-        self._app.metrics.info = info
-        self._app.engine = Engine(tokenizer, template, limits)
+        self._service.metrics.info = info
+        self._service.engine = Engine(tokenizer, template, limits)
         gc.collect()
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)
@@ -200,7 +215,7 @@ class Server:
         self._ending = self._loop.create_task(self._finish_answers())
 
     async def _finish_answers(self) -> None:
-        await self._app.wait_idle()
+        await self._front.wait_idle()
         self._child.send(Drained())
 
     def _fail(self, reason: str) -> None:
@@ -227,7 +242,7 @@ class Server:
             await asyncio.sleep(self._config.drain_endpoint_delay_s)
         self._health.move(Phase.REFUSING, "shutting down")
         try:
-            await asyncio.wait_for(self._app.wait_idle(), self._config.drain_timeout_s)
+            await asyncio.wait_for(self._front.wait_idle(), self._config.drain_timeout_s)
         except TimeoutError:
             logger.warning("drain timed out requests=%d", self._streams.num_generations)
             self._streams.fail_all(unavailable("The engine is shutting down."))

@@ -1,4 +1,4 @@
-"""From a request's prompt or messages to token ids: limits first, then text, then ids."""
+"""Encodes a request's prompt or messages to token ids: limits are checked first, then text, then ids."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import msgspec
 import numpy as np
 
 from toka_engine.messages import Int32s
-from toka_engine.server.chat import ChatTemplate
+from toka_engine.server.chat_template import ChatTemplate, Turn
 from toka_engine.server.connection import Connection
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.limits import Limits
-from toka_engine.server.protocol import ChatMessage
 from toka_engine.server.reading import read_prompt
 from toka_engine.server.tokenization import Tokenizer
 
@@ -41,9 +40,8 @@ class PromptEncoder:
             texts = [self._tokenizer.text_of(ids) for ids in prompts]
         return prompts, texts if with_text else []
 
-    async def encode_chat(self, messages: Sequence[ChatMessage], template: ChatTemplate) -> Int32s:
+    async def encode_chat(self, turns: Sequence[Turn], template: ChatTemplate) -> Int32s:
         """Return the ids of the rendered conversation. Raises a 400."""
-        turns = self._limits.check_turns(messages)
         self._check_size("messages", [turn.content for turn in turns])
         parts = template.render(turns)
         encoded = await self._tokenizer.encode_aside(

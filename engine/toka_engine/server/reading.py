@@ -16,9 +16,9 @@ import msgspec
 
 from toka_engine.messages import Int32s
 from toka_engine.server.connection import Connection
+from toka_engine.server.decoding import decode_part
 from toka_engine.server.errors import ClientGoneError, invalid
 from toka_engine.server.limits import Limits
-from toka_engine.server.protocol import decode_part
 
 _SLICE_BYTES = 64 * 1024
 """About a millisecond of decoding and checking."""

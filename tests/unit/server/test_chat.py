@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from toka_engine.server.chat import ChatTemplate, Turn, load_chat_template
+from toka_engine.server.chat_template import ChatTemplate, Turn, load_chat_template
 from toka_engine.server.errors import ApiError
 from toka_engine.server.tokenization import Tokenizer
 

@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from toka_engine.errors import ModelInvalidError
 from toka_engine.messages import FINISH_LENGTH
-from toka_engine.server.chat import load_chat_template
+from toka_engine.server.chat_template import load_chat_template
 from toka_engine.server.render import Renderer, TrackingRenderer
 from toka_engine.server.replicas import Replicas
 from toka_engine.server.stops import StopStrings

@@ -1,0 +1,194 @@
+"""The FastAPI application: the routes, the key check under /v1, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+
+from toka_engine.server import openapi
+from toka_engine.server.auth import KeyCheck
+from toka_engine.server.endpoints import chat, completions, models, probes
+from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.exchange import Exchange, Handler
+from toka_engine.server.failures import answer_failure
+from toka_engine.server.metrics import CONTENT_TYPE
+from toka_engine.server.service import Service
+
+DOCUMENT_PATH = "/openapi.json"
+PAGE_PATH = "/docs"
+KNOWN_PATHS = (completions.PATH, chat.PATH, models.PATH, *sorted(probes.PATHS), DOCUMENT_PATH, PAGE_PATH)
+"""The paths of all routes without a parameter."""
+_MAX_MISTAKEN_PATH = 200
+
+
+class Answered(Response):
+    """A response that its endpoint has written already, through the exchange."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        return
+
+
+def generating_handlers(service: Service) -> dict[str, Handler]:
+    """Return the handlers of the POSTs that generate, by path."""
+    return {
+        completions.PATH: completions.Completions(service).answer,
+        chat.PATH: chat.ChatCompletions(service).answer,
+    }
+
+
+def make_application(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler]) -> FastAPI:
+    """Return the application; `handlers` answer the POSTs that generate."""
+    application = FastAPI(
+        title="toka",
+        description="OpenAI-compatible completions and chat of a throughput-first LLM engine.",
+        version=openapi.VERSION,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    application.include_router(_v1_router(service, key_check, handlers))
+    application.include_router(_open_router(service))
+    application.include_router(_documents_router(application))
+    _handle_errors(application, service, key_check)
+    return application
+
+
+def _exchange(request: Request) -> Exchange:
+    exchange: Exchange = request.scope["state"]["exchange"]
+    return exchange
+
+
+def _json(answer: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(answer), status, media_type="application/json")
+
+
+def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler]) -> APIRouter:
+    async def check_key(request: Request) -> None:
+        key_check.check(_exchange(request).headers)
+
+    router = APIRouter(dependencies=[Depends(check_key)], default_response_class=Response)
+
+    def add_generating(path: str, operation: dict[str, Any]) -> None:
+        async def generate(request: Request) -> Response:
+            await handlers[path](_exchange(request))
+            return Answered()
+
+        router.add_api_route(path, generate, methods=["POST"], openapi_extra=operation)
+
+    add_generating(completions.PATH, openapi.COMPLETIONS)
+    add_generating(chat.PATH, openapi.CHAT)
+
+    @router.get(models.PATH, openapi_extra=openapi.MODELS)
+    async def list_models() -> Response:
+        return _json(models.list_models(service))
+
+    @router.get(models.PATH + "/{name:path}", openapi_extra=openapi.MODEL)
+    async def find_model(name: str) -> Response:
+        if not name:
+            raise HTTPException(404)
+        return _json(models.find_model(service, name))
+
+    return router
+
+
+def _open_router(service: Service) -> APIRouter:
+    router = APIRouter(default_response_class=Response)
+
+    @router.get("/ping", openapi_extra=openapi.PING)
+    async def ping() -> Response:
+        return _json(probes.Pong())
+
+    @router.get("/livez", openapi_extra=openapi.LIVEZ)
+    async def livez() -> Response:
+        return _json(probes.Alive())
+
+    @router.get("/readyz", openapi_extra=openapi.READYZ)
+    async def readyz() -> Response:
+        readiness = probes.check_readiness(service)
+        return _json(readiness, 200 if readiness.ready else 503)
+
+    @router.get("/metrics", openapi_extra=openapi.METRICS)
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def _documents_router(application: FastAPI) -> APIRouter:
+    router = APIRouter(default_response_class=Response, include_in_schema=False)
+
+    @router.get(DOCUMENT_PATH)
+    async def document() -> Response:
+        return Response(openapi.encoded_document(application), media_type="application/json")
+
+    @router.get(PAGE_PATH)
+    async def page() -> Response:
+        return HTMLResponse(openapi.make_page(application), headers={"content-security-policy": openapi.PAGE_POLICY})
+
+    return router
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _handle_errors(application: FastAPI, service: Service, key_check: KeyCheck) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        await answer_failure(_exchange(request), error, service.metrics)
+        return Answered()
+
+    async def answer_http(request: Request, error: Exception) -> Response:
+        exchange = _exchange(request)
+        try:
+            if exchange.path == "/v1" or exchange.path.startswith("/v1/"):
+                key_check.check(exchange.headers)
+            raise _translate(error, exchange)
+        except ApiError as translated:
+            return await answer(request, translated)
+
+    async def answer_invalid(request: Request, error: Exception) -> Response:
+        return await answer(request, _translate_invalid(error))
+
+    application.add_exception_handler(RequestValidationError, answer_invalid)
+    application.add_exception_handler(HTTPException, answer_http)
+    application.add_exception_handler(Exception, answer)
+
+
+def _translate(error: Exception, exchange: Exchange) -> ApiError:
+    """Return the framework's own refusal in OpenAI's shape: a path that is not served, a method that it lacks."""
+    if not isinstance(error, HTTPException):
+        raise AssertionError("a handler got an exception that it is not registered for") from error
+    path = exchange.path
+    if error.status_code == 405 and path != models.PATH + "/":
+        allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
+        message = f"{path[:200]} takes {allowed}, not {exchange.method}."
+        return ApiError(405, message, code="method_not_allowed", headers=((b"allow", allowed.encode()),))
+    if error.status_code in (404, 405):
+        meant = _find_meant(path)
+        advice = f" Did you mean {meant}?" if meant else ""
+        return ApiError(404, f"There is no {path[:200]}.{advice}", code="not_found")
+    return ApiError(error.status_code, str(error.detail), code="http_error")
+
+
+def _find_meant(path: str) -> str | None:
+    """Return the path that was probably meant: without slashes too many, or with a base that is missing or too much."""
+    plain = re.sub("/+", "/", path.lower()[:_MAX_MISTAKEN_PATH]).rstrip("/")
+    meant = [other for other in KNOWN_PATHS if plain.endswith(other) or other == f"/v1{plain}"]
+    return max(meant, key=len, default=None)
+
+
+def _translate_invalid(error: Exception) -> ApiError:
+    """Return a 400 that names the first field which the framework refused."""
+    if not isinstance(error, RequestValidationError):
+        raise AssertionError("a handler got an exception that it is not registered for") from error
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    return invalid(param, f"Invalid value for '{param}': {first['msg']}.", "invalid_value")

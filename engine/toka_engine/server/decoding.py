@@ -1,0 +1,109 @@
+"""Decodes a request's raw body into its endpoint's struct, and names the field in which it is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from toka_engine.server.errors import ApiError, invalid
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_NAMED = re.compile(r"(?P<kind>unknown|missing required) field `(?P<name>[^`]*)`")
+_STARTS = (
+    (b"\xef\xbb\xbf", "it begins with a byte order mark (BOM), which has to go"),
+    (b"\xff\xfe", "it is UTF-16 or UTF-32"),
+    (b"\xfe\xff", "it is UTF-16"),
+    (b"\x00\x00\xfe\xff", "it is UTF-32"),
+    (b"\x1f\x8b", "it is compressed (gzip)"),
+    (b"\x78\x01", "it is compressed (deflate)"),
+    (b"\x78\x9c", "it is compressed (deflate)"),
+    (b"\x78\xda", "it is compressed (deflate)"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed (zstd)"),
+)
+"""First bytes of what is often sent as JSON, and is none."""
+_EXPLAINED_BODY_BYTES = 64 * 1024
+"""Larger bodies that are not JSON get no second look for the field's name."""
+
+
+class BodyDecoder(Generic[R]):
+    """Decodes the raw body of one endpoint."""
+
+    def __init__(self, request_type: type[R]) -> None:
+        self._decoder = msgspec.json.Decoder(request_type)
+
+    def decode(self, body: bytes) -> R:
+        """Return the request. Raises a 400 that names the field, or says why the body is not JSON."""
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise _mistyped(str(error)) from error
+        except RecursionError as error:
+            raise invalid(None, "The body is nested too deeply.") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _not_json(body, str(error)) from error
+
+
+def decode_part(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, name: str) -> T:
+    """Decode field `name`, which the body's decoder has skipped. Raises a 400 that names it."""
+    try:
+        return decode(raw)
+    except msgspec.ValidationError as error:
+        raise _mistyped(str(error), name) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(name, f"Invalid value for '{name}': {error}.", "invalid_json") from error
+
+
+def _mistyped(message: str, prefix: str = "") -> ApiError:
+    found = _PATH.search(message)
+    path = prefix + (found["path"] if found else "")
+    text = message[: found.start()] if found else message
+    if named := _NAMED.search(message):
+        path = f"{path}.{named['name']}" if path else named["name"]
+        if named["kind"] == "unknown":
+            return invalid(path, f"Unknown field: '{path}'.", "unknown_parameter")
+        return invalid(path, f"Missing required field: '{path}'.", "missing_required_parameter")
+    return invalid(path or None, f"Invalid value for '{path or 'body'}': {text}.", "invalid_type")
+
+
+def _not_json(body: bytes, message: str) -> ApiError:
+    """Say what the body is where that shows. Name the field where it is JSON but for a NaN, an infinity or half a
+    surrogate pair.
+    """
+    for start, what in _STARTS:
+        if body.startswith(start):
+            return invalid(None, f"The body is no JSON in UTF-8: {what}.", "invalid_json")
+    if b"\0" in body[:4]:
+        return invalid(None, "The body is no JSON in UTF-8: it seems to be UTF-16 or UTF-32.", "invalid_json")
+    if len(body) <= _EXPLAINED_BODY_BYTES:
+        odd = object()
+        try:
+            value = json.loads(body, parse_constant=lambda _: odd)
+        except (ValueError, RecursionError):
+            value = None
+        for name, part in value.items() if isinstance(value, dict) else ():
+            if _contains(part, odd):
+                return invalid(name, f"Invalid value for '{name}': NaN and infinity are not JSON.", "invalid_type")
+            if not _is_text(part):
+                return invalid(name, f"Invalid value for '{name}': half a surrogate pair.", "invalid_type")
+    return invalid(None, f"The body is not valid JSON: {message}.", "invalid_json")
+
+
+def _contains(value: Any, wanted: object) -> bool:
+    if isinstance(value, (list, dict)):
+        return any(_contains(item, wanted) for item in (value.values() if isinstance(value, dict) else value))
+    return value is wanted
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

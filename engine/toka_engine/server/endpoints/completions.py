@@ -1,0 +1,156 @@
+"""`POST /v1/completions`: its bodies, its checks and its answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from toka_engine.server.answers import AnswerFormat, FinishedChoice, encode, plain_logprob
+from toka_engine.server.decoding import BodyDecoder
+from toka_engine.server.errors import invalid
+from toka_engine.server.exchange import Exchange
+from toka_engine.server.generate import run_job
+from toka_engine.server.limits import UNSUPPORTED, GenerationOptions, Limits, int_in
+from toka_engine.server.prompts import PromptEncoder
+from toka_engine.server.render import ShownToken
+from toka_engine.server.request import GenerationRequest, Usage
+from toka_engine.server.service import Service
+
+PATH = "/v1/completions"
+DEFAULT_MAX_TOKENS = 16
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
+_PROMPT: dict[str, Any] = {
+    "description": "text, token ids, or a list of either",
+    "anyOf": [
+        {"type": "string"},
+        _TOKEN_IDS,
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": _TOKEN_IDS},
+    ],
+}
+_UNSUPPORTED = UNSUPPORTED | {"suffix": ("",)}
+
+
+class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=_PROMPT)]
+    """Decoded in `reading`."""
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class CompletionFormat(AnswerFormat):
+    id_prefix = "cmpl"
+    chunk_object = "text_completion"
+
+    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+        return encode(
+            Completion(
+                id=self.id,
+                created=self.created,
+                model=self.model,
+                choices=[
+                    CompletionChoice(index, choice.text, self._logprobs(choice.shown), choice.finish_reason)
+                    for index, choice in enumerate(choices)
+                ],
+                usage=usage,
+            )
+        )
+
+    def opening(self, index: int) -> bytes:
+        return b""
+
+    def piece(self, index: int, text: str, shown: list[ShownToken], finish_reason: str | None) -> bytes:
+        logprobs = encode(self._logprobs(shown)) if self._has_logprobs else b"null"
+        reason = b'"%s"' % finish_reason.encode() if finish_reason else b"null"
+        return b'%s{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}%s' % (
+            self._head,
+            index,
+            encode(text),
+            logprobs,
+            reason,
+            self._tail,
+        )
+
+    def _logprobs(self, shown: list[ShownToken]) -> CompletionLogprobs | None:
+        if not self._has_logprobs:
+            return None
+        return CompletionLogprobs(
+            tokens=[self._name(token.token) for token in shown],
+            token_logprobs=[None if math.isnan(token.logprob) else plain_logprob(token.logprob) for token in shown],
+            top_logprobs=[self._tops(token) for token in shown] if self._num_top else None,
+            text_offset=[token.begin for token in shown],
+        )
+
+    def _tops(self, shown: ShownToken) -> dict[str, float]:
+        """The likeliest tokens, and the sampled one behind them if it is not among them, as in OpenAI's API."""
+        found: dict[str, float] = {}
+        for token, logprob in shown.top:
+            found.setdefault(self._name(token), plain_logprob(logprob))
+        if not math.isnan(shown.logprob):
+            found.setdefault(self._name(shown.token), plain_logprob(shown.logprob))
+        return found
+
+
+class Completions:
+    """Answers completions."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._decoder = BodyDecoder(CompletionRequest)
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Answer one request. Raises ApiError and ClientGoneError."""
+        service = self._service
+        engine = service.serving_engine()
+        request = self._decoder.decode(await exchange.read_json(service.budget))
+        options = _check(request, engine.limits)
+        encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
+        prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
+        spec = engine.limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)
+        job = engine.make_job(prompts, spec, options, CompletionFormat, request.model, texts)
+        await run_job(job, exchange, service.streams, service.metrics)
+
+
+def _check(request: CompletionRequest, limits: Limits) -> GenerationOptions:
+    """Check everything but the prompt."""
+    options = limits.check_shared(
+        request,
+        max_tokens=request.max_tokens,
+        max_tokens_field="max_tokens",
+        num_logprobs=int_in(request.logprobs, "logprobs", 0, limits.max_top_logprobs(), -1),
+        unsupported=_UNSUPPORTED,
+    )
+    if request.best_of is not None and request.best_of != options.num_choices:
+        raise invalid("best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter")
+    if request.echo and request.logprobs is not None:
+        raise invalid("echo", "'echo' is not supported together with 'logprobs'.", "unsupported_parameter")
+    return options

@@ -1,0 +1,44 @@
+"""Answers a request that has failed: the one place where an exception becomes an answer."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+from toka_engine.server.errors import ApiError, ClientGoneError, internal
+from toka_engine.server.exchange import Exchange
+from toka_engine.server.metrics import Metrics
+
+logger = logging.getLogger("toka.server")
+
+_CLIENT_GONE = 499
+"""The status that metrics and log show for a client that closed its connection before its answer, as proxies do."""
+_LOGGED_FRAMES = 30
+"""The innermost frames of a defect's traceback that are logged: endless recursion has a thousand."""
+
+
+async def answer_failure(exchange: Exchange, error: Exception, metrics: Metrics) -> None:
+    """Answer `error`, once, however often it is raised on."""
+    if exchange.failure is error:
+        return
+    exchange.failure = error
+    if isinstance(error, ApiError):
+        await exchange.fail(error)
+    elif isinstance(error, ClientGoneError):
+        exchange.status = exchange.status or _CLIENT_GONE
+        metrics.cancelled.inc()
+    else:
+        _log_defect(exchange, error)
+        await exchange.fail(internal())
+
+
+def _log_defect(exchange: Exchange, error: Exception) -> None:
+    """Log where `error` comes from, without its message: that may quote the request."""
+    frames = "".join(traceback.format_tb(error.__traceback__, -_LOGGED_FRAMES))
+    logger.error(
+        "event=request_failed request_id=%s path=%r error=%s\n%s",
+        exchange.request_id.decode(),
+        exchange.path[:200],
+        type(error).__name__,
+        frames.rstrip(),
+    )

@@ -1,0 +1,87 @@
+"""The parts of the server process that its endpoints work with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from toka_engine.config import EngineConfig
+from toka_engine.messages import Int32s
+from toka_engine.server.answers import AnswerFormat
+from toka_engine.server.chat_template import ChatTemplate
+from toka_engine.server.exchange import BodyBudget
+from toka_engine.server.generate import GenerationJob
+from toka_engine.server.health import Health
+from toka_engine.server.limits import GenerationOptions, Limits
+from toka_engine.server.metrics import Metrics
+from toka_engine.server.render import Renderer, TrackingRenderer
+from toka_engine.server.streams import GenerationSpec, Streams
+from toka_engine.server.tokenization import Tokenizer
+
+_TOTAL_BODIES = 8
+"""The number of bodies of the largest size that may be held at once."""
+
+
+class Engine(msgspec.Struct, frozen=True):
+    """The parts that exist once the engine has started."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    limits: Limits
+
+    def make_job(
+        self,
+        prompts: Sequence[Int32s],
+        spec: GenerationSpec,
+        options: GenerationOptions,
+        form: type[AnswerFormat],
+        model: str,
+        echoes: Sequence[str] = (),
+    ) -> GenerationJob:
+        """Return the checked request, ready to run; `form` writes its answer."""
+        return GenerationJob(
+            prompts,
+            spec,
+            form(
+                model,
+                self.tokenizer.label_of,
+                has_logprobs=options.sampling.num_logprobs >= 0,
+                num_top=options.sampling.num_logprobs,
+                includes_usage=options.includes_usage,
+                names_token_ids=options.names_token_ids,
+            ),
+            self._make_renderer(options),
+            options.is_streamed,
+            options.includes_usage,
+            echoes,
+        )
+
+    def _make_renderer(self, options: GenerationOptions) -> Callable[[], Renderer]:
+        bytes_of = self.tokenizer.bytes_of
+        keeps_tokens = options.sampling.num_logprobs >= 0
+        if options.stops is None and not keeps_tokens:
+            return lambda: Renderer(bytes_of)
+        return lambda: TrackingRenderer(bytes_of, options.stops, keeps_tokens=keeps_tokens)
+
+
+class Service:
+    """The state that all endpoints share. `engine` is set when `EngineInfo` has come."""
+
+    def __init__(self, config: EngineConfig, names: tuple[str, ...], health: Health, streams: Streams) -> None:
+        self.engine: Engine | None = None
+        self.names = names
+        """The models' names that requests may give, the main one first."""
+        self.health = health
+        self.streams = streams
+        self.metrics = Metrics(lambda: health.is_ready, lambda: streams.num_generations, streams.replicas)
+        self.budget = BodyBudget(config.max_body_bytes, _TOTAL_BODIES * config.max_body_bytes)
+        self.created_s = int(time.time())
+
+    def serving_engine(self) -> Engine:
+        """Return the engine. Raises a 503 unless it takes requests."""
+        self.health.check_serving()
+        if self.engine is None:
+            raise AssertionError("serving without EngineInfo")
+        return self.engine
