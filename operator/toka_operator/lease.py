@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from toka_operator.cluster import Cluster
 from toka_operator.errors import ApiError, ConflictError, NotFoundError, TransientError
 from toka_operator.fields import Json
-from toka_operator.settings import LEASE_NAME, Settings
+from toka_operator.settings import Settings
 
 logger = logging.getLogger("toka.lease")
 
@@ -67,9 +67,13 @@ class Election(threading.Thread):
     def describe_silence(self) -> str:
         """Why this replica could not take part in an election; empty if it can."""
         if self._alive_at is None:
-            return f"lease {LEASE_NAME} has no living holder yet"
+            return f"lease {self._settings.lease_name} has no living holder yet"
         silence_s = time.monotonic() - self._alive_at
-        return f"lease {LEASE_NAME} was not seen renewed for {silence_s:.0f} s" if silence_s > LEASE_SILENCE_S else ""
+        return (
+            f"lease {self._settings.lease_name} was not seen renewed for {silence_s:.0f} s"
+            if silence_s > LEASE_SILENCE_S
+            else ""
+        )
 
     def stop(self) -> None:
         self._stop_event.set()
@@ -83,10 +87,12 @@ class Election(threading.Thread):
                 self._known = None
             except (ApiError, TransientError) as error:
                 self._known = None
-                logger.warning("lease=%s event=failed error=%r", LEASE_NAME, str(error))
+                logger.warning("lease=%s event=failed error=%r", self._settings.lease_name, str(error))
             if self.is_held() != was_held:
                 was_held = not was_held
-                logger.info("lease=%s held=%s identity=%s", LEASE_NAME, was_held, self._settings.identity)
+                logger.info(
+                    "lease=%s held=%s identity=%s", self._settings.lease_name, was_held, self._settings.identity
+                )
             if self._is_new_term:
                 self._is_new_term = False
                 self._on_elected()
@@ -111,7 +117,7 @@ class Election(threading.Thread):
         """The lease; its age counts from when *we* saw this state of it first."""
         assert self._cluster is not None
         try:
-            lease = self._cluster.read("Lease", self._settings.namespace, LEASE_NAME)
+            lease = self._cluster.read("Lease", self._settings.namespace, self._settings.lease_name)
         except NotFoundError:
             return None
         is_same = self._known is not None and self._known["spec"] == lease["spec"]
@@ -141,7 +147,7 @@ class Election(threading.Thread):
         spec["renewTime"] = now
         if lease:
             return self._cluster.replace({**lease, "spec": spec})
-        metadata = {"name": LEASE_NAME, "namespace": self._settings.namespace}
+        metadata = {"name": self._settings.lease_name, "namespace": self._settings.namespace}
         manifest = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
@@ -169,7 +175,7 @@ class Election(threading.Thread):
         try:
             self._cluster.replace({**self._known, "spec": spec})
         except (ApiError, TransientError) as error:
-            logger.warning("lease=%s event=not_released error=%r", LEASE_NAME, str(error))
+            logger.warning("lease=%s event=not_released error=%r", self._settings.lease_name, str(error))
 
 
 def next_try_s(retry_s: float, is_held: bool) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from toka_operator.failures import Failure, find_failure, is_on_lost_node
 from toka_operator.fields import Json
 from toka_operator.podspec import ENGINE_CONTAINER
-from toka_operator.settings import REVISION_LABEL
+from toka_operator.settings import KIND, REVISION_LABEL
 from toka_operator.times import parse_time
 
 STARTS_TOGETHER_S = 1.0
@@ -93,6 +93,26 @@ def is_owned_by(child: Json, uid: str) -> bool:
     """Whether the object with this uid is the controller of `child`."""
     owners = child["metadata"].get("ownerReferences") or []
     return any(owner.get("controller") and owner.get("uid") == uid for owner in owners)
+
+
+def is_orphaned(child: Json) -> bool:
+    """Whether nothing owns `child`."""
+    return not child["metadata"].get("ownerReferences")
+
+
+def is_adoptable(pod: Json, name: str) -> bool:
+    """Whether a pod without an owner is one of the TokaDeployment `name`'s: a StatefulSet of ours takes it over."""
+    metadata = pod["metadata"]
+    revision = (metadata.get("labels") or {}).get(REVISION_LABEL)
+    return is_orphaned(pod) and metadata["name"].rpartition("-")[0] == f"{name}-{revision}"
+
+
+def is_predecessors(child: Json, name: str, uid: str) -> bool:
+    """Whether the controller of `child` is a TokaDeployment of the same name as ours, but another."""
+    owners = child["metadata"].get("ownerReferences") or []
+    return any(
+        o.get("controller") and (o.get("kind"), o.get("name")) == (KIND, name) and o["uid"] != uid for o in owners
+    )
 
 
 def ready_addresses(slices: Iterable[Json]) -> frozenset[str]:

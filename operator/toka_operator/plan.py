@@ -26,6 +26,7 @@ from toka_operator.resources import (
     render_stateful_set,
     set_name,
 )
+from toka_operator.revisions import by_revision
 from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
 from toka_operator.spec import TokaDeploymentSpec
 
@@ -46,7 +47,7 @@ class Plan:
     dead_pods: tuple[tuple[str, str], ...]
     """(name, uid) of pods to be deleted without waiting for a kubelet, which does not answer."""
     revisions: Mapping[str, RevisionPods]
-    """The revisions with a StatefulSet, as seen, oldest first."""
+    """The revisions that have a StatefulSet, or lost it without their pods, as seen, oldest first."""
     targets: Mapping[str, Window]
     templates: Mapping[str, Json]
     requeue_s: float | None
@@ -55,11 +56,14 @@ class Plan:
 def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, default_image: str, now: float) -> Plan:
     """The one next step towards `spec`. `now` is a Unix time; `requeue_s` says when time alone changes the
     answer."""
-    sets = _by_revision(owner, observed.of_kind(STATEFUL_SET))
-    stored = _by_revision(owner, observed.of_kind(CONTROLLER_REVISION))
+    sets = by_revision(owner, observed.of_kind(STATEFUL_SET))
+    stored = by_revision(owner, observed.of_kind(CONTROLLER_REVISION))
     numbers = {revision: int(child.get("revision", 0)) for revision, child in stored.items()}
-    by_age = sorted(sets, key=lambda revision: (numbers.get(revision, 0), revision))
-    revisions = {name: _view_revision(name, sets[name], spec, observed, now) for name in by_age}
+    windows = {name: read_window(live) for name, live in sets.items()} | _find_lost_windows(
+        spec, sets, stored, observed
+    )
+    by_age = sorted(windows, key=lambda revision: (numbers.get(revision, 0), revision))
+    revisions = {name: _view_revision(owner, name, windows[name], spec, observed, now) for name in by_age}
     budgets = Budgets(
         num_desired=spec.num_wanted,
         max_surge=spec.rollout.max_surge,
@@ -82,28 +86,35 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, defaul
     )
 
 
-def _by_revision(owner: Owner, children: list[Json]) -> dict[str, Json]:
-    """Children by the revision in their names, because a label can be edited."""
-    prefix = set_name(owner.name, "")
-    names = ((child["metadata"]["name"], child) for child in children)
-    return {name.removeprefix(prefix): child for name, child in names if name.startswith(prefix)}
-
-
 def read_window(live: Json) -> Window:
     """The ordinals that a StatefulSet asks for."""
     spec = live["spec"]
     return Window(int((spec.get("ordinals") or {}).get("start", 0)), int(spec.get("replicas", 1)))
 
 
-def _view_revision(revision: str, live: Json, spec: TokaDeploymentSpec, observed: Observed, now: float) -> RevisionPods:
+def _find_lost_windows(
+    spec: TokaDeploymentSpec, sets: Mapping[str, Json], stored: Mapping[str, Json], observed: Observed
+) -> dict[str, Window]:
+    """Of revisions whose StatefulSet was deleted without its pods: the ordinals of these. A new set takes them over."""
+    found: dict[str, Window] = {}
+    for revision in stored.keys() | {spec.revision}:
+        ordinals = [p.ordinal for p in observed.pods if p.revision == revision and not p.is_terminating]
+        if ordinals and revision not in sets:
+            found[revision] = Window(min(ordinals), max(ordinals) - min(ordinals) + 1)
+    return found
+
+
+def _view_revision(
+    owner: Owner, revision: str, window: Window, spec: TokaDeploymentSpec, observed: Observed, now: float
+) -> RevisionPods:
     pods = [pod for pod in observed.pods if pod.revision == revision]
     leaving = frozenset(pod.ordinal for pod in pods if pod.is_terminating)
     seen = RevisionPods(
-        window=read_window(live),
+        window=window,
         available=frozenset(p.ordinal for p in pods if p.is_available(now, spec.rollout.min_ready_s)),
         served=frozenset(p.ordinal for p in pods if p.has_served and not p.is_terminating),
         unrecoverable=frozenset(p.ordinal for p in pods if _is_unrecoverable(p, now)),
-        leaving=leaving | _find_other_pods(live["metadata"]["name"], observed),
+        leaving=leaving | _find_other_pods(set_name(owner.name, revision), observed),
     )
     outside = (pod for pod in pods if pod.ordinal not in seen.trim())
     return replace(seen, num_draining=sum(not pod.is_stuck(now, spec.rollout.stuck_s) for pod in outside))
@@ -190,7 +201,8 @@ def _render_children(
         number = numbers.get(revision, newest + 1)
         if revision == spec.revision and any(n >= number for r, n in numbers.items() if r != revision):
             number = newest + 1
-        children.append(render_revision(owner, revision, templates[revision], number))
+        fingerprint = spec.fingerprint if revision == spec.revision else None
+        children.append(render_revision(owner, revision, templates[revision], number, fingerprint))
         window = targets[revision]
         children.append(render_stateful_set(owner, revision, templates[revision], window.replicas, window.start))
     budget = render_disruption_budget(owner, spec)

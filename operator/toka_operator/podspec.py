@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from toka_operator.fields import Json
+from toka_operator.fingerprint import STARTUP_STEP_S
 from toka_operator.spec import SecretKey, TokaDeploymentSpec
 
 ENGINE_CONTAINER = "engine"
@@ -19,7 +20,11 @@ CACHE_PATH = "/cache"
 MODEL_PATH = "/mnt/model"
 GRACE_SLACK_S = 15
 """Between the end of draining and the kubelet's SIGKILL: closing connections, ending processes."""
-PROBE_PERIOD_S = 2
+PROBE_PERIOD_S = STARTUP_STEP_S
+LOST_NODE_AFTER_S = 30
+"""How long a pod stays bound to a node that does not answer. Kubernetes' default is 300 s; an engine has no state that
+its successor elsewhere could corrupt."""
+_LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 RESTRICTED: Json = {
@@ -47,7 +52,7 @@ def render_pod_template(
         "volumes": _volumes(spec),
         "topologySpreadConstraints": _topology_spread(spec, labels),
         "nodeSelector": scheduling.node_selector,
-        "tolerations": list(scheduling.tolerations),
+        "tolerations": _tolerations(spec),
         "affinity": _affinity(spec, labels),
         "priorityClassName": scheduling.priority_class_name,
         "runtimeClassName": scheduling.runtime_class_name,
@@ -147,15 +152,15 @@ def _secret_variable(name: str, secret: SecretKey | None) -> list[Json]:
 
 
 def _resources(spec: TokaDeploymentSpec) -> Json:
-    wanted, requests, limits = spec.resources, {}, {}
-    if wanted.cpu:
-        requests["cpu"] = wanted.cpu
-    if wanted.cpu and wanted.device == "cpu":
-        limits["cpu"] = wanted.cpu
-    if wanted.memory:
-        requests["memory"] = limits["memory"] = wanted.memory
-    if wanted.device == "gpu":
-        requests[wanted.gpu_resource] = limits[wanted.gpu_resource] = "1"
+    asked, requests, limits = spec.resources, {}, {}
+    if asked.cpu:
+        requests["cpu"] = asked.cpu
+    if asked.cpu and asked.device == "cpu":
+        limits["cpu"] = asked.cpu
+    if asked.memory:
+        requests["memory"] = limits["memory"] = asked.memory
+    if asked.device == "gpu":
+        requests[asked.gpu_resource] = limits[asked.gpu_resource] = "1"
     return _without_empty({"requests": requests, "limits": limits})
 
 
@@ -187,9 +192,9 @@ def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
 def _topology_spread(spec: TokaDeploymentSpec, labels: dict[str, str]) -> list[Json]:
     """By default over hosts alone: the scheduler leaves a node that lacks the key of *any* soft constraint out of
     the scoring of all, so a zone beside the host would end the spreading wherever nodes have no zone."""
-    wanted = spec.scheduling.topology_spread
-    if wanted is None:
-        wanted = ({"topologyKey": "kubernetes.io/hostname"},)
+    constraints = spec.scheduling.topology_spread
+    if constraints is None:
+        constraints = ({"topologyKey": "kubernetes.io/hostname"},)
     return [
         {
             "topologyKey": constraint["topologyKey"],
@@ -197,8 +202,20 @@ def _topology_spread(spec: TokaDeploymentSpec, labels: dict[str, str]) -> list[J
             "whenUnsatisfiable": constraint.get("whenUnsatisfiable", "ScheduleAnyway"),
             "labelSelector": {"matchLabels": labels},
         }
-        for constraint in wanted
+        for constraint in constraints
     ]
+
+
+def _tolerations(spec: TokaDeploymentSpec) -> list[Json]:
+    """The user's, and those of a lost node unless the user says how long to wait for one."""
+    own = list(spec.scheduling.tolerations)
+    answered = {
+        toleration.get("key") or None for toleration in own if toleration.get("effect") in (None, "", "NoExecute")
+    }
+    if None in answered:
+        return own
+    times = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": LOST_NODE_AFTER_S}
+    return own + [{"key": taint, **times} for taint in _LOST_NODE_TAINTS if taint not in answered]
 
 
 def _affinity(spec: TokaDeploymentSpec, labels: dict[str, str]) -> Json:

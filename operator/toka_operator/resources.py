@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from toka_operator import __version__
 from toka_operator.fields import Json
-from toka_operator.settings import API_VERSION, KIND, MANAGED_BY, REVISION_LABEL, SERVICE_ANNOTATIONS_KEY
+from toka_operator.settings import (
+    API_VERSION,
+    FINGERPRINT_ANNOTATION,
+    KIND,
+    MANAGED_BY,
+    REVISION_LABEL,
+    SERVICE_ANNOTATIONS_KEY,
+)
 from toka_operator.spec import TokaDeploymentSpec
 
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
@@ -103,10 +110,15 @@ def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | N
     return budget
 
 
-def render_revision(owner: Owner, revision: str, template: Json, number: int) -> Json:
-    """A revision's memory: the pod template as it was rendered, which no newer operator renders again."""
+def render_revision(owner: Owner, revision: str, template: Json, number: int, fingerprint: str | None) -> Json:
+    """A revision's memory: the pod template as it was rendered, which no newer operator renders again.
+
+    `fingerprint` None: it stays as it is stored.
+    """
     stored = _child(owner, CONTROLLER_REVISION, set_name(owner.name, revision), "revision")
     stored["metadata"]["labels"][REVISION_LABEL] = revision
+    if fingerprint is not None:
+        stored["metadata"]["annotations"] = {FINGERPRINT_ANNOTATION: fingerprint}
     return {**stored, "data": {"template": template}, "revision": number}
 
 

@@ -139,17 +139,11 @@ class _Step:
     # ---- taking away
 
     def shrink(self, names: list[str], num_left: int) -> None:
-        """Takes pods of these revisions, in this order, down to `num_left`: those that do not serve, then those that do
-        while enough are left."""
-        for is_serving in (False, True):
-            for name in names:
-                while self._total(names) > num_left and self._take_surplus(name, is_serving):
-                    pass
-
-    def _take_surplus(self, name: str, is_serving: bool) -> bool:
-        if self._take_waiting(name, is_free=False):
-            return True
-        return is_serving and self._take_available(name)
+        """Takes pods of these revisions, in this order, down to `num_left`: those that never served, those that do not
+        serve, then those that do while enough are left."""
+        while self._total(names) > num_left:
+            if not (self._take_waiting(names) or any(map(self._take_available, names))):
+                break
 
     def retire_old(self) -> None:
         """Takes old pods while the budgets allow it: first those that never served, last those that do."""
@@ -157,21 +151,26 @@ class _Step:
             pass
 
     def _retire_one(self) -> bool:
-        if any(self._take_waiting(name, is_free=True) for name in self._old):
+        if self._take_waiting(self._old, is_free=True):
             return True
-        if self._spare_old > 0 and any(self._take_waiting(name, is_free=False) for name in self._old):
+        if self._spare_old > 0 and self._take_waiting(self._old):
             return True
-        return any(self._take_available(name) for name in self._old)
+        return any(map(self._take_available, self._old))
 
-    def _take_waiting(self, name: str, is_free: bool) -> bool:
-        """Takes a pod at an end that is not available. `is_free`: only one that never served and does not come up."""
-        pods = self._revisions[name]
-        ends = [ordinal for ordinal in self._ends(name) if ordinal not in pods.available]
-        if is_free:
-            ends = [ordinal for ordinal in ends if ordinal in pods.unrecoverable and ordinal not in pods.served]
-        if not ends:
+    def _take_waiting(self, names: list[str], is_free: bool = False) -> bool:
+        """Takes a pod at an end that is not available, one that never served before others. `is_free`: only one that
+        never served and does not come up."""
+        found = []
+        for place, name in enumerate(names):
+            pods = self._revisions[name]
+            for ordinal in self._ends(name):
+                is_lost = ordinal in pods.unrecoverable and ordinal not in pods.served
+                if ordinal not in pods.available and (is_lost or not is_free):
+                    found.append((ordinal in pods.served, place, -ordinal))
+        if not found:
             return False
-        self._take(name, min(ends, key=lambda ordinal: (ordinal in pods.served, -ordinal)))
+        _, place, ordinal = min(found)
+        self._take(names[place], -ordinal)
         return True
 
     def _take_available(self, name: str) -> bool:
@@ -210,7 +209,7 @@ class _Step:
     def shrink_unproven(self) -> None:
         """Leaves the current revision, which never served, no more than its share of the budgets."""
         share = self._budgets.max_total - self._budgets.min_available
-        while self.windows[self._current].replicas > share and self._take_waiting(self._current, is_free=False):
+        while self.windows[self._current].replicas > share and self._take_waiting([self._current]):
             pass
 
     def _is_proven(self) -> bool:

@@ -20,8 +20,9 @@ API_VERSION = f"{GROUP}/{VERSION}"
 
 FIELD_MANAGER = "toka-operator"
 MANAGED_BY = "toka-operator"
-LEASE_NAME = "toka-operator"
 REVISION_LABEL = f"{GROUP}/revision"
+FINGERPRINT_ANNOTATION = f"{GROUP}/fingerprint"
+"""On a ControllerRevision: the fingerprint of the specs that it was made for."""
 SERVICE_ANNOTATIONS_KEY = f"{GROUP}/service-annotations"
 """On the Service: the keys of the annotations that the spec asked for, so that a removed one is known to
 be ours."""
@@ -40,6 +41,10 @@ class Settings:
     """Where the Lease lives."""
     watch_namespaces: tuple[str, ...] = ()
     """Empty: the whole cluster."""
+    lease_name: str = "toka-operator"
+    """One for each release of the chart: operators that share one are replicas of each other."""
+    allow_host_path: bool = False
+    """Whether podTemplate may mount folders of the node."""
     identity: str = ""
     num_workers: int = 8
     """At most half of them work on objects that came in bulk."""
@@ -80,6 +85,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         engine_image=image,
         namespace=environ.get("TOKA_NAMESPACE", "default"),
         watch_namespaces=namespaces,
+        lease_name=environ.get("TOKA_LEASE_NAME") or "toka-operator",
+        allow_host_path=_read_bool(environ, "TOKA_ALLOW_HOST_PATH"),
         identity=environ.get("TOKA_IDENTITY") or _make_identity(),
         num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),
         health_port=_read_int(environ, "TOKA_HEALTH_PORT", 8080, 0, 65535),
@@ -105,3 +112,10 @@ def _read_int(environ: Mapping[str, str], name: str, default: int, low: int, hig
     if not low <= value <= high:
         raise SettingsError(f"{name}={text}: must be between {low} and {high}")
     return value
+
+
+def _read_bool(environ: Mapping[str, str], name: str) -> bool:
+    text = environ.get(name) or "false"
+    if text not in ("true", "false"):
+        raise SettingsError(f"{name}={text}: must be true or false")
+    return text == "true"

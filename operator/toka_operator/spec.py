@@ -1,22 +1,20 @@
-"""TokaDeploymentSpec: the user's wish, typed and complete.
+"""TokaDeploymentSpec: what the user asks for, typed and complete.
 
-Owns: every default (the CRD repeats them, a test compares), the check of what a body may hold, and the
-hash that names a revision. Pure. The CRD refuses bad objects at `kubectl apply`; `parse` checks again,
-because an object may have been stored under an older CRD, and reports every bad field at once instead of
-raising.
+Owns: every default (the CRD repeats them, a test compares) and the check of what a body may hold. Pure. The CRD refuses
+bad objects at `kubectl apply`; `parse` checks again, because an object may have been stored under an older CRD, and
+reports every bad field at once instead of raising.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from toka_operator.errors import FieldError
 from toka_operator.fields import Fields, Json
+from toka_operator.fingerprint import compute_fingerprint, compute_former_revision
 
 DEFAULTS: Json = {
     "model": {"dtype": "auto"},
@@ -49,12 +47,6 @@ DEFAULTS: Json = {
     "podTemplate": {},
     "suspend": False,
 }
-POD_FIELDS = ("model", "engine", "resources", "scheduling", "cache", "auth", "startup", "podTemplate")
-"""Parts of the spec that alter the pod, besides `POD_ROLLOUT_FIELDS`."""
-POD_ROLLOUT_FIELDS = ("drainDelaySeconds", "drainTimeoutSeconds")
-"""Fields of `rollout` that alter the pod: the engine's arguments and the grace period."""
-NOT_POD_SCHEDULING_FIELDS = ("patienceSeconds",)
-"""Fields of `scheduling` that leave the pod as it is."""
 
 _SOURCE = re.compile(
     r"hf://(?P<hub>[A-Za-z0-9][-._A-Za-z0-9]*/[A-Za-z0-9][-._A-Za-z0-9]*)"
@@ -174,6 +166,10 @@ class TokaDeploymentSpec:
     revision."""
 
     revision: str
+    former_revision: str
+    """The name that versions before 0.2 gave to that revision."""
+    fingerprint: str
+    """The same for all specs with the same pod."""
     model: Model
     engine: Engine
     replicas: int
@@ -202,7 +198,9 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
     model, engine, resources = root.child("model"), root.child("engine"), root.child("resources")
     startup, rollout = root.child("startup"), root.child("rollout")
     spec = TokaDeploymentSpec(
-        revision=compute_revision(root.raw),
+        revision="",
+        former_revision="",
+        fingerprint="",
         model=_parse_model(model),
         engine=_parse_engine(engine),
         replicas=root.integer("replicas", 0, 1000),
@@ -226,30 +224,11 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
     )
     if not root.errors and spec.rollout.progress_deadline_s <= spec.startup_timeout_s:
         rollout.refuse("progressDeadlineSeconds", "must be greater than startup.timeoutSeconds")
-    return root.errors or spec
-
-
-def compute_revision(raw_spec: Mapping[str, Any]) -> str:
-    """8 hex digits over what alters the pod.
-
-    Values equal to their default are left out, so a default written down, or a field that a newer CRD adds
-    with a default, changes no revision; neither does the operator's version or its default image.
-    """
-    parts = {name: _without_defaults(raw_spec.get(name), DEFAULTS[name]) for name in POD_FIELDS}
-    for name in NOT_POD_SCHEDULING_FIELDS:
-        parts["scheduling"].pop(name, None)
-    rollout = raw_spec.get("rollout")
-    if isinstance(rollout, Mapping):
-        keep = {k: v for k, v in rollout.items() if k in POD_ROLLOUT_FIELDS}
-        parts["rollout"] = _without_defaults(keep, DEFAULTS["rollout"])
-    text = json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _without_defaults(raw: Any, defaults: Json) -> Json:
-    if not isinstance(raw, Mapping):
-        return {}
-    return {k: v for k, v in raw.items() if v is not None and not (k in defaults and defaults[k] == v)}
+    if root.errors:
+        return root.errors
+    fingerprint = compute_fingerprint(root.raw, DEFAULTS)
+    former = compute_former_revision(root.raw, DEFAULTS)
+    return replace(spec, revision=fingerprint[:8], former_revision=former, fingerprint=fingerprint)
 
 
 def parse_source(source: str) -> ModelSource | None:

@@ -21,6 +21,8 @@ from urllib.parse import quote
 import pytest
 import urllib3
 from kubernetes import config
+from toka_operator.fingerprint import compute_fingerprint
+from toka_operator.spec import DEFAULTS
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
@@ -56,6 +58,8 @@ class Operator:
     namespace: str
     server_client: Any
     """The administrator's API client."""
+    user: str = USER
+    """As whom the operators ask the API server."""
     processes: list[ProcessHandle] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
     """Patterns of warnings and errors that the test itself brings about."""
@@ -145,8 +149,8 @@ class Operator:
             found += [{**item, "kind": answer["kind"].removesuffix("List")} for item in answer["items"]]
         return found
 
-    def kubectl(self, *arguments: str) -> str:
-        return self.server.kubectl(*arguments, "--namespace", self.namespace)
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return self.server.kubectl(*arguments, "--namespace", self.namespace, stdin=stdin)
 
     def sets(self, name: str) -> dict[str, Json]:
         """StatefulSets of a TokaDeployment by revision."""
@@ -204,7 +208,7 @@ class Operator:
 
     def audit_events(self) -> list[Json]:
         """The operators' requests about the test's namespace so far, oldest first."""
-        return [e for e in self.server.audit_events(USER) if self._is_ours(e)]
+        return [e for e in self.server.audit_events(self.user) if self._is_ours(e)]
 
     def requests(self) -> list[tuple[str, str]]:
         """(verb, resource) of each of those requests."""
@@ -254,6 +258,11 @@ def strangers(name: str, revision: str) -> dict[tuple[str, str], Json]:
         (short, child): {"apiVersion": version, "kind": kind, "metadata": {"name": child}, **rest}
         for short, child, version, kind, rest in bodies
     }
+
+
+def revision_of(spec: Json) -> str:
+    """The name of the revision of a new object with this spec."""
+    return compute_fingerprint(spec, DEFAULTS)[:8]
 
 
 def deployment(name: str, **spec: Any) -> Json:

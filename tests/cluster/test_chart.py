@@ -62,6 +62,42 @@ def test_a_bad_value_is_refused_by_name(server: ApiServer, setting: str, sentenc
 
 def test_with_namespaces_to_watch_there_is_no_cluster_role(server: ApiServer) -> None:
     manifests = server.helm("template", "toka", str(CHART), "--set", "watchNamespaces={one,two}")
-    assert "ClusterRole" not in manifests
+    assert "ClusterRoleBinding" not in manifests
     assert manifests.count("namespace: one") == 2
     assert 'value: "one,two"' in manifests
+
+
+def test_two_releases_share_a_cluster_but_no_namespace(server: ApiServer) -> None:
+    server.helm("uninstall", "toka", "--namespace", SYSTEM, "--ignore-not-found")
+    for name in ("one", "two"):
+        server.create_namespace(f"{name}-operators")
+        server.create_namespace(f"{name}-models")
+    switches = ("--set", "crds.install=false,replicas=0")
+
+    def install(release: str, namespace: str, *values: str) -> None:
+        server.helm("install", release, str(CHART), "--namespace", namespace, *switches, *values)
+
+    install("same", "one-operators", "--set", "watchNamespaces={one-models}")
+    install("same", "two-operators", "--set", "watchNamespaces={two-models}")
+    for release, namespace, values in (
+        ("third", "one-operators", ("--set", "watchNamespaces={two-models}")),
+        ("third", "one-operators", ()),
+    ):
+        with pytest.raises(CommandFailed) as refusal:
+            install(release, namespace, *values)
+        assert "another release (same in namespace " in refusal.value.stderr
+    server.helm("upgrade", "same", str(CHART), "--namespace", "two-operators", "--reuse-values")
+    for namespace in ("one-operators", "two-operators"):
+        assert server.get("lease", "same-operator", namespace) is not None
+        server.helm("uninstall", "same", "--namespace", namespace)
+        assert server.get("lease", "same-operator", namespace) is None
+
+
+def test_a_lease_that_an_older_operator_made_is_no_obstacle(server: ApiServer) -> None:
+    server.create_namespace("older")
+    lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "old-operator"}}
+    server.apply(lease, namespace="older")
+    switches = ("--set", "crds.install=false,replicas=0,rbac.allowOverlap=true")
+    server.helm("install", "old", str(CHART), "--namespace", "older", *switches)
+    server.helm("upgrade", "old", str(CHART), "--namespace", "older", *switches)
+    server.helm("uninstall", "old", "--namespace", "older")

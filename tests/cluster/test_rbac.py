@@ -1,4 +1,4 @@
-"""What the chart allows the operator is what it uses, and no more."""
+"""What the chart allows the operator is what it uses, and no more, cluster-wide and in single namespaces."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import json
 
 import pytest
 import yaml
-from toka_operator.spec import compute_revision
 
 from tests.cluster.harness.errors import WaitTimeout
-from tests.cluster.operating import CHART, Operator, strangers
+from tests.cluster.operating import CHART, SYSTEM, Operator, revision_of, strangers
 
 
 @pytest.fixture
@@ -19,10 +18,20 @@ def operator(own_operator: Operator) -> Operator:
     return own_operator
 
 
-def granted(operator: Operator) -> set[tuple[str, str]]:
-    """(verb, resource) of the chart's ClusterRole."""
-    manifests = yaml.safe_load_all(operator.server.helm("template", "toka", str(CHART)))
-    (role,) = [m for m in manifests if m and m["kind"] == "ClusterRole"]
+NEVER_REQUESTED = {("update", "tokadeployments/finalizers")}
+"""Rights that the API server's admission asks for; the harness enforces them, but no request is made with them."""
+
+
+def granted(operator: Operator, kind: str, *values: str) -> set[tuple[str, str]]:
+    """(verb, resource) of the chart's role for the operator's work."""
+    manifests = yaml.safe_load_all(operator.server.helm("template", "toka", str(CHART), *values))
+    roles = [m for m in manifests if m and m["kind"] == kind]
+    (role,) = [
+        role
+        for role in roles
+        if role["metadata"]["labels"]["app.kubernetes.io/component"] == "operator"
+        and not role["metadata"]["name"].endswith("-lease")
+    ]
     rules = role["rules"]
     return {(verb, resource) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
 
@@ -53,10 +62,11 @@ def exceed_quota_twice(operator: Operator) -> None:
     operator.kubectl("delete", "quota", "few")
 
 
-def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: Operator) -> None:
+def use_every_right(operator: Operator) -> None:
+    """Whatever an operator does in its life, to one TokaDeployment."""
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
-    name = f"chat-{compute_revision(spec)}"
-    taken = strangers("chat", compute_revision(spec))
+    name = f"chat-{revision_of(spec)}"
+    taken = strangers("chat", revision_of(spec))
     operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
     operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0})
@@ -80,8 +90,32 @@ def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: 
     operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
     operator.wait_until_ready("chat")
+
+
+def check_rights(operator: Operator, allowed: set[tuple[str, str]]) -> None:
     operator.processes[0].terminate()
-    allowed = granted(operator)
+    allowed = allowed - NEVER_REQUESTED
     with contextlib.suppress(WaitTimeout):  # watches are recorded when they end, a moment after the operator did
         operator.wait_for(lambda: used(operator) >= allowed, "all that is granted to be in the audit log", timeout_s=20)
     assert used(operator) == allowed
+
+
+def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: Operator) -> None:
+    use_every_right(operator)
+    check_rights(operator, granted(operator, "ClusterRole"))
+
+
+def test_in_single_namespaces_too_every_verb_is_used_and_none_is_missing(without_operator: Operator) -> None:
+    operator = without_operator
+    release = f"tenant-{operator.namespace[-6:]}"
+    only = ("--set", f"watchNamespaces={{{operator.namespace}}}")
+    switches = ("--set", "replicas=0,crds.install=false,rbac.allowOverlap=true")
+    operator.server.helm("install", release, str(CHART), "--namespace", SYSTEM, *switches, *only)
+    operator.user = f"system:serviceaccount:{SYSTEM}:{release}-operator"
+    operator.kubeconfig = operator.server.service_account_kubeconfig(SYSTEM, f"{release}-operator")
+    operator.start(TOKA_LEASE_NAME=f"{release}-operator")
+    use_every_right(operator)
+    check_rights(operator, granted(operator, "Role", *only))
+    operator.check_log()
+    operator.server.helm("uninstall", release, "--namespace", SYSTEM)
+    assert operator.server.get("lease", f"{release}-operator", SYSTEM) is None

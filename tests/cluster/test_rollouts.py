@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
-from tests.cluster.operating import HOLD, Operator
+from tests.cluster.operating import HOLD, Json, Operator
 
 
 @dataclass
@@ -159,3 +159,32 @@ def test_the_progress_deadline_is_told(operator: Operator) -> None:
     operator.apply("chat", **HOLD, startup={"timeoutSeconds": 10}, rollout={"progressDeadlineSeconds": 11})
     operator.wait_for_condition("chat", "Progressing", "False", "ProgressDeadlineExceeded")
     operator.wait_for_condition("chat", "Degraded", "True", "ProgressDeadlineExceeded")
+
+
+NO_OPS: list[Json] = [
+    {"engine": {"env": [], "envFrom": [], "extraArgs": [], "pullSecrets": []}},
+    {"model": {"servedName": "smollm2", "aliases": []}},
+    {"scheduling": {"nodeSelector": {}, "tolerations": [], "affinity": {}}},
+    {"podTemplate": {"labels": {}, "annotations": {}, "volumes": [], "volumeMounts": [], "sidecars": []}},
+    {"resources": {"cpu": "1000m", "memory": "1024Mi"}},
+    {"resources": {"cpu": 1, "memory": 1073741824}},
+    {"engine": {"port": 10210, "hydragen": True, "logLevel": "INFO"}, "startup": {"timeoutSeconds": 1800}},
+    {"rollout": {"maxSurge": 2, "stuckSeconds": 40}, "disruption": {"podDisruptionBudget": "Off"}},
+]
+"""Merged one after the other into an object."""
+
+
+def test_edits_without_meaning_replace_no_pod(operator: Operator) -> None:
+    operator.apply("chat", replicas=2, resources={"device": "cpu", "cpu": "1", "memory": "1Gi"})
+    before = operator.wait_until_ready("chat")
+    pods = {pod["metadata"]["uid"] for pod in operator.pods("chat")}
+    for spec in NO_OPS:
+        operator.patch("chat", **spec)
+        after = operator.wait_until_ready("chat")
+        assert after["status"]["currentRevision"] == before["status"]["currentRevision"], spec
+    another = json.loads(json.dumps({k: before[k] for k in ("apiVersion", "kind", "spec")}))
+    another["metadata"] = {"name": "chat", "namespace": operator.namespace}
+    operator.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(another))
+    operator.wait_until_ready("chat")
+    assert {pod["metadata"]["uid"] for pod in operator.pods("chat")} == pods
+    assert len(operator.list("controllerrevision", "app.kubernetes.io/component=revision")) == 1

@@ -2,6 +2,11 @@
 {{- printf "%s-operator" .Release.Name | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* The name of what belongs to no namespace: releases of one name in two namespaces are two releases. */}}
+{{- define "toka.clusterName" -}}
+{{- printf "%s-%s" (include "toka.name" .) .Release.Namespace -}}
+{{- end -}}
+
 {{- define "toka.selectorLabels" -}}
 app.kubernetes.io/name: toka-operator
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -42,6 +47,10 @@ seccompProfile:
 - apiGroups: [toka.dev]
   resources: [tokadeployments/status]
   verbs: [patch]
+# Asked for by the admission plugin OwnerReferencesPermissionEnforcement, of whoever makes children that hold their owner.
+- apiGroups: [toka.dev]
+  resources: [tokadeployments/finalizers]
+  verbs: [update]
 - apiGroups: [""]
   resources: [services, serviceaccounts]
   verbs: [get, list, watch, create, patch]
@@ -60,4 +69,32 @@ seccompProfile:
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
   verbs: [list, watch]
+{{- end -}}
+
+{{/* "true" for a role that gives another release's operator its rights. */}}
+{{- define "toka.isOthersRole" -}}
+{{- $labels := .role.metadata.labels | default dict -}}
+{{- $annotations := .role.metadata.annotations | default dict -}}
+{{- $isOperator := and (eq (index $labels "app.kubernetes.io/name" | default "") "toka-operator") (eq (index $labels "app.kubernetes.io/component" | default "") "operator") (not (hasSuffix "-lease" .role.metadata.name)) -}}
+{{- $isOurs := and (eq (index $annotations "meta.helm.sh/release-name" | default "") .root.Release.Name) (eq (index $annotations "meta.helm.sh/release-namespace" | default "") .root.Release.Namespace) -}}
+{{- and $isOperator (not $isOurs) -}}
+{{- end -}}
+
+{{/* Two operators that serve one namespace would both work on every object there, each with its own default image. */}}
+{{- define "toka.refuseOverlap" -}}
+{{- $root := . -}}
+{{- $kinds := list (list "ClusterRole" "") -}}
+{{- if .Values.watchNamespaces -}}
+{{- range .Values.watchNamespaces }}{{- $kinds = append $kinds (list "Role" .) }}{{- end -}}
+{{- else -}}
+{{- $kinds = append $kinds (list "Role" "") -}}
+{{- end -}}
+{{- range $kinds -}}
+{{- range (lookup "rbac.authorization.k8s.io/v1" (index . 0) (index . 1) "").items -}}
+{{- if eq (include "toka.isOthersRole" (dict "role" . "root" $root)) "true" -}}
+{{- $where := .metadata.namespace | default "the whole cluster" -}}
+{{- fail (printf "another release (%s in namespace %s) serves %s: give each release namespaces of its own by watchNamespaces" (index .metadata.annotations "meta.helm.sh/release-name") (index .metadata.annotations "meta.helm.sh/release-namespace") $where) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}

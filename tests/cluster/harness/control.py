@@ -59,7 +59,7 @@ class ControlPlane:
             f"--etcd-servers=http://127.0.0.1:{self.etcd_port}",
             f"--service-cluster-ip-range={SERVICE_RANGE}",
             "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction",
+            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
             f"--client-ca-file={pki.file('ca.crt')}",
             f"--tls-cert-file={pki.file('apiserver.crt')}",
             f"--tls-private-key-file={pki.file('apiserver.key')}",

@@ -1,4 +1,4 @@
-"""The small parts: differences, the store, the queue, the encoding, the settings."""
+"""The small parts: the store, the queue, the encoding, the settings."""
 
 from __future__ import annotations
 
@@ -12,57 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_operator.cluster import encode_canonically
-from toka_operator.differences import find_corrections, find_stale_annotations, is_satisfied
 from toka_operator.errors import SettingsError
 from toka_operator.handlers import EndlessBackoffs, configure
 from toka_operator.settings import read_settings
 from toka_operator.store import Store
 from toka_operator.workqueue import WorkQueue
-
-
-@pytest.mark.parametrize(
-    ("desired", "live"),
-    [
-        ({"spec": {"a": 1}}, {"spec": {"a": 1, "added": 2}, "status": {}}),
-        ({"spec": {"env": [{"name": "A", "value": ""}]}}, {"spec": {"env": [{"name": "A"}]}}),
-        ({"spec": {"limits": {"memory": "1024Mi"}}}, {"spec": {"limits": {"memory": "1Gi"}}}),
-        ({"spec": {"emptyDir": {"sizeLimit": "1.5Gi"}}}, {"spec": {"emptyDir": {"sizeLimit": "1536Mi"}}}),
-        ({"spec": {"requests": {"cpu": "0.5"}}}, {"spec": {"requests": {"cpu": "500m"}}}),
-    ],
-)
-def test_what_the_api_server_adds_or_rewrites_is_no_difference(desired: Any, live: Any) -> None:
-    assert is_satisfied(desired, live)
-
-
-@pytest.mark.parametrize(
-    ("desired", "live", "patch"),
-    [
-        ({"spec": {"a": 1}}, {"spec": {"a": 2}}, {"spec": {"a": 1}}),
-        ({"spec": {"a": True}}, {"spec": {"a": 1}}, {"spec": {"a": True}}),
-        ({"spec": {"l": [1]}}, {"spec": {"l": [1, 2]}}, {"spec": {"l": [1]}}),
-        (
-            {"spec": {"ports": [{"name": "http", "port": 80}]}},
-            {"spec": {"ports": [{"name": "http", "port": 81, "nodePort": 30000}]}},
-            {"spec": {"ports": [{"name": "http", "port": 80, "nodePort": 30000}]}},
-        ),
-        (
-            {"metadata": {"name": "x", "labels": {"a": "b"}}},
-            {"metadata": {"name": "x"}},
-            {"metadata": {"labels": {"a": "b"}}},
-        ),
-        ({"spec": {"limits": {"memory": "2Gi"}}}, {"spec": {"limits": {"memory": "1Gi"}}},
-         {"spec": {"limits": {"memory": "2Gi"}}}),
-    ],
-)  # fmt: skip
-def test_a_difference_becomes_a_patch_of_just_that(desired: Any, live: Any, patch: Any) -> None:
-    assert find_corrections(desired, live) == patch
-
-
-def test_only_annotations_of_ours_are_taken_away() -> None:
-    live = {"metadata": {"annotations": {"keys": "a,b", "a": "1", "b": "2", "theirs": "3"}}}
-    desired = {"metadata": {"annotations": {"keys": "a", "a": "1"}}}
-    assert find_stale_annotations(desired, live, "keys") == {"metadata": {"annotations": {"b": None}}}
-    assert find_stale_annotations({"metadata": {}}, {"metadata": {"annotations": {"x": "1"}}}, "keys") == {}
 
 
 def obj(version: int, name: str = "x", key: str | None = "k", uid: str = "u") -> dict[str, Any]:

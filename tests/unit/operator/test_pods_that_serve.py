@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toka_operator.observed import Observed, PodView, view_pod
+from toka_operator.observed import Observed, PodView, is_adoptable, view_pod
 from toka_operator.plan import Plan, make_plan
 from toka_operator.rollout import Window
 from toka_operator.spec import TokaDeploymentSpec
@@ -129,3 +129,26 @@ def test_the_pods_of_a_predecessor_that_drain_do_not_hold_back_new_ones() -> Non
     children = {("ServiceAccount", "chat"): live(plan_for(spec).desired[0])}
     plan = plan_at(spec, Observed(children, (), frozenset(), others))
     assert plan.targets == {spec.revision: Window(2, 2)}
+
+
+def test_pods_whose_set_was_deleted_are_taken_over_as_they_are() -> None:
+    """`kubectl delete statefulset --cascade=orphan`, of the current and of an old revision."""
+    old, new = valid(replicas=2), valid(replicas=2, engine={"pageSize": 8})
+    pods = (a_pod(old, 4), a_pod(old, 5), a_pod(new, 1, ready=False, served=False))
+    everything = both_sets(old, new, *pods)
+    children = {key: child for key, child in everything.children.items() if key[0] != "StatefulSet"}
+    targets = plan_at(new, Observed(children, pods, frozenset())).targets
+    assert targets == {old.revision: Window(4, 2), new.revision: Window(1, 1)}
+
+
+def test_a_pod_that_lost_its_label_and_its_set_is_in_the_way_of_its_successor() -> None:
+    raw = {"metadata": {"name": "chat-r-0", "labels": {"toka.dev/revision": "r"}}}
+    assert is_adoptable(raw, "chat")
+    assert not is_adoptable(raw, "other")
+    assert not is_adoptable({"metadata": {"name": "chat-r-0", "labels": {"toka.dev/revision": "x"}}}, "chat")
+    owned = {"name": "chat-r-0", "labels": {"toka.dev/revision": "r"}, "ownerReferences": [{"uid": "other"}]}
+    assert not is_adoptable({"metadata": owned}, "chat")
+    spec = valid(replicas=1)
+    observed = seen(plan_for(spec))
+    others = frozenset([f"chat-{spec.revision}-0"])
+    assert plan_at(spec, Observed(observed.children, (), frozenset(), others)).targets == {spec.revision: Window(1, 1)}

@@ -161,7 +161,7 @@ def test_scheduling_and_additions_reach_the_pod() -> None:
         podTemplate={"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/d"}]},
     )  # fmt: skip
     assert (pod["nodeSelector"], pod["priorityClassName"], pod["runtimeClassName"]) == ({"a": "b"}, "p", "r")
-    assert (pod["tolerations"], pod["affinity"]["nodeAffinity"]) == ([{"key": "k"}], {})
+    assert (pod["tolerations"][0], pod["affinity"]["nodeAffinity"]) == ({"key": "k"}, {})
     assert pod["imagePullSecrets"] == [{"name": "s"}]
     assert pod["containers"][0]["imagePullPolicy"] == "Always"
     assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "e"}}]
@@ -182,3 +182,16 @@ def test_no_shape_of_an_addition_makes_the_plan_fail(field: str, value: Any) -> 
     spec = parse(body(podTemplate={field: [addition]}, scheduling={"affinity": {"podAntiAffinity": value}}))
     if not isinstance(spec, list):
         plan_for(spec)
+
+
+LOST = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+
+
+def test_a_pod_leaves_a_lost_node_after_half_a_minute_unless_the_user_says_otherwise() -> None:
+    waits = {t["key"]: t["tolerationSeconds"] for t in pod_of()["tolerations"]}
+    assert waits == dict.fromkeys(LOST, 30)
+    theirs = {"key": LOST[1], "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 600}
+    waits = {t["key"]: t["tolerationSeconds"] for t in pod_of(scheduling={"tolerations": [theirs]})["tolerations"]}
+    assert waits == {LOST[0]: 30, LOST[1]: 600}
+    everything = {"operator": "Exists"}
+    assert pod_of(scheduling={"tolerations": [everything]})["tolerations"] == [everything]

@@ -153,6 +153,11 @@ def test_a_paused_rollout_still_scales() -> None:
     assert sum(decide(Budgets(1, 1, 0, is_paused=True), "b", both).values()) == 2
 
 
+def test_paused_a_pod_that_served_outlives_one_that_never_did() -> None:
+    both = {"a": states("su"), "b": states("..")}
+    assert decide(Budgets(1, 1, 0, is_paused=True), "b", both) == {"a": 2, "b": 0}
+
+
 @pytest.mark.parametrize("surge", [1, 5])
 @pytest.mark.parametrize("current", ["a", "b"])
 def test_paused_with_one_revision_there_are_exactly_as_many_pods_as_desired(surge: int, current: str) -> None:

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_operator.errors import FieldError
-from toka_operator.spec import DEFAULTS, compute_revision, parse, parse_source
+from toka_operator.spec import DEFAULTS, parse, parse_source
 
 from tests.unit.operator.examples import body, valid
 
@@ -168,7 +168,7 @@ def test_no_value_of_any_field_makes_the_parser_fail(name: str, value: Any) -> N
     ],
 )
 def test_what_does_not_alter_the_pod_makes_no_revision(change: dict[str, Any]) -> None:
-    assert compute_revision(body(**change)["spec"]) == compute_revision(body()["spec"])
+    assert valid(**change).revision == valid().revision
 
 
 @pytest.mark.parametrize(
@@ -188,4 +188,4 @@ def test_what_does_not_alter_the_pod_makes_no_revision(change: dict[str, Any]) -
     ],
 )
 def test_what_alters_the_pod_makes_a_revision(change: dict[str, Any]) -> None:
-    assert compute_revision(body(**change)["spec"]) != compute_revision(body()["spec"])
+    assert valid(**change).revision != valid().revision
