@@ -50,7 +50,11 @@ def draw_many(logits: torch.Tensor, **sampling: Any) -> np.ndarray[Any, Any]:
 
 
 def expected_probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> np.ndarray[Any, Any]:
     """The definition, step by step, by sorting: temperature, top_k, top_p of what is left, min_p."""
     p = torch.softmax(logits.double() / temperature, dim=0).numpy()

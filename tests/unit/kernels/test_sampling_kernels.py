@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toka_engine.slot_parameters import FILTER, SLOT_COLUMNS
 
 ON_GPU = os.environ.get("TOKA_TEST_KERNELS") == "gpu"
 """The interpreter takes a millisecond per operation, so there the same tests draw few samples."""
@@ -47,7 +48,8 @@ class Bench:
         from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
 
         state = self.state
-        filtered = (state["top_k"] > 0) | (state["top_p"] < 1) | (state["min_p"] > 0)
+        filters = [column for column in SLOT_COLUMNS if column.part == FILTER]
+        filtered = torch.stack([state[column.name] != column.default for column in filters]).any(dim=0)
         seeded = state["seed"] >= 0
         block_stats(self.logits, self.samples, state, self.work, with_logprobs)
         random = torch.tensor([engine_seed, self.step], dtype=torch.int64, device=self.logits.device)
