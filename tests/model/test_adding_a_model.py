@@ -6,7 +6,6 @@ Nothing here knows what the document adds but the two names that are asked for a
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -24,39 +23,29 @@ from toka_engine.model.model_config import read_model_config
 from toka_engine.model.ranks import SingleRank
 from tokenizers import Tokenizer
 
-from tests.engine_process import ROOT, EngineProcess
+from tests.engine_process import EngineProcess
+from tests.model.following import apply_diffs, blocks_of, copy_tree, run_tests
 
-DOCUMENT = ROOT / "docs" / "adding-a-model.md"
+DOCUMENT = "adding-a-model.md"
 MAX_LINES = 150
 NUM_TOKENS = 12
-
-
-def blocks_of(language: str) -> list[str]:
-    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"the document has no {language} block"
-    return found
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a developer changes, with the document's steps done."""
     tree = tmp_path_factory.mktemp("tree")
-    leave_out = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "engine" / "toka_engine", tree / "engine" / "toka_engine", ignore=leave_out)
-    shutil.copytree(ROOT / "tests" / "model", tree / "tests" / "model", ignore=leave_out)
-    for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/engine_process.py"):
-        shutil.copy(ROOT / name, tree / name)
-    for block in blocks_of("python"):
+    copy_tree(tree, "engine/toka_engine", "tests/model")
+    for block in blocks_of(DOCUMENT, "python"):
         path, _, text = block.removeprefix("# ").partition("\n")
         assert not (tree / path).exists(), f"{path} is there already"
         (tree / path).write_text(text)
-    for block in blocks_of("diff"):
-        subprocess.run(["git", "apply", "--recount", "-"], cwd=tree, input=block, text=True, check=True)
+    apply_diffs(DOCUMENT, tree)
     return tree
 
 
 def test_each_file_of_the_document_is_short_and_passes_the_linter(tree: Path) -> None:
-    files = [block.removeprefix("# ").partition("\n")[0] for block in blocks_of("python")]
+    files = [block.removeprefix("# ").partition("\n")[0] for block in blocks_of(DOCUMENT, "python")]
     assert all(len((tree / file).read_text().splitlines()) <= MAX_LINES for file in files)
     for command in (["check"], ["format", "--check"]):
         subprocess.run([sys.executable, "-m", "ruff", *command, *files], cwd=tree, check=True)
@@ -64,11 +53,8 @@ def test_each_file_of_the_document_is_short_and_passes_the_linter(tree: Path) ->
 
 def test_the_documents_proof_passes_for_both_models(tree: Path) -> None:
     files = ["tests/model/test_logits.py", "tests/model/test_single_row.py"]
-    command = [sys.executable, "-m", "pytest", *files, "-k", "gemma or mistral", "-v"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert re.findall(r"\[(\w+)\] PASSED", result.stdout) == ["gemma", "mistral"] * 2, result.stdout
+    output = run_tests(tree, "gemma or mistral", *files)
+    assert re.findall(r"\[(\w+)\] PASSED", output) == ["gemma", "mistral"] * 2, output
 
 
 def test_a_model_of_the_document_is_served_and_says_what_transformers_says(
