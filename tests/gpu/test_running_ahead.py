@@ -12,9 +12,9 @@ import pytest
 import torch
 from toka_engine.messages import Step, Tokens
 from toka_engine.model.backend import Launched
-from toka_engine.model.cuda import runner as cuda_runner
-from toka_engine.model.cuda.flashinfer_prefill import _RING, _Workspace
+from toka_engine.model.cuda.flashinfer_prefill import _Workspace
 from toka_engine.model.cuda.staging import Staging
+from toka_engine.model.in_flight import RING_SIZE
 
 from tests.gpu.test_parity import make
 from tests.model.driving import Driver, load
@@ -49,14 +49,14 @@ def test_a_schedule_is_not_written_while_an_earlier_copy_of_it_is_queued() -> No
     workspace = _Workspace(DEVICE, 4096)
     hold_back(LONG_CYCLES)
     seen = []
-    for value in range(3 * _RING):
+    for value in range(3 * RING_SIZE):
         pinned = workspace.take_pinned()
         pinned.fill_(value)
         workspace.device_ints.copy_(pinned, non_blocking=True)
         workspace.planned()
         seen.append(workspace.device_ints.clone())
     torch.cuda.synchronize()
-    assert [each.unique().tolist() for each in seen] == [[value] for value in range(3 * _RING)]
+    assert [each.unique().tolist() for each in seen] == [[value] for value in range(3 * RING_SIZE)]
 
 
 class Recorder(Driver):
@@ -113,7 +113,7 @@ def test_steps_queued_behind_each_other_give_what_they_give_one_by_one(folder: P
     recorder = Recorder(worker)
     play(recorder)
     runner, most = worker.runner, worker.runner.max_steps_in_flight
-    assert 1 < most <= cuda_runner._OUTPUTS
+    assert 1 < most <= RING_SIZE
     launched: deque[Launched] = deque()
     tokens = []
     for step in recorder.steps:

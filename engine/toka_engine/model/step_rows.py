@@ -36,6 +36,17 @@ def make_layout(step: Step, slots: HostSlots, keep_seeded_out: bool) -> StepLayo
     )
 
 
+def find_rows(layout: StepLayout) -> tuple[Int32s, Int32s]:
+    """Find slot and position of each of the step's rows, [T] each."""
+    lengths = layout.prefill_lengths
+    if not lengths.size:
+        return layout.decode_slots, layout.decode_positions
+    within = np.arange(int(lengths.sum()), dtype=np.int32) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positions = np.concatenate((layout.decode_positions, np.repeat(layout.prefill_starts, lengths) + within))
+    slots = np.concatenate((layout.decode_slots, np.repeat(layout.prefill_slots, lengths)))
+    return slots.astype(np.int32), positions.astype(np.int32)
+
+
 def leave_out_rows(
     is_left_out: NDArray[np.bool_],  # [d]
     first_rows: Int32s,

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.model.attention_backend import AttentionShape, StepLayout
-from toka_engine.model.cpu.attention_spans import Bucket, make_buckets, positions_of, spans_of
+from toka_engine.model.cpu.attention_spans import Bucket, make_buckets, spans_of
+from toka_engine.model.step_rows import find_rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -69,7 +70,8 @@ class CpuAttention:
 
     def plan(self, layout: StepLayout) -> None:
         page_size = self._page_size
-        positions, slots = positions_of(layout)
+        slots, narrow_positions = find_rows(layout)
+        positions = narrow_positions.astype(np.int64)
         pages = self._table[slots, positions // page_size].astype(np.int64)
         offsets = positions % page_size
         # A page's tail must be finite: masked keys are multiplied by zero, and zero times NaN is NaN.

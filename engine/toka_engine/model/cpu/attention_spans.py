@@ -48,15 +48,6 @@ class Bucket:
     """q_rows is 0, 1, 2, ... over the whole step: nothing needs to be gathered or scattered."""
 
 
-def positions_of(layout: StepLayout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Position and slot of each of the step's T rows."""
-    lengths = layout.prefill_lengths.astype(np.int64)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    positions = np.concatenate((layout.decode_positions, np.repeat(layout.prefill_starts, lengths) + within))
-    slots = np.concatenate((layout.decode_slots, np.repeat(layout.prefill_slots, lengths)))
-    return positions.astype(np.int64), slots.astype(np.int64)
-
-
 def spans_of(layout: StepLayout, page_size: int) -> Spans:
     """One span per decode row, over what its Hydragen groups leave, and one per chunk."""
     num_decode = layout.decode_slots.size

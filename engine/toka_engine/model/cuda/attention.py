@@ -22,7 +22,6 @@ from toka_engine.model.cuda.attention_plan import (
     find_suffix_starts,
     outermost,
     plan_prefill,
-    rows_of,
 )
 from toka_engine.model.cuda.flashinfer_prefill import HND, DevicePages, FlashInferPrefill
 from toka_engine.model.cuda.staging import Staging
@@ -31,6 +30,7 @@ from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table
 from toka_engine.model.kernels.prefix_attention import attend_prefix
 from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace, pack_groups, packed_size
 from toka_engine.model.kernels.rope_append import rope_append
+from toka_engine.model.step_rows import find_rows
 
 GRAPH_GROUPS = 256
 """Groups of a step that is a graph."""
@@ -135,7 +135,7 @@ class CudaAttention:
         chunks = plan_prefill(layout, page_size) if layout.prefill_slots.size else None
         # One upload for the whole step.
         suffix_starts = find_suffix_starts(layout, page_size) if levels else np.empty(0, np.int32)
-        arrays = [*rows_of(layout), suffix_starts, *levels]
+        arrays = [*find_rows(layout), suffix_starts, *levels]
         if chunks is not None:
             arrays += [chunks.q_indptr, *_arrays_of(chunks.pages)]
         slots, positions, starts, *rest = self._inputs.upload(*arrays)

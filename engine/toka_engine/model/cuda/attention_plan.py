@@ -99,14 +99,3 @@ def plan_prefill(layout: StepLayout, page_size: int) -> QueryBatch:
     ends = (layout.prefill_starts + layout.prefill_lengths).astype(np.int32)
     pages = list_pages(layout.prefill_slots, np.zeros(ends.size, np.int32), ends, page_size)
     return QueryBatch(indptr_of(layout.prefill_lengths), pages)
-
-
-def rows_of(layout: StepLayout) -> tuple[Int32s, Int32s]:
-    """Slot and position of each of the step's T rows."""
-    lengths = layout.prefill_lengths
-    if not lengths.size:
-        return layout.decode_slots, layout.decode_positions
-    within = np.arange(int(lengths.sum()), dtype=np.int32) - np.repeat(indptr_of(lengths)[:-1], lengths)
-    positions = np.concatenate((layout.decode_positions, np.repeat(layout.prefill_starts, lengths) + within))
-    slots = np.concatenate((layout.decode_slots, np.repeat(layout.prefill_slots, lengths)))
-    return slots.astype(np.int32), positions.astype(np.int32)

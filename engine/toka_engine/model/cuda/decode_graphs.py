@@ -101,7 +101,7 @@ class DecodeGraphs:
 
     def _forward(self, size: int, has_groups: bool) -> torch.Tensor:
         packets, attention = self.packets, self._attention
-        packets.take(size, self._state, attention.table, attention.page_tokens, has_groups)
+        packets.unpack(size, self._state, attention.table, attention.page_tokens, has_groups)
         groups = (packets.starts[:size], packets.groups) if has_groups else None
         attention.bind_graph_inputs(packets.slots[:size], packets.positions[:size], groups)
         return self._model.forward(packets.ids[:size], attention)
@@ -109,8 +109,8 @@ class DecodeGraphs:
     def _draw(self, size: int, hidden: torch.Tensor) -> None:
         packets = self.packets
         logits = self._model.logits(hidden)
-        self._sampler.draw_plain(logits, packets.slots[:size], packets.random, packets.drawn[:size])
-        packets.publish(size)
+        self._sampler.draw_plain(logits, packets.slots[:size], packets.random, packets.sampled_ids[:size])
+        packets.write_results(size)
 
     # -------------------------------------------------------------- running
 
@@ -126,10 +126,10 @@ class DecodeGraphs:
         if groups is not None:
             size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.suffix_starts, groups.words
         self._last_size, random = size, self._sampler.next_random()
-        place = self.packets.write(size, slots, positions, appends, random, starts, words)
+        ring_index = self.packets.write(size, slots, positions, appends, random, starts, words)
         graph, hidden = self._forwards[size, groups is not None]
         graph.replay()
-        return hidden[: slots.size], place
+        return hidden[: slots.size], ring_index
 
     def draw(self) -> bool:
         """Draw tokens from what the last forward gave, and publish them. False: it had too many rows."""

@@ -17,11 +17,11 @@ from toka_engine.errors import ModelInvalidError
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.cuda.attention_plan import QueryBatch
 from toka_engine.model.cuda.flashinfer_modules import HEAD_DIMS, Kind, list_kinds, load_modules
+from toka_engine.model.in_flight import RING_SIZE
 
 NHD, HND = 0, 1
 _FLOAT_WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
-_RING = 4
 _CAUSAL = 1
 _NO_WINDOW = -1
 _SM90_MIN_ROWS = 48
@@ -42,14 +42,14 @@ class _Workspace:
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         self.device_ints = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._pinned = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(_RING)]
-        self._events = [torch.cuda.Event() for _ in range(_RING)]
+        self._pinned = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(RING_SIZE)]
+        self._events = [torch.cuda.Event() for _ in range(RING_SIZE)]
         self._stream = torch.cuda.current_stream(device)
         self._turn = 0
 
     def take_pinned(self) -> torch.Tensor:
         """A pinned buffer whose last copy is done."""
-        self._turn = (self._turn + 1) % _RING
+        self._turn = (self._turn + 1) % RING_SIZE
         self._events[self._turn].synchronize()
         return self._pinned[self._turn]
 

@@ -23,15 +23,14 @@ from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, tak
 from toka_engine.model.cuda.sampler import CudaSampler
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.cuda.triton_cache import log_compiled
+from toka_engine.model.in_flight import MAX_STEPS_IN_FLIGHT, RING_SIZE
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack_new_slots, set_slots
-from toka_engine.model.kernels.packets import RING
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
 from toka_engine.noise import settled_seed
 
-_OUTPUTS = 4
 _READ_BYTES_PER_S = 3e12
 _EAGER_OVERHEAD_S = 4e-3
 """What a step without graphs costs more where launches bound it; shared prefixes must save as much to be worth it."""
@@ -49,14 +48,14 @@ class CudaLaunched(Launched):
     logprobs: torch.Tensor | None = None
     top_tokens: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
-    place: int | None = None
+    ring_index: int | None = None
     """Where a whole step publishes its tokens, which are then all of its results."""
 
 
 class CudaRunner:
     """A backend.Runner whose `launch` returns while the device works. Its `state` is the host's mirror."""
 
-    max_steps_in_flight = 2
+    max_steps_in_flight = MAX_STEPS_IN_FLIGHT
 
     def __init__(self, model: CausalModel, attention: CudaAttention, max_seqs: int, config: EngineConfig) -> None:
         device, vocab_size = attention.shape.device, model.config.vocab_size
@@ -74,10 +73,10 @@ class CudaRunner:
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
         self._stream, self._copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        self._published = [torch.cuda.Event() for _ in range(RING)]
-        self._is_awaited = [False] * RING
-        self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(_OUTPUTS)]
-        self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(_OUTPUTS)]
+        self._published = [torch.cuda.Event() for _ in range(RING_SIZE)]
+        self._is_awaited = [False] * RING_SIZE
+        self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(RING_SIZE)]
+        self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(RING_SIZE)]
         self._turn = 0
 
     @torch.inference_mode()
@@ -162,10 +161,10 @@ class CudaRunner:
         if decoded is None:
             logits, logit_rows = self._forward(step)
         else:
-            hidden, place = decoded
-            if place is not None and self._draw_by_graph(plan):
+            hidden, ring_index = decoded
+            if ring_index is not None and self._draw_by_graph(plan):
                 self.state.advance(step)
-                return self._await_published(step, plan, place, started_s, cpu_s)
+                return self._await_published(step, plan, ring_index, started_s, cpu_s)
             logits, logit_rows = self.model.logits(hidden), None
         sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
         self.state.advance(step)
@@ -182,7 +181,7 @@ class CudaRunner:
         return plan
 
     def _decode_by_graph(self, step: Step) -> tuple[torch.Tensor, int | None] | None:
-        """Hidden states [d, hidden_size] of a step of decode rows, and the place of its packet if it had one.
+        """Hidden states [d, hidden_size] of a step of decode rows, and the ring_index of its packet if it had one.
 
         None, with the step's pages appended, where launching one by one is better.
         """
@@ -205,14 +204,16 @@ class CudaRunner:
     def _draw_by_graph(self, plan: SamplePlan) -> bool:
         return self.decode_graphs is not None and plan.is_plain and self.decode_graphs.draw()
 
-    def _await_published(self, step: Step, plan: SamplePlan, place: int, started_s: float, cpu_s: float) -> Launched:
-        if self._is_awaited[place]:
+    def _await_published(
+        self, step: Step, plan: SamplePlan, ring_index: int, started_s: float, cpu_s: float
+    ) -> Launched:
+        if self._is_awaited[ring_index]:
             raise AssertionError("more steps in flight than there are packets")
-        self._is_awaited[place] = True
-        done = self._published[place]
+        self._is_awaited[ring_index] = True
+        done = self._published[ring_index]
         done.record(self._stream)
         host_cpu_s = time.thread_time() - cpu_s
-        return CudaLaunched(step.number, plan, None, started_s, host_cpu_s, done, place=place)
+        return CudaLaunched(step.number, plan, None, started_s, host_cpu_s, done, ring_index=ring_index)
 
     def finish(self, launched: Launched) -> Tokens:
         """See backend.Runner."""
@@ -220,9 +221,9 @@ class CudaRunner:
             raise AssertionError("a step of another runner")
         launched.done.synchronize()
         none = np.empty(0, np.float32)
-        if launched.place is not None and self.decode_graphs is not None:
-            self._is_awaited[launched.place] = False
-            ids = self.decode_graphs.packets.tokens(launched.place, launched.plan.slots.size).copy()
+        if launched.ring_index is not None and self.decode_graphs is not None:
+            self._is_awaited[launched.ring_index] = False
+            ids = self.decode_graphs.packets.tokens(launched.ring_index, launched.plan.slots.size).copy()
             wall_s = time.monotonic() - launched.started_s
             return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
         has_top = launched.top_tokens is not None and launched.top_logprobs is not None
@@ -278,7 +279,7 @@ class CudaRunner:
         self._copies.wait_stream(self._stream)
         with torch.cuda.stream(self._copies):
             if sampled is not None:
-                self._turn = (self._turn + 1) % _OUTPUTS
+                self._turn = (self._turn + 1) % RING_SIZE
                 count = plan.slots.size
                 ids = self._pinned_ids[self._turn][:count].copy_(sampled.ids, non_blocking=True)
                 if sampled.logprobs is not None:

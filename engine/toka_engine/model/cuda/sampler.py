@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.staging import Staging
+from toka_engine.model.in_flight import RING_SIZE
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.logit_penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
@@ -18,8 +19,6 @@ from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
-_OUTPUTS = 4
-"""Result buffers in turn: a step's results are copied out while later steps run. More than the steps in flight."""
 _TOP_ROWS = 128
 """Rows at a time for what is made in fp32 by whole rows: logprobs that the first pass does not give."""
 _PENALTY_BYTES = 64 << 20
@@ -39,8 +38,9 @@ class CudaSampler:
         self._work = Workspace.allocate(max_samples, vocab_size, device)
         num_penalized = max(1, min(max_samples, _PENALTY_BYTES // (4 * vocab_size)))
         self._penalty_work = PenaltyWorkspace.allocate(num_penalized, vocab_size, device)
-        self._ids = [torch.empty(max_samples, dtype=torch.int32, device=device) for _ in range(_OUTPUTS + 1)]
-        self._logprobs = [torch.empty(max_samples, dtype=torch.float32, device=device) for _ in range(_OUTPUTS + 1)]
+        # A step's results are copied out while later steps run; the last one of each is for parts of a step.
+        self._ids = [torch.empty(max_samples, dtype=torch.int32, device=device) for _ in range(RING_SIZE + 1)]
+        self._logprobs = [torch.empty(max_samples, dtype=torch.float32, device=device) for _ in range(RING_SIZE + 1)]
         self._in_order = torch.arange(max_samples, dtype=torch.int32, device=device)
         self._inputs = Staging(device)
 
@@ -48,7 +48,7 @@ class CudaSampler:
         self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots
     ) -> Sampled:
         """logits [n, vocab] fp32; see ops.Sample. `state` is the host's mirror: the device has its own."""
-        self._turn = (self._turn + 1) % _OUTPUTS
+        self._turn = (self._turn + 1) % RING_SIZE
         count = plan.slots.size
         rows = self._in_order[:count] if logit_rows is None else logit_rows
         ids = self._ids[self._turn][:count]
@@ -164,9 +164,9 @@ class CudaSampler:
         chosen, slots, filtered, seeded, random, *penalty_inputs = inputs
         index, count = chosen.long(), chosen.shape[0]
         logit_rows = rows.index_select(0, index)
-        part_ids = self._ids[_OUTPUTS][:count]
+        part_ids = self._ids[RING_SIZE][:count]
         if not max_length:
-            part_logprobs = None if logprobs is None else self._logprobs[_OUTPUTS][:count]
+            part_logprobs = None if logprobs is None else self._logprobs[RING_SIZE][:count]
             samples = Samples(logit_rows, slots)
             self._draw(logits, samples, filtered, seeded, random, part_ids, part_logprobs, seeded.shape[0] > 0)
         else:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from toka_engine.model.in_flight import RING_SIZE
+
 _ALIGN = 4
 """int32 words: vector loads of 16 bytes, and a view as int64, stay aligned."""
 
@@ -18,7 +20,7 @@ _ALIGN = 4
 class Staging:
     """A ring of pinned buffers in front of one device buffer of int32."""
 
-    def __init__(self, device: torch.device, capacity: int = 1 << 15, depth: int = 4) -> None:
+    def __init__(self, device: torch.device, capacity: int = 1 << 15, depth: int = RING_SIZE) -> None:
         self._device = device
         # Asked for once: torch takes as long to look it up as to record the event.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -1,9 +1,9 @@
-"""A step's inputs from the host, and its tokens on their way back, without a copy: kernels read and write host memory.
+"""A decode step's inputs and its sampled tokens in pinned host memory, which kernels read and write without a copy.
 
-A copy, its event and the launches around it cost the host more than a step of few rows may take. So all that such a
-step has to be told is one packet in pinned memory, which the step's first kernel takes; its last kernel publishes the
-tokens there. Packets and results lie in rings, and how many packets were taken is counted on the device: a CUDA graph,
-whose addresses are fixed, finds its own.
+A copy, its event and the launches around it cost the host more than a step of few rows may take. So such a step gets
+all its inputs in one packet, which its first kernel unpacks; its last kernel writes the tokens to a result buffer.
+Packets and results are rings, and the number of unpacked packets is counted on the device: a CUDA graph, whose
+addresses are fixed, finds its own.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from toka_engine.model.in_flight import RING_SIZE
 from toka_engine.model.kernels.device_slots import DeviceSlots
 
-RING = 4
-"""Packets that may be on their way. More than the steps in flight."""
 _COUNT_MASK = tl.constexpr((1 << 30) - 1)
-"""Packets are counted in int32, to a multiple of RING: at a thousand steps a second 31 bits last for 25 days."""
+"""Packets are counted in int32, to a multiple of RING_SIZE: at a thousand steps a second 31 bits last for 25 days."""
 _HEADER = 8
-"""int32 words: how many pages are appended, one unused, then random as two int64. Then six arrays [max_rows], and words
-of groups."""
+"""int32 words before a packet's arrays: number of appended pages, one unused, then two int64 of random. After them come
+six arrays [max_rows] and the words of groups."""
 _RANDOM = 2
 _NUM_ARRAYS = 6
 _BLOCK = 128
-"""Rows at a time."""
+"""Rows per iteration, and threads per program."""
 
 
 class Packets:
-    """The rings, and what a packet is unpacked to: arrays at fixed addresses, for up to `max_rows` rows."""
+    """The rings, and the arrays at fixed addresses that a packet is unpacked to, for up to `max_rows` rows."""
 
     def __init__(self, max_rows: int, group_words: int, padding_slot: int, device: torch.device) -> None:
         """`padding_slot`: the slot of rows that a packet does not fill; their position is 0.
@@ -39,13 +38,13 @@ class Packets:
         """
         is_cuda, words = device.type == "cuda", _HEADER + _NUM_ARRAYS * max_rows + group_words
         self.max_rows, self._padding_slot = max_rows, padding_slot
-        self._ring = torch.zeros((RING, words), dtype=torch.int32, pin_memory=is_cuda, device=_host(device))
-        self._results = torch.zeros((RING, max_rows), dtype=torch.int32, pin_memory=is_cuda, device=_host(device))
-        self._num_taken = torch.zeros(1, dtype=torch.int32, device=device)
+        self._ring = torch.zeros((RING_SIZE, words), dtype=torch.int32, pin_memory=is_cuda, device=_host(device))
+        self._results = torch.zeros((RING_SIZE, max_rows), dtype=torch.int32, pin_memory=is_cuda, device=_host(device))
+        self._num_unpacked = torch.zeros(1, dtype=torch.int32, device=device)
         self._num_written = 0
         if device.type != "meta":
             self._words, self._tokens = self._ring.numpy(), self._results.numpy()
-        self.slots, self.positions, self.starts, self.ids, self.drawn = (
+        self.slots, self.positions, self.starts, self.ids, self.sampled_ids = (
             torch.zeros(max_rows, dtype=torch.int32, device=device) for _ in range(5)
         )
         self.groups = torch.zeros(group_words, dtype=torch.int32, device=device)
@@ -61,15 +60,14 @@ class Packets:
         starts: NDArray[np.int32] | None = None,  # [rows]
         groups: NDArray[np.int32] | None = None,  # [group_words]
     ) -> int:
-        """Lay the packet that the next `take`, of `size` rows, finds; returns its place in the ring.
+        """Write the packet for the next `unpack`, of `size` rows, and return its ring index.
 
-        `starts` and `groups`: where a take with groups follows.
-
-        Whatever was launched RING packets ago must be done.
+        `starts` and `groups` are given if that unpack has groups. Whatever was launched RING_SIZE packets ago must be
+        done.
         """
-        place = self._num_written % RING
+        ring_index = self._num_written % RING_SIZE
         self._num_written += 1
-        words, max_rows = self._words[place], self.max_rows
+        words, max_rows = self._words[ring_index], self.max_rows
         words[0] = appends[0].size
         words[_RANDOM:6] = random
         for index, array in enumerate((slots, positions, *appends)):
@@ -82,14 +80,14 @@ class Packets:
             words[begin : begin + starts.size] = starts
             words[begin + starts.size : begin + size] = 0
             words[end:] = groups
-        return place
+        return ring_index
 
-    def tokens(self, place: int, count: int) -> NDArray[np.int32]:
-        """[count] int32 that `publish` wrote for the packet at this place of the ring; a view."""
-        tokens: NDArray[np.int32] = self._tokens[place, :count]
+    def tokens(self, ring_index: int, count: int) -> NDArray[np.int32]:
+        """Return a view [count] int32 of what `write_results` wrote for the packet at this ring index."""
+        tokens: NDArray[np.int32] = self._tokens[ring_index, :count]
         return tokens
 
-    def take(
+    def unpack(
         self,
         size: int,
         state: DeviceSlots,
@@ -101,38 +99,38 @@ class Packets:
         (each slot's last token) and random, and note the ids in `page_tokens` [pages, page_size] as the tokens at these
         positions; with groups, set `groups` and the first `size` starts.
         """
-        _take_kernel[(1,)](
-            self._ring, self._num_taken, state.last_token, block_table, block_table.shape[1], page_tokens,
+        _unpack_kernel[(1,)](
+            self._ring, self._num_unpacked, state.last_token, block_table, block_table.shape[1], page_tokens,
             self.slots, self.positions, self.starts, self.ids, self.random, self.groups,
             size, self.max_rows, self.groups.shape[0],
-            BLOCK=_BLOCK, PAGE_SIZE=page_tokens.shape[1], HEADER=_HEADER, NUM_ARRAYS=_NUM_ARRAYS, RING_SIZE=RING,
+            BLOCK=_BLOCK, PAGE_SIZE=page_tokens.shape[1], HEADER=_HEADER, NUM_ARRAYS=_NUM_ARRAYS, RING_SIZE=RING_SIZE,
             HAS_GROUPS=has_groups, num_warps=_BLOCK // 32,
         )  # fmt: skip
 
-    def publish(self, size: int) -> None:
-        """Write the first `size` of `drawn` to the results, for the packet that was taken last."""
-        _publish_kernel[(triton.cdiv(size, _BLOCK),)](
-            self._results, self._num_taken, self.drawn, size, self.max_rows,
-            BLOCK=_BLOCK, RING_SIZE=RING, num_warps=_BLOCK // 32,
+    def write_results(self, size: int) -> None:
+        """Write the first `size` of `sampled_ids` to the results, for the packet that was unpacked last."""
+        _write_results_kernel[(triton.cdiv(size, _BLOCK),)](
+            self._results, self._num_unpacked, self.sampled_ids, size, self.max_rows,
+            BLOCK=_BLOCK, RING_SIZE=RING_SIZE, num_warps=_BLOCK // 32,
         )  # fmt: skip
 
 
 def _host(device: torch.device) -> torch.device:
-    """Of memory that the host writes; a rehearsal has none."""
+    """Return the device of memory that the host writes; a dry run has none."""
     return device if device.type == "meta" else torch.device("cpu")
 
 
-# One program, because pages must be in the table before their tokens are noted, and the packet is taken once.
+# One program, because pages must be in the table before their tokens are noted, and the packet is unpacked once.
 @triton.jit(do_not_specialize=["columns", "size", "max_rows", "group_words"])
-def _take_kernel(
-    ring_ptr, num_taken_ptr, last_token_ptr, table_ptr, columns, page_tokens_ptr,
+def _unpack_kernel(
+    ring_ptr, num_unpacked_ptr, last_token_ptr, table_ptr, columns, page_tokens_ptr,
     slots_ptr, positions_ptr, starts_ptr, ids_ptr, random_ptr, groups_ptr, size, max_rows, group_words,
     BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADER: tl.constexpr, NUM_ARRAYS: tl.constexpr,
     RING_SIZE: tl.constexpr, HAS_GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BLOCK)
-    taken = tl.load(num_taken_ptr)
-    packet = ring_ptr + (taken % RING_SIZE) * (HEADER + NUM_ARRAYS * max_rows + group_words)
+    unpacked = tl.load(num_unpacked_ptr)
+    packet = ring_ptr + (unpacked % RING_SIZE) * (HEADER + NUM_ARRAYS * max_rows + group_words)
     # Volatile: the host writes here between launches, which no cache may hide.
     num_appends = tl.load(packet, volatile=True)
     word = tl.arange(0, 4)
@@ -158,20 +156,22 @@ def _take_kernel(
         tl.store(ids_ptr + start + row, last, mask=inside)
         tl.store(page_tokens_ptr + page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, last, mask=inside)
         if HAS_GROUPS:
-            own = tl.load(rows_at + start + (NUM_ARRAYS - 1) * max_rows, mask=inside, other=0, volatile=True)
-            tl.store(starts_ptr + start + row, own, mask=inside)
+            start_of = tl.load(rows_at + start + (NUM_ARRAYS - 1) * max_rows, mask=inside, other=0, volatile=True)
+            tl.store(starts_ptr + start + row, start_of, mask=inside)
     if HAS_GROUPS:
         for start in range(0, group_words, BLOCK):
             inside = start + row < group_words
             group = tl.load(rows_at + NUM_ARRAYS * max_rows + start, mask=inside, other=0, volatile=True)
             tl.store(groups_ptr + start + row, group, mask=inside)
-    tl.store(num_taken_ptr, (taken + 1) & _COUNT_MASK)
+    tl.store(num_unpacked_ptr, (unpacked + 1) & _COUNT_MASK)
 
 
 @triton.jit(do_not_specialize=["size", "max_rows"])
-def _publish_kernel(
-    results_ptr, num_taken_ptr, drawn_ptr, size, max_rows, BLOCK: tl.constexpr, RING_SIZE: tl.constexpr
+def _write_results_kernel(
+    results_ptr, num_unpacked_ptr, sampled_ids_ptr, size, max_rows, BLOCK: tl.constexpr, RING_SIZE: tl.constexpr
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = (tl.load(num_taken_ptr) + RING_SIZE - 1) % RING_SIZE
-    tl.store(results_ptr + place * max_rows + row, tl.load(drawn_ptr + row, mask=row < size), mask=row < size)
+    ring_index = (tl.load(num_unpacked_ptr) + RING_SIZE - 1) % RING_SIZE
+    tl.store(
+        results_ptr + ring_index * max_rows + row, tl.load(sampled_ids_ptr + row, mask=row < size), mask=row < size
+    )

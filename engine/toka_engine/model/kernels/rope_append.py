@@ -1,67 +1,46 @@
 """RoPE and the write of K and V into the cache's pages, in one kernel per layer.
 
-A row finds its page itself: block table [slot, position // page_size]. Optionally the heads of q and k pass through an
-RMSNorm first (Qwen3). Non-interleaved halves, as Llama rotates: (a, b) -> (a cos - b sin, b cos + a sin).
+A row finds its page itself: block table [slot, position // page_size]. Non-interleaved halves, as Llama rotates:
+(a, b) -> (a cos - b sin, b cos + a sin).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 
-@dataclass(frozen=True, slots=True)
-class HeadNorm:
-    """RMSNorm of each head of q and k before RoPE."""
-
-    q_weight: torch.Tensor  # [head_dim]
-    k_weight: torch.Tensor  # [head_dim]
-    eps: float
-
-
 @triton.jit
 def rotate(a, b, cos, sin, dtype: tl.constexpr):
-    """Both halves of heads, fp32, rotated and rounded to `dtype`."""
+    """Rotate both halves of heads [heads, HALF], fp32, and round them to `dtype`."""
     return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
 @triton.jit
 def _load_rotated(
-    x_ptr, head_stride, cos, sin, weight_ptr, eps, num_heads,
-    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+    x_ptr, head_stride, cos, sin, num_heads,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both rotated halves, [HEADS, HALF_BLOCK] each, of the heads at x_ptr."""
+    """Load the heads at x_ptr and return both halves rotated, [HEADS, HALF_BLOCK] each."""
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (head < num_heads) & (column < HALF)
     at = x_ptr + head * head_stride + column
     a = tl.load(at, mask=inside, other=0.0)
     b = tl.load(at + HALF, mask=inside, other=0.0)
-    dtype = a.dtype
-    a = a.to(tl.float32)
-    b = b.to(tl.float32)
-    if HAS_NORM:
-        mean = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF)
-        scale = (1.0 / tl.sqrt(mean + eps))[:, None]
-        weight_a = tl.load(weight_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)
-        weight_b = tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
-        a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
-        b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
-    return rotate(a, b, cos, sin, dtype)
+    return rotate(a.to(tl.float32), b.to(tl.float32), cos, sin, a.dtype)
 
 
 # Head counts are no constants of the kernel, only their powers of two: few variants serve all models (see aot).
 @triton.jit(do_not_specialize=["table_stride", "num_heads", "num_kv_heads"])
 def _rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
-    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr, q_weight_ptr, k_weight_ptr, eps,
+    cos_sin_ptr, slots_ptr, positions_ptr, table_ptr,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     table_stride, page_stride, token_stride, head_stride, num_heads, num_kv_heads,
     PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -73,8 +52,7 @@ def _rope_append_kernel(
     sin = tl.load(cos_at + HALF, mask=half < HALF, other=0.0)[None, :]
 
     q_a, q_b = _load_rotated(
-        q_ptr + row * q_row_stride, q_head_stride, cos, sin, q_weight_ptr, eps, num_heads,
-        HEADS, HALF, HALF_BLOCK, HAS_NORM,
+        q_ptr + row * q_row_stride, q_head_stride, cos, sin, num_heads, HEADS, HALF, HALF_BLOCK
     )  # fmt: skip
     head = tl.arange(0, HEADS)[:, None]
     column = half[None, :]
@@ -84,8 +62,7 @@ def _rope_append_kernel(
     tl.store(q_at + HALF, q_b, mask=inside)
 
     k_a, k_b = _load_rotated(
-        k_ptr + row * k_row_stride, k_head_stride, cos, sin, k_weight_ptr, eps, num_kv_heads,
-        KV_HEADS, HALF, HALF_BLOCK, HAS_NORM,
+        k_ptr + row * k_row_stride, k_head_stride, cos, sin, num_kv_heads, KV_HEADS, HALF, HALF_BLOCK
     )  # fmt: skip
     kv_head = tl.arange(0, KV_HEADS)[:, None]
     inside = (kv_head < num_kv_heads) & (column < HALF)
@@ -108,7 +85,6 @@ def rope_append(
     k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides
     v_cache: torch.Tensor,  # like k_cache, same strides
     q_out: torch.Tensor,  # [T, num_heads, head_dim] contiguous
-    head_norm: HeadNorm | None = None,
 ) -> None:
     """Write rotated q to `q_out`, rotated k and plain v to the page of each row's position."""
     rows, num_heads, head_dim = q.shape
@@ -119,13 +95,9 @@ def rope_append(
     _rope_append_kernel[(rows,)](
         q, k, v, q_out, k_cache, v_cache,
         cos_sin, slots, positions, block_table,
-        q if head_norm is None else head_norm.q_weight,
-        q if head_norm is None else head_norm.k_weight,
-        0.0 if head_norm is None else head_norm.eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), num_heads, k.shape[1],
         PAGE_SIZE=k_cache.shape[1], HEADS=heads, KV_HEADS=triton.next_power_of_2(k.shape[1]),
         HALF=half, HALF_BLOCK=triton.next_power_of_2(half),
-        HAS_NORM=head_norm is not None,
         num_warps=4 if heads * head_dim <= 4096 else 8,
     )  # fmt: skip
