@@ -8,6 +8,7 @@ would cost more than everything else.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ SUSPECT_AFTER_S = 2.0
 """A pod that does not come within so long is asked about."""
 ASK_FIRST_S = 2.0
 ASK_LAST_S = 30.0
+LISTS_APART_S = 0.2
 RETRIED_ANNOTATION = f"{GROUP}/pods-retried-at"
 """On a StatefulSet whose pods were refused: when its controller was last made to try again."""
 
@@ -92,6 +94,30 @@ class Recorder:
         return updated
 
 
+class Warnings:
+    """Lists of others' Warning events: no more than a few a second, however many objects wait for pods, because the API
+    server reads all events of a namespace for each."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._lock = threading.Lock()
+        self._next_list = 0.0
+
+    def list_about(self, namespace: str, uid: str) -> list[Json] | None:
+        """The Warnings about the object with this uid; None if others are asked about now, or nobody answers."""
+        with self._lock:
+            if time.monotonic() < self._next_list:
+                return None
+            self._next_list = time.monotonic() + LISTS_APART_S
+        try:
+            return self.cluster.list_all(
+                "Event", namespace, field_selector=f"involvedObject.uid={uid},type=Warning"
+            ).items
+        except (ApiError, TransientError) as error:
+            logger.warning("namespace=%s event=events_not_listed why=%r", namespace, str(error))
+            return None
+
+
 @dataclass(slots=True)
 class _Suspect:
     """A pod, or a StatefulSet with too few pods, that does not come."""
@@ -108,14 +134,14 @@ class Suspects:
     def __init__(self) -> None:
         self._suspects: dict[str, _Suspect] = {}
 
-    def explain(self, cluster: Cluster, owner: Owner, observed: Observed, pods: Mapping[str, Json]) -> Observed:
+    def explain(self, warnings: Warnings, owner: Owner, observed: Observed, pods: Mapping[str, Json]) -> Observed:
         """The same observation with the failures that only events tell. `pods` are those of `observed` by name."""
         lacking = {child["metadata"]["uid"]: child for child in observed.of_kind(STATEFUL_SET) if _lacks(child, pods)}
         creating = {pod["metadata"]["uid"]: pod for pod in pods.values() if is_creating(pod)}
         for uid in self._suspects.keys() - (lacking.keys() | creating.keys()):
             del self._suspects[uid]
-        missing = [self._ask(cluster, owner, child, explain_missing_pods) for child in lacking.values()]
-        waiting = [self._ask(cluster, owner, pod, explain_waiting_pod) for pod in creating.values()]
+        missing = [self._ask(warnings, owner, child, explain_missing_pods) for child in lacking.values()]
+        waiting = [self._ask(warnings, owner, pod, explain_waiting_pod) for pod in creating.values()]
         explained = {failure.pod: failure for failure in waiting if failure is not None}
         views = (replace(view, failure=view.failure or explained.get(view.name)) for view in observed.pods)
         found = tuple(failure for failure in missing if failure is not None)
@@ -127,7 +153,7 @@ class Suspects:
         return None if moment is None else max(0.0, moment - time.monotonic())
 
     def _ask(
-        self, cluster: Cluster, owner: Owner, obj: Json, explain: Callable[[str, list[Json]], Failure | None]
+        self, warnings: Warnings, owner: Owner, obj: Json, explain: Callable[[str, list[Json]], Failure | None]
     ) -> Failure | None:
         now = time.monotonic()
         uid, name = obj["metadata"]["uid"], obj["metadata"]["name"]
@@ -136,15 +162,12 @@ class Suspects:
             return suspect.failure
         suspect.next_ask = now + suspect.delay_s
         suspect.delay_s = min(ASK_LAST_S, suspect.delay_s * 2)
-        selector = f"involvedObject.uid={uid},type=Warning"
-        try:
-            events = cluster.list_all("Event", owner.namespace, field_selector=selector).items
-        except (ApiError, TransientError) as error:
-            logger.warning("object=%s/%s event=events_not_listed why=%r", owner.namespace, owner.name, str(error))
+        events = warnings.list_about(owner.namespace, uid)
+        if events is None:
             return suspect.failure
         suspect.failure = explain(name, events)
         if suspect.failure is not None and obj.get("kind") == STATEFUL_SET:
-            self._nudge(cluster, obj)
+            self._nudge(warnings.cluster, obj)
         return suspect.failure
 
     def _nudge(self, cluster: Cluster, stateful_set: Json) -> None:
@@ -159,7 +182,14 @@ class Suspects:
 
 
 def _lacks(stateful_set: Json, pods: Mapping[str, Json]) -> bool:
-    """Whether a StatefulSet asks for a pod that nobody has seen, while its controller could have made it."""
-    uid, wanted = stateful_set["metadata"]["uid"], int(stateful_set["spec"].get("replicas", 1))
+    """Whether a StatefulSet asks for a pod that nobody has seen, and its controller says that it has not made it.
+
+    A controller that has not seen the newest spec is only slow.
+    """
+    metadata, status = stateful_set["metadata"], stateful_set.get("status") or {}
+    uid, wanted = metadata["uid"], int(stateful_set["spec"].get("replicas", 1))
+    is_slow = int(status.get("observedGeneration", 0)) < int(metadata.get("generation", 0))
+    if is_slow or int(status.get("replicas", 0)) >= wanted:
+        return False
     owned = (o for pod in pods.values() for o in pod["metadata"].get("ownerReferences") or [])
     return sum(1 for owner in owned if owner.get("uid") == uid) < wanted

@@ -16,7 +16,7 @@ from toka_operator.children import ChildWriter, Memory
 from toka_operator.cluster import Cluster
 from toka_operator.errors import ConflictError, NamespaceEndsError, NotFoundError, TransientError
 from toka_operator.escapes import find_escapes
-from toka_operator.events import Recorder
+from toka_operator.events import Recorder, Warnings
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, is_adoptable, is_owned_by, ready_addresses, view_pod
@@ -46,6 +46,7 @@ class Reconciler:
         self._children = ChildWriter(cluster, stores, settings)
         self._memories: dict[Key, Memory] = {}
         self._recorder = Recorder(cluster, settings.identity)
+        self._warnings = Warnings(cluster)
 
     def reconcile(self, key: Key) -> float | None:
         """One pass; returns in how many seconds time alone may call for another.
@@ -130,7 +131,7 @@ class Reconciler:
         names = frozenset(pod["metadata"]["name"] for pod in pods) - {pod["metadata"]["name"] for pod in ours}
         views = tuple(view_pod(pod, endpoints) for pod in ours)
         observed = Observed(children, views, frozenset(memory.strangers), names)
-        return memory.suspects.explain(self._cluster, owner, observed, {p["metadata"]["name"]: p for p in ours})
+        return memory.suspects.explain(self._warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
         """Before children are made *again*: the object itself may be gone, and another watch saw that of them first.

@@ -6,6 +6,7 @@ a child is deleted and a new object is created; when they go right again, everyt
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,6 +99,32 @@ def test_it_goes_on_when_the_api_server_answers_again(faulty: Faulty, case: str)
     assert "event=defect" not in log
     assert "Traceback" not in log
     operator.kubectl("delete", "td", name, "--wait=false")
+
+
+def count_passes(faulty: Faulty) -> float:
+    """Passes so far, whatever came of them."""
+    lines = faulty.probe("/metrics")[1].splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("toka_operator_reconciles_total{"))
+
+
+def test_pods_that_do_not_go_make_no_loop(faulty: Faulty) -> None:
+    """The controller manager stands still, so nobody ends the pods of a scaled-down set, and the deadline passes."""
+    operator = faulty.operator
+    manager = operator.server.run.processes["kube-controller-manager"]
+    rollout = {"progressDeadlineSeconds": 11}
+    operator.apply("stays", replicas=3, startup={"timeoutSeconds": 10}, rollout=rollout)
+    operator.wait_for(lambda: has_replicas(operator, "stays", 3), "its pods")
+    manager.send_signal(signal.SIGSTOP)
+    try:
+        operator.kubectl("scale", "td/stays", "--replicas=1")
+        time.sleep(13.0)
+        before = count_passes(faulty)
+        time.sleep(5.0)
+        assert count_passes(faulty) - before <= 6
+    finally:
+        manager.send_signal(signal.SIGCONT)
+    operator.wait_for(lambda: len(operator.pods("stays")) == 1, "two pods to go")
+    operator.kubectl("delete", "td", "stays", "--wait=false")
 
 
 def test_a_crd_that_was_deleted_and_applied_again_is_watched_again(faulty: Faulty) -> None:

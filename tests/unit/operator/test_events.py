@@ -60,19 +60,21 @@ def test_an_event_whose_series_was_deleted_is_lost_once_and_then_made_anew(clock
     assert posted(cluster) == [("Ready", 1)]
 
 
+def stateful_set(world: World) -> Json:
+    (found,) = [o for (kind, *_), o in world.cluster.objects.items() if kind == "StatefulSet"]
+    return found
+
+
 def world_without_pods() -> World:
     """A TokaDeployment whose StatefulSet has made no pod."""
     world = World()
     world.put()
-    for _ in range(2):
-        world.show()
-        world.reconcile()
+    world.show()
+    world.reconcile()
+    world.cluster.store({**stateful_set(world), "status": {"observedGeneration": 1, "replicas": 0}})
+    world.show()
+    world.reconcile()
     return world
-
-
-def stateful_set(world: World) -> Json:
-    (found,) = [o for (kind, *_), o in world.cluster.objects.items() if kind == "StatefulSet"]
-    return found
 
 
 def test_missing_pods_are_asked_about_after_a_while_and_less_and_less_often(clock: Clock) -> None:
@@ -117,3 +119,20 @@ def test_refused_pods_are_reported_and_their_controller_is_made_to_try_again(clo
     clock.now += 600.0
     world.reconcile()
     assert len(world.cluster.asked) == num_asked, "nothing is missing"
+
+
+def test_a_controller_that_has_not_come_round_yet_is_only_slow(clock: Clock) -> None:
+    world = world_without_pods()
+    world.cluster.store({**stateful_set(world), "status": {"observedGeneration": 0, "replicas": 0}})
+    world.show()
+    clock.now += 60.0
+    world.reconcile()
+    assert world.cluster.asked == []
+
+
+def test_a_thousand_objects_without_pods_are_asked_about_one_after_another(clock: Clock) -> None:
+    warnings = events.Warnings(FakeCluster())  # type: ignore[arg-type]
+    answers = [warnings.list_about("apps", f"uid-{n}") for n in range(1000)]
+    assert answers.count(None) == 999
+    clock.now += events.LISTS_APART_S
+    assert warnings.list_about("apps", "uid-1") == []
