@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from toka_operator.advice import add_advice
-from toka_operator.failures import DISRUPTION_REASONS, NOT_READY_S, Failure
+from toka_operator.failures import DISRUPTION_REASONS, NOT_READY, NOT_READY_S, Failure
 from toka_operator.fields import Json
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
@@ -192,7 +192,7 @@ def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> floa
     whatever is one at once."""
     if failure is None:
         return None
-    if failure.reason == "NotReady":
+    if failure.reason == NOT_READY:
         return failure.since + NOT_READY_S
     return failure.since + spec.scheduling.patience_s if failure.is_waiting_for_capacity else None
 

@@ -19,6 +19,7 @@ CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
 """Reasons for which a pod has no node yet, though nothing that the spec names is missing."""
 DISRUPTION_REASONS = ("NodeLost", "Evicted", "Preempted")
 """Reasons for which a pod that goes was not told to go by the operator."""
+NOT_READY = "NotReady"
 NOT_READY_S = 10.0
 """How long a pod that served may be unready before that is a failure: a readiness probe may fail once or twice."""
 SHORT_RUN_S = 10.0
@@ -182,7 +183,7 @@ def _find_unreadiness(name: str, statuses: Sequence[Json], conditions: Mapping[s
     if ready.get("status") != "False" or not running or since <= parse_time(running.get("startedAt")) + 1.0:
         return None
     message = f"the pod runs, but is not ready: {ready.get('message') or 'its readiness probe fails'}"
-    return Failure(name, "", "NotReady", _shorten(message), restarts=int(engine.get("restartCount", 0)), since=since)
+    return Failure(name, "", NOT_READY, _shorten(message), restarts=int(engine.get("restartCount", 0)), since=since)
 
 
 def _container_failure(pod_name: str, status: Json, conditions: Mapping[str, Json]) -> Failure | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from toka_operator.failures import NOT_READY
 from toka_operator.fields import Json
 from toka_operator.observed import Observed, PodView
 from toka_operator.podspec import render_pod_template
@@ -133,7 +134,7 @@ def _is_unrecoverable(pod: PodView, now: float) -> bool:
         return False
     if pod.ready_since and now >= pod.ready_since + UNRECOVERABLE_AFTER_S:
         return True
-    if pod.failure is None or not pod.is_failing:
+    if pod.failure is None or not pod.is_failing or pod.failure.reason == NOT_READY:
         return False
     return pod.failure.exit_code is None or pod.failure.restarts >= MIN_RESTARTS_OF_UNRECOVERABLE
 
