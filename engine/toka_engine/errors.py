@@ -91,6 +91,20 @@ class HubUnavailableError(TokaError):
     exit_code = ExitCode.HUB_UNAVAILABLE
 
 
+class EngineDiedError(TokaError):
+    """The engine of a script has ended: a process of it died or got stuck, or it was closed."""
+
+    exit_code = ExitCode.PROCESS_DIED
+
+
+class RequestError(TokaError):
+    """The engine refused a request of a script. `param` names the option that is wrong; `code` is the API's."""
+
+    def __init__(self, message: str, status: int, param: str | None, code: str | None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
 class PeerClosedError(TokaError):
     """The process at the other end of a channel is gone."""
 

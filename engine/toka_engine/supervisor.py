@@ -19,11 +19,13 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from types import TracebackType
 from typing import Self
+
+import msgspec
 
 from toka_engine import resolve
 from toka_engine.channel import socket_pair
@@ -42,7 +44,8 @@ from toka_engine.messages import (
     Silent,
     Start,
 )
-from toka_engine.noise import settle_seed
+from toka_engine.noise import for_replica, settle_seed
+from toka_engine.portable import open_pipe
 from toka_engine.processes import (
     BUSY_PONGS_STALLED,
     PING_INTERVAL_S,
@@ -90,10 +93,17 @@ class Outcome:
 class Supervisor:
     """Runs one engine. Use: `Supervisor(config, listener).run()`."""
 
-    def __init__(self, config: EngineConfig, listener: socket.socket, modules: Mapping[str, str] = MODULES) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        listener: socket.socket,
+        modules: Mapping[str, str] = MODULES,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = settle_seed(config)
         self._is_seed_given = config.seed is not None
         self._listener = listener
+        self._on_ready = on_ready
         self._modules = modules
         self._children: dict[str, ChildProcess] = {}
         self._phase = Phase.STARTING
@@ -177,6 +187,7 @@ class Supervisor:
                     self._phase = Phase.READY
                     seconds = time.monotonic() - self._started_at
                     log.info("event=ready seconds=%.1f port=%d", seconds, self._config.port)
+                    self._on_ready()
             case Drained():
                 if self._phase is Phase.DRAINING:
                     self._outcome = Outcome(ExitCode.OK)
@@ -259,7 +270,8 @@ class Supervisor:
                     link_fds[name].append(ends.enter_context(end).fileno())
             link_fds[SERVER.name].append(ends.enter_context(self._listener).fileno())
             for process in topology.processes:
-                self._spawn(process, start, link_fds[process.name])
+                own = msgspec.structs.replace(start, config=for_replica(self._config, process.rank.dp_rank))
+                self._spawn(process, own, link_fds[process.name])
 
     def _remove(self, child: ChildProcess) -> None:
         child.control.close()
@@ -317,7 +329,7 @@ class SignalFd:
 
     def __init__(self, *signums: signal.Signals) -> None:
         self._signums = signums
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._read, self._write = open_pipe()
 
     def __enter__(self) -> Self:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)

@@ -1,6 +1,15 @@
 """Fixtures of the cluster tier."""
 
 from tests.cluster.harness.fixtures import api_server, namespace
-from tests.cluster.operating import installation, operator, own_operator, shared_process, without_operator
+from tests.cluster.operating import crd, installation, operator, own_operator, shared_process, without_operator
 
-__all__ = ["api_server", "installation", "namespace", "operator", "own_operator", "shared_process", "without_operator"]
+__all__ = [
+    "api_server",
+    "crd",
+    "installation",
+    "namespace",
+    "operator",
+    "own_operator",
+    "shared_process",
+    "without_operator",
+]

@@ -26,6 +26,7 @@ from toka_operator.spec import DEFAULTS
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
+from tests.cluster.harness.outside import OutsideServer
 from tests.cluster.harness.paths import REPOSITORY
 from tests.cluster.harness.processes import ProcessHandle
 
@@ -288,6 +289,16 @@ def installation(api_server: ApiServer) -> Path:
     """The chart's kubeconfig, on a server with simulated nodes."""
     api_server.simulate_nodes(2, gpus_each=8)
     return install(api_server)
+
+
+@pytest.fixture(scope="session")
+def crd(api_server: ApiServer, request: pytest.FixtureRequest) -> None:
+    """The CRD, as the chart installs it; on somebody's own cluster it alone."""
+    if isinstance(api_server, OutsideServer):
+        api_server.kubectl("apply", "--server-side", "-f", str(REPOSITORY / "crds" / "tokadeployments.yaml"))
+        api_server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
+    else:
+        request.getfixturevalue("installation")
 
 
 def start_operator(server: ApiServer, kubeconfig: Path, name: str, **environment: str) -> ProcessHandle:

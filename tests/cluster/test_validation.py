@@ -11,6 +11,7 @@ import pytest
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.operating import deployment
+from tests.engine_process import ROOT
 
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("Required value", "chat", {"model": {}}),
@@ -56,7 +57,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("sentence", "name", "spec"), REFUSED)
 def test_a_bad_object_is_refused_with_a_sentence(
-    api_server: ApiServer, installation: Path, sentence: str, name: str, spec: dict[str, Any]
+    api_server: ApiServer, crd: None, sentence: str, name: str, spec: dict[str, Any]
 ) -> None:
     full = {"model": {"source": "builtin://smollm2"}, **spec}
     manifest = deployment(name, **full)
@@ -65,12 +66,18 @@ def test_a_bad_object_is_refused_with_a_sentence(
     assert sentence in refusal.value.stderr
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_accepted_as_it_is(api_server: ApiServer, crd: None, path: Path) -> None:
+    """Strictly: a field that the server does not know is an error."""
+    api_server.kubectl("apply", "--dry-run=server", "--validate=strict", "--namespace", "default", "-f", str(path))
+
+
 def _create(api_server: ApiServer, manifest: dict[str, Any]) -> None:
     """As `kubectl apply --dry-run=server` does: every check of the API server, nothing stored."""
     api_server.kubectl("apply", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=json.dumps(manifest))
 
 
-def test_the_cache_type_is_immutable(api_server: ApiServer, installation: Path, namespace: str) -> None:
+def test_the_cache_type_is_immutable(api_server: ApiServer, crd: None, namespace: str) -> None:
     spec = {"model": {"source": "builtin://smollm2"}}
     api_server.apply(deployment("chat", **spec), namespace=namespace)
     changed = deployment("chat", **spec, cache={"type": "ExistingPVC", "claimName": "c"})
@@ -79,7 +86,7 @@ def test_the_cache_type_is_immutable(api_server: ApiServer, installation: Path, 
     assert "cache.type is immutable" in refusal.value.stderr
 
 
-def test_an_object_with_every_field_is_accepted(api_server: ApiServer, installation: Path) -> None:
+def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None) -> None:
     everything = {
         "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a"],
                   "tokenizer": "org/other", "dtype": "bfloat16"},

@@ -5,8 +5,8 @@ Usage: python -m toka_engine.benchmarks.hydragen MODEL_DIR [--rows 8,32] [--pref
 The first line is of the machine; a line per point follows, then one for each number of rows where nothing is shared.
 
 A point: milliseconds of a decode step in the worker (no manager, no server), each the least of `rounds` blocks of
-`steps` steps, on, off and (on a CPU) without attention in turns; `_ms` is wall time, `_cpu_ms` CPU time of the
-worker's thread.
+`steps` steps, on, off and (on a CPU) without attention in turns; names in _ms are wall time, in _cpu_ms CPU
+time of the worker's thread.
 The rest is made of the wall time on a GPU and of the CPU time on a CPU, where other processes disturb it less (with
 num_threads=1 it is the whole step). `speed_of_no_attention` is what share of the speed without attention the step with
 Hydragen has (the bar: 0.7 with 1,024 rows or more, own tokens up to 32, a prefix up to 4,096; beyond, 1.5 times

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from toka_engine import __version__
 from toka_engine.command_line import parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import TokaError
@@ -26,6 +25,7 @@ from toka_engine.model.devices import find_device
 from toka_engine.model.memory import count_threads
 from toka_engine.model.sizing import choose_dtype
 from toka_engine.output import run_command
+from toka_engine.version import __version__
 
 _COPY_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}

@@ -2,7 +2,7 @@
 
 A slot's `generation` changes when its stream ends, is cancelled or preempted; rows of steps still on their
 way carry the generation that they were planned for, so that their tokens can be told from the next owner's. A
-slot is given back only when every step that names it has come back (`Retirement` in lifecycle).
+slot is given back only when every step that names it has come back (see `lifecycle`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How much memory this process may use, and what of it the KV cache gets. Reads cgroup v2, v1, else /proc/meminfo."""
+"""How much memory this process may use, and what of it the KV cache gets.
+
+Reads cgroup v2, v1, else /proc/meminfo, else the machine's size.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def choose_num_pages(
 
 def count_threads(cgroup: Path = _CGROUP) -> int:
     """CPUs that this process may use: its affinity, cut to the cgroup's quota."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read_words(cgroup / "cpu.max") or [
         *_read_words(cgroup / "cpu/cpu.cfs_quota_us"),
         *_read_words(cgroup / "cpu/cpu.cfs_period_us"),
@@ -75,4 +78,7 @@ def _read_stat(path: Path, name: str) -> int:
 
 def _read_available(meminfo: Path) -> int:
     words = _read_words(meminfo)
-    return int(words[words.index("MemAvailable:") + 1]) * 1024
+    if "MemAvailable:" in words:
+        return int(words[words.index("MemAvailable:") + 1]) * 1024
+    # Not Linux: of the machine's memory, a half may be taken to be free.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -338,5 +338,5 @@ class JoinedWrites:
 
 
 def connection_factory(config: Config, state: Connections, limits: ConnectionLimits) -> Callable[[], Any]:
-    """What `loop.create_server` calls for each connection."""
+    """Return what the event loop's `create_server` calls for each connection."""
     return lambda: Connection(config, state, limits)

@@ -4,11 +4,11 @@ events.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
+from toka_engine.portable import trim_heap
 from toka_engine.server.connection import Connection, Cycle, JoinedWrites, UnsizedBody, close_if_body_is_unasked
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
 from toka_engine.server.headers import REQUEST_ID, choose_request_id, date
@@ -19,7 +19,6 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 
 _LARGE_BODY_BYTES = 1024 * 1024
-_trim_heap = ctypes.CDLL(None).malloc_trim
 
 
 Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
@@ -154,7 +153,7 @@ class Exchange:
     def release(self) -> None:
         """Give the memory of a large body back to the system, which the allocator would keep."""
         if self.body_bytes > _LARGE_BODY_BYTES:
-            _trim_heap(0)
+            trim_heap()
 
     async def fail(self, error: ApiError) -> None:
         """Answer with `error`; in a stream that has begun, as its last event, after which the connection

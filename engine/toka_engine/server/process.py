@@ -147,7 +147,10 @@ class Server:
         try:
             if self._listen_fd is not None:
                 sock = socket.socket(fileno=self._listen_fd)
-                listener = await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
+                if sock.family == socket.AF_UNIX:
+                    listener = await self._loop.create_unix_server(factory, sock=sock, backlog=_BACKLOG)
+                else:
+                    listener = await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
             else:
                 listener = await self._loop.create_server(factory, config.host, config.port, backlog=_BACKLOG)
         except OSError as error:

@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -26,12 +27,14 @@ import pytest
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.cluster import Cluster
+from tests.cluster.harness.outside import VARIABLE, OutsideServer
 
 
 @pytest.fixture(scope="session")
 def api_server() -> Iterator[ApiServer]:
-    """A real API server without nodes."""
-    server = ApiServer.start()
+    """A real API server without nodes; or the cluster that TOKA_TEST_KUBECONFIG names."""
+    outside = os.environ.get(VARIABLE)
+    server = OutsideServer.connect(outside) if outside else ApiServer.start()
     yield server
     server.stop()
 

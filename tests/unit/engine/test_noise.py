@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from toka_engine.config import EngineConfig
-from toka_engine.noise import settle_seed
+from toka_engine.noise import for_replica, settle_seed
 
 from tests.unit.engine.conftest import StartEngine
 
@@ -32,6 +32,17 @@ def test_every_start_without_a_seed_has_one_of_its_own_that_its_processes_share(
 def test_a_seed_that_is_given_is_used_as_it_is(start_engine: StartEngine) -> None:
     assert seeds_of_an_engine(start_engine, "seed=0") == {"0"}
     assert seeds_of_an_engine(start_engine, f"seed={2**63 - 1}") == {str(2**63 - 1)}
+
+
+def test_replicas_of_one_engine_differ_and_the_ranks_of_each_share(start_engine: StartEngine) -> None:
+    engine = start_engine("seed=7", topology="2,1,2")
+    engine.wait_ready()
+    found = dict(_GIVEN.findall(engine.log))
+    first, second = ({found[f"model_dp{dp}_tp{tp}"] for tp in range(2)} | {found[f"manager_dp{dp}"]} for dp in range(2))
+    assert first == {"7"}
+    assert len(second) == 1
+    assert second != first
+    assert second == {str(for_replica(EngineConfig(seed=7), 1).seed)}, "a given seed repeats every replica's noise"
 
 
 def test_entropy_fills_all_bits_of_a_seed() -> None:

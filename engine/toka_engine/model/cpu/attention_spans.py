@@ -1,6 +1,6 @@
 """Which query rows attend to which pages, and how spans are put together into padded buckets. numpy; no attention.
 
-A *span* is `q_len` consecutive rows of one slot that attend to the pages from `first_column` on. Padding costs work and
+A *span* is some consecutive rows of one slot that attend to the pages from `first_column` on. Padding costs work and
 a bucket costs a few kernel calls; buckets are cut so that neither dominates.
 """
 

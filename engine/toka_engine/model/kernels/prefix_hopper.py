@@ -5,7 +5,7 @@ warpgroups, each with its own rows, multiply them without a barrier between each
 the others use the tensor cores. Results, the division of work and the arguments of a launch are the same.
 
 After FlashAttention-3 (Shah et al. 2024). Its other techniques, starting the next block's scores before this block's
-values are summed and ping-pong scheduling, gained nothing here (docs/performance.md).
+values are summed and ping-pong scheduling, gained nothing here (docs/lab/attention.md).
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+"""Calls that only Linux or only glibc offers, each with what serves elsewhere: developers use macOS and musl too."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def trim_heap() -> None:
+    """Give memory that the allocator keeps back to the system, where the C library can."""
+    if trim := _find("malloc_trim"):
+        trim(0)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent, where it can; elsewhere the end of the control link does it."""
+    if prctl := _find("prctl"):
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def open_pipe() -> tuple[int, int]:
+    """Return a pipe whose ends do not block and are not inherited."""
+    if hasattr(os, "pipe2"):
+        return os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    read_end, write_end = os.pipe()  # not inherited either (PEP 446)
+    for end in (read_end, write_end):
+        os.set_blocking(end, False)
+    return read_end, write_end
+
+
+def _find(name: str) -> Any:
+    """Return a function of the C library, or None."""
+    return getattr(ctypes.CDLL(None), name, None)

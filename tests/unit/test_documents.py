@@ -1,0 +1,34 @@
+"""Documents: their links lead somewhere, and those that promise to be short are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.engine_process import ROOT
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PAGES = [
+    path for pattern in ("*.md", "docs/**/*.md", ".github/**/*.md") for path in sorted(ROOT.glob(pattern))
+]  # fmt: skip
+
+
+def anchors_of(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page) -> None:
+    for link in LINK.findall(page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors_of(path.read_text()), link
+
+
+def test_the_figures_are_one_page() -> None:
+    assert len((ROOT / "docs/performance.md").read_text().splitlines()) <= 80
