@@ -43,6 +43,8 @@ def parse_config(arguments: Iterable[str]) -> EngineConfig:
     config = parse_struct(EngineConfig, arguments, "toka", UNBUILT)
     if config.torch_compile_config != "default" and not config.torch_compile:
         raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
+    if config.torch_compile and config.tp_size > 1:
+        raise ConfigError(f"torch_compile=T does not work with tp_size={config.tp_size} yet: it needs tp_size=1")
     return config
 
 

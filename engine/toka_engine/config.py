@@ -108,6 +108,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
     cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
 
+    # parallelism
+    tp_size: Annotated[
+        int, Meta(ge=1, le=8), doc("ranks that hold the model together, each a part of every layer; on CPUs only yet")
+    ] = 1
+
     # torch.compile
     torch_compile: Annotated[
         bool, doc("compile the layers before ready; needs a compiler, starts slower; see docs/tuning.md")
@@ -148,10 +153,9 @@ UNBUILT: dict[str, Unbuilt] = {
     "local_proc_name": Unbuilt("server", "the processes always run beside each other"),
     "statsd_addr": Unbuilt(None, "statistics are read from /metrics"),
     "statsd_server_url": Unbuilt(None, "statistics are read from /metrics"),
-    "async_tp_threshold": Unbuilt(None, "tensor parallelism is not built yet"),
+    "async_tp_threshold": Unbuilt(None, "tensor parallelism on GPUs is not built yet"),
     "dp_size": Unbuilt(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
     "pp_size": Unbuilt(1, "pipeline parallelism is not built yet"),
-    "tp_size": Unbuilt(1, "tensor parallelism is not built yet"),
     "pp_num_buffer_stages": Unbuilt(1, "pipeline parallelism is not built yet"),
     "prefill_round_up_multiple": Unbuilt(None, "prefill chunks are cut by max_tokens_per_forward alone"),
     "stop_string_num_token_lookback": Unbuilt(None, "stop strings are found in the whole text"),

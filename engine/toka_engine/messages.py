@@ -69,6 +69,8 @@ class Start(Message, frozen=True):
     process: str = ""
     """Its name in the topology; "": its role's."""
     rank: RankInfo = RankInfo()
+    rendezvous: str = ""
+    """The folder of this start where the ranks of a replica find each other; "": each is alone."""
 
 
 class Ping(Message, frozen=True):

@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import msgspec
 from toka_engine import resolve
 from toka_engine.channel import socket_pair
 from toka_engine.config import EngineConfig
-from toka_engine.errors import REASONS, ExitCode
+from toka_engine.errors import REASONS, ExitCode, StorageError
 from toka_engine.messages import (
     ChildReady,
     Drain,
@@ -114,6 +115,7 @@ class Supervisor:
         self._silent_process = ""
         self._started_at = time.monotonic()
         self._num_oom_kills = count_oom_kills()
+        self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self) -> Outcome:
         """Run the engine to its end; afterwards none of its processes is left."""
@@ -136,6 +138,8 @@ class Supervisor:
                 return self._outcome
             finally:
                 self._kill_all(signals)
+                if self._rendezvous is not None:
+                    self._rendezvous.cleanup()
 
     # ------------------------------------------------------------ events
 
@@ -263,6 +267,8 @@ class Supervisor:
             self._remove(self._children[RESOLVER.name])
         os.environ.pop("HF_TOKEN", None)  # nobody needs it any more
         topology = choose_topology(self._config)
+        if any(process.rank.tp_size > 1 for process in topology.processes):
+            start = msgspec.structs.replace(start, rendezvous=self._make_rendezvous())
         link_fds: dict[str, list[int]] = {process.name: [] for process in topology.processes}
         with contextlib.ExitStack() as ends:
             for link in topology.links:
@@ -272,6 +278,14 @@ class Supervisor:
             for process in topology.processes:
                 own = msgspec.structs.replace(start, config=for_replica(self._config, process.rank.dp_rank))
                 self._spawn(process, own, link_fds[process.name])
+
+    def _make_rendezvous(self) -> str:
+        """Make the folder where ranks find each other, for this user alone (mode 0700). Raises StorageError."""
+        try:
+            self._rendezvous = tempfile.TemporaryDirectory(prefix="toka-ranks-", ignore_cleanup_errors=True)
+        except OSError as error:
+            raise StorageError(f"no folder can be made for the ranks to find each other: {error}") from error
+        return self._rendezvous.name
 
     def _remove(self, child: ChildProcess) -> None:
         child.control.close()

@@ -2,7 +2,7 @@
 
 A *rank* is one model worker. A *stage* is the tensor parallel ranks that hold the same layers. A *replica* is one
 manager with its stages. The supervisor starts what stands here; its limits and the names in the log go by it. Today an
-engine has one replica of one stage of one rank.
+engine has one replica of one stage.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SERVER = Process(Role.SERVER.value, Role.SERVER, RankInfo())
 
 def choose_topology(config: EngineConfig) -> Topology:
     """Return the topology that `config` asks for."""
-    return make_topology(RankInfo())
+    return make_topology(RankInfo(tp_size=config.tp_size))
 
 
 def make_topology(sizes: RankInfo) -> Topology:

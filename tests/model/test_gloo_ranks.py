@@ -31,7 +31,7 @@ def generate(driver: Driver) -> list[list[int]]:
 
 def run_rank(rank: int, rendezvous: Path, folder: Path, parent: Connection) -> None:
     """One of two processes: answer what the parent compares, then wait for a rank that it has killed."""
-    ranks = GlooRanks(rendezvous, rank, 2)
+    ranks = GlooRanks(rendezvous / "dp0", rank, 2)
     listening = [each for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
     addresses = {each.laddr.ip for each in listening}
     part = torch.arange(6, dtype=torch.bfloat16).view(2, 3) + rank / 3

@@ -130,9 +130,3 @@ def test_a_model_that_cannot_be_split_is_refused_with_both_numbers_before_its_we
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=message):
         run_ranks(size, lambda ranks: load(folder, ranks))
-
-
-def test_what_several_ranks_cannot_do_yet_is_refused_by_name(make_tiny: MakeTiny) -> None:
-    _, folder = make_tiny()
-    with pytest.raises(ConfigError, match="torch_compile=T is not supported with tp_size=2"):
-        run_ranks(2, lambda ranks: load(folder, ranks, torch_compile=True))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, DeviceUnavailableError
+from toka_engine.messages import RankInfo
 from toka_engine.model.backend import Backend
-from toka_engine.model.ranks import Ranks
+from toka_engine.model.ranks import Ranks, SingleRank
 
 _FIRST_WITH_BFLOAT16 = (8, 0)
 """The first compute capability whose tensor cores multiply it: the only type of our kernels."""
@@ -36,13 +39,25 @@ def _check_has_bfloat16(device: torch.device) -> None:
         )
 
 
+def connect_ranks(config: EngineConfig, rank: RankInfo, rendezvous: Path) -> Ranks:
+    """Return the tensor parallel ranks that share a replica with `rank`, once they have met in `rendezvous`.
+
+    Raises ConfigError where the device cannot do it yet, PeerClosedError.
+    """
+    if rank.tp_size == 1:
+        return SingleRank()
+    if find_device(config).type != "cpu":
+        raise ConfigError(f"tp_size={rank.tp_size} needs device=cpu: ranks on GPUs are not built yet")
+    from toka_engine.model.cpu.gloo_ranks import GlooRanks
+
+    return GlooRanks(rendezvous / f"dp{rank.dp_rank}", rank.tp_rank, rank.tp_size)
+
+
 def select_backend(device: torch.device, config: EngineConfig, ranks: Ranks) -> Backend:
     """The backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
-    Raises ConfigError, also for what several ranks cannot do yet, and StorageError.
+    Raises ConfigError, StorageError.
     """
-    if ranks.size > 1:
-        _check_ranks(device, config, ranks)
     backend = _make_cuda_backend(device) if device.type == "cuda" else _make_cpu_backend(ranks)
     if not config.torch_compile:
         return backend
@@ -52,15 +67,6 @@ def select_backend(device: torch.device, config: EngineConfig, ranks: Ranks) -> 
     from toka_engine.model.torch_compile.backend import CompiledBackend
 
     return CompiledBackend(backend, device, config.torch_compile_config)
-
-
-def _check_ranks(device: torch.device, config: EngineConfig, ranks: Ranks) -> None:
-    if device.type != "cpu":
-        raise ConfigError(
-            f"tp_size={ranks.size} needs device=cpu: the exchange between GPUs is not built yet (tp_size=1 is allowed)"
-        )
-    if config.torch_compile:
-        raise ConfigError(f"torch_compile=T is not supported with tp_size={ranks.size} (torch_compile=F is)")
 
 
 def _make_cpu_backend(ranks: Ranks) -> Backend:

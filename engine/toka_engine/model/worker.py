@@ -25,7 +25,7 @@ from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
 from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.backend import Launched, Runner
-from toka_engine.model.devices import find_device, select_backend
+from toka_engine.model.devices import connect_ranks, find_device, select_backend
 from toka_engine.model.loader import Weights
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
@@ -65,7 +65,9 @@ class Worker:
             ) from error
 
     def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
-        """Execute steps until `Stop`. The output rank sends their tokens. Raises PeerClosedError: no manager."""
+        """Execute steps until `Stop`. The output rank sends their tokens. Raises PeerClosedError: no manager,
+        or no other rank.
+        """
         waiting: deque[ManagerToWorker] = deque()
         launched: deque[Launched] = deque()
         while True:
@@ -118,7 +120,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report, ranks: Ra
         available = ranks.agree_min(read_available_bytes(device)) // (ranks.size if device.type == "cpu" else 1)
         with torch.inference_mode(), Weights(model_dir, device, dtype, available) as weights:
             model = build_model(model_config, weights, backend.ops, ranks)
-            for name in weights.list_untaken():
+            for name in weights.list_untaken() if ranks.rank == 0 else ():
                 _log.warning("event=unused_tensor name=%s", name)
         gc.collect()
         sizes = backend.choose_sizes(config, model_config, shape)
@@ -177,7 +179,8 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     began_s = time.monotonic()
     link: Channel[ManagerToWorker] = Channel.from_fd(link_fds[0], ManagerToWorker)
     start = child.start
-    worker = load_worker(start.config, Path(start.model_dir), child.progress)
+    ranks = connect_ranks(start.config, start.rank, Path(start.rendezvous))
+    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks)
     child.progress("warm-up", "the largest steps")
     worker.warm_up()
     gc.collect()

@@ -176,12 +176,21 @@ def test_every_key_of_tokasaurus_has_an_effect_or_a_sentence(key: str) -> None:
 
 
 def test_an_unbuilt_key_is_refused_with_its_sentence() -> None:
-    with pytest.raises(ConfigError, match="tp_size has no effect here and is refused: tensor parallelism"):
-        parse_config(["tp_size=2"])
+    with pytest.raises(ConfigError, match="pp_size has no effect here and is refused: pipeline parallelism"):
+        parse_config(["pp_size=2"])
 
 
 def test_an_unbuilt_key_may_say_what_is_done_anyway() -> None:
-    assert parse_config(["tp_size=1", "trust_remote_code=F"]) == EngineConfig()
+    assert parse_config(["pp_size=1", "trust_remote_code=F"]) == EngineConfig()
+
+
+def test_what_does_not_work_with_several_ranks_is_refused_by_name() -> None:
+    assert parse_config(["tp_size=8"]).tp_size == 8
+    with pytest.raises(ConfigError, match="torch_compile=T does not work with tp_size=2 yet"):
+        parse_config(["tp_size=2", "torch_compile=T"])
+    for refused in ("tp_size=0", "tp_size=9"):
+        with pytest.raises(ConfigError, match=refused):
+            parse_config([refused])
 
 
 def test_a_mode_of_torch_compile_is_refused_without_it() -> None:

@@ -22,20 +22,19 @@ _gloo: Any = torch.distributed
 _LOOPBACK = "127.0.0.1"
 _TIMEOUT = timedelta(minutes=10)
 """For a peer that neither answers nor ends. Ends are noticed at once, and the supervisor notices a stalled process."""
-_FILE = "ranks"
 
 
 class GlooRanks:
     """A ranks.Ranks of processes."""
 
-    def __init__(self, folder: Path, rank: int, size: int) -> None:
-        """Meet the other ranks in `folder`, which no earlier start has used. Raises PeerClosedError."""
+    def __init__(self, meeting: Path, rank: int, size: int) -> None:
+        """Meet the other ranks by the file `meeting`, which no earlier start has used. Raises PeerClosedError."""
         self.rank, self.size = rank, size
         options = _gloo.ProcessGroupGloo._Options()
         options._devices = [_gloo.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
         options._timeout = _TIMEOUT
         try:
-            store = _gloo.FileStore(str(folder / _FILE), size)
+            store = _gloo.FileStore(str(meeting), size)
             self._group = _gloo.ProcessGroupGloo(store, rank, size, options)
         except RuntimeError as error:
             raise self._describe(error) from error

@@ -1,0 +1,85 @@
+"""`toka tp_size=2` on a CPU: two model workers say what one model says, listen to nobody else, and end together."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import torch
+from toka_engine.errors import ExitCode
+from tokenizers import Tokenizer
+
+from tests.engine_process import EngineProcess, is_alive
+
+NUM_TOKENS = 12
+PROMPT = "Two ranks say what one says."
+RANKS = ["model_tp0", "model_tp1"]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """The engine's TMPDIR."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return folder
+
+
+def start(folder: Path, temporary: Path, *settings: str) -> EngineProcess:
+    common = (f"model={folder}", "device=cpu", "dtype=float32", "kv_cache_num_tokens=4096", "num_threads=1")
+    return EngineProcess(temporary.parent, *common, "tp_size=2", *settings, env={"TMPDIR": str(temporary)})
+
+
+def listening_addresses(engine: EngineProcess) -> Iterator[tuple[str, str]]:
+    """(process, address) of what listens, but for the server."""
+    for name, pid in [("supervisor", engine.pid), *engine.children.items()]:
+        for connection in psutil.Process(pid).net_connections("inet"):
+            if name != "server" and (connection.status == psutil.CONN_LISTEN or connection.type.name == "SOCK_DGRAM"):
+                yield name, connection.laddr.ip
+
+
+def test_two_ranks_serve_what_one_model_says_and_end_together(
+    make_tiny: Callable[..., tuple[Any, Path]], smollm2: Path, temporary: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    model, folder = make_tiny("Qwen2", vocab_size=49152)
+    shutil.copy(smollm2 / "tokenizer.json", folder)
+    ids = torch.tensor([tokenizer.encode(PROMPT).ids])
+    model.generation_config.eos_token_id = None
+    expected = tokenizer.decode(
+        model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
+    )
+    with start(folder, temporary) as engine:
+        engine.wait_ready()
+        assert [name for name in engine.children if name.startswith("model")] == RANKS
+        [rendezvous] = temporary.glob("toka-ranks-*")
+        assert stat.S_IMODE(rendezvous.stat().st_mode) == 0o700
+        assert set(listening_addresses(engine)) == {(name, "127.0.0.1") for name in RANKS}
+        client = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=120.0)
+
+        def complete(**fields: Any) -> list[str]:
+            answer = client.completions.create(
+                model=folder.name, prompt=PROMPT, max_tokens=NUM_TOKENS, extra_body={"ignore_eos": True}, **fields
+            )
+            return [choice.text for choice in answer.choices]
+
+        assert complete(temperature=0, n=2) == [expected] * 2
+        assert complete(seed=7, n=3) == complete(seed=7, n=3)
+        engine.signal(signal.SIGKILL, RANKS[1])
+        assert engine.wait_end() == ExitCode.PROCESS_DIED
+        assert RANKS[1] in engine.last_words()
+        assert not any(is_alive(pid) for pid in engine.children.values())
+        assert not rendezvous.exists()
+
+
+def test_a_model_that_cannot_be_split_is_refused_by_both_numbers(smollm2: Path, temporary: Path) -> None:
+    with start(smollm2, temporary) as engine:
+        assert engine.wait_end() == ExitCode.CONFIG_INVALID
+        assert "num_attention_heads=9 cannot be split over tp_size=2" in engine.last_words()
+    assert not list(temporary.iterdir())
