@@ -1,5 +1,5 @@
-"""A line per request in the log, as key=value: whose request it was, how it ended, what it cost. Never text, never
-a key; of a path only what stands before its query.
+"""Logs a line per request, as key=value: its id, how it ended, what it cost. Text, API keys and queries of URLs are
+never logged.
 """
 
 from __future__ import annotations

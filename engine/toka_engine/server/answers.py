@@ -14,7 +14,7 @@ from toka_engine.server.render import ShownToken
 from toka_engine.server.request import Usage
 
 _NO_LOGPROB = -9999.0
-"""What OpenAI's API writes for a token whose logprob is too low to state."""
+"""The number that OpenAI's API writes for a logprob that is too low to state."""
 encode = msgspec.json.encode
 
 

@@ -11,7 +11,7 @@ KEY_VARIABLE = "TOKA_API_KEY"
 
 
 class KeyCheck:
-    """Accepts every request where no key is set."""
+    """Checks the key of a request; accepts every request where no key is set."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key.encode() if key else None

@@ -1,13 +1,13 @@
-"""Chat messages to the text that the model expects, by the model folder's own template in jinja2's sandbox.
+"""Renders chat messages by the model folder's own template, in jinja2's sandbox.
 
-Owns: the template, and the rule that text of a message never becomes a special token. Only text that could is
-touched. How: a *mark*, a noncharacter that occurs in no message and not in the template, is put into each
-special token that is written out in a message, behind its first character, and beside a message that begins
-with the end or ends with the beginning of one, so that it cannot be completed by the template's own text. The
-template then renders as always: the mark stands inside the text, so trimming and testing see what they would
-see. The rendered text is cut at the marks and its parts are encoded each by itself: across a cut nothing can
-be recognised, and the decoded text is unchanged. Messages without such text have no mark and are encoded in
-one piece, exactly as transformers would.
+Owns: the template, the ids that end a text, and the rule that text of a message never becomes a special token. Only
+text that could is changed: a *mark*, a noncharacter that occurs in no message and not in the template, is put into each
+special token that is written out in a message, behind its first character, and at the edge of a message that starts
+with a suffix, or ends with a prefix, of a special token, so that the template's own text cannot complete it. The
+template renders as always: the mark stands inside the text, so that trimming and testing see the text as it is. The
+rendered text is cut at the marks, and its parts are encoded each by itself: across a cut no token is recognised, and
+the decoded text is unchanged. Messages without such text have no mark and are encoded in one piece, exactly as
+transformers would.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from toka_engine.errors import ModelInvalidError
 from toka_engine.server.errors import invalid
 
 _TEMPLATE_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What the expressions of a template raise where the messages are not as it takes for granted."""
+"""The exceptions of a template's expressions where the messages are not as it takes for granted."""
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -117,7 +117,7 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, special_texts: Sequence[str]) -> ChatTemplate | None:
-    """The template of chat_template.jinja, else of tokenizer_config.json; None where there is none."""
+    """Return the template of chat_template.jinja, else of tokenizer_config.json; None where there is none."""
     config = read_tokenizer_config(folder)
     template_file = folder / "chat_template.jinja"
     source: str | None = None
@@ -135,7 +135,7 @@ def load_chat_template(folder: Path, special_texts: Sequence[str]) -> ChatTempla
 
 
 def read_tokenizer_config(folder: Path) -> _TokenizerConfig:
-    """tokenizer_config.json, or an empty one. Raises ModelInvalidError where it is not valid."""
+    """Return tokenizer_config.json, or an empty one. Raises ModelInvalidError where it is not valid."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return _TokenizerConfig()
@@ -146,7 +146,7 @@ def read_tokenizer_config(folder: Path) -> _TokenizerConfig:
 
 
 def find_end_ids(model_dir: Path, tokenizer_dir: Path, id_of: Any) -> tuple[int, ...]:
-    """The ids that end a text: of generation_config.json and config.json, and the tokenizer's eos_token."""
+    """Return the ids that end a text: of generation_config.json and config.json, and the tokenizer's eos_token."""
     found: set[int] = set()
     for path in (model_dir / "generation_config.json", model_dir / "config.json"):
         if path.is_file():
@@ -166,7 +166,7 @@ class _EndIds(msgspec.Struct):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's text for training: its body is rendered as it is."""
+    """Renders the body of `{% generation %}`, which marks the assistant's text for training, as it is."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration is a mutable class attribute)
 
@@ -180,7 +180,7 @@ def _content(token: str | dict[str, Any] | None) -> str | None:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON without HTML escapes, as model templates expect; marks stay as they are."""
+    """Return JSON without HTML escapes, as model templates expect; marks stay as they are."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

@@ -1,4 +1,4 @@
-"""One HTTP connection: uvicorn's httptools protocol with the limits that uvicorn lacks.
+"""An HTTP connection: uvicorn's httptools protocol with the limits that uvicorn lacks.
 
 Owns: how long a client may take to send a request, how large its head may be, how long it may leave an answer
 unread, how many connections there are; that an offered upgrade is ignored and not the request; that HTTP/1.0 gets
@@ -38,7 +38,7 @@ class Connections(ServerState):
         self._emptied: asyncio.Event | None = None
 
     async def close_all(self) -> None:
-        """Close the idle ones, the others after their answer; return when none is left."""
+        """Close idle connections at once and the others after their answer; return when none is left."""
         for connection in list(self.connections):
             connection.shutdown()
         self._emptied = asyncio.Event()
@@ -57,7 +57,7 @@ class ConnectionLimits(msgspec.Struct, frozen=True):
 
 
 class Connection(HttpToolsProtocol):
-    """See the module. `gone_callbacks` are called once, when the connection is lost."""
+    """A connection with limits. `gone_callbacks` are called once, when it is lost."""
 
     def __init__(self, config: Config, state: Connections, limits: ConnectionLimits) -> None:
         super().__init__(config, state, {})
@@ -217,7 +217,7 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def watch_for_end(self) -> None:
-        """Read on after a body whose last piece paused reading: else the client's leaving would go unseen."""
+        """Resume reading after a body whose last piece paused it: else the client's disconnect would go unseen."""
         if not self.pipeline and not self.is_gone:
             self.flow.resume_reading()
 
@@ -256,7 +256,7 @@ class Connection(HttpToolsProtocol):
             self._send_deadline = None
 
     def send_400_response(self, msg: str) -> None:
-        """Called by the base class for what is not HTTP."""
+        """Refuse what is not HTTP; the base class calls this."""
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _refuse_head(self) -> None:

@@ -27,9 +27,9 @@ _STARTS = (
     (b"\x78\xda", "it is compressed (deflate)"),
     (b"\x28\xb5\x2f\xfd", "it is compressed (zstd)"),
 )
-"""First bytes of what is often sent as JSON, and is none."""
+"""The first bytes of bodies that are often sent in place of JSON in UTF-8, and what they are."""
 _EXPLAINED_BODY_BYTES = 64 * 1024
-"""Larger bodies that are not JSON get no second look for the field's name."""
+"""The size up to which a body that is not JSON is searched for the field's name."""
 
 
 class BodyDecoder(Generic[R]):

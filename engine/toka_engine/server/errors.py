@@ -50,7 +50,7 @@ class ApiError(TokaError):
         self.headers = headers
 
     def body(self) -> bytes:
-        """The error as JSON: {"error": {message, type, param, code}}."""
+        """Return the error as JSON: {"error": {message, type, param, code}}."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return msgspec.json.encode(ErrorAnswer(ErrorBody(self.message, kind, self.param, self.code)))
 
@@ -60,12 +60,12 @@ class ClientGoneError(TokaError):
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
-    """A 400 that names the field `param`."""
+    """Return a 400 that names the field `param`."""
     return ApiError(400, message, param=param, code=code)
 
 
 def no_model(name: str, served: Sequence[str]) -> ApiError:
-    """The 404 of a model that is not served, which names those that are."""
+    """Return the 404 of a model that is not served, which names those that are."""
     shown = name if len(name) <= 100 else name[:100] + "..."
     others = ", ".join(f"'{other[:100]}'" for other in served[:10])
     message = f"The model '{shown}' does not exist. This server has {others}."
@@ -73,10 +73,10 @@ def no_model(name: str, served: Sequence[str]) -> ApiError:
 
 
 def internal() -> ApiError:
-    """The 500 of a defect of ours. It says nothing of the defect, which the log does."""
+    """Return the 500 of a defect of ours. The log describes the defect, the answer does not."""
     return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
 
 
 def unavailable(message: str) -> ApiError:
-    """A 503 that asks the client to come again."""
+    """Return a 503 that asks the client to retry."""
     return ApiError(503, message, code="unavailable", headers=((b"retry-after", b"1"),))

@@ -1,6 +1,4 @@
-"""One HTTP request and its answer, on top of ASGI: reading a bounded body, writing JSON or server-sent
-events.
-"""
+"""One HTTP request and its answer, on top of ASGI: reads a bounded body, writes JSON or server-sent events."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
 
 
 class BodyBudget:
-    """How many bytes of bodies may be held at once, over all requests."""
+    """Limits the bytes of bodies that are held at once, over all requests."""
 
     def __init__(self, max_body_bytes: int, max_total_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
@@ -43,7 +41,7 @@ class BodyBudget:
 
 
 class Exchange:
-    """See the module."""
+    """A request, and what has been answered to it so far."""
 
     def __init__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.method: str = scope["method"]
@@ -58,7 +56,7 @@ class Exchange:
         self.first_token_s: float | None = None
         """Seconds from the request's head to the first event of a stream."""
         self.status = 0
-        """0 until the answer has begun."""
+        """The answer's status; 0 until it has begun."""
         self._stream: UnsizedBody | None = None
         self._is_complete = False
         self.body_bytes = 0
@@ -151,7 +149,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def release(self) -> None:
-        """Give the memory of a large body back to the system, which the allocator would keep."""
+        """Return the memory of a large body to the system; the allocator would keep it."""
         if self.body_bytes > _LARGE_BODY_BYTES:
             trim_heap()
 

@@ -1,7 +1,6 @@
-"""From a checked request to its answer: submit, render what comes, write it whole or as events.
+"""Runs a checked request: submits it, renders the tokens that come, and writes the answer whole or as events.
 
-Owns: the order of these steps. The generation is left in every case through its `with`, which cancels what
-still runs.
+The generation is left in every case through its `with`, which cancels the streams that still run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class GenerationJob(msgspec.Struct, frozen=True):
-    """One request, ready to run."""
+    """A checked request, ready to run."""
 
     prompts: Sequence[Int32s]
     spec: GenerationSpec
@@ -32,7 +31,7 @@ class GenerationJob(msgspec.Struct, frozen=True):
     is_streamed: bool
     includes_usage: bool
     echoes: Sequence[str] = ()
-    """Per prompt: the text to put before each of its choices; empty without echo."""
+    """The text of each prompt, which its choices begin with; empty without echo."""
 
     def echo(self, choice_index: int) -> str:
         return self.echoes[choice_index // self.spec.num_choices] if self.echoes else ""

@@ -13,9 +13,9 @@ class Phase(Enum):
     STARTING = "starting"
     SERVING = "serving"
     DRAINING = "draining"
-    """Not ready, but requests are still taken: endpoints need time to move."""
+    """Not ready, but requests are still accepted: a Service's endpoints take time to follow."""
     REFUSING = "refusing"
-    """Only what runs is finished."""
+    """Running requests are finished, new ones refused."""
     FAILING = "failing"
 
 

@@ -31,18 +31,18 @@ from toka_engine.slot_parameters import Sampling
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_PENALTY = 2.0
-"""Of presence and frequency, either sign."""
+"""The largest presence and frequency penalty, of either sign."""
 MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
-"""Over all choices of one request."""
+"""The most output tokens of one request, over all its choices."""
 MAX_REQUEST_LOGPROBS = 1024 * 1024
-"""Logprobs in one answer: each is about a hundred bytes of JSON."""
+"""The most logprobs in one answer: each is about a hundred bytes of JSON."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {"logit_bias": ({},)}
 """Fields that every generating endpoint knows and none supports, with the values (beside null) that ask for nothing."""
 
 _MAX_NEUTRAL_BYTES = 256
 _MAX_STOP_BYTES = 64 * 1024
-"""Of JSON; what is allowed fits even if every character is written as two escapes."""
+"""The most bytes of JSON; allowed stop strings fit even if every character is written as two escapes."""
 _decode_stop = msgspec.json.Decoder(str | list[str] | None).decode
 
 
@@ -58,7 +58,7 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     is_streamed: bool
     includes_usage: bool
     names_token_ids: bool
-    """Logprobs name tokens by their ids."""
+    """Whether logprobs name tokens by their ids."""
 
 
 class Limits:

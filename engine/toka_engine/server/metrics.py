@@ -19,20 +19,20 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 _GAUGES = {
-    "running": "Output sequences that run.",
-    "waiting": "Output sequences that wait for a slot.",
-    "kv_pages_total": "Pages of the KV cache.",
-    "kv_pages_used": "Pages that running sequences hold.",
-    "kv_pages_cached": "Pages that only the prefix tree holds: free when needed.",
+    "running": "Output sequences that have a slot: being prefilled or decoded.",
+    "waiting": "Output sequences in the queue.",
+    "kv_pages_total": "Pages of the KV cache, of `page_size` tokens each.",
+    "kv_pages_used": "KV pages held by running sequences.",
+    "kv_pages_cached": "KV pages held by the prefix cache alone; they are evicted when needed.",
 }
 _TOTALS = {
     "prompt_tokens_total": "Prompt tokens of admitted requests.",
-    "prefix_hit_tokens_total": "Prompt tokens found in the prefix tree.",
-    "output_tokens_total": "Tokens sampled.",
-    "preemptions_total": "Sequences put back to the queue for lack of pages.",
-    "steps_total": "Forward passes.",
-    "hydragen_rows_total": "Decode rows that attended to a shared prefix as a group.",
-    "manager_cpu_s_total": "CPU seconds of the manager.",
+    "prefix_hit_tokens_total": "Prompt tokens of admitted requests that were found in the prefix cache.",
+    "output_tokens_total": "Output tokens sampled.",
+    "preemptions_total": "Running sequences put back into the queue because KV pages ran out.",
+    "steps_total": "Forward passes (steps) of the model.",
+    "hydragen_rows_total": "Decode rows that attended to a shared prefix as a group (Hydragen), over all steps.",
+    "manager_cpu_s_total": "CPU seconds of the manager process.",
     "step_wall_s_total": "Wall seconds of forward passes, launch to tokens; of overlapping ones, all.",
     "step_busy_s_total": "Wall seconds in which at least one forward pass was under way.",
     "model_cpu_s_total": "CPU seconds of the model worker's thread to launch forward passes.",
@@ -50,24 +50,52 @@ class Metrics(Collector):
         self._num_requests = num_requests
         registry = CollectorRegistry(auto_describe=False)
         self._registry = registry
-        self.requests = Counter("toka_requests", "Answered requests.", ["endpoint", "status"], registry=registry)
-        self.cancelled = Counter("toka_requests_cancelled", "Requests whose client left early.", registry=registry)
+        self.requests = Counter(
+            "toka_requests",
+            "Requests under /v1 that were answered, by endpoint and HTTP status (499: the client left).",
+            ["endpoint", "status"],
+            registry=registry,
+        )
+        self.cancelled = Counter(
+            "toka_requests_cancelled",
+            "Requests whose client disconnected before the answer was complete.",
+            registry=registry,
+        )
         self.request_seconds = Histogram(
             "toka_request_seconds",
-            "From a request's head to its answer's end.",
+            "Seconds from the end of a request's headers to the end of its answer.",
             buckets=_SECONDS,
             registry=registry,
         )
         self.first_token_seconds = Histogram(
-            "toka_time_to_first_token_seconds", "Streamed requests.", buckets=_SECONDS, registry=registry
+            "toka_time_to_first_token_seconds",
+            "Seconds from the end of a streamed request's headers to its first event.",
+            buckets=_SECONDS,
+            registry=registry,
         )
-        self.request_prompt_tokens = Counter("toka_request_prompt_tokens", "As in usage.", registry=registry)
-        self.request_completion_tokens = Counter("toka_request_completion_tokens", "As in usage.", registry=registry)
+        self.request_prompt_tokens = Counter(
+            "toka_request_prompt_tokens",
+            "Prompt tokens of answered requests, as `usage` states them.",
+            registry=registry,
+        )
+        self.request_completion_tokens = Counter(
+            "toka_request_completion_tokens",
+            "Completion tokens of answered requests, as `usage` states them.",
+            registry=registry,
+        )
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("toka_ready", "1 while /readyz says so.", value=float(self._is_ready()))
-        yield GaugeMetricFamily("toka_requests_running", "Requests in this server.", value=self._num_requests())
+        yield GaugeMetricFamily(
+            "toka_ready",
+            "1 while new requests should come here (/readyz answers 200), else 0.",
+            value=float(self._is_ready()),
+        )
+        yield GaugeMetricFamily(
+            "toka_requests_running",
+            "Requests that are being generated: submitted and not yet answered.",
+            value=self._num_requests(),
+        )
         if self.info is not None:
             yield from _sizes(self.info)
         yield from _router_metrics(self._replicas)
@@ -79,9 +107,15 @@ class Metrics(Collector):
 
 
 def _sizes(info: EngineInfo) -> Iterable[Metric]:
-    yield GaugeMetricFamily("toka_max_streams", "Output sequences that can run at once.", value=info.max_streams)
-    yield GaugeMetricFamily("toka_kv_tokens", "Tokens that the KV cache holds.", value=info.num_kv_tokens)
-    yield GaugeMetricFamily("toka_max_request_tokens", "Longest request.", value=info.max_request_tokens)
+    yield GaugeMetricFamily(
+        "toka_max_streams", "Output sequences that can run at once (slots).", value=info.max_streams
+    )
+    yield GaugeMetricFamily("toka_kv_tokens", "Capacity of the KV cache in tokens.", value=info.num_kv_tokens)
+    yield GaugeMetricFamily(
+        "toka_max_request_tokens",
+        "Most tokens of one request, prompt and output together.",
+        value=info.max_request_tokens,
+    )
 
 
 def _router_metrics(replicas: Replicas) -> Iterable[Metric]:

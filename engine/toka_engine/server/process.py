@@ -1,4 +1,4 @@
-"""The server process: listens at once, serves when `EngineInfo` has come, drains, and fails with the others.
+"""The server process listens at once, serves when `EngineInfo` has come, drains, and fails with the others.
 
 Owns: the life of the process, from the listening socket to `Drained`. Runs in one event loop; the control
 thread only hands its messages over to it.
@@ -59,13 +59,13 @@ _KEEP_ALIVE_S = 65
 """Longer than usual clients keep idle connections, so that it is they who close them."""
 _HEARTBEAT_S = 0.25
 _ERROR_WRITE_S = 2.0
+"""The time for writing the errors of streams that the drain has cut."""
 _OTHER_FILES = 128
-"""File descriptors that are not connections."""
-"""After the drain's end: how long the errors of cut streams may take to be written."""
+"""The number of file descriptors that are not connections."""
 
 
 class Server:
-    """Everything of the process, put together."""
+    """The process: its parts, put together."""
 
     def __init__(self, child: Child, manager_fds: Sequence[int], listen_fd: int | None) -> None:
         """`manager_fds`: the links to the managers, by replica."""
@@ -157,7 +157,7 @@ class Server:
             if error.errno != errno.EADDRINUSE:
                 raise
             raise PortInUseError(f"port {config.port} is in use") from error
-        logger.info("listening host=%s port=%d", config.host, config.port)
+        logger.info("event=listening host=%s port=%d", config.host, config.port)
         return listener
 
     async def _start(self) -> None:
@@ -178,7 +178,7 @@ class Server:
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)
         self._child.ready()
-        logger.info("serving model=%s max_request_tokens=%d", self._names[0], limits.max_request_tokens)
+        logger.info("event=serving model=%s max_request_tokens=%d", self._names[0], limits.max_request_tokens)
 
     def _load(self) -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...], SamplingDefaults]:
         start = self._child.start
@@ -213,7 +213,7 @@ class Server:
         self._fail("the manager process is gone")
 
     def _end(self, reason: str) -> None:
-        """The supervisor is ending the engine: answer everybody, then say that it is done."""
+        """Answer every request with `reason`, then report that the engine may end."""
         self._fail(reason)
         self._ending = self._loop.create_task(self._finish_answers())
 
@@ -222,7 +222,7 @@ class Server:
         self._child.send(Drained())
 
     def _fail(self, reason: str) -> None:
-        logger.error("failing reason=%r", reason)
+        logger.error("event=failing reason=%r", reason)
         self._health.move(Phase.FAILING, reason)
         self._streams.fail_all(unavailable(f"The engine has failed: {reason}."))
 
@@ -236,9 +236,9 @@ class Server:
     # ------------------------------------------------------------ the end
 
     async def _drain(self, listener: asyncio.Server) -> None:
-        """Wait for the order, then: not ready, still serving; refusing; nothing left; `Drained`."""
+        """Wait for the supervisor's order, then stop being ready, refuse requests, close, and report `Drained`."""
         await self._drain_asked.wait()
-        logger.info("draining requests=%d", self._streams.num_generations)
+        logger.info("event=draining requests=%d", self._streams.num_generations)
         self._connections.default_headers.append((b"connection", b"close"))
         if self._health.phase is Phase.SERVING:
             self._health.move(Phase.DRAINING)
@@ -247,15 +247,15 @@ class Server:
         try:
             await asyncio.wait_for(self._front.wait_idle(), self._config.drain_timeout_s)
         except TimeoutError:
-            logger.warning("drain timed out requests=%d", self._streams.num_generations)
+            logger.warning("event=drain_timed_out requests=%d", self._streams.num_generations)
             self._streams.fail_all(unavailable("The engine is shutting down."))
         listener.close()
         try:
             await asyncio.wait_for(self._connections.close_all(), _ERROR_WRITE_S)
         except TimeoutError:
-            logger.warning("connections left unread count=%d", len(self._connections.connections))
+            logger.warning("event=connections_left_unread count=%d", len(self._connections.connections))
         self._child.send(Drained())
-        logger.info("drained")
+        logger.info("event=drained")
 
 
 def model_names(config: EngineConfig) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""A request's `prompt`, from its raw JSON to texts or token ids, in slices between which others are served.
+"""Decodes a request's `prompt` from raw JSON to texts or token ids, in slices between which other requests run.
 
-Owns: the forms that a prompt may have. The body's decoder skips the prompt, which may have megabytes. What
-its bytes show to be hopeless is refused undecoded: too many ids, too many prompts. The others are decoded one
-prompt at a time, on the event loop, which gets its turn after each slice. Not in a thread: the JSON decoder
-keeps the interpreter lock, so a thread would hold up the loop for as long as the loop itself.
+Owns: the forms that a prompt may have. The body's decoder skips the prompt, which may have megabytes. Too many ids or
+prompts are counted in the raw bytes and refused undecoded. Other prompts are decoded one at a time, on the event loop,
+which gets its turn after each slice. Not in a thread: the JSON decoder holds the interpreter lock, so that a thread
+would block the loop for as long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toka_engine.server.errors import ClientGoneError, invalid
 from toka_engine.server.limits import Limits
 
 _SLICE_BYTES = 64 * 1024
-"""About a millisecond of decoding and checking."""
+"""The size of a slice: about a millisecond of decoding and checking."""
 _LIST_START = re.compile(rb"\[\s*(.)", re.DOTALL)
 _decode_text = msgspec.json.Decoder(str).decode
 _decode_ids = msgspec.json.Decoder(list[int]).decode

@@ -1,8 +1,8 @@
-"""Token ids to text, as they come: UTF-8 never split, stop strings held back and cut, logprobs kept in step.
+"""Detokenizes a choice incrementally: UTF-8 is never split, stop strings are held back and cut.
 
-Owns: what of a choice may be shown so far. A token's logprobs are released with the text that it completes.
-At a stop string the text ends before the match; the tokens shown are those with text before the match; the
-tokens counted are those made up to the one that completed the match, and none that the manager ran ahead.
+Owns: how much of a choice may be shown. A token's logprobs are released with the text that it completes. At a stop
+string the text ends before the match; the tokens shown are those with text before the match; usage counts the tokens up
+to the one that completed the match, and none that were generated beyond it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ShownToken(NamedTuple):
 
 
 class Renderer:
-    """The text of one choice without stop strings and logprobs: a character is shown when it is complete."""
+    """Renders one choice without stop strings and logprobs: a character is shown when it is complete."""
 
     __slots__ = ("_bytes_of", "_decode", "finish_reason", "num_tokens")
 
@@ -40,9 +40,9 @@ class Renderer:
         self._bytes_of = bytes_of
         self._decode = _new_decoder("replace").decode
         self.finish_reason: str | None = None
-        """As in the API; None while the choice goes on."""
+        """The finish reason as the API writes it; None while the choice runs."""
         self.num_tokens = 0
-        """For usage; valid at the end."""
+        """The completion tokens that usage counts; valid at the end."""
 
     def advance(self, choice: Choice) -> str:
         """Take what has come for `choice`; return the text to show now."""
@@ -62,12 +62,12 @@ class Renderer:
         return text
 
     def take_shown(self) -> list[ShownToken]:
-        """The tokens released by the last `advance`; empty without logprobs."""
+        """Return the tokens released by the last `advance`; empty without logprobs."""
         return []
 
 
 class TrackingRenderer(Renderer):
-    """The text of one choice with stop strings, logprobs or both."""
+    """Renders one choice with stop strings, logprobs or both."""
 
     __slots__ = ("_held", "_keeps_tokens", "_num_decoded", "_num_shown", "_released", "_scanner", "_waiting")
 
@@ -146,5 +146,5 @@ class TrackingRenderer(Renderer):
 
 
 def finish_reason_name(reason: int | None) -> str:
-    """FINISH_* as the API writes it."""
+    """Return FINISH_* as the API writes it."""
     return "stop" if reason == FINISH_STOP else "length"

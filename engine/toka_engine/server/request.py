@@ -26,7 +26,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What both endpoints share."""
+    """The fields that both generating endpoints share."""
 
     model: str
     stream: bool | None = None

@@ -1,4 +1,4 @@
-"""Finding stop strings in text that arrives in pieces.
+"""Finds stop strings in text that arrives in pieces.
 
 Owns: one automaton per stop string (Knuth, Morris and Pratt, 1977: the longest prefix of the pattern that
 ends here), so a character costs constant time however the text is cut. The stop string that completes first
@@ -15,7 +15,7 @@ class StopStrings:
     __slots__ = ("_failures", "patterns")
 
     def __init__(self, patterns: tuple[str, ...]) -> None:
-        """`patterns`: not empty, none of them empty."""
+        """Prepare `patterns`, which must not be empty, nor any of them."""
         self.patterns = tuple(sorted(set(patterns), key=len, reverse=True))
         self._failures = tuple(_failure_table(pattern) for pattern in self.patterns)
 
@@ -24,7 +24,7 @@ class StopStrings:
 
 
 class StopScanner:
-    """The state of one text."""
+    """Scans one text, piece by piece."""
 
     __slots__ = ("_failures", "_num_seen", "_patterns", "_states")
 
@@ -36,7 +36,7 @@ class StopScanner:
 
     @property
     def num_held(self) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
+        """Return how many of the last characters may begin a stop string."""
         return max(self._states)
 
     def feed(self, piece: str) -> int | None:
@@ -67,7 +67,7 @@ class StopScanner:
 
 
 def _failure_table(pattern: str) -> list[int]:
-    """table[i]: length of the longest proper prefix of pattern[:i + 1] that is also its suffix."""
+    """Return, for each i, the length of the longest proper prefix of pattern[: i + 1] that is also its suffix."""
     table = [0] * len(pattern)
     length = 0
     for index in range(1, len(pattern)):

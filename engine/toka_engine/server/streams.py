@@ -26,14 +26,14 @@ _INLINE_TOKENS = 8192
 """Fewer take less time to hash than a thread takes to answer."""
 
 TopTokens: TypeAlias = list[tuple[int, float]]
-"""The most likely tokens at one place, with their logprobs."""
+"""The most likely tokens at one position, with their logprobs."""
 
 
 class GenerationSpec(msgspec.Struct, frozen=True):
-    """What is asked of the manager, the same for every prompt of a request."""
+    """The parameters of a generation, the same for every prompt of a request."""
 
     num_choices: int
-    """Per prompt."""
+    """The number of output sequences per prompt."""
     max_tokens: int
     sampling: Sampling
     stop_ids: tuple[int, ...]
@@ -41,7 +41,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
 
 
 class Choice:
-    """What has arrived for one output sequence and was not yet taken by its renderer."""
+    """One output sequence: the tokens that have arrived and its renderer has not taken yet."""
 
     __slots__ = (
         "finish_reason",
@@ -66,7 +66,7 @@ class Choice:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.tops: dict[int, TopTokens] = {}
-        """By index into `tokens`."""
+        """The top tokens, by index into `tokens`."""
         self.num_taken = 0
         """Tokens that the renderer has taken out of `tokens`."""
         self.whole_tokens: Int32s | None = None
@@ -132,7 +132,7 @@ class Generation:
             self.wake()
 
     def abandon(self) -> None:
-        """The client is gone."""
+        """End the generation, because its client is gone."""
         self.fail(ClientGoneError("the client closed the connection"))
 
     def wake(self) -> None:
@@ -332,7 +332,7 @@ def _hash_all(hasher: PrefixHasher, prompts: Sequence[Int32s]) -> list[list[byte
 
 
 def _mark_dirty(choice: Choice, touched: list[Generation]) -> None:
-    """Called where `choice` has nothing pending: so it stands in `dirty` once."""
+    """Note that `choice`, which had nothing pending, has new tokens; so it stands in `dirty` once."""
     generation = choice.generation
     if not generation.dirty:
         touched.append(generation)
@@ -340,7 +340,7 @@ def _mark_dirty(choice: Choice, touched: list[Generation]) -> None:
 
 
 def _top_tokens(deltas: Deltas) -> dict[int, TopTokens]:
-    """By row; -1 marks where fewer were asked for."""
+    """Return the top tokens by row; -1 marks where fewer were asked for."""
     width = deltas.top_width
     tokens = deltas.top_tokens.reshape(-1, width).tolist() if width else []
     logprobs = deltas.top_logprobs.reshape(-1, width).tolist() if width else []

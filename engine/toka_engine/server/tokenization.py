@@ -1,8 +1,8 @@
-"""Text to token ids and ids to bytes, from a model folder's tokenizer.json. Never torch or transformers.
+"""Encodes text to token ids and decodes ids to bytes, by a model folder's tokenizer.json. Never loads torch or
+transformers.
 
-Owns: the tokenizer, its thread pool, the table of each token's bytes, and the ids that end a text. Texts are
-encoded with the interpreter lock released (encode_batch_fast), long ones in the pool, so that other requests
-go on.
+Owns: the tokenizer, its thread pool, and the table of each token's bytes. Texts are encoded with the interpreter lock
+released (encode_batch_fast), long ones in the pool, so that other requests go on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INLINE_CHARACTERS = 1024
 """Shorter texts take less time to encode than a thread takes to answer."""
 _POOL_THREADS = 2
 _SPACE = "\u2581"
-"""What SentencePiece vocabularies write for a space."""
+"""The character that SentencePiece vocabularies write for a space."""
 
 
 class _AddedToken(msgspec.Struct):
@@ -45,7 +45,7 @@ class Tokenizer:
     """The tokenizer of one model folder. Encoding is thread-safe."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelInvalidError where tokenizer.json is missing or cannot be used."""
+        """Load the tokenizer. Raises ModelInvalidError where tokenizer.json is missing or cannot be used."""
         path = folder / "tokenizer.json"
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is ours
         try:
@@ -73,11 +73,11 @@ class Tokenizer:
         return found
 
     def label_of(self, token: int) -> bytes:
-        """What logprobs call `token`: its bytes, and for a special token its name."""
+        """Return the bytes by which logprobs name `token`; for a special token its name."""
         return self.bytes_of[token] or self._specials.get(token, b"")
 
     def max_text_bytes(self, num_tokens: int) -> int:
-        """No text of more bytes fits in `num_tokens`, so that it need not be encoded to be refused."""
+        """Return the bytes beyond which no text fits in `num_tokens`, so that it need not be encoded to be refused."""
         return num_tokens * self._longest_token_bytes
 
     def encode(
@@ -99,19 +99,19 @@ class Tokenizer:
     async def encode_aside(
         self, texts: list[str], *, add_special_tokens: bool, check: Callable[[Int32s], None]
     ) -> list[Int32s]:
-        """`encode`, in the pool where it would hold up others; `check` is called there then."""
+        """Encode as `encode` does, long texts in the thread pool, where `check` is called then."""
         work = partial(self.encode, texts, add_special_tokens=add_special_tokens, check=check)
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def text_of(self, ids: Int32s) -> str:
-        """The text of a whole output; special tokens have none, broken UTF-8 becomes U+FFFD."""
+        """Return the text of a whole output; special tokens have none, broken UTF-8 becomes U+FFFD."""
         return b"".join(map(self.bytes_of.__getitem__, ids.tolist())).decode("utf-8", "replace")
 
 
 def _byte_table(tokenizer: tokenizers.Tokenizer, layout: _TokenizerFile, path: Path) -> list[bytes]:
-    """table[id]: the bytes that this token adds to the text; b"" for special tokens and unused ids."""
+    """Return, by id, the bytes that each token adds to the text; b"" for special tokens and unused ids."""
     to_bytes = _token_to_bytes(layout.decoder, path)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values()) + 1)
@@ -146,7 +146,7 @@ def _sentencepiece(token: str) -> bytes:
 
 
 def _byte_of_character() -> dict[int, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and up in order."""
+    """Return GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and up in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: byte for byte in printable} | {0x100 + index: byte for index, byte in enumerate(others)}

@@ -111,7 +111,7 @@ class CompletionFormat(AnswerFormat):
         )
 
     def _tops(self, shown: ShownToken) -> dict[str, float]:
-        """The likeliest tokens, and the sampled one behind them if it is not among them, as in OpenAI's API."""
+        """Return the likeliest tokens, then the sampled one if it is not among them, as OpenAI's API does."""
         found: dict[str, float] = {}
         for token, logprob in shown.top:
             found.setdefault(self._name(token), plain_logprob(logprob))
