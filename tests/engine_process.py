@@ -110,7 +110,7 @@ class EngineProcess:
 
     def wait_ready(self) -> None:
         # Other processes log a readiness of their own.
-        self.wait_for_log("logger=toka_engine.supervisor event=ready")
+        self.wait_for_log("logger=toka.supervisor event=ready")
 
     def signal(self, signum: signal.Signals, process: str | None = None) -> None:
         """Send `signum` to the supervisor or to the child `process`."""

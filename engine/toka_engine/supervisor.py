@@ -58,7 +58,7 @@ from toka_engine.processes import (
 )
 from toka_engine.topology import RESOLVER, SERVER, Process, Role, choose_topology
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("toka.supervisor")
 
 MODULES: Mapping[str, str] = {
     Role.RESOLVE: "toka_engine.resolve",
@@ -122,7 +122,7 @@ class Supervisor:
         with SignalFd(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD) as signals:
             try:
                 # A run whose seed was drawn can be had again with this one.
-                log.info("event=seed value=%d given=%s", self._config.seed, "T" if self._is_seed_given else "F")
+                logger.info("event=seed value=%d given=%s", self._config.seed, "T" if self._is_seed_given else "F")
                 self._resolve()
                 next_beat = time.monotonic() + PING_INTERVAL_S
                 while self._outcome is None:
@@ -159,19 +159,19 @@ class Supervisor:
         name = signal.Signals(signum).name
         match self._phase:
             case Phase.STARTING:
-                log.info("event=stop signal=%s while=starting", name)
+                logger.info("event=stop signal=%s while=starting", name)
                 self._outcome = Outcome(ExitCode.OK)
             case Phase.READY:
-                log.info("event=drain signal=%s", name)
+                logger.info("event=drain signal=%s", name)
                 self._phase = Phase.DRAINING
                 limit_s = self._config.drain_endpoint_delay_s + self._config.drain_timeout_s + _DRAIN_MARGIN_S
                 self._deadline = time.monotonic() + limit_s
                 self._children[SERVER.name].send(Drain())
             case Phase.DRAINING:
-                log.warning("event=stop signal=%s while=draining", name)
+                logger.warning("event=stop signal=%s while=draining", name)
                 self._outcome = Outcome(ExitCode.OK)
             case Phase.FAILING:
-                log.info("event=ignored signal=%s while=failing", name)
+                logger.info("event=ignored signal=%s while=failing", name)
 
     def _receive(self) -> None:
         for child in list(self._children.values()):
@@ -181,7 +181,7 @@ class Supervisor:
     def _handle(self, child: ChildProcess, message: FromChild) -> None:
         match message:
             case Progress(phase, detail):
-                log.info("event=progress process=%s phase=%s detail=%r", child.name, phase, detail)
+                logger.info("event=progress process=%s phase=%s detail=%r", child.name, phase, detail)
                 self._tell_server(Progress(phase, detail, child.name))
             case Resolved(model_dir, tokenizer_dir):
                 self._start_engine(Start(self._config, model_dir, tokenizer_dir))
@@ -190,7 +190,7 @@ class Supervisor:
                 if self._phase is Phase.STARTING and all(one.is_ready for one in self._children.values()):
                     self._phase = Phase.READY
                     seconds = time.monotonic() - self._started_at
-                    log.info("event=ready seconds=%.1f port=%d", seconds, self._config.port)
+                    logger.info("event=ready seconds=%.1f port=%d", seconds, self._config.port)
                     self._on_ready()
             case Drained():
                 if self._phase is Phase.DRAINING:
@@ -235,7 +235,7 @@ class Supervisor:
                 silent = child.name
         if silent != self._silent_process:
             self._silent_process = silent
-            log.warning("event=%s process=%s", "silent" if silent else "answering", silent or "all")
+            logger.warning("event=%s process=%s", "silent" if silent else "answering", silent or "all")
             self._tell_server(Silent(silent))
         return None
 
@@ -245,7 +245,7 @@ class Supervisor:
         if self._phase is Phase.FAILING:
             self._outcome = self._first_cause()
         else:
-            log.warning("event=drain_timeout")
+            logger.warning("event=drain_timeout")
             self._outcome = Outcome(ExitCode.OK)
 
     # ------------------------------------------------------------ actions
@@ -253,7 +253,7 @@ class Supervisor:
     def _spawn(self, process: Process, start: Start, link_fds: Sequence[int] = ()) -> None:
         child = ChildProcess(process, self._modules[process.role], start, link_fds)
         self._children[process.name] = child
-        log.info("event=started process=%s pid=%d", process.name, child.pid)
+        logger.info("event=started process=%s pid=%d", process.name, child.pid)
 
     def _resolve(self) -> None:
         """Find the model's files: here where they are local folders, else in a process that may take its time."""
@@ -296,7 +296,7 @@ class Supervisor:
         self._failures.append((is_consequence, outcome))
         if self._phase is Phase.FAILING:
             return
-        log.error("event=failing process=%s reason=%s message=%r", child.name, REASONS[outcome.code], outcome.words)
+        logger.error("event=failing process=%s reason=%s message=%r", child.name, REASONS[outcome.code], outcome.words)
         was_serving = self._phase in (Phase.READY, Phase.DRAINING)
         self._phase = Phase.FAILING
         server = self._children.get(SERVER.name)

@@ -26,7 +26,7 @@ STATS_INTERVAL_S = 0.25
 GC_THRESHOLDS = (20_000, 20, 50)
 """Objects here are many and seldom in cycles: rare collections keep steps even."""
 
-logger = logging.getLogger("manager")
+logger = logging.getLogger("toka.manager")
 
 
 def make_collections_rare() -> None:

@@ -34,7 +34,7 @@ from toka_engine.model.sharding import Sharding
 from toka_engine.model.sizing import Sizes, choose_dtype, read_available_bytes
 from toka_engine.slot_parameters import SlotBatch
 
-_log = logging.getLogger("toka.model")
+logger = logging.getLogger("toka.model")
 
 Report: TypeAlias = Callable[[str, str], None]
 """(phase, detail) of the start."""
@@ -121,7 +121,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report, ranks: Ra
         with torch.inference_mode(), Weights(model_dir, device, dtype, available) as weights:
             model = build_model(model_config, weights, backend.ops, ranks)
             for name in weights.list_untaken() if ranks.rank == 0 else ():
-                _log.warning("event=unused_tensor name=%s", name)
+                logger.warning("event=unused_tensor name=%s", name)
         gc.collect()
         sizes = backend.choose_sizes(config, model_config, shape)
         if config.torch_compile:
@@ -187,7 +187,7 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     gc.freeze()
     link.send(worker.ready)
     child.ready()
-    _log.info(
+    logger.info(
         "event=ready seconds=%.2f device=%s dtype=%s pages=%d page_size=%d threads=%d",
         time.monotonic() - began_s,
         worker.ready.device,

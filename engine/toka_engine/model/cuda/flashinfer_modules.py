@@ -31,7 +31,7 @@ BUILT_HEAD_DIMS = (64, 128)
 """Those that an image holds."""
 BUILT_ARCHITECTURES = ("9.0a",)
 
-_log = logging.getLogger("toka.model")
+logger = logging.getLogger("toka.model")
 
 
 class Kind(StrEnum):
@@ -86,7 +86,7 @@ def described(kind: Kind, head_dim: int) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{what}: {error}") from error
     except RuntimeError as error:
-        _log.error("event=kernel_failed\n%s", error)
+        logger.error("event=kernel_failed\n%s", error)
         raise DeviceUnavailableError(f"{what}: {toolchain.summarise(str(error))}") from error
 
 
@@ -139,9 +139,9 @@ def _compile(kind: Kind, head_dim: int, name: str) -> Any:
         return _get(kind, head_dim)
     toolchain.prepare_build(env.FLASHINFER_WORKSPACE_DIR / "links")
     began_s = time.monotonic()
-    _log.warning("event=compile_kernel library=%s", library)
+    logger.warning("event=compile_kernel library=%s", library)
     module = _get(kind, head_dim)
-    _log.warning("event=compiled_kernel name=%s seconds=%.0f", name, time.monotonic() - began_s)
+    logger.warning("event=compiled_kernel name=%s seconds=%.0f", name, time.monotonic() - began_s)
     return module
 
 

@@ -25,7 +25,7 @@ from toka_engine.slot_parameters import SlotBatch
 if TYPE_CHECKING:
     from toka_engine.model.cuda.attention import CudaAttention
 
-_log = logging.getLogger("toka.model")
+logger = logging.getLogger("toka.model")
 
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.01
@@ -113,7 +113,7 @@ def fit_cache(
     available = free - step_bytes - graph_bytes - margin
     bytes_per_page = (attention.shape.kv_bytes_per_token + TOKEN_ID_BYTES) * ready.page_size
     num_pages = available // bytes_per_page - 1  # one is the backend's own
-    _log.info(
+    logger.info(
         "event=memory free_gb=%.2f largest_step_gb=%.2f graphs_gb=%.2f margin_gb=%.2f pages=%d",
         *(value / 1e9 for value in (free, step_bytes, graph_bytes, margin)),
         num_pages,

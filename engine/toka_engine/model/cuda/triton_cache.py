@@ -29,7 +29,7 @@ from toka_engine.errors import DeviceUnavailableError, StorageError
 from toka_engine.model import kernels
 from toka_engine.model.cuda.flashinfer_modules import KERNELS_VARIABLE
 
-_log = logging.getLogger("toka.model")
+logger = logging.getLogger("toka.model")
 
 _KERNEL_SUFFIX = ".cubin"
 _MODULE_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
@@ -156,11 +156,11 @@ def use_built(capability: int) -> KernelCache:
     shipped = os.environ.get(KERNELS_VARIABLE)
     folder = folder_of(Path(shipped), capability) if shipped else None
     if folder is None:
-        _log.info("event=triton_kernels folder=none cache=%s", knobs.cache.dir)
+        logger.info("event=triton_kernels folder=none cache=%s", knobs.cache.dir)
     elif folder.is_dir():
-        _log.info("event=triton_kernels folder=%s", folder)
+        logger.info("event=triton_kernels folder=%s", folder)
     else:
-        _log.warning("event=no_triton_kernels folder=%s: compiling them now, into cache=%s", folder, knobs.cache.dir)
+        logger.warning("event=no_triton_kernels folder=%s: compiling them now, into cache=%s", folder, knobs.cache.dir)
         folder = None
     _used = KernelCache(folder)
     knobs.cache.manager_class = _used.open
@@ -170,7 +170,7 @@ def use_built(capability: int) -> KernelCache:
 def log_compiled() -> None:
     """At the end of a start: how much of it was compiling."""
     if _used is not None:
-        _log.info(
+        logger.info(
             "event=triton_kernels_ready built=%d compiled=%d modules_compiled=%d%s",
             _used.num_built,
             len(_used.compiled),

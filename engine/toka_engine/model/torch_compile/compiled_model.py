@@ -27,7 +27,7 @@ from toka_engine.model.torch_compile.regions import RegionCompiler, attend, prod
 
 _FIRST_ROWS = {"cpu": 2, "cuda": 1024}
 """Rows of the first run: on a GPU, those at which Triton's kernels choose how they are launched."""
-_log = logging.getLogger("toka.model")
+logger = logging.getLogger("toka.model")
 
 
 class CompiledModel:
@@ -73,10 +73,10 @@ class CompiledModel:
                     _mark_rows(ids, max_rows)
                     self.forward(ids, blank)
         except TorchDynamoException as error:
-            _log.error("event=compile_failed\n%s", error)
+            logger.error("event=compile_failed\n%s", error)
             raise ConfigError(f"torch_compile=T: {_summarise(error)}") from error
         seconds = time.monotonic() - began_s
-        _log.info("event=compiled regions=%d mode=%s seconds=%.1f", self.regions.num_regions, mode, seconds)
+        logger.info("event=compiled regions=%d mode=%s seconds=%.1f", self.regions.num_regions, mode, seconds)
 
 
 class Outside:
