@@ -106,6 +106,8 @@ def _correct(
     """Adds to `patch` what makes `found` satisfy `expected`. `own`: paths that are the operator's alone; `is_own`: this
     is within one."""
     is_own = is_own or path in own
+    if is_own and expected == found:
+        return  # the API server types these parts, so that True is never 1
     if not (isinstance(expected, dict) and isinstance(found, dict)):
         if not _is_same(key, expected, found, is_own):
             patch[key] = expected if is_own else _fill_in(expected, found)
@@ -148,6 +150,8 @@ def _fill_in(expected: Any, found: Any) -> Any:
 
 
 def _is_same(key: str, expected: Any, found: Any, is_own: bool) -> bool:
+    if is_own and expected == found:
+        return True
     if found is None:
         if isinstance(expected, dict):
             return all(_is_same(name, value, None, is_own) for name, value in expected.items())
