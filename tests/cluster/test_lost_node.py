@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,11 +10,15 @@ import pytest
 from kubernetes import config
 
 from tests.cluster.harness.api_only import ApiServer, free_ports
-from tests.cluster.operating import Operator, install
+from tests.cluster.operating import Json, Operator, install
 
 FULL_AGAIN_S = 90.0
 LOST_AFTER_S = 20
 """As `Cluster` has it; Kubernetes' default is 50 s."""
+
+
+DOOMED = "simulated-1"
+NAMES = ("one", "two", "four")
 
 
 @pytest.fixture
@@ -27,7 +30,8 @@ def lonely_operator() -> Iterator[Operator]:
         (port,) = free_ports(1)
         soon = [f"--node-monitor-grace-period={LOST_AFTER_S}s", "--node-monitor-period=2s"]
         server.spawn_control("impatient-controller-manager", [*server.control.controller_manager(port), *soon])
-        server.simulate_nodes(2)
+        server.simulate_nodes(1)
+        server.simulate_nodes(1, simulator="doomed")
         kubeconfig = install(server)
         namespace = server.create_namespace("models")
         client = config.new_client_from_config(str(server.kubeconfig))
@@ -39,26 +43,32 @@ def lonely_operator() -> Iterator[Operator]:
         server.stop()
 
 
+def on_the_doomed_node() -> Json:
+    """There rather than elsewhere, as long as it is there."""
+    term = {"key": "kubernetes.io/hostname", "operator": "In", "values": [DOOMED]}
+    rather = {"weight": 100, "preference": {"matchExpressions": [term]}}
+    return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [rather]}}}
+
+
+def on_doomed(operator: Operator) -> set[str]:
+    """uids of the pods on the node that dies."""
+    pods = [pod for name in NAMES for pod in operator.pods(name)]
+    return {pod["metadata"]["uid"] for pod in pods if pod["spec"].get("nodeName") == DOOMED}
+
+
 def test_replicas_of_a_node_that_dies_for_good_are_full_again_within_90_s(lonely_operator: Operator) -> None:
     operator = lonely_operator
     spread = {"topologySpread": [{"topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}]}
-    for name, replicas in (("one", 1), ("two", 2), ("four", 4)):
-        operator.apply(name, replicas=replicas, scheduling=spread)
+    for name, replicas in zip(NAMES, (1, 2, 4), strict=True):
+        operator.apply(name, replicas=replicas, scheduling=on_the_doomed_node() if replicas == 1 else spread)
         operator.wait_until_ready(name)
-    (of_one,) = operator.pods("one")
-    node = of_one["spec"]["nodeName"]
-    lost = {pod["metadata"]["uid"] for name in ("one", "two", "four") for pod in operator.pods(name)}
-    lost -= {p["metadata"]["uid"] for n in ("two", "four") for p in operator.pods(n) if p["spec"]["nodeName"] != node}
+    lost = on_doomed(operator)
     assert len(lost) == 4
     died = time.monotonic()
-    no_kubelet = json.dumps({"metadata": {"annotations": {"kwok.x-k8s.io/node": None}}})
-    operator.server.kubectl("patch", "node", node, "--type=merge", "-p", no_kubelet)
-    operator.server.wait_for(
-        lambda: not lost & {p["metadata"]["uid"] for n in ("one", "two", "four") for p in operator.pods(n)},
-        "the dead pods to be gone",
-        FULL_AGAIN_S,
-    )
-    for name in ("one", "two", "four"):
+    operator.server.kill_control("kwok-doomed")
+    operator.server.wait_for(lambda: not lost & on_doomed(operator), "the dead pods to be gone", FULL_AGAIN_S)
+    for name in NAMES:
         operator.wait_until_ready(name)
-        assert {pod["spec"]["nodeName"] for pod in operator.pods(name)} == {"simulated-0", "simulated-1"} - {node}
+    assert on_doomed(operator) == set()
+    print(f"full again after {time.monotonic() - died:.0f} s")
     assert time.monotonic() - died < FULL_AGAIN_S

@@ -60,20 +60,25 @@ class ApiServer(KubernetesHandle):
             raise
         return server
 
-    def simulate_nodes(self, count: int = 1, gpus_each: int = 0, pods_each: int = 1000) -> None:
+    def simulate_nodes(
+        self, count: int = 1, gpus_each: int = 0, pods_each: int = 1000, simulator: str = "fake"
+    ) -> None:
         """Add nodes without a machine, whose pods become Ready at once, and the scheduler for them.
 
-        May be called again to add more; nodes are named `simulated-0` and so on.
+        May be called again to add more; nodes are named `simulated-0` and so on. The nodes of one `simulator` die
+        together: `kill_control(f"kwok-{simulator}")`.
         """
-        if "kwok" not in self.run.processes:
+        if "kube-scheduler" not in self.run.processes:
             require_tools("addons")
-            scheduler_port, kwok_port = free_ports(2)
-            self.spawn_control("kube-scheduler", self.control.scheduler(scheduler_port))
+            (port,) = free_ports(1)
+            self.spawn_control("kube-scheduler", self.control.scheduler(port))
+        if f"kwok-{simulator}" not in self.run.processes:
+            (port,) = free_ports(1)
             configuration = write_kwok_configuration(self.run.path)
-            self.spawn_control("kwok", self._kwok(configuration, kwok_port))
+            self.spawn_control(f"kwok-{simulator}", self._kwok(configuration, port, simulator))
         existing = len(self.list_objects("nodes", selector="type=simulated"))
         names = [f"simulated-{existing + i}" for i in range(count)]
-        self.apply(*(_node(name, gpus_each, pods_each) for name in names))
+        self.apply(*(_node(name, gpus_each, pods_each, simulator) for name in names))
         self.wait_for(lambda: all(self._is_node_ready(name) for name in names), "simulated nodes to be ready")
 
     def _is_node_ready(self, name: str) -> bool:
@@ -81,13 +86,13 @@ class ApiServer(KubernetesHandle):
         conditions = node.get("status", {}).get("conditions", [])
         return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
-    def _kwok(self, configuration: Path, port: int) -> list[str]:
+    def _kwok(self, configuration: Path, port: int, simulator: str) -> list[str]:
         return [
             tool("kwok"),
             f"--kubeconfig={self.kubeconfig}",
             f"--config={configuration}",
             "--manage-all-nodes=false",
-            "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+            f"--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node={simulator}",
             f"--server-address=127.0.0.1:{port}",
             "--node-lease-duration-seconds=40",
             "--cidr=10.200.0.1/16",
@@ -95,7 +100,7 @@ class ApiServer(KubernetesHandle):
         ]
 
 
-def _node(name: str, gpus: int, pods: int) -> dict[str, object]:
+def _node(name: str, gpus: int, pods: int, simulator: str) -> dict[str, object]:
     capacity = {"cpu": "1000", "memory": "4Ti", "ephemeral-storage": "4Ti", "pods": str(pods)}
     if gpus:
         capacity["nvidia.com/gpu"] = str(gpus)
@@ -104,7 +109,7 @@ def _node(name: str, gpus: int, pods: int) -> dict[str, object]:
         "kind": "Node",
         "metadata": {
             "name": name,
-            "annotations": {"kwok.x-k8s.io/node": "fake", "node.alpha.kubernetes.io/ttl": "0"},
+            "annotations": {"kwok.x-k8s.io/node": simulator, "node.alpha.kubernetes.io/ttl": "0"},
             "labels": {"type": "simulated", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux"},
         },
         "status": {"capacity": capacity, "allocatable": capacity},
