@@ -247,13 +247,15 @@ def _pod_security() -> Json:
 
 
 def _restrict_sidecar(container: Json) -> Json:
-    """A sidecar passes Pod Security `restricted` too, unless its own securityContext says otherwise. One of another
-    shape than Kubernetes' is handed on: the API server names what is wrong with it."""
+    """A sidecar passes Pod Security `restricted` too, unless its own securityContext says otherwise, and its last lines
+    of log are its last words. One of another shape than Kubernetes' is handed on: the API server names what is wrong
+    with it."""
     own: Any = container.get("securityContext") or {}
     if not isinstance(own, dict):
         return container
     defaults = {k: v for k, v in RESTRICTED.items() if k != "readOnlyRootFilesystem"}
-    return {**container, "securityContext": {**defaults, **own}}
+    last_words = {"terminationMessagePolicy": "FallbackToLogsOnError"}
+    return {**last_words, **container, "securityContext": {**defaults, **own}}
 
 
 def _without_empty(fields: Json) -> Json:

@@ -23,6 +23,8 @@ from tests.cluster.operating import SYSTEM, USER, Operator, install, start_opera
 from tests.cluster.scale import AS_INSTALLED
 
 NUM_OBJECTS = 5
+WATCHES_LEASE_S = 5.0
+"""How long a new operator runs before the leader goes: by then it has seen the Lease renewed."""
 
 
 def lease_holder(server: ApiServer) -> str:
@@ -54,7 +56,10 @@ class Pair:
             name = f"leader-{self._num_started}"
             self._num_started += 1
             server, kubeconfig = self._operator.server, self._operator.kubeconfig
-            self.running[name] = start_operator(server, kubeconfig, name, **AS_INSTALLED)
+            process = start_operator(server, kubeconfig, name, **AS_INSTALLED)
+            server.wait_for(lambda process=process: "event=started" in process.log(), f"{name} to start")
+            self.running[name] = process
+            time.sleep(WATCHES_LEASE_S)
 
     def wait_for_leader(self, other_than: str = "") -> str:
         server = self._operator.server
@@ -89,8 +94,8 @@ def _take_turns(operator: Operator, num_turns: int) -> dict[str, Any]:
         began = time.monotonic()
         is_frozen = turn % 2 == 1
         pair.running[leader].send_signal(signal.SIGSTOP if is_frozen else signal.SIGKILL)
-        for number in range(NUM_OBJECTS):
-            operator.kubectl("scale", f"td/chat-{number}", f"--replicas={replicas}")
+        names = [f"td/chat-{number}" for number in range(NUM_OBJECTS)]
+        operator.kubectl("scale", *names, f"--replicas={replicas}")
         pair.wait_for_leader(other_than=leader)
         takeovers.append(time.monotonic() - began)
         operator.wait_for(lambda replicas=replicas: is_done(operator, replicas), "the changes to be made")
@@ -102,7 +107,6 @@ def _take_turns(operator: Operator, num_turns: int) -> dict[str, Any]:
             pair.running[leader].kill()
         del pair.running[leader]
         pair.fill()
-        time.sleep(1.0)
     late = [e for e in operator.server.audit_events(USER) if e["responseStatus"]["code"] == 409]
     refused = [e for e in late if e["objectRef"]["resource"] not in ("leases", "tokadeployments")]
     return {

@@ -47,7 +47,7 @@ def roles(api_server: ApiServer, installation: Path) -> Iterator[tuple[list[Oper
     """Two namespaces with a Role of the chart's each, what a test asks of them, and the operator's settings."""
     system = api_server.create_namespace("toka-roles", pod_security="restricted")
     names = [api_server.create_namespace(f"watched-{letter}") for letter in "ab"]
-    values = f"replicas=0,crds.install=false,watchNamespaces={{{','.join(names)}}}"
+    values = f"replicas=0,crds.install=false,rbac.allowOverlap=true,watchNamespaces={{{','.join(names)}}}"
     api_server.helm("install", "roles", str(CHART), "--namespace", system, "--set", values)
     kubeconfig = api_server.service_account_kubeconfig(system, "roles-operator")
     client = config.new_client_from_config(str(api_server.kubeconfig))
@@ -55,7 +55,12 @@ def roles(api_server: ApiServer, installation: Path) -> Iterator[tuple[list[Oper
     (port,) = free_ports(1)
     yield (
         operators,
-        {"TOKA_WATCH_NAMESPACES": ",".join(names), "TOKA_NAMESPACE": system, "TOKA_HEALTH_PORT": str(port)},
+        {
+            "TOKA_WATCH_NAMESPACES": ",".join(names),
+            "TOKA_NAMESPACE": system,
+            "TOKA_LEASE_NAME": "roles-operator",
+            "TOKA_HEALTH_PORT": str(port),
+        },
     )
     api_server.kubectl("delete", "namespace", system, *names, "--wait=false", "--ignore-not-found")
 

@@ -195,3 +195,10 @@ def test_a_pod_leaves_a_lost_node_after_half_a_minute_unless_the_user_says_other
     assert waits == {LOST[0]: 30, LOST[1]: 600}
     everything = {"operator": "Exists"}
     assert pod_of(scheduling={"tolerations": [everything]})["tolerations"] == [everything]
+
+
+def test_the_last_words_of_a_sidecar_are_kept_unless_it_says_where_they_are() -> None:
+    policy = "terminationMessagePolicy"
+    sidecars = [{"name": "a", "image": "x"}, {"name": "b", "image": "x", policy: "File"}]
+    _, plain, own = pod_of(podTemplate={"sidecars": sidecars})["containers"]
+    assert (plain[policy], own[policy]) == ("FallbackToLogsOnError", "File")
