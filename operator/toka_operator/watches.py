@@ -70,8 +70,8 @@ def make_stores() -> dict[str, Store]:
 class Watch(threading.Thread):
     """Keeps one scope of one Store true, until it is stopped.
 
-    `on_change` gets each changed key and whether the object was new (listed or added). `on_synced` is called after
-    each complete list.
+    `on_change` gets each changed key and whether the object was new (listed or added). `on_synced` is called after the
+    first complete list.
     """
 
     def __init__(
@@ -159,10 +159,11 @@ class Watch(threading.Thread):
             item.setdefault("kind", self._kind)
         changed = self._store.replace_all(page.items, int(page.resource_version), self._namespace)
         self._note_recovery()
-        self.is_synced.set()
         for key in changed:
             self._on_change(key, True)
-        self._on_synced()
+        if not self.is_synced.is_set():
+            self.is_synced.set()
+            self._on_synced()
         return page.resource_version
 
     def _follow(self) -> None:
