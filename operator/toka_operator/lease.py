@@ -120,6 +120,7 @@ class Election(threading.Thread):
             lease = self._cluster.read("Lease", self._settings.namespace, self._settings.lease_name)
         except NotFoundError:
             return None
+        lease.setdefault("spec", {})
         is_same = self._known is not None and self._known["spec"] == lease["spec"]
         if not is_same:
             self._seen_at = time.monotonic()
