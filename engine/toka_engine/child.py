@@ -25,14 +25,14 @@ from toka_engine.errors import ExitCode, PeerClosedError, TokaError
 from toka_engine.messages import (
     ChildReady,
     Drain,
+    Failed,
     Failing,
-    Fatal,
     Ping,
     Pong,
     Progress,
-    Silent,
     Start,
     ToChild,
+    Unresponsive,
 )
 from toka_engine.output import outlive_reader
 from toka_engine.portable import end_with_parent
@@ -49,7 +49,7 @@ class Child:
         """Called in the control thread when the supervisor asks to drain."""
         self.on_failing: Callable[[Failing], None] | None = None
         """Called in the control thread when another process is dead or stuck."""
-        self.on_silent: Callable[[str], None] | None = None
+        self.on_unresponsive: Callable[[str], None] | None = None
         """Called in the control thread with the name of a process that does not answer, and "" when all do."""
         self.on_progress: Callable[[Progress], None] | None = None
         """Called in the control thread with what another process does while it starts."""
@@ -105,9 +105,9 @@ class Child:
             case Failing():
                 if self.on_failing:
                     self.on_failing(message)
-            case Silent(process):
-                if self.on_silent:
-                    self.on_silent(process)
+            case Unresponsive(process):
+                if self.on_unresponsive:
+                    self.on_unresponsive(process)
             case Progress():
                 if self.on_progress:
                     self.on_progress(message)
@@ -148,6 +148,6 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
         code, words = ExitCode.PROCESS_DIED, f"{name}: {type(error).__name__}: {error}"
     if code is not ExitCode.OK:
         with contextlib.suppress(PeerClosedError):
-            child.send(Fatal(int(code), words, is_consequence))
+            child.send(Failed(int(code), words, is_consequence))
     sys.stderr.flush()
     os._exit(code)  # threads of libraries must not hold up the end

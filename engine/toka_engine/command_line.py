@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from toka_engine.config import UNBUILT, EngineConfig, Unbuilt
+from toka_engine.config import UNSUPPORTED_KEYS, EngineConfig, UnsupportedKey
 from toka_engine.errors import ConfigError
 
 _BOOLEANS = {"T": True, "True": True, "true": True, "F": False, "False": False, "false": False}
@@ -40,7 +40,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 def parse_config(arguments: Iterable[str]) -> EngineConfig:
     """Return the settings of `key=value` arguments. Raises ConfigError that names the first bad key."""
-    config = parse_struct(EngineConfig, arguments, "toka", UNBUILT)
+    config = parse_struct(EngineConfig, arguments, "toka", UNSUPPORTED_KEYS)
     if config.torch_compile_config != "default" and not config.torch_compile:
         raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
     if config.torch_compile and config.tp_size > 1:
@@ -49,7 +49,7 @@ def parse_config(arguments: Iterable[str]) -> EngineConfig:
 
 
 def parse_struct(
-    kind: type[S], arguments: Iterable[str], program: str, unbuilt: Mapping[str, Unbuilt] | None = None
+    kind: type[S], arguments: Iterable[str], program: str, unbuilt: Mapping[str, UnsupportedKey] | None = None
 ) -> S:
     """Return a `kind` from `key=value` arguments: every field is a key. Raises ConfigError that names the key."""
     fields = {field.name: field for field in _struct(kind).fields}
@@ -144,7 +144,7 @@ def _compute(node: ast.expr) -> int | float:
     return result
 
 
-def _check_unbuilt(key: str, text: str, unbuilt: Unbuilt) -> None:
+def _check_unbuilt(key: str, text: str, unbuilt: UnsupportedKey) -> None:
     """Let pass the one value that describes what is done anyway; refuse every other."""
     accepted, sentence = unbuilt
     spellings = {True: ("T", "True", "true"), False: ("F", "False", "false")}

@@ -2,8 +2,8 @@
 
 `command_line` reads this table: a field's annotation states its type and bounds (checked again on every process
 boundary by the codec), and its `doc` is the line that `toka --help` prints. A key stands here only if it has an
-effect; keys of Tokasaurus without one stand in `UNBUILT`. `None` means "decided by the process that knows": the model
-worker sizes what depends on the device and reports it in `WorkerReady`. May not import anything of ours.
+effect; keys of Tokasaurus without one stand in `UNSUPPORTED_KEYS`. `None` means "decided by the process that knows":
+the model worker sizes what depends on the device and reports it in `WorkerReady`. May not import anything of ours.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"
     stats_report_seconds: Annotated[PositiveSeconds, doc("seconds between two lines of statistics")] = 10.0
     termination_log: Annotated[
-        Name | None, doc("file for the last words; default: /dev/termination-log where it can be written")
+        Name | None, doc("file for the exit message; default: /dev/termination-log where it can be written")
     ] = None
 
     seed: Annotated[
@@ -138,41 +138,43 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
 
 
-class Unbuilt(NamedTuple):
-    """A key of Tokasaurus without effect here. `accepted` is the one value that says what is done anyway."""
+class UnsupportedKey(NamedTuple):
+    """A Tokasaurus key that we do not implement. Only `accepted`, which describes what we already do, may be passed."""
 
     accepted: Any
     sentence: str
 
 
-UNBUILT: dict[str, Unbuilt] = {
-    "trust_remote_code": Unbuilt(False, "code from a model folder is never run; architectures are built in"),
-    "rope_scaling": Unbuilt(None, "RoPE scaling is read from the model's own config.json"),
-    "enable_chosen_logprobs": Unbuilt(True, "each request asks for logprobs itself"),
-    "log_procs": Unbuilt(None, "every process logs under its own component name; filter the log by it"),
-    "local_proc_name": Unbuilt("server", "the processes always run beside each other"),
-    "statsd_addr": Unbuilt(None, "statistics are read from /metrics"),
-    "statsd_server_url": Unbuilt(None, "statistics are read from /metrics"),
-    "async_tp_threshold": Unbuilt(None, "tensor parallelism on GPUs is not built yet"),
-    "dp_size": Unbuilt(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
-    "pp_size": Unbuilt(1, "pipeline parallelism is not built yet"),
-    "pp_num_buffer_stages": Unbuilt(1, "pipeline parallelism is not built yet"),
-    "prefill_round_up_multiple": Unbuilt(None, "prefill chunks are cut by max_tokens_per_forward alone"),
-    "stop_string_num_token_lookback": Unbuilt(None, "stop strings are found in the whole text"),
-    "early_stopping_buffer_size": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "early_stopping_num_prediction_buckets": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "early_stopping_initial_wait": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "early_stopping_init_mean": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "early_stopping_init_std": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "enable_precise_onboard": Unbuilt(True, "admission always simulates the future use of the KV cache"),
-    "precise_onboard_batch_size": Unbuilt(None, "the simulation takes all sequences at once"),
-    "greedy_prefill": Unbuilt(True, "prefill fills what decode leaves of each step"),
-    "use_spec_allocation": Unbuilt(True, "set track_early_stopping=F to admit by the limits alone"),
-    "spec_allocation_std_buffer_scale": Unbuilt(None, "the prediction of output lengths is not tunable yet"),
-    "spec_allocation_target_kv_cache_utilization": Unbuilt(1.0, "set kv_cache_num_tokens instead"),
-    "cudagraph_step": Unbuilt(None, "the sizes of captured batches are not tunable yet"),
-    "cudagraph_max_kv_indices_per_seq": Unbuilt(None, "captured batches take sequences of any length"),
-    "allocator_sanity_checks": Unbuilt(False, "the tests check the allocator against a model"),
-    "bump_city_population_me": Unbuilt(False, "it has no meaning here"),
-    "cartridge_dir": Unbuilt(None, "cartridges are not built yet"),
+UNSUPPORTED_KEYS: dict[str, UnsupportedKey] = {
+    "trust_remote_code": UnsupportedKey(False, "code from a model folder is never run; architectures are built in"),
+    "rope_scaling": UnsupportedKey(None, "RoPE scaling is read from the model's own config.json"),
+    "enable_chosen_logprobs": UnsupportedKey(True, "each request asks for logprobs itself"),
+    "log_procs": UnsupportedKey(None, "every process logs under its own component name; filter the log by it"),
+    "local_proc_name": UnsupportedKey("server", "the processes always run beside each other"),
+    "statsd_addr": UnsupportedKey(None, "statistics are read from /metrics"),
+    "statsd_server_url": UnsupportedKey(None, "statistics are read from /metrics"),
+    "async_tp_threshold": UnsupportedKey(None, "tensor parallelism on GPUs is not built yet"),
+    "dp_size": UnsupportedKey(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
+    "pp_size": UnsupportedKey(1, "pipeline parallelism is not built yet"),
+    "pp_num_buffer_stages": UnsupportedKey(1, "pipeline parallelism is not built yet"),
+    "prefill_round_up_multiple": UnsupportedKey(None, "prefill chunks are cut by max_tokens_per_forward alone"),
+    "stop_string_num_token_lookback": UnsupportedKey(None, "stop strings are found in the whole text"),
+    "early_stopping_buffer_size": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_num_prediction_buckets": UnsupportedKey(
+        None, "the prediction of output lengths is not tunable yet"
+    ),
+    "early_stopping_initial_wait": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_init_mean": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),
+    "early_stopping_init_std": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),
+    "enable_precise_onboard": UnsupportedKey(True, "admission always simulates the future use of the KV cache"),
+    "precise_onboard_batch_size": UnsupportedKey(None, "the simulation takes all sequences at once"),
+    "greedy_prefill": UnsupportedKey(True, "prefill fills what decode leaves of each step"),
+    "use_spec_allocation": UnsupportedKey(True, "set track_early_stopping=F to admit by the limits alone"),
+    "spec_allocation_std_buffer_scale": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),
+    "spec_allocation_target_kv_cache_utilization": UnsupportedKey(1.0, "set kv_cache_num_tokens instead"),
+    "cudagraph_step": UnsupportedKey(None, "the sizes of captured batches are not tunable yet"),
+    "cudagraph_max_kv_indices_per_seq": UnsupportedKey(None, "captured batches take sequences of any length"),
+    "allocator_sanity_checks": UnsupportedKey(False, "the tests check the allocator against a model"),
+    "bump_city_population_me": UnsupportedKey(False, "it has no meaning here"),
+    "cartridge_dir": UnsupportedKey(None, "cartridges are not built yet"),
 }

@@ -23,7 +23,7 @@ from toka_engine.supervisor import MODULES, Outcome, Supervisor
 from toka_engine.version import __version__
 
 _TERMINATION_LOG = "/dev/termination-log"
-_MAX_LAST_WORDS_BYTES = 4096
+_MAX_EXIT_MESSAGE_BYTES = 4096
 """What Kubernetes takes of a termination message."""
 _BACKLOG = 2048
 
@@ -66,7 +66,7 @@ def run(
         traceback.print_exc()
         outcome = Outcome(ExitCode.PROCESS_DIED, f"supervisor: {type(error).__name__}: {error}")
     if outcome.code is not ExitCode.OK:
-        leave_last_words(outcome, termination_log)
+        write_exit_message(outcome, termination_log)
     return outcome.code
 
 
@@ -89,14 +89,14 @@ def listen(config: EngineConfig) -> socket.socket:
     return listener
 
 
-def leave_last_words(outcome: Outcome, termination_log: str) -> None:
+def write_exit_message(outcome: Outcome, termination_log: str) -> None:
     """Write why the engine ends to stderr and to the termination log, where there is one."""
     words = f"{REASONS[outcome.code]}: {outcome.words}"
     print(f"toka: {words}", file=sys.stderr, flush=True)
     path = Path(termination_log)
     if termination_log != _TERMINATION_LOG or path.exists():
         with contextlib.suppress(OSError):
-            cut = words.encode("utf-8", "replace")[:_MAX_LAST_WORDS_BYTES]
+            cut = words.encode("utf-8", "replace")[:_MAX_EXIT_MESSAGE_BYTES]
             path.write_text(cut.decode("utf-8", "ignore"), encoding="utf-8")
 
 

@@ -118,13 +118,13 @@ class Failing(Message, frozen=True):
     reason: str
 
 
-class Silent(Message, frozen=True):
+class Unresponsive(Message, frozen=True):
     """To the server: another process has not answered for a moment. Readiness off until `process` is "" again."""
 
     process: str
 
 
-class Fatal(Message, frozen=True):
+class Failed(Message, frozen=True):
     """From a child: its last words. `exit_code` is of errors.ExitCode."""
 
     exit_code: int
@@ -133,8 +133,8 @@ class Fatal(Message, frozen=True):
     """It ends because another process went away, which is the one to blame."""
 
 
-ToChild: TypeAlias = Start | Ping | Progress | Drain | Silent | Failing
-FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Fatal
+ToChild: TypeAlias = Start | Ping | Progress | Drain | Unresponsive | Failing
+FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Failed
 
 
 # ---------------------------------------------------------------- server -> manager

@@ -19,7 +19,7 @@ import msgspec
 
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.errors import PeerClosedError
-from toka_engine.messages import Fatal, FromChild, Ping, Pong, Start, ToChild
+from toka_engine.messages import Failed, FromChild, Ping, Pong, Start, ToChild
 from toka_engine.topology import Process, Role
 
 PING_INTERVAL_S = 0.25
@@ -50,7 +50,7 @@ class ChildProcess:
         """The control link is open."""
         self.status: int | None = None
         """As waitpid gives it, once reaped."""
-        self.last_words: Fatal | None = None
+        self.exit_message: Failed | None = None
         self.busy_s = 0.0
         self.busy_pongs = 0
         """Answers in a row that told of a turn longer than MAX_BUSY_S."""
@@ -86,8 +86,8 @@ class ChildProcess:
                 self.busy_pongs = self.busy_pongs + 1 if is_long else 0
                 self.silent_pings = 0
                 self._is_ping_out = False
-            elif isinstance(message, Fatal):
-                self.last_words = message
+            elif isinstance(message, Failed):
+                self.exit_message = message
         return messages
 
     def beat(self) -> None:
@@ -111,8 +111,8 @@ class ChildProcess:
 
     def describe_end(self) -> str:
         """How it ended, in words."""
-        if self.last_words:
-            return self.last_words.message
+        if self.exit_message:
+            return self.exit_message.message
         if self.status is None:
             return f"{self.name} closed its control link"
         code = os.waitstatus_to_exitcode(self.status)
@@ -122,7 +122,7 @@ class ChildProcess:
 
     @property
     def is_end_a_consequence(self) -> bool:
-        return self.last_words is not None and self.last_words.is_consequence
+        return self.exit_message is not None and self.exit_message.is_consequence
 
     @property
     def was_killed(self) -> bool:

@@ -36,14 +36,14 @@ from toka_engine.messages import (
     ChildReady,
     Drain,
     Drained,
+    Failed,
     Failing,
-    Fatal,
     FromChild,
     Pong,
     Progress,
     Resolved,
-    Silent,
     Start,
+    Unresponsive,
 )
 from toka_engine.noise import for_replica, settle_seed
 from toka_engine.portable import open_pipe
@@ -197,7 +197,7 @@ class Supervisor:
                     self._outcome = Outcome(ExitCode.OK)
                 elif self._phase is Phase.FAILING:
                     self._deadline = min(self._deadline or math.inf, time.monotonic() + _BLAME_GRACE_S)
-            case Fatal(exit_code, words, is_consequence):
+            case Failed(exit_code, words, is_consequence):
                 self._fail(child, Outcome(ExitCode(exit_code), words), is_consequence)
             case Pong():
                 pass  # taken in by ChildProcess
@@ -236,7 +236,7 @@ class Supervisor:
         if silent != self._silent_process:
             self._silent_process = silent
             logger.warning("event=%s process=%s", "silent" if silent else "answering", silent or "all")
-            self._tell_server(Silent(silent))
+            self._tell_server(Unresponsive(silent))
         return None
 
     def _check_deadline(self) -> None:
@@ -304,14 +304,14 @@ class Supervisor:
         self._deadline = time.monotonic() + (_FAILING_GRACE_S if is_answering else _BLAME_GRACE_S)
         self._tell_server(Failing(child.name, outcome.words))
 
-    def _tell_server(self, message: Progress | Silent | Failing) -> None:
+    def _tell_server(self, message: Progress | Unresponsive | Failing) -> None:
         server = self._children.get(SERVER.name)
         if server is not None:
             server.send(message)
 
     def _outcome_of_death(self, child: ChildProcess) -> Outcome:
-        if child.last_words:
-            return Outcome(ExitCode(child.last_words.exit_code), child.last_words.message)
+        if child.exit_message:
+            return Outcome(ExitCode(child.exit_message.exit_code), child.exit_message.message)
         if child.was_killed and count_oom_kills() > self._num_oom_kills:
             return Outcome(ExitCode.OUT_OF_MEMORY, f"{child.name} was killed for memory by the kernel")
         return Outcome(ExitCode.PROCESS_DIED, child.describe_end())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from toka_engine.errors import ExitCode
-from toka_engine.messages import Fatal, WorkerReady
+from toka_engine.messages import Failed, WorkerReady
 
 from tests.model.test_worker import TIMEOUT_S, Process, receive_one, start_process
 
@@ -38,7 +38,7 @@ def started(folder: Path, cache: Path, **env: str) -> Iterator[Process]:
 
 
 def check_refusal(process: Process, folder: Path, code: ExitCode, *words: str) -> None:
-    fatal = receive_one(process.control, Fatal)
+    fatal = receive_one(process.control, Failed)
     assert all(word in fatal.message for word in words), fatal.message
     assert "\n" not in fatal.message
     assert fatal.exit_code == process.popen.wait(TIMEOUT_S) == code

@@ -19,7 +19,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import ExitCode
 from toka_engine.messages import (
     ChildReady,
-    Fatal,
+    Failed,
     FromChild,
     Ping,
     Pong,
@@ -117,7 +117,7 @@ def test_a_worker_says_what_is_wrong_with_its_model_and_ends_with_its_code(
     _, folder = make_tiny()
     (folder / "model.safetensors").unlink()
     process = start(folder)
-    fatal = receive_one(process.control, Fatal)
+    fatal = receive_one(process.control, Failed)
     assert fatal.exit_code == ExitCode.MODEL_INVALID
     assert "model.safetensors" in fatal.message
     assert process.popen.wait(TIMEOUT_S) == ExitCode.MODEL_INVALID

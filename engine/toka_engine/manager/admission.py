@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.manager.arrays import distinct
+from toka_engine.manager.requests import Waiting
 from toka_engine.manager.sharing import recount_shared_columns
 from toka_engine.manager.simulation import Arrival, Forecast, Load
 from toka_engine.manager.slots import State
 from toka_engine.manager.starting import start_entry
 from toka_engine.manager.state import ManagerState, StepBuilder
-from toka_engine.manager.streams import Waiting
 from toka_engine.messages import Int32s
 
 MAX_SKIPS = 64
@@ -69,7 +69,7 @@ class Running:
 def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are
     left."""
-    budget -= sum(job.tokens.size - job.position for job in state.jobs)
+    budget -= sum(prefill.tokens.size - prefill.position for prefill in state.prefills)
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
     if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
         return
@@ -99,10 +99,10 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
     for entry in entries:
         if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
             break
-        if entry.job is not None:
+        if entry.prefill is not None:
             continue
         pages, missing = state.tree.match(entry.tokens)
-        if missing in state.coming or missing in claimed:  # another prefills the very page that this one lacks
+        if missing in state.pending_pages or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
         if pages.size:

@@ -9,10 +9,10 @@ import numpy as np
 from toka_engine.config import EngineConfig
 from toka_engine.manager.lifecycle import cancel
 from toka_engine.manager.receiving import receive_tokens
+from toka_engine.manager.requests import Request, Waiting
 from toka_engine.manager.scheduler import plan_step
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.state import ManagerState
-from toka_engine.manager.streams import Request, Waiting
 from toka_engine.messages import Cancel, Deltas, Refused, ServerToManager, Started, Stats, Step, Submit, Tokens
 
 

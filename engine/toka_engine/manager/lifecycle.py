@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from toka_engine.manager.requests import Kept, Prefill, Stream, Waiting
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import ManagerState
-from toka_engine.manager.streams import Job, Kept, Stream, Waiting
 from toka_engine.manager.top_logprobs import Tops
 from toka_engine.messages import Floats, Int32s
 
@@ -27,7 +27,7 @@ def cancel(state: ManagerState, stream: int) -> None:
         return
     slots = state.slots
     if slots.states[place] in (State.PREFILL, State.RESERVED):
-        _leave_job(state, place)
+        _leave_prefill(state, place)
     else:
         state.predictor.finished(slots.num_received[place : place + 1], slots.limits[place : place + 1])
         end_slot(state, place)
@@ -68,7 +68,7 @@ def release_completed(state: ManagerState) -> None:
 
 
 def preempt_newest(state: ManagerState) -> int | None:
-    """Preempt the stream (or the prefill job) that arrived last, unless it is the only one.
+    """Preempt the stream (or the prefill) that arrived last, unless it is the only one.
 
     Returns how many pages come back when its last step is back, beyond those that are back already; None:
     there is none to preempt.
@@ -84,13 +84,13 @@ def preempt_newest(state: ManagerState) -> int | None:
     state.predictor.preempted()
     stream = slots.streams[slot]
     assert stream is not None
-    if stream.job is not None:
-        job = stream.job
-        members = ([slot] if job.is_leader_wanted else []) + job.siblings
-        close_job(state, job)
-        if not job.is_leader_wanted:
+    if stream.prefill is not None:
+        prefill = stream.prefill
+        members = ([slot] if prefill.is_leader_wanted else []) + prefill.siblings
+        close_prefill(state, prefill)
+        if not prefill.is_leader_wanted:
             end_slot(state, slot)
-        requeue(state, job, members, stream.kept)
+        requeue(state, prefill, members, stream.kept)
     else:
         tokens, kept = known_tokens(state, slot), keep_output(state, slot, stream)
         end_slot(state, slot)
@@ -148,34 +148,34 @@ def known_tops(state: ManagerState, slot: int, stream: Stream) -> Tops:
     return tops if before is None else np.concatenate((before, tops))
 
 
-def _leave_job(state: ManagerState, slot: int) -> None:
+def _leave_prefill(state: ManagerState, slot: int) -> None:
     stream = state.slots.streams[slot]
     assert stream is not None
-    assert stream.job is not None
-    job = stream.job
-    if slot == job.slot:
-        job.is_leader_wanted = False
+    assert stream.prefill is not None
+    prefill = stream.prefill
+    if slot == prefill.slot:
+        prefill.is_leader_wanted = False
     else:
-        job.siblings.remove(slot)
+        prefill.siblings.remove(slot)
         end_slot(state, slot)
-    if not job.is_leader_wanted and not job.siblings:
-        close_job(state, job)
-        end_slot(state, job.slot)
+    if not prefill.is_leader_wanted and not prefill.siblings:
+        close_prefill(state, prefill)
+        end_slot(state, prefill.slot)
 
 
-def close_job(state: ManagerState, job: Job) -> None:
-    """The job is over: what waited for its prompt may be admitted."""
-    state.jobs.remove(job)
-    if job.coming is not None:
-        state.coming.pop(job.coming, None)
-        job.coming = None
-    if job.rest is not None:
-        job.rest.job = None
+def close_prefill(state: ManagerState, prefill: Prefill) -> None:
+    """The prefill is over: what waited for its prompt may be admitted."""
+    state.prefills.remove(prefill)
+    if prefill.pending_key is not None:
+        state.pending_pages.pop(prefill.pending_key, None)
+        prefill.pending_key = None
+    if prefill.rest is not None:
+        prefill.rest.prefill = None
         state.has_admission_news = True
 
 
-def requeue(state: ManagerState, job: Job, members: list[int], kept: Kept | None = None) -> None:
-    """Streams of `job` that were not sampled yet start later by themselves, together with those still
+def requeue(state: ManagerState, prefill: Prefill, members: list[int], kept: Kept | None = None) -> None:
+    """Streams of `prefill` that were not sampled yet start later by themselves, together with those still
     waiting."""
     choices: dict[int, None] = {}
     for slot in members:
@@ -183,11 +183,11 @@ def requeue(state: ManagerState, job: Job, members: list[int], kept: Kept | None
         assert stream is not None
         choices[stream.choice] = None
         end_slot(state, slot)
-    if job.rest is not None and id(job.rest) in state.waiting:
-        choices.update(job.rest.choices)
-        state.num_waiting -= len(job.rest.choices)
-        del state.waiting[id(job.rest)]
-    state.enqueue(Waiting(job.request, choices, job.tokens, kept), at_front=True)
+    if prefill.rest is not None and id(prefill.rest) in state.waiting:
+        choices.update(prefill.rest.choices)
+        state.num_waiting -= len(prefill.rest.choices)
+        del state.waiting[id(prefill.rest)]
+    state.enqueue(Waiting(prefill.request, choices, prefill.tokens, kept), at_front=True)
 
 
 def _release_slots(state: ManagerState, released: Int32s) -> None:

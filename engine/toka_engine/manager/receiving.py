@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.manager.lifecycle import end_slots, keeps_tops, release_completed
+from toka_engine.manager.requests import Kept
 from toka_engine.manager.state import EMPTYF, ManagerState
-from toka_engine.manager.streams import Kept
 from toka_engine.manager.top_logprobs import NO_TOP, Indices, pack, unpack
 from toka_engine.messages import (
     FINISH_ERROR,

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.manager.admission import admit
-from toka_engine.manager.hydragen import NO_GROUPS, Groups
-from toka_engine.manager.lifecycle import close_job, end_slot, preempt_newest, requeue
+from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
+from toka_engine.manager.requests import PendingCopy, Prefill
+from toka_engine.manager.row_groups import NO_GROUPS, Groups
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import EMPTY32, InFlight, ManagerState, StepBuilder
-from toka_engine.manager.streams import Job, PendingCopy
 from toka_engine.messages import Int32s, Step
 from toka_engine.slot_parameters import SlotBatch
 
@@ -137,83 +137,83 @@ def _emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCop
 def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
     slots = state.slots
     begun: list[Int32s] = []
-    for job in list(state.jobs):
+    for prefill in list(state.prefills):
         if budget <= 0:
             break
-        start = job.position
-        length = min(budget, job.tokens.size - start)
+        start = prefill.position
+        length = min(budget, prefill.tokens.size - start)
         budget -= length
-        job.position = start + length
-        step.chunk_slots.append(job.slot)
+        prefill.position = start + length
+        step.chunk_slots.append(prefill.slot)
         step.chunk_starts.append(start)
-        step.chunk_tokens.append(job.tokens[start : job.position])
-        slots.lengths[job.slot] = job.position
-        slots.last_steps[job.slot] = step.number
-        _enter_tree(state, job)
-        if job.position == job.tokens.size:
-            begun.append(_fan_out(state, step, job))
+        step.chunk_tokens.append(prefill.tokens[start : prefill.position])
+        slots.lengths[prefill.slot] = prefill.position
+        slots.last_steps[prefill.slot] = step.number
+        _enter_tree(state, prefill)
+        if prefill.position == prefill.tokens.size:
+            begun.append(_fan_out(state, step, prefill))
     if begun:
         _begin_decode(state, np.concatenate(begun), step.number)
 
 
-def _enter_tree(state: ManagerState, job: Job) -> None:
-    """The job's full pages may be matched by every step planned later: the worker runs steps in order."""
+def _enter_tree(state: ManagerState, prefill: Prefill) -> None:
+    """The prefill's full pages may be matched by every step planned later: the worker runs steps in order."""
     slots, tree, page_size = state.slots, state.tree, state.sizes.page_size
-    num_full = job.position // page_size
-    pages = slots.table[job.slot]
-    num_known = tree.insert_path(pages[:num_full], int(slots.num_in_tree[job.slot]), state.next_step)
-    slots.num_in_tree[job.slot] = num_known
-    if job.coming is not None:
-        state.coming.pop(job.coming, None)
-        job.coming = None
-    if tree.is_enabled and num_known == num_full and job.tokens.size >= (num_full + 1) * page_size:
-        job.coming = tree.key(int(pages[num_full - 1]) if num_full else -1, int(pages[num_full]))
-        state.coming[job.coming] = job
+    num_full = prefill.position // page_size
+    pages = slots.table[prefill.slot]
+    num_known = tree.insert_path(pages[:num_full], int(slots.num_in_tree[prefill.slot]), state.next_step)
+    slots.num_in_tree[prefill.slot] = num_known
+    if prefill.pending_key is not None:
+        state.pending_pages.pop(prefill.pending_key, None)
+        prefill.pending_key = None
+    if tree.is_enabled and num_known == num_full and prefill.tokens.size >= (num_full + 1) * page_size:
+        prefill.pending_key = tree.key(int(pages[num_full - 1]) if num_full else -1, int(pages[num_full]))
+        state.pending_pages[prefill.pending_key] = prefill
 
 
-def _fan_out(state: ManagerState, step: StepBuilder, job: Job) -> Int32s:
+def _fan_out(state: ManagerState, step: StepBuilder, prefill: Prefill) -> Int32s:
     """The prompt is complete: sample for the leader and for the siblings that get a page of their own; return
     them."""
     slots, page_size = state.slots, state.sizes.page_size
-    length = int(job.tokens.size)
+    length = int(prefill.tokens.size)
     num_full, tail = divmod(length, page_size)
-    must_copy = tail > 0 and job.request.max_tokens > 1
-    close_job(state, job)
-    if must_copy and len(job.siblings) > state.allocator.num_available:
-        late = job.siblings[state.allocator.num_available :]
-        job.siblings = job.siblings[: state.allocator.num_available]
-        requeue(state, job, late)
-    siblings = np.asarray(job.siblings, np.int32)
+    must_copy = tail > 0 and prefill.request.max_tokens > 1
+    close_prefill(state, prefill)
+    if must_copy and len(prefill.siblings) > state.allocator.num_available:
+        late = prefill.siblings[state.allocator.num_available :]
+        prefill.siblings = prefill.siblings[: state.allocator.num_available]
+        requeue(state, prefill, late)
+    siblings = np.asarray(prefill.siblings, np.int32)
     if siblings.size:
-        shared = slots.table[job.slot, :num_full].copy()
+        shared = slots.table[prefill.slot, :num_full].copy()
         if num_full:
             state.allocator.retain(shared, siblings.size)
             slots.table[siblings, :num_full] = shared
             columns = np.tile(np.arange(num_full, dtype=np.int32), siblings.size)
             step.appends.append((np.repeat(siblings, num_full), columns, np.tile(shared, siblings.size)))
         slots.num_pages[siblings] = num_full
-        slots.num_in_tree[siblings] = slots.num_in_tree[job.slot]
+        slots.num_in_tree[siblings] = slots.num_in_tree[prefill.slot]
         if must_copy:
-            _schedule_copies(state, step, job, siblings, num_full)
-        step.new_slots.extend(job.siblings)
-        step.new_lengths.extend([0] * len(job.siblings))
-    members = np.asarray([job.slot, *job.siblings] if job.is_leader_wanted else job.siblings, np.int32)
+            _schedule_copies(state, step, prefill, siblings, num_full)
+        step.new_slots.extend(prefill.siblings)
+        step.new_lengths.extend([0] * len(prefill.siblings))
+    members = np.asarray([prefill.slot, *prefill.siblings] if prefill.is_leader_wanted else prefill.siblings, np.int32)
     step.fanout_slots.append(members)
     step.fanout_chunks.append(np.full(members.size, len(step.chunk_slots) - 1, np.int32))
     slots.lengths[members] = length
     for slot in members.tolist():
         stream = slots.streams[slot]
         assert stream is not None
-        stream.job = None
-    if not job.is_leader_wanted:
-        end_slot(state, job.slot)
+        stream.prefill = None
+    if not prefill.is_leader_wanted:
+        end_slot(state, prefill.slot)
     return members
 
 
-def _schedule_copies(state: ManagerState, step: StepBuilder, job: Job, siblings: Int32s, column: int) -> None:
+def _schedule_copies(state: ManagerState, step: StepBuilder, prefill: Prefill, siblings: Int32s, column: int) -> None:
     """Give each sibling a page of its own for the prompt's tail, to be filled by a copy in the next step."""
     slots = state.slots
-    source = int(slots.table[job.slot, column])
+    source = int(slots.table[prefill.slot, column])
     state.allocator.retain(np.asarray([source], np.int32))
     pages = state.take_pages(siblings.size)
     slots.table[siblings, column] = pages

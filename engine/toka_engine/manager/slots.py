@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from toka_engine.manager.arrays import resident_zeros
-from toka_engine.manager.streams import Stream
+from toka_engine.manager.requests import Stream
 from toka_engine.messages import Int32s
 
 STOP_WIDTH = 8
@@ -29,7 +29,7 @@ class State:
 
     FREE: Final = 0
     PREFILL: Final = 1
-    """Leads a prefill job."""
+    """Leads a prefill."""
     RESERVED: Final = 2
     """Waits for a leader's prompt, to be sampled from its last row."""
     DECODE: Final = 3

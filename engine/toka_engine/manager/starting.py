@@ -1,13 +1,13 @@
-"""Puts admitted choices into slots: the leader with its pages and its prefill job, the others in reserve
+"""Puts admitted choices into slots: the leader with its pages and its prefill, the others in reserve
 behind it."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from toka_engine.manager.requests import CHOICE_BITS, Prefill, Stream, Waiting
 from toka_engine.manager.slots import NO_STOP, STOP_WIDTH, State
 from toka_engine.manager.state import ManagerState, StepBuilder
-from toka_engine.manager.streams import CHOICE_BITS, Job, Stream, Waiting
 from toka_engine.messages import Int32s
 
 
@@ -34,21 +34,21 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     slots.num_in_tree[leader] = slots.num_shared[leader] = num_matched
     slots.lengths[leader] = num_matched * page_size
     rest = entry if entry.choices else None
-    job = Job(entry.request, leader, tokens, num_matched * page_size, members[1:], rest)
+    prefill = Prefill(entry.request, leader, tokens, num_matched * page_size, members[1:], rest)
     if rest is not None:
-        rest.job = job
+        rest.prefill = prefill
     for slot in members:
         stream = slots.streams[slot]
         assert stream is not None
-        stream.job = job
-    state.jobs.append(job)
+        stream.prefill = prefill
+    state.prefills.append(prefill)
     step.new_slots.append(leader)
-    step.new_lengths.append(job.position)
+    step.new_lengths.append(prefill.position)
     columns = np.arange(num_columns, dtype=np.int32)
     step.appends.append((np.full(num_columns, leader, np.int32), columns, pages))
-    state.counters.prefix_hit_tokens += job.position
+    state.counters.prefix_hit_tokens += prefill.position
     if not entry.num_kept:
-        state.started.append((entry.request.first_stream + choices[0], job.position))
+        state.started.append((entry.request.first_stream + choices[0], prefill.position))
 
 
 def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:

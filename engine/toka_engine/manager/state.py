@@ -14,12 +14,12 @@ import numpy as np
 from toka_engine.config import EngineConfig
 from toka_engine.manager.allocator import Allocator
 from toka_engine.manager.arrays import resident_zeros
-from toka_engine.manager.hydragen import DecodeRows
 from toka_engine.manager.prefix_tree import Key, PrefixTree
+from toka_engine.manager.requests import PendingCopy, Prefill, Waiting
+from toka_engine.manager.row_groups import DecodeRows
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.slots import Slots
 from toka_engine.manager.stopping import StopPredictor
-from toka_engine.manager.streams import Job, PendingCopy, Waiting
 from toka_engine.manager.top_logprobs import TopLogprobs
 from toka_engine.messages import Floats, Int32s, Int64s
 
@@ -64,8 +64,8 @@ class ManagerState:
         self.predictor = StopPredictor(config.track_early_stopping)
         self.waiting: OrderedDict[int, Waiting] = OrderedDict()  # by id(entry), first is next
         self.num_waiting = 0  # choices in `waiting`
-        self.jobs: list[Job] = []  # in order of admission
-        self.coming: dict[Key, Job] = {}  # next page that a job will put into the prefix tree
+        self.prefills: list[Prefill] = []  # in order of admission
+        self.pending_pages: dict[Key, Prefill] = {}  # next page that a prefill will put into the prefix tree
         self.copies: list[PendingCopy] = []
         self.where: dict[int, int | Waiting] = {}  # stream -> its slot or its queue entry
         self.in_flight: deque[InFlight] = deque()

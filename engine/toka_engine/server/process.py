@@ -92,7 +92,7 @@ class Server:
         self._drain_asked = asyncio.Event()
         child.on_drain = lambda: self._from_thread(self._drain_asked.set)
         child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
-        child.on_silent = lambda process: self._from_thread(lambda: self._note_silence(process))
+        child.on_unresponsive = lambda process: self._from_thread(lambda: self._note_silence(process))
         child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
 
     def _make_front(self, key_check: KeyCheck) -> Front:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_engine.command_line import format_help, parse_config, parse_number
-from toka_engine.config import UNBUILT, EngineConfig
+from toka_engine.config import UNSUPPORTED_KEYS, EngineConfig
 from toka_engine.errors import ConfigError, ExitCode
 
 from tests.engine_process import ROOT
@@ -172,7 +172,7 @@ def test_a_word_without_a_value_is_refused() -> None:
 
 @pytest.mark.parametrize("key", KEYS_OF_TOKASAURUS)
 def test_every_key_of_tokasaurus_has_an_effect_or_a_sentence(key: str) -> None:
-    assert (key in EngineConfig.__struct_fields__) != (key in UNBUILT)
+    assert (key in EngineConfig.__struct_fields__) != (key in UNSUPPORTED_KEYS)
 
 
 def test_an_unbuilt_key_is_refused_with_its_sentence() -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
+from toka_engine.manager.requests import choice_seed
 from toka_engine.manager.sizes import Sizes
-from toka_engine.manager.streams import choice_seed
 from toka_engine.messages import (
     FINISH_ERROR,
     FINISH_LENGTH,
@@ -390,10 +390,10 @@ class Harness:
         assert state.allocator.num_cached_only == len(state.tree) == int(state.allocator.is_cached.sum())
         assert state.slots.num_free == self.sizes.num_slots
         assert (state.num_running, state.num_waiting) == (0, 0)
-        for held in (state.where, state.waiting, state.jobs, state.copies, state.in_flight, state.retiring):
+        for held in (state.where, state.waiting, state.prefills, state.copies, state.in_flight, state.retiring):
             assert not held
         assert not state.held_pages
-        assert not state.coming
+        assert not state.pending_pages
         assert not self.manager.has_work
 
     def _check_sent(self, step: Step) -> None:

@@ -9,9 +9,9 @@ from toka_engine.config import EngineConfig
 from toka_engine.manager.admission import MAX_SKIPS
 from toka_engine.manager.busy import BusyTime
 from toka_engine.manager.lifecycle import preempt_newest
+from toka_engine.manager.requests import choice_seed
 from toka_engine.manager.sizes import choose_sizes, engine_info
 from toka_engine.manager.stopping import StopPredictor
-from toka_engine.manager.streams import choice_seed
 from toka_engine.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, WorkerReady
 
 from tests.unit.manager.simulated import Harness, HashModel, small_sizes

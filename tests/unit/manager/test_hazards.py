@@ -91,9 +91,9 @@ def test_pages_entered_before_their_step_would_be_read_before_they_are_written(m
 
     def without_guard(state: ManagerState, *arguments: object) -> None:
         start(state, *arguments)  # type: ignore[arg-type]
-        job = state.jobs[-1]
-        num_full = job.tokens.size // state.sizes.page_size
-        state.tree.insert_path(state.slots.table[job.slot, :num_full], 0, 1)
+        prefill = state.prefills[-1]
+        num_full = prefill.tokens.size // state.sizes.page_size
+        state.tree.insert_path(state.slots.table[prefill.slot, :num_full], 0, 1)
 
     monkeypatch.setattr(admission, "start_entry", without_guard)
     with pytest.raises(AssertionError, match="a read of"):
@@ -254,7 +254,7 @@ def leave_in_mid_prefill(harness: Harness) -> None:
     """A stream is cancelled while a chunk of its prompt is on its way, and another waits for its slot."""
     (stream,) = harness.submit(list(range(60)), max_tokens=5)
     harness.plan()
-    assert harness.manager.state.jobs
+    assert harness.manager.state.prefills
     harness.cancel(stream)
     harness.submit([7, 8, 9], max_tokens=5)
     harness.plan()

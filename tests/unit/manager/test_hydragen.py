@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toka_engine.config import EngineConfig
-from toka_engine.manager import hydragen
-from toka_engine.manager.hydragen import DecodeRows, GroupPolicy, Groups, find_groups
+from toka_engine.manager import row_groups
+from toka_engine.manager.row_groups import DecodeRows, GroupPolicy, Groups, find_groups
 from toka_engine.manager.sharing import count_shared_columns, recount_shared_columns
 from toka_engine.manager.slots import Slots, State
 from toka_engine.messages import Int32s, Step
@@ -79,13 +79,13 @@ def test_small_groups_and_short_prefixes_are_left_alone() -> None:
 
 def test_rows_that_end_leave_their_group_without_a_new_search(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    search = hydragen.find_groups
+    search = row_groups.find_groups
 
     def counted(*arguments: object) -> tuple[Int32s, Groups]:
         calls.append(1)
         return search(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hydragen, "find_groups", counted)
+    monkeypatch.setattr(row_groups, "find_groups", counted)
     harness = Harness(small_sizes(num_pages=200, max_pages_per_seq=64))
     streams = harness.submit(list(range(20)), n=6, max_tokens=60, seed=1)
     for _ in range(20):

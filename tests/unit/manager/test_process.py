@@ -21,7 +21,7 @@ from toka_engine.messages import (
     ChildReady,
     Deltas,
     EngineInfo,
-    Fatal,
+    Failed,
     FromChild,
     ManagerToServer,
     ManagerToWorker,
@@ -160,9 +160,9 @@ def test_a_broken_frame_ends_the_process_with_a_clear_error(process: Process, fr
     os.write(process.worker.fileno(), frame)
     assert process.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
     messages: list[FromChild] = []
-    while not any(isinstance(message, Fatal) for message in messages):
+    while not any(isinstance(message, Failed) for message in messages):
         messages += process.control.receive(20)
-    (fatal,) = [message for message in messages if isinstance(message, Fatal)]
+    (fatal,) = [message for message in messages if isinstance(message, Failed)]
     assert fatal.exit_code == ExitCode.PROCESS_DIED
     assert "frame" in fatal.message
     assert not fatal.is_consequence
@@ -199,7 +199,7 @@ def test_ranks_that_disagree_end_the_process_with_what_they_disagree_on() -> Non
         process.workers[1].send(msgspec.structs.replace(READY, page_size=8))
         assert process.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
         messages = process.control.receive(20)
-        while not isinstance(messages[-1], Fatal):
+        while not isinstance(messages[-1], Failed):
             messages += process.control.receive(20)
         assert "the model workers disagree on page_size: 4, 8" in messages[-1].message
     finally:

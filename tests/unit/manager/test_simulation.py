@@ -128,9 +128,11 @@ def compare(harness: Harness) -> None:
         pages = set(state.slots.table[slot, : state.slots.num_pages[slot]].tolist())
         stream = state.slots.streams[slot]
         assert stream is not None
-        if stream.job is not None and slot != stream.job.slot:  # reserved: it will share its leader's full pages
-            full = stream.job.tokens.size // harness.sizes.page_size
-            pages = set(state.slots.table[stream.job.slot, :full].tolist())
+        if (
+            stream.prefill is not None and slot != stream.prefill.slot
+        ):  # reserved: it will share its leader's full pages
+            full = stream.prefill.tokens.size // harness.sizes.page_size
+            pages = set(state.slots.table[stream.prefill.slot, :full].tolist())
         streams.append((int(measured.lengths[row]), int(remaining[row]), pages))
     peak = Forecast(running.load, np.empty(0, np.int32), harness.sizes.page_size).peak
     assert peak == gold_peak(streams, harness.sizes.page_size)

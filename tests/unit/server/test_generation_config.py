@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from toka_engine.errors import ExitCode
-from toka_engine.messages import Fatal
+from toka_engine.messages import Failed
 from toka_engine.slot_parameters import Sampling
 
 from tests.unit.server.conftest import chat_body, completion_body
@@ -107,7 +107,7 @@ def test_a_value_that_no_request_could_have_ends_the_start_with_its_name(
 ) -> None:
     folder = make_folder(tokenizer_dir, tmp_path / "model", **{field: value})
     with running_server(folder, sends_info=False) as server:
-        fatal = server.wait_control(Fatal)
+        fatal = server.wait_control(Failed)
     assert fatal.exit_code == ExitCode.MODEL_INVALID
     assert f"$.{field}" in fatal.message
     assert "generation_config=none" in fatal.message

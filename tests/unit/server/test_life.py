@@ -15,7 +15,7 @@ import openai
 import psutil
 import pytest
 from toka_engine.errors import ExitCode
-from toka_engine.messages import ChildReady, Drained, Failing, Fatal, Progress, Silent, Stats
+from toka_engine.messages import ChildReady, Drained, Failed, Failing, Progress, Stats, Unresponsive
 
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import SENTENCE, chat_body, completion_body
@@ -97,7 +97,7 @@ def test_a_port_in_use_is_said_and_ends_the_process(tokenizer_dir: Path) -> None
     with running_server(tokenizer_dir) as first:
         second = RunningServer(tokenizer_dir, sends_info=False, port=first.port)
         try:
-            fatal = second.wait_control(Fatal)
+            fatal = second.wait_control(Failed)
             assert (fatal.exit_code, str(first.port) in fatal.message) == (ExitCode.PORT_IN_USE, True)
             assert second.process.wait(WAIT_S) == ExitCode.PORT_IN_USE
         finally:
@@ -106,7 +106,7 @@ def test_a_port_in_use_is_said_and_ends_the_process(tokenizer_dir: Path) -> None
 
 def test_a_folder_without_a_tokenizer_ends_the_process(tmp_path: Path) -> None:
     with running_server(tmp_path, sends_info=False) as server:
-        fatal = server.wait_control(Fatal)
+        fatal = server.wait_control(Failed)
         assert (fatal.exit_code, "tokenizer.json" in fatal.message) == (ExitCode.MODEL_INVALID, True)
 
 
@@ -270,16 +270,16 @@ def test_a_request_that_was_let_in_before_a_failure_is_answered_too(tokenizer_di
 def test_a_broken_frame_of_the_manager_ends_the_process(tokenizer_dir: Path) -> None:
     with running_server(tokenizer_dir) as server:
         server.manager.send(Failing("not", "a message of this link"))
-        assert server.wait_control(Fatal).exit_code == ExitCode.PROCESS_DIED
+        assert server.wait_control(Failed).exit_code == ExitCode.PROCESS_DIED
         assert server.process.wait(WAIT_S) == ExitCode.PROCESS_DIED
 
 
 def test_a_silent_process_takes_readiness_away_until_it_answers(server: RunningServer) -> None:
-    server.control.send(Silent("model"))
+    server.control.send(Unresponsive("model"))
     while (answer := server.request("GET", "/readyz"))[0] == 200:
         pass
     assert b"model does not answer" in answer[2]
-    server.control.send(Silent(""))
+    server.control.send(Unresponsive(""))
     while server.request("GET", "/readyz")[0] != 200:
         pass
 

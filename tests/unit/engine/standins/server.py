@@ -29,7 +29,7 @@ def main(child: Child, link_fds: list[int]) -> None:
 
     child.on_drain = drain
     child.on_failing = failing
-    child.on_silent = silent
+    child.on_unresponsive = silent
     child.on_progress = progress
     behave(child, link_fds[:1])
 

@@ -69,7 +69,7 @@ class Waiting:
     kept: Kept | None = None
     num_skipped: int = 0
     """How often later ones were admitted before this one."""
-    job: Job | None = None
+    prefill: Prefill | None = None
     """Prefills these tokens for other choices of this entry: the rest waits for it."""
 
     @property
@@ -85,7 +85,7 @@ class Stream:
     choice: int
     kept: Kept | None = None
     num_kept: int = 0
-    job: Job | None = None
+    prefill: Prefill | None = None
     """The prefill that this stream waits for."""
 
     @property
@@ -98,7 +98,7 @@ class Stream:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Prefill:
     """A prefill under way: `slot` leads, `siblings` are sampled from its last row. tokens[:position] are
     planned."""
 
@@ -109,8 +109,8 @@ class Job:
     siblings: list[int]
     rest: Waiting | None
     """Choices of the same entry that still wait."""
-    coming: tuple[int, bytes] | None = None
-    """Key of the next full page that this job will put into the prefix tree."""
+    pending_key: tuple[int, bytes] | None = None
+    """Key of the next full page that this prefill will put into the prefix tree."""
     is_leader_wanted: bool = True
     """False: the leader's stream was cancelled, and the slot goes on only for its siblings."""
 
