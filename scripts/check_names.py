@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import io
 import itertools
+import keyword
 import re
 import subprocess
 import sys
@@ -37,7 +38,7 @@ class Definitions:
     """Every name that something defines, and the members of each module and class of ours."""
 
     def __init__(self) -> None:
-        self.names: set[str] = set()
+        self.names = set(keyword.kwlist)
         self.files: set[str] = set()
         self.members: dict[str, set[str]] = defaultdict(set)
 
