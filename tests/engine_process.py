@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 120.0
 """A bound on waits for something that must happen; not a promise about speed."""
@@ -166,7 +168,6 @@ def hold_port() -> tuple[socket.socket, int]:
 def is_alive(pid: int) -> bool:
     """The process exists and is no zombie."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
