@@ -137,13 +137,14 @@ def resident_mib():
     return psutil.Process().memory_info().rss / 2**20
 
 torch.set_num_threads(1)
+dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 make_linear = make_ops().make_linear
-linears = [make_linear(torch.ones(out, 576, dtype=torch.bfloat16), None) for out in (576, 960, 1536)]
+linears = [make_linear(torch.ones(out, 576, dtype=dtype), None) for out in (576, 960, 1536)]
 for rows in range(1, 5):
-    [linear(torch.ones(rows, 576, dtype=torch.bfloat16)) for linear in linears]
+    [linear(torch.ones(rows, 576, dtype=dtype)) for linear in linears]
 before = resident_mib()
 for rows in range(5, 160):
-    [linear(torch.ones(rows, 576, dtype=torch.bfloat16)) for linear in linears]
+    [linear(torch.ones(rows, 576, dtype=dtype)) for linear in linears]
 print(int(resident_mib() - before))
 """
 
