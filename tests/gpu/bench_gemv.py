@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from toka_engine.model.kernels.activation import silu_mul
-from toka_engine.model.kernels.gemv import Cut, SingleRowKernels
+from toka_engine.model.kernels.gemv import LaunchConfig, SingleRowKernels
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
 from toka_engine.output import run_command
 from triton import knobs
@@ -32,8 +32,8 @@ HIDDEN, QKV, MIXED, INNER = 2048, 3072, 2048, 8192
 VOCAB = 128256
 EPS = 1e-5
 ENGINE = SingleRowKernels.for_capability(90)
-BEHIND_NORM = [Cut(1, 512, 1), Cut(4, 512, 4), Cut(2, 1024, 4)]
-OTHER = [Cut(4, 1024, 8), Cut(8, 512, 4), Cut(4, 2048, 8)]
+BEHIND_NORM = [LaunchConfig(1, 512, 1), LaunchConfig(4, 512, 4), LaunchConfig(2, 1024, 4)]
+OTHER = [LaunchConfig(4, 1024, 8), LaunchConfig(8, 512, 4), LaunchConfig(4, 2048, 8)]
 """Neighbours, in place of the engine's one at a time."""
 HEAD_ROUNDS = 2
 REPLAYS = 50
@@ -128,8 +128,8 @@ def list_parts(kernels: SingleRowKernels, mixed: torch.Tensor, inner: torch.Tens
 class Candidate:
     """Kernels to compare."""
 
-    behind_norm: Cut = ENGINE.behind_norm
-    other: Cut = ENGINE.other
+    behind_norm: LaunchConfig = ENGINE.behind_norm
+    other: LaunchConfig = ENGINE.other
     has_pdl: bool = True
 
     @property
@@ -140,7 +140,7 @@ class Candidate:
         return f"{'P' if self.has_pdl else '-'} {name_of(self.behind_norm)} {name_of(self.other)}"
 
 
-def name_of(cut: Cut) -> str:
+def name_of(cut: LaunchConfig) -> str:
     return f"({cut.block_out},{cut.block_in},{cut.num_warps})"
 
 

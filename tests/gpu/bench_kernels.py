@@ -11,10 +11,10 @@ from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.norm import add_rms_norm
 from toka_engine.model.kernels.rope_append import rope_append
-from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, draw
+from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, sample_tokens
 from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
-from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
+from toka_engine.model.kernels.top_p_rejection import sample_by_rejection
 from toka_engine.output import run_command
 from triton.testing import do_bench
 
@@ -66,8 +66,12 @@ def main() -> None:
         pass_bytes = rows * vocab * 4
         report(f"block_stats {rows}", lambda: block_stats(logits, samples, state, work, False), pass_bytes)
         report(f"block_stats+plain {rows}", lambda: block_stats(logits, samples, state, work, True), pass_bytes)
-        report(f"draw {rows}", lambda: draw(logits, samples, state, work, seed, ids, None, False), rows * 16384)
-        report(f"draw+logprobs {rows}", lambda: draw(logits, samples, state, work, seed, ids, logprobs, False), 0)
+        report(
+            f"draw {rows}", lambda: sample_tokens(logits, samples, state, work, seed, ids, None, False), rows * 16384
+        )
+        report(
+            f"draw+logprobs {rows}", lambda: sample_tokens(logits, samples, state, work, seed, ids, logprobs, False), 0
+        )
         report(f"gumbel {rows}", lambda: add_noise(logits, samples, index, state, work), pass_bytes)
         kept = work.scaled_sum.clone()
 
@@ -75,7 +79,7 @@ def main() -> None:
             work.scaled_sum.copy_(kept)
             work.token.fill_(-1)
             work.num_gathered.zero_()
-            draw_by_rejection(logits, samples, index, state, work, seed)
+            sample_by_rejection(logits, samples, index, state, work, seed)
             gather_best(logits, samples, index, state, work)
             apply_filters(logits, samples, index, state, work)
 

@@ -1,8 +1,7 @@
-"""The interface of attention backends. A model calls `forward` once per layer; all else happens between steps.
+"""The interface of attention. A model calls `forward` once per layer; the runner calls the rest between steps.
 
-The backend owns the KV cache, with the id of each token beside its keys and values, and the block table, all on its
-device. RoPE and the write of K and V into the pages belong to
-`forward`, because on a GPU they are one kernel.
+An implementation owns the KV cache, with the id of each token stored with its keys and values, and the block table, all
+on its device. RoPE and the write of K and V into the pages belong to `forward`, because on a GPU they are one kernel.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from toka_engine.model.sharding import Sharding
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a backend must know of a model. Head counts are this rank's."""
+    """A model's attention sizes. Head counts are this rank's."""
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    """Multiplied with q.k; usually head_dim ** -0.5."""
+    """Factor of q.k; usually head_dim ** -0.5."""
     dtype: torch.dtype
     device: torch.device
 
@@ -81,7 +80,7 @@ class AttentionBackend(Protocol):
         ...
 
     def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
-        """table[slots[i], columns[i]] = pages[i]."""
+        """Set table[slots[i], columns[i]] = pages[i]."""
         ...
 
     def copy_pages(self, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
@@ -93,9 +92,9 @@ class AttentionBackend(Protocol):
         ...
 
     def write_tokens(self, ids: torch.Tensor) -> None:
-        """After `plan`: note ids [T] int32 of the step's rows where their keys and values go.
+        """Store ids [T] int32 of the planned step's rows with their keys and values.
 
-        So pages that are shared, copied or found again bring their tokens along, and penalties can read them.
+        So shared, copied and cached pages bring their tokens along, and penalties can read them.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What every model offers to the runner, and what the registry needs to build one."""
+"""The interface of a causal language model, as runners use it."""
 
 from __future__ import annotations
 

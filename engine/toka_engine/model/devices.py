@@ -13,11 +13,11 @@ from toka_engine.model.backend import Backend
 from toka_engine.model.ranks import Ranks, SingleRank
 
 _FIRST_WITH_BFLOAT16 = (8, 0)
-"""The first compute capability whose tensor cores multiply it: the only type of our kernels."""
+"""The first compute capability whose tensor cores multiply bfloat16, the only dtype of our kernels."""
 
 
 def find_device(config: EngineConfig) -> torch.device:
-    """The device that `config.device` means here. Raises DeviceUnavailableError, also for a GPU without bfloat16."""
+    """Return the device that `config.device` means. Raises DeviceUnavailableError, also for a GPU without bfloat16."""
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -54,7 +54,7 @@ def connect_ranks(config: EngineConfig, rank: RankInfo, rendezvous: Path) -> Ran
 
 
 def select_backend(device: torch.device, config: EngineConfig, ranks: Ranks) -> Backend:
-    """The backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
+    """Make the backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
     Raises ConfigError, StorageError.
     """

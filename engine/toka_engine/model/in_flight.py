@@ -1,4 +1,4 @@
-"""How many steps a GPU has in flight, and the size of the rings of buffers that follows from it."""
+"""The number of steps in flight on a GPU, and the size of rings of buffers that follows from it."""
 
 MAX_STEPS_IN_FLIGHT = 2
 """Steps that may be launched before the first one's tokens are on the host."""

@@ -1,4 +1,4 @@
-"""How much memory this process may use, and what of it the KV cache gets.
+"""Finds how much memory this process may use, and the KV cache's share of it.
 
 Reads cgroup v2, v1, else /proc/meminfo, else the machine's size.
 """
@@ -11,15 +11,15 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 _RESERVE_BYTES = 1 << 30
-"""Left to the other processes and to this one's activations."""
+"""Bytes left to the other processes and to this one's activations."""
 _SHARE = 0.6
-"""Of what is then left, for the cache."""
+"""The KV cache's share of the memory above the reserve."""
 _MAX_CACHE_BYTES = 768 << 20
-"""A CPU decodes too slowly to fill more, and the engine's processes are to stay within 2 GB with a small model."""
+"""Largest KV cache on a CPU, which decodes too slowly to fill more; with a small model the engine stays below 2 GB."""
 
 
 def read_limit_bytes(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that can still be used: the tightest cgroup's limit less its use, or the machine's available memory."""
+    """Return the bytes still usable: the tightest cgroup's limit less its use, or the machine's available memory."""
     pairs = (
         (cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat"),
         (

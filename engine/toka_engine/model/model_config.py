@@ -70,7 +70,7 @@ class ConfigFields:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What the model code needs of config.json."""
+    """The checked fields of config.json that models use."""
 
     architecture: str
     hidden_size: int

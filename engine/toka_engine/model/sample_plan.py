@@ -1,4 +1,4 @@
-"""What a step's sampled rows ask for, decided on the host, and what the sampler gives back. Shared by all devices."""
+"""The plan of a step's samples, made on the host, and the sampler's interface. The same for all devices."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from toka_engine.model.slot_state import HostSlots
 class Penalties:
     """The k rows whose logits change by the tokens that their sequences have so far; arrays [k].
 
-    A sequence's tokens lie beside its keys and values: when a row is sampled, the forward has just written the last of
-    them. So nothing here waits for the host, however many steps are on their way.
+    A sequence's tokens are stored with its keys and values: when a row is sampled, the forward has just written the
+    last of them. So nothing here waits for the host, however many steps are in flight.
     """
 
     rows: NDArray[np.int64]  # of the plan's R rows, ascending
@@ -32,7 +32,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
-    """The R rows of one step's sampler and, by row index, which of them pay for what."""
+    """The R samples of one step and, by row index, which of them need which extra work."""
 
     slots: NDArray[np.int32]  # [R]
     greedy: NDArray[np.int64]  # rows with temperature 0
@@ -40,22 +40,22 @@ class SamplePlan:
     seeded: NDArray[np.int64]  # rows with temperature > 0 and a seed
     filtered: NDArray[np.int64]  # drawn or seeded rows with top_k, top_p or min_p
     has_logprobs: bool
-    """Any row asks for the chosen token's logprob."""
+    """Whether any row asks for the chosen token's logprob."""
     top: NDArray[np.int64]  # rows that ask for top logprobs
     top_counts: NDArray[np.int32]  # [rows of top]: how many
     top_width: int
     """The largest number of top logprobs that any row asks for."""
     penalties: Penalties | None = None
-    """None: no row asks."""
+    """None if no row asks."""
 
     @property
     def is_plain(self) -> bool:
-        """No row asks for more than a temperature."""
+        """Whether no row asks for more than temperature."""
         return not (self.seeded.size or self.filtered.size or self.has_logprobs or self.penalties is not None)
 
 
 def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
-    """Sort the rows that `step` samples by what they ask for. `host` as before the step's forward."""
+    """Sort the rows that `step` samples by what they ask for. `host` is as before the step's forward."""
     slots = np.concatenate((step.decode_slots, step.fanout_slots))
     is_greedy = host["temperature"][slots] <= 0.0
     is_seeded = host["seed"][slots] >= 0
@@ -96,7 +96,7 @@ def _plan_penalties(step: Step, slots: NDArray[np.int32], host: HostSlots) -> Pe
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """On the device. Rows as in the plan."""
+    """Results on the device. Rows are the plan's."""
 
     ids: torch.Tensor  # [R] int32; -1: logits not finite
     logprobs: torch.Tensor | None  # [R] float32, of the model's own distribution; None if no row asks
@@ -112,5 +112,5 @@ class Sample(Protocol):
         plan: SamplePlan,  # R rows
         state: HostSlots,
     ) -> Sampled:
-        """Draw one token per row. Does not change `state`."""
+        """Sample one token per row. Does not change `state`."""
         ...

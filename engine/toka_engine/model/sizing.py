@@ -1,4 +1,4 @@
-"""Decides dtype and sizes: what the user set, else what fits the device and the model."""
+"""Chooses dtype and sizes: what the user set, else what fits the device and the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toka_engine.model.model_config import ModelConfig
 _CPU_TOKENS_PER_FORWARD, _CPU_SEQS = 128, 256
 _GPU_TOKENS_PER_FORWARD, _GPU_SEQS = 8192, 4096
 TOKEN_ID_BYTES = 4
-"""Beside the keys and values of each token."""
+"""Bytes of a token's id, stored with its keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def choose_sizes(
 
 
 def read_available_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate on `device`."""
+    """Return the bytes that this process can still allocate on `device`."""
     if device.type != "cuda":
         return read_limit_bytes()
     free, _ = torch.cuda.mem_get_info(device)

@@ -90,7 +90,7 @@ class Worker:
 
 
 def _receive_ready(link: Channel[ManagerToWorker], has_work: bool) -> list[ManagerToWorker]:
-    """What has arrived; a closed link counts only when the steps that came before are done."""
+    """Return the messages that have arrived; a closed link counts only when earlier steps are done."""
     try:
         return link.receive_ready()
     except PeerClosedError:
@@ -133,7 +133,7 @@ def load_worker(config: EngineConfig, model_dir: Path, report: Report, ranks: Ra
 
 
 def describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:
-    """What the manager is told of a worker with these sizes."""
+    """Make the report to the manager of a worker with these sizes."""
     return WorkerReady(
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,

@@ -184,9 +184,9 @@ def test_a_token_alone_gets_the_hidden_state_and_the_logits_that_it_gets_among_o
     device, kernels, architecture, fields
 ) -> None:
     from toka_engine.model.cuda.backend import make_linear, make_ops
-    from toka_engine.model.kernels.gemv import Cut
+    from toka_engine.model.kernels.gemv import LaunchConfig
 
-    few_programs = Cut(32, 64, 4)  # each takes the interpreter some milliseconds
+    few_programs = LaunchConfig(32, 64, 4)  # each takes the interpreter some milliseconds
     kernels = replace(kernels, behind_norm=few_programs, other=few_programs)
     config = parse_model_config(ConfigFields({"architectures": [architecture], **FIELDS, **fields}, Path()))
     # torch's product with another dtype is for GPUs alone

@@ -42,10 +42,10 @@ class Bench:
 
     def draw(self, with_logprobs: bool = False, engine_seed: int = 7) -> torch.Tensor:
         from toka_engine.model.kernels.filtering import apply_filters
-        from toka_engine.model.kernels.sampling import block_stats, draw
+        from toka_engine.model.kernels.sampling import block_stats, sample_tokens
         from toka_engine.model.kernels.seeded_sampling import add_noise
         from toka_engine.model.kernels.top_k_gathering import gather_best
-        from toka_engine.model.kernels.top_p_rejection import draw_by_rejection
+        from toka_engine.model.kernels.top_p_rejection import sample_by_rejection
 
         state = self.state
         filters = [column for column in SLOT_COLUMNS if column.part == FILTER]
@@ -54,12 +54,12 @@ class Bench:
         block_stats(self.logits, self.samples, state, self.work, with_logprobs)
         random = torch.tensor([engine_seed, self.step], dtype=torch.int64, device=self.logits.device)
         chosen = filtered.nonzero().flatten().int()
-        draw_by_rejection(self.logits, self.samples, chosen, state, self.work, random)
+        sample_by_rejection(self.logits, self.samples, chosen, state, self.work, random)
         gather_best(self.logits, self.samples, chosen, state, self.work)
         apply_filters(self.logits, self.samples, chosen, state, self.work)
         add_noise(self.logits, self.samples, seeded.nonzero().flatten().int(), state, self.work)
         logprobs = self.logprobs if with_logprobs else None
-        draw(self.logits, self.samples, state, self.work, random, self.ids, logprobs, bool(seeded.any()))
+        sample_tokens(self.logits, self.samples, state, self.work, random, self.ids, logprobs, bool(seeded.any()))
         self.step += 1
         return self.ids.clone()
 

@@ -24,11 +24,11 @@ from toka_engine.output import run_command
 
 _ARCHITECTURE = re.compile(r"(?P<major>[1-9][0-9]?)\.(?P<minor>[0-9])[af]?")
 _TRITON = "triton"
-"""Beside the kinds of flashinfer's modules: all of our own kernels."""
+"""The kind that stands for all of our own kernels, besides the kinds of flashinfer's modules."""
 
 
 def build(out_dir: Path, architecture: str, kinds: Sequence[str], head_dims: Sequence[int]) -> None:
-    """Build kernels for one architecture. Decides, once per process, what is compiled for.
+    """Build kernels for one architecture, of which there can be one per process.
 
     Raises ConfigError, DeviceUnavailableError (the compiler is missing or fails), StorageError.
     """
@@ -75,7 +75,7 @@ def _build_module(out_dir: Path, kind: Kind, head_dim: int) -> tuple[Path, bool]
 
 
 def _build_each(arguments: argparse.Namespace) -> None:
-    """One process for each architecture, because flashinfer reads it once."""
+    """Start one process per architecture, because flashinfer reads it once."""
     for architecture in arguments.architectures:
         command = [sys.executable, "-m", "toka_engine.model.aot", str(arguments.out_dir)]
         command += ["--architectures", architecture, "--kinds", *arguments.kinds]

@@ -1,12 +1,12 @@
-"""Builds our Triton kernels ahead, for a GPU that is not there: every variant that a start of the engine asks for.
+"""AOT-compiles our Triton kernels without a GPU: every variant that a start of the engine asks for.
 
-No list of variants is kept: models are rehearsed whose sizes between them ask for what all models ask for that an image
-serves, and Triton says what it would compile. Beside a kernel's constants two things decide a variant: whether an
-integer or an address is divisible by 16, and whether an integer is 1; kernels exempt from that what varies freely.
-Triton compiles and keys each variant itself (JITFunction.preload), so what it asks for at run time is what is here.
+There is no list of variants: dry runs of models whose sizes cover those of all served models make Triton report what it
+would compile. Besides a kernel's constants two things decide a variant: whether an integer or an address is divisible
+by 16, and whether an integer is 1; kernels exempt arguments that vary freely. Triton compiles and keys each variant
+itself (JITFunction.preload), so it finds at run time what was built here.
 
-A model of other sizes starts too, after ptxas, which comes with Triton, has compiled what is missing: the modules in C
-depend on the types of arguments alone, and serve it as they are.
+A model of other sizes starts too, after ptxas, which comes with Triton, has compiled the missing variants: the C
+modules depend on the types of arguments only, and serve it as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ConfigFields, ModelConfig, parse_model_config
 
 _HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Each stands for itself and for what is above the one before; so do all sizes here."""
+"""Head counts to dry-run. Each stands for all values above the previous one, as do all sizes here."""
 _HIDDEN_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 _VOCAB_SIZES = (32768, 65536, 131072, 262144)
 
@@ -49,7 +49,7 @@ Shape: TypeAlias = tuple[ModelConfig, int]
 
 
 class _Target:
-    """A driver of Triton's for a GPU that is not there."""
+    """A Triton driver for a GPU that is not there."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -65,24 +65,24 @@ class _Target:
 
 
 class Variants:
-    """What Triton would have compiled: by kernel and key, the kernel and how it is to be specialised."""
+    """The variants that Triton would have compiled: by kernel and key, the kernel and its specialisation."""
 
     def __init__(self, capability: int) -> None:
-        """Decides, once per process, which GPU Triton compiles for."""
+        """Set, once per process, the GPU that Triton compiles for."""
         if knobs.runtime.interpret:
             raise ConfigError("TRITON_INTERPRET is set: nothing can be compiled")
         self.found: dict[tuple[str, str], tuple[Any, str]] = {}
         driver.set_active(_Target(capability))
 
     def record(self, shapes: Iterable[Shape]) -> None:
-        """Add what starts of the engine ask for."""
+        """Add the variants that starts of the engine ask for."""
         with self.recording():
             for model, page_size in shapes:
                 dry_run(model, page_size)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Add what is launched meanwhile."""
+        """Add the variants that are launched inside the context."""
         knobs.runtime.jit_cache_hook = self._note
         try:
             yield
@@ -95,7 +95,7 @@ class Variants:
 
 
 def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
-    """What between them asks for every variant that an image holds."""
+    """List models and page sizes that together ask for every variant that an image holds."""
     page_size = EngineConfig().page_size
     for head_dim in head_dims:
         for kv_heads, heads in itertools.combinations_with_replacement(_HEAD_COUNTS, 2):
@@ -112,7 +112,7 @@ def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
 
 
 def make_model(architecture: str = "LlamaForCausalLM", **fields: int) -> ModelConfig:
-    """A model of one layer; `fields` as in config.json."""
+    """Make a model of one layer; `fields` are those of config.json."""
     defaults = {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -127,7 +127,7 @@ def make_model(architecture: str = "LlamaForCausalLM", **fields: int) -> ModelCo
 
 
 def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
-    """Compile into `out_dir` what `shapes` ask for, as far as it is not there. `capability` as 90.
+    """Compile the variants that `shapes` ask for and `out_dir` lacks. `capability` is given as 90.
 
     Raises DeviceUnavailableError (no C compiler, or a compiler fails), StorageError.
     """
@@ -144,7 +144,7 @@ def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
     try:
         with _driver_library(), ThreadPoolExecutor(count_threads()) as pool:
             kernels = list(pool.map(lambda found: found[0].preload(found[1]), variants.found.values()))
-            # The modules in C by Triton's own means: one to load kernels, and one to launch those of each signature.
+            # Triton makes its C modules itself: one to load kernels, and one per signature to launch them.
             nvidia.CudaUtils()
             for kernel in kernels:
                 nvidia.CudaLauncher(kernel.src, kernel.metadata)
@@ -161,7 +161,7 @@ def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
 
 @contextmanager
 def _driver_library() -> Iterator[None]:
-    """Triton links modules in C against the GPU's driver and loads them: here it finds `make_driver_library`'s."""
+    """Give Triton, which links its C modules against the GPU's driver and loads them, `make_driver_library`'s."""
     with tempfile.TemporaryDirectory(prefix="toka-driver-") as temporary:
         ctypes.CDLL(str(make_driver_library(Path(temporary))), mode=ctypes.RTLD_GLOBAL)
         knobs.nvidia.libcuda_path = temporary
@@ -169,7 +169,7 @@ def _driver_library() -> Iterator[None]:
 
 
 def make_driver_library(folder: Path) -> Path:
-    """A libcuda.so.1 with every function of the driver's, none of which does anything.
+    """Make a libcuda.so.1 with all functions of the driver, none of which does anything.
 
     Raises DeviceUnavailableError if there is no C compiler, CalledProcessError if it fails, StorageError.
     """

@@ -1,9 +1,9 @@
-"""The start of an engine on a GPU, without one: what it launches, it launches here too, on torch's device `meta`.
+"""A dry run of an engine's start on a GPU, without one: it launches the same kernels on torch's device `meta`.
 
-Tensors of that device have a shape, a dtype and an address's alignment, which is all that Triton looks at to choose a
+Tensors of that device have a shape, a dtype and an address's alignment, which is all that Triton needs to choose a
 kernel's variant, and no memory. The model, the attention, the sampler and the steps are the engine's own. Only
-flashinfer's kernels and the copies to the host are left out. Who rehearses decides what a launch does and for which GPU
-(Triton's active driver, see `build`): nothing here may compile, or touch a device.
+flashinfer's kernels and the copies to the host are left out. The caller decides what a launch does and for which GPU
+(Triton's active driver, see `triton_build`): nothing here may compile, or touch a device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from toka_engine.model.worker import describe, make_warm_up_steps
 
 _META = torch.device("meta")
 _SIZES = Sizes(num_pages=64, page_size=0, max_seqs=40, max_tokens_per_forward=96, max_pages_per_seq=64)
-"""As few as reach all code: no variant of a kernel may depend on how many there are."""
+"""Small sizes that still reach all code: no variant of a kernel may depend on them."""
 
 
 class _Weights(Weights):
@@ -60,7 +60,7 @@ class DryRunner(CudaRunner):
 
 
 def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[DryRunner, WorkerReady]:
-    """What runs steps of this model, and what its worker would report. `sizes`: other than the page size."""
+    """Make the runner of this model and its worker's report. `sizes`: other than the page size."""
     sizes = replace(sizes, page_size=page_size)
     shape = AttentionShape.of(model, torch.bfloat16, _META)
     attention = CudaAttention(shape, kernels=_without_kernels())
@@ -75,7 +75,7 @@ def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tu
 
 @torch.inference_mode()
 def dry_run(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
-    """Launch what the start of an engine with this model launches: see worker.Worker.warm_up."""
+    """Launch the kernels that an engine's start with this model launches: see worker.Worker.warm_up."""
     runner, ready = make_runner(model, page_size, sizes)
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
         runner.launch(step)

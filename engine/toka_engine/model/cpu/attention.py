@@ -1,9 +1,9 @@
 """Paged attention on a CPU: gathered pages and torch's flash kernel, which also gives the log-sum-exp.
 
-Decode rows and prefill chunks are one thing here, a *span*: some query rows of one slot over some pages of it. Spans of
-similar size are computed together, so that Python's cost grows with the number of buckets, not of sequences. Hydragen
-(Juravsky et al. 2024): a group's shared pages are attended once with all its rows as queries, the rest row by row, and
-the parts are merged by their log-sum-exp.
+Decode rows and prefill chunks are both *spans* here: query rows of one slot over some of its pages. Spans of similar
+size are computed together, so that Python's cost grows with the number of buckets, not of sequences. Hydragen (Juravsky
+et al. 2024): a group's shared prefix is attended to once with all its rows as queries, each row's suffix by its own
+span, and the parts are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class CpuAttention:
         self._page_tokens.reshape(-1)[self._plan.cache_rows.numpy()] = ids.numpy()
 
     def read_tokens(self, slots: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        """The first lengths[i] tokens of each of `slots` [k], side by side [sum(lengths)]."""
+        """Return the first lengths[i] tokens of each of `slots` [k], concatenated [sum(lengths)]."""
         owners = np.repeat(slots, lengths)
         ends = np.cumsum(lengths, dtype=np.int64)
         positions = np.arange(owners.size) - np.repeat(ends - lengths, lengths)
@@ -101,11 +101,12 @@ class CpuAttention:
     def forward(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cos_sin: torch.Tensor,
+        q: torch.Tensor,  # [T, num_heads, head_dim], before RoPE
+        k: torch.Tensor,  # [T, num_kv_heads, head_dim], before RoPE
+        v: torch.Tensor,  # [T, num_kv_heads, head_dim]
+        cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
     ) -> torch.Tensor:
+        """See AttentionBackend."""
         plan, shape = self._plan, self._shape
         assert plan is not None, "forward without plan"
         if plan.rotation is None:
@@ -129,12 +130,18 @@ class CpuAttention:
         return out
 
     def _attend_bucket(self, layer: int, q: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [num_spans * max_q, heads, d] -> out of the same shape, lse [num_spans * max_q, heads]."""
+        """Attend with q [num_spans * max_q, heads, d]: out of the same shape, lse [num_spans * max_q, heads]."""
         return self._attend(layer, q, bucket.pages, bucket.num_spans, bucket.mask)
 
     def _attend(
-        self, layer: int, q: torch.Tensor, pages: torch.Tensor, num_spans: int, mask: torch.Tensor | None
+        self,
+        layer: int,
+        q: torch.Tensor,  # [num_spans * num_q, num_heads, head_dim]
+        pages: torch.Tensor,  # [num_spans * num_pages] int64
+        num_spans: int,
+        mask: torch.Tensor | None,  # [num_spans, 1, num_q * group, num_pages * page_size]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out, like q, and the log-sum-exp [num_spans * num_q, num_heads] fp32 (natural logarithm)."""
         shape = self._shape
         kv_heads, group, dim = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, shape.head_dim
         num_q = q.shape[0] // num_spans
@@ -149,6 +156,7 @@ class CpuAttention:
         return out.reshape(-1, shape.num_heads, dim), lse.reshape(-1, shape.num_heads)
 
     def _gather(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
+        """Copy pages [n] of a layer to scratch: [n, page_size * 2 * num_kv_heads * head_dim]."""
         cache = self._pages_of_layer[layer]
         needed = pages.shape[0] * cache.shape[1]
         if self._scratch.numel() < needed:
@@ -170,7 +178,7 @@ class CpuAttention:
         return groups
 
     def _merge_group(self, layer: int, q: torch.Tensor, group: _Group, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Attend the group's shared pages once and merge the result into its rows of `out` and `lse`."""
+        """Attend to the group's shared prefix once and merge the result into its rows of `out` and `lse`."""
         rows = slice(group.first_row, group.first_row + group.num_rows)
         part, part_lse = self._attend(layer, q[rows], group.pages, 1, None)
         total = torch.logaddexp(lse[rows], part_lse)
@@ -180,13 +188,13 @@ class CpuAttention:
 
 
 def _gather_rotation(cos_sin: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines, and sines with the first half negated, [T, 1, head_dim] each: x * cos + swap_halves(x) * sin rotates."""
+    """Return cosines and sines (first half negated) of positions [T], [T, 1, head_dim] each, for `_rotate`."""
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=2)
     return torch.cat((cos, cos), dim=2), torch.cat((-sin, sin), dim=2)
 
 
 def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """x [T, heads, head_dim] -> contiguous, rotated in fp32, in x's dtype."""
+    """Rotate x [T, heads, head_dim] in fp32: x * cos + swap_halves(x) * sin, contiguous, in x's dtype."""
     wide = x.float()
     swapped = torch.roll(wide, x.shape[2] // 2, 2)
     return torch.addcmul(wide * rotation[0], swapped, rotation[1]).to(x.dtype)

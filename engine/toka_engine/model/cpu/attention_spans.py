@@ -1,7 +1,7 @@
-"""Which query rows attend to which pages, and how spans are put together into padded buckets. numpy; no attention.
+"""Groups a step's query rows into spans, and spans into padded buckets. numpy only.
 
 A *span* is some consecutive rows of one slot that attend to the pages from `first_column` on. Padding costs work and
-a bucket costs a few kernel calls; buckets are cut so that neither dominates.
+a bucket costs a few kernel calls; buckets are formed so that neither dominates.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from toka_engine.model.attention_backend import AttentionShape, StepLayout
 
 _BUCKET_COST_TOKENS = 512
-"""What the calls of one more bucket cost, in (query row, key) pairs of padding that would cost the same."""
+"""Cost of one more bucket's kernel calls, in (query row, key) pairs of padding."""
 _MAX_BUCKET_BYTES = 2 << 20
-"""Keys and values gathered at once: they are read again at once, and that should be from the cache of the CPU core."""
+"""Bytes of keys and values gathered at once, so that they are read again from the CPU core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """All spans of a step, one entry each."""
+    """All spans of a step, [num_spans] arrays."""
 
     slots: NDArray[np.int64]
     first_rows: NDArray[np.int64]  # of the step's T rows
@@ -31,7 +31,7 @@ class Spans:
     first_columns: NDArray[np.int64]
     num_pages: NDArray[np.int64]
     starts: NDArray[np.int64]
-    """Position of the first query row, counted from the first key of the span."""
+    """Positions of the first query rows, counted from the first key of each span."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ class Bucket:
     valid: torch.Tensor | None  # [n] int64: entries of q_rows that are no padding; None: all
     out_rows: torch.Tensor  # [n] int64 rows of the step
     covers_all_in_order: bool
-    """q_rows is 0, 1, 2, ... over the whole step: nothing needs to be gathered or scattered."""
+    """Whether q_rows is 0, 1, 2, ... over the whole step, so that nothing needs to be gathered or scattered."""
 
 
 def spans_of(layout: StepLayout, page_size: int) -> Spans:
-    """One span per decode row, over what its Hydragen groups leave, and one per chunk."""
+    """Make one span per decode row, over its suffix, and one per chunk."""
     num_decode = layout.decode_slots.size
     lengths = layout.prefill_lengths.astype(np.int64)
     first_columns = np.zeros(num_decode + lengths.size, np.int64)
@@ -75,7 +75,7 @@ def spans_of(layout: StepLayout, page_size: int) -> Spans:
 
 
 def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: AttentionShape) -> list[Bucket]:
-    """Cut the spans into buckets of similar q_len and number of pages."""
+    """Split the spans into buckets of similar q_len and number of pages."""
     order = np.lexsort((spans.first_rows, spans.num_pages, spans.q_lens))
     bytes_per_page = 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize * page_size
     max_pages = max(1, _MAX_BUCKET_BYTES // bytes_per_page)
@@ -88,7 +88,7 @@ def make_buckets(spans: Spans, table: NDArray[np.int32], page_size: int, shape: 
 
 
 def _cut(q_lens: NDArray[np.int64], num_pages: NDArray[np.int64], page_size: int, max_pages: int) -> list[int]:
-    """Boundaries of buckets in the sorted spans; walks the distinct sizes, not the spans."""
+    """Return the boundaries of buckets in the sorted spans; walks the distinct sizes, not the spans."""
     count = q_lens.size
     if not count:
         return [0]
@@ -133,7 +133,7 @@ def _make_bucket(
 ) -> Bucket:
     q_lens, num_pages = spans.q_lens[chosen], spans.num_pages[chosen]
     max_q, max_pages = int(q_lens.max()), int(num_pages.max())
-    # Padding repeats what the span has: a page or row of its own, never another sequence's.
+    # Padding repeats a page or row of the same span, never another sequence's.
     page_index = np.minimum(np.arange(max_pages), num_pages[:, None] - 1) + spans.first_columns[chosen][:, None]
     pages = table[spans.slots[chosen][:, None], page_index].astype(np.int64)
     within = np.minimum(np.arange(max_q), q_lens[:, None] - 1)

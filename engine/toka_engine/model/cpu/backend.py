@@ -1,13 +1,13 @@
 """The CPU backend: its operators, and the runner that is made of its parts.
 
-Linear layers are packed by oneDNN once, at load: for one row that is 2-3 times as fast as an unpacked product. In
-bfloat16 its products give each row the same bits whatever the number of rows (a test holds them to that), which is what
-makes seeded requests repeatable whatever else runs. The one exception is a single row of more than 1,024 values, whose
-sum it cuts in two: such a row goes through as two.
+Linear layers are packed by oneDNN once, at load: for one row that is 2-3 times as fast as an unpacked GEMM. Its
+bfloat16 GEMM gives each row the same bits whatever the number of rows (a test holds it to that), which makes seeded
+requests repeatable whatever else runs. The one exception is a single row of more than 1,024 values, whose sum it splits
+in two: such a row is computed as two rows.
 
 oneDNN makes a primitive of some 0.6 MB for every number of rows that a layer's shape meets, and keeps 1,024; so do the
 caches of torch around it. A batch has a new number of rows in many a step: they would grow by 300 MB and more, which no
-pod has reserved. `make_ops` keeps fewer; making one anew takes 0.3 ms, and steps of equal size still find theirs.
+pod has reserved. `make_ops` keeps fewer; making one again takes 0.3 ms, and steps of equal size still find theirs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from toka_engine.noise import settled_seed
 _PACKED_FOR_ROWS = 32
 _MAX_EXACT_SINGLE_ROW = 1024
 _PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Read by oneDNN and by torch's ideep at their first product."""
+"""Variables that oneDNN and torch's ideep read at their first GEMM."""
 _NUM_PRIMITIVES = "64"
 
 
@@ -60,7 +60,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def make_ops() -> Ops:
-    """The table; to be made before the process's first product, see above."""
+    """Make the operators, before the process's first GEMM (see above)."""
     for name in _PRIMITIVE_CACHES:
         os.environ.setdefault(name, _NUM_PRIMITIVES)
     return Ops(

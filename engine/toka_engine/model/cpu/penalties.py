@@ -1,4 +1,4 @@
-"""Presence, frequency and repetition penalties on a CPU: what a sequence's tokens so far do to its next logits.
+"""Presence, frequency and repetition penalties on a CPU, and their definition.
 
 Presence and frequency as OpenAI defines them, over generated tokens; repetition as in CTRL (Keskar et al. 2019) and
 transformers, over the prompt too. Repetition comes first, then frequency, then presence. In fp32, before temperature.

@@ -1,9 +1,9 @@
-"""Draws tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, penalties, logprobs. Only rows that
-ask pay.
+"""Samples tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, penalties, logprobs. Only rows
+that ask pay.
 
 Unseeded rows: one pass makes exp((x - max) / T) and its sums over blocks of the vocabulary; a uniform number picks the
 block, then the token in it (inverse transform, exact). Seeded rows: Gumbel-max (Gumbel 1954; Maddison et al. 2014) with
-noise by hash(seed, position, token), so that the draw depends on nothing else, and small differences of the logits
+noise by hash(seed, position, token), so that a sample depends on nothing else, and small differences of the logits
 rarely change it. Filters follow common practice: temperature, then top_k, top_p of what is left, then min_p; of equal
 logits at the cut the lowest token ids are kept.
 """
@@ -24,7 +24,7 @@ from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
 ReadTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int64]]
-"""slots and lengths [k] -> the first tokens of each slot, side by side [sum(lengths)]."""
+"""Maps slots and lengths [k] to the first tokens of each slot, concatenated [sum(lengths)]."""
 
 _BLOCK = 256
 _FIRST_CANDIDATES = 1024
@@ -219,7 +219,7 @@ def _find_cuts(
     top_ps: torch.Tensor,
     min_ps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many tokens [n] the filters keep, the last one's logit [n], and whether `width` candidates sufficed [n]."""
+    """Return number of kept tokens, the last one's logit, and whether `width` candidates sufficed; [n] each."""
     vocab = x.shape[1]
     values = torch.topk(x, width, dim=1).values if width < vocab else x.sort(dim=1, descending=True).values
     limits = torch.where(top_ks > 0, top_ks.long().clamp(max=vocab), vocab)

@@ -1,8 +1,8 @@
-"""Paged attention on a GPU: our kernels for decode rows and for what rows share (Hydragen), flashinfer's for prefill.
+"""Paged attention on a GPU: our kernels for decode rows and shared prefixes (Hydragen), flashinfer's for prefill.
 
-Owns the KV cache, the block table on the device and each step's index arrays. Decode rows, prefill chunks and groups
-with shared prefixes share a step. Each step is planned by `plan` (any mix), or for a CUDA graph of decode rows by
-`bind_graph_inputs`, whose inputs are at fixed addresses. Nothing here waits for the device.
+Owns the KV cache, the block table on the device and each step's index arrays. A step may mix decode rows, prefill
+chunks and groups with shared prefixes. `plan` prepares any step; `bind_graph_inputs` prepares a CUDA graph of decode
+rows, whose inputs are at fixed addresses. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from toka_engine.model.kernels.rope_append import rope_append
 from toka_engine.model.step_rows import find_rows
 
 GRAPH_GROUPS = 256
-"""Groups of a step that is a graph."""
+"""Most groups of a step that is a CUDA graph."""
 GRAPH_GROUP_WORDS = packed_size(GRAPH_GROUPS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Queries:
-    """A planned QueryBatch."""
+    """A planned QueryBatch on the device."""
 
     planned: Any
     q_indptr: torch.Tensor
@@ -48,7 +48,7 @@ class _Queries:
 
 @dataclass(frozen=True, slots=True)
 class GraphGroups:
-    """Groups of decode rows, on the host, for a graph."""
+    """Groups of decode rows for a CUDA graph, on the host."""
 
     suffix_starts: NDArray[np.int32]  # [d] tokens
     words: NDArray[np.int32]  # [GRAPH_GROUP_WORDS]
@@ -56,19 +56,19 @@ class GraphGroups:
 
 @dataclass(slots=True)
 class _Plan:
-    """What `forward` needs of the step."""
+    """The step's inputs to `forward`, on the device."""
 
     slots: torch.Tensor
     positions: torch.Tensor
     num_decode: int = 0
     suffix_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
     levels: list[torch.Tensor] = field(default_factory=list)
-    """Words of groups, see pack_groups; the outermost first."""
+    """Packed groups by level, the outermost first; see pack_groups."""
     prefill: _Queries | None = None
 
 
 class CudaAttention:
-    """An attention.base.AttentionBackend. `kernels` may be replaced by a reference in tests."""
+    """An AttentionBackend for NVIDIA GPUs. Tests may replace flashinfer's `kernels` by a reference."""
 
     def __init__(self, shape: AttentionShape, layout: int = HND, kernels: Any = None) -> None:
         if shape.device.type == "cuda" and shape.dtype is not torch.bfloat16:
@@ -83,14 +83,14 @@ class CudaAttention:
 
     @property
     def row_slots(self) -> torch.Tensor:
-        """[T] int32 on the device: the slot of each row of the step that was planned last."""
+        """The slot of each row of the step that was planned last: [T] int32 on the device."""
         assert self._step is not None
         return self._step.slots
 
     # -------------------------------------------------------------- memory
 
     def allocate(self, num_pages: int, page_size: int, max_seqs: int, max_pages_per_seq: int) -> None:
-        """One page and one table row more than asked for: where the padding rows of graphs write."""
+        """See AttentionBackend. Adds one page and one table row, which the padding rows of graphs write to."""
         shape = self.shape
         self.page_size, self.scratch_slot, self.max_pages_per_seq = page_size, max_seqs, max_pages_per_seq
         page = (shape.num_kv_heads, page_size) if self._layout == HND else (page_size, shape.num_kv_heads)
@@ -108,12 +108,12 @@ class CudaAttention:
             self._kernels = FlashInferPrefill(shape, page_size, self._layout)
 
     def release(self) -> None:
-        """Let go of the cache, so that `allocate` may make another one."""
+        """Free the cache, so that `allocate` can make another one."""
         self._step = None
         self.cache = self.page_tokens = self.table = torch.empty(0)
 
     def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
-        """table[slots[i], columns[i]] = pages[i]."""
+        """Set table[slots[i], columns[i]] = pages[i]."""
         if slots.size:
             (entries,) = self._tables.upload(np.concatenate((slots, columns, pages)))
             set_table(self.table, entries)
@@ -129,11 +129,10 @@ class CudaAttention:
     # -------------------------------------------------------------- planning
 
     def plan(self, layout: StepLayout) -> None:
-        """Prepare the forward of any mix of decode rows, groups and prefill chunks."""
+        """Prepare the forward of any mix of decode rows, groups and prefill chunks, with one upload for the step."""
         page_size = self.page_size
         levels = [self._pack_groups(layout, some) for some in find_levels(layout)] if self.use_groups else []
         chunks = plan_prefill(layout, page_size) if layout.prefill_slots.size else None
-        # One upload for the whole step.
         suffix_starts = find_suffix_starts(layout, page_size) if levels else np.empty(0, np.int32)
         arrays = [*find_rows(layout), suffix_starts, *levels]
         if chunks is not None:
@@ -156,7 +155,7 @@ class CudaAttention:
         )  # fmt: skip
 
     def pack_graph_groups(self, layout: StepLayout) -> GraphGroups | None:
-        """The groups of decode rows for a graph, without those inside others; None if there are none or too many."""
+        """Pack the outermost groups of decode rows for a graph; None if there are none or too many."""
         layout = outermost(layout)
         count = layout.group_first_rows.size
         if not 0 < count <= GRAPH_GROUPS:
@@ -168,9 +167,10 @@ class CudaAttention:
         self,
         slots: torch.Tensor,  # [rows] int32
         positions: torch.Tensor,  # [rows] int32
-        groups: tuple[torch.Tensor, torch.Tensor] | None = None,  # own starts [rows] int32, [GRAPH_GROUP_WORDS] int32
+        groups: tuple[torch.Tensor, torch.Tensor]
+        | None = None,  # suffix starts [rows] int32, [GRAPH_GROUP_WORDS] int32
     ) -> None:
-        """Prepare a forward of decode rows alone, of what these hold when it runs. A graph may hold the forward."""
+        """Prepare a decode-only forward that reads slots and positions from these tensors when it is replayed."""
         self._step = _Plan(slots, positions, slots.shape[0])
         if groups is not None:
             self._step.suffix_starts, self._step.levels = groups[0], [groups[1]]
@@ -184,7 +184,7 @@ class CudaAttention:
     # -------------------------------------------------------------- forward
 
     def write_tokens(self, ids: torch.Tensor) -> None:
-        """See attention.base.AttentionBackend."""
+        """See AttentionBackend."""
         step = self._step
         assert step is not None
         write_tokens(ids, step.slots, step.positions, self.table, self.page_tokens)
@@ -197,7 +197,7 @@ class CudaAttention:
         v: torch.Tensor,  # [T, num_kv_heads, head_dim]
         cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
     ) -> torch.Tensor:
-        """See attention.base.AttentionBackend."""
+        """See AttentionBackend."""
         step = self._step
         assert step is not None
         cache, count = self.cache[layer], step.num_decode
@@ -215,19 +215,19 @@ class CudaAttention:
         return out
 
     def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [pages, page_size, num_kv_heads, head_dim] of a layer's cache."""
+        """View a layer's cache as keys and values [pages, page_size, num_kv_heads, head_dim]."""
         keys, values = cache.transpose(2, 3) if self._layout == HND else cache
         return keys, values
 
     def _attend_decode(
         self,
         step: _Plan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cos_sin: torch.Tensor,
-        cache: torch.Tensor,
-        out: torch.Tensor,
+        q: torch.Tensor,  # [d, num_heads, head_dim]
+        k: torch.Tensor,  # [d, num_kv_heads, head_dim]
+        v: torch.Tensor,  # [d, num_kv_heads, head_dim]
+        cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
+        cache: torch.Tensor,  # of one layer
+        out: torch.Tensor,  # [d, num_heads, head_dim], written
     ) -> None:
         part = None
         if step.levels and step.suffix_starts is not None:

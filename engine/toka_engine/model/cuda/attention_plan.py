@@ -1,7 +1,7 @@
-"""From a step's layout to the index arrays of paged attention. Pure numpy: no device, no kernels.
+"""Makes the index arrays of paged attention from a step's layout. Pure numpy: no device, no kernels.
 
-Decode rows and Hydragen groups find their pages themselves; rows have to be told where what groups share of them ends.
-Groups within groups are levels, attended one after the other. Prefill chunks are queries over lists of pages.
+Decode rows and Hydragen groups find their pages themselves; a row needs to know where its shared prefix ends. Nested
+groups form levels, attended one after the other. Prefill chunks are queries over lists of pages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GROUP_FIELDS = ("group_first_rows", "group_num_rows", "group_first_columns", "g
 
 @dataclass(frozen=True, slots=True)
 class PageLists:
-    """n requests over pages: request i reads block_table[slots[i], first_columns[i]:] of kv_lens[i] tokens."""
+    """n requests over pages: request i reads kv_lens[i] tokens from block_table[slots[i], first_columns[i]:]."""
 
     slots: Int32s  # [n]
     first_columns: Int32s  # [n]
@@ -34,21 +34,21 @@ class PageLists:
 
 @dataclass(frozen=True, slots=True)
 class QueryBatch:
-    """Requests with several query rows each: prefill chunks."""
+    """Prefill chunks as requests with several query rows each."""
 
     q_indptr: Int32s  # [n + 1]
     pages: PageLists
 
 
 def indptr_of(counts: NDArray[np.int32]) -> Int32s:
-    """[n] -> [n + 1] running sums from 0."""
+    """Return running sums [n + 1] of counts [n], from 0."""
     result = np.zeros(counts.size + 1, np.int32)
     np.cumsum(counts, out=result[1:])
     return result
 
 
 def list_pages(slots: Int32s, first_columns: Int32s, ends: Int32s, page_size: int) -> PageLists:
-    """`ends` [n]: tokens of the slot up to which each request reads, counted from position 0; beyond first_columns."""
+    """List the pages of requests that read up to token `ends` [n] of their slots, counted from position 0."""
     counts = -(-ends // page_size) - first_columns
     return PageLists(
         slots=slots,
@@ -60,7 +60,7 @@ def list_pages(slots: Int32s, first_columns: Int32s, ends: Int32s, page_size: in
 
 
 def find_depths(first_rows: Int32s, num_rows: Int32s) -> NDArray[np.int64]:
-    """Depth of each group in the nesting: how many earlier groups hold its rows. Sorted by column, as Step states."""
+    """Return each group's nesting depth [g]: how many earlier groups contain its rows. Sorted by column, as in Step."""
     inside = (first_rows[:, None] >= first_rows[None, :]) & (
         (first_rows + num_rows)[:, None] <= (first_rows + num_rows)[None, :]
     )
@@ -70,7 +70,7 @@ def find_depths(first_rows: Int32s, num_rows: Int32s) -> NDArray[np.int64]:
 
 
 def find_levels(layout: StepLayout) -> list[NDArray[np.int64]]:
-    """Which of the layout's groups lie at each depth, the outermost first; groups of one depth share no rows."""
+    """Return the indices of the groups at each depth, the outermost first; groups of one depth share no rows."""
     if not layout.group_first_rows.size:
         return []
     depths = find_depths(layout.group_first_rows, layout.group_num_rows)
@@ -78,7 +78,7 @@ def find_levels(layout: StepLayout) -> list[NDArray[np.int64]]:
 
 
 def find_suffix_starts(layout: StepLayout, page_size: int) -> Int32s:
-    """[d]: how many of each decode row's first tokens its groups cover."""
+    """Return where each decode row's suffix starts, [d] in tokens: its groups cover the tokens before."""
     columns = np.zeros(layout.decode_slots.size, np.int32)
     ends = layout.group_first_columns + layout.group_num_columns
     order = np.argsort(ends, kind="stable")  # of the groups of a row, the one that ends last is written last
@@ -89,13 +89,13 @@ def find_suffix_starts(layout: StepLayout, page_size: int) -> Int32s:
 
 
 def outermost(layout: StepLayout) -> StepLayout:
-    """`layout` with the groups of depth 0 alone: what an inner group would share is then read row by row."""
+    """Return `layout` with the groups of depth 0 only: what inner groups share is then read row by row."""
     is_outer = find_depths(layout.group_first_rows, layout.group_num_rows) == 0
     return replace(layout, **{name: getattr(layout, name)[is_outer] for name in _GROUP_FIELDS})
 
 
 def plan_prefill(layout: StepLayout, page_size: int) -> QueryBatch:
-    """The chunks, each over its slot's pages up to its own end."""
+    """Make the batch of chunks, each over its slot's pages up to its own end."""
     ends = (layout.prefill_starts + layout.prefill_lengths).astype(np.int32)
     pages = list_pages(layout.prefill_slots, np.zeros(ends.size, np.int32), ends, page_size)
     return QueryBatch(indptr_of(layout.prefill_lengths), pages)

@@ -36,7 +36,7 @@ def make_head(weight: torch.Tensor) -> Linear:
 
 
 def make_ops(capability: int) -> Ops:
-    """The table for a GPU of this compute capability, as 90."""
+    """Make the operators for a GPU of this compute capability, as 90."""
     return Ops(
         make_linear=make_linear,
         make_head=make_head,

@@ -1,10 +1,10 @@
-"""Decode steps, whole, as CUDA graphs: there the host's share of a step must not outlast the device's.
+"""CUDA graphs for decode-only steps, so that launch overhead never exceeds GPU time.
 
-All that goes up is one packet, and attention reads the block table itself. A step is two graphs of its padded size: the
-forward, one for rows alone and one for rows in groups that share their first tokens, and the head with a draw that asks
-for no more than temperature, whose tokens the last kernel publishes to the host. Where a row asks for more, or where
-there are so many rows that their logits are large and the host has time, head and sampler follow the first graph one by
-one.
+The host uploads one packet, and attention reads the block table itself. A step replays two graphs of its padded size:
+the forward (one for rows without groups, one for rows with shared prefixes), and the LM head with a sampler for rows
+that ask for no more than temperature, whose last kernel writes the tokens to host memory. Where a row asks for more, or
+there are so many rows that their logits are large and the host has time, head and sampler are launched kernel by
+kernel after the first graph.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from toka_engine.model.cuda.sampler import CudaSampler
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.packets import Packets
 
-_MAX_DRAWN_ROWS = 512
-"""Up to which the logits, 256 MB then for a vocabulary of 128 k, have memory of the graphs' own."""
+_MAX_SAMPLED_ROWS = 512
+"""Rows up to which graphs hold memory for logits: 256 MB for a vocabulary of 128 k."""
 _MIN_GROUPED_ROWS = 32
-"""One of the graphs' sizes; steps of fewer rows in groups are padded to it."""
+"""A graph size to which steps of fewer rows with groups are padded."""
 
 
 class DecodeGraphs:
-    """Captures with `capture`, then runs decode steps of up to `max_rows` rows."""
+    """CUDA graphs of decode steps of up to `max_rows` rows, captured by `capture`."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class DecodeGraphs:
         sampler: CudaSampler,
         max_rows: int,
     ) -> None:
-        """`attention`, whose memory may not be replaced afterwards, and `sampler` work on the same `state`."""
+        """`attention` and `sampler` share `state`; the memory of `attention` may not be replaced afterwards."""
         self.max_rows = max_rows
         self._model, self._attention, self._state, self._sampler = model, attention, state, sampler
         self.packets = Packets(max_rows, GRAPH_GROUP_WORDS, attention.scratch_slot, attention.shape.device)
         self._sizes = np.array(graph_sizes(max_rows))
         self._forwards: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        """By size, and whether there are groups; with their hidden states."""
-        self._draws: dict[int, torch.cuda.CUDAGraph] = {}
+        """Graph and its hidden states, by size and whether there are groups."""
+        self._samplers: dict[int, torch.cuda.CUDAGraph] = {}
         self._last_size = 0
 
     @property
@@ -63,25 +63,25 @@ class DecodeGraphs:
             self._capture(size, pool)
 
     def measure(self) -> int:
-        """Bytes of the device that `capture` will take, from a few captures. Not to be run afterwards."""
+        """Return the device bytes that `capture` will take, from a few captures. Their graphs must not be replayed."""
         pool, sizes = torch.cuda.graph_pool_handle(), self._sizes.tolist()
-        drawn = [size for size in sizes if size <= _MAX_DRAWN_ROWS]
-        rest = sizes[len(drawn) :]
-        return sum(measure_captures(some, lambda size: self._capture(size, pool)) for some in (rest, drawn))
+        sampled = [size for size in sizes if size <= _MAX_SAMPLED_ROWS]
+        rest = sizes[len(sampled) :]
+        return sum(measure_captures(some, lambda size: self._capture(size, pool)) for some in (rest, sampled))
 
     def launch(self, size: int) -> None:
-        """Launch what the graphs of `size` hold, one by one, for rows of the padding slot."""
+        """Launch the kernels of the graphs of `size` without a graph, for rows of the padding slot."""
         for has_groups in self._kinds(size):
             if self.packets.slots.device.type != "meta":
                 none, no_groups = np.empty(0, np.int32), np.zeros(GRAPH_GROUP_WORDS, np.int32)
                 self.packets.write(size, none, none, (none, none, none), np.zeros(4, np.int32), none, no_groups)
             hidden = self._forward(size, has_groups)
-        if size <= _MAX_DRAWN_ROWS:
-            self._draw(size, hidden)
+        if size <= _MAX_SAMPLED_ROWS:
+            self._sample(size, hidden)
 
     @staticmethod
     def _kinds(size: int) -> tuple[bool, ...]:
-        """Whether there are groups, in each graph of this size."""
+        """Return, for each forward graph of this size, whether it has groups."""
         return (False, True) if size >= _MIN_GROUPED_ROWS else (False,)
 
     def _capture(self, size: int, pool: Any) -> None:
@@ -91,13 +91,13 @@ class DecodeGraphs:
             forward = torch.cuda.CUDAGraph()
             with torch.cuda.graph(forward, pool=pool):
                 hidden = self._forward(size, has_groups)
-                if has_groups:  # the draw's graph knows one address
+                if has_groups:  # the sampler's graph reads one address
                     hidden = self._forwards[size, False][1].copy_(hidden)
             self._forwards[size, has_groups] = forward, hidden
-        if size <= _MAX_DRAWN_ROWS:
-            self._draws[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._draws[size], pool=pool):
-                self._draw(size, hidden)
+        if size <= _MAX_SAMPLED_ROWS:
+            self._samplers[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._samplers[size], pool=pool):
+                self._sample(size, hidden)
 
     def _forward(self, size: int, has_groups: bool) -> torch.Tensor:
         packets, attention = self.packets, self._attention
@@ -106,10 +106,10 @@ class DecodeGraphs:
         attention.bind_graph_inputs(packets.slots[:size], packets.positions[:size], groups)
         return self._model.forward(packets.ids[:size], attention)
 
-    def _draw(self, size: int, hidden: torch.Tensor) -> None:
+    def _sample(self, size: int, hidden: torch.Tensor) -> None:
         packets = self.packets
         logits = self._model.logits(hidden)
-        self._sampler.draw_plain(logits, packets.slots[:size], packets.random, packets.sampled_ids[:size])
+        self._sampler.sample_plain(logits, packets.slots[:size], packets.random, packets.sampled_ids[:size])
         packets.write_results(size)
 
     # -------------------------------------------------------------- running
@@ -121,7 +121,7 @@ class DecodeGraphs:
         appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most max_rows] each
         groups: GraphGroups | None = None,  # None unless `has_groups`
     ) -> tuple[torch.Tensor, int]:
-        """Hidden states [rows, hidden_size], valid until the next forward of this size, and the packet's place."""
+        """Return hidden states [rows, hidden_size], valid until the next forward of this size, and the ring index."""
         size, starts, words = self._pad(slots.size), None, None
         if groups is not None:
             size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.suffix_starts, groups.words
@@ -131,9 +131,9 @@ class DecodeGraphs:
         graph.replay()
         return hidden[: slots.size], ring_index
 
-    def draw(self) -> bool:
-        """Draw tokens from what the last forward gave, and publish them. False: it had too many rows."""
-        graph = self._draws.get(self._last_size)
+    def sample(self) -> bool:
+        """Sample from the last forward's hidden states and write the tokens. False: it had too many rows."""
+        graph = self._samplers.get(self._last_size)
         if graph is None:
             return False
         graph.replay()

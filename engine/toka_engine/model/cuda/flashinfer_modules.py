@@ -1,8 +1,8 @@
-"""The table of flashinfer's attention modules (0.6.13), and loading them.
+"""Lists and loads flashinfer's compiled attention modules (0.6.13).
 
-A module is a shared library made for one kernel, head size and architecture. Three places are looked at, in this
-order: the folder of an image (TOKA_KERNELS_DIR), which is only read; flashinfer's own cache, which is used as it is
-where no compiler is; and the compiler. Both folders have the form `<flashinfer version>/<architecture>/cached_ops`.
+A module is a shared library made for one kernel, head size and architecture. It is looked for in the folder of an image
+(TOKA_KERNELS_DIR), which is only read; then in flashinfer's own cache, which is used as it is where there is no
+compiler; else it is compiled. Both folders have the form `<flashinfer version>/<architecture>/cached_ops`.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from toka_engine.model.folders import check_writable
 
 KERNELS_VARIABLE = "TOKA_KERNELS_DIR"
 WORKSPACE_VARIABLE = "FLASHINFER_WORKSPACE_BASE"
-"""flashinfer's own: its cache is `.cache/flashinfer` in that folder, by default in the home folder."""
+"""flashinfer's variable: its cache is `.cache/flashinfer` in that folder, by default in the home folder."""
 HEAD_DIMS = (64, 128, 256)
 """Head sizes that the engine runs on a GPU."""
 BUILT_HEAD_DIMS = (64, 128)
-"""Those that an image holds."""
+"""Head sizes whose modules an image holds."""
 BUILT_ARCHITECTURES = ("9.0a",)
 
 logger = logging.getLogger("toka.model")
 
 
 class Kind(StrEnum):
-    """What a module computes."""
+    """The attention kernel of a module."""
 
     FA2 = "fa2"
-    """Several query rows per request, on every architecture."""
+    """FlashAttention-2, for every architecture."""
     FA3 = "fa3"
-    """The same for Hopper."""
+    """FlashAttention-3, for Hopper."""
 
 
 def list_kinds(major: int) -> tuple[Kind, ...]:
-    """The modules that the engine loads for a head size on an architecture of this major version."""
+    """Return the modules that the engine loads for a head size on an architecture of this major version."""
     return tuple(Kind) if major == 9 else (Kind.FA2,)
 
 
 def load_modules(kinds: Iterable[Kind], head_dim: int) -> dict[Kind, Any]:
-    """flashinfer's modules for the GPU of this machine, in bfloat16.
+    """Load flashinfer's modules for the GPU of this machine, in bfloat16.
 
     Raises DeviceUnavailableError if flashinfer or a kernel is missing and cannot be compiled, StorageError if it would
     have to be compiled and its cache cannot be written.
@@ -59,14 +59,14 @@ def load_modules(kinds: Iterable[Kind], head_dim: int) -> dict[Kind, Any]:
 
 
 def generate(kind: Kind, head_dim: int) -> Any:
-    """flashinfer's description of a module (its JitSpec), whose sources are written into flashinfer's cache."""
+    """Return flashinfer's description of a module (its JitSpec), whose sources are written into flashinfer's cache."""
     from flashinfer import jit
 
     return jit.gen_batch_prefill_module(kind.value, *_arguments(head_dim))
 
 
 def folder_of(base: Path) -> Path:
-    """Where modules for the present architecture lie in a folder of flashinfer's form."""
+    """Return the folder of modules for the present architecture in a folder of flashinfer's form."""
     from flashinfer.jit import env
 
     folder: Path = base / env.FLASHINFER_JIT_DIR.relative_to(env.FLASHINFER_CACHE_DIR)
@@ -79,7 +79,7 @@ def library_in(folder: Path, name: str) -> Path:
 
 @contextmanager
 def described(kind: Kind, head_dim: int) -> Iterator[None]:
-    """Errors of flashinfer, its compiler and the dynamic linker become errors of ours, in one line each."""
+    """Turn errors of flashinfer, its compiler and the dynamic linker into errors of ours, in one line each."""
     what = f"kernel {kind} for head size {head_dim}"
     try:
         yield
@@ -147,7 +147,7 @@ def _compile(kind: Kind, head_dim: int, name: str) -> Any:
 
 @contextmanager
 def _workspace() -> Iterator[StorageError | None]:
-    """flashinfer writes into its cache even to load what is built: a folder of its own where that is not possible.
+    """Give flashinfer a temporary cache if its own cannot be written: it writes there even to load what is built.
 
     Yields why the cache cannot be written. Raises it, if nothing was built elsewhere.
     """

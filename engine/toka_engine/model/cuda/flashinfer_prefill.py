@@ -1,9 +1,9 @@
-"""flashinfer's paged attention (0.6.13), called below its wrappers.
+"""Prefill attention by flashinfer's paged kernels (0.6.13), called below its wrappers.
 
-The wrappers' plan() copies what we already have on the device and walks tensors in Python; the modules beneath take
-plain arrays: `plan` reads CPU index arrays, writes a schedule to pinned memory and enqueues its copy to the device,
-`run` launches the kernel. The pinned memory belongs to the caller here, so that it can rotate: a schedule must not be
-overwritten while an earlier step's copy is still queued.
+The wrappers' plan() copies what we already have on the device and walks tensors in Python; the modules below take plain
+arrays: `plan` reads CPU index arrays, writes a schedule to pinned memory and enqueues its copy to the device, `run`
+launches the kernel. The caller owns the pinned memory, so that it can rotate: a schedule must not be overwritten while
+an earlier step's copy is still queued.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _INT_WORKSPACE_BYTES = 8 << 20
 _CAUSAL = 1
 _NO_WINDOW = -1
 _SM90_MIN_ROWS = 48
-"""Average query rows per request from which the Hopper kernel, which does not join the heads of a group, pays."""
+"""Average query rows per request from which the Hopper kernel pays, which does not batch the heads of a KV head."""
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePages:
-    """A PageLists on the device, its pages laid side by side."""
+    """A PageLists on the device, with its pages concatenated."""
 
     kv_indptr: torch.Tensor  # [n + 1] int32
     kv_indices: torch.Tensor  # [kv_indptr[-1]] int32
@@ -38,7 +38,7 @@ class DevicePages:
 
 
 class _Workspace:
-    """Where schedules live: one device buffer, a ring of pinned ones with an event each."""
+    """Memory for schedules: one device buffer, and a ring of pinned ones with an event each."""
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         self.device_ints = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -48,18 +48,18 @@ class _Workspace:
         self._turn = 0
 
     def take_pinned(self) -> torch.Tensor:
-        """A pinned buffer whose last copy is done."""
+        """Return the next pinned buffer, whose last copy is done."""
         self._turn = (self._turn + 1) % RING_SIZE
         self._events[self._turn].synchronize()
         return self._pinned[self._turn]
 
     def planned(self) -> None:
-        """The copy from the buffer taken last is in the stream now."""
+        """Record that the copy from the buffer taken last is enqueued."""
         self._events[self._turn].record(self._stream)
 
 
 class FlashInferPrefill:
-    """flashinfer's kernels for chunks of prompts of one shape; on the current stream."""
+    """flashinfer's prefill kernels for one attention shape, launched on the current stream."""
 
     def __init__(self, shape: AttentionShape, page_size: int, layout: int) -> None:
         if shape.head_dim not in HEAD_DIMS:
@@ -72,7 +72,7 @@ class FlashInferPrefill:
         self._ints = _Workspace(shape.device, _INT_WORKSPACE_BYTES)
 
     def plan_queries(self, batch: QueryBatch) -> Any:
-        """Schedule a batch of chunks, each query over the keys up to its own."""
+        """Schedule a batch of chunks with a causal mask."""
         shape, work = self._shape, self._ints
         num_requests, num_rows = batch.pages.slots.size, int(batch.q_indptr[-1])
         is_fa3 = self._fa3 is not None and num_rows >= _SM90_MIN_ROWS * num_requests

@@ -1,4 +1,4 @@
-"""What CUDA graphs of decode steps are captured for, and what memory captures take."""
+"""The batch sizes that CUDA graphs are captured for, and the memory that captures take."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 _SMALL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _STEPS = ((512, 32), (2048, 128), (1 << 30, 256))
-"""(up to this size, distance)."""
+"""Distance between sizes, as (up to this size, distance)."""
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Batch sizes to capture: close together where a row of padding costs most; the last is max_rows."""
+    """Return the batch sizes to capture: close together where a row of padding costs most; the last is max_rows."""
     sizes = list(_SMALL_SIZES)
     while sizes[-1] < max_rows:
         sizes.append(sizes[-1] + next(step for limit, step in _STEPS if sizes[-1] < limit))
@@ -20,7 +20,7 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 def measure_captures(sizes: Sequence[int], capture: Callable[[int], None]) -> int:
-    """Bytes of the device that capturing all ascending `sizes` in one pool will take, from the two largest.
+    """Estimate the device bytes of capturing all ascending `sizes` in one pool, from the two largest.
 
     These share little with each other; all others fit into their memory.
     """
@@ -34,7 +34,7 @@ def measure_captures(sizes: Sequence[int], capture: Callable[[int], None]) -> in
 
 
 def _read_free_bytes() -> int:
-    """Of the device, when torch has given back what it only keeps."""
+    """Return the device's free bytes after torch has released its cached blocks."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0])

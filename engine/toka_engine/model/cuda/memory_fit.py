@@ -1,8 +1,8 @@
-"""How large the KV cache may be on a GPU: what is left beside the largest steps and the graphs, measured.
+"""Fits the KV cache of a GPU into what the largest steps and the graphs leave, by measuring them.
 
 The worker starts with a provisional cache, just large enough for the largest steps. They run, the largest graphs are
-captured and dropped, and the real cache takes what is then left. So whatever holds an address of the cache or of the
-block table is made after `fit_cache`. Whoever sized the cache, what steps need is taken before ready (`take_spare`).
+captured and dropped, and the real cache takes what is left. So whatever holds an address of the cache or of the block
+table is made after `fit_cache`. Whoever sized the cache, memory that steps need is taken before ready (`take_spare`).
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ logger = logging.getLogger("toka.model")
 
 _MARGIN_BYTES = 512 << 20
 _MARGIN_SHARE = 0.01
-"""Of the device: left for what steps need beyond the largest ones, as their memory is free in pieces only."""
+"""Share of the device's memory left for steps, which may find the memory of the largest ones fragmented."""
 _LATE_BYTES = 384 << 20
-"""Of the margin: nobody's, for kernels that libraries load when they first need them."""
+"""Part of the margin that stays free for kernels that libraries load when they first need them."""
 _TOP_LOGPROBS = 20
-"""As many as a request may ask for, if nobody said otherwise."""
+"""Top logprobs that a request may ask for by default."""
 _SMALL_BYTES, _NUM_SMALL = 1 << 20, 64
-"""Torch takes memory for tensors of up to a MiB by 2 MiB. Smaller steps have more of these than the largest ones."""
+"""PyTorch's allocator serves tensors up to 1 MiB from 2 MiB blocks; small steps hold more of them than the largest."""
 
 
 def provisional_sizes(sizes: Sizes) -> Sizes:
-    """`sizes` with as few pages as `make_largest_steps` needs."""
+    """Return `sizes` with as few pages as `make_largest_steps` needs."""
     num_chunks, _, pages_per_chunk = _cut_prefill(sizes)
     return replace(sizes, num_pages=num_chunks * pages_per_chunk)
 
 
 def _cut_prefill(sizes: Sizes | WorkerReady) -> tuple[int, int, int]:
-    """The largest prefill: chunks, tokens of one (the last may have fewer), pages of one."""
+    """Return the largest prefill's number of chunks, tokens per chunk (the last may have fewer) and pages per chunk."""
     num_pages = max(1, min(sizes.max_pages_per_seq - 1, sizes.max_tokens_per_forward // sizes.page_size))
     # The last page of the longest sequence may reach beyond the model's positions.
     length = num_pages * sizes.page_size if sizes.max_pages_per_seq > 1 else 1
@@ -54,7 +54,7 @@ def _cut_prefill(sizes: Sizes | WorkerReady) -> tuple[int, int, int]:
 
 
 def make_largest_steps(ready: WorkerReady) -> list[Step]:
-    """A prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet.
+    """Make a prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet.
 
     The rows ask for all that takes memory: a filter, and top logprobs. If there are fewer pages than such a prefill
     has, chunks share them: nobody reads what they write.

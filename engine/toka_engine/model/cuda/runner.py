@@ -1,7 +1,7 @@
-"""Executes steps on a GPU without waiting for it: everything that changes goes up through pinned memory in the order of
-one stream, and the tokens come down on a side stream while the next step runs.
+"""Executes steps on a GPU without waiting for it: inputs are uploaded through pinned memory in the order of one stream,
+and tokens are copied back on a side stream while the next step runs.
 
-Decode steps go another way: all they need is in a graph (decode_graphs), so that the host replays and waits.
+Decode-only steps replay CUDA graphs (`decode_graphs`), to which the host only writes a packet.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from toka_engine.noise import settled_seed
 
 _READ_BYTES_PER_S = 3e12
 _EAGER_OVERHEAD_S = 4e-3
-"""What a step without graphs costs more where launches bound it; shared prefixes must save as much to be worth it."""
+"""Extra time of a small step without graphs; shared prefixes that need one must save as much."""
 _GROUP_OVERHEAD_S = 2e-4
-"""What the merges of a step with groups cost."""
+"""Time that the merges of a step with groups take."""
 _NO_APPENDS = (np.empty(0, np.int32),) * 3
 
 
 @dataclass(frozen=True, slots=True)
 class CudaLaunched(Launched):
-    """A step in the stream; `done` is behind the copies of its results to the host."""
+    """A step in the stream; `done` is recorded after the copies of its results to the host."""
 
     done: torch.cuda.Event
     ids: torch.Tensor | None = None  # pinned
@@ -49,7 +49,7 @@ class CudaLaunched(Launched):
     top_tokens: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
     ring_index: int | None = None
-    """Where a whole step publishes its tokens, which are then all of its results."""
+    """Index of the packet whose step writes its tokens to host memory; they are then all of its results."""
 
 
 class CudaRunner:
@@ -108,12 +108,12 @@ class CudaRunner:
             self.decode_graphs = decode_graphs
 
     def make_decode_graphs(self) -> DecodeGraphs:
-        """Not captured yet."""
+        """Make graphs that are not captured yet."""
         return DecodeGraphs(self.model, self.attention, self._slots, self.sampler, self._max_graph_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
-        """Bytes that the graphs of `prepare` will take."""
+        """Return the bytes that the graphs of `prepare` will take."""
         if not self._max_graph_rows:
             return 0
         return self.make_decode_graphs().measure()
@@ -146,8 +146,8 @@ class CudaRunner:
         attention.copy_pages(scratch_page, scratch_page)
 
     def launch_many_rows(self, rows: int) -> None:
-        """Launch a step of so many decode rows, with groups and without: attention of many takes other kernels, whether
-        or not graphs hold as many."""
+        """Launch a step of so many decode rows, with groups and without: attention of many rows takes other kernels,
+        whether or not graphs hold as many."""
         DecodeGraphs(self.model, self.attention, self._slots, self.sampler, rows).launch(rows)
 
     @torch.inference_mode()
@@ -162,7 +162,7 @@ class CudaRunner:
             logits, logit_rows = self._forward(step)
         else:
             hidden, ring_index = decoded
-            if ring_index is not None and self._draw_by_graph(plan):
+            if ring_index is not None and self._sample_by_graph(plan):
                 self.state.advance(step)
                 return self._await_published(step, plan, ring_index, started_s, cpu_s)
             logits, logit_rows = self.model.logits(hidden), None
@@ -171,7 +171,7 @@ class CudaRunner:
         return self._fetch(step, plan, sampled, started_s, cpu_s)
 
     def _plan_sampling(self, step: Step) -> SamplePlan:
-        """As plan_sampling. Decode steps of the same rows share one plan: nothing in it changes from step to step."""
+        """Plan sampling; decode steps of the same rows share one plan, in which nothing changes from step to step."""
         last, slots = self._last_plan, step.decode_slots
         has_new = len(step.new) or step.fanout_slots.size
         if last is not None and not has_new and np.array_equal(slots, last.slots):
@@ -181,9 +181,9 @@ class CudaRunner:
         return plan
 
     def _decode_by_graph(self, step: Step) -> tuple[torch.Tensor, int | None] | None:
-        """Hidden states [d, hidden_size] of a step of decode rows, and the ring_index of its packet if it had one.
+        """Return hidden states [d, hidden_size] of a decode-only step and the ring index of its packet.
 
-        None, with the step's pages appended, where launching one by one is better.
+        Returns None, with the step's pages appended, where launching kernel by kernel is better.
         """
         appends = step.append_slots, step.append_indices, step.append_pages
         count, decode_graphs = step.decode_slots.size, self.decode_graphs
@@ -201,8 +201,8 @@ class CudaRunner:
             appends = _NO_APPENDS
         return decode_graphs.forward(step.decode_slots, self.state["length"][step.decode_slots], appends, groups)
 
-    def _draw_by_graph(self, plan: SamplePlan) -> bool:
-        return self.decode_graphs is not None and plan.is_plain and self.decode_graphs.draw()
+    def _sample_by_graph(self, plan: SamplePlan) -> bool:
+        return self.decode_graphs is not None and plan.is_plain and self.decode_graphs.sample()
 
     def _await_published(
         self, step: Step, plan: SamplePlan, ring_index: int, started_s: float, cpu_s: float
@@ -248,7 +248,7 @@ class CudaRunner:
             set_slots(self._slots, words)
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of any step, launched one by one, and each sampled row's index into them (None: in order)."""
+        """Return logits of any step, launched kernel by kernel, and each sample's index into them (None: in order)."""
         layout = make_layout(step, self.state, keep_seeded_out=False)
         self.attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
@@ -265,7 +265,7 @@ class CudaRunner:
         return self.model.logits(hidden), None if logit_rows is None else logit_index
 
     def _saved_s(self, step: Step) -> float:
-        """What reading once the pages that groups share saves."""
+        """Return the seconds saved by reading the groups' shared pages once."""
         if not step.group_first_rows.size or not self.attention.use_groups:
             return 0.0
         pages_saved = int(((step.group_num_rows - 1) * step.group_num_columns).sum())
@@ -273,7 +273,7 @@ class CudaRunner:
         return pages_saved * bytes_per_page / _READ_BYTES_PER_S
 
     def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
-        """Enqueue the copies of the results to the host, beside the main stream."""
+        """Enqueue the copies of the results to the host, on the side stream."""
         done = torch.cuda.Event()
         ids = logprobs = top_tokens = top_logprobs = None
         self._copies.wait_stream(self._stream)

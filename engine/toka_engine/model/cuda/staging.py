@@ -1,8 +1,8 @@
-"""Small integer arrays on their way to the GPU: packed into pinned memory, one asynchronous copy per upload.
+"""Uploads small integer arrays to the GPU: packed into pinned memory, one asynchronous copy per upload.
 
 The pinned buffers rotate, each guarded by an event, because the copy of an earlier step may still be queued. The device
-buffer does not: copies and the kernels that read it run in one stream, in order. So what `upload` returns is valid
-until the next upload of the same Staging is enqueued.
+buffer does not rotate: copies and the kernels that read it run in one stream, in order. So what `upload` returns is
+valid until the next upload of the same Staging is enqueued.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from toka_engine.model.in_flight import RING_SIZE
 
 _ALIGN = 4
-"""int32 words: vector loads of 16 bytes, and a view as int64, stay aligned."""
+"""Alignment of arrays in int32 words, for vector loads of 16 bytes and views as int64."""
 
 
 class Staging:

@@ -1,7 +1,7 @@
-"""The CUDA compiler: where it is, and what it needs around it. It may be a system's, or made of Python packages.
+"""Finds the CUDA compiler, a system's or that of Python packages, and prepares what a build needs.
 
-The packages (the extra `kernels`) lie beside torch's CUDA libraries, in site-packages/nvidia/cu13, which has no
-lib64 and no libcuda: `prepare_build` makes links for the linker.
+The packages (the extra `kernels`) are installed next to torch's CUDA libraries, in site-packages/nvidia/cu13, which has
+no lib64 and no libcuda: `prepare_build` makes links for the linker.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from toka_engine.errors import DeviceUnavailableError, StorageError
 from toka_engine.model.memory import count_threads, read_limit_bytes
 
 _BYTES_PER_JOB = 4 << 30
-"""What one compilation of nvcc may take: 3.3 GB was seen with Hopper's kernel, 0.5 GB with the others."""
+"""Memory that one nvcc process may take: 3.3 GB was seen with Hopper's kernel, 0.5 GB with the others."""
 _SYSTEM_HOME = Path("/usr/local/cuda")
 _HOME_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 _REMEDY = "install the packages of the extra `kernels`, or let CUDA_HOME name a CUDA toolkit"
 
 
 def find_cuda_home() -> Path | None:
-    """The folder with bin/nvcc: the one that flashinfer would choose, else that of the packages."""
+    """Return the folder with bin/nvcc: the one that flashinfer would choose, else that of the packages."""
     return _find_system_home() or _find_packages_home()
 
 
 def choose_compiler() -> None:
-    """Set what flashinfer needs to know to see whether a library is up to date. Raises DeviceUnavailableError."""
+    """Set the variables by which flashinfer sees whether a library is up to date. Raises DeviceUnavailableError."""
     _find_ninja()
     os.environ.setdefault("MAX_JOBS", str(choose_num_jobs(count_threads(), read_limit_bytes())))
     if _find_system_home() is None:
@@ -57,18 +57,18 @@ def prepare_build(links: Path) -> None:
 
 
 def choose_num_jobs(num_cpus: int, free_bytes: int) -> int:
-    """How many compilations run at once."""
+    """Return how many compilations run at once."""
     return max(1, min(num_cpus, free_bytes // _BYTES_PER_JOB))
 
 
 def summarise(output: str) -> str:
-    """The line of a compiler's output that says what is wrong."""
+    """Return the line of a compiler's output that says what is wrong."""
     lines = output.strip().splitlines() or ["no reason given"]
     return next((line for line in lines if "error:" in line or "fatal" in line), lines[-1])
 
 
 def _configured_home() -> tuple[str, str] | None:
-    """The variable that names a toolkit, and its value."""
+    """Return the variable that names a toolkit, and its value."""
     return next(((name, value) for name in _HOME_VARIABLES if (value := os.environ.get(name))), None)
 
 
@@ -97,7 +97,7 @@ def _with_nvcc(home: Path) -> Path | None:
 
 
 def _find_ninja() -> None:
-    """flashinfer runs `ninja` by name: that of the package is not on the PATH of an environment not activated."""
+    """Put ninja on the PATH: flashinfer runs it by name, and an environment that is not activated lacks it."""
     if shutil.which("ninja"):
         return
     try:

@@ -1,9 +1,9 @@
-"""Our Triton kernels at run time: from the folder of an image, else from Triton's own cache, else compiled.
+"""Finds our compiled Triton kernels at run time: in an image's folder, else in Triton's cache, else it compiles them.
 
-Triton asks a cache for everything by a key of all that decides it: source, variant, options, ptxas, architecture. Some
-entries are kernels, the others modules in C that load and launch them, for which Triton calls gcc. `KernelCache` looks
-into the image's folder first (TOKA_KERNELS_DIR), which is only read, and writes what is missing into Triton's cache
-(TRITON_CACHE_DIR, `.triton/cache` in the home folder). It counts what had to be compiled: in an image, nothing.
+Triton's cache key of a kernel covers source, variant, options, ptxas and architecture. Some entries are kernels, the
+others C modules that load and launch them, for which Triton calls gcc. `KernelCache` looks into the image's folder
+first (TOKA_KERNELS_DIR), which is only read, and writes what is missing into Triton's cache (TRITON_CACHE_DIR, by
+default `.triton/cache` in the home folder). It counts what had to be compiled: in an image, nothing.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _MODULE_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 class KernelCache:
-    """What Triton asks for kernels."""
+    """The cache manager that Triton asks for kernels."""
 
     def __init__(self, folder: Path | None) -> None:
-        """`folder`: kernels that are built, in the form of Triton's cache."""
+        """`folder`: AOT-compiled kernels, in the form of Triton's cache."""
         self.folder = folder
         self.num_built = 0
-        """Kernels found in `folder`."""
+        """Number of kernels found in `folder`."""
         self.compiled: list[str] = []
         """Names of kernels that were not there."""
         self.num_modules_compiled = 0
         self._lock = threading.Lock()
 
     def open(self, key: str, override: bool = False, dump: bool = False) -> Any:
-        """A CacheManager of Triton's for one key."""
+        """Return a cache manager of Triton's for one key."""
         if override or dump:
             return FileCacheManager(key, override=override, dump=dump)
         return _Entry(self, key)
@@ -62,7 +62,7 @@ class KernelCache:
 
 
 class _Entry:
-    """One key's files: those of the image, or those of Triton's cache."""
+    """One key's files, from the image or from Triton's cache."""
 
     def __init__(self, cache: KernelCache, key: str) -> None:
         self._cache, self._key = cache, key
@@ -80,7 +80,7 @@ class _Entry:
         return found
 
     def get_group(self, filename: str) -> Mapping[str, str] | None:
-        """The files that belong to `filename`, by name. Triton notes where they were written: they lie beside it."""
+        """Return the files of the group `filename`, by name. They are next to it, not where Triton recorded them."""
         group = None if self._built is None else self._built / f"__grp__{filename}"
         if self._built is None or group is None or not group.exists():
             found: Mapping[str, str] | None = self._open_own().get_group(filename)
@@ -100,7 +100,7 @@ class _Entry:
         return self.put(json.dumps({"child_paths": group}), f"__grp__{filename}", binary=False)
 
     def _open_own(self) -> Any:
-        """The files in Triton's cache. Makes their folder: who asks for what is not there is going to compile it."""
+        """Open the files in Triton's cache. Makes their folder: whoever asks for a missing file will compile it."""
         try:
             return FileCacheManager(self._key)
         except OSError as error:
@@ -108,12 +108,12 @@ class _Entry:
 
 
 def folder_of(base: Path, capability: int) -> Path:
-    """Where kernels of this Triton for a compute capability, as 90, lie in a folder that TOKA_KERNELS_DIR may name."""
+    """Return the folder below `base` (TOKA_KERNELS_DIR) with this Triton's kernels for a compute capability, as 90."""
     return base / f"triton-{triton.__version__}" / str(capability)
 
 
 def find_c_compiler(what: str) -> str:
-    """The one that Triton would run. Raises DeviceUnavailableError: it is needed for `what`."""
+    """Find the C compiler that Triton would run. Raises DeviceUnavailableError, which says that `what` needs it."""
     named = os.environ.get("CC")
     names = ["gcc", "clang"] if named is None else [named]
     found = next(filter(None, map(shutil.which, names)), None)
@@ -126,12 +126,11 @@ def find_c_compiler(what: str) -> str:
 
 
 def pin_keys() -> None:
-    """Make keys independent of the machine's programs and of what is compiled first. Before the first launch.
+    """Make cache keys independent of the machine's programs and of compile order. To be called before any launch.
 
-    Into a kernel's key Triton takes the constants of the functions that it calls, but of a function that it has not
-    met before it does not know them yet: so it meets all of ours here, a module's functions in their order. Python asks
-    the program `file`, where there is one, how its own executable is linked, and Triton takes the answer into its keys:
-    once per process.
+    A kernel's key includes the constants of the functions it calls, but Triton does not know those of a function that
+    it has not hashed before: so all of ours are hashed here, in a fixed order. Keys also include how Python's own
+    executable is linked, which Python asks the program `file`, once per process, where there is one: it is hidden here.
     """
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
@@ -150,7 +149,7 @@ def pin_keys() -> None:
 
 
 def use_built(capability: int) -> KernelCache:
-    """From now on Triton finds the image's kernels, if there are any for this Triton and this GPU."""
+    """Let Triton find the image's kernels, if there are any for this Triton and this GPU."""
     global _used
     pin_keys()
     shipped = os.environ.get(KERNELS_VARIABLE)
@@ -168,7 +167,7 @@ def use_built(capability: int) -> KernelCache:
 
 
 def log_compiled() -> None:
-    """At the end of a start: how much of it was compiling."""
+    """Log, at the end of a start, how many kernels were found and how many compiled."""
     if _used is not None:
         logger.info(
             "event=triton_kernels_ready built=%d compiled=%d modules_compiled=%d%s",

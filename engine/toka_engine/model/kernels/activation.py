@@ -1,4 +1,4 @@
-"""The gated activation of Llama's MLP: silu(gate) * up from one packed product."""
+"""The gated activation of Llama's MLP: silu(gate) * up, from one packed GEMM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, width, BLOCK: tl.constexp
     gate = tl.load(at, mask=inside, other=0.0)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
-    # The activation is rounded before the product, as in the reference.
+    # The activation is rounded before the multiplication, as in the reference.
     active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
     tl.store(out_ptr + row * width + column, (active * up).to(gate.dtype), mask=inside)
 

@@ -104,7 +104,7 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class SuffixPart:
-    """Where each row's suffix starts, and what the merge with its shared prefix needs."""
+    """Suffix starts of rows with a shared prefix, and outputs that the merge with it needs."""
 
     starts: torch.Tensor  # [rows] int32, tokens
     lse: torch.Tensor  # [rows, num_heads] fp32, base 2, written

@@ -1,10 +1,10 @@
-"""top_k, top_p and min_p, exact over the whole vocabulary, without a sort: only samples that ask pay.
+"""top_k, top_p and min_p, exact over the whole vocabulary, without a sort. Only samples that ask for them pay.
 
-Each filter keeps the tokens at or above some logit. With top_p alone a token is drawn without that logit being known
-(rejection); with top_k it is found among the best logits (gathering). Where neither can be, for a seed's sake or with a
-large top_k, it is found by a search over the ordered bit patterns of all logits: how many tokens (top_k), or how much
-mass (top_p), lie at or above a pivot; three pivots per pass, until no two tokens lie between those that are kept and
-those that are not. Tokens that tie with the last kept one are kept too. top_p is of the mass that top_k left; min_p is
+Each filter keeps the tokens at or above a threshold. With top_p alone a token is sampled without knowing it
+(`top_p_rejection`); with top_k it is found among the largest logits (`top_k_gathering`). Where neither works, with a
+seed or a large top_k, it is found by a search over the ordered bit patterns of all logits: how many tokens (top_k), or
+how much mass (top_p), lie at or above a pivot; three pivots per pass, until at most one token lies between kept and
+dropped ones. Tokens that tie with the last kept one are kept too. top_p applies to the mass that top_k left; min_p is
 relative to the best token.
 """
 
@@ -22,7 +22,7 @@ from toka_engine.model.kernels.top_k_gathering import cut_gathered
 
 @triton.jit
 def _tail_sums(row_ptr, vocab_size, base, scale, low, middle, high, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Mass (or number again) and number of the tokens at or above each of three pivots, finite logits."""
+    """Return mass (IS_COUNT: number as fp32) and number of the tokens at or above each of three finite pivots."""
     sum_low = tl.zeros([BLOCK], tl.float32)
     sum_middle = tl.zeros([BLOCK], tl.float32)
     sum_high = tl.zeros([BLOCK], tl.float32)
@@ -51,15 +51,15 @@ def _search(
     row_ptr, vocab_size, base, scale, lower, upper, target,
     IS_COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A key that keeps what the greatest one in [lower, upper) does whose tail reaches `target`: `lower` if none does.
+    """Return a key that keeps the same tokens as the greatest one in [lower, upper) whose tail reaches `target`.
 
-    No token is at or above `upper`. Keys are int64.
+    It is `lower` if no tail does. No token is at or above `upper`. Keys are int64 scalars.
     """
     num_lower, num_upper = vocab_size, 0
-    # One token between the two, or none: wherever between them a key is, it keeps the same as `lower`.
+    # With at most one token between the two, every key between them keeps the same tokens as `lower`.
     while (upper - lower > 1) & (num_lower - num_upper > 1):
         width = upper - lower
-        first = lower + tl.maximum(width // 4, 1)  # the lower end itself would tell nothing
+        first = lower + tl.maximum(width // 4, 1)  # the lower end itself gives no information
         second = lower + width // 2
         third = lower + (width * 3) // 4
         at_first, at_second, at_third, num_first, num_second, num_third = _tail_sums(
@@ -82,7 +82,7 @@ def _search(
 
 @triton.jit
 def _bound_top_p(base, scale, mass, top_p, vocab_size):
-    """Below this logit the whole vocabulary would have less than nine tenths of the mass that top_p leaves out."""
+    """Return a lower bound of the threshold: below it all tokens together have < 0.9 of the mass that top_p drops."""
     return base - (tl.log2(vocab_size / ((1.0 - top_p) * mass)) + 0.16) / scale
 
 
@@ -160,9 +160,9 @@ def apply_filters(
     state: DeviceSlots,
     work: Workspace,
 ) -> None:
-    """After block_stats, draw_by_rejection and gather_best, for those of the chosen samples that have no token yet.
+    """Set work.threshold of the chosen samples that have no token yet, and limit their work.scaled_sum to kept tokens.
 
-    Sets their work.threshold and limits their work.scaled_sum to what is kept.
+    To be called after block_stats, sample_by_rejection and gather_best.
     """
     count = chosen.shape[0]
     if not count:

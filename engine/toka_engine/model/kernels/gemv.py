@@ -1,14 +1,14 @@
-"""Products of a step of one row: one kernel each, with the norm, the activation or the sum with the residual inside.
+"""GEMV kernels for a step of one row: one kernel each, fused with the norm, the activation or the residual add.
 
-A step of one row waits for its weights and for nothing else, so what counts is how little lies between two reads of
-them. What is small is done again by every program (the norm's sum of squares) or by the one that has the result. From
-compute capability 9.0 on, each kernel starts while the one before ends (programmatic dependent launch): it asks for its
-weights at once, and waits before it touches anything that a kernel writes. Measured on an H100 at the 1B shape, a layer
-without attention: 58.8 us with a kernel each for norm, product, activation and sum, 51.2 so, 47.3 with dependent
-launches, 44.7 with two tiles of weights on their way instead of one. What lost: bulk prefetches into L2 of a program's
-whole weights (55.3), x loaded once an output to spare the exchange in shared memory (46.9), weights that L2 may keep.
+A step of one row is bound by reading its weights, so what counts is how little happens between two reads of them. Small
+work is repeated by every program (the norm's sum of squares) or done by the program that has the result. From compute
+capability 9.0 on, each kernel starts while the previous one ends (programmatic dependent launch): it loads its weights
+at once, and waits before it touches anything that a kernel writes. Measured on an H100 at the 1B shape, a layer without
+attention: 58.8 us with a kernel each for norm, GEMV, activation and add, 51.2 fused, 47.3 with dependent launches, 44.7
+with two tiles of weights in flight instead of one. What lost: bulk prefetches into L2 of a program's whole weights
+(55.3), x loaded once per output to avoid the exchange in shared memory (46.9), weights that L2 may keep.
 
-Sums are fp32, and a result is rounded once: nothing between norm, product, activation and sum is.
+Sums are fp32, and a result is rounded once, after norm, GEMV, activation and add.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
 
 @triton.jit
 def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl.constexpr):
-    """Values [start, start + BLOCK_IN) of the program's rows of weights, and with IS_GATED of those of up."""
+    """Load [BLOCK_OUT, BLOCK_IN] weights from column `start` on, and with IS_GATED those of up."""
     inside = is_out[:, None] & (start + columns < width)
     weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
     up = weight
@@ -39,7 +39,7 @@ def _load_tile(weight_at, up_offset, start, columns, width, is_out, IS_GATED: tl
 def _add_tile(
     sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr
 ):
-    """The sums with the products of a tile of weights and the values `at` of x."""
+    """Add a tile's weights times the values `at` of x to the sums [BLOCK_OUT, BLOCK_IN] fp32."""
     x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
     if HAS_NORM:
         squares += x * x
@@ -50,10 +50,10 @@ def _add_tile(
     return sums, up_sums, squares
 
 
-# A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. Nothing rests on the number of
-# outputs: it makes no variants (see aot.triton_build).
+# A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. The number of outputs makes no
+# variants (see aot.triton_build).
 @triton.jit(do_not_specialize=["num_out"])
-def _single_row_kernel(
+def _gemv_kernel(
     x_ptr,  # [width]
     norm_ptr,  # [width], with HAS_NORM
     weight_ptr,  # [num_out, width], with IS_GATED [2 * num_out, width]: gate, then up
@@ -117,8 +117,8 @@ def _single_row_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """How a product is cut: a program has `block_out` outputs, and reads `block_in` values of each at a time."""
+class LaunchConfig:
+    """A program computes `block_out` outputs, and reads `block_in` weights of each at a time."""
 
     block_out: int
     block_in: int
@@ -127,15 +127,15 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class SingleRowKernels:
-    """An ops.SingleRow. How a product is cut depends on what it is; any width and number of outputs will do.
+    """An ops.SingleRow, for any width and number of outputs.
 
-    The cuts are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_gemv.py).
+    The launch configs are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_gemv.py).
     """
 
     has_pdl: bool
-    behind_norm: Cut = Cut(2, 512, 2)
-    """Programs of many outputs would be too few for a row as short as a hidden state."""
-    other: Cut = Cut(8, 1024, 8)
+    behind_norm: LaunchConfig = LaunchConfig(2, 512, 2)
+    """Of GEMVs over a hidden state: with more outputs per program there would be too few programs."""
+    other: LaunchConfig = LaunchConfig(8, 1024, 8)
 
     @classmethod
     def for_capability(cls, capability: int) -> Self:
@@ -169,21 +169,21 @@ class SingleRowKernels:
 
     def _launch(
         self,
-        cut: Cut,
-        x: torch.Tensor,
-        weight: torch.Tensor,
+        config: LaunchConfig,
+        x: torch.Tensor,  # [1, width]
+        weight: torch.Tensor,  # [num_out, width], gated [2 * num_out, width]
         bias: torch.Tensor | None,
-        out: torch.Tensor,
-        norm: torch.Tensor | None = None,
+        out: torch.Tensor,  # [1, num_out], written
+        norm: torch.Tensor | None = None,  # [width]
         eps: float = 0.0,
         is_gated: bool = False,
         adds: bool = False,
     ) -> torch.Tensor:
         num_out, width = out.shape[1], weight.shape[1]
-        _single_row_kernel[(triton.cdiv(num_out, cut.block_out),)](
+        _gemv_kernel[(triton.cdiv(num_out, config.block_out),)](
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
-            BLOCK_OUT=cut.block_out, BLOCK_IN=cut.block_in,
+            BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
-            HAS_PDL=self.has_pdl, num_warps=cut.num_warps, launch_pdl=self.has_pdl,
+            HAS_PDL=self.has_pdl, num_warps=config.num_warps, launch_pdl=self.has_pdl,
         )  # fmt: skip
         return out

@@ -1,7 +1,7 @@
-"""Presence, frequency and repetition penalties: changed logits in fp32 for the rows that ask, and for no others.
+"""Presence, frequency and repetition penalties: changed logits in fp32, for the rows that ask only.
 
-One kernel counts each row's tokens, which lie beside its keys and values in the pages; another applies what they cost.
-The definition is that of toka_engine.model.cpu.penalties.
+One kernel counts each row's tokens, which are stored with its keys and values in the pages; another applies the
+penalties. `cpu.penalties` has their definition.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import triton.language as tl
 from toka_engine.model.kernels.sampling import BLOCK
 
 _IN_PROMPT = tl.constexpr(1 << 30)
-"""Marks a token of the prompt in its count, whose lower bits say how often it was generated."""
+"""Bit that marks a prompt token in its count; the lower bits say how often it was generated."""
 _TOKENS_PER_PROGRAM = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class PenaltyInputs:
-    """What the host knows of m rows; [m] each."""
+    """Inputs from the host for m rows; [m] each."""
 
     logit_rows: torch.Tensor  # int32
     sources: torch.Tensor  # int32: slot whose pages hold the row's tokens
@@ -98,7 +98,7 @@ def apply_penalties(
     page_tokens: torch.Tensor,  # [pages, page_size] int32
     work: PenaltyWorkspace,
 ) -> torch.Tensor:
-    """Changed logits [m, vocab] fp32 of `inputs.logit_rows`, valid until the next call. `logits` stay as they are."""
+    """Return changed logits [m, vocab] fp32 of `inputs.logit_rows`, a buffer that the next call overwrites."""
     count, vocab_size = inputs.sources.shape[0], logits.shape[1]
     _count_tokens_kernel[(count, triton.cdiv(max_length, _TOKENS_PER_PROGRAM))](
         work.counts, vocab_size, inputs.sources, inputs.lengths, inputs.num_generated,

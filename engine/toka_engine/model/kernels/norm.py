@@ -1,4 +1,4 @@
-"""RMSNorm, alone and fused with the residual sum before it: one pass over each row.
+"""RMSNorm, alone and fused with the residual add before it: one pass over each row.
 
 Rounding follows the reference implementation of Llama: the sum is rounded to the model's dtype before it is squared,
 the normalised row is rounded before it is multiplied with the weight.

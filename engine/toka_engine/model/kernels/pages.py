@@ -1,4 +1,4 @@
-"""Kernels over the block table and the pages: set entries, flatten rows for attention, copy pages, note token ids."""
+"""Kernels over the block table and pages: set entries, flatten rows for attention, copy pages, store token ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _set_table_kernel(table_ptr, entries_ptr, count, columns, BLOCK: tl.constexp
 
 
 def set_table(block_table: torch.Tensor, entries: torch.Tensor) -> None:
-    """block_table[slots, columns] = pages, for entries [3 * n] int32: slots, then columns, then pages."""
+    """Set block_table[slots, columns] = pages, for entries [3 * n] int32: slots, then columns, then pages."""
     count = entries.shape[0] // 3
     if count:
         grid = (triton.cdiv(count, 256),)
@@ -45,7 +45,7 @@ def flatten_table(
     indptr: torch.Tensor,  # [rows + 1] int32
     out: torch.Tensor,  # [>= indptr[-1]] int32
 ) -> None:
-    """out[indptr[i]:indptr[i + 1]] = block_table[slots[i], first_columns[i]:], side by side."""
+    """Set out[indptr[i]:indptr[i + 1]] = block_table[slots[i], first_columns[i]:] for each row i."""
     rows = slots.shape[0]
     if rows:
         _flatten_kernel[(rows,)](
@@ -97,7 +97,7 @@ def write_tokens(
     block_table: torch.Tensor,  # [max_seqs, columns] int32
     page_tokens: torch.Tensor,  # [pages, page_size] int32
 ) -> None:
-    """page_tokens[block_table[slots, positions // page_size], positions % page_size] = ids."""
+    """Set page_tokens[block_table[slots, positions // page_size], positions % page_size] = ids."""
     rows = ids.shape[0]
     if rows:
         _write_tokens_kernel[(triton.cdiv(rows, 256),)](

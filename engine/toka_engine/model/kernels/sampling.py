@@ -1,10 +1,10 @@
-"""The sampler's two kernels for every row: block statistics, then the draw.
+"""The sampler's two kernels for every row: block statistics, then the choice of a token.
 
-`block_stats` reads the logits once: per sample and block of the vocabulary the maximum and the sum of
-exp((x - max) / T). `draw` picks a block by one uniform number from those sums and then the token inside it, so that it
-reads one block per sample. Greedy is the maximum; the log-sum-exp of the logprobs falls out of the same pass. Samples
-with a seed are drawn from Gumbel noise (see gumbel), samples with top_k, top_p or min_p by rejection or above a
-threshold (see rejection, gathering, filtering).
+`block_stats` reads the logits once: per sample and block of the vocabulary it stores the maximum and the sum of
+exp((x - max) / T). `sample_tokens` picks a block from those sums by one uniform number, then the token inside it, so
+that it reads one block per sample. Greedy is the maximum; the log-sum-exp for logprobs comes from the same pass.
+Samples with a seed use Gumbel noise (`seeded_sampling`); samples with top_k, top_p or min_p use rejection or a
+threshold (`top_p_rejection`, `top_k_gathering`, `filtering`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import triton.language as tl
 from toka_engine.model.kernels.device_slots import DeviceSlots
 
 BLOCK = 4096
-"""Logits per program: 16 KiB of fp32."""
+"""Logits per program, 16 KiB of fp32."""
 
 MIN_TEMPERATURE = 1e-5
-"""Below, a sample is greedy."""
+"""Temperatures below this are greedy."""
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """One sample per entry: which row of the logits it is drawn from, and for which slot. [n] int32 each."""
+    """n samples: the row of the logits and the slot of each, [n] int32."""
 
     logit_rows: torch.Tensor
     slots: torch.Tensor
@@ -45,8 +45,8 @@ class Workspace:
     maximum: torch.Tensor  # [n, num_blocks] fp32; +inf: a logit of the block is NaN or +inf
     scaled_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp((x - maximum) / T), above the threshold if any
     plain_sum: torch.Tensor  # [n, num_blocks] fp32: sum of exp(x - maximum)
-    threshold: torch.Tensor  # [n] fp32: tokens below are not drawn; -inf: all are
-    token: torch.Tensor  # [n] int32: what has been drawn already (rejection); -1: nothing
+    threshold: torch.Tensor  # [n] fp32: tokens below are not sampled; -inf: all are
+    token: torch.Tensor  # [n] int32: token sampled already (rejection); -1: none
     gathered: torch.Tensor  # [n, room] fp32: the best logits of samples with top_k, in any order
     num_gathered: torch.Tensor  # [n] int32: how many there are, or would be with more room
     noisy_best: torch.Tensor  # [n, num_blocks] fp32: best x / T plus noise of seeded samples
@@ -73,7 +73,7 @@ class Workspace:
 
 @triton.jit
 def inverse_temperature(temperature_ptr, slot):
-    """1 / T of a slot; 1 for greedy ones, whose sums nobody reads."""
+    """Return 1 / T of a slot; 1 for greedy ones, whose sums nobody reads."""
     temperature = tl.load(temperature_ptr + slot)
     return tl.where(temperature < _MIN_TEMPERATURE, 1.0, 1.0 / tl.maximum(temperature, _MIN_TEMPERATURE))
 
@@ -108,18 +108,21 @@ def _block_stats_kernel(
 
 
 @triton.jit
-def find_passing(weight, target, places, SIZE: tl.constexpr):
-    """At which of SIZE places the running sum of the weights passes `target`, and what of `target` is left there."""
-    hit = tl.min(tl.where((tl.cumsum(weight, axis=0) > target) & (weight > 0), places, SIZE), axis=0)
-    place = tl.minimum(hit, tl.max(tl.where(weight > 0, places, 0), axis=0))
-    return place, target - tl.sum(tl.where(places < place, weight, 0.0), axis=0)
+def find_passing(weight, target, indices, SIZE: tl.constexpr):
+    """Return the first index at which the running sum of `weight` [SIZE] passes `target`, and the rest of `target`.
+
+    `indices` is arange(SIZE); scalars are fp32.
+    """
+    hit = tl.min(tl.where((tl.cumsum(weight, axis=0) > target) & (weight > 0), indices, SIZE), axis=0)
+    index = tl.minimum(hit, tl.max(tl.where(weight > 0, indices, 0), axis=0))
+    return index, target - tl.sum(tl.where(indices < index, weight, 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _draw_kernel(
+def _sample_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr,
     temperature_ptr, seed_ptr, num_sampled_ptr, last_token_ptr, random_ptr,
-    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, drawn_ptr, noisy_best_ptr, noisy_token_ptr,
+    maximum_ptr, scaled_ptr, plain_ptr, threshold_ptr, sampled_ptr, noisy_best_ptr, noisy_token_ptr,
     ids_ptr, logprobs_ptr, num_blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, HAS_PLAIN: tl.constexpr, HAS_SEEDED: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +159,7 @@ def _draw_kernel(
     drawn, _ = find_passing(mass, remaining, inner, BLOCK)
     best = tl.min(tl.where(x == top, inner, BLOCK - 1), axis=0)
     token = block * BLOCK + tl.where(is_greedy, best, drawn)
-    before = tl.load(drawn_ptr + sample)
+    before = tl.load(sampled_ptr + sample)
     token = tl.where(before >= 0, before, token)
     if HAS_SEEDED:
         is_seeded = (tl.load(seed_ptr + slot) >= 0) & (is_greedy == 0)
@@ -180,7 +183,7 @@ def _draw_kernel(
 def block_stats(
     logits: torch.Tensor, samples: Samples, state: DeviceSlots, work: Workspace, with_logprobs: bool
 ) -> None:
-    """First pass over logits [rows, vocab_size]: fills work.maximum, scaled_sum, threshold and, if asked, plain_sum."""
+    """Pass once over logits [rows, vocab_size]: fill work.maximum, scaled_sum, threshold and, if asked, plain_sum."""
     if len(samples):
         _block_stats_kernel[(work.num_blocks, len(samples))](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, state["temperature"],
@@ -189,7 +192,7 @@ def block_stats(
         )  # fmt: skip
 
 
-def draw(
+def sample_tokens(
     logits: torch.Tensor,
     samples: Samples,
     state: DeviceSlots,
@@ -199,12 +202,12 @@ def draw(
     logprobs: torch.Tensor | None,  # [n] fp32
     with_seeded: bool,
 ) -> None:
-    """Draw every sample: fills ids (-1: not finite) and logprobs (NaN there); advances the slots' state.
+    """Sample every entry: fill ids (-1: not finite) and logprobs (NaN there), and advance the slots' state.
 
     Logprobs need block_stats with_logprobs.
     """
     if len(samples):
-        _draw_kernel[(len(samples),)](
+        _sample_kernel[(len(samples),)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots,
             state["temperature"], state["seed"], state["num_sampled"], state.last_token, random,
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token, work.noisy_best,

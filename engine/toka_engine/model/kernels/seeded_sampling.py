@@ -1,7 +1,7 @@
-"""Draws of samples with a seed: the best of x / T plus Gumbel noise, the noise a hash of (seed, draw, token).
+"""Seeded sampling by the Gumbel-max trick: argmax of x / T plus noise that is a hash of (seed, output index, token).
 
-The noise does not depend on the batch, so the same request gives the same text whatever runs beside it, as far as the
-logits agree: a small difference in them rarely changes which token is best (Gumbel-max trick).
+The noise does not depend on the batch, so the same request gives the same text whatever else runs, as far as the logits
+agree: a small difference in them rarely changes the argmax.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_tempe
 
 
 @triton.jit
-def _noise(seed, draw, block, BLOCK: tl.constexpr):
-    """Standard Gumbel noise of a block's tokens: a word of Philox each, of which one hash gives four."""
+def _noise(seed, output_index, block, BLOCK: tl.constexpr):
+    """Return standard Gumbel noise [BLOCK] of a block's tokens: a word of Philox each, of which one hash gives four."""
     group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    first, second, third, fourth = tl.philox(seed, group, draw, 0, 0, 7)
+    first, second, third, fourth = tl.philox(seed, group, output_index, 0, 0, 7)
     bits = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [BLOCK])
     # v in (0, 1), as fine near 0 as fp32 allows: the largest noise comes from the smallest -log(1 - v).
     v = bits.to(tl.float32) * (1.0 / 4294967296.0) + (1.0 / 8589934592.0)
@@ -37,7 +37,7 @@ def _noisy_best_kernel(
     at = sample.to(tl.int64) * tl.num_programs(1) + block
     threshold = tl.load(threshold_ptr + sample)
     best, token = float("-inf"), vocab_size - 1
-    if tl.load(maximum_ptr + at) >= threshold:  # of a filtered sample most blocks have nothing that is kept
+    if tl.load(maximum_ptr + at) >= threshold:  # most blocks of a filtered sample keep nothing
         row_ptr = logits_ptr + tl.load(logit_rows_ptr + sample).to(tl.int64) * row_stride
         slot = tl.load(slots_ptr + sample)
         index = block * BLOCK + tl.arange(0, BLOCK)
@@ -58,7 +58,7 @@ def add_noise(
     state: DeviceSlots,
     work: Workspace,
 ) -> None:
-    """After block_stats and apply_filters: the best noisy token of each block, for the chosen samples."""
+    """Find the best noisy token of each block, for the chosen samples. To be called after apply_filters."""
     if chosen.shape[0]:
         _noisy_best_kernel[(chosen.shape[0], work.num_blocks)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,

@@ -1,8 +1,7 @@
-"""The best logits of samples with top_k: one pass gathers them; among so few the filters' limit is found at once.
+"""Gathers the largest logits of samples with top_k in one pass; the threshold is then found among those few.
 
-block_stats left each block's best logit. As many tokens as there are blocks whose best is at or above some logit are at
-or above it, too: the top_k-th best of the blocks' best bounds what top_k can keep, and tightly. Blocks whose best is
-below are not read.
+block_stats left each block's maximum. If k blocks have a maximum >= x, at least k tokens are >= x; so the k-th largest
+block maximum is a lower bound of the top_k threshold, and a tight one. Blocks whose maximum is below it are not read.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from toka_engine.model.kernels.sampling import Samples, Workspace
 
 @triton.jit
 def _bound(maxima, in_blocks, top, top_k):
-    """At least top_k tokens are at or above this logit; with a top_k above the number of blocks, probably."""
+    """Return a logit that at least top_k tokens reach; if top_k exceeds the number of blocks, only probably."""
     num_better = tl.sum((maxima[None, :] > maxima[:, None]).to(tl.int32), axis=1)
     bound = tl.min(tl.where(in_blocks & (num_better < top_k), maxima, float("inf")), axis=0)
     is_guess = top_k > tl.sum(in_blocks.to(tl.int32), axis=0)
@@ -55,8 +54,8 @@ def _gather_kernel(
 
 
 @triton.jit
-def _cut(keys, weights, lower, upper, target):
-    """The greatest key in [lower, upper) at or above which the weights reach `target`, `lower` if none is."""
+def _find_threshold(keys, weights, lower, upper, target):
+    """Return the greatest key in [lower, upper) whose tail of `weights` [ROOM] reaches `target`, or `lower`."""
     while upper - lower > 1:
         middle = lower + (upper - lower) // 2
         is_enough = tl.sum(tl.where(keys >= middle, weights, 0), axis=0) >= target
@@ -67,20 +66,20 @@ def _cut(keys, weights, lower, upper, target):
 
 @triton.jit
 def cut_gathered(into_ptr, count, base, scale, upper, top_k, top_p, ROOM: tl.constexpr, SHIFT: tl.constexpr):
-    """The lowest key that top_k, then top_p keep, of `count` gathered logits, at least top_k; none is at `upper`.
+    """Return the lowest key that top_k, then top_p keep, of `count` >= top_k gathered logits, all below `upper`.
 
     Masses are added as integers, in units of 2 ** -40 of the best token's: logits are gathered in any order, and a
-    seeded draw must not depend on it.
+    seeded sample must not depend on it.
     """
     place = tl.arange(0, ROOM)
     x = tl.load(into_ptr + place, mask=place < count, other=float("-inf"))
     keys = ordered(x, SHIFT)
     lower = key_of(tl.min(tl.where(place < count, x, float("inf")), axis=0), SHIFT)
-    key = _cut(keys, (place < count).to(tl.int32), lower, upper, top_k)
+    key = _find_threshold(keys, (place < count).to(tl.int32), lower, upper, top_k)
     if top_p < 1.0:
         masses = (tl.exp2((x - base) * scale) * 1099511627776.0).to(tl.int64)
         kept = tl.sum(tl.where(keys >= key, masses, 0), axis=0)
-        key = _cut(keys, masses, key, upper, (kept.to(tl.float64) * top_p).to(tl.int64))
+        key = _find_threshold(keys, masses, key, upper, (kept.to(tl.float64) * top_p).to(tl.int64))
     return key
 
 
@@ -91,9 +90,9 @@ def gather_best(
     state: DeviceSlots,
     work: Workspace,
 ) -> None:
-    """After block_stats: for those of the chosen samples that have top_k, set work.num_gathered and work.gathered.
+    """Set work.num_gathered and work.gathered of the chosen samples that have top_k. To be called after block_stats.
 
-    That is of use where work.num_gathered is top_k at least and work.gathered has room for it.
+    They are usable where work.num_gathered is at least top_k and work.gathered has room for it.
     """
     if chosen.shape[0]:
         _gather_kernel[(work.num_blocks, chosen.shape[0])](

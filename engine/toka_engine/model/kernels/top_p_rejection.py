@@ -1,13 +1,13 @@
-"""Draws under top_p (and min_p) by rejection: as a rule in one pass over a sample's logits, without a search.
+"""Rejection sampling under top_p (and min_p): usually one pass over a sample's logits, without a search.
 
-A token is drawn from the whole distribution. It is kept if top_p would have left it in, which takes the mass of the
-tokens above it: one pass. If not, no token at or below it is left in either, and the next one is drawn from those
-above. What is kept first has the filtered distribution: each draw is from a set that contains all that top_p leaves in,
-by the weights that it would use. (Rejection sampling; flashinfer's sampling kernels do the like.) The first draw is
-kept with probability top_p.
+A token is sampled from the whole distribution. It is accepted if top_p keeps it, which one pass decides: it sums the
+mass of the tokens above it. If not, top_p drops all tokens at or below it, too, and the next one is sampled from those
+above. The accepted token has the filtered distribution, because each proposal comes from a superset of the kept tokens
+with the same weights. (flashinfer's sampling kernels do the same.) The first proposal is accepted with probability
+top_p.
 
-Samples with a seed need to know the lowest logit that is left in, min_p alone tells it, and with top_k it is found
-among few: see filtering.
+Samples with a seed need the threshold itself, min_p alone gives it directly, and top_k finds it among few logits: see
+`filtering`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from toka_engine.model.kernels.sampling import Samples, Workspace, find_passing,
 
 @triton.jit
 def _needs_limit(top_k, top_p, seed):
-    """Whether a filtered sample is drawn above the lowest logit that is left in (filtering), not by rejection."""
+    """Whether a filtered sample needs its threshold (`filtering`) and does not use rejection."""
     return (seed >= 0) | (top_k > 0) | (top_p >= 1.0)
 
 
 @triton.jit
 def _load_block(row_ptr, vocab_size, block, BLOCK: tl.constexpr):
+    """Load the logits [BLOCK] of a block as fp32; -inf beyond the vocabulary."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     return tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _weigh_above(x, value, base, scale):
-    """What each logit above `value` weighs, relative to one at `base`; nothing at or below."""
+    """Return the weight [BLOCK] of each logit above `value`, relative to one at `base`; 0 at or below."""
     return tl.where(x > value, tl.exp2((x - base) * scale), 0.0)
 
 
 @triton.jit
 def _sum_above(row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK: tl.constexpr):
-    """Mass of the tokens above `value`."""
+    """Return the mass of the tokens above `value`."""
     mass = tl.zeros([BLOCK], tl.float32)
     for block in range(num_blocks):
         x = _load_block(row_ptr, vocab_size, block, BLOCK)
@@ -52,7 +53,7 @@ def _sum_above(row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK: tl.co
 def _sum_blocks_above(
     row_ptr, vocab_size, num_blocks, value, base, scale, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Mass of the tokens above `value` by block."""
+    """Return the mass of the tokens above `value` by block, [BLOCKS] fp32."""
     masses = tl.zeros([BLOCKS], tl.float32)
     for block in range(num_blocks):
         x = _load_block(row_ptr, vocab_size, block, BLOCK)
@@ -81,7 +82,7 @@ def _rejection_kernel(
     base = tl.where(is_bad, 0.0, top)
     weight = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp2((maxima - base) * scale)
     weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
-    # What is left in has less mass above it than `limit`, and is not below `floor`.
+    # A kept token has less mass above it than `limit`, and is not below `floor`.
     limit = top_p * tl.sum(weight, axis=0)
     floor = tl.where(min_p > 0, base + tl.log2(tl.maximum(min_p, 1e-30)) / scale, float("-inf"))
     floor = tl.minimum(floor, base)
@@ -105,15 +106,15 @@ def _rejection_kernel(
     tl.store(token_ptr + sample, token)
 
 
-def draw_by_rejection(
+def sample_by_rejection(
     logits: torch.Tensor,
     samples: Samples,
     chosen: torch.Tensor,  # [f] int32: the samples with a filter
     state: DeviceSlots,
     work: Workspace,
-    random: torch.Tensor,  # [2] int64, as for draw
+    random: torch.Tensor,  # [2] int64, as for sample_tokens
 ) -> None:
-    """After block_stats: set work.token of those chosen samples whose limit need not be known."""
+    """Set work.token of the chosen samples that need no threshold. To be called after block_stats."""
     if chosen.shape[0]:
         _rejection_kernel[(chosen.shape[0],)](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen, random,

@@ -26,12 +26,13 @@ from toka_engine.model.ops import Linear
 from toka_engine.model.torch_compile.regions import RegionCompiler, attend, product
 
 _FIRST_ROWS = {"cpu": 2, "cuda": 1024}
-"""Rows of the first run: on a GPU, those at which Triton's kernels choose how they are launched."""
+"""Rows of the first run. On a GPU, inductor's Triton kernels are tuned at this size."""
+
 logger = logging.getLogger("toka.model")
 
 
 class CompiledModel:
-    """A causal.CausalModel around another one. Its head is not compiled: it is one product."""
+    """A causal.CausalModel around another one. Its head is not compiled: it is one GEMM."""
 
     def __init__(self, model: CausalModel, outside: Outside) -> None:
         self.config = model.config
@@ -80,7 +81,7 @@ class CompiledModel:
 
 
 class Outside:
-    """What the compiled regions leave to others: the attention of the step, and packed products."""
+    """The calls of compiled regions to code outside them: the step's attention, and packed GEMMs."""
 
     def __init__(self) -> None:
         self.products: list[Linear] = []
@@ -105,7 +106,7 @@ class Outside:
 
 
 class _TracedAttention:
-    """What a model's forward is traced with in the place of its attention."""
+    """Attention that only marks its place in a trace."""
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor
@@ -115,7 +116,7 @@ class _TracedAttention:
 
 
 class _BlankAttention:
-    """For runs that only compile: no pages are needed yet, and nothing of the regions depends on the values."""
+    """Attention for runs that only compile: it needs no pages, and regions do not depend on its values."""
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor
@@ -139,7 +140,7 @@ def _mark_rows(ids: torch.Tensor, max_rows: int) -> None:
 def check_cpu(mode: str) -> None:
     if mode != "default":
         raise ConfigError(
-            f"torch_compile_config={mode} has no effect on a CPU, whose products are not compiled (default is allowed)"
+            f"torch_compile_config={mode} has no effect on a CPU, whose GEMMs are not compiled (default is allowed)"
         )
     try:
         get_cpp_compiler()
@@ -151,7 +152,7 @@ def check_cpu(mode: str) -> None:
 
 
 def _summarise(error: TorchDynamoException) -> str:
-    """What a user can do something about, in one line."""
+    """Return the part of the error that a user can act on, in one line."""
     cause: BaseException = error
     while isinstance(cause, BackendCompilerFailed):
         cause = cause.inner_exception

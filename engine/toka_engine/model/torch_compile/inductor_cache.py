@@ -1,5 +1,6 @@
-"""Where torch.compile keeps what it has compiled, so that a second start finds it. Imports nothing of torch: inductor
-makes its folder when it is imported, so the folder is chosen before.
+"""Chooses the folder where torch.compile keeps its results, so that a second start finds them.
+
+Imports nothing of torch: inductor makes its folder when it is imported, so the folder is chosen before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from toka_engine.builtin import cache_dir
 from toka_engine.model.folders import check_writable
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-"""Inductor's own."""
+"""The variable by which inductor is told its folder."""
 
 
 def choose_compile_cache() -> None:
@@ -23,8 +24,10 @@ def choose_compile_cache() -> None:
 
 
 def _name_machine() -> str:
-    """Eight digits for the CPU's model and abilities: a volume may be shared by machines that differ, and inductor
-    compiles for the one that it runs on without saying so in its keys."""
+    """Return eight hex digits for the CPU's model and features.
+
+    Different machines may share a volume, and inductor compiles for its own without saying so in its keys.
+    """
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split("\n\n", 1)[0]
     except OSError:

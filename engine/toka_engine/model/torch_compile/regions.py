@@ -1,9 +1,9 @@
 """A torch.compile backend, used by `compiled_model`: a traced forward becomes compiled regions and calls between.
 
-What inductor must not look into stands in the trace as an operator without an implementation: attention, which writes
-KV pages that the trace does not know, and products whose weights are packed. The trace is cut there. These calls run as
-they are, in the trace's order; inductor compiles what lies between, equal regions once: the layers of a decoder differ
-in nothing but their weights, so a model of any depth is three compilations. Knows no model and no device.
+What inductor must not look into is an operator without an implementation in the trace: attention, which writes KV
+pages that the trace does not know, and GEMMs whose weights are packed. The trace is split there. These calls run as
+they are, in the trace's order; inductor compiles the regions between them, equal ones once: the layers of a decoder
+differ only in their weights, so a model of any depth takes three compilations. Knows no model and no device.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RegionCompiler:
         self.num_graphs = self.num_regions = 0
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Region:
-        """What runs `graph`. Raises whatever inductor raises."""
+        """Compile `graph` and return its callable. Raises whatever inductor raises."""
         self.num_graphs += 1
         numbers: dict[fx.Node, int] = {}
         number = 0
@@ -99,7 +99,7 @@ def _name_of(node: fx.Node) -> str:
 
 
 def _describe(part: fx.GraphModule) -> tuple[Any, ...]:
-    """What a region computes, without the names of its values: equal where one compilation serves both."""
+    """Return a region's code without the names of its values: equal where one compilation serves both."""
     places = {node: f"%{place}" for place, node in enumerate(part.graph.nodes)}
     lines: list[Any] = []
     for node in part.graph.nodes:
