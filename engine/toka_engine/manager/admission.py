@@ -71,12 +71,12 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     left."""
     budget -= sum(prefill.tokens.size - prefill.position for prefill in state.prefills)
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
-    if budget <= 0 or num_free <= 0 or not state.waiting or not state.has_admission_news:
+    if budget <= 0 or num_free <= 0 or not state.queue or not state.queue.has_news:
         return
-    if step.number < state.next_admission and state.num_running:
+    if step.number < state.next_admission and state.slots.num_running:
         return
-    state.has_admission_news = False
-    candidates = _collect(state, state.waiting.values(), step.number, budget, num_free)
+    state.queue.settle()
+    candidates = _collect(state, state.queue.entries, step.number, budget, num_free)
     if not candidates:
         return
     chosen = _choose(state, candidates)
@@ -87,7 +87,7 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
         chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)
-        state.has_admission_news = True  # perhaps more in the next step
+        state.queue.note_news()  # perhaps more in the next step
 
 
 def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:
@@ -101,13 +101,13 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             break
         if entry.prefill is not None:
             continue
-        pages, missing = state.tree.match(entry.tokens)
+        pages, missing = state.pages.tree.match(entry.tokens)
         if missing in state.pending_pages or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue
         if pages.size:
-            state.allocator.retain(pages)
-            state.tree.touch(pages, tick)
+            state.pages.allocator.retain(pages)
+            state.pages.tree.touch(pages, tick)
         if missing is not None:
             claimed.add(missing)
         num_streams = min(num_free, len(entry.choices))
@@ -115,7 +115,7 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
         budget -= entry.tokens.size - pages.size * state.sizes.page_size
         num_free -= num_streams
     if num_deferred:
-        state.has_admission_news = True
+        state.queue.note_news()
     return candidates
 
 
@@ -132,7 +132,7 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         return everyone
     running = measure_running(state, streams, streams_remaining)
     forecast = Forecast(running.load, remaining, state.sizes.page_size)
-    num_available = state.allocator.num_available
+    num_available = state.pages.allocator.num_available
     chosen: dict[Candidate, int] = {}
     for candidate, num_steps in zip(candidates, remaining.tolist(), strict=True):
         arrival, num_new = _arrival(state, candidate, num_steps, running.ends)
@@ -148,7 +148,7 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         running.ends[candidate.matched] = np.maximum(running.ends[candidate.matched], num_steps)
     if chosen:
         return chosen
-    if not (state.num_running or state.retiring or state.held_pages):
+    if not (state.slots.num_running or state.slots.has_retiring or state.pages.has_held):
         return {candidates[0]: 1}
     return {}
 
@@ -157,7 +157,7 @@ def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_
     """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}
-    behind = itertools.dropwhile(lambda entry: entry is not head, state.waiting.values())
+    behind = itertools.dropwhile(lambda entry: entry is not head, state.queue.entries)
     window = itertools.islice(behind, 1, 1 + SKIP_WINDOW)
     candidates = _collect(state, window, tick, budget, num_free)
     if not candidates:
@@ -170,7 +170,7 @@ def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_
     chosen: dict[Candidate, int] = {}
     for candidate, num_steps in zip(candidates, remaining.tolist(), strict=True):
         arrival, num_new = _arrival(state, candidate, num_steps, running.ends)
-        if num_new > state.allocator.num_available:
+        if num_new > state.pages.allocator.num_available:
             continue
         if forecast.add_fitting(arrival, 1, state.sizes.num_pages):
             head.num_skipped += 1
@@ -183,7 +183,7 @@ def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_
 def _release_others(state: ManagerState, candidates: list[Candidate], chosen: dict[Candidate, int]) -> None:
     for candidate in candidates:
         if candidate not in chosen:
-            state.allocator.release(candidate.matched)
+            state.pages.allocator.release(candidate.matched)
 
 
 def _planned_and_limits(candidates: list[Candidate]) -> tuple[Int32s, Int32s]:
@@ -229,7 +229,7 @@ def _have_room_to_the_end(
     """
     page_size = state.sizes.page_size
     growth = -(-(streams.lengths + streams_remaining) // page_size) - streams.num_held
-    total = state.allocator.num_used + int(growth.sum())
+    total = state.pages.allocator.num_used + int(growth.sum())
     for candidate, num_steps in zip(candidates, remaining.tolist(), strict=True):
         length = candidate.entry.tokens.size
         last = -(-(length + num_steps) // page_size)
@@ -243,7 +243,9 @@ def measure_running(state: ManagerState, streams: Streams, remaining: Int32s) ->
     """What `streams` hold, with what they share counted once, if each has `remaining` steps to go."""
     rows, num_pages = streams.rows, streams.num_pages
     slots = state.slots
-    num_shared = recount_shared_columns(slots.table, rows, num_pages, state.allocator.refs, slots.num_shared[rows])
+    num_shared = recount_shared_columns(
+        slots.table, rows, num_pages, state.pages.allocator.refs, slots.num_shared[rows]
+    )
     slots.num_shared[rows] = num_shared
     ends = _find_shared_ends(state, rows, num_shared, remaining)
     load = Load(streams.lengths, streams.num_held, num_pages - num_shared, remaining, ends[ends >= 0])

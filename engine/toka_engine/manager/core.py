@@ -54,10 +54,10 @@ class Manager:
     def stats(self, cpu_s: float, step_busy_s: float) -> Stats:
         """Return the totals; `cpu_s` is the CPU time of this process so far, `step_busy_s` that of `BusyTime`."""
         state = self.state
-        counters, allocator = state.counters, state.allocator
+        counters, allocator = state.counters, state.pages.allocator
         return Stats(
-            running=state.num_running,
-            waiting=state.num_waiting,
+            running=state.slots.num_running,
+            waiting=state.queue.num_choices,
             kv_pages_total=allocator.num_pages,
             kv_pages_used=allocator.num_used,
             kv_pages_cached=allocator.num_cached_only,
@@ -75,8 +75,8 @@ class Manager:
 
     def _submit(self, submit: Submit) -> list[msgspec.Struct]:
         state = self.state
-        may_start = max(0, state.sizes.max_running - state.num_running)
-        if state.num_waiting + submit.num_choices > state.config.max_queued_requests + may_start:
+        may_start = max(0, state.sizes.max_running - state.slots.num_running)
+        if state.queue.num_choices + submit.num_choices > state.config.max_queued_requests + may_start:
             return [Refused(submit.first_stream, "the queue is full")]
         request = Request(
             first_stream=submit.first_stream,
@@ -87,9 +87,8 @@ class Manager:
             sampling=submit.sampling,
             stop_ids=frozenset(submit.stop_ids),
             deliver_each=submit.deliver_each,
-            arrival=state.num_arrivals,
+            arrival=state.queue.count_arrival(),
         )
-        state.num_arrivals += 1
         state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)
         state.enqueue(entry, at_front=False)

@@ -23,7 +23,7 @@ def cancel(state: ManagerState, stream: int) -> None:
     if place is None:
         return
     if isinstance(place, Waiting):
-        state.drop_waiting(place, stream - place.request.first_stream)
+        state.queue.drop_choice(place, stream - place.request.first_stream)
         return
     slots = state.slots
     if slots.states[place] in (State.PREFILL, State.RESERVED):
@@ -41,30 +41,20 @@ def end_slot(state: ManagerState, slot: int) -> None:
 
 def end_slots(state: ManagerState, ended: Int32s) -> None:
     """As `end_slot`, for several at once."""
-    slots = state.slots
     state.rows.is_stale = True
-    slots.generations[ended] += 1
-    slots.states[ended] = State.RETIRING
-    state.num_running -= ended.size
-    state.has_admission_news = True
-    last_steps = slots.last_steps[ended]
-    is_done = last_steps <= state.completed_step
-    state.retiring += zip(last_steps[~is_done].tolist(), ended[~is_done].tolist(), strict=True)
-    if is_done.any():
-        _release_slots(state, ended[is_done])
+    state.queue.note_news()
+    released = state.slots.retire(ended, state.completed_step)
+    if released.size:
+        _release_slots(state, released)
 
 
 def release_completed(state: ManagerState) -> None:
     """Give back what waited for steps that are back by now."""
-    done = state.completed_step
-    if state.retiring:
-        ready = [slot for step, slot in state.retiring if step <= done]
-        state.retiring = [entry for entry in state.retiring if entry[0] > done]
-        if ready:
-            _release_slots(state, np.asarray(ready, np.int32))
-    while state.held_pages and state.held_pages[0][0] <= done:
-        state.allocator.release(state.held_pages.popleft()[1])
-        state.has_admission_news = True
+    released = state.slots.take_retired(state.completed_step)
+    if released.size:
+        _release_slots(state, released)
+    if state.pages.release_held(state.completed_step):
+        state.queue.note_news()
 
 
 def preempt_newest(state: ManagerState) -> int | None:
@@ -79,7 +69,7 @@ def preempt_newest(state: ManagerState) -> int | None:
         return None
     slot = int(candidates[np.argmax(slots.orders[candidates])])
     pages = slots.table[slot, : slots.num_pages[slot]]
-    num_freed = int(np.count_nonzero(state.allocator.refs[pages] == 1))
+    num_freed = int(np.count_nonzero(state.pages.allocator.refs[pages] == 1))
     state.counters.preemptions += 1
     state.predictor.preempted()
     stream = slots.streams[slot]
@@ -102,7 +92,7 @@ def known_tokens(state: ManagerState, slot: int) -> Int32s:
     """Return the prompt and every output token received of `slot`, read back from its pages."""
     slots = state.slots
     count = int(slots.prompt_lengths[slot] + slots.num_received[slot])
-    tokens = state.page_tokens[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[:count]
+    tokens = state.pages.tokens[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[:count]
     if tokens.size < count:  # the newest token has no page yet
         tokens = np.append(tokens, slots.last_tokens[slot])
     return tokens
@@ -121,7 +111,7 @@ def known_logprobs(state: ManagerState, slot: int, stream: Stream) -> Floats:
     slots = state.slots
     start = int(slots.prompt_lengths[slot])
     count = int(slots.num_received[slot])
-    logprobs = state.page_logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[start : start + count]
+    logprobs = state.pages.logprobs[slots.table[slot, : slots.num_pages[slot]]].reshape(-1)[start : start + count]
     if logprobs.size < count:  # the newest token has no page yet
         logprobs = np.append(logprobs, slots.last_logprobs[slot])
     if stream.kept is not None:
@@ -141,9 +131,9 @@ def known_tops(state: ManagerState, slot: int, stream: Stream) -> Tops:
     positions = np.arange(start + stream.num_kept, start + int(slots.num_received[slot]))
     has_page = positions < slots.num_pages[slot] * page_size
     columns, offsets = np.divmod(positions[has_page], page_size)
-    tops = state.top_logprobs.at_places(slots.table[slot, columns] * page_size + offsets, width)
+    tops = state.pages.tops.at_places(slots.table[slot, columns] * page_size + offsets, width)
     if not has_page.all():  # as above
-        tops = np.concatenate((tops, state.top_logprobs.newest(np.asarray([slot]), width)))
+        tops = np.concatenate((tops, state.pages.tops.newest(np.asarray([slot]), width)))
     before = stream.kept.tops if stream.kept is not None else None
     return tops if before is None else np.concatenate((before, tops))
 
@@ -171,7 +161,7 @@ def close_prefill(state: ManagerState, prefill: Prefill) -> None:
         prefill.pending_key = None
     if prefill.rest is not None:
         prefill.rest.prefill = None
-        state.has_admission_news = True
+        state.queue.note_news()
 
 
 def requeue(state: ManagerState, prefill: Prefill, members: list[int], kept: Kept | None = None) -> None:
@@ -183,10 +173,9 @@ def requeue(state: ManagerState, prefill: Prefill, members: list[int], kept: Kep
         assert stream is not None
         choices[stream.choice] = None
         end_slot(state, slot)
-    if prefill.rest is not None and id(prefill.rest) in state.waiting:
+    if prefill.rest is not None and prefill.rest in state.queue:
         choices.update(prefill.rest.choices)
-        state.num_waiting -= len(prefill.rest.choices)
-        del state.waiting[id(prefill.rest)]
+        state.queue.remove(prefill.rest)
     state.enqueue(Waiting(prefill.request, choices, prefill.tokens, kept), at_front=True)
 
 
@@ -208,10 +197,10 @@ def _release_slots(state: ManagerState, released: Int32s) -> None:
     ):
         pages = slots.table[slot, :count]
         if full:
-            state.tree.insert_released(pages[:full], min(full, known), state.next_step)
+            state.pages.tree.insert_released(pages[:full], min(full, known), state.next_step)
         parts.append(pages)
     # After each insertion, so that no page of one hangs below a page that another has let go of.
-    state.allocator.release(np.concatenate(parts))
+    state.pages.allocator.release(np.concatenate(parts))
     slots.num_pages[released] = 0
     slots.give_back(released)
-    state.has_admission_news = True
+    state.queue.note_news()

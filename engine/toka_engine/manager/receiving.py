@@ -73,10 +73,10 @@ def _store(
     columns, offsets = np.divmod(slots.prompt_lengths[live] + slots.num_received[live], page_size)
     has_page = columns < slots.num_pages[live]
     pages = slots.table[live[has_page], columns[has_page]]
-    state.page_tokens[pages, offsets[has_page]] = ids[has_page]
+    state.pages.tokens[pages, offsets[has_page]] = ids[has_page]
     if logprobs.size:
         slots.last_logprobs[live] = logprobs
-        state.page_logprobs[pages, offsets[has_page]] = logprobs[has_page]
+        state.pages.logprobs[pages, offsets[has_page]] = logprobs[has_page]
     if tokens.top_rows.size:
         where = np.full(live.size, -1, np.int32)
         where[has_page] = pages * page_size + offsets[has_page]
@@ -90,7 +90,7 @@ def _store_tops(state: ManagerState, tokens: Tokens, places: NDArray[np.intp], l
     is_live[is_live] = keeps_tops(state, live[at[is_live]])
     if is_live.any():
         at, tops = at[is_live], pack(tokens.top_tokens, tokens.top_logprobs, tokens.top_width)
-        state.top_logprobs.store(live[at], where[at], tops[is_live])
+        state.pages.tops.store(live[at], where[at], tops[is_live])
 
 
 def _find_stops(state: ManagerState, live: Int32s, ids: Int32s) -> NDArray[np.bool_]:
@@ -165,14 +165,14 @@ def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     within = np.arange(owners.size) - np.repeat(ends - lengths, lengths)
     columns, offsets = np.divmod(slots.prompt_lengths[owners] + within, page_size)
     pages = slots.table[owners, columns]
-    ids = state.page_tokens[pages, offsets]
+    ids = state.pages.tokens[pages, offsets]
     # The newest token may have no page; where a stop token ended the stream, that one is not delivered.
     newest = (lengths > 0) & (reasons == FINISH_LENGTH)
     ids[ends[newest] - 1] = slots.last_tokens[over[newest]]
     fields["ended_tokens"] = ids
     asked = (slots.num_logprobs[over] >= 0) & (lengths > 0)
     if asked.any():
-        logprobs = state.page_logprobs[pages, offsets]
+        logprobs = state.pages.logprobs[pages, offsets]
         logprobs[ends[newest] - 1] = slots.last_logprobs[over[newest]]
         all_kept = list(_find_kept(state, over, lengths))
         for start, kept in all_kept:
@@ -191,9 +191,9 @@ def _ended_tops(
     """Return the top_* fields of output tokens of the slots `owners`, all padded to the widest row."""
     num_asked = state.slots.num_logprobs[owners]
     width = int(num_asked.max())
-    tops = state.top_logprobs.at_places(places, width)
+    tops = state.pages.tops.at_places(places, width)
     has_no_place = places < 0  # the newest ones
-    tops[has_no_place] = state.top_logprobs.newest(owners[has_no_place], width)
+    tops[has_no_place] = state.pages.tops.newest(owners[has_no_place], width)
     for start, kept in all_kept:
         if kept.tops is not None:
             tops[start : start + kept.tops.shape[0], : kept.tops.shape[1]] = kept.tops

@@ -46,14 +46,14 @@ def plan_step(state: ManagerState) -> Step | None:
 def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups, bool]:
     """Give each decode row the page that it needs; return (rows, groups, whether some had to sit out)."""
     slots, rows = state.slots, state.rows
-    rows.refresh(slots, state.allocator.refs)
+    rows.refresh(slots, state.pages.allocator.refs)
     active, groups = rows.slots, rows.groups
     if active.size == 0:
         return EMPTY32, NO_GROUPS, False
     lengths = slots.lengths[active]
     needs = lengths >= slots.num_pages[active] * state.sizes.page_size
     num_needed = int(np.count_nonzero(needs))
-    is_short = num_needed > state.allocator.num_available
+    is_short = num_needed > state.pages.allocator.num_available
     if is_short:
         is_kept = _cope_with_shortage(state)
         active, groups = rows.slots[is_kept], rows.groups.keep(is_kept)
@@ -75,18 +75,18 @@ def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups
 
 def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None:
     slots = state.slots
-    pages, columns = state.take_pages(needy.size), slots.num_pages[needy]
+    pages, columns = state.pages.take(needy.size), slots.num_pages[needy]
     slots.table[needy, columns] = pages
     slots.num_pages[needy] = columns + 1
     step.appends.append((needy, columns, pages))
     # A token that came back before its page existed is written now; the others are on their way.
     is_known = slots.num_received[needy] == slots.num_planned[needy]
     known, known_pages = needy[is_known], pages[is_known]
-    state.page_tokens[known_pages, 0] = slots.last_tokens[known]
-    state.page_logprobs[known_pages, 0] = slots.last_logprobs[known]
-    if state.top_logprobs.is_used and known.size:
+    state.pages.tokens[known_pages, 0] = slots.last_tokens[known]
+    state.pages.logprobs[known_pages, 0] = slots.last_logprobs[known]
+    if state.pages.tops.is_used and known.size:
         width = max(0, int(slots.num_logprobs[known].max()))
-        state.top_logprobs.place_newest(known, known_pages * state.sizes.page_size, width)
+        state.pages.tops.place_newest(known, known_pages * state.sizes.page_size, width)
 
 
 def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
@@ -99,18 +99,18 @@ def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
         return slots.lengths[rows.slots] >= slots.num_pages[rows.slots] * page_size
 
     promised = 0
-    if not state.retiring and not state.held_pages and not (slots.states == State.FULL).any():
-        while np.count_nonzero(find_needy()) > state.allocator.num_available + promised:
+    if not slots.has_retiring and not state.pages.has_held and not (slots.states == State.FULL).any():
+        while np.count_nonzero(find_needy()) > state.pages.allocator.num_available + promised:
             num_later = preempt_newest(state)
             if num_later is None:
                 break
             promised += num_later
-            rows.refresh(slots, state.allocator.refs)
+            rows.refresh(slots, state.pages.allocator.refs)
     needs = find_needy()
     needy = np.flatnonzero(needs)
     needy = needy[np.argsort(slots.orders[rows.slots[needy]])]
     is_kept = ~needs
-    is_kept[needy[: state.allocator.num_available]] = True
+    is_kept[needy[: state.pages.allocator.num_available]] = True
     return is_kept
 
 
@@ -121,7 +121,7 @@ def _take_live_copies(state: ManagerState) -> list[PendingCopy]:
         if (state.slots.generations[copy.slots] == copy.generations).any():
             live.append(copy)
         else:
-            state.allocator.release(np.asarray([copy.source], np.int32))
+            state.pages.allocator.release(np.asarray([copy.source], np.int32))
     state.copies = []
     return live
 
@@ -131,7 +131,7 @@ def _emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCop
         targets = copy.targets[state.slots.generations[copy.slots] == copy.generations]
         step.copy_from.append(np.full(targets.size, copy.source, np.int32))
         step.copy_to.append(targets)
-        state.held_pages.append((step.number, np.asarray([copy.source], np.int32)))
+        state.pages.hold(step.number, np.asarray([copy.source], np.int32))
 
 
 def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
@@ -158,7 +158,7 @@ def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
 
 def _enter_tree(state: ManagerState, prefill: Prefill) -> None:
     """The prefill's full pages may be matched by every step planned later: the worker runs steps in order."""
-    slots, tree, page_size = state.slots, state.tree, state.sizes.page_size
+    slots, tree, page_size = state.slots, state.pages.tree, state.sizes.page_size
     num_full = prefill.position // page_size
     pages = slots.table[prefill.slot]
     num_known = tree.insert_path(pages[:num_full], int(slots.num_in_tree[prefill.slot]), state.next_step)
@@ -179,15 +179,15 @@ def _fan_out(state: ManagerState, step: StepBuilder, prefill: Prefill) -> Int32s
     num_full, tail = divmod(length, page_size)
     must_copy = tail > 0 and prefill.request.max_tokens > 1
     close_prefill(state, prefill)
-    if must_copy and len(prefill.siblings) > state.allocator.num_available:
-        late = prefill.siblings[state.allocator.num_available :]
-        prefill.siblings = prefill.siblings[: state.allocator.num_available]
+    if must_copy and len(prefill.siblings) > state.pages.allocator.num_available:
+        late = prefill.siblings[state.pages.allocator.num_available :]
+        prefill.siblings = prefill.siblings[: state.pages.allocator.num_available]
         requeue(state, prefill, late)
     siblings = np.asarray(prefill.siblings, np.int32)
     if siblings.size:
         shared = slots.table[prefill.slot, :num_full].copy()
         if num_full:
-            state.allocator.retain(shared, siblings.size)
+            state.pages.allocator.retain(shared, siblings.size)
             slots.table[siblings, :num_full] = shared
             columns = np.tile(np.arange(num_full, dtype=np.int32), siblings.size)
             step.appends.append((np.repeat(siblings, num_full), columns, np.tile(shared, siblings.size)))
@@ -214,11 +214,11 @@ def _schedule_copies(state: ManagerState, step: StepBuilder, prefill: Prefill, s
     """Give each sibling a page of its own for the prompt's tail, to be filled by a copy in the next step."""
     slots = state.slots
     source = int(slots.table[prefill.slot, column])
-    state.allocator.retain(np.asarray([source], np.int32))
-    pages = state.take_pages(siblings.size)
+    state.pages.allocator.retain(np.asarray([source], np.int32))
+    pages = state.pages.take(siblings.size)
     slots.table[siblings, column] = pages
     slots.num_pages[siblings] = column + 1
-    state.page_tokens[pages] = state.page_tokens[source]
+    state.pages.tokens[pages] = state.pages.tokens[source]
     step.appends.append((siblings, np.full(siblings.size, column, np.int32), pages))
     state.copies.append(PendingCopy(source, pages, siblings, slots.generations[siblings]))
 
@@ -229,7 +229,7 @@ def _begin_decode(state: ManagerState, members: Int32s, number: int) -> None:
     slots.last_steps[members] = number
     is_full = slots.num_planned[members] >= slots.limits[members]
     slots.states[members] = np.where(is_full, State.FULL, State.DECODE)
-    state.rows.add(members[~is_full], slots, state.allocator.refs)
+    state.rows.add(members[~is_full], slots, state.pages.allocator.refs)
 
 
 def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: Groups) -> Step:

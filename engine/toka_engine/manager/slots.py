@@ -68,16 +68,57 @@ class Slots:
         self.num_shared = np.zeros(num_slots, np.int32)  # leading columns with several holders when last counted
         self.streams: list[Stream | None] = [None] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
+        self._num_running = 0
+        self._retiring: list[tuple[int, int]] = []
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_running(self) -> int:
+        """Slots that a stream owns."""
+        return self._num_running
+
+    @property
+    def has_retiring(self) -> bool:
+        """Some slots without a stream wait for steps in flight that name them."""
+        return bool(self._retiring)
+
+    @property
+    def retiring(self) -> tuple[tuple[int, int], ...]:
+        """(last step, slot) of those."""
+        return tuple(self._retiring)
+
     def take(self) -> int:
+        """Return a free slot, which a stream owns from now on."""
+        self._num_running += 1
         return self._free.pop()
 
+    def retire(self, ended: Int32s, completed_step: int) -> Int32s:
+        """Take `ended` from their streams; return those that no step after `completed_step` names."""
+        self.generations[ended] += 1
+        self.states[ended] = State.RETIRING
+        self._num_running -= ended.size
+        last_steps = self.last_steps[ended]
+        is_done = last_steps <= completed_step
+        self._retiring += zip(last_steps[~is_done].tolist(), ended[~is_done].tolist(), strict=True)
+        return ended[is_done]
+
+    def take_retired(self, completed_step: int) -> Int32s:
+        """Return the slots whose last step is back by now; they wait no longer."""
+        if not self._retiring:
+            return _NO_SLOTS
+        ready = [slot for step, slot in self._retiring if step <= completed_step]
+        self._retiring = [entry for entry in self._retiring if entry[0] > completed_step]
+        return np.asarray(ready, np.int32)
+
     def give_back(self, released: Int32s) -> None:
+        """Free slots that no step in flight names."""
         self.states[released] = State.FREE
         for slot in released.tolist():
             self.streams[slot] = None
             self._free.append(slot)
+
+
+_NO_SLOTS: Int32s = np.empty(0, np.int32)

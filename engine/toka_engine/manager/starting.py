@@ -21,11 +21,11 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     num_matched = matched.size
     num_columns = -(-tokens.size // page_size)
     choices = list(entry.choices)[:num_choices]
-    pages = np.concatenate((matched, state.take_pages(num_columns - num_matched)))
+    pages = np.concatenate((matched, state.pages.take(num_columns - num_matched)))
     _write_tokens(state, pages[num_matched:], tokens[num_matched * page_size :])
     members = []
     for choice in choices:
-        state.drop_waiting(entry, choice)
+        state.queue.drop_choice(entry, choice)
         members.append(_take_slot(state, entry, choice))
     leader = members[0]
     slots.states[leader] = State.PREFILL
@@ -54,7 +54,6 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
 def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     slots, request = state.slots, entry.request
     slot = slots.take()
-    state.num_running += 1
     stream = Stream(request, choice, entry.kept, entry.num_kept)
     slots.streams[slot] = stream
     slots.stream_ids[slot] = stream.id
@@ -84,4 +83,4 @@ def _write_tokens(state: ManagerState, pages: Int32s, tokens: Int32s) -> None:
     """Note the contents of a prompt's own pages."""
     padded = np.zeros(pages.size * state.sizes.page_size, np.int32)
     padded[: tokens.size] = tokens
-    state.page_tokens[pages] = padded.reshape(pages.size, -1)
+    state.pages.tokens[pages] = padded.reshape(pages.size, -1)

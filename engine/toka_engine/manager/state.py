@@ -6,21 +6,20 @@ over it.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from toka_engine.config import EngineConfig
-from toka_engine.manager.allocator import Allocator
-from toka_engine.manager.arrays import resident_zeros
-from toka_engine.manager.prefix_tree import Key, PrefixTree
+from toka_engine.manager.pages import Pages
+from toka_engine.manager.prefix_tree import Key
+from toka_engine.manager.queue import Queue
 from toka_engine.manager.requests import PendingCopy, Prefill, Waiting
 from toka_engine.manager.row_groups import DecodeRows
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.slots import Slots
 from toka_engine.manager.stopping import StopPredictor
-from toka_engine.manager.top_logprobs import TopLogprobs
 from toka_engine.messages import Floats, Int32s, Int64s
 
 
@@ -53,56 +52,27 @@ class ManagerState:
     def __init__(self, config: EngineConfig, sizes: Sizes) -> None:
         self.config = config
         self.sizes = sizes
+        self.queue = Queue()
+        self.pages = Pages(config, sizes)
         self.slots = Slots(sizes.num_slots, sizes.max_pages_per_seq)
-        self.allocator = Allocator(sizes.num_pages)
-        self.page_tokens = resident_zeros((sizes.num_pages, sizes.page_size), np.int32)
-        self.page_logprobs = resident_zeros((sizes.num_pages, sizes.page_size), np.float32)
-        num_places = sizes.num_pages * sizes.page_size
-        self.top_logprobs = TopLogprobs(num_places, sizes.num_slots, config.max_topk_logprobs)
-        self.tree = PrefixTree(self.allocator, self.page_tokens, config.use_prefix_cache)
         self.rows = DecodeRows(config, sizes.page_size)
         self.predictor = StopPredictor(config.track_early_stopping)
-        self.waiting: OrderedDict[int, Waiting] = OrderedDict()  # by id(entry), first is next
-        self.num_waiting = 0  # choices in `waiting`
         self.prefills: list[Prefill] = []  # in order of admission
         self.pending_pages: dict[Key, Prefill] = {}  # next page that a prefill will put into the prefix tree
         self.copies: list[PendingCopy] = []
         self.where: dict[int, int | Waiting] = {}  # stream -> its slot or its queue entry
         self.in_flight: deque[InFlight] = deque()
-        self.retiring: list[tuple[int, int]] = []  # (last step, slot)
-        self.held_pages: deque[tuple[int, Int32s]] = deque()  # (step, pages to release when it is back)
         self.next_step = 1
         self.completed_step = 0
-        self.num_running = 0  # slots taken and not retiring
-        self.num_arrivals = 0
-        self.has_admission_news = True  # something changed that may let a waiting request in
         self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
 
-    def take_pages(self, count: int) -> Int32s:
-        """Allocate `count` pages, evicting from the prefix tree as needed. The caller knows that they are
-        available."""
-        shortage = count - self.allocator.num_free
-        if shortage > 0:
-            self.tree.evict(shortage)
-        return self.allocator.allocate(count)
-
     def enqueue(self, entry: Waiting, *, at_front: bool) -> None:
-        self.waiting[id(entry)] = entry
-        if at_front:
-            self.waiting.move_to_end(id(entry), last=False)
-        self.num_waiting += len(entry.choices)
+        """Let the choices of `entry` wait."""
+        self.queue.add(entry, at_front=at_front)
         for choice in entry.choices:
             self.where[entry.request.first_stream + choice] = entry
-        self.has_admission_news = True
-
-    def drop_waiting(self, entry: Waiting, choice: int) -> None:
-        """Take one choice out of the queue; the entry goes with its last one."""
-        del entry.choices[choice]
-        self.num_waiting -= 1
-        if not entry.choices:
-            del self.waiting[id(entry)]
 
 
 class StepBuilder:

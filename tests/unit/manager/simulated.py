@@ -385,14 +385,16 @@ class Harness:
     def check_nothing_held(self) -> None:
         """Idle: only the prefix tree holds pages, and nothing remembers any stream."""
         state = self.manager.state
-        assert state.allocator.num_used == 0
-        assert not state.allocator.refs.any()
-        assert state.allocator.num_cached_only == len(state.tree) == int(state.allocator.is_cached.sum())
+        assert state.pages.allocator.num_used == 0
+        assert not state.pages.allocator.refs.any()
+        assert (
+            state.pages.allocator.num_cached_only == len(state.pages.tree) == int(state.pages.allocator.is_cached.sum())
+        )
         assert state.slots.num_free == self.sizes.num_slots
-        assert (state.num_running, state.num_waiting) == (0, 0)
-        for held in (state.where, state.waiting, state.prefills, state.copies, state.in_flight, state.retiring):
+        assert (state.slots.num_running, state.queue.num_choices) == (0, 0)
+        for held in (state.where, state.queue, state.prefills, state.copies, state.in_flight, state.slots.retiring):
             assert not held
-        assert not state.held_pages
+        assert not state.pages.held
         assert not state.pending_pages
         assert not self.manager.has_work
 
@@ -423,8 +425,8 @@ class Harness:
         fanned_out = step.prefill_slots[step.fanout_chunks].tolist()
         for page, slot in written:
             if slot not in fanned_out:
-                num_held = sum(page in pages.tolist() for _, pages in state.held_pages)
-                assert state.allocator.refs[page] == 1 + num_held, "a write to a shared page"
+                num_held = sum(page in pages.tolist() for _, pages in state.pages.held)
+                assert state.pages.allocator.refs[page] == 1 + num_held, "a write to a shared page"
             for earlier in self.writes:
                 for other_page, other_slot in earlier:
                     assert other_page != page or other_slot == slot, "a step on its way still writes this page"

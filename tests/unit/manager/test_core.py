@@ -180,12 +180,12 @@ def test_a_request_that_does_not_fit_is_passed_a_bounded_number_of_times() -> No
     (large,) = harness.submit([*range(40)] * 2 + [*range(36)], max_tokens=12)
     num_later = 0
     while large in harness.manager.state.where and harness.results[large].reason is None:
-        while len(harness.manager.state.waiting) < 4:
+        while len(harness.manager.state.queue) < 4:
             harness.submit([7, num_later % 40], max_tokens=12)
             num_later += 1
         harness.plan()
         harness.return_one()
-        entry = next(iter(harness.manager.state.waiting.values()))
+        entry = next(iter(harness.manager.state.queue.entries))
         assert entry.num_skipped <= MAX_SKIPS
     assert num_later > MAX_SKIPS / 2  # small ones did start meanwhile
     finish(harness)
@@ -214,7 +214,7 @@ def test_without_a_prefix_cache_nothing_stays() -> None:
     for _ in range(3):
         harness.submit(list(range(18)), n=3, max_tokens=6, seed=1)
     finish(harness)
-    assert harness.manager.state.allocator.num_free == harness.sizes.num_pages
+    assert harness.manager.state.pages.allocator.num_free == harness.sizes.num_pages
     assert harness.manager.state.counters.prefix_hit_tokens == 0
 
 
@@ -289,7 +289,7 @@ def test_tables_take_no_memory_after_the_start() -> None:
     harness = Harness(small_sizes(num_slots=1024, max_pages_per_seq=8192, num_pages=1 << 18))
     state = harness.manager.state
     before = process.memory_info().rss
-    tables = [state.slots.table, state.page_tokens, state.page_logprobs, state.allocator.refs]
+    tables = [state.slots.table, state.pages.tokens, state.pages.logprobs, state.pages.allocator.refs]
     for table in tables:
         table.fill(0)
     assert sum(table.nbytes for table in tables) > 40 << 20

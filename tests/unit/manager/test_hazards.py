@@ -93,7 +93,7 @@ def test_pages_entered_before_their_step_would_be_read_before_they_are_written(m
         start(state, *arguments)  # type: ignore[arg-type]
         prefill = state.prefills[-1]
         num_full = prefill.tokens.size // state.sizes.page_size
-        state.tree.insert_path(state.slots.table[prefill.slot, :num_full], 0, 1)
+        state.pages.tree.insert_path(state.slots.table[prefill.slot, :num_full], 0, 1)
 
     monkeypatch.setattr(admission, "start_entry", without_guard)
     with pytest.raises(AssertionError, match="a read of"):
@@ -179,7 +179,7 @@ def test_without_its_own_reference_the_last_page_would_be_reused_before_its_copy
 
     def without_guard(state: ManagerState, *arguments: object) -> None:
         schedule(state, *arguments)  # type: ignore[arg-type]
-        state.allocator.release(np.asarray([state.copies[-1].source], np.int32))
+        state.pages.allocator.release(np.asarray([state.copies[-1].source], np.int32))
 
     monkeypatch.setattr(scheduler, "_schedule_copies", without_guard)
     with pytest.raises(AssertionError):
@@ -221,7 +221,7 @@ def leave_with_tokens_on_their_way(harness: Harness) -> None:
     assert len(harness.sent) == 3  # they write the rest of the second page
     state = harness.manager.state
     page = state.slots.table[state.where[stream], 1]
-    seeming = state.page_tokens[page].tolist()
+    seeming = state.pages.tokens[page].tolist()
     harness.cancel(stream)
     while harness.sent:
         harness.return_one()
@@ -345,8 +345,7 @@ def test_without_holding_it_the_last_page_would_be_given_away_under_its_copy(mon
 
     def without_guard(state: ManagerState, *arguments: object) -> None:
         emit(state, *arguments)  # type: ignore[arg-type]
-        while state.held_pages:
-            state.allocator.release(state.held_pages.popleft()[1])
+        state.pages.release_held(state.next_step)
 
     monkeypatch.setattr(scheduler, "_emit_copies", without_guard)
     with pytest.raises(AssertionError, match="still copies this page"):

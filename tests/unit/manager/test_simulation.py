@@ -145,11 +145,11 @@ def test_the_state_of_a_running_manager_is_measured_as_its_tables_say() -> None:
     prefix = rng.integers(0, 40, 21).tolist()
     num_compared = 0
     for _ in range(300):
-        if rng.random() < 0.2 and len(state.waiting) < 3:
+        if rng.random() < 0.2 and len(state.queue) < 3:
             prompt = prefix[: rng.integers(4, 21)] + rng.integers(0, 40, rng.integers(0, 9)).tolist()
             harness.submit(prompt, n=int(rng.integers(1, 4)), max_tokens=int(rng.integers(1, 40)))
         harness.plan()
-        if not state.copies and not state.held_pages:  # those belong to neither a stream nor the tree
+        if not state.copies and not state.pages.held:  # those belong to neither a stream nor the tree
             compare(harness)
             num_compared += 1
         if harness.sent:
