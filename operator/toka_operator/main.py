@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from typing import TextIO
 
 import kopf
 
+from toka_operator import __version__
 from toka_operator.errors import SettingsError
 from toka_operator.handlers import register
 from toka_operator.runtime import Runtime
 from toka_operator.settings import Settings, read_settings
 
+HELP = """\
+usage: toka-operator [--help | --version]
+
+Reconciles TokaDeployments in the cluster of KUBECONFIG, or in the one that it runs in; charts/toka installs it.
+Settings are environment variables:
+  TOKA_ENGINE_IMAGE                  required: the image of engines whose spec names none
+  TOKA_NAMESPACE                     default: where the Lease lives
+  TOKA_WATCH_NAMESPACES              as a,b,c; empty: the whole cluster
+  TOKA_LEASE_NAME                    toka-operator: operators that share one are replicas of each other
+  TOKA_IDENTITY                      this replica's name for the Lease; unset: one that no other operator has
+  TOKA_LEASE_DURATION_SECONDS        10
+  TOKA_LEASE_RENEW_DEADLINE_SECONDS  7: below the duration
+  TOKA_LEASE_RETRY_SECONDS           2: below the deadline
+  TOKA_STRANGER_RETRY_SECONDS        30: how soon a child's name that another object holds is tried again
+  TOKA_ALLOW_HOST_PATH               false: whether podTemplate may mount folders of the node
+  TOKA_WORKERS                       8: objects that are worked on at once
+  TOKA_HEALTH_PORT                   8080: /livez, /readyz and /metrics
+  TOKA_LOG_LEVEL                     INFO, or DEBUG, WARNING, ERROR
+"""
+
 
 def main() -> int:
-    """Runs until SIGTERM. Returns the exit code: 0 after a signal, 2 for bad settings."""
+    """Run until SIGTERM. Return the exit code: 0 after a signal, 2 for bad settings."""
+    if arguments := sys.argv[1:]:
+        return _answer(arguments)
     try:
         settings = read_settings(os.environ)
     except SettingsError as error:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads why: the exit code still says it
-            print(f"toka-operator: {error}", file=sys.stderr)
+        _say(f"toka-operator: {error}", sys.stderr)
         return 2
     _set_up_logging(settings)
     runtime = Runtime(settings)
@@ -32,6 +55,29 @@ def main() -> int:
     finally:
         runtime.stop()
     return 0
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    if {"--help", "-h"} & {*arguments}:
+        _say(HELP.rstrip(), sys.stdout)
+        return 0
+    if "--version" in arguments:
+        _say(f"toka-operator {__version__}", sys.stdout)
+        return 0
+    _say(
+        f"toka-operator: unknown argument {arguments[0]!r}: settings are environment variables, see --help", sys.stderr
+    )
+    return 2
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Print `text`; quietly where nobody reads any more, which the exit code does not change."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # the interpreter flushes once more when it ends
+        os.close(nowhere)
 
 
 def _set_up_logging(settings: Settings) -> None:
