@@ -110,17 +110,17 @@ COMPILE_SINGLE_ROW = """
 import json, sys
 import torch
 from toka_engine.model.aot.triton_build import Variants
-from toka_engine.model.kernels.gemv import SingleRowKernels
+from toka_engine.model.kernels.gemv import TritonGemv
 capability = int(sys.argv[1])
 def tensor(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 variants = Variants(capability)
 with variants.recording():
-    kernels, row, norm = SingleRowKernels.for_capability(capability), tensor(1, 576), tensor(576)
-    kernels.product(row, norm, 1e-5, tensor(960, 576), tensor(960))
-    kernels.gated_product(row, norm, 1e-5, tensor(3072, 576), None)
-    kernels.add_product(tensor(1, 1536), tensor(576, 1536), None, row)
-    kernels.head_product(row, tensor(49152, 576))
+    kernels, row, norm = TritonGemv.for_capability(capability), tensor(1, 576), tensor(576)
+    kernels.norm_gemv(row, norm, 1e-5, tensor(960, 576), tensor(960))
+    kernels.norm_gated_gemv(row, norm, 1e-5, tensor(3072, 576), None)
+    kernels.gemv_add(tensor(1, 1536), tensor(576, 1536), None, row)
+    kernels.head_gemv(row, tensor(49152, 576))
 compiled = [function.preload(data) for function, data in variants.found.values()]
 print(json.dumps([[each.metadata.launch_pdl, each.asm["ptx"]] for each in compiled]))
 """

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from toka_engine.model.kernels.activation import silu_mul
-from toka_engine.model.kernels.gemv import LaunchConfig, SingleRowKernels
+from toka_engine.model.kernels.gemv import LaunchConfig, TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
 from toka_engine.output import run_command
 from triton import knobs
@@ -31,7 +31,7 @@ LAYERS = 16
 HIDDEN, QKV, MIXED, INNER = 2048, 3072, 2048, 8192
 VOCAB = 128256
 EPS = 1e-5
-ENGINE = SingleRowKernels.for_capability(90)
+ENGINE = TritonGemv.for_capability(90)
 BEHIND_NORM = [LaunchConfig(1, 512, 1), LaunchConfig(4, 512, 4), LaunchConfig(2, 1024, 4)]
 OTHER = [LaunchConfig(4, 1024, 8), LaunchConfig(8, 512, 4), LaunchConfig(4, 2048, 8)]
 """Neighbours, in place of the engine's one at a time."""
@@ -92,13 +92,13 @@ def run_today(layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
     return residual
 
 
-def run_single_row(kernels: SingleRowKernels, layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
+def run_single_row(kernels: TritonGemv, layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
     """With one kernel a product."""
     for layer in layers:
-        mixed = kernels.product(residual, layer.qkv_norm, EPS, layer.qkv, None)[:, :MIXED]
-        kernels.add_product(mixed, layer.out, None, residual)
-        inner = kernels.gated_product(residual, layer.mlp_norm, EPS, layer.gate_up, None)
-        kernels.add_product(inner, layer.down, None, residual)
+        mixed = kernels.norm_gemv(residual, layer.qkv_norm, EPS, layer.qkv, None)[:, :MIXED]
+        kernels.gemv_add(mixed, layer.out, None, residual)
+        inner = kernels.norm_gated_gemv(residual, layer.mlp_norm, EPS, layer.gate_up, None)
+        kernels.gemv_add(inner, layer.down, None, residual)
     return residual
 
 
@@ -115,12 +115,12 @@ def list_parts_today(mixed: torch.Tensor, inner: torch.Tensor) -> dict[str, Part
     }
 
 
-def list_parts(kernels: SingleRowKernels, mixed: torch.Tensor, inner: torch.Tensor) -> dict[str, Part]:
+def list_parts(kernels: TritonGemv, mixed: torch.Tensor, inner: torch.Tensor) -> dict[str, Part]:
     return {
-        "qkv": lambda layer, residual: kernels.product(residual, layer.qkv_norm, EPS, layer.qkv, None),
-        "out": lambda layer, residual: kernels.add_product(mixed, layer.out, None, residual),
-        "gate_up": lambda layer, residual: kernels.gated_product(residual, layer.mlp_norm, EPS, layer.gate_up, None),
-        "down": lambda layer, residual: kernels.add_product(inner, layer.down, None, residual),
+        "qkv": lambda layer, residual: kernels.norm_gemv(residual, layer.qkv_norm, EPS, layer.qkv, None),
+        "out": lambda layer, residual: kernels.gemv_add(mixed, layer.out, None, residual),
+        "gate_up": lambda layer, residual: kernels.norm_gated_gemv(residual, layer.mlp_norm, EPS, layer.gate_up, None),
+        "down": lambda layer, residual: kernels.gemv_add(inner, layer.down, None, residual),
     }
 
 
@@ -133,8 +133,8 @@ class Candidate:
     has_pdl: bool = True
 
     @property
-    def kernels(self) -> SingleRowKernels:
-        return SingleRowKernels(self.has_pdl, self.behind_norm, self.other)
+    def kernels(self) -> TritonGemv:
+        return TritonGemv(self.has_pdl, self.behind_norm, self.other)
 
     def __str__(self) -> str:
         return f"{'P' if self.has_pdl else '-'} {name_of(self.behind_norm)} {name_of(self.other)}"
@@ -166,9 +166,9 @@ def head_today(residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor)
 
 
 def head_of_single_row(
-    kernels: SingleRowKernels, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
+    kernels: TritonGemv, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    return kernels.head_product(rms_norm(residual, norm, EPS), weight)
+    return kernels.head_gemv(rms_norm(residual, norm, EPS), weight)
 
 
 def run_head(head: Head, residual: torch.Tensor, norm: torch.Tensor, weights: list[torch.Tensor]) -> None:
@@ -232,7 +232,7 @@ class Check:
     is_same: bool
 
     @classmethod
-    def of(cls, kernels: SingleRowKernels, layers: list[Layer], start: torch.Tensor, expected: torch.Tensor) -> Check:
+    def of(cls, kernels: TritonGemv, layers: list[Layer], start: torch.Tensor, expected: torch.Tensor) -> Check:
         residual = start.clone()
         graph = capture(lambda: run_single_row(kernels, layers, residual.copy_(start)))
         graph.replay()

@@ -25,8 +25,8 @@ from tests.model.driving import Driver
 from tests.model.test_logits import IDS, VARIANTS, check_parity
 
 
-class PlainSingleRow:
-    """An ops.SingleRow that notes its calls and the weights that it is given."""
+class PlainGemv:
+    """An ops.GemvKernels that notes its calls and the weights that it is given."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -37,53 +37,53 @@ class PlainSingleRow:
         self.calls.append(name)
         self.weights.append(weight)
 
-    def product(
+    def norm_gemv(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        self._note("product", residual, weight)
+        self._note("norm_gemv", residual, weight)
         return F.linear(F.rms_norm(residual, norm.shape, norm, eps), weight, bias)
 
-    def gated_product(
+    def norm_gated_gemv(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        self._note("gated_product", residual, weight)
+        self._note("norm_gated_gemv", residual, weight)
         gate, up = F.linear(F.rms_norm(residual, norm.shape, norm, eps), weight, bias).chunk(2, dim=1)
         return F.silu(gate) * up
 
-    def add_product(
+    def gemv_add(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> None:
-        self._note("add_product", x, weight)
+        self._note("gemv_add", x, weight)
         residual += F.linear(x, weight, bias)
 
-    def head_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        self._note("head_product", x, weight)
+    def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        self._note("head_gemv", x, weight)
         return F.linear(x, weight)
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainSingleRow:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainGemv:
     """What the CPU's table has for a step of one row, for this test."""
-    kernels, make_ops = PlainSingleRow(), backend.make_ops
-    monkeypatch.setattr(backend, "make_ops", lambda: replace(make_ops(), single_row=kernels))
+    kernels, make_ops = PlainGemv(), backend.make_ops
+    monkeypatch.setattr(backend, "make_ops", lambda: replace(make_ops(), gemv=kernels))
     return kernels
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_steps_of_one_row_use_the_kernels_and_give_the_reference_logits(
-    name: str, kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]]
+    name: str, kernels: PlainGemv, drive_tiny: Callable[..., tuple[Any, Driver]]
 ) -> None:
     family, overrides = VARIANTS[name]
     model, driver = drive_tiny(family, num_hidden_layers=3, **overrides)
     check_parity(model, driver, prompt_len=7, total=11)
-    products = [call.removeprefix("gated_") for call in kernels.calls]  # an activation of its own comes behind
-    step = [*["product", "add_product"] * 2 * 3, "head_product"]  # blocks, layers; the head
+    gemvs = [call.replace("gated_", "") for call in kernels.calls]  # an activation of its own comes behind
+    step = [*["norm_gemv", "gemv_add"] * 2 * 3, "head_gemv"]  # blocks, layers; the head
     # Of a prompt what follows the last attention: one row of it is sampled.
-    assert products == ["add_product", "product", "add_product", "head_product", *step * 4]
+    assert gemvs == ["gemv_add", "norm_gemv", "gemv_add", "head_gemv", *step * 4]
 
 
 def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
-    kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
+    kernels: PlainGemv, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generate() -> torch.Tensor:
         _, driver = drive_tiny(settings={"dtype": "bfloat16"})
@@ -99,7 +99,7 @@ def test_other_steps_do_not_use_the_kernels_and_have_the_same_bits(
 
 
 def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
-    kernels: PlainSingleRow, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
+    kernels: PlainGemv, drive_tiny: Callable[..., tuple[Any, Driver]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[torch.Tensor] = []
     ops = replace(
@@ -110,7 +110,7 @@ def test_the_kernels_get_the_weights_that_the_product_of_more_rows_has(
     monkeypatch.setattr(backend, "make_ops", lambda: ops)
     _, driver = drive_tiny("Llama", num_hidden_layers=1)
     driver.prefill({0: [5]})
-    assert kernels.calls == ["product", "add_product", "gated_product", "add_product", "head_product"]
+    assert kernels.calls == ["norm_gemv", "gemv_add", "norm_gated_gemv", "gemv_add", "head_gemv"]
     assert all(ours is theirs for ours, theirs in zip(kernels.weights, made, strict=True))
 
 
@@ -125,7 +125,7 @@ def test_packed_weights_are_the_only_copy_where_there_are_no_such_kernels() -> N
     assert linear(torch.randn(1, 16)).shape == (1, 24)
 
 
-def test_what_other_blocks_left_to_add_is_added_once_to_a_step_of_one_row(kernels: PlainSingleRow) -> None:
+def test_what_other_blocks_left_to_add_is_added_once_to_a_step_of_one_row(kernels: PlainGemv) -> None:
     ops = backend.make_ops()
     norm, (linear, _) = Norm(ops, torch.randn(16), 1e-5, SingleRank()), make_linear(ops)
     start, added = torch.randn(2, 1, 16)
@@ -136,12 +136,12 @@ def test_what_other_blocks_left_to_add_is_added_once_to_a_step_of_one_row(kernel
     x, residual = norm(residual, None)
     torch.testing.assert_close(linear(x), found)
     assert torch.equal(residual, start + added)
-    assert kernels.calls == ["product"]
+    assert kernels.calls == ["norm_gemv"]
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(1, None), (3, None), (3, [1]), (3, [2, 0])])
 def test_a_blocks_output_is_in_the_stream_once_a_norm_has_read_it(
-    rows: int, wanted: list[int] | None, kernels: PlainSingleRow
+    rows: int, wanted: list[int] | None, kernels: PlainGemv
 ) -> None:
     ops, weight, bias = backend.make_ops(), torch.randn(16, 24), torch.randn(16)
     norm, last = Norm(ops, torch.randn(16), 1e-5, SingleRank()), ResidualLinear(ops, LinearParameters(weight, bias))
@@ -152,17 +152,17 @@ def test_a_blocks_output_is_in_the_stream_once_a_norm_has_read_it(
     torch.testing.assert_close(residual, expected)
     finished = norm.finish(last(x, None if wanted is None else torch.tensor(wanted)), start.clone())
     torch.testing.assert_close(finished, F.rms_norm(expected, (16,), norm.weight, 1e-5))
-    assert kernels.calls == ["add_product"] * 2 * (len(rows_that_go_on) == 1)
+    assert kernels.calls == ["gemv_add"] * 2 * (len(rows_that_go_on) == 1)
 
 
-@pytest.mark.parametrize(("rows", "calls"), [(1, ["head_product"]), (2, [])])
-def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str], kernels: PlainSingleRow) -> None:
+@pytest.mark.parametrize(("rows", "calls"), [(1, ["head_gemv"]), (2, [])])
+def test_the_head_uses_the_kernels_for_one_row_alone(rows: int, calls: list[str], kernels: PlainGemv) -> None:
     weight, x = torch.randn(24, 16), torch.randn(rows, 16)
     torch.testing.assert_close(LmHead(backend.make_ops(), weight)(x), F.linear(x, weight))
     assert kernels.calls == calls
 
 
-def test_a_model_that_is_compiled_gets_no_such_kernels(kernels: PlainSingleRow) -> None:
+def test_a_model_that_is_compiled_gets_no_such_kernels(kernels: PlainGemv) -> None:
     cpu = torch.device("cpu")
-    assert select_backend(cpu, EngineConfig(), SingleRank()).ops.single_row is kernels
-    assert select_backend(cpu, EngineConfig(torch_compile=True), SingleRank()).ops.single_row is None
+    assert select_backend(cpu, EngineConfig(), SingleRank()).ops.gemv is kernels
+    assert select_backend(cpu, EngineConfig(torch_compile=True), SingleRank()).ops.gemv is None

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import torch
 
-from toka_engine.model.ops import Ops, SingleRow
+from toka_engine.model.ops import GemvKernels, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +58,22 @@ Activation: TypeAlias = torch.Tensor | DeferredNorm | DeferredAdd
 class Gemv:
     """A linear layer for one row. It holds the weights that the GEMM has, not a copy."""
 
-    kernels: SingleRow
+    kernels: GemvKernels
     parameters: LinearParameters
 
     def apply_to_norm(self, norm: DeferredNorm) -> torch.Tensor:
         """The norm [1, in] -> [1, out]."""
         weight, bias = self.parameters.weight, self.parameters.bias
-        return self.kernels.product(norm.residual, norm.weight, norm.eps, weight, bias)
+        return self.kernels.norm_gemv(norm.residual, norm.weight, norm.eps, weight, bias)
 
     def apply_gated_to_norm(self, norm: DeferredNorm) -> torch.Tensor:
         """The norm [1, in] -> silu(gate) * up [1, out / 2]."""
         weight, bias = self.parameters.weight, self.parameters.bias
-        return self.kernels.gated_product(norm.residual, norm.weight, norm.eps, weight, bias)
+        return self.kernels.norm_gated_gemv(norm.residual, norm.weight, norm.eps, weight, bias)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Add the output for x [1, in] to `residual` [1, out] in place."""
-        self.kernels.add_product(x, self.parameters.weight, self.parameters.bias, residual)
+        self.kernels.gemv_add(x, self.parameters.weight, self.parameters.bias, residual)
 
 
 class Linear:
@@ -81,7 +81,7 @@ class Linear:
 
     def __init__(self, ops: Ops, parameters: LinearParameters) -> None:
         self.gemm = ops.make_linear(parameters.weight, parameters.bias)
-        self.gemv = None if ops.single_row is None else Gemv(ops.single_row, parameters)
+        self.gemv = None if ops.gemv is None else Gemv(ops.gemv, parameters)
 
     def __call__(self, x: Activation) -> torch.Tensor:
         """[n, in] -> [n, out]."""
@@ -136,11 +136,11 @@ class LmHead:
 
     def __init__(self, ops: Ops, weight: torch.Tensor) -> None:
         self._gemm = ops.make_head(weight)
-        self._gemv = None if ops.single_row is None else (ops.single_row, weight)
+        self._gemv = None if ops.gemv is None else (ops.gemv, weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in] -> [n, vocab]."""
         if self._gemv is None or x.shape[0] != 1:
             return self._gemm(x)
         kernels, weight = self._gemv
-        return kernels.head_product(x, weight)
+        return kernels.head_gemv(x, weight)

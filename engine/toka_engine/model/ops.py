@@ -8,17 +8,18 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""[rows, in_features] -> [rows, out_features]."""
+Gemm: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""The GEMM of one linear layer: [rows, in_features] -> [rows, out_features]."""
 
 
-class SingleRow(Protocol):
-    """Products of one row, each one kernel with what lies around it. Weights are as for `Ops.make_linear`.
+class GemvKernels(Protocol):
+    """GEMV kernels for a step of one row, fused with what stands around them. Weights are as for `Ops.make_linear`.
 
-    Of a step of one row these are all products; where a longer step samples one row, those behind the last attention.
+    A step of one row runs all its linear layers through them; a longer step that samples one row, those behind its last
+    attention.
     """
 
-    def product(
+    def norm_gemv(
         self,
         residual: torch.Tensor,  # [1, in]
         norm: torch.Tensor,  # [in]
@@ -26,10 +27,10 @@ class SingleRow(Protocol):
         weight: torch.Tensor,  # [out, in]
         bias: torch.Tensor | None,  # [out]
     ) -> torch.Tensor:
-        """Of rms_norm(residual): [1, out]."""
+        """Return W rms_norm(residual) + b, [1, out]."""
         ...
 
-    def gated_product(
+    def norm_gated_gemv(
         self,
         residual: torch.Tensor,  # [1, in]
         norm: torch.Tensor,  # [in]
@@ -37,25 +38,25 @@ class SingleRow(Protocol):
         weight: torch.Tensor,  # [2 * out, in]: gate, then up
         bias: torch.Tensor | None,  # [2 * out]
     ) -> torch.Tensor:
-        """Of rms_norm(residual), then silu(gate) * up: [1, out]."""
+        """Return silu(gate) * up of W rms_norm(residual) + b, [1, out]."""
         ...
 
-    def add_product(
+    def gemv_add(
         self,
         x: torch.Tensor,  # [1, in]
         weight: torch.Tensor,  # [out, in]
         bias: torch.Tensor | None,  # [out]
         residual: torch.Tensor,  # [1, out], contiguous
     ) -> None:
-        """Add the product of x to `residual`, in place."""
+        """Add W x + b to `residual`, in place."""
         ...
 
-    def head_product(
+    def head_gemv(
         self,
         x: torch.Tensor,  # [1, in]
         weight: torch.Tensor,  # [out, in]
     ) -> torch.Tensor:
-        """Of x, with nothing around it: [1, out] float32."""
+        """Return W x, [1, out] float32."""
         ...
 
 
@@ -63,10 +64,10 @@ class SingleRow(Protocol):
 class Ops:
     """Implementations for one device."""
 
-    make_linear: Callable[[torch.Tensor, torch.Tensor | None], Linear]
-    """weight [out, in] and bias [out] or None, on the device -> the product in the device's best layout."""
-    make_head: Callable[[torch.Tensor], Linear]
-    """weight [vocab, in] -> the product that gives logits; in float32 where the device sums in it anyway.
+    make_linear: Callable[[torch.Tensor, torch.Tensor | None], Gemm]
+    """weight [out, in] and bias [out] or None, on the device -> the GEMM, with weights in the device's best layout."""
+    make_head: Callable[[torch.Tensor], Gemm]
+    """weight [vocab, in] -> the GEMM that gives logits; in float32 where the device sums in it anyway.
 
     bfloat16 keeps 8 bits of a logit: of 100 greedy tokens of a small model one or two are others, as good in these.
     """
@@ -76,5 +77,5 @@ class Ops:
     """x, residual [rows, width], weight, eps: residual += x in place; returns the normed residual."""
     silu_mul: Callable[[torch.Tensor], torch.Tensor]
     """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
-    single_row: SingleRow | None
-    """Kernels for a step of one row, where there are some. `make_linear` must take no copy of the weights then."""
+    gemv: GemvKernels | None
+    """Where the device has some. `make_linear` must take no copy of the weights then."""

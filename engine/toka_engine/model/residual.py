@@ -38,11 +38,11 @@ class Norm:
     """RMSNorm of the residual stream (Zhang and Sennrich 2019)."""
 
     def __init__(self, ops: Ops, weight: torch.Tensor, eps: float, ranks: Ranks) -> None:
-        if ranks.size > 1 and ops.single_row is not None:
+        if ranks.size > 1 and ops.gemv is not None:
             raise AssertionError("each rank's GEMV would add the whole stream to its part of the sum")
         self.weight, self._eps = weight, eps
         self._rms_norm, self._add_rms_norm = ops.rms_norm, ops.add_rms_norm
-        self._can_defer = ops.single_row is not None
+        self._can_defer = ops.gemv is not None
         self._all_reduce = ranks.all_reduce if ranks.size > 1 else None
 
     def __call__(self, x: Activation, residual: torch.Tensor | None) -> tuple[Activation, torch.Tensor]:

@@ -32,13 +32,13 @@ EPS = 1e-5
 
 @pytest.fixture
 def kernels(device):
-    from toka_engine.model.kernels.gemv import SingleRowKernels
+    from toka_engine.model.kernels.gemv import TritonGemv
 
     capability = 0
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
-    return SingleRowKernels.for_capability(capability)
+    return TritonGemv.for_capability(capability)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_product_is_of_the_norm(kernels, draw, dtype, tolerance, tiles, more, 
     residual, norm, weight = draw(dtype, 1, width), draw(dtype, width), draw(dtype, num_out, width)
     bias = draw(dtype, num_out) if has_bias else None
     before = residual.clone()
-    out = kernels.product(residual, norm, EPS, weight, bias)
+    out = kernels.norm_gemv(residual, norm, EPS, weight, bias)
     assert out.shape == (1, num_out)
     assert out.dtype == dtype
     assert relative_error(out, product_of(norm_of(residual, norm), weight, bias)) < tolerance
@@ -89,7 +89,7 @@ def test_a_gated_product_has_the_gate_in_the_first_half(
     weight /= 8
     bias = draw(dtype, 2 * num_out) if has_bias else None
     gate, up = product_of(norm_of(residual, norm), weight, bias).chunk(2, dim=1)
-    out = kernels.gated_product(residual, norm, EPS, weight, bias)
+    out = kernels.norm_gated_gemv(residual, norm, EPS, weight, bias)
     assert out.shape == (1, num_out)
     assert relative_error(out, F.silu(gate) * up) < tolerance
 
@@ -103,7 +103,7 @@ def test_a_product_is_added_once_and_to_its_row_alone(
     rows, weight, x = draw(dtype, 3, num_out), draw(dtype, num_out, width), draw_beside_others(draw, dtype, width)
     bias = draw(dtype, num_out) if has_bias else None
     before = rows.clone()
-    kernels.add_product(x, weight, bias, rows[1:2])
+    kernels.gemv_add(x, weight, bias, rows[1:2])
     assert relative_error(rows[1:2], before[1:2].double() + product_of(x, weight, bias)) < tolerance
     assert torch.equal(rows[[0, 2]], before[[0, 2]])
 
@@ -114,7 +114,7 @@ def test_the_heads_product_is_of_the_row_alone_and_not_rounded(kernels, draw, dt
     width = tiles * kernels.other.block_in + more
     x, weight = draw_beside_others(draw, dtype, width), draw(dtype, num_out, width)
     before = x.clone()
-    out = kernels.head_product(x, weight)
+    out = kernels.head_gemv(x, weight)
     assert out.shape == (1, num_out)
     assert out.dtype == torch.float32
     assert relative_error(out, product_of(x, weight, None)) < 1e-5
@@ -133,10 +133,10 @@ def test_bias_and_residual_are_added_before_the_one_rounding(kernels, draw, adds
     rounded = product.to(BF16)  # what is left when it is taken away is the product's rounding error
     if adds:
         residual = -rounded
-        kernels.add_product(x, weight, None, residual)
+        kernels.gemv_add(x, weight, None, residual)
         out = residual
     else:
-        out = kernels.product(x, norm, EPS, weight, -rounded[0])
+        out = kernels.norm_gemv(x, norm, EPS, weight, -rounded[0])
     assert relative_error(out, product - rounded.double()) < 1e-2
 
 
@@ -190,7 +190,7 @@ def test_a_token_alone_gets_the_hidden_state_and_the_logits_that_it_gets_among_o
     kernels = replace(kernels, behind_norm=few_programs, other=few_programs)
     config = parse_model_config(ConfigFields({"architectures": [architecture], **FIELDS, **fields}, Path()))
     # torch's product with another dtype is for GPUs alone
-    ops = replace(make_ops(0), single_row=kernels, make_head=lambda weight: make_linear(weight, None))
+    ops = replace(make_ops(0), gemv=kernels, make_head=lambda weight: make_linear(weight, None))
     model = build_model(config, RandomWeights(device), ops, SingleRank())
     ids = torch.tensor([3, 30, 44], dtype=torch.int32, device=device)
     together = model.forward(ids, FirstTokens())

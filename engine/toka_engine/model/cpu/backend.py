@@ -25,7 +25,7 @@ from toka_engine.model.cpu.runner import CpuRunner
 from toka_engine.model.cpu.sampler import CpuSampler
 from toka_engine.model.cpu.vocabulary import ShardedVocabulary, WholeVocabulary
 from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Linear, Ops
+from toka_engine.model.ops import Gemm, Ops
 from toka_engine.model.ranks import Ranks
 from toka_engine.model.sizing import Sizes, choose_sizes, read_available_bytes
 from toka_engine.model.slot_state import HostSlots
@@ -39,7 +39,7 @@ _PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _NUM_PRIMITIVES = "64"
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Gemm:
     """Pack `weight` [out, in]; see ops.Ops."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
     product = torch.ops.mkldnn._linear_pointwise.default
@@ -69,7 +69,7 @@ def make_ops() -> Ops:
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
-        single_row=None,
+        gemv=None,
     )
 
 

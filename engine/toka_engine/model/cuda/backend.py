@@ -12,21 +12,21 @@ from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.kernels.activation import silu_mul
-from toka_engine.model.kernels.gemv import SingleRowKernels
+from toka_engine.model.kernels.gemv import TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
 from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Linear, Ops
+from toka_engine.model.ops import Gemm, Ops
 from toka_engine.model.sizing import Sizes, choose_sizes, read_available_bytes
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Gemm:
     def linear(x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
     return linear
 
 
-def make_head(weight: torch.Tensor) -> Linear:
+def make_head(weight: torch.Tensor) -> Gemm:
     transposed = weight.t()
 
     def head(x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def make_ops(capability: int) -> Ops:
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
-        single_row=SingleRowKernels.for_capability(capability),
+        gemv=TritonGemv.for_capability(capability),
     )
 
 

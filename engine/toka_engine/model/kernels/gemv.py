@@ -126,8 +126,8 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class SingleRowKernels:
-    """An ops.SingleRow, for any width and number of outputs.
+class TritonGemv:
+    """An ops.GemvKernels, for any width and number of outputs.
 
     The launch configs are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_gemv.py).
     """
@@ -142,28 +142,28 @@ class SingleRowKernels:
         """`capability` of the device, as 90."""
         return cls(has_pdl=capability >= DEPENDENT_LAUNCH_CAPABILITY)
 
-    def product(
+    def norm_gemv(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """See ops.SingleRow."""
+        """See ops.GemvKernels."""
         out = residual.new_empty((1, weight.shape[0]))
         return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps)
 
-    def gated_product(
+    def norm_gated_gemv(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """See ops.SingleRow."""
+        """See ops.GemvKernels."""
         out = residual.new_empty((1, weight.shape[0] // 2))
         return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps, is_gated=True)
 
-    def add_product(
+    def gemv_add(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> None:
-        """See ops.SingleRow."""
+        """See ops.GemvKernels."""
         self._launch(self.other, x, weight, bias, residual, adds=True)
 
-    def head_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See ops.SingleRow."""
+    def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ops.GemvKernels."""
         out = x.new_empty((1, weight.shape[0]), dtype=torch.float32)
         return self._launch(self.other, x, weight, None, out)
 

@@ -12,7 +12,7 @@ from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.backend import Backend, Runner
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Linear
+from toka_engine.model.ops import Gemm
 from toka_engine.model.sizing import Sizes
 from toka_engine.model.torch_compile.compiled_model import CompiledModel, Outside, check_cpu
 from toka_engine.model.torch_norms import add_rms_norm, rms_norm
@@ -41,7 +41,7 @@ class CompiledBackend:
             rms_norm=rms_norm,
             add_rms_norm=add_rms_norm,
             silu_mul=_silu_mul,
-            single_row=None,
+            gemv=None,
         )
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
@@ -55,7 +55,7 @@ class CompiledBackend:
         compiled.compile(self._device, self._mode, max_rows)
         return self._device_backend.make_runner(compiled, shape, sizes, config)
 
-    def _make_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def _make_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Gemm:
         linear = self._device_backend.ops.make_linear(weight, bias)
         return self._outside.add(linear, weight.shape[0]) if self.has_packed_linears else linear
 

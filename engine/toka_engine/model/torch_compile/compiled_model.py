@@ -22,8 +22,8 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from toka_engine.errors import ConfigError
 from toka_engine.model.attention_backend import AttentionBackend
 from toka_engine.model.causal import CausalModel
-from toka_engine.model.ops import Linear
-from toka_engine.model.torch_compile.regions import RegionCompiler, attend, product
+from toka_engine.model.ops import Gemm
+from toka_engine.model.torch_compile.regions import RegionCompiler, attend, packed_linear
 
 _FIRST_ROWS = {"cpu": 2, "cuda": 1024}
 """Rows of the first run. On a GPU, inductor's Triton kernels are tuned at this size."""
@@ -37,7 +37,7 @@ class CompiledModel:
     def __init__(self, model: CausalModel, outside: Outside) -> None:
         self.config = model.config
         self.logits = model.logits
-        self.regions = RegionCompiler(outside.run_attention, outside.products)
+        self.regions = RegionCompiler(outside.run_attention, outside.linears)
         self._model, self._outside = model, outside
         traced: Any = _TracedAttention()
 
@@ -84,16 +84,16 @@ class Outside:
     """The calls of compiled regions to code outside them: the step's attention, and packed GEMMs."""
 
     def __init__(self) -> None:
-        self.products: list[Linear] = []
+        self.linears: list[Gemm] = []
         self.attention: AttentionBackend | None = None
 
-    def add(self, linear: Linear, width: int) -> Linear:
+    def add(self, linear: Gemm, width: int) -> Gemm:
         """`linear`, of `width` outputs, as a trace shows it; the same as before where nothing is traced."""
-        index = len(self.products)
-        self.products.append(linear)
+        index = len(self.linears)
+        self.linears.append(linear)
 
         def traced(x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = product(x, index, width) if torch.compiler.is_compiling() else linear(x)
+            result: torch.Tensor = packed_linear(x, index, width) if torch.compiler.is_compiling() else linear(x)
             return result
 
         return traced

@@ -20,12 +20,12 @@ Region: TypeAlias = Callable[..., Any]
 """The region's inputs, in its order -> its outputs."""
 
 torch.library.define("toka::attend", "(int layer, Tensor q, Tensor k, Tensor v, Tensor cos_sin) -> Tensor")
-torch.library.define("toka::product", "(Tensor x, int index, int width) -> Tensor")
+torch.library.define("toka::linear", "(Tensor x, int index, int width) -> Tensor")
 
 attend: Any = torch.ops.toka.attend.default
 """layer, q, k, v, cos_sin -> [T, num_heads, head_dim]: an AttentionBackend's forward, in a trace."""
-product: Any = torch.ops.toka.product.default
-"""x [rows, in], index, width -> [rows, width]: one of the products outside, in a trace."""
+packed_linear: Any = torch.ops.toka.linear.default
+"""x [rows, in], index, width -> [rows, width]: a linear layer with packed weights, in a trace."""
 
 _VIEWS = {"view", "reshape", "split", "chunk", "narrow", "transpose", "unsqueeze", "squeeze", "getitem", "size"}
 """Calls that compute nothing: a region of these alone stays as it is."""
@@ -35,20 +35,20 @@ def _attend_shape(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return q.new_empty(q.shape)
 
 
-def _product_shape(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
+def _linear_shape(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
     return x.new_empty((x.shape[0], width))
 
 
 torch.library.register_fake("toka::attend", _attend_shape)
-torch.library.register_fake("toka::product", _product_shape)
+torch.library.register_fake("toka::linear", _linear_shape)
 
 
 class RegionCompiler:
     """A backend of torch.compile, for one model. Counts the graphs it got and the regions it compiled."""
 
-    def __init__(self, run_attention: Region, products: Sequence[Region]) -> None:
-        """`run_attention` and `products[index]` are what `attend` and `product` stand for."""
-        self._run_attention, self._products = run_attention, products
+    def __init__(self, run_attention: Region, linears: Sequence[Region]) -> None:
+        """`run_attention` and `linears[index]` are what `attend` and `packed_linear` stand for."""
+        self._run_attention, self._linears = run_attention, linears
         self.num_graphs = self.num_regions = 0
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Region:
@@ -57,7 +57,7 @@ class RegionCompiler:
         numbers: dict[fx.Node, int] = {}
         number = 0
         for node in graph.graph.nodes:
-            is_outside = node.target in (attend, product)
+            is_outside = node.target in (attend, packed_linear)
             number += is_outside
             numbers[node] = number
             number += is_outside
@@ -73,9 +73,9 @@ class RegionCompiler:
         calls = [node for node in part.graph.nodes if node.op.startswith("call")]
         if calls[0].target is attend:
             return _replace_call(part, calls[0], self._run_attention, calls[0].args)
-        if calls[0].target is product:
+        if calls[0].target is packed_linear:
             x, index, _ = calls[0].args
-            return _replace_call(part, calls[0], self._products[index], (x,))
+            return _replace_call(part, calls[0], self._linears[index], (x,))
         if all(_name_of(node) in _VIEWS for node in calls):
             return part.forward
         meaning = _describe(part)
