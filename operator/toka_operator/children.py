@@ -81,8 +81,15 @@ class ChildWriter:
         ):
             memory.not_ours.add(metadata["uid"])
             return
+        try:
+            self._patch(kind, found, {"metadata": {"ownerReferences": [owner.reference()]}})
+        except ApiError as error:
+            if error.status != 403:
+                raise
+            # OwnerReferencesPermissionEnforcement asks for the verb delete, which we lack for some kinds
+            memory.not_ours.add(metadata["uid"])
+            return
         logger.info("object=%s/%s child=%s/%s event=adopted", owner.namespace, owner.name, kind, name)
-        self._patch(kind, found, {"metadata": {"ownerReferences": [owner.reference()]}})
 
     def write(self, owner: Owner, plan: Plan, observed: Observed, memory: Memory) -> Outcome:
         """Makes every write of the plan. What the API server refuses is reported and backs off; the rest is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,13 +12,13 @@ import pytest
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
-from tests.cluster.operating import CHART, SYSTEM, deployment
+from tests.cluster.operating import CHART, SYSTEM, USER, deployment
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ApiServer]:
     """An API server of its own: uninstalling the chart would pull the rug from under the other tests."""
-    own = ApiServer.start(f"chart-{os.getpid()}")
+    own = ApiServer.start(f"chart-{os.getpid()}", admission=("OwnerReferencesPermissionEnforcement",))
     own.create_namespace(SYSTEM, pod_security="restricted")
     yield own
     own.stop()
@@ -41,6 +42,17 @@ def test_the_crd_is_upgraded_with_the_chart_and_kept_by_an_uninstallation(server
     assert server.get("tokadeployment", "kept") is not None
     server.helm("install", "toka", str(CHART), "--namespace", SYSTEM)
     assert server.get("tokadeployment", "kept") is not None
+
+
+def test_where_references_to_owners_are_enforced_the_operator_may_still_make_children(server: ApiServer) -> None:
+    owner = server.get("tokadeployment", "kept")
+    assert owner is not None
+    reference = {"apiVersion": "toka.dev/v1alpha1", "kind": "TokaDeployment", "name": "kept", "controller": True}
+    reference |= {"uid": owner["metadata"]["uid"], "blockOwnerDeletion": True}
+    metadata = {"name": "child", "namespace": "default", "ownerReferences": [reference]}
+    manifest = json.dumps({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata})
+    user = f"--as={USER}"
+    server.kubectl("create", user, "--dry-run=server", "--validate=false", "-f", "-", stdin=manifest)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def operator(own_operator: Operator) -> Operator:
 
 
 NEVER_REQUESTED = {("update", "tokadeployments/finalizers")}
-"""Rights that the API server's admission asks for; the harness enforces them, but no request is made with them."""
+"""Rights that an admission plugin of the API server asks for (test_chart); no request is made with them."""
 
 
 def granted(operator: Operator, kind: str, *values: str) -> set[tuple[str, str]]:
@@ -75,13 +75,13 @@ def use_every_right(operator: Operator) -> None:
         operator.kubectl("delete", kind, child)
     operator.wait_until_ready("chat")
     for kind, child in taken:
-        edit = json.dumps({"metadata": {"labels": {"app.kubernetes.io/part-of": "other"}}})
+        edit = json.dumps({"metadata": {"labels": {"app.kubernetes.io/managed-by": "other"}}})
         operator.kubectl("patch", kind, child, "--type=merge", "-p", edit)
         operator.wait_for(
             lambda kind=kind, child=child: (
-                operator.require(kind, child)["metadata"]["labels"]["app.kubernetes.io/part-of"] == "toka"
+                operator.require(kind, child)["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "toka-operator"
             ),
-            f"{kind} {child} to be put back",
+            f"{kind} {child} to be found and put back",
         )
     operator.kubectl("delete", "service", "chat")
     lose_node_of_a_pod(operator)

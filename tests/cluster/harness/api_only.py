@@ -36,15 +36,15 @@ class ApiServer(KubernetesHandle):
     """etcd, kube-apiserver and controller-manager; optionally simulated nodes."""
 
     @classmethod
-    def start(cls, name: str | None = None) -> ApiServer:
-        """Boot one; ready for requests when this returns."""
+    def start(cls, name: str | None = None, admission: tuple[str, ...] = ()) -> ApiServer:
+        """Boot one, with these admission plugins besides the usual; ready for requests when this returns."""
         require_tools("etcd", "kubernetes")
         run = RunFolder(name or f"api-{os.getpid()}")
         run.create()
         api_port, etcd_port, etcd_peer_port, manager_port = free_ports(4)
         pki = Pki(run.path / "pki", f"https://127.0.0.1:{api_port}")
         pki.create([*SERVICE_NAMES, "DNS:localhost", "IP:127.0.0.1"])
-        control = ControlPlane(run.path, pki, "127.0.0.1", None, api_port, etcd_port, etcd_peer_port)
+        control = ControlPlane(run.path, pki, "127.0.0.1", None, api_port, etcd_port, etcd_peer_port, admission)
         control.issue_component_keys()
         server = cls(run, control)
         try:

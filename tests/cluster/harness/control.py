@@ -35,6 +35,8 @@ class ControlPlane:
     api_port: int
     etcd_port: int
     etcd_peer_port: int
+    admission: tuple[str, ...] = ()
+    """Admission plugins besides those that Kubernetes enables."""
 
     def etcd(self) -> list[str]:
         """etcd without fsync: the data need not survive the machine."""
@@ -59,7 +61,7 @@ class ControlPlane:
             f"--etcd-servers=http://127.0.0.1:{self.etcd_port}",
             f"--service-cluster-ip-range={SERVICE_RANGE}",
             "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
+            f"--enable-admission-plugins={','.join(('NodeRestriction', *self.admission))}",
             f"--client-ca-file={pki.file('ca.crt')}",
             f"--tls-cert-file={pki.file('apiserver.crt')}",
             f"--tls-private-key-file={pki.file('apiserver.key')}",
