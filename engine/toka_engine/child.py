@@ -30,6 +30,7 @@ from toka_engine.messages import (
     Ping,
     Pong,
     Progress,
+    ReplicaLost,
     Start,
     ToChild,
     Unresponsive,
@@ -49,6 +50,8 @@ class Child:
         """Called in the control thread when the supervisor asks to drain."""
         self.on_failing: Callable[[Failing], None] | None = None
         """Called in the control thread when another process is dead or stuck."""
+        self.on_replica_lost: Callable[[ReplicaLost], None] | None = None
+        """Called in the control thread when the engine goes on without one of its replicas."""
         self.on_unresponsive: Callable[[str], None] | None = None
         """Called in the control thread with the name of a process that does not answer, and "" when all do."""
         self.on_progress: Callable[[Progress], None] | None = None
@@ -105,6 +108,9 @@ class Child:
             case Failing():
                 if self.on_failing:
                     self.on_failing(message)
+            case ReplicaLost():
+                if self.on_replica_lost:
+                    self.on_replica_lost(message)
             case Unresponsive(process):
                 if self.on_unresponsive:
                     self.on_unresponsive(process)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from toka_engine.config import UNSUPPORTED_KEYS, EngineConfig, UnsupportedKey
+from toka_engine.config import MAX_RANKS, UNSUPPORTED_KEYS, EngineConfig, UnsupportedKey
 from toka_engine.errors import ConfigError
 
 _BOOLEANS = {"T": True, "True": True, "true": True, "F": False, "False": False, "false": False}
@@ -45,6 +45,12 @@ def parse_config(arguments: Iterable[str]) -> EngineConfig:
         raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
     if config.torch_compile and config.tp_size > 1:
         raise ConfigError(f"torch_compile=T does not work with tp_size={config.tp_size} yet: it needs tp_size=1")
+    if config.dp_min_size is not None and config.dp_min_size > config.dp_size:
+        raise ConfigError(f"dp_min_size={config.dp_min_size} is more than dp_size={config.dp_size}")
+    if config.num_ranks > MAX_RANKS:
+        raise ConfigError(
+            f"dp_size={config.dp_size} x tp_size={config.tp_size} are more than {MAX_RANKS} model workers"
+        )
     return config
 
 

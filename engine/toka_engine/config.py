@@ -29,6 +29,10 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 UvicornLogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 
 
+MAX_RANKS = 8
+"""Of one engine."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine. Names follow Tokasaurus where it has the same setting."""
 
@@ -109,6 +113,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
 
     # parallelism
+    dp_size: Annotated[
+        int,
+        Meta(ge=1, le=8),
+        doc("replicas of the model behind one port, each on a GPU of its own (or a share of the CPUs)"),
+    ] = 1
+    dp_min_size: Annotated[
+        Annotated[int, Meta(ge=1, le=8)] | None,
+        doc("replicas that must be left for the engine to go on when one fails; default: all of them"),
+    ] = None
     tp_size: Annotated[
         int, Meta(ge=1, le=8), doc("ranks that hold the model together, each a part of every layer; on CPUs only yet")
     ] = 1
@@ -134,8 +147,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         doc("of the noise for requests without a seed; default: other noise at every start and in every replica"),
     ] = None
     num_threads: Annotated[
-        NumThreads | None, doc("CPU threads of the model worker; default: what the cgroup allows")
+        NumThreads | None, doc("CPU threads of each model worker; default: its share of what the cgroup allows")
     ] = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Model workers, each with a GPU of its own or a share of the CPUs."""
+        return self.dp_size * self.tp_size
 
 
 class UnsupportedKey(NamedTuple):
@@ -154,7 +172,6 @@ UNSUPPORTED_KEYS: dict[str, UnsupportedKey] = {
     "statsd_addr": UnsupportedKey(None, "statistics are read from /metrics"),
     "statsd_server_url": UnsupportedKey(None, "statistics are read from /metrics"),
     "async_tp_threshold": UnsupportedKey(None, "tensor parallelism on GPUs is not built yet"),
-    "dp_size": UnsupportedKey(1, "data parallelism inside one engine is not built yet; raise the number of replicas"),
     "pp_size": UnsupportedKey(1, "pipeline parallelism is not built yet"),
     "pp_num_buffer_stages": UnsupportedKey(1, "pipeline parallelism is not built yet"),
     "prefill_round_up_multiple": UnsupportedKey(None, "prefill chunks are cut by max_tokens_per_forward alone"),

@@ -124,6 +124,13 @@ class Unresponsive(Message, frozen=True):
     process: str
 
 
+class ReplicaLost(Message, frozen=True):
+    """To the server: a process of this replica is dead or stuck, and the others go on without it."""
+
+    replica: int
+    reason: str
+
+
 class Failed(Message, frozen=True):
     """From a child: its last words. `exit_code` is of errors.ExitCode."""
 
@@ -133,7 +140,7 @@ class Failed(Message, frozen=True):
     """It ends because another process went away, which is the one to blame."""
 
 
-ToChild: TypeAlias = Start | Ping | Progress | Drain | Unresponsive | Failing
+ToChild: TypeAlias = Start | Ping | Progress | Drain | Unresponsive | Failing | ReplicaLost
 FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Failed
 
 

@@ -41,11 +41,13 @@ class ChildProcess:
     def __init__(self, process: Process, module: str, start: Start, link_fds: Sequence[int] = ()) -> None:
         """Spawn `python -m module CONTROL_FD *link_fds` and send `start`. The caller closes `link_fds` afterwards."""
         ours, theirs = socket_pair()
-        self.name, self.role = process.name, process.role
+        self.name, self.role, self.rank = process.name, process.role, process.rank
         self.control: Channel[FromChild] = Channel(ours, FromChild)
         with theirs:
             self.pid = _spawn(module, [theirs.fileno(), *link_fds])
         self.is_ready = False
+        self.is_given_up = False
+        """Its end is meant, and no failure of the engine."""
         self.is_linked = True
         """The control link is open."""
         self.status: int | None = None

@@ -23,8 +23,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
@@ -41,12 +39,12 @@ from toka_engine.messages import (
     FromChild,
     Pong,
     Progress,
+    ReplicaLost,
     Resolved,
     Start,
     Unresponsive,
 )
 from toka_engine.noise import for_replica, settle_seed
-from toka_engine.portable import open_pipe
 from toka_engine.processes import (
     BUSY_PONGS_STALLED,
     PING_INTERVAL_S,
@@ -56,6 +54,7 @@ from toka_engine.processes import (
     count_oom_kills,
     reap,
 )
+from toka_engine.signals import SignalFd
 from toka_engine.topology import RESOLVER, SERVER, Process, Role, choose_topology
 
 logger = logging.getLogger("toka.supervisor")
@@ -116,6 +115,7 @@ class Supervisor:
         self._started_at = time.monotonic()
         self._num_oom_kills = count_oom_kills()
         self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
+        self._num_replicas = self._config.dp_size
 
     def run(self) -> Outcome:
         """Run the engine to its end; afterwards none of its processes is left."""
@@ -204,9 +204,14 @@ class Supervisor:
 
     def _note_deaths(self) -> None:
         statuses = reap()
-        for child in list(self._children.values()):
+        for child in self._children.values():
             child.status = statuses.get(child.pid, child.status)
+        for child in list(self._children.values()):
             if child.is_running and child.is_linked:
+                continue
+            if child.is_given_up:
+                if not child.is_running:
+                    self._remove(child)
                 continue
             for message in child.receive():  # what came with the end
                 self._handle(child, message)
@@ -224,6 +229,8 @@ class Supervisor:
             return None
         silent = ""
         for child in self._children.values():
+            if child.is_given_up:
+                continue
             child.beat()
             if child.silent_pings >= SILENT_PINGS_STALLED:
                 words = f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
@@ -293,6 +300,12 @@ class Supervisor:
 
     def _fail(self, child: ChildProcess, outcome: Outcome, is_consequence: bool = False) -> None:
         """Note a cause of the end. The first one tells the server and starts the short way out."""
+        if child.is_given_up:
+            return
+        if self._can_go_on_without(child):
+            if not (is_consequence and child.is_running):  # else its end follows, and by then that of the cause
+                self._lose_replica(child.rank.dp_rank, self._find_cause(child, outcome, is_consequence))
+            return
         self._failures.append((is_consequence, outcome))
         if self._phase is Phase.FAILING:
             return
@@ -304,7 +317,35 @@ class Supervisor:
         self._deadline = time.monotonic() + (_FAILING_GRACE_S if is_answering else _BLAME_GRACE_S)
         self._tell_server(Failing(child.name, outcome.words))
 
-    def _tell_server(self, message: Progress | Unresponsive | Failing) -> None:
+    def _can_go_on_without(self, child: ChildProcess) -> bool:
+        """Whether enough replicas serve if that of `child` is lost."""
+        num_needed = self._config.dp_min_size or self._config.dp_size
+        is_serving = self._phase in (Phase.READY, Phase.DRAINING)
+        return is_serving and child.role in (Role.MANAGER, Role.MODEL) and self._num_replicas > num_needed
+
+    def _find_cause(self, child: ChildProcess, outcome: Outcome, is_consequence: bool) -> Outcome:
+        """Return how the process of its replica ended that took `child` with it, if that is known yet."""
+        for other in self._children.values() if is_consequence else ():
+            is_beside = other.role in (Role.MANAGER, Role.MODEL) and other.rank.dp_rank == child.rank.dp_rank
+            if is_beside and not other.is_running and not other.is_end_a_consequence:
+                return self._outcome_of_death(other)
+        return outcome
+
+    def _lose_replica(self, number: int, outcome: Outcome) -> None:
+        """End what is left of a replica; the engine goes on with the others."""
+        self._num_replicas -= 1
+        logger.error(
+            "event=replica_lost replica=%d left=%d reason=%s message=%r",
+            number, self._num_replicas, REASONS[outcome.code], outcome.words,
+        )  # fmt: skip
+        for child in self._children.values():
+            if child.role in (Role.MANAGER, Role.MODEL) and child.rank.dp_rank == number:
+                child.is_given_up = True
+                child.kill()
+        self._num_oom_kills = count_oom_kills()  # what it may have been killed for explains no later death
+        self._tell_server(ReplicaLost(number, outcome.words))
+
+    def _tell_server(self, message: Progress | Unresponsive | Failing | ReplicaLost) -> None:
         server = self._children.get(SERVER.name)
         if server is not None:
             server.send(message)
@@ -333,40 +374,3 @@ class Supervisor:
             statuses = reap()
             for child in remaining:
                 child.status = statuses.get(child.pid, child.status)
-
-
-class SignalFd:
-    """Turns signals into a readable file descriptor, so that one poll waits for everything.
-
-    They are ignored afterwards: the process is at its end then, and a second SIGTERM must not change how it ends.
-    """
-
-    def __init__(self, *signums: signal.Signals) -> None:
-        self._signums = signums
-        self._read, self._write = open_pipe()
-
-    def __enter__(self) -> Self:
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for signum in self._signums:
-            # A handler must exist for the byte to be written; it has nothing to do itself.
-            signal.signal(signum, lambda *_: None)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for signum in self._signums:
-            signal.signal(signum, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
-        os.close(self._read)
-        os.close(self._write)
-
-    def fileno(self) -> int:
-        return self._read
-
-    def take(self) -> list[int]:
-        """The signals that have arrived, in order."""
-        try:
-            return list(os.read(self._read, 4096))
-        except BlockingIOError:
-            return []

@@ -64,7 +64,7 @@ SERVER = Process(Role.SERVER.value, Role.SERVER, RankInfo())
 
 def choose_topology(config: EngineConfig) -> Topology:
     """Return the topology that `config` asks for."""
-    return make_topology(RankInfo(tp_size=config.tp_size))
+    return make_topology(RankInfo(dp_size=config.dp_size, tp_size=config.tp_size))
 
 
 def make_topology(sizes: RankInfo) -> Topology:

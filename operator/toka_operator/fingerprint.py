@@ -16,7 +16,7 @@ from typing import Any
 from toka_operator.fields import Json
 from toka_operator.quantities import QUANTITY_FIELDS, QUANTITY_MAPS, read_quantity, spell
 
-POD_FIELDS = ("model", "engine", "resources", "scheduling", "cache", "auth", "startup", "podTemplate")
+POD_FIELDS = ("model", "engine", "resources", "parallelism", "scheduling", "cache", "auth", "startup", "podTemplate")
 """Parts of the spec that alter the pod, besides `POD_ROLLOUT_FIELDS`."""
 POD_ROLLOUT_FIELDS = ("drainDelaySeconds", "drainTimeoutSeconds")
 """Fields of `rollout` that alter the pod: the engine's arguments and the grace period."""

@@ -80,6 +80,9 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "page_size": engine.page_size,
         "use_hydragen": engine.hydragen,
         "use_cudagraphs": engine.cuda_graphs,
+        # Said only where it is not the default: arguments of pods that run already stay what they are.
+        "dp_size": None if spec.parallelism.data == 1 else spec.parallelism.data,
+        "dp_min_size": spec.parallelism.minimum_data,
         "log_level": engine.log_level,
         "drain_endpoint_delay_s": spec.rollout.drain_delay_s,
         "drain_timeout_s": spec.rollout.drain_timeout_s,
@@ -160,7 +163,7 @@ def _resources(spec: TokaDeploymentSpec) -> Json:
     if asked.memory:
         requests["memory"] = limits["memory"] = asked.memory
     if asked.device == "gpu":
-        requests[asked.gpu_resource] = limits[asked.gpu_resource] = "1"
+        requests[asked.gpu_resource] = limits[asked.gpu_resource] = str(spec.parallelism.num_gpus)
     return _without_empty({"requests": requests, "limits": limits})
 
 

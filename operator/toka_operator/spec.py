@@ -27,6 +27,7 @@ DEFAULTS: Json = {
     },
     "replicas": 1,
     "resources": {"device": "gpu", "gpuResource": "nvidia.com/gpu"},
+    "parallelism": {"data": 1},
     "scheduling": {"patienceSeconds": 300},
     "cache": {"type": "Ephemeral"},
     "auth": {},
@@ -104,6 +105,21 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
+class Parallelism:
+    """What each pod has several of."""
+
+    data: int
+    """Replicas of the model."""
+    minimum_data: int | None
+    """How many of them must be left for the pod to go on; None: all."""
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of each pod that runs on GPUs."""
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
 class Scheduling:
     node_selector: Json
     tolerations: tuple[Json, ...]
@@ -174,6 +190,7 @@ class TokaDeploymentSpec:
     engine: Engine
     replicas: int
     resources: Resources
+    parallelism: Parallelism
     scheduling: Scheduling
     cache: Cache
     hf_token: SecretKey | None
@@ -211,6 +228,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
             memory=resources.quantity("memory"),
             shared_memory=resources.quantity("sharedMemory") or "8Gi",
         ),
+        parallelism=_parse_parallelism(root.child("parallelism")),
         scheduling=_parse_scheduling(root.child("scheduling")),
         cache=_parse_cache(root.child("cache")),
         hf_token=_parse_secret_key(root.child("auth"), "hfTokenSecretRef", "token"),
@@ -282,6 +300,13 @@ def _parse_engine(fields: Fields) -> Engine:
         env=fields.items("env", dict),
         env_from=fields.items("envFrom", dict),
     )
+
+
+def _parse_parallelism(fields: Fields) -> Parallelism:
+    parallelism = Parallelism(fields.integer("data", 1, 8), fields.optional_integer("minimumData", 1, 8))
+    if parallelism.minimum_data is not None and parallelism.minimum_data > parallelism.data:
+        fields.refuse("minimumData", "may not be more than data")
+    return parallelism
 
 
 def _parse_scheduling(fields: Fields) -> Scheduling:

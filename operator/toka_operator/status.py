@@ -88,7 +88,7 @@ def build_status(
         "readyReplicas": counts.num_ready,
         "updatedReplicas": counts.num_updated,
         "availableReplicas": counts.num_available,
-        "gpus": counts.num_pods if spec.resources.device == "gpu" else 0,
+        "gpus": counts.num_pods * spec.parallelism.num_gpus if spec.resources.device == "gpu" else 0,
         "selector": ",".join(f"{k}={v}" for k, v in sorted(selector_labels(owner.name).items())),
         "currentRevision": spec.revision,
         "lastProgressTime": last_progress,

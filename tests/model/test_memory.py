@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from toka_engine.config import EngineConfig
-from toka_engine.errors import DeviceUnavailableError
+from toka_engine.errors import DeviceUnavailableError, OutOfMemoryError
 from toka_engine.model.devices import find_device
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
 from toka_engine.model.model_config import read_model_config
@@ -120,6 +120,33 @@ def test_a_gpu_with_bfloat16_is_taken(gpu: Callable[[tuple[int, int]], None], ca
     assert find_device(EngineConfig()).type == "cuda"
 
 
+def test_each_rank_takes_a_gpu_of_its_own_before_it_looks_at_any(
+    gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu((9, 0))
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert find_device(EngineConfig(dp_size=2), 1) == torch.device("cuda", 1)
+    assert current == [1]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_fewer_gpus_than_ranks_are_refused_by_every_rank(
+    gpu: Callable[[tuple[int, int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    device: Literal["auto", "cuda"],
+    index: int,
+) -> None:
+    gpu((9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        DeviceUnavailableError, match=r"^dp_size=2 x tp_size=1 needs 2 GPUs, 1 can be used on this machine$"
+    ):
+        find_device(EngineConfig(device=device, dp_size=2), index)
+
+
 def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_it() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     flags = {*cpuinfo.read_text().split()} if cpuinfo.exists() else set()
@@ -152,6 +179,20 @@ print(int(resident_mib() - before))
 def test_products_of_ever_new_sizes_do_not_pile_up_in_onednns_caches() -> None:
     done = subprocess.run([sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100
+
+
+def test_replicas_on_one_cpu_share_its_memory(make_tiny: Callable[..., tuple[Any, Path]]) -> None:
+    _, folder = make_tiny(max_position_embeddings=512)
+    model, cpu = read_model_config(folder), torch.device("cpu")
+
+    def tokens_of(dp_size: int) -> int:
+        sizes = choose_sizes(EngineConfig(dp_size=dp_size), model, cpu, kv_bytes_per_token=64 << 10, available=3 * GIB)
+        return sizes.num_pages * sizes.page_size
+
+    assert tokens_of(1) > 1.9 * tokens_of(2)
+    config = EngineConfig(dp_size=2, kv_cache_num_tokens=2 * GIB // (64 << 10))
+    with pytest.raises(OutOfMemoryError, match="may be up to"):
+        choose_sizes(config, model, cpu, kv_bytes_per_token=64 << 10, available=3 * GIB)
 
 
 @pytest.mark.parametrize(("longest", "num_pages"), [(None, 32), (100, 7), (100_000, 32)])

@@ -16,17 +16,34 @@ _FIRST_WITH_BFLOAT16 = (8, 0)
 """The first compute capability whose tensor cores multiply bfloat16, the only dtype of our kernels."""
 
 
-def find_device(config: EngineConfig) -> torch.device:
-    """Return the device that `config.device` means. Raises DeviceUnavailableError, also for a GPU without bfloat16."""
+def find_device(config: EngineConfig, index: int = 0) -> torch.device:
+    """Return the device that `config.device` means; of several GPUs `index`, which becomes the process's current one.
+
+    Raises DeviceUnavailableError, also for a GPU without bfloat16 and for fewer GPUs than ranks.
+    """
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda")
+        device = _take_gpu(config, index)
         _check_has_bfloat16(device)
         return device
     if config.device == "cuda":
         raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
     return torch.device("cpu")
+
+
+def _take_gpu(config: EngineConfig, index: int) -> torch.device:
+    if config.num_ranks == 1:
+        return torch.device("cuda")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < config.num_ranks:
+        raise DeviceUnavailableError(
+            f"dp_size={config.dp_size} x tp_size={config.tp_size} needs {config.num_ranks} GPUs, "
+            f"{num_gpus} can be used on this machine"
+        )
+    # Before anything else touches CUDA, or this rank would hold memory on the first GPU, too.
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _check_has_bfloat16(device: torch.device) -> None:

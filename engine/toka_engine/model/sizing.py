@@ -76,6 +76,8 @@ def choose_sizes(
     longest = min(model.max_positions, config.max_num_tokens_per_request or model.max_positions)
     pages_of_longest = -(-longest // page_size)
     bytes_per_page = (kv_bytes_per_token + TOKEN_ID_BYTES) * page_size
+    if not is_gpu:
+        available //= config.dp_size  # replicas share one memory, and grow together
     if is_gpu and config.kv_cache_num_tokens is None:
         num_pages = available // bytes_per_page  # an upper bound, see cuda.memory_fit
     else:

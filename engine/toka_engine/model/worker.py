@@ -99,15 +99,17 @@ def _receive_ready(link: Channel[ManagerToWorker], has_work: bool) -> list[Manag
         raise
 
 
-def load_worker(config: EngineConfig, model_dir: Path, report: Report, ranks: Ranks | None = None) -> Worker:
+def load_worker(
+    config: EngineConfig, model_dir: Path, report: Report, ranks: Ranks | None = None, device_index: int = 0
+) -> Worker:
     """Load the model of `model_dir`, or this rank's part of it, and allocate everything.
 
     Without `ranks` there is one. Raises errors of the tree, OutOfMemoryError among them.
     """
     ranks = ranks or SingleRank()
-    device = find_device(config)
+    device = find_device(config, device_index)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or max(1, count_threads() // ranks.size))
+        torch.set_num_threads(config.num_threads or max(1, count_threads() // (ranks.size * config.dp_size)))
     backend = select_backend(device, config, ranks)
     model_config = read_model_config(model_dir)
     dtype, sharding = choose_dtype(config, device), Sharding(ranks.rank, ranks.size)
@@ -180,7 +182,7 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     link: Channel[ManagerToWorker] = Channel.from_fd(link_fds[0], ManagerToWorker)
     start = child.start
     ranks = connect_ranks(start.config, start.rank, Path(start.rendezvous))
-    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks)
+    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks, start.rank.device_index)
     child.progress("warm-up", "the largest steps")
     worker.warm_up()
     gc.collect()

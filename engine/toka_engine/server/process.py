@@ -53,7 +53,6 @@ from toka_engine.server.tokenization import Tokenizer
 
 logger = logging.getLogger("toka.server")
 
-_NUM_REPLICAS = 1
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65
 """Longer than usual clients keep idle connections, so that it is they who close them."""
@@ -72,10 +71,11 @@ class Server:
         self._child = child
         self._listen_fd = listen_fd
         self._config = child.start.config
+        self._num_needed = self._config.dp_min_size or self._config.dp_size
         self._health = Health()
         self._loop = asyncio.get_running_loop()
         self._links = [
-            ManagerLink(fd, partial(self._on_message, index), self._on_manager_gone)
+            ManagerLink(fd, partial(self._on_message, index), partial(self._on_manager_gone, index))
             for index, fd in enumerate(manager_fds)
         ]
         hasher = PrefixHasher(self._config.page_size)
@@ -92,6 +92,7 @@ class Server:
         self._drain_asked = asyncio.Event()
         child.on_drain = lambda: self._from_thread(self._drain_asked.set)
         child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
+        child.on_replica_lost = lambda lost: self._from_thread(lambda: self._lose_replica(lost.replica, lost.reason))
         child.on_unresponsive = lambda process: self._from_thread(lambda: self._note_silence(process))
         child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
 
@@ -209,8 +210,22 @@ class Server:
                 if all(one.info for one in self._replicas.all):
                     self._has_all_infos.set()
 
-    def _on_manager_gone(self) -> None:
-        self._fail("the manager process is gone")
+    def _on_manager_gone(self, index: int) -> None:
+        # The supervisor, which sees that a process has ended, says the same a moment earlier or later, and why.
+        if self._replicas.all[index].is_lost:
+            return
+        if self._health.phase is Phase.STARTING or len(self._replicas.live) <= self._num_needed:
+            self._fail("a manager process is gone")
+        else:
+            self._lose_replica(index, "its manager process is gone")
+
+    def _lose_replica(self, index: int, reason: str) -> None:
+        replica = self._replicas.all[index]
+        if replica.is_lost:
+            return
+        replica.is_lost = True
+        logger.error("event=replica_lost replica=%d left=%d reason=%r", index, len(self._replicas.live), reason)
+        self._streams.fail_replica(replica, unavailable(f"The replica that ran this request has failed: {reason}."))
 
     def _end(self, reason: str) -> None:
         """Answer every request with `reason`, then report that the engine may end."""
@@ -298,10 +313,11 @@ def main(child: Child, link_fds: list[int]) -> None:
     Without that socket it binds the port itself.
     """
 
+    num_replicas = child.start.config.dp_size
     _allow_connections(child.start.config.max_connections)
 
     async def run() -> None:
-        manager_fds, listen_fd = link_fds[:_NUM_REPLICAS], link_fds[_NUM_REPLICAS:]
+        manager_fds, listen_fd = link_fds[:num_replicas], link_fds[num_replicas:]
         await Server(child, manager_fds, listen_fd[0] if listen_fd else None).run()
 
     uvloop.run(run())

@@ -193,6 +193,18 @@ def test_what_does_not_work_with_several_ranks_is_refused_by_name() -> None:
             parse_config([refused])
 
 
+def test_a_minimum_of_replicas_is_at_most_their_number() -> None:
+    assert parse_config(["dp_size=2", "dp_min_size=2"]).dp_min_size == 2
+    for arguments in (["dp_min_size=2"], ["dp_size=3", "dp_min_size=4"]):
+        with pytest.raises(ConfigError, match=r"dp_min_size=[24] is more than dp_size=[13]"):
+            parse_config(arguments)
+    with pytest.raises(ConfigError, match=r"dp_size=3 x tp_size=3 are more than 8 model workers"):
+        parse_config(["dp_size=3", "tp_size=3"])
+    for refused in ("dp_size=0", "dp_size=9", "dp_min_size=0"):
+        with pytest.raises(ConfigError, match=refused):
+            parse_config([refused])
+
+
 def test_a_mode_of_torch_compile_is_refused_without_it() -> None:
     mode = "torch_compile_config=max-autotune-no-cudagraphs"
     with pytest.raises(ConfigError, match=f"{mode} has no effect without torch_compile=T"):

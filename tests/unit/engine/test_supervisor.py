@@ -61,7 +61,7 @@ def test_a_second_sigterm_ends_a_drain_that_does_not_finish(start_engine: StartE
 
 def test_a_sigterm_that_comes_after_the_end_was_decided_does_not_change_the_exit_code() -> None:
     program = (
-        "import os, signal; from toka_engine.supervisor import SignalFd\n"
+        "import os, signal; from toka_engine.signals import SignalFd\n"
         "with SignalFd(signal.SIGTERM): pass\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )

@@ -48,6 +48,8 @@ CHANGES: dict[str, Any] = {
     "resources.cpu": "2",
     "resources.memory": "2Gi",
     "resources.sharedMemory": "1Gi",
+    "parallelism.data": 2,
+    "parallelism.minimumData": 1,
     "scheduling.nodeSelector": {"a": "b"},
     "scheduling.tolerations": [{"key": "x"}],
     "scheduling.affinity": {"nodeAffinity": {"a": "b"}},

@@ -76,6 +76,13 @@ def test_a_gpu_pod_takes_one_gpu_and_shared_memory() -> None:
     assert "device=cuda" in pod["containers"][0]["args"]
 
 
+def test_a_pod_takes_a_gpu_for_each_replica_of_the_model() -> None:
+    container = engine_of(parallelism={"data": 4, "minimumData": 3})
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": "4"}, "requests": {"nvidia.com/gpu": "4"}}
+    assert {"dp_size=4", "dp_min_size=3"} <= set(container["args"])
+    assert not [argument for argument in engine_of()["args"] if argument.startswith("dp_")]
+
+
 def test_a_cpu_pod_takes_no_gpu_and_is_limited_to_its_cpus() -> None:
     pod = pod_of(resources={"device": "cpu", "cpu": "2"})
     assert pod["containers"][0]["resources"] == {"requests": {"cpu": "2"}, "limits": {"cpu": "2"}}

@@ -111,7 +111,7 @@ class ScriptedManager:
 
 
 class RunningServer:
-    """The process, its control link and its manager."""
+    """The process, its control link and its managers."""
 
     def __init__(
         self,
@@ -128,20 +128,23 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{self.port}"
         config = EngineConfig(host="127.0.0.1", port=self.port, **settings)
         ours, theirs = socket_pair()
-        manager_ours, manager_theirs = socket_pair()
+        links = [socket_pair() for _ in range(config.dp_size)]
+        fds = [theirs.fileno(), *(end.fileno() for _, end in links)]
         self.control: Channel[Any] = Channel(ours, FromChild)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "toka_engine.server", str(theirs.fileno()), str(manager_theirs.fileno())],
-            pass_fds=(theirs.fileno(), manager_theirs.fileno()),
+            [sys.executable, "-m", "toka_engine.server", *map(str, fds)],
+            pass_fds=fds,
             env={**os.environ, "PYTHONPATH": str(ROOT / "engine"), **(env or {})},
             stderr=stderr,
         )
-        theirs.close()
-        manager_theirs.close()
-        self.manager = ScriptedManager(Channel(manager_ours, ServerToManager))
+        for end in (theirs, *(end for _, end in links)):
+            end.close()
+        self.managers = [ScriptedManager(Channel(end, ServerToManager)) for end, _ in links]
+        self.manager = self.managers[0]
         self.control.send(Start(config, str(tokenizer_dir), str(tokenizer_dir)))
         if sends_info:
-            self.manager.send(INFO)
+            for manager in self.managers:
+                manager.send(INFO)
             self.wait_control(ChildReady)
 
     def wait_control(self, kind: type, timeout_s: float = WAIT_S) -> Any:
@@ -167,7 +170,8 @@ class RunningServer:
             self.process.kill()
         self.process.wait()
         self._held_port.close()
-        self.manager.close()
+        for manager in self.managers:
+            manager.close()
         self.control.close()
 
     # ------------------------------------------------------------ raw HTTP

@@ -4,7 +4,7 @@ import logging
 import os
 
 from toka_engine.child import Child, run_child
-from toka_engine.messages import Drained, Failing, Progress
+from toka_engine.messages import Drained, Failing, Progress, ReplicaLost
 
 from tests.unit.engine.standins.behaviour import behave
 
@@ -27,7 +27,11 @@ def main(child: Child, link_fds: list[int]) -> None:
     def progress(message: Progress) -> None:
         log.info("event=told what=progress process=%s phase=%s", message.process, message.phase)
 
+    def replica_lost(message: ReplicaLost) -> None:
+        log.info("event=told what=replica_lost replica=%d reason=%r", message.replica, message.reason)
+
     child.on_drain = drain
+    child.on_replica_lost = replica_lost
     child.on_failing = failing
     child.on_unresponsive = silent
     child.on_progress = progress

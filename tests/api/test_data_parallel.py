@@ -1,0 +1,114 @@
+"""Two replicas behind one port: the answers of one process, from both, and each prompt where its prefix is cached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.api.conftest import client_of, running_engine
+from tests.api.reference import PROMPTS
+from tests.engine_process import EngineProcess
+
+PAGE = 16
+
+
+@pytest.fixture(scope="module")
+def pair(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    folder = tmp_path_factory.mktemp("pair")
+    arguments = ("dp_size=2", "dtype=float32", "kv_cache_num_tokens=(16 * 1024)", "hydragen_min_prefix_len=64")
+    with running_engine(folder, f"model={model_dir}", *arguments) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def pair_client(pair: EngineProcess) -> Iterator[openai.OpenAI]:
+    with client_of(pair) as client:
+        yield client
+
+
+def read_metrics(engine: EngineProcess) -> dict[str, float]:
+    text = engine.read("/metrics")
+    return {name: float(value) for name, value in re.findall(r"^([^# ]+) (\S+)$", text, re.MULTILINE)}
+
+
+def prompts_of_each(engine: EngineProcess) -> list[float]:
+    metrics = read_metrics(engine)
+    return [metrics.get(f'toka_replica_prompt_tokens_total{{replica="{index}"}}', 0.0) for index in range(2)]
+
+
+def test_the_processes_are_named_by_replica_and_one_port_listens(pair: EngineProcess) -> None:
+    assert set(pair.children) == {"server", "manager_dp0", "manager_dp1", "model_dp0", "model_dp1"}
+    listening = {
+        (name, connection.laddr.port)
+        for name, pid in [("supervisor", pair.pid), *pair.children.items()]
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN or connection.type.name == "SOCK_DGRAM"
+    }
+    assert listening == {("server", pair.port)}
+
+
+def test_greedy_answers_are_those_of_the_reference_whichever_replica_gives_them(
+    pair: EngineProcess, pair_client: openai.OpenAI, expected: list[str]
+) -> None:
+    def ask(prompt: str) -> str:
+        answer = pair_client.completions.create(model="m", prompt=prompt, max_tokens=24, temperature=0)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        for _ in range(2):
+            texts = list(pool.map(ask, PROMPTS))
+            assert all(whole.startswith(text) for text, whole in zip(texts, expected, strict=True))
+    assert all(prompts_of_each(pair))
+
+
+def test_a_seed_gives_the_same_choices_as_in_one_process_also_where_replicas_share_them(
+    pair_client: openai.OpenAI, client: openai.OpenAI, pair: EngineProcess
+) -> None:
+    def ask(one: openai.OpenAI, n: int) -> list[str]:
+        answer = one.completions.create(model="m", prompt="The sea", max_tokens=5, n=n, seed=11, temperature=1.0)
+        return [choice.text for choice in answer.choices]
+
+    for n in (3, 140):
+        before = prompts_of_each(pair)
+        assert ask(pair_client, n) == ask(client, n)
+        grown = [now > then for now, then in zip(wait_for_stats(pair, before), before, strict=True)]
+        assert sum(grown) == (1 if n == 3 else 2)
+
+
+def wait_for_stats(engine: EngineProcess, before: list[float]) -> list[float]:
+    """The counts of prompt tokens, once managers have told of the last request: they do so when they become idle."""
+    for _ in range(200):
+        metrics = read_metrics(engine)
+        now = prompts_of_each(engine)
+        if now != before and not metrics["toka_running"]:
+            return now
+    raise AssertionError("no statistics came")
+
+
+def test_each_prompt_goes_where_its_prefix_is_cached(pair: EngineProcess, pair_client: openai.OpenAI) -> None:
+    before = read_metrics(pair)
+    prefixes = [[5000 + 7 * group + index % 50 for index in range(20 * PAGE)] for group in range(4)]
+    num_cached = 0
+    for turn in range(4):
+        for group, prefix in enumerate(prefixes):
+            prompt: Any = [*prefix, 900 + turn, 950 + group]
+            pair_client.completions.create(model="m", prompt=prompt, max_tokens=1)
+            num_cached += 20 * PAGE if turn else 0
+    metrics = read_metrics(pair)
+    found = 'toka_router_cached_tokens_total{kind="found"}'
+    assert metrics[found] - before[found] == num_cached
+    assert metrics['toka_replica_outstanding_tokens{replica="0"}'] == 0
+    assert metrics['toka_replica_outstanding_tokens{replica="1"}'] == 0
+
+
+def test_replicas_sample_different_texts_where_no_seed_is_given(pair_client: openai.OpenAI) -> None:
+    answer = pair_client.completions.create(model="m", prompt="Once", max_tokens=8, n=160, temperature=1.5)
+    halves = [[choice.text for choice in answer.choices[begin : begin + 80]] for begin in (0, 80)]
+    assert halves[0] != halves[1]
