@@ -1,4 +1,4 @@
-"""What every child process of the supervisor has in common: its control link, its heartbeat, its last words.
+"""The part that all child processes of the supervisor share: control link, heartbeat, exit message.
 
 A child is started as `python -m toka_engine.<role> CONTROL_FD [LINK_FD ...]`. `run_child` is its outermost loop: it is
 the one place where any exception becomes an exit code. A child dies with its parent.

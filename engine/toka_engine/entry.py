@@ -1,6 +1,6 @@
 """`toka`: the command line to a running engine, and an engine's end to an exit code.
 
-Owns the port (taken before anything is loaded, so that a second engine ends at once) and the last words: one line on
+Owns the port (taken before anything is loaded, so that a second engine ends at once) and the exit message: one line on
 stderr and in the termination log. The outermost loop of the first process.
 """
 
@@ -24,7 +24,7 @@ from toka_engine.version import __version__
 
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_EXIT_MESSAGE_BYTES = 4096
-"""What Kubernetes takes of a termination message."""
+"""Bytes that Kubernetes keeps of a termination message."""
 _BACKLOG = 2048
 
 
@@ -45,7 +45,7 @@ def run(
     listener: socket.socket | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> ExitCode:
-    """Run the engine that `arguments` describe until it ends; leave its last words where they belong.
+    """Run the engine that `arguments` describe until it ends; write its exit message where it belongs.
 
     It listens on `listener`, or else on the port of the settings, and calls `on_ready` once.
     """

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How `toka` ends. 1 and 128+n are left to Python and to signals."""
+    """Exit codes of `toka`. 1 and 128+n are left to Python and to signals."""
 
     OK = 0
     CONFIG_INVALID = 2

@@ -81,7 +81,7 @@ def _download_once(name: str, revision: str | None, patterns: tuple[str, ...], r
 
 
 def _missing_bytes(name: str, revision: str | None, patterns: tuple[str, ...]) -> int | None:
-    """How much there is to fetch; None where the hub cannot be asked (the cache may do)."""
+    """Return how many bytes there are to fetch; None where the hub cannot be asked (the cache may do)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 

@@ -51,7 +51,7 @@ class RankInfo(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank sends the replica's `Tokens`: the first one of the last stage."""
+        """This rank sends the replica's `Tokens`: it is the first one of the last stage."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
     @property
@@ -80,11 +80,11 @@ class Ping(Message, frozen=True):
 class Pong(Message, frozen=True):
     number: int
     busy_s: float
-    """How long the main loop has been inside one step without coming back; 0 when idle."""
+    """Seconds that the main loop has been inside one step; 0 when idle."""
 
 
 class Progress(Message, frozen=True):
-    """What a child does while it starts (load, warm-up); logged, and passed on to the server for /readyz."""
+    """The phase of a child that starts (load, warm-up); logged, and passed on to the server for /readyz."""
 
     phase: str
     detail: str = ""
@@ -132,7 +132,7 @@ class ReplicaLost(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """From a child: its last words. `exit_code` is of errors.ExitCode."""
+    """From a child that ends: its exit message. `exit_code` is of errors.ExitCode."""
 
     exit_code: int
     message: str
@@ -211,7 +211,7 @@ class Started(Message, frozen=True):
 
 
 class Deltas(Message, frozen=True):
-    """What one or more steps brought, for all streams.
+    """Results of one or more steps, for all streams.
 
     A stop token that ends a stream is counted in `ended_num_tokens` but is not in any token array.
     """
@@ -254,7 +254,7 @@ class Stats(Message, frozen=True):
     step_busy_s_total: float
     """While at least one step was under way."""
     model_cpu_s_total: float
-    """Of the model worker, to launch the steps."""
+    """CPU time of the model worker, to launch the steps."""
 
 
 ManagerToServer: TypeAlias = EngineInfo | Refused | Started | Deltas | Stats
@@ -332,7 +332,7 @@ class WorkerReady(Message, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """What step `number` sampled, in the order that `Step` states."""
+    """Tokens that step `number` sampled, in the order that `Step` states."""
 
     number: int
     ids: Int32s  # [d + s]; -1: this row's logits were not finite

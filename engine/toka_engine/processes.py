@@ -51,7 +51,7 @@ class ChildProcess:
         self.is_linked = True
         """The control link is open."""
         self.status: int | None = None
-        """As waitpid gives it, once reaped."""
+        """Status of waitpid, once reaped."""
         self.exit_message: Failed | None = None
         self.busy_s = 0.0
         self.busy_pongs = 0
@@ -73,7 +73,7 @@ class ChildProcess:
             self.is_linked = False
 
     def receive(self) -> list[FromChild]:
-        """Return what has arrived; heartbeats and last words are taken in here too."""
+        """Return what has arrived; heartbeats and exit messages are taken in here too."""
         if not self.is_linked:
             return []
         try:
@@ -112,7 +112,7 @@ class ChildProcess:
                     end(self.pid, signal.SIGKILL)
 
     def describe_end(self) -> str:
-        """How it ended, in words."""
+        """Return how it ended, in words."""
         if self.exit_message:
             return self.exit_message.message
         if self.status is None:

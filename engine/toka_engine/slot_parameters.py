@@ -8,7 +8,7 @@ docs/adding-a-sampling-parameter.md. Imports nothing of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 
 import msgspec
@@ -95,18 +95,25 @@ class SlotBatch(msgspec.Struct, frozen=True, array_like=True):
         cls,
         slots: list[int],  # [a]
         samplings: list[Sampling],  # [a]
-        **replaced: list[int],  # [a] each: columns beside those of `Sampling`, or in their place
+        **replaced: Sequence[Any],  # [a] each: columns beside those of `Sampling`, or in their place
     ) -> SlotBatch:
         """Return `slots` with their streams' parameters. Choices of one request share one `Sampling`."""
+        # A few slots a step, or thousands: lists are counted without numpy, which costs a microsecond a call.
+        columns: dict[str, NDArray[Any]] = {}
+        for name, given in replaced.items():
+            if given.count(_COLUMN_OF_NAME[name].default) < len(given):
+                columns[name] = np.array(given, _COLUMN_OF_NAME[name].dtype)
         distinct = {id(each): each for each in samplings}
-        index_of = dict(zip(distinct, range(len(distinct)), strict=True))
-        indices = np.array([index_of[id(each)] for each in samplings], np.intp)
-        columns: dict[str, ArrayLike] = {**replaced}
+        indices: list[int] | None = None
         fields = zip(*map(msgspec.structs.astuple, distinct.values()), strict=True)
-        for name, values in zip(Sampling.__struct_fields__, fields, strict=True):
-            if name not in replaced:
-                columns[name] = np.array(values, _COLUMN_OF_NAME[name].dtype)[indices]
-        return cls.of(slots, **columns)
+        for name, values in zip(Sampling.__struct_fields__, fields, strict=False):
+            if name in replaced or values.count(_COLUMN_OF_NAME[name].default) == len(values):
+                continue
+            if indices is None:
+                index_of = dict(zip(distinct, range(len(distinct)), strict=True))
+                indices = [index_of[id(each)] for each in samplings]
+            columns[name] = np.array(values, _COLUMN_OF_NAME[name].dtype)[indices]
+        return cls(np.array(slots, np.int32), columns)
 
     def __len__(self) -> int:
         return self.slots.size

@@ -23,14 +23,14 @@ from toka_engine.manager.state import ManagerState, StepBuilder
 from toka_engine.messages import Int32s
 
 MAX_SKIPS = 64
-"""How often later requests may start before one that does not fit."""
+"""Later requests that may start before one that does not fit."""
 SKIP_WINDOW = 8
-"""How many requests behind it are tried."""
+"""Requests behind it that are tried."""
 PAGE_LIMITED_INTERVAL = 2
 """Where pages are what is short, one step in this many admits: what ends in between is forecast once, not in
 every step, and a page waits half a step longer for its next owner."""
 MAX_DEFERRED = 32
-"""How many requests that wait for another's prefill are passed over in one step."""
+"""Requests passed over in one step because they wait for another's prefill."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +51,7 @@ class Streams:
     lengths: Int32s
     num_pages: Int32s  # [n] columns in use
     num_held: Int32s
-    """As num_pages, and for those behind a leader what they will share with it."""
+    """Pages held now; for siblings that wait for a leader's prefill, the pages they will share with it."""
     num_planned: Int32s
     """Output tokens, when its prefill is done."""
     limits: Int32s
@@ -223,7 +223,7 @@ def measure_streams(state: ManagerState) -> Streams:
 def _have_room_to_the_end(
     state: ManagerState, candidates: list[Candidate], remaining: Int32s, streams: Streams, streams_remaining: Int32s
 ) -> bool:
-    """Whether all would fit even if nobody gave anything back before all have their last page.
+    """Return whether all would fit even if no page were released before every stream has its last one.
 
     Candidates have `remaining` steps to go, `streams` have `streams_remaining`.
     """
@@ -240,7 +240,7 @@ def _have_room_to_the_end(
 
 
 def measure_running(state: ManagerState, streams: Streams, remaining: Int32s) -> Running:
-    """What `streams` hold, with what they share counted once, if each has `remaining` steps to go."""
+    """Return the pages that `streams` hold, shared ones counted once, if each has `remaining` steps to go."""
     rows, num_pages = streams.rows, streams.num_pages
     slots = state.slots
     num_shared = recount_shared_columns(

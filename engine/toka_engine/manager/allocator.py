@@ -13,7 +13,7 @@ from toka_engine.manager.arrays import distinct, resident_zeros
 from toka_engine.messages import Int32s
 
 _ONE = np.int32(1)
-"""Of the counts' own type: numpy subtracts any other one by one."""
+"""One, in the dtype of the counts: numpy subtracts a value of another dtype element by element."""
 
 
 class Allocator:

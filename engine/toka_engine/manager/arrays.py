@@ -1,4 +1,4 @@
-"""What numpy does slower or not at all: short functions of arrays. Pure."""
+"""Short functions of arrays that numpy lacks or runs more slowly. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def resident_zeros(shape: int | tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
-    """As np.zeros, whose memory is not there before it is written: here it is, so that no late request takes it."""
+    """Return zeros whose memory is resident at once; that of np.zeros is taken when it is first written."""
     return np.full(shape, 0, dtype)
 
 
@@ -25,6 +25,6 @@ def find_run_starts(values: Int32s) -> NDArray[np.intp]:
 
 
 def distinct(values: Int32s) -> Int32s:
-    """As np.unique, which hashes: for up to some thousands of integers a sort takes less than half of its time."""
+    """Return the distinct values, sorted. Up to some thousands a sort takes half the time of np.unique."""
     ordered = np.sort(values)
     return ordered[find_run_starts(ordered)]

@@ -1,4 +1,4 @@
-"""How long the model had work. Pure: the loop tells it when tokens came."""
+"""Measures how long the model had work. Pure: the loop reports when tokens came."""
 
 from __future__ import annotations
 

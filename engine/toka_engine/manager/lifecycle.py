@@ -1,6 +1,6 @@
-"""How streams leave their slots: end, cancel, preemption, and the release of what they held.
+"""Streams leave their slots here: end, cancel, preemption, and the release of what they held.
 
-A slot that a step on its way still names is retired: its pages and the slot itself are given back when that
+A slot that a step in flight still names is retired: its pages and the slot itself are given back when that
 step is back. Preemption keeps the tokens that have come back and puts the stream at the front of the queue.
 """
 
@@ -34,13 +34,13 @@ def cancel(state: ManagerState, stream: int) -> None:
 
 
 def end_slot(state: ManagerState, slot: int) -> None:
-    """Take `slot` from its stream: tokens still on their way are dropped, pages go when the last step is
+    """Take `slot` from its stream: tokens still in flight are dropped, pages go when the last step is
     back."""
     end_slots(state, np.asarray([slot], np.int32))
 
 
 def end_slots(state: ManagerState, ended: Int32s) -> None:
-    """As `end_slot`, for several at once."""
+    """End several slots at once; see `end_slot`."""
     state.rows.is_stale = True
     state.queue.note_news()
     released = state.slots.retire(ended, state.completed_step)
@@ -99,7 +99,7 @@ def known_tokens(state: ManagerState, slot: int) -> Int32s:
 
 
 def keep_output(state: ManagerState, slot: int, stream: Stream) -> Kept | None:
-    """Return what the output tokens received of `slot` have beside themselves, if its request asked for anything."""
+    """Return the logprobs of the output tokens received of `slot`; None if its request asked for none."""
     if state.slots.num_logprobs[slot] < 0:
         return None
     tops = known_tops(state, slot, stream) if keeps_tops(state, slot) else None
@@ -120,7 +120,7 @@ def known_logprobs(state: ManagerState, slot: int, stream: Stream) -> Floats:
 
 
 def keeps_tops(state: ManagerState, slots: int | Int32s) -> Any:
-    """Whether each of `slots` has asked for top logprobs that are delivered at its end."""
+    """Return whether each of `slots` has asked for top logprobs that are delivered at its end."""
     return (state.slots.num_logprobs[slots] > 0) & ~state.slots.delivers_each[slots]
 
 
@@ -154,7 +154,7 @@ def _leave_prefill(state: ManagerState, slot: int) -> None:
 
 
 def close_prefill(state: ManagerState, prefill: Prefill) -> None:
-    """The prefill is over: what waited for its prompt may be admitted."""
+    """End `prefill`: streams that waited for its prompt may be admitted."""
     state.prefills.remove(prefill)
     if prefill.pending_key is not None:
         state.pending_pages.pop(prefill.pending_key, None)
@@ -180,7 +180,7 @@ def requeue(state: ManagerState, prefill: Prefill, members: list[int], kept: Kep
 
 
 def _release_slots(state: ManagerState, released: Int32s) -> None:
-    """Give back slots that no step on its way names; what is worth it stays in the prefix tree."""
+    """Give back slots that no step in flight names; full pages of worth stay in the prefix tree."""
     slots = state.slots
     num_known = slots.prompt_lengths[released] + slots.num_received[released]
     num_full = np.minimum(slots.lengths[released], num_known) // state.sizes.page_size

@@ -37,7 +37,7 @@ class Run:
     """Pages below each other. Its arrays are replaced, never written to."""
 
     key: Key
-    """Of its first page."""
+    """Key of the first page."""
     depth: int
     """Column of its first page."""
     pages: Int32s
@@ -115,7 +115,7 @@ class PrefixTree:
         return self._insert(pages, num_known, tick, is_released=False) if self._is_enabled else num_known
 
     def insert_released(self, pages: Int32s, num_known: int, tick: int) -> None:
-        """As `insert_path`, for a sequence that lets go of `pages` right after.
+        """Insert a path (see `insert_path`) of a sequence that releases `pages` right after.
 
         Pages that nobody else holds may hang below another page of equal content, because no holder is left.
         """

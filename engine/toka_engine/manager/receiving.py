@@ -1,4 +1,4 @@
-"""What comes back from the workers: advances the slots, finds the streams that ended, makes the server's
+"""Takes in the workers' tokens: advances the slots, finds the streams that ended, makes the server's
 Deltas.
 
 Arrays only for running streams; Python only for those that ended. Tokens of rows whose slot has changed hands since

@@ -35,7 +35,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What one `Submit` asked for."""
+    """One `Submit`, with the number of its arrival."""
 
     first_stream: int
     num_choices: int
@@ -68,7 +68,7 @@ class Waiting:
     """The prompt, and after preemption the output so far."""
     kept: Kept | None = None
     num_skipped: int = 0
-    """How often later ones were admitted before this one."""
+    """Times that later ones were admitted before this one."""
     prefill: Prefill | None = None
     """Prefills these tokens for other choices of this entry: the rest waits for it."""
 

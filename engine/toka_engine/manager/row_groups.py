@@ -37,7 +37,7 @@ _NONE: Int32s = np.empty(0, np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """As the group_* fields of messages.Step."""
+    """Hydragen groups in the form of the group_* fields of messages.Step."""
 
     first_rows: Int32s
     num_rows: Int32s
@@ -92,12 +92,12 @@ class GroupPolicy:
     regroup_row_cost: int = REGROUP_ROW_COST_TOKENS
 
     def pays(self, num_rows: int, num_columns: int, num_readers: int) -> bool:
-        """Whether reading `num_columns` pages once for `num_rows` rows beats `num_readers` separate reads."""
+        """Return whether reading `num_columns` pages once for `num_rows` rows beats `num_readers` separate reads."""
         saved = num_columns * self.page_size * (num_readers - 1)
         return saved > self.row_cost * num_rows + self.group_cost
 
     def pays_to_regroup(self, num_missed_tokens: int, num_rows: int) -> bool:
-        """Whether reads of `num_missed_tokens` that groups would have saved outweigh a search over
+        """Return whether reads of `num_missed_tokens` that groups would have saved outweigh a search over
         `num_rows`."""
         return num_missed_tokens > self.regroup_cost + self.regroup_row_cost * num_rows
 

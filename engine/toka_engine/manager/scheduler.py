@@ -79,7 +79,7 @@ def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None
     slots.table[needy, columns] = pages
     slots.num_pages[needy] = columns + 1
     step.appends.append((needy, columns, pages))
-    # A token that came back before its page existed is written now; the others are on their way.
+    # A token that came back before its page existed is written now; the others are in flight.
     is_known = slots.num_received[needy] == slots.num_planned[needy]
     known, known_pages = needy[is_known], pages[is_known]
     state.pages.tokens[known_pages, 0] = slots.last_tokens[known]
@@ -115,7 +115,7 @@ def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
 
 
 def _take_live_copies(state: ManagerState) -> list[PendingCopy]:
-    """The part-filled prompt pages to copy in this step; a page that no sibling wants any more is let go."""
+    """Return the part-filled prompt pages to copy in this step; release those that no sibling wants any more."""
     live = []
     for copy in state.copies:
         if (state.slots.generations[copy.slots] == copy.generations).any():

@@ -41,7 +41,7 @@ def count_shared_columns(table: NDArray[np.int32], rows: Int32s, num_columns: In
 def recount_shared_columns(
     table: NDArray[np.int32], rows: Int32s, num_columns: Int32s, refs: Int32s, guesses: Int32s
 ) -> Int32s:
-    """As `count_shared_columns`, for rows most of which still share `guesses[i]` columns: two looks at each tell."""
+    """Count shared columns again: two looks at each of the rows that still share `guesses[i]` columns suffice."""
     shared = np.minimum(guesses, num_columns)
     is_right = (shared == 0) | (refs[table[rows, np.maximum(shared, 1) - 1]] > 1)
     is_right &= (shared == num_columns) | (refs[table[rows, np.minimum(shared, table.shape[1] - 1)]] <= 1)

@@ -1,4 +1,4 @@
-"""How many KV pages will be in use, if streams run to their predicted ends. Pure.
+"""Simulates the KV pages in use while streams run to their predicted ends. Pure.
 
 Time is counted in decode steps from now. Pages are only given back when streams end, so use peaks just before
 an end, and only those moments are looked at. A page that several streams hold goes with the last of them.

@@ -1,4 +1,4 @@
-"""What the manager may use: the workers' sizes and the limits that follow from them and the settings.
+"""The sizes that the manager works with: the workers', and the limits that follow from them and the settings.
 
 Pure. Every limit that the server enforces for the manager (`EngineInfo`) is made here.
 """

@@ -34,9 +34,9 @@ class State:
     """Waits for a leader's prompt, to be sampled from its last row."""
     DECODE: Final = 3
     FULL: Final = 4
-    """Every token up to its limit is planned; the last ones are on their way."""
+    """Every token up to its limit is planned; the last ones are in flight."""
     RETIRING: Final = 5
-    """Ended; steps on their way may still write its pages."""
+    """Ended; steps in flight may still write its pages."""
 
 
 class Slots:

@@ -1,4 +1,4 @@
-"""Top logprobs of output tokens that are delivered when their stream ends, each beside its token's place in the pages.
+"""Top logprobs of output tokens that are delivered when their stream ends, stored by the token's index in the pages.
 
 The j-th likeliest tokens of all places lie in one row, and np.zeros takes memory only where it is written: engines
 that nobody asks for top logprobs hold none, and nobody holds more ranks than were asked for.
@@ -30,7 +30,7 @@ def pack(tokens: Int32s, logprobs: Floats, width: int) -> Tops:
 
 
 def unpack(tops: Tops) -> tuple[Int32s, Floats]:
-    """As `pack` took them."""
+    """Return tops in the form that `pack` takes."""
     pairs = np.ascontiguousarray(tops).reshape(-1).view(_PAIR)
     return pairs["token"], pairs["logprob"]
 
@@ -46,7 +46,7 @@ class TopLogprobs:
         self._at_places = np.zeros((most, num_places), np.int64)
         self._newest = np.zeros((most, num_slots), np.int64)
         self.is_used = False
-        """Whether anything was stored."""
+        """Anything has been stored."""
 
     def store(self, slots: Int32s, places: Int32s, tops: Tops) -> None:
         """`tops` of the newest tokens of `slots`, which lie at `places`; -1: their pages do not exist yet."""
