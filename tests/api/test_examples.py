@@ -23,7 +23,7 @@ def run_example(name: str, *arguments: str) -> str:
 
 def test_many_samples_of_one_question_are_counted(engine: EngineProcess) -> None:
     printed = run_example("sample_many.py", f"{engine.url}/v1", "32")
-    counts = [int(count) for count in re.findall(r"^ +(\d+)  '", printed, re.MULTILINE)]
+    counts = [int(count) for count in re.findall(r"^ +(\d+)  ['\"]", printed, re.MULTILINE)]
     assert 1 <= len(counts) <= 10
     assert re.search(r"^32 samples, \d+ different ones$", printed, re.MULTILINE)
     assert sum(counts) <= 32
@@ -31,6 +31,6 @@ def test_many_samples_of_one_question_are_counted(engine: EngineProcess) -> None
 
 def test_the_script_without_a_server_samples_chats_and_streams(model_dir: Path) -> None:
     printed = run_example("llm_offline.py", str(model_dir))
-    assert len(re.findall(r"^  [0-3]: '", printed, re.MULTILINE)) == 8
+    assert len(re.findall(r"^  [0-3]: ['\"]", printed, re.MULTILINE)) == 8
     assert re.search(r"^What is the capital of France\?\n  .*Paris", printed, re.MULTILINE)
     assert re.search(r"^A stream: The sea is .+$", printed, re.MULTILINE)
