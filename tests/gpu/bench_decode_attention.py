@@ -3,7 +3,7 @@
 Prints microseconds a layer, and bytes of keys and values per second, of CUDA graphs of a few layers. Each layer has a
 cache of its own, and a graph goes through the layers again, over other tokens, until the L2 cache holds none when it
 comes back to them: in a model the weights see to that. What planning costs flashinfer's host is not in its time. Then
-other cuts of the kernel, from which LaunchConfig.of is chosen.
+other configs of the kernel, from which LaunchConfig.of is chosen.
 
 Usage: python -m tests.gpu.bench_decode_attention [HEAD_DIM ...]
 """
@@ -38,7 +38,7 @@ CASES = [
     (4096, 320),
     (4096, 96),
 ]
-CUT_CASES = [(1, 512), (1, 8192), (64, 512), (64, 8192), (1024, 512), (4096, 96)]
+CONFIG_CASES = [(1, 512), (1, 8192), (64, 512), (64, 8192), (1024, 512), (4096, 96)]
 MOST_PAGES = max(rows * (context // PAGE_SIZE + 1) for rows, context in CASES)
 L2_BYTES = 50 << 20
 MOST_ROUNDS = 32
@@ -158,13 +158,13 @@ class Bench:
 def bench_head_dim(head_dim: int) -> None:
     bench, usual = Bench(head_dim), LaunchConfig.of(head_dim)
     blocks = (32, 64) if head_dim <= 64 else (16, 32, 64)
-    cuts = {
+    configs = {
         str(config): Workspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, config)
         for config in (replace(usual, block_tokens=block, num_warps=warps) for block, warps in product(blocks, (2, 4)))
     }
     print(f"{HEADS}/{KV_HEADS} heads of {head_dim}, chosen {usual}")
     for case in CASES:
-        works = cuts if case in CUT_CASES else {str(usual): cuts[str(usual)]}
+        works = configs if case in CONFIG_CASES else {str(usual): configs[str(usual)]}
         bench.compare(Rows.random(*case, head_dim), works)
 
 

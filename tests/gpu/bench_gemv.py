@@ -1,9 +1,9 @@
-"""What the products of a step of one row cost: kernels of more rows against one kernel a product, cut in several ways.
+"""Times the GEMVs of a step of one row: kernels of more rows against fused kernels, by launch config.
 
-Microseconds a layer without attention, and bytes of weights per second, of many layers in one CUDA graph: at the end,
-fastest first, the chain of all four products; before it each product alone, and the LM head behind the kernel of the
-final norm. The cuts of model/kernels/gemv.py are to be the fastest here, and dependent launches (P) to be worth
-it: all is measured without them too. A chain must be as near to fp32 as today's is, and replays must give the same
+Prints microseconds per layer without attention, and bytes of weights per second, of many layers in one CUDA graph: at
+the end, fastest first, the chain of all four GEMVs; before it each GEMV alone, and the LM head after the kernel of the
+final norm. The launch configs of model/kernels/gemv.py should be the fastest here, and dependent launches (P) should
+pay: all is measured without them too. A chain must be as near to fp32 as today's is, and replays must give the same
 bits: a kernel that did not wait would not.
 
 Ends with code 1 if it is not so. Usage: python tests/gpu/bench_gemv.py
@@ -153,8 +153,8 @@ def list_candidates() -> list[Candidate]:
 
 def list_head_candidates() -> list[Candidate]:
     """For the head the cut behind a norm means nothing. The engine's first."""
-    cuts = [ENGINE.other, *OTHER, ENGINE.behind_norm]
-    return [Candidate(other=cut, has_pdl=has_pdl) for has_pdl in (True, False) for cut in cuts]
+    configs = [ENGINE.other, *OTHER, ENGINE.behind_norm]
+    return [Candidate(other=config, has_pdl=has_pdl) for has_pdl in (True, False) for config in configs]
 
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -39,7 +39,7 @@ SIZES: dict[int, list[Size]] = {
     ],
     128: [(1024, 1024, 1), (1024, 4096, 1), (1024, 16384, 1), (4096, 768, 16), (2048, 1024, 128)],
 }
-CUTS = {
+CONFIGS = {
     64: [
         PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=8, num_stages=3, residency=2, max_registers=128),
         PrefixLaunchConfig(block_rows=128, block_tokens=64, num_warps=8, num_stages=2, residency=2, max_registers=128),
@@ -94,7 +94,7 @@ class Bench:
         ).normal_()
         self.scale = head_dim**-0.5
         self.works = {
-            config: PrefixWorkspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, config) for config in CUTS[head_dim]
+            config: PrefixWorkspace.allocate(HEADS, KV_HEADS, head_dim, DEVICE, config) for config in CONFIGS[head_dim]
         }
 
     def make_candidate(self, inputs: Inputs, work: PrefixWorkspace) -> Layer:

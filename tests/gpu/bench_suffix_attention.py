@@ -30,21 +30,21 @@ ALONE_CASES = [(1024, 96), (1024, 320), (4096, 96), (4096, 320)]
 MOST_PAGES = max(rows * (own // PAGE_SIZE + 1) for rows, own in PART_CASES + ALONE_CASES) + 1
 
 
-def make_row_cut(heads: int, block_tokens: int, num_warps: int, most_registers: int) -> ShortLaunchConfig:
+def make_short_config(heads: int, block_tokens: int, num_warps: int, most_registers: int) -> ShortLaunchConfig:
     """Of that many heads a program, however many rows there are."""
     return ShortLaunchConfig(heads, heads, 1, 1, block_tokens, num_warps, most_registers)
 
 
-def list_cuts(is_part: bool) -> dict[str, LaunchConfig]:
+def list_configs(is_part: bool) -> dict[str, LaunchConfig]:
     """By name: the first is what all are compared with. Each block, warps and registers is one compilation."""
     usual = replace(LaunchConfig.of(HEAD_DIM), short=None)
-    cuts = {f"one head, splits: block {usual.block_tokens}, warps {usual.num_warps}": usual}
+    configs = {f"one head, splits: block {usual.block_tokens}, warps {usual.num_warps}": usual}
     sizes = [(32, 1, 255), (32, 2, 168)] if is_part else [(32, 1, 255), (64, 2, 255)]
     for size in sizes:
         for heads in (1, 2, 4, 8) if size == sizes[0] else (2, 8):
             name = "block {}, warps {}, registers {}".format(*size)
-            cuts[f"heads {heads}: {name}"] = replace(usual, short=make_row_cut(heads, *size))
-    return cuts
+            configs[f"heads {heads}: {name}"] = replace(usual, short=make_short_config(heads, *size))
+    return configs
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def main() -> None:
     works = {
         is_part: {
             name: Workspace.allocate(HEADS, KV_HEADS, HEAD_DIM, DEVICE, config)
-            for name, config in list_cuts(is_part).items()
+            for name, config in list_configs(is_part).items()
         }
         for is_part in (True, False)
     }
