@@ -14,6 +14,7 @@ be set; `RequestResponseCycle` with its attributes `transport`, `keep_alive`, `r
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -26,6 +27,8 @@ from uvicorn.server import ServerState
 from toka_engine.server.errors import ApiError, unavailable
 from toka_engine.server.half_closed import COMMENT, INTERIM, HalfClosedWatch
 from toka_engine.server.headers import REQUEST_ID, choose_request_id, date
+
+logger = logging.getLogger("toka.server.access")
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -54,6 +57,8 @@ class ConnectionLimits(msgspec.Struct, frozen=True):
     receive_timeout_s: float
     send_timeout_s: float
     max_connections: int
+    logs_refusals: bool
+    """Whether the log has a line for what is refused before it is a request."""
 
 
 class Connection(HttpToolsProtocol):
@@ -268,9 +273,12 @@ class Connection(HttpToolsProtocol):
         if self._is_deaf or self._end_after_answers():
             return
         body = error.body()
+        request_id = choose_request_id(self.headers or ())
+        if self._limits.logs_refusals:
+            logger.info("event=refused request_id=%s status=%d code=%s", request_id.decode(), error.status, error.code)
         head = [
             STATUS_LINE[error.status],
-            b"date: %s\r\n%s: %s\r\n" % (date(), REQUEST_ID, choose_request_id(self.headers or ())),
+            b"date: %s\r\n%s: %s\r\n" % (date(), REQUEST_ID, request_id),
             b"content-type: application/json\r\nconnection: close\r\n",
             b"content-length: %d\r\n\r\n" % len(body),
         ]

@@ -1,9 +1,9 @@
 """The ASGI application that uvicorn calls, in front of FastAPI's.
 
 Owns: what is done around every request, whoever answers it (its exchange, metrics, log line, and a last resort for
-errors), and the fast path: POSTs of completions and chat are handed to their endpoints here, because FastAPI's router
-would cost a short request a third of its time. Answers are the same with and without it. Not a middleware of
-Starlette's, which costs a task and a queue per request.
+errors), and the fast path: POSTs of completions and chat are handed to their endpoints here, because the way through
+FastAPI takes some 110 us of CPU time, two thirds of what a request for one token takes otherwise. Answers are the same
+with and without it. Not a middleware of Starlette's, which costs a task and a queue per request.
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ class Server:
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
         )
-        limits = ConnectionLimits(config.receive_timeout_s, config.send_timeout_s, config.max_connections)
+        limits = ConnectionLimits(
+            config.receive_timeout_s, config.send_timeout_s, config.max_connections, config.access_log
+        )
         factory = connection_factory(http_config, self._connections, limits)
         try:
             if self._listen_fd is not None:

@@ -162,3 +162,15 @@ def test_access_log_f_leaves_no_lines(tokenizer_dir: Path, log: Path) -> None:
         server.request("GET", "/v1/models")
         server.request("GET", "/v1/nothing")
         assert "event=request" not in log.read_text()
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_what_is_refused_before_it_is_a_request_has_a_line_too(tokenizer_dir: Path, log: Path, logs: bool) -> None:
+    with log.open("wb") as file, running_server(tokenizer_dir, stderr=file, access_log=logs) as server:
+        with server.connect() as sock:
+            sock.sendall(b"a secret\r\n\r\n")
+            head = b"".join(iter(lambda: sock.recv(65536), b"")).partition(b"\r\n\r\n")[0].decode()
+        request_id = head.partition("x-request-id: ")[2].partition("\r")[0]
+        line = f"event=refused request_id={request_id} status=400 code=invalid_http"
+        assert log.read_text().count(line) == int(logs)
+        assert "secret" not in log.read_text()
