@@ -45,14 +45,14 @@ def end_slots(state: ManagerState, ended: Int32s) -> None:
     state.queue.note_news()
     released = state.slots.retire(ended, state.completed_step)
     if released.size:
-        _release_slots(state, released)
+        release_slots(state, released)
 
 
 def release_completed(state: ManagerState) -> None:
     """Give back what waited for steps that are back by now."""
     released = state.slots.take_retired(state.completed_step)
     if released.size:
-        _release_slots(state, released)
+        release_slots(state, released)
     if state.pages.release_held(state.completed_step):
         state.queue.note_news()
 
@@ -179,7 +179,7 @@ def requeue(state: ManagerState, prefill: Prefill, members: list[int], kept: Kep
     state.enqueue(Waiting(prefill.request, choices, prefill.tokens, kept), at_front=True)
 
 
-def _release_slots(state: ManagerState, released: Int32s) -> None:
+def release_slots(state: ManagerState, released: Int32s) -> None:
     """Give back slots that no step in flight names; full pages of worth stay in the prefix tree."""
     slots = state.slots
     num_known = slots.prompt_lengths[released] + slots.num_received[released]

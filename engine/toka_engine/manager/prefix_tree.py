@@ -21,7 +21,7 @@ from toka_engine.messages import Int32s
 
 ROOT = -1
 _EVICT_SHARE = 32
-_EVICT_LEAST = 256
+EVICT_LEAST = 256
 """An eviction takes at least one in _EVICT_SHARE of the evictable pages: the selection is paid per batch."""
 _DEPTH_BITS = 24
 """A page's age is its tick shifted by this, less its depth: the lowest goes first, and children before parents."""
@@ -126,7 +126,7 @@ class PrefixTree:
         """Free at least `count` pages that only the tree holds (the caller knows that there are as many)."""
         allocator = self._allocator
         candidates = np.flatnonzero(allocator.is_cached & (allocator.refs == 0)).astype(np.int32)
-        count = min(max(count, candidates.size // _EVICT_SHARE, _EVICT_LEAST), candidates.size)
+        count = min(max(count, candidates.size // _EVICT_SHARE, EVICT_LEAST), candidates.size)
         if count < candidates.size:
             candidates = candidates[np.argpartition(self._ages[candidates], count - 1)[:count]]
         firsts, counts = np.unique(self._firsts[candidates], return_counts=True)

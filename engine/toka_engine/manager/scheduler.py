@@ -39,7 +39,7 @@ def plan_step(state: ManagerState) -> Step | None:
     if rows.size == 0 and not step.chunk_slots:
         state.copies = copies  # this step is not sent
         return None
-    _emit_copies(state, step, copies)
+    emit_copies(state, step, copies)
     return _finish_step(state, step, rows, groups)
 
 
@@ -126,7 +126,8 @@ def _take_live_copies(state: ManagerState) -> list[PendingCopy]:
     return live
 
 
-def _emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCopy]) -> None:
+def emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCopy]) -> None:
+    """Copy each page to the siblings that still want it; `step` holds the source until it is back."""
     for copy in copies:
         targets = copy.targets[state.slots.generations[copy.slots] == copy.generations]
         step.copy_from.append(np.full(targets.size, copy.source, np.int32))
@@ -194,7 +195,7 @@ def _fan_out(state: ManagerState, step: StepBuilder, prefill: Prefill) -> Int32s
         slots.num_pages[siblings] = num_full
         slots.num_in_tree[siblings] = slots.num_in_tree[prefill.slot]
         if must_copy:
-            _schedule_copies(state, step, prefill, siblings, num_full)
+            schedule_copies(state, step, prefill, siblings, num_full)
         step.new_slots.extend(prefill.siblings)
         step.new_lengths.extend([0] * len(prefill.siblings))
     members = np.asarray([prefill.slot, *prefill.siblings] if prefill.is_leader_wanted else prefill.siblings, np.int32)
@@ -210,7 +211,7 @@ def _fan_out(state: ManagerState, step: StepBuilder, prefill: Prefill) -> Int32s
     return members
 
 
-def _schedule_copies(state: ManagerState, step: StepBuilder, prefill: Prefill, siblings: Int32s, column: int) -> None:
+def schedule_copies(state: ManagerState, step: StepBuilder, prefill: Prefill, siblings: Int32s, column: int) -> None:
     """Give each sibling a page of its own for the prompt's tail, to be filled by a copy in the next step."""
     slots = state.slots
     source = int(slots.table[prefill.slot, column])

@@ -175,13 +175,13 @@ def test_the_prompts_last_page_is_copied_although_its_owner_is_gone() -> None:
 
 
 def test_without_its_own_reference_the_last_page_would_be_reused_before_its_copy(monkeypatch: Patch) -> None:
-    schedule = scheduler._schedule_copies
+    schedule = scheduler.schedule_copies
 
     def without_guard(state: ManagerState, *arguments: object) -> None:
         schedule(state, *arguments)  # type: ignore[arg-type]
         state.pages.allocator.release(np.asarray([state.copies[-1].source], np.int32))
 
-    monkeypatch.setattr(scheduler, "_schedule_copies", without_guard)
+    monkeypatch.setattr(scheduler, "schedule_copies", without_guard)
     with pytest.raises(AssertionError):
         lose_the_leader(one_ahead())
 
@@ -238,14 +238,14 @@ def test_a_page_that_a_queued_step_filled_for_a_stream_that_left_is_not_found_ag
 
 
 def test_without_counting_what_came_back_that_page_would_be_found_by_what_it_held_before(monkeypatch: Patch) -> None:
-    release = lifecycle._release_slots
+    release = lifecycle.release_slots
 
     def without_guard(state: ManagerState, released: np.ndarray) -> None:  # type: ignore[type-arg]
         slots = state.slots
         slots.num_received[released] = slots.lengths[released] - slots.prompt_lengths[released]
         release(state, released)
 
-    monkeypatch.setattr(lifecycle, "_release_slots", without_guard)
+    monkeypatch.setattr(lifecycle, "release_slots", without_guard)
     with pytest.raises(AssertionError):
         leave_with_tokens_on_their_way(three_ahead())
 
@@ -341,13 +341,13 @@ def test_the_prompts_last_page_stays_until_its_copy_is_back() -> None:
 
 
 def test_without_holding_it_the_last_page_would_be_given_away_under_its_copy(monkeypatch: Patch) -> None:
-    emit = scheduler._emit_copies
+    emit = scheduler.emit_copies
 
     def without_guard(state: ManagerState, *arguments: object) -> None:
         emit(state, *arguments)  # type: ignore[arg-type]
         state.pages.release_held(state.next_step)
 
-    monkeypatch.setattr(scheduler, "_emit_copies", without_guard)
+    monkeypatch.setattr(scheduler, "emit_copies", without_guard)
     with pytest.raises(AssertionError, match="still copies this page"):
         copy_on_its_way(Harness())
 

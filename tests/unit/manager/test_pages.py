@@ -152,7 +152,7 @@ def test_pages_are_held_found_and_evicted_as_in_the_model(
     steps: list[tuple[str, int, list[int]]], num_pages: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_tree, "_EVICT_LEAST", 1)  # so that some of what could be evicted stays
+        patch.setattr(prefix_tree, "EVICT_LEAST", 1)  # so that some of what could be evicted stays
         play(PagesModel(num_pages), steps)
 
 
