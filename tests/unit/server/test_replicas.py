@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,6 +23,7 @@ from toka_engine.messages import (
 )
 from toka_engine.server.errors import unavailable
 from toka_engine.server.process import merge_infos
+from toka_engine.server.replicas import Submission
 from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
 from toka_engine.slot_parameters import Sampling
 
@@ -111,6 +113,40 @@ def test_many_choices_are_spread_over_idle_replicas_with_their_numbers(n: int, b
     ]
     assert [part.submit.first_choice for part in parts] == bounds[:2]
     assert managers.num_open == [bounds[1], n - bounds[1]]
+
+
+def count_found(num_replicas: int, num_running: int, seed: int) -> int:
+    """Prompt tokens found by 64 requests for each of 16 prefixes of 1,024 tokens, `num_running` of them at a time.
+
+    Replicas here hold all that they were sent; streams end in any order.
+    """
+    managers, chance, held = Managers(num_replicas), random.Random(seed), set[tuple[int, int]]()
+    blocks = [[f"{prefix} {block}".encode() for block in range(16)] for prefix in range(16)]
+    waiting = [prefix for prefix in range(16) for _ in range(64)]
+    chance.shuffle(waiting)
+    running: list[Submission] = []
+    while waiting or running:
+        if waiting and len(running) < num_running:
+            prefix = waiting.pop()
+            num_prompt, max_tokens = 1024 + chance.randint(1, 60), chance.randint(16, 256)
+            (submission,) = managers.replicas.place(make_submit(0, 1, num_prompt, max_tokens), blocks[prefix])
+            home = prefix, submission.replica.index
+            managers.replicas.start(submission, 1024 if home in held else 0)
+            held.add(home)
+            running.append(submission)
+        else:
+            ended = running.pop(chance.randrange(len(running)))
+            managers.replicas.close_choice(ended, 0)
+    assert managers.outstanding == [0] * num_replicas
+    return managers.replicas.cached_tokens
+
+
+@pytest.mark.parametrize("num_running", [1, 8, 128, 1024])
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_prefixes_are_found_nearly_as_often_as_in_one_replica(num_replicas: int, num_running: int) -> None:
+    # Alone, each prefix is computed once.
+    alone = 16 * 63 * 1024
+    assert count_found(num_replicas, num_running, 3) >= 0.95 * alone
 
 
 def test_a_lost_replica_gets_nothing() -> None:
