@@ -62,6 +62,17 @@ def test_an_engine_that_outgrows_its_memory_is_called_out_of_memory(installation
 
 def test_a_pod_without_a_gpu_to_run_on_says_what_is_lacking(installation: Installation, namespace: str) -> None:
     smollm2 = installation.deploy(namespace, resources={"device": "gpu", "memory": "2Gi"})
+
+    def progressing() -> str | None:
+        condition = smollm2.condition("Progressing")
+        return condition["message"] if condition.get("reason") == "Unschedulable" else None
+
+    # Waiting for capacity is no failure until the object's patience is over.
+    message = installation.cluster.wait_for(progressing, "Progressing/Unschedulable")
+    assert message is not None
+    assert "Insufficient nvidia.com/gpu" in message
+    assert smollm2.condition("Degraded")["status"] == "False"
+    smollm2.patch({"scheduling": {"patienceSeconds": 0}})
     failure = wait_for_failure(smollm2, "Unschedulable")
     assert "Insufficient nvidia.com/gpu" in failure["message"]
 
