@@ -78,6 +78,27 @@ def test_two_ranks_serve_what_one_model_says_and_end_together(
         assert not rendezvous.exists()
 
 
+def test_replicas_of_two_ranks_say_the_same_and_a_stopped_rank_is_named(
+    make_tiny: Callable[..., tuple[Any, Path]], smollm2: Path, temporary: Path
+) -> None:
+    _, folder = make_tiny("Qwen3", vocab_size=49152, head_dim=32)
+    shutil.copy(smollm2 / "tokenizer.json", folder)
+    with start(folder, temporary, "dp_size=2") as engine:
+        engine.wait_ready()
+        models = {f"model_dp{replica}_tp{rank}" for replica in (0, 1) for rank in (0, 1)}
+        assert {name for name in engine.children if name.startswith("model")} == models
+        client = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=120.0)
+        answers = [
+            client.completions.create(model=folder.name, prompt=PROMPT, max_tokens=NUM_TOKENS, temperature=0, n=2)
+            for _ in range(3)
+        ]
+        assert len({choice.text for answer in answers for choice in answer.choices}) == 1
+        engine.signal(signal.SIGSTOP, "model_dp1_tp1")
+        assert engine.wait_end() == ExitCode.PROCESS_STALLED
+        assert "model_dp1_tp1" in engine.last_words()
+    assert not list(temporary.iterdir())
+
+
 def test_a_model_that_cannot_be_split_is_refused_by_both_numbers(smollm2: Path, temporary: Path) -> None:
     with start(smollm2, temporary) as engine:
         assert engine.wait_end() == ExitCode.CONFIG_INVALID
