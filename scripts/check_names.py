@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXTERNAL = {"Expect", "Upgrade"}
 """Names of others that no code of ours writes in this form: headers of HTTP."""
-ABOUT_OTHERS = ("docs/coming-from-tokasaurus.md",)
-"""Documents that name what another program defines."""
+ABOUT_OTHERS = ("docs/coming-from-tokasaurus.md", "CHANGELOG.md")
+"""Documents that name what another program, or an earlier version, defines."""
 METRIC_PREFIX = "toka_"
 QUOTED = re.compile(r"(?<!`)`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(\))?`(?!`)")
 WORD = re.compile(r"[A-Za-z_]\w*")
