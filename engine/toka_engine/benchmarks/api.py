@@ -207,10 +207,11 @@ def _measure(
 
 
 def main() -> None:
-    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    settings: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
     folder = Path(settings.pop("tokenizer")) if "tokenizer" in settings else ensure_builtin()
     num_connections = int(settings.pop("connections", 256))
     seconds, num_tokens = float(settings.pop("seconds", 5)), int(settings.pop("tokens", 200))
+    settings = {key: {"T": True, "F": False}.get(value, value) for key, value in settings.items()}
     report: dict[str, Any] = {"connections": num_connections}
     for case, count in (("whole", num_tokens), ("tiny", 1), ("events", None)):
         report[case] = _measure(folder, num_connections, seconds, count, settings)
