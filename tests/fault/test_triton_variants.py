@@ -170,9 +170,14 @@ def kernels_launched_in(source: Path) -> set[str]:
     }
 
 
+OF_SEVERAL_GPUS = {"all_reduce.py", "peer_pattern.py"}
+"""Kernels that no start launches yet: tp_size on GPUs is refused."""
+
+
 def test_every_kernel_that_the_engine_launches_is_built(variants: dict[str, Any]) -> None:
     sources = list((ROOT / "engine").rglob("*.py"))
     assert {path.parent for path in sources if "@triton.jit" in path.read_text()} == {KERNELS}
-    launched = set().union(*map(kernels_launched_in, KERNELS.glob("*.py")))
+    modules = [path for path in KERNELS.glob("*.py") if path.name not in OF_SEVERAL_GPUS]
+    launched = set().union(*map(kernels_launched_in, modules))
     assert launched == {name for name, _, _ in variants["image"]}
     assert len(launched) >= 17
