@@ -20,6 +20,7 @@ from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
 from toka_engine.server.metrics import CONTENT_TYPE
 from toka_engine.server.service import Service
+from toka_engine.version import __version__
 
 DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
@@ -48,7 +49,7 @@ def make_application(service: Service, key_check: KeyCheck, handlers: Mapping[st
     application = FastAPI(
         title="toka",
         description="OpenAI-compatible completions and chat of a throughput-first LLM engine.",
-        version=openapi.VERSION,
+        version=__version__,
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

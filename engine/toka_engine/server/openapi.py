@@ -6,7 +6,6 @@ Owns: how an operation is described. The page has no resource from elsewhere, an
 from __future__ import annotations
 
 import functools
-from importlib import metadata
 from typing import Any
 
 import jinja2
@@ -17,7 +16,6 @@ from fastapi.openapi.utils import get_openapi
 from toka_engine.server.endpoints import chat, completions, models, probes
 from toka_engine.server.errors import ErrorAnswer
 
-VERSION = metadata.version("toka")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _PREFIX = "#/components/schemas/"
 _ERRORS = {
