@@ -269,11 +269,5 @@ def test_an_unknown_dtype_is_a_config_error(folder: Path) -> None:
     refuse(folder, "dtype", "int8", kind=ConfigError, dtype="int8")
 
 
-def test_bfloat16_is_refused_by_its_key_on_a_cpu_that_has_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toka_engine.model.sizing._can_pack_bfloat16", lambda: False)
-    refuse(folder, "dtype=bfloat16", "dtype=float32", kind=ConfigError, dtype="bfloat16")
-    assert load(folder, dtype="auto").ready.dtype in ("float32", "bfloat16")
-
-
 def test_a_cache_larger_than_memory_is_refused_by_its_key(folder: Path) -> None:
     refuse(folder, "kv_cache_num_tokens", kind=OutOfMemoryError, kv_cache_num_tokens=2**40)

@@ -20,6 +20,16 @@ def test_a_row_of_a_bfloat16_product_is_the_same_in_any_batch(width: int, out_wi
         assert torch.equal(torch.cat(parts), full), f"{rows} rows at once"
 
 
+def test_a_bfloat16_layer_on_a_cpu_without_it_rounds_what_float32_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "can_pack_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(*shape).bfloat16() for shape in ((64, 96), (64,), (5, 96)))
+    output = backend.make_linear(weight, bias)(x)
+    assert output.dtype == torch.bfloat16
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert torch.allclose(output.double(), exact, rtol=2**-8, atol=1e-3)
+
+
 def test_norm_and_activation_of_a_row_are_the_same_in_any_batch() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(64, 576).bfloat16(), torch.randn(576).bfloat16()

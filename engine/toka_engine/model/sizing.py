@@ -32,10 +32,6 @@ def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes with it, float32 elsewhere, unless the user set it. Raises ConfigError."""
     match config.dtype:
         case "bfloat16":
-            if device.type == "cpu" and not _can_pack_bfloat16():
-                raise ConfigError(
-                    "dtype=bfloat16 needs a GPU, or a CPU with avx512bw or avx_ne_convert; use dtype=float32 here"
-                )
             return torch.bfloat16
         case "float32":
             return torch.float32
@@ -43,11 +39,6 @@ def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if device.type == "cuda" or _has_cpu_bfloat16() else torch.float32
         case other:
             raise ConfigError(f"dtype={other!r} is not one of auto, bfloat16, float32")
-
-
-def _can_pack_bfloat16() -> bool:
-    """Whether oneDNN has linear layers in bfloat16 for this CPU at all, fast or not."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _has_cpu_bfloat16() -> bool:

@@ -50,7 +50,9 @@ class OutsideServer(ApiServer):
             raise HarnessError("there is no kubectl, neither of scripts/setup nor on PATH")
         return [found, f"--kubeconfig={kubeconfig or self.kubeconfig}", *arguments]
 
-    def simulate_nodes(self, count: int = 1, gpus_each: int = 0, pods_each: int = 1000) -> NoReturn:
+    def simulate_nodes(
+        self, count: int = 1, gpus_each: int = 0, pods_each: int = 1000, simulator: str = "fake"
+    ) -> NoReturn:
         _refuse("simulating nodes")
 
     def start_api_server(self, timeout_s: float = 60.0) -> NoReturn:

@@ -34,13 +34,26 @@ from toka_engine.noise import settled_seed
 
 _PACKED_FOR_ROWS = 32
 _MAX_EXACT_SINGLE_ROW = 1024
+_ROUNDED_ROWS = 16
+"""Rows of a float32 GEMM that stands in for a bfloat16 one."""
 _PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that oneDNN and torch's ideep read at their first GEMM."""
 _NUM_PRIMITIVES = "64"
 
 
+def can_pack_bfloat16() -> bool:
+    """Whether oneDNN has linear layers in bfloat16 for this CPU at all, fast or not: avx512bw or avx_ne_convert."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Gemm:
-    """Pack `weight` [out, in]; see ops.Ops."""
+    """Pack `weight` [out, in]; see ops.Ops.
+
+    On a CPU without bfloat16 a layer of that type computes in float32 and rounds its output: right, with twice the
+    memory for weights, and slower than dtype=float32.
+    """
+    if weight.dtype == torch.bfloat16 and not can_pack_bfloat16():
+        return _make_rounding_linear(weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
     product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -52,6 +65,18 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Gemm:
         return linear(x.expand(2, -1).contiguous())[:1] if x.shape[0] == 1 else linear(x)
 
     return linear if weight.shape[1] <= _MAX_EXACT_SINGLE_ROW else linear_of_two_or_more
+
+
+def _make_rounding_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Gemm:
+    """Make a bfloat16 layer of float32 GEMMs, each of as many rows, so that a row has the same bits in any batch."""
+    wide = make_linear(weight.float(), None if bias is None else bias.float())
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x.float(), (0, 0, 0, -x.shape[0] % _ROUNDED_ROWS))
+        parts = [wide(part) for part in padded.split(_ROUNDED_ROWS)]
+        return torch.cat(parts)[: x.shape[0]].to(torch.bfloat16)
+
+    return linear
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
