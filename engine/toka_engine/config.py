@@ -30,7 +30,7 @@ UvicornLogLevel = Literal["critical", "error", "warning", "info", "debug", "trac
 
 
 MAX_RANKS = 8
-"""Of one engine."""
+"""The largest number of model workers of one engine."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -164,7 +164,7 @@ def reap() -> dict[int, int]:
 
 
 def count_oom_kills() -> int:
-    """How many processes of this cgroup the kernel has killed for memory; 0 where that cannot be read."""
+    """Count the processes of this cgroup that the kernel has killed for memory; 0 where that cannot be read."""
     for path in _OOM_COUNTERS:
         with contextlib.suppress(OSError):
             for line in Path(path).read_text().splitlines():

@@ -22,7 +22,7 @@ PENALTY: Final = "penalty"
 
 
 class Stored(NamedTuple):
-    """How a column is stored, beside the worker's mirror on the host, which has all of them."""
+    """The storage of a column, beside the worker's mirror on the host, which has all of them."""
 
     dtype: type[np.int32] | type[np.int64] | type[np.float32]
     on_device: bool = False
@@ -32,7 +32,7 @@ class Stored(NamedTuple):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How one request's tokens are sampled. Defaults mean "off"; greedy is temperature 0."""
+    """The parameters by which one request's tokens are sampled. Defaults mean "off"; greedy is temperature 0."""
 
     temperature: Annotated[float, Stored(np.float32, on_device=True)] = 1.0
     top_p: Annotated[float, Stored(np.float32, on_device=True, part=FILTER)] = 1.0

@@ -70,7 +70,7 @@ MODULES: Mapping[str, str] = {
 _FAILING_GRACE_S = 1.0
 """For the server to answer waiting requests with 503 before everything is killed."""
 _BLAME_GRACE_S = 0.2
-"""How long to wait for the first cause when only a consequence is known."""
+"""Seconds to wait for the first cause when only a consequence is known."""
 _DRAIN_MARGIN_S = 5.0
 _KILL_TIMEOUT_S = 0.5
 
@@ -84,7 +84,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the engine ends."""
+    """The way the engine ends."""
 
     code: ExitCode
     words: str = ""

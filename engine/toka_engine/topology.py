@@ -18,7 +18,7 @@ from toka_engine.messages import RankInfo
 
 
 class Role(StrEnum):
-    """What a process does. The value names a process that is the only one of its role."""
+    """The role of a process. The value names a process that is the only one of its role."""
 
     RESOLVE = "resolve"
     """Finds the model's files, and ends before the others start."""

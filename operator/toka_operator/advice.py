@@ -1,4 +1,4 @@
-"""What to do about each reason that a condition gives. Pure.
+"""Says what to do about each reason that a condition gives. Pure.
 
 Owns: one sentence a reason, put behind the words of whoever reported it. docs/operations.md has the same table, and a
 test compares them.

@@ -29,12 +29,12 @@ from toka_operator.store import Key, Store
 logger = logging.getLogger("toka.children")
 
 MAX_CORRECTIONS = 3
-"""How often one pass corrects one child: a hand edit may race with each correction."""
+"""The number of times that one pass corrects one child: a hand edit may race with each correction."""
 
 
 @dataclass(slots=True)
 class Memory:
-    """What one pass leaves for the next, to save requests."""
+    """Notes that one pass leaves for the next, to save requests."""
 
     strangers: dict[tuple[str, str], float] = field(default_factory=dict)
     """Names that another's object holds -> when to try again (monotonic)."""

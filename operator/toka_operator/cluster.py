@@ -269,7 +269,7 @@ def connect(num_watches: int, num_writers: int, write_window_s: Callable[[], flo
 
 
 def _read_bytes(path: Path | None) -> bytes:
-    """What a file holds; nothing if there is none."""
+    """Return the contents of a file; nothing if there is none."""
     try:
         return path.read_bytes() if path is not None else b""
     except OSError:

@@ -57,7 +57,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the API server said to this pass's writes."""
+    """The API server's answers to this pass's writes."""
 
     rejected: Mapping[str, str] = field(default_factory=dict)
     """Child ("StatefulSet smollm2-1a2b3c4d") -> why the API server refused it."""

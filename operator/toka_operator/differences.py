@@ -1,4 +1,4 @@
-"""How a child as it should be compares with the child as it is.
+"""Compares a child as it should be with the child as it is.
 
 Owns: what counts as the same, given that the API server fills in defaults and rewrites quantities, and which parts of
 a child are the operator's alone, so that whatever was added to them by hand is taken away. Pure.

@@ -1,4 +1,4 @@
-"""What a TokaDeployment may not ask of its pods: whatever would give its author more than the author has.
+"""Refuses pods that would give a TokaDeployment's author more than the author has.
 
 Owns: the rules of Pod Security's level `restricted`, for the parts of a pod that a spec may add. The CRD refuses the
 same at `kubectl apply`, as far as it can see; this is the whole check, for objects that were stored under an older CRD
@@ -27,7 +27,7 @@ VOLUME_TYPES = (
 )
 """Types of volumes that reach no node and no other identity."""
 PROJECTED_SOURCES = ("clusterTrustBundle", "configMap", "downwardAPI", "secret")
-"""What a projected volume may be made of: no token of the pod's service account, no certificate of the pod."""
+"""The sources of projected volumes: no token of the pod's service account, no certificate of the pod."""
 CAPABILITIES = ("NET_BIND_SERVICE",)
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 _HOOKS = ("postStart", "preStop")

@@ -129,7 +129,7 @@ class _Suspect:
 
 
 class Suspects:
-    """What one TokaDeployment waits for without anybody saying why, by uid, and what the events say of it."""
+    """The children that one TokaDeployment waits for without a stated reason, by uid, and what events say of them."""
 
     def __init__(self) -> None:
         self._suspects: dict[str, _Suspect] = {}

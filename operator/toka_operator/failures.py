@@ -21,7 +21,7 @@ DISRUPTION_REASONS = ("NodeLost", "Evicted", "Preempted")
 """Reasons for which a pod that goes was not told to go by the operator."""
 NOT_READY = "NotReady"
 NOT_READY_S = 10.0
-"""How long a pod that served may be unready before that is a failure: a readiness probe may fail once or twice."""
+"""Seconds that a pod that served may be unready before that is a failure: a readiness probe may fail once or twice."""
 SHORT_RUN_S = 10.0
 """The kubelet's probes let every run of the engine last longer (the least startup.timeoutSeconds)."""
 _BECAME_UNREADY_S = 10.0

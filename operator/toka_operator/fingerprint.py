@@ -98,7 +98,7 @@ def _canonical_group(raw: Any, defaults: Json, is_kept: Callable[[str], bool]) -
 
 
 def _leave_out_implied(parts: Json) -> None:
-    """What other fields imply, or what has no effect beside them."""
+    """Drop values that other fields imply, and those without effect beside them."""
     model, resources, startup, auth = parts["model"], parts["resources"], parts["startup"], parts["auth"]
     if model.get("servedName") == str(model.get("source", "")).rstrip("/").rsplit("/", 1)[-1]:
         del model["servedName"]

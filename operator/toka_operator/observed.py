@@ -1,4 +1,4 @@
-"""What the watches have seen of one TokaDeployment's children, as small immutable values.
+"""Holds the watches' view of one TokaDeployment's children, as small immutable values.
 
 Owns: reading pods, StatefulSets and EndpointSlices as the API server shows them. Pure. Everything later
 decides on these values, so no other module knows the shape of a pod's status.
@@ -21,7 +21,7 @@ STARTS_TOGETHER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """What a pod waited for until it was ready, in whole seconds: the pod's own times have no finer ones."""
+    """The stages of a pod until it was ready, in whole seconds: the pod's own times have no finer ones."""
 
     schedule_s: int
     """From its creation until a node was found."""
@@ -157,7 +157,7 @@ def has_been_ready(status: Json, ready: Json) -> bool:
 
 
 def find_startup(metadata: Json, status: Json, conditions: Mapping[str, Json]) -> Startup | None:
-    """How a ready pod came up. None if its engine was restarted, or if its times are missing or go backwards (a
+    """Return how a ready pod came up. None if its engine was restarted, or if its times are missing or go backwards (a
     node's clock may differ from the API server's): then they do not tell."""
     ready, scheduled = conditions.get("Ready", {}), conditions.get("PodScheduled", {})
     engines = (s for s in status.get("containerStatuses") or [] if s.get("name") == ENGINE_CONTAINER)

@@ -41,7 +41,7 @@ NODE_LOST_FOR_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to write. `desired` is in the order of writing; `deletions` are (kind, name, uid)."""
+    """The writes of one pass. `desired` is in the order of writing; `deletions` are (kind, name, uid)."""
 
     desired: tuple[Json, ...]
     deletions: tuple[tuple[str, str, str], ...]
@@ -96,7 +96,7 @@ def read_window(live: Json) -> Window:
 def _find_lost_windows(
     spec: TokaDeploymentSpec, sets: Mapping[str, Json], stored: Mapping[str, Json], observed: Observed
 ) -> dict[str, Window]:
-    """Of revisions whose StatefulSet was deleted without its pods: the ordinals of these. A new set takes them over."""
+    """The ordinals of pods whose StatefulSet was deleted without them, by revision. A new set takes them over."""
     found: dict[str, Window] = {}
     for revision in stored.keys() | {spec.revision}:
         ordinals = [p.ordinal for p in observed.pods if p.revision == revision and not p.is_terminating]

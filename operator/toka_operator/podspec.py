@@ -22,8 +22,8 @@ GRACE_SLACK_S = 15
 """Between the end of draining and the kubelet's SIGKILL: closing connections, ending processes."""
 PROBE_PERIOD_S = STARTUP_STEP_S
 LOST_NODE_AFTER_S = 30
-"""How long a pod stays bound to a node that does not answer. Kubernetes' default is 300 s; an engine has no state that
-its successor elsewhere could corrupt."""
+"""Seconds that a pod stays bound to a node that does not answer. Kubernetes' default is 300 s; an engine has no state
+that its successor elsewhere could corrupt."""
 _LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 

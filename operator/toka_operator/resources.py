@@ -54,7 +54,7 @@ class Owner:
 
 
 def selector_labels(name: str) -> dict[str, str]:
-    """What the Service and the disruption budget select: the engine pods of every revision."""
+    """Return the labels that the Service and the disruption budget select: the engine pods of every revision."""
     return {
         "app.kubernetes.io/name": "toka-engine",
         "app.kubernetes.io/instance": name,

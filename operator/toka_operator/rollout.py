@@ -42,7 +42,7 @@ class RevisionPods:
     """The pods of one revision as seen. The sets hold ordinals."""
 
     window: Window = Window()
-    """What its StatefulSet asks for now."""
+    """The number that its StatefulSet asks for now."""
     available: frozenset[int] = frozenset()
     served: frozenset[int] = frozenset()
     """Pods that have been ready at some time."""
@@ -65,7 +65,7 @@ class RevisionPods:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """How many pods are desired, how many more may exist, how many fewer may serve."""
+    """The number of pods desired, of pods more that may exist, and of pods fewer that may serve."""
 
     num_desired: int
     max_surge: int

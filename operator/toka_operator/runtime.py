@@ -39,7 +39,7 @@ CHILD_SETTLE_S = 0.4
 """Children change in bursts (a pod is bound, starts, gets an endpoint): one pass and one status for a
 burst."""
 STOP_LIMIT_S = 20.0
-"""How long the passes under way may take to end, all together."""
+"""Seconds that the passes under way may take to end, all together."""
 
 
 class Runtime:

@@ -32,7 +32,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the chart passes in. Seconds everywhere."""
+    """The settings that the chart passes in. Seconds everywhere."""
 
     engine_image: str
     """Image of engines whose spec names none. Written into a revision when it is made, never changed in
@@ -54,7 +54,7 @@ class Settings:
     lease_renew_deadline_s: float = 7.0
     lease_retry_s: float = 2.0
     stranger_retry_s: float = 30.0
-    """How soon a child's name that a stranger holds is tried again: no watch of ours can see that it was
+    """Seconds until a child's name that a foreign object holds is tried again: no watch of ours can see that it was
     freed."""
 
 

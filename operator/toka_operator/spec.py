@@ -106,12 +106,12 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Parallelism:
-    """What each pod has several of."""
+    """The parallelism inside each pod."""
 
     data: int
     """Replicas of the model."""
     minimum_data: int | None
-    """How many of them must be left for the pod to go on; None: all."""
+    """The number of them that must be left for the pod to go on; None: all."""
 
     @property
     def num_gpus(self) -> int:
@@ -129,7 +129,7 @@ class Scheduling:
     priority_class_name: str | None
     runtime_class_name: str | None
     patience_s: int
-    """How long a pod may wait for a node before that counts as a failure."""
+    """Seconds that a pod may wait for a node before that counts as a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +152,10 @@ class Rollout:
     min_ready_s: int
     progress_deadline_s: int
     drain_delay_s: int
-    """How long a pod that goes still takes requests, while the Service's endpoints and kube-proxy move."""
+    """Seconds for which a pod that goes still takes requests, while the Service's endpoints and kube-proxy move."""
     drain_timeout_s: int
     stuck_s: int
-    """How long after its grace period a pod that goes counts as stuck."""
+    """Seconds after its grace period from which a pod that goes counts as stuck."""
     paused: bool
     revision_history_limit: int
 

@@ -125,7 +125,7 @@ def find_next_moment_s(spec: TokaDeploymentSpec, observed: Observed, status: Jso
 
 
 def find_batching_delay_s(previous: Json, status: Json) -> float:
-    """How long a change of the status may wait for the next one, so that a start of many pods is a few writes.
+    """Return how long a change of the status may wait for the next one, so that a start of many pods is a few writes.
 
     Not at all if somebody waits for it: another condition or reason, a failure, or that a new spec was seen. Counts
     of something under way, and that a new object starts, may wait; longest, what says nothing of readiness.
@@ -200,7 +200,7 @@ def _describe_revisions(spec: TokaDeploymentSpec, observed: Observed, plan: Plan
 
 
 def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Json, now: float) -> Json | None:
-    """How the first ready pod of the current revision came up; just the revision, if that cannot be seen.
+    """Return how the first ready pod of the current revision came up; just the revision, if that cannot be seen.
 
     It stays as it is for as long as the revision: a pod that is ready again later did not start then.
     """

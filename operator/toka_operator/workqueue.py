@@ -39,7 +39,7 @@ class WorkQueue(Generic[K]):
         self._later: list[tuple[float, int, K]] = []
         self._due: dict[K, float] = {}
         self._working: dict[K, bool] = {}
-        """What is worked on -> whether it came in bulk."""
+        """Keys that are worked on -> whether each came in bulk."""
         self._again: set[K] = set()
         self._failures: dict[K, int] = {}
         self._fired: OrderedDict[K, float] = OrderedDict()
@@ -58,8 +58,8 @@ class WorkQueue(Generic[K]):
             self._add_at(key, time.monotonic() + delay_s)
 
     def add_timed(self, key: K, delay_s: float) -> None:
-        """As `add_after`, for a pass that nothing but time calls for: at most one a second, so that no mistake of a
-        pass makes a loop that burns a core."""
+        """Add as `add_after` does, for a pass that nothing but time calls for: at most one a second, so that no mistake
+        of a pass makes a loop that burns a core."""
         with self._changed:
             self._add_at(key, max(time.monotonic() + delay_s, self._fired.get(key, 0.0) + TIMED_APART_S))
 

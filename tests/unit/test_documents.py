@@ -32,3 +32,9 @@ def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page) -> None:
 
 def test_the_figures_are_one_page() -> None:
     assert len((ROOT / "docs/performance.md").read_text().splitlines()) <= 80
+
+
+def test_no_docstring_opens_with_a_clause_in_place_of_a_sentence() -> None:
+    opening = re.compile(r'"""(What|Of|How|Behind|As)\b.*')
+    sources = [path for root in ("engine", "operator") for path in (ROOT / root).rglob("*.py")]
+    assert [f"{path}: {found.group()}" for path in sources for found in opening.finditer(path.read_text())] == []

@@ -29,7 +29,7 @@ _ERRORS_KEPT = 2
 
 @dataclass(slots=True)
 class Result:
-    """What clients saw. Moments are of the machine's monotonic clock, which all processes share."""
+    """Answers as clients saw them. Moments are of the machine's monotonic clock, which all processes share."""
 
     output_tokens: int = 0
     latencies_s: list[float] = field(default_factory=list)
@@ -135,7 +135,7 @@ async def _read_stream(response: aiohttp.ClientResponse, began: float, result: R
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What each client process is told: which workload, and whom to send it to."""
+    """The order to each client process: which workload, and whom to send it to."""
 
     base_url: str
     model: str

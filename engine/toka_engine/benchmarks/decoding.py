@@ -30,13 +30,13 @@ Clock: TypeAlias = Callable[[], float]
 
 
 def ints(values: Any) -> Int32s:
-    """As the arrays of messages.Step are."""
+    """Make an array of the dtype of messages.Step."""
     return np.ascontiguousarray(values, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one step, over those of one call."""
+    """Times of one step, averaged over those of one call."""
 
     step_s: float
     """Time by the clock: of all steps, by their number."""

@@ -89,7 +89,7 @@ async def _read_metrics(session: aiohttp.ClientSession) -> dict[str, float]:
 
 
 async def wait_idle(base_url: str) -> dict[str, float]:
-    """What is still held when nothing is any more, or when that has taken too long."""
+    """Wait until nothing is held; return whatever still is after too long."""
     until = time.monotonic() + _IDLE_TIMEOUT_S
     while True:
         metrics = await read_metrics(base_url)

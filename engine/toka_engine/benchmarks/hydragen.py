@@ -53,7 +53,7 @@ _UNSHARED_STEPS = 8
 """Times `steps`: these are cheap, and the difference is small."""
 _NEVER = Timing(float("inf"), float("inf"))
 _TOKENS_PER_FORWARD = {"cpu": 128, "cuda": 8192}
-"""As the engine chooses it, said here so that the size of the cache follows from it."""
+"""The engine's own choice, stated here so that the size of the cache follows from it."""
 
 
 @dataclass(slots=True)

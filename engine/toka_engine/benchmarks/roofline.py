@@ -1,4 +1,4 @@
-"""How fast a machine of two limits could serve a workload at best. Pure arithmetic over the model's sizes.
+"""Computes how fast a machine of two limits could serve a workload at best. Pure arithmetic over the model's sizes.
 
 The limits are bytes/s and FLOP/s. Each part of the work (the layers' products, the head, attention to a row's own
 keys, attention to shared keys, attention of prompts) takes the longer of its bytes and its FLOPs; the parts follow one
@@ -21,7 +21,7 @@ from toka_engine.model.model_config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of the machine, for the model's number type."""
+    """The machine's limits, for the model's number type."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """What one model asks of a machine."""
+    """The work that one model asks of a machine."""
 
     layer_weights: int
     """Numbers in the matrices of all layers."""
@@ -41,7 +41,7 @@ class ModelCosts:
     bytes_per_number: int
     kv_bytes_per_token: int
     flops_per_pair: int
-    """Of attention, in all layers, for one query token and one key."""
+    """The operations of attention, in all layers, for one query token and one key."""
 
     def products(self, num_weights: int, num_steps: int, num_rows: int, limits: Limits) -> float:
         """Seconds of `num_rows` rows in `num_steps` steps through matrices of `num_weights` numbers."""
@@ -77,7 +77,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the best schedule of a workload does."""
+    """The work of a workload's best schedule."""
 
     num_steps: int
     num_rows: int

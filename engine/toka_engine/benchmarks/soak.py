@@ -45,7 +45,7 @@ _MEMORY_PERIOD_S = 1.0
 _NUM_REPORTED = 20
 _NUM_GAPS = 5
 _NUM_SIZES = 9
-"""Of each process that are reported, from its first to its last."""
+"""Memory sizes of each process that are reported, from its first to its last."""
 _DEFAULTS = {
     "minutes": "5",
     "clients": "32",
@@ -142,8 +142,8 @@ def judge(
 def judge_far(
     folder: Path, arguments: Sequence[str], far: Sequence[Difference]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the reference says of differences that were no near ties in peace: their descriptions, the worst last, and
-    the promises that broke.
+    """Return the reference's verdict on differences that were no near ties in peace: their descriptions, the worst
+    last, and the promises that broke.
 
     The engine, whose settings `arguments` are, must have ended.
     """

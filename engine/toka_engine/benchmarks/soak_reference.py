@@ -1,4 +1,4 @@
-"""What the reference says of the tokens in which a soak's answers differ: transformers, on the engine's device.
+"""Asks the reference about the tokens in which a soak's answers differ: transformers, on the engine's device.
 
 In bfloat16 a logit depends on the batch, and how much depends on the prompt: most places of random prompts are good for
 0.3 nats, a few for 3. So a token that the engine in peace finds far less likely may still be a near tie: of two logits,

@@ -28,7 +28,7 @@ _KINDS = {"short": 10, "choices": 5, "many": 1, "batch": 1, "longest": 1, "growi
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine says of itself in /metrics, and the vocabulary that prompts are made of."""
+    """The engine's own figures in /metrics, and the vocabulary that prompts are made of."""
 
     max_request_tokens: int
     max_streams: int
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """What one greedy request gave."""
+    """The answer to one greedy request."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -173,7 +173,7 @@ class Traffic:
 
 
 def read_token_ids(names: list[str]) -> list[int]:
-    """Of tokens as `return_tokens_as_token_ids` names them."""
+    """Read the ids of tokens as `return_tokens_as_token_ids` names them."""
     return [int(name.removeprefix("token_id:")) for name in names]
 
 

@@ -72,7 +72,7 @@ class ThroughputConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all runs share."""
+    """Settings that all runs share."""
 
     base_url: str
     config: ThroughputConfig
@@ -142,7 +142,7 @@ class Bench:
 
 
 def summarize(workload: Workload, result: Result) -> dict[str, Any]:
-    """What the clients saw of one run."""
+    """One run as the clients saw it."""
     input_tokens = sum(len(request.prompt) for request in workload.requests)
     return {
         "requests": len(workload.requests),
@@ -160,7 +160,7 @@ def summarize(workload: Workload, result: Result) -> dict[str, Any]:
 def count_engine(
     before: dict[str, float], after: dict[str, float], seconds: float, peak_running: int
 ) -> dict[str, float]:
-    """What the engine counted of one run, from its metrics before and after."""
+    """One run as the engine counted it, from its metrics before and after."""
 
     def grown(name: str) -> float:
         return after[f"toka_{name}_total"] - before[f"toka_{name}_total"]

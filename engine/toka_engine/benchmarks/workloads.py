@@ -34,7 +34,7 @@ _SAMPLING = {"T": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "m
 _REALS = {"T": 100.0, "top_p": 1.0, "min_p": 1.0}
 """Keys of real numbers from 0, and up to what; the other keys' numbers are whole."""
 _COUNTS = ("N", "P")
-"""What `scale` multiplies."""
+"""The keys that `scale` multiplies."""
 _MIN_MONKEYS_PROMPT = 4
 
 
@@ -64,7 +64,7 @@ class Workload:
     """Fields of every request: temperature, top_p, ..."""
 
     def part(self, index: int, count: int) -> Workload:
-        """What client `index` of `count` does of it."""
+        """Return the share of client `index` of `count`."""
         concurrency = self.concurrency // count + (index < self.concurrency % count)
         return Workload(self.requests[index::count], concurrency, self.is_streamed, self.num_shared, self.sampling)
 

@@ -59,7 +59,7 @@ class Streams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Running:
-    """What the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else
+    """The pages that the streams in slots hold: `load`, and by page when the last holder of a shared one ends (else
     -1)."""
 
     load: Load

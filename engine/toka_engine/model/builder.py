@@ -31,7 +31,7 @@ class ModelBuilder:
 
     @property
     def sharding(self) -> Sharding:
-        """What this rank holds."""
+        """The part that this rank holds."""
         return Sharding(self.ranks.rank, self.ranks.size)
 
     @property

@@ -21,7 +21,7 @@ from toka_engine.model.rope_tables import build_cos_sin
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What the blocks of one forward share."""
+    """Values that the blocks of one forward share."""
 
     attention: AttentionBackend
     cos_sin: torch.Tensor  # [max_positions, head_dim] float32
@@ -30,7 +30,7 @@ class ForwardContext:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTraits:
-    """How a family's attention differs from that of others."""
+    """The traits by which a family's attention differs from that of others."""
 
     has_qkv_bias: bool
     has_out_bias: bool

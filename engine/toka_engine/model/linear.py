@@ -51,7 +51,7 @@ class DeferredAdd:
 
 
 Activation: TypeAlias = torch.Tensor | DeferredNorm | DeferredAdd
-"""What passes between layers: rows [n, width], or rows that the next layer computes along with its own work."""
+"""Rows [n, width] that pass between layers, or rows that the next layer computes along with its own work."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class Norm:
         return self._add_rms_norm(pending, residual, self.weight, self._eps)
 
     def _enter(self, x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What is still to be added to the stream, None if it is all there, and the stream, cut to the wanted rows."""
+        """Return what is still to be added (None: nothing) and the stream, both cut to the wanted rows."""
         if isinstance(x, DeferredAdd):
             assert residual is not None, "only an embedding starts a stream"
             if x.wanted is not None:

@@ -52,7 +52,7 @@ class HeadRange:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """What rank `rank` of `size` tensor-parallel ranks holds."""
+    """Says which part rank `rank` of `size` tensor-parallel ranks holds."""
 
     rank: int
     size: int

@@ -13,7 +13,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How to sample. Each option means what it does in the API (docs/api.md), limits and defaults included."""
+    """The options of sampling. Each means what it does in the API (docs/api.md), limits and defaults included."""
 
     n: int
     max_tokens: int
@@ -28,7 +28,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     repetition_penalty: float
     logprobs: int
-    """How many of the likeliest tokens to name at each place; 0: the sampled ones alone."""
+    """The number of likeliest tokens to name at each position; 0: the sampled ones alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What was sampled for one prompt, choice by choice."""
+    """The tokens sampled for one prompt, choice by choice."""
 
     prompt: Prompt | Messages
     choices: list[Choice]

@@ -49,7 +49,7 @@ class PrefixIndex:
 
     def __init__(self, max_blocks: int = 0) -> None:
         self.max_blocks = max_blocks
-        """As many as the replica's KV cache holds; 0 until that is known."""
+        """The number of blocks that the replica's KV cache holds; 0 until that is known."""
         self._blocks: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:

@@ -217,7 +217,7 @@ class Streams:
         choice.submission.replica.send(Cancel(np.array([choice.stream], np.int64)))
 
     def _close(self, choice: Choice) -> None:
-        """What still comes for `choice` is dropped, and its replica owes nothing more for it."""
+        """Drop whatever still comes for `choice`; its replica owes nothing more for it."""
         choice.is_closed = True
         self.replicas.close_choice(choice.submission, choice.num_taken + len(choice.tokens))
 
@@ -279,7 +279,7 @@ class Streams:
         return num_dropped
 
     def _hand_out_with_logprobs(self, deltas: Deltas, touched: list[Generation]) -> int:
-        """As `_hand_out`."""
+        """Hand out as `_hand_out` does, with logprobs."""
         tops = {} if deltas.top_of_ended else _top_tokens(deltas)
         entries = zip(deltas.streams.tolist(), deltas.tokens.tolist(), deltas.logprobs.tolist(), strict=True)
         num_dropped = 0

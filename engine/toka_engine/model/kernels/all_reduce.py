@@ -28,7 +28,7 @@ _EMPTY = tl.constexpr(EMPTY_WORD)
 _NUM_TURNS = 2
 _TURNS = tl.constexpr(_NUM_TURNS)
 _MAX_PROGRAMS_PER_PROCESSOR = 2
-"""Of 1, 2 and 4, the best or within 7 % of it at every number of rows (docs/lab/all-reduce.md)."""
+"""Two were the best of 1, 2 and 4, or within 7 % of it, at every number of rows (docs/lab/all-reduce.md)."""
 _WORDS_PER_WARP = 128
 """Four words a thread: one load of 16 bytes."""
 

@@ -134,7 +134,7 @@ class TritonGemv:
 
     has_pdl: bool
     behind_norm: LaunchConfig = LaunchConfig(2, 512, 2)
-    """Of GEMVs over a hidden state: with more outputs per program there would be too few programs."""
+    """Outputs a program, for GEMVs over a hidden state: with more there would be too few programs."""
     other: LaunchConfig = LaunchConfig(8, 1024, 8)
 
     @classmethod
