@@ -24,7 +24,7 @@ from tests.cluster.scale import AS_INSTALLED
 
 NUM_OBJECTS = 5
 WATCHES_LEASE_S = 5.0
-"""How long a new operator runs before the leader goes: by then it has seen the Lease renewed."""
+"""Seconds that a new operator runs before the leader goes: by then it has seen the Lease renewed."""
 
 
 def lease_holder(server: ApiServer) -> str:

@@ -60,7 +60,7 @@ class Operator:
     server_client: Any
     """The administrator's API client."""
     user: str = USER
-    """As whom the operators ask the API server."""
+    """The account with which the operators ask the API server."""
     processes: list[ProcessHandle] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
     """Patterns of warnings and errors that the test itself brings about."""
@@ -162,7 +162,7 @@ class Operator:
         return self.list("pod", f"app.kubernetes.io/instance={name}")
 
     def set_pod_status(self, pod: str, **status: Any) -> None:
-        """What a kubelet would report."""
+        """Report as a kubelet would."""
         body = json.dumps({"status": status})
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", "-p", body)
 
@@ -173,7 +173,7 @@ class Operator:
         self.kubectl("delete", "pod", pod, "--wait=false")
 
     def lose_pod(self, pod: str) -> None:
-        """What the node controller writes when it has lost the node."""
+        """Write what the node controller does when it has lost the node."""
         since = "2026-01-01T00:00:00Z"
         ready = {"type": "Ready", "status": "False", "lastTransitionTime": since}
         containers = {"type": "ContainersReady", "status": "True", "lastTransitionTime": since}

@@ -27,7 +27,7 @@ CUT, GARBAGE = "cut", "garbage"
 FREEZE = "freeze"
 """The request, or the rest of the stream, is held for as long as its fault lasts, and then the connection breaks."""
 HANG = "hang"
-"""As FREEZE for streams alone, and nothing ever comes of them: what a middlebox does that forgets connections."""
+"""A stream is held for good, as by a middlebox that forgets connections."""
 DELAY = "delay"
 """The request waits until its fault is over, and then goes on."""
 
@@ -40,7 +40,7 @@ def error_event(code: int) -> bytes:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to the requests of which `resource` is the last word (any, if it is empty), for as long as the
+    """A fault that befalls the requests of which `resource` is the last word (any, if it is empty), for as long as the
     fault is among the proxy's. `action` is a status code, or CUT, FREEZE, HANG or DELAY, or an event's bytes."""
 
     action: int | str | bytes
@@ -87,7 +87,7 @@ class FaultProxy:
         self.victim: ProcessHandle | None = None
         self.fail_once: dict[str, int | str] = {}
         self.faults: list[Fault] = []
-        """What goes wrong now; a list that a test replaces."""
+        """The faults of the moment; a list that a test replaces."""
         self.num_waiting = 0
         """Requests that wait for a fault to be over."""
         self._server = _Server(("127.0.0.1", 0), self._make_handler())

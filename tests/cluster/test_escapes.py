@@ -66,7 +66,7 @@ REFUSED: list[tuple[str, Json]] = [
     ("unknown field", {"engine": {"command": ["sh"]}}),
     ("unknown field", {"scheduling": {"nodeName": "node-1"}}),
 ]  # fmt: skip
-"""What `kubectl apply` says, and the spec."""
+"""The sentence of `kubectl apply`, and the spec that it refuses."""
 
 UNSEEN: list[tuple[str, Json]] = [
     ("podTemplate.sidecars[0].livenessProbe.httpGet.host",
@@ -83,7 +83,7 @@ UNSEEN: list[tuple[str, Json]] = [
      security(windowsOptions={"hostProcess": True})),
     ("podTemplate.volumes[0].somethingNew", volume(somethingNew={"path": "/"})),
 ]  # fmt: skip
-"""What the schema cannot see is told by the status: the field, and the spec."""
+"""The field that the status names, and the spec, where the schema cannot see."""
 
 
 @pytest.fixture(scope="module")

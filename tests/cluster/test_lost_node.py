@@ -14,7 +14,7 @@ from tests.cluster.operating import Json, Operator, install
 
 FULL_AGAIN_S = 90.0
 LOST_AFTER_S = 20
-"""As `Cluster` has it; Kubernetes' default is 50 s."""
+"""Seconds until a silent node is lost, as in `Cluster`; Kubernetes' default is 50 s."""
 
 
 DOOMED = "simulated-1"

@@ -1,4 +1,4 @@
-"""What the chart allows the operator is what it uses, and no more, cluster-wide and in single namespaces."""
+"""The chart allows the operator the rights that it uses, and no more, cluster-wide and in single namespaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What serves is not given away, and what is ours is put back, against a real API server and its controllers."""
+"""Pods that serve are not given away, and children are put back, against a real API server and its controllers."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_top_logprobs_beyond_what_a_row_asks_for_are_marked() -> None:
 
 
 def sample_on(size: int, logits: torch.Tensor, state: HostSlots, rows: torch.Tensor | None = None) -> list[Sampled]:
-    """What each of `size` ranks samples, each given its part of the logits."""
+    """Return what each of `size` ranks samples, each given its part of the logits."""
     step = Step(number=2, decode_slots=np.arange(state.max_seqs, dtype=np.int32))
 
     def work(ranks: Ranks) -> Sampled:

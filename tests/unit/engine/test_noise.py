@@ -13,7 +13,7 @@ _GIVEN = re.compile(r"event=given process=(\w+) seed=(\w+)")
 
 
 def seeds_of_an_engine(start_engine: StartEngine, *arguments: str) -> set[str]:
-    """What its processes were given, which must be one seed, and the one that the log states."""
+    """Return the one seed that its processes were given, and the one that the log states."""
     engine = start_engine(*arguments)
     engine.wait_ready()
     engine.wait_for_log("event=given process=server")

@@ -1,4 +1,4 @@
-"""What tests/gpu/bench_gemv.py times computes the same thing in each way."""
+"""The ways that tests/gpu/bench_gemv.py times compute the same thing."""
 
 from __future__ import annotations
 

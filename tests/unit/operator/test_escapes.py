@@ -1,4 +1,4 @@
-"""What a spec may not ask of its pods, seen without a cluster; the CRD's own refusals are in the cluster tier."""
+"""A spec that asks too much of its pods is refused; what the CRD itself refuses is tested in the cluster tier."""
 
 from __future__ import annotations
 

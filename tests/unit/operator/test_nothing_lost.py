@@ -187,7 +187,7 @@ def test_a_replica_is_not_ready_while_it_sees_no_living_leader(clock: Clock) -> 
 
 
 class Stream:
-    """What the API server says to each list and each watch, in turn: objects and events, or an error."""
+    """The API server's answers to each list and each watch, in turn: objects and events, or an error."""
 
     def __init__(self, lists: list[Any], watches: list[Any]) -> None:
         self.lists, self.watches = lists, watches

@@ -1,4 +1,4 @@
-"""What serves is not given away: plans over pods as the API server shows them."""
+"""Pods that serve are not given away: plans over pods as the API server shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What /livez and /readyz answer: liveness fails when a restart would help, readiness names what is missing."""
+"""The answers of /livez and /readyz: liveness fails when a restart would help, readiness names what is missing."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def states(word: str, start: int = 0, leaving: frozenset[int] = frozenset()) -> 
 
 
 def decide(budgets: Budgets, current: str, revisions: dict[str, RevisionPods]) -> dict[str, int]:
-    """How many pods each revision gets."""
+    """The number of pods that each revision gets."""
     return {name: window.replicas for name, window in decide_windows(budgets, current, revisions).items()}
 
 

@@ -26,7 +26,7 @@ class FakePod:
 
 @dataclass
 class FakeSet:
-    """What a StatefulSet controller and its pods do. It may lag behind what it is asked for."""
+    """A StatefulSet controller and its pods. It may lag behind what it is asked for."""
 
     asked: Window = field(default_factory=Window)
     pods: dict[int, FakePod] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         assert left >= self.budgets.min_available, (views, windows)
 
     def _check_total(self, views: dict[str, RevisionPods], windows: dict[str, Window]) -> None:
-        """What grows keeps within the surge; unrecoverable pods do not count, nor current ones that leave."""
+        """Growth keeps within the surge; unrecoverable pods do not count, nor current ones that leave."""
         trimmed = {name: v.trim() for name, v in views.items()}
         if self.budgets.is_paused or all(w.replicas <= trimmed.get(n, Window()).replicas for n, w in windows.items()):
             return

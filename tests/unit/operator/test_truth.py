@@ -353,7 +353,7 @@ def test_a_pause_holds_the_deadline() -> None:
 
 
 def test_a_deadline_that_is_over_calls_for_no_more_passes() -> None:
-    """As when pods that have to go do not go: Progressing stays True, and nothing changes by time."""
+    """Pods that have to go do not go: Progressing stays True, and nothing changes by time."""
     spec = valid(**STEADY)
     scaling_down = status_of(spec, *(simulated_pod(spec.revision, n, NOW - 9, NOW) for n in range(3)))
     assert condition(scaling_down, "Progressing")["status"] == "True"

@@ -1,4 +1,4 @@
-"""What every answer carries, whatever it answers, and the line that the log has of each request."""
+"""The headers of every answer, whatever it answers, and the line that the log has of each request."""
 
 from __future__ import annotations
 
