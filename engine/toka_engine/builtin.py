@@ -1,4 +1,4 @@
-"""Where the embedded default model is. Imports nothing heavy: `entry` asks before any process has loaded torch.
+"""This module finds the embedded default model. It imports nothing heavy: `entry` asks before any process loads torch.
 
 The image ships the converted folder (TOKA_BUILTIN_DIR); elsewhere it is converted once, in a process of its own, into
 the cache folder.

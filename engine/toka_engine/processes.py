@@ -30,7 +30,7 @@ SILENT_PINGS_STALLED = 12
 MAX_BUSY_S = {Role.SERVER: 20.0, Role.MANAGER: 30.0, Role.MODEL: 120.0}
 """One turn of a main loop, by role. The longest honest step, 8,192 prompt tokens in fp32 on two cores, takes 13 s."""
 BUSY_PONGS_STALLED = 4
-"""So many answers in a row must tell of one: the first after a pause of the whole container tells of the pause."""
+"""This many answers in a row must tell of one: the first after a pause of the whole container tells of the pause."""
 
 _OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 

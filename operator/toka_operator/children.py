@@ -46,7 +46,7 @@ class Memory:
     refusals: Refusals = field(default_factory=Refusals)
     suspects: Suspects = field(default_factory=Suspects)
     status_due: float | None = None
-    """When a status that waits for more progress is written (monotonic)."""
+    """The monotonic time at which a status that waits for more progress is written."""
 
 
 class ChildWriter:

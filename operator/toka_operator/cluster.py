@@ -86,7 +86,7 @@ class Cluster:
         self._ca_file = ca_file
         self._ca = _read_bytes(ca_file)
         self.last_answer = time.monotonic()
-        """When the API server last answered anything."""
+        """The time at which the API server last answered anything."""
 
     def has_outdated_ca(self) -> bool:
         """Whether the certificate authority's file is another than was read at the start: only a new process reads

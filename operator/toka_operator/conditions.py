@@ -188,7 +188,7 @@ def _find_waiting(spec: TokaDeploymentSpec, observed: Observed) -> Failure | Non
 
 
 def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> float | None:
-    """When (Unix time) waiting for capacity, or for an answer to a probe, begins to count as a failure; None for
+    """The Unix time at which waiting for capacity, or for an answer to a probe, begins to count as a failure; None for
     whatever is one at once."""
     if failure is None:
         return None

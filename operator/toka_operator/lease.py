@@ -47,7 +47,7 @@ class Election(threading.Thread):
         self._renewal: tuple[str, str] | None = None
         """Holder and time of the last renewal that was read."""
         self._alive_at: float | None = None
-        """When the Lease was last seen renewed, by us or another."""
+        """The time at which the Lease was last seen renewed, by us or another."""
 
     def connect(self, cluster: Cluster) -> None:
         """The cluster asks `write_window_s` before writes, so the two are made one after the other."""

@@ -38,7 +38,7 @@ class Settings:
     """Image of engines whose spec names none. Written into a revision when it is made, never changed in
     it."""
     namespace: str = "default"
-    """Where the Lease lives."""
+    """The namespace of the Lease."""
     watch_namespaces: tuple[str, ...] = ()
     """Empty: the whole cluster."""
     lease_name: str = "toka-operator"

@@ -225,7 +225,7 @@ def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Js
 def _find_last_progress(
     owner: Owner, spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float
 ) -> str:
-    """When there was progress: another wish, more available pods of the current revision, or fewer old ones.
+    """The time of the last progress: another wish, more available pods of the current revision, or fewer old ones.
 
     A deadline counts from the wish, however old the object is, and from when something that was complete is not.
     """

@@ -91,7 +91,7 @@ class Watch(threading.Thread):
         self._num_failures = 0
         self.is_synced = threading.Event()
         self.last_contact = time.monotonic()
-        """When the thread last came round: after an event, a list, or a failure."""
+        """The time at which the thread last came round: after an event, a list, or a failure."""
         self.trouble = ""
         """The error that the last attempt met; empty while the watch works."""
         self.is_refused = False

@@ -42,7 +42,7 @@ def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(model_dir: Path) -> list[str]:
-    """What transformers says after each of PROMPTS, as the API would write it."""
+    """The text of transformers after each of PROMPTS, as the API would write it."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_answers(model_dir, PROMPTS)]
 

@@ -1,4 +1,4 @@
-"""What transformers generates greedily in fp32 from the same folder: the truth of the parity tests.
+"""The tokens that transformers generates greedily in fp32 from the same folder are the truth of the parity tests.
 
 That takes a minute on two cores, so the answers are kept in the cache folder under a key of all that they depend
 on: weights, prompts, versions. `python -m tests.api.reference` makes them ahead of the tests, whose time limit would

@@ -1,4 +1,4 @@
-"""What a model folder can have wrong, and the memory it can lack: the engine's exit code and its last words.
+"""A model folder with a fault, or too little memory, decides the engine's exit code and its last words.
 
 One case for each way in which the engine ends; every variant of a damaged file is in tests/model/test_loader.py.
 """

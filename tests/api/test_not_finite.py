@@ -68,7 +68,7 @@ def poisoned(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def ask(client: openai.OpenAI, prompt: list[int], **fields: Any) -> Any:
-    """By greedy tokens; the texts of two answers tell their tokens apart."""
+    """Asks for greedy tokens; the texts of two answers tell their tokens apart."""
     return client.completions.create(
         model="m", prompt=prompt, max_tokens=NUM_TOKENS, temperature=0, extra_body={"ignore_eos": True}, **fields
     )

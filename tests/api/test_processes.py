@@ -21,7 +21,7 @@ ALL_BYTES = 2_000_000_000
 
 @pytest.fixture(scope="module")
 def default_engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    """As `toka` runs without any setting that sizes it, after some work."""
+    """An engine that was given no setting that sizes it, after some work."""
     with running_engine(tmp_path_factory.mktemp("default"), f"model={model_dir}") as engine:
         with client_of(engine) as client, ThreadPoolExecutor(16) as pool:
 

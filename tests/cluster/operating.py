@@ -364,7 +364,7 @@ def shared_process(
 
 @pytest.fixture
 def without_operator(api_server: ApiServer, installation: Path, namespace: str) -> Operator:
-    """What a test asks of operators, before there is one. Pod Security `restricted` is enforced in its namespace."""
+    """The settings of a test's operators, before there is one. Its namespace enforces Pod Security `restricted`."""
     label = "pod-security.kubernetes.io/enforce=restricted"
     api_server.kubectl("label", "namespace", namespace, label)
     client = config.new_client_from_config(str(api_server.kubeconfig))

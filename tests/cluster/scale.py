@@ -41,7 +41,7 @@ AS_INSTALLED = {
 
 
 class Seen:
-    """When this process saw what, by object (monotonic seconds)."""
+    """The times at which this process saw each object's changes (monotonic seconds)."""
 
     def __init__(self) -> None:
         self.last_pod_ready: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Whatever becomes of requests and streams between the operator and the API server, it goes on without a restart.
+"""The operator goes on without a restart, whatever becomes of requests and streams between it and the API server.
 
 One operator runs through a proxy for all cases of the table. In each, while requests go wrong, an object is changed,
 a child is deleted and a new object is created; when they go right again, everything is as it should be soon.

@@ -1,4 +1,4 @@
-"""What is wrong with a pod stands in the status, in the engine's own words.
+"""A pod's fault stands in the status, in the engine's own words.
 
 There is no kubelet here, so each test writes what a kubelet reports; the e2e tests have the real reports.
 """

@@ -63,7 +63,7 @@ def exceed_quota_twice(operator: Operator) -> None:
 
 
 def use_every_right(operator: Operator) -> None:
-    """Whatever an operator does in its life, to one TokaDeployment."""
+    """Does to one TokaDeployment all that an operator does in its life."""
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{revision_of(spec)}"
     taken = strangers("chat", revision_of(spec))

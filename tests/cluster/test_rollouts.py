@@ -11,7 +11,7 @@ from tests.cluster.operating import HOLD, Json, Operator
 
 @dataclass
 class Extremes:
-    """What was seen while a rollout went on."""
+    """The observations made while a rollout went on."""
 
     most_pods: int = 0
     most_revisions: int = 0

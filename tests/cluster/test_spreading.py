@@ -1,4 +1,4 @@
-"""Where the scheduler, the real one, puts the pods of a TokaDeployment that says nothing about it."""
+"""The real scheduler spreads the pods of a TokaDeployment that says nothing about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `kubectl apply` refuses, each with a sentence that says why."""
+"""`kubectl apply` refuses these, each with a sentence that says why."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_example_is_accepted_as_it_is(api_server: ApiServer, crd: None, pa
 
 
 def _create(api_server: ApiServer, manifest: dict[str, Any]) -> None:
-    """As `kubectl apply --dry-run=server` does: every check of the API server, nothing stored."""
+    """Creates as `kubectl apply --dry-run=server` does: every check of the API server, nothing stored."""
     api_server.kubectl("apply", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=json.dumps(manifest))
 
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of attention over shared tokens, for a GPU that is not there.
+"""The compiler makes good code of attention over shared tokens, for a GPU that is not there.
 
 The speed that the kernel is built for depends on it, and its results do not. In a process of its own, as other tests
 run the kernel in Triton's interpreter.
@@ -20,11 +20,11 @@ from tests.fault.image import run
 pytestmark = pytest.mark.timeout(300)
 REGISTERS = 65536
 SHARED_BYTES = 227 << 10
-"""Of one of an H100's processors."""
+"""The registers of one of an H100's processors."""
 RESERVED_BYTES = 1 << 10
-"""Of shared memory, by each program."""
+"""The bytes of shared memory that each program has."""
 MOST_REGISTERS = 256
-"""Of a thread, which has 255 and is given a multiple of 8."""
+"""The registers of a thread, which has 255 and is given a multiple of 8."""
 
 NUM_WARPGROUPS = 3
 """That multiply, in the kernel for Hopper."""
@@ -58,7 +58,7 @@ print(json.dumps([compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.
 
 
 def compile_kernel(head_dim: int, folder: Path, which: str = "any") -> list[Any]:
-    """For an H100; leaves the machine code in folder/code.cubin."""
+    """Compiles for an H100 and leaves the machine code in folder/code.cubin."""
     done = run("-c", COMPILE, "90", str(head_dim), which, str(folder / "code.cubin"), TRITON_CACHE_DIR=folder)
     assert done.returncode == 0, done.stderr
     compiled: list[Any] = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""What the end-to-end tests stand on: the operator installed by helm on real nodes, a client pod, deployments.
+"""The end-to-end tests stand on this: the operator installed by helm on real nodes, a client pod, deployments.
 
 Requests are made only from the client pod, through a Service's name, with the openai SDK, as a user would.
 """
@@ -142,7 +142,7 @@ class Deployment:
 
     @property
     def explain(self) -> str:
-        """How to look, for a failure's text."""
+        """The command with which to look, for a failure's text."""
         return f"kubectl get td {self.name} --namespace {self.namespace} -o yaml"
 
     def patch(self, spec: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ class Deployment:
         assert [answer for answer in answers if "text" not in answer] == []
 
     def requests_served(self, pod: Object) -> float:
-        """How many requests a pod has answered, by its own metrics."""
+        """The number of requests that a pod has answered, by its own metrics."""
         address = f"http://{pod['status']['podIP']}:10210/metrics"
         text = self.installation.run_client("fetch.py", address)
         counts = re.findall(r'^toka_requests_total\{.*status="200".*\} ([0-9.e+]+)$', text, re.M)
@@ -202,7 +202,7 @@ else:
 
 
 def deletion_time(pod: Object) -> float:
-    """When a pod's deletion was asked for; its deletionTimestamp is that plus the grace period."""
+    """The time at which a pod's deletion was asked for; its deletionTimestamp is that plus the grace period."""
     metadata = pod["metadata"]
     end = datetime.fromisoformat(metadata["deletionTimestamp"].replace("Z", "+00:00")).timestamp()
     return end - float(metadata["deletionGracePeriodSeconds"])

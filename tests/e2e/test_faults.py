@@ -1,4 +1,4 @@
-"""What happens when something breaks: a process, a node, the operator, the image, the memory limit."""
+"""The deployment bears what breaks: a process, a node, the operator, the image, the memory limit."""
 
 from __future__ import annotations
 

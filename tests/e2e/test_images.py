@@ -1,4 +1,4 @@
-"""What a build of images leaves behind."""
+"""A build of images leaves nothing behind that it should not."""
 
 from __future__ import annotations
 

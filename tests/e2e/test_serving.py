@@ -1,4 +1,4 @@
-"""From `helm install` and `kubectl apply` to answers: what the README promises, on real nodes and images."""
+"""The README's promises hold on real nodes and images, from `helm install` and `kubectl apply` to answers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_stream_that_runs_while_the_spec_changes_is_whole_and_unchanged(
 
 
 def _tokens_that_take(seconds: float, installation: Installation, url: str) -> int:
-    """How many tokens keep one stream busy so long; machines differ."""
+    """The number of tokens that keep one stream busy so long; machines differ."""
     lines = installation.run_client("stream.py", url, "Tell me a long story.", "64", "ignore_eos").splitlines()
     first, end = json.loads(lines[0]), json.loads(lines[-1])
     return min(2000, max(200, int(64 / (end["at"] - first["at"]) * seconds)))

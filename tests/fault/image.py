@@ -1,4 +1,4 @@
-"""What the Dockerfile's stages that compile kernels see of the sources, and processes in such a tree."""
+"""The sources as the Dockerfile's stages that compile kernels see them, and processes in such a tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _OTHERS = ("CC", "CUDA_", "FLASHINFER_", "TRITON_", "TOKA_KERNELS_DIR")
-"""Of the environment: what would decide a test beside what it sets itself."""
+"""The variables of the environment that would decide a test beside what it sets itself."""
 
 _WITHOUT_CHECKOUT = """
 import sys

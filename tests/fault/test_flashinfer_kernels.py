@@ -51,7 +51,8 @@ def load(kind: Kind, head_dim: int, **env: str | Path) -> subprocess.CompletedPr
 
 
 def architectures_in(library: bytes) -> Iterator[int]:
-    """Of the first device code in each fat binary: a header of 16 bytes, then an entry that names it at byte 28."""
+    """The architecture of the first device code in each fat binary: a header of 16 bytes, then an entry that names it
+    at byte 28."""
     for begin in re.finditer(re.escape(b"\x50\xed\x55\xba\x01\x00\x10\x00"), library):
         (architecture,) = struct.unpack_from("<I", library, begin.start() + 16 + 28)
         yield architecture

@@ -1,4 +1,4 @@
-"""What an image holds of our Triton kernels is what starts of the engine ask for, and steps ask for nothing more.
+"""An image holds those variants of our Triton kernels that engine starts ask for, and steps ask for nothing more.
 
 Models are rehearsed, nothing is compiled: Triton says which variants it would compile. In a process of its own, since
 other tests run these kernels in Triton's interpreter.
@@ -128,7 +128,7 @@ report("its steps", steps)
 
 @pytest.fixture(scope="module")
 def variants() -> dict[str, list[list[str]]]:
-    """By who asks for them: kernel, key and types of the arguments of each variant."""
+    """The variants by who asks for them: kernel, key and types of the arguments."""
     done = run("-c", RECORD)
     assert done.returncode == 0, done.stderr
     return dict(map(json.loads, done.stdout.splitlines()))

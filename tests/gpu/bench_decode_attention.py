@@ -73,7 +73,7 @@ class Rows:
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values that one layer reads."""
+        """The bytes of keys and values that one layer reads."""
         return int(self.q.shape[0]) * self.context * 2 * KV_HEADS * int(self.q.shape[2]) * 2
 
     def time_layer(self, run_layer: Callable[[int, torch.Tensor], None]) -> float:
@@ -88,7 +88,7 @@ class Rows:
 
 
 class Bench:
-    """What all cases share."""
+    """The settings that all cases share."""
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim

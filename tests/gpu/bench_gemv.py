@@ -82,7 +82,7 @@ def run_fp32(layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
 
 
 def run_today(layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
-    """With the kernels of more rows."""
+    """Computes one row with the kernels of more rows."""
     x = rms_norm(residual, layers[0].qkv_norm, EPS)
     for layer, following in itertools.zip_longest(layers, layers[1:]):
         mixed = F.linear(x, layer.qkv)[:, :MIXED]
@@ -93,7 +93,7 @@ def run_today(layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
 
 
 def run_single_row(kernels: TritonGemv, layers: list[Layer], residual: torch.Tensor) -> torch.Tensor:
-    """With one kernel a product."""
+    """Computes one row with one kernel a product."""
     for layer in layers:
         mixed = kernels.norm_gemv(residual, layer.qkv_norm, EPS, layer.qkv, None)[:, :MIXED]
         kernels.gemv_add(mixed, layer.out, None, residual)
@@ -103,7 +103,7 @@ def run_single_row(kernels: TritonGemv, layers: list[Layer], residual: torch.Ten
 
 
 def list_parts_today(mixed: torch.Tensor, inner: torch.Tensor) -> dict[str, Part]:
-    """What between them are the kernels of run_today: the sum with the residual is at the next product's norm."""
+    """The kernels of run_today between the products: the sum with the residual is at the next product's norm."""
     pending = mixed
     return {
         "qkv": lambda layer, residual: F.linear(add_rms_norm(pending, residual, layer.qkv_norm, EPS), layer.qkv),
@@ -152,7 +152,7 @@ def list_candidates() -> list[Candidate]:
 
 
 def list_head_candidates() -> list[Candidate]:
-    """For the head the cut behind a norm means nothing. The engine's first."""
+    """The head's launch configs, the engine's first; the cut behind a norm means nothing to it."""
     configs = [ENGINE.other, *OTHER, ENGINE.behind_norm]
     return [Candidate(other=config, has_pdl=has_pdl) for has_pdl in (True, False) for config in configs]
 
@@ -226,7 +226,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How near a chain is to fp32, and whether its bits are always the same."""
+    """Tells how near a chain is to fp32, and whether its bits are always the same."""
 
     error: float
     is_same: bool

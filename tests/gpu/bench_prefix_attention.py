@@ -84,7 +84,7 @@ Layer: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 class Bench:
-    """What all sizes of a head share."""
+    """The settings that all sizes of a head share."""
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim

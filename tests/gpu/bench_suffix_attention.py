@@ -31,12 +31,12 @@ MOST_PAGES = max(rows * (own // PAGE_SIZE + 1) for rows, own in PART_CASES + ALO
 
 
 def make_short_config(heads: int, block_tokens: int, num_warps: int, most_registers: int) -> ShortLaunchConfig:
-    """Of that many heads a program, however many rows there are."""
+    """The launch config of so many heads a program, however many rows there are."""
     return ShortLaunchConfig(heads, heads, 1, 1, block_tokens, num_warps, most_registers)
 
 
 def list_configs(is_part: bool) -> dict[str, LaunchConfig]:
-    """By name: the first is what all are compared with. Each block, warps and registers is one compilation."""
+    """The launch configs by name, the first to compare with. Each block, warps and registers is one compilation."""
     usual = replace(LaunchConfig.of(HEAD_DIM), short=None)
     configs = {f"one head, splits: block {usual.block_tokens}, warps {usual.num_warps}": usual}
     sizes = [(32, 1, 255), (32, 2, 168)] if is_part else [(32, 1, 255), (64, 2, 255)]
@@ -84,7 +84,7 @@ class Rows:
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values that one layer reads."""
+        """The bytes of keys and values that one layer reads."""
         return int(self.q.shape[0]) * self.own * 2 * KV_HEADS * HEAD_DIM * 2
 
     def launch(self, caches: torch.Tensor, cos_sin: torch.Tensor, work: Workspace) -> None:
@@ -97,7 +97,7 @@ class Rows:
             )  # fmt: skip
 
     def take_results(self, launch: Callable[[], None]) -> list[torch.Tensor]:
-        """What the last layer gives: the outputs, and of a part the log-sum-exp and q rotated."""
+        """The results of the last layer: the outputs, and of a part the log-sum-exp and q rotated."""
         written = [self.out] if self.part is None else [self.out, self.part.lse, self.part.rotated]
         for tensor in written:
             tensor.fill_(float("nan"))  # what is not written differs from all

@@ -1,4 +1,4 @@
-"""What steps need of the device's memory is taken before ready: torch asks the driver for nothing afterwards."""
+"""All device memory that steps need is taken before ready: torch asks the driver for nothing afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Frugal(Driver):
 
 
 def count_segments() -> int:
-    """How often torch has asked the driver for memory."""
+    """The number of times that torch has asked the driver for memory."""
     return int(torch.cuda.memory_stats()["segment.all.allocated"])
 
 

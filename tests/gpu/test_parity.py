@@ -138,7 +138,7 @@ def test_shared_prefixes_read_once_give_the_same_within_the_rule(pair) -> None:
 
 
 def generate_shared(driver: Driver, prompts, shared, groups) -> tuple[Any, Any]:
-    """Like generate, but all slots hold the same pages for their first 64 tokens."""
+    """Generates with all slots holding the same pages for their first 64 tokens."""
     slots = list(range(len(prompts)))
     setup = driver.add_slots(slots, num_logprobs=0)
     driver._next_page = 100

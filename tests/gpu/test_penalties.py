@@ -24,7 +24,7 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 5, 6, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20, 5,
 
 @pytest.fixture(scope="module", params=[True, False], ids=["graphs", "eager"])
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """Of tied embeddings, so that it likes to repeat itself: a token that counts one step late shows at once."""
+    """A model of tied embeddings likes to repeat itself: a token that counts one step late shows at once."""
     import transformers
 
     torch.manual_seed(7)

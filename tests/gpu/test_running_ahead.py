@@ -1,4 +1,4 @@
-"""What running ahead can break on the device alone. The stream is held back first, so that everything which follows is
+"""Running ahead keeps its promises on the device, too. The stream is held back first, so that all that follows is
 queued: a guard that is missing shows as a value of a later step in an earlier one."""
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Driver:
         self._next_page = 0
         self._number = 0
         self.logits = torch.empty(0)
-        """What the last step's sampler was given, one row per sampled token, fp32."""
+        """The logits that the last step's sampler was given, one row per sampled token, fp32."""
         self._sample = worker.runner.sample
         worker.runner.sample = self._record
 

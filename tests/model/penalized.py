@@ -46,7 +46,7 @@ def penalize(logits: torch.Tensor, prompt: list[int], generated: list[int], aske
 
 
 def sampling_of(asked: list[Asked]) -> dict[str, list[float]]:
-    """For Driver.add_slots."""
+    """The sampling parameters that `Driver.add_slots` takes."""
     return {
         f"{name}_penalty": [getattr(each, name) for each in asked] for name in ("presence", "frequency", "repetition")
     }
@@ -87,7 +87,7 @@ class Follower:
             self.take(slots, self.driver.decode(slots).ids.tolist())
 
     def decode_ahead(self, slots: list[int], num_steps: int) -> None:
-        """As `decode`, with each two steps launched before the tokens of either are asked for."""
+        """Decodes with each two steps launched before the tokens of either are asked for."""
         for _ in range(num_steps // 2):
             launched = [(self.driver.launch_decode(slots), self.driver.logits) for _ in range(2)]
             for step, logits in launched:

@@ -191,7 +191,7 @@ def test_choices_of_one_prompt_share_its_pages_and_copy_the_last(
 
 @pytest.fixture(scope="module")
 def seeded_output(_smollm2_drivers: dict[str, Driver], prompts: list[list[int]]) -> list[int]:
-    """What a request with a seed gets when nothing else runs."""
+    """The tokens that a request with a seed gets when nothing else runs."""
     driver = _smollm2_drivers["bfloat16"]
     driver.reset()
     return driver.generate([prompts[1]], 32, temperature=1.0, seed=1234)[0]

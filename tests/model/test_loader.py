@@ -1,4 +1,4 @@
-"""What is wrong with a model folder is said in one line that names it, before anything is allocated by it."""
+"""A fault of a model folder is said in one line that names it, before anything is allocated by it."""
 
 from __future__ import annotations
 

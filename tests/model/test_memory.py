@@ -1,4 +1,4 @@
-"""What the machine decides: cgroups how large the cache is and how many threads run, the CPU its dtype."""
+"""The machine decides: cgroups how large the cache is and how many threads run, the CPU its dtype."""
 
 from __future__ import annotations
 

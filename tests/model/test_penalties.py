@@ -29,7 +29,7 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 5, 6, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20, 5,
 
 @pytest.fixture
 def driver(drive_tiny: Callable[..., tuple[Any, Driver]]) -> Driver:
-    """Of tied embeddings, so that it likes to repeat itself: a token that counts one step late shows at once."""
+    """A model of tied embeddings likes to repeat itself: a token that counts one step late shows at once."""
     return drive_tiny(tie_word_embeddings=True, initializer_range=0.05)[1]
 
 

@@ -63,7 +63,7 @@ class PlainGemv:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainGemv:
-    """What the CPU's table has for a step of one row, for this test."""
+    """The CPU's table of operators for a step of one row, for this test."""
     kernels, make_ops = PlainGemv(), backend.make_ops
     monkeypatch.setattr(backend, "make_ops", lambda: replace(make_ops(), gemv=kernels))
     return kernels

@@ -36,7 +36,7 @@ def _forget_compiled_code() -> Iterator[None]:
 
 
 def regions_of(driver: Driver, num_graphs: int = 1) -> int:
-    """Of a model that is really compiled."""
+    """The settings of a model that is really compiled."""
     model = driver.worker.runner.model
     assert isinstance(model, CompiledModel)
     assert model.regions.num_graphs == num_graphs

@@ -27,7 +27,7 @@ MAX_SKIPS = 64
 SKIP_WINDOW = 8
 """Requests behind it that are tried."""
 PAGE_LIMITED_INTERVAL = 2
-"""Where pages are what is short, one step in this many admits: what ends in between is forecast once, not in
+"""If pages are short, one step in this many admits: what ends in between is forecast once, not in
 every step, and a page waits half a step longer for its next owner."""
 MAX_DEFERRED = 32
 """Requests passed over in one step because they wait for another's prefill."""

@@ -204,7 +204,7 @@ def _ended_tops(
 
 
 def _find_kept(state: ManagerState, over: Int32s, lengths: Int32s) -> Iterator[tuple[int, Kept]]:
-    """Where among the output tokens those begin that a stream had before a preemption, and what was kept of them."""
+    """Returns where among the output tokens those of before a preemption begin, and what was kept of them."""
     starts = np.cumsum(lengths) - lengths
     for start, slot, length in zip(starts.tolist(), over.tolist(), lengths.tolist(), strict=True):
         stream = state.slots.streams[slot]

@@ -80,7 +80,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class GroupPolicy:
-    """When a group is used: lower bounds of the settings, and the cost model's figures in tokens of KV
+    """A group is used by these: lower bounds of the settings, and the cost model's figures in tokens of KV
     read."""
 
     page_size: int

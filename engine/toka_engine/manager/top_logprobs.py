@@ -36,7 +36,7 @@ def unpack(tops: Tops) -> tuple[Int32s, Floats]:
 
 
 NO_TOP = pack(np.asarray([-1], np.int32), np.asarray([np.nan], np.float32), 1)[0, 0]
-"""Where fewer were asked for."""
+"""The entry of tokens for which fewer were asked."""
 
 
 class TopLogprobs:

@@ -78,4 +78,4 @@ class Ops:
     silu_mul: Callable[[torch.Tensor], torch.Tensor]
     """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
     gemv: GemvKernels | None
-    """Where the device has some. `make_linear` must take no copy of the weights then."""
+    """The device's GEMV kernels, if it has some. `make_linear` must take no copy of the weights then."""

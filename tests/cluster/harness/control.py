@@ -26,7 +26,7 @@ rules:
 
 @dataclass(frozen=True, slots=True)
 class ControlPlane:
-    """What the processes of one control plane must agree on."""
+    """The settings on which the processes of one control plane must agree."""
 
     folder: Path
     pki: Pki

@@ -26,4 +26,4 @@ class CommandFailed(HarnessError):
 
 
 class WaitTimeout(HarnessError, AssertionError):
-    """What a test waited for did not come true in time."""
+    """A test waited for something that did not come true in time."""

@@ -1,4 +1,4 @@
-"""What a test may do with a running Kubernetes, whichever kind it is: the base of `ApiServer` and `Cluster`.
+"""A running Kubernetes as tests use it, whichever kind it is: the base of `ApiServer` and `Cluster`.
 
 Everything goes through real clients (kubectl, or any client with `kubeconfig`). Failures carry what the
 server said and the end of the components' logs.

@@ -1,4 +1,4 @@
-"""What simulated nodes do with their pods: bound pods become Ready at once, deleted ones are gone at once.
+"""Simulated nodes do this with their pods: bound pods become Ready at once, deleted ones are gone at once.
 
 A pod annotated `simulated.toka.dev/hold: "true"` stays Pending, so that a test can give it a status of its
 own (a crash, a missing image); one annotated `simulated.toka.dev/never-ready: "true"` runs unready.

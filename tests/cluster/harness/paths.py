@@ -19,7 +19,7 @@ def cluster_cache() -> Path:
 
 
 def bin_folder() -> Path:
-    """Where the built commands lie."""
+    """The folder in which the built commands lie."""
     return cluster_cache() / "bin"
 
 

@@ -26,7 +26,7 @@ _STOP_DEADLINE_S = 20.0
 
 
 def start_time_of(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone or a zombie."""
+    """The time at which a process started, in clock ticks since boot; None if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -196,7 +196,7 @@ def sweep() -> None:
 
 
 def _sweep_lock() -> Path:
-    """Of two that sweep, one would remove what the other reads, or a new run that has the name of a dead one."""
+    """One sweeps at a time: a second one would remove what the first reads, or a new run with a dead one's name."""
     return cluster_cache() / "sweep.lock"
 
 

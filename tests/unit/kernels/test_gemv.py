@@ -15,7 +15,7 @@ from toka_engine.model.ranks import SingleRank
 
 BF16 = torch.bfloat16
 DTYPES = [(torch.float32, 1e-5), (BF16, 1e-2)]
-"""With the relative error allowed; the interpreter truncates to bf16 where a GPU rounds."""
+"""The relative error allowed, by dtype; the interpreter truncates to bf16 where a GPU rounds."""
 SIZES = [
     (0, 100, 37, False),
     (1, 0, 1, True),

@@ -115,7 +115,7 @@ def _kernel(
 def run(
     monkeypatch: pytest.MonkeyPatch, seed: int, fault: str = "", num_blocks: int = 7
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel gives, and what it should."""
+    """The kernel's result, and the right one."""
     monkeypatch.setenv(gluon_simulator.SEED, str(seed))
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(2 * ROWS, DEPTH, generator=generator).bfloat16()

@@ -7,7 +7,7 @@ import torch
 
 BF16 = torch.bfloat16
 DTYPES = [(torch.float32, 1e-6), (BF16, 1e-2)]
-"""With the relative error allowed; the interpreter truncates to bf16 where a GPU rounds."""
+"""The relative error allowed, by dtype; the interpreter truncates to bf16 where a GPU rounds."""
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

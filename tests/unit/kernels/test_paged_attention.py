@@ -82,8 +82,8 @@ def shared_table(layout: StepLayout, num_columns: int, generator: np.random.Gene
 
 
 def allocate(ours: Any, num_pages: int, max_seqs: int, max_pages_per_seq: int) -> None:
-    """With short blocks and few programs for decode rows: some contexts are split, and no time goes into splits without
-    a token, which the interpreter visits one by one."""
+    """Allocates short blocks and few programs for decode rows: some contexts are split, and no time goes into splits
+    without a token, which the interpreter visits one by one."""
     from toka_engine.model.kernels.decode_attention import LaunchConfig, Workspace
     from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace
 

@@ -83,7 +83,8 @@ def kept_probabilities(
 
 
 def near_limits(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """Where rounding may decide: the running mass meets top_p, or a token the ratio min_p, within what fp32 tells."""
+    """The rows in which rounding may decide: the running mass meets top_p, or a token the ratio min_p, within what
+    fp32 tells."""
     x = logits.double()
     result = (x - x.max() - temperature * np.log(max(min_p, 1e-30))).abs() < 1e-4 * x.std()
     if top_p < 1:

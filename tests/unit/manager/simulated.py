@@ -76,7 +76,7 @@ def penalties_of(sampling: Sampling) -> tuple[float, ...]:
 
 
 def reference(model: HashModel, submit: Submit, choice: int) -> Expected:
-    """What one stream must give, computed alone and in order."""
+    """The tokens that one stream must give, computed alone and in order."""
     context: list[int] = []
     for token in submit.prompt_ids.tolist():
         context.append(model.kv(context[-1] if context else 0, token))
@@ -399,7 +399,7 @@ class Harness:
         assert not self.manager.has_work
 
     def _check_sent(self, step: Step) -> None:
-        """What the worker cannot know: who owns what at the time of planning."""
+        """Checks who owns what at the time of planning, which the worker cannot know."""
         state = self.manager.state
         in_flight_slots = {
             slot

@@ -1,4 +1,4 @@
-"""What running ahead can break. Each guard is also taken away, to show that the test sees it missing."""
+"""Running ahead keeps its promises. Each guard is also taken away, to show that the test sees it missing."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def cancel(harness: Harness, stream: int) -> None:
 
 
 def preempt(harness: Harness, stream: int) -> None:
-    """As the shortage of pages does to the newest."""
+    """Preempts the newest streams, as the shortage of pages does."""
     state = harness.manager.state
     slot = state.where[stream]
     assert isinstance(slot, int)

@@ -49,7 +49,7 @@ def live(manifest: Json, uid: str = "") -> Json:
 
 
 def seen(plan: Plan, pods: tuple[PodView, ...] = ()) -> Observed:
-    """What is observed once a plan was written."""
+    """The children as observed once a plan was written."""
     children = {(c["kind"], c["metadata"]["name"]): live(c) for c in plan.desired}
     return Observed(children, pods, frozenset())
 

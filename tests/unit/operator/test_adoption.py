@@ -52,7 +52,7 @@ def test_copies_that_somebody_else_made_are_left_alone_and_told() -> None:
 
 @pytest.mark.parametrize("kind", ["Service", "ServiceAccount"])
 def test_a_child_that_may_not_be_taken_back_is_told_and_holds_up_no_other(kind: str) -> None:
-    """Where an admission plugin asks for rights that the operator lacks."""
+    """An admission plugin asks for rights that the operator lacks."""
     world = orphaned(OURS)
 
     def refuse(verb: str, body: Json) -> ApiError | None:

@@ -1,4 +1,4 @@
-"""What two files must agree on, since neither can import the other."""
+"""Two files agree on what neither can import from the other."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def spec_with(path: str) -> TokaDeploymentSpec:
 
 
 def look(spec: TokaDeploymentSpec) -> str:
-    """What a rollout from two older revisions to `spec` comes to next, and what its status says, as one text.
+    """The next plan of a rollout from two older revisions to `spec`, and its status, as one text.
 
     Half way: one old pod serves, a further one outlived its grace period by 45 s, the new revision's first pod was
     ready 7 s ago, its second has waited for a node for 90 s, the last progress was 2,000 s ago.

@@ -165,7 +165,7 @@ def test_a_write_ends_before_another_replica_may_lead(clock: Clock) -> None:
 
 
 def test_a_replica_is_not_ready_while_it_sees_no_living_leader(clock: Clock) -> None:
-    """Also not because of a Lease that somebody left behind: then nothing would be done for a while."""
+    """A Lease that somebody left behind makes it no more ready: nothing would be done for a while."""
     server = LeaseServer(clock)
     leader, follower = make_election(server, [], "a"), make_election(server, [], "b")
     try_once(leader)

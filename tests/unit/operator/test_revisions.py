@@ -244,7 +244,7 @@ def test_the_revision_follows_the_pod(first: list[tuple[str, Any]], second: list
 
 
 def spelled(template: Json) -> Json:
-    """With one spelling for the quantities, defaults and empty parts that the edits above write."""
+    """The spec with one spelling for the quantities, defaults and empty parts that the edits above write."""
     text = json.dumps(template)
     for many, one in {
         '"1024Mi"': '"1Gi"', '"1073741824"': '"1Gi"', '"1048576Ki"': '"1Gi"', '"2048Mi"': '"2Gi"',

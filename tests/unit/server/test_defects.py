@@ -1,4 +1,4 @@
-"""What nobody foresaw: the request in which it happens gets an answer, the log its place, the others go on.
+"""A fault that nobody foresaw: the request in which it happens gets an answer, the log its place, the others go on.
 
 The defects are real ones: a manager that sends a token which no vocabulary has, and a chat template that asks
 for more memory than there is.
@@ -22,7 +22,7 @@ _SECRET = "a secret of the client"
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Where the process writes its standard error."""
+    """The file to which the process writes its standard error."""
     return tmp_path / "log"
 
 

@@ -261,7 +261,7 @@ def _half_closed(server: RunningServer, data: bytes) -> socket.socket:
 def test_a_client_that_half_closes_gets_its_answer(
     server: RunningServer, version: str, is_streamed: bool, extra: bytes, sentence_ids: list[int]
 ) -> None:
-    """Also where the answer begins long after the request's end, and ends long after its own beginning."""
+    """The answer may begin long after the request's end, and end long after its own beginning."""
     manager = server.manager
     manager.on_submit = lambda submit: None
     body = json.dumps(completion_body(stream=is_streamed)).encode()

@@ -1,4 +1,4 @@
-"""What the manager had on its way for a choice when its stop string was seen."""
+"""Tokens that the manager had on their way for a choice when its stop string was seen are dropped."""
 
 from __future__ import annotations
 

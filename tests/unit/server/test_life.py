@@ -192,7 +192,7 @@ def test_a_client_that_leaves_while_its_texts_are_encoded_submits_nothing(server
 
 
 def test_a_client_that_leaves_while_its_ids_are_read_submits_nothing(server: RunningServer) -> None:
-    """So the event loop had a turn meanwhile: else the end of the connection would have been seen too late."""
+    """The event loop had a turn meanwhile: else the end of the connection would have been seen too late."""
     before = _num_cancelled(server)
     with server.connect() as sock:
         _post_raw(sock, "/v1/completions", completion_body(prompt=[list(range(2000))] * 1024, max_tokens=4))
@@ -418,7 +418,7 @@ def test_many_requests_at_once_all_get_their_own_answer(server: RunningServer, s
 
 
 def server_text(server: RunningServer, token: int) -> str:
-    """What the server writes for one token, asked for alone."""
+    """The text that the server writes for one token, asked for alone."""
     server.manager.on_submit = lambda submit: speak(server.manager, submit, [token])
     text: str = server.post("/v1/completions", completion_body(prompt=[5], max_tokens=4))[1]["choices"][0]["text"]
     return text

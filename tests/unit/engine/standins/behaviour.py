@@ -1,4 +1,4 @@
-"""What the three stand-ins share: they say `ready`, then do what TOKA_TEST_<ROLE> tells them.
+"""The three stand-ins share this: they say `ready`, then do what TOKA_TEST_<ROLE> tells them.
 
 ready (default): wait for ever. hold: never become ready. memory, crash: end with an error of ours, with a defect.
 busy: one turn that never ends. peer: end when the other end of the last link is gone. orphan: leave a process behind.

@@ -82,7 +82,7 @@ def _run(function: Any, schedule: Schedule, grid: tuple[int, ...], arguments: di
 
 
 def _bind(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
-    """By name, constants as they are."""
+    """Binds arguments by name, constants as they are."""
     signature = inspect.signature(kernel.fn)
     bound = signature.bind(*arguments, **constants).arguments
     is_constant = {name: "constexpr" in str(each.annotation) for name, each in signature.parameters.items()}
@@ -90,7 +90,7 @@ def _bind(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) ->
 
 
 def _pass(argument: Any) -> Any:
-    """As a kernel is given it."""
+    """Passes a value as a kernel is given it."""
     if isinstance(argument, torch.Tensor):
         return Pointer.to(argument)
     if isinstance(argument, TensorDescriptor):

@@ -1,4 +1,4 @@
-"""What kernels import from Gluon's `nvidia.hopper`: barriers, copies by TMA, and products of warpgroups.
+"""The names that kernels import from Gluon's `nvidia.hopper`: barriers, copies by TMA, and products of warpgroups.
 
 A copy comes at some time after it was asked for. A product reads its operands in shared memory when it is waited for.
 """
@@ -146,7 +146,7 @@ def warpgroup_mma(
 
 
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
-    """What was waited for, as values; a product that may still be under way stays one."""
+    """The operands that were waited for, as values; a product that may still be under way stays one."""
     if deps is None:
         raise ValueError("deps must be given")
     let_others_run()

@@ -1,4 +1,4 @@
-"""What kernels have as `gl`: functions on simulated values; types and layouts are Gluon's own."""
+"""The module that kernels have as `gl`: functions on simulated values; types and layouts are Gluon's own."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_r
 
 
 def run_partition(function: Any, arguments: Any) -> Any:
-    """To its end, at which all its products must have been waited for."""
+    """Runs a partition to its end, at which all its products must have been waited for."""
     result = function(*arguments)
     for product in get_state().products:
         raise Race(f"a task may end before a product that began in {product.line}")
@@ -129,7 +129,7 @@ def run_partition(function: Any, arguments: Any) -> Any:
 
 
 def thread_barrier() -> None:
-    """What all threads of the task have stored so far, one of them may make known to other tasks."""
+    """One thread of the task makes known to other tasks what all of its threads have stored so far."""
     get_state().step("barrier")
 
 

@@ -102,7 +102,7 @@ def load(
     pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier: str = "", eviction_policy: str = "",
     volatile: bool = False,
 ) -> Value:  # fmt: skip
-    """What is masked and has no other value is poison."""
+    """An element that is masked and has no other value is poison."""
     if volatile:
         let_others_run()
     is_meant = _find(pointer, mask)

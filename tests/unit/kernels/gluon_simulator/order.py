@@ -1,4 +1,4 @@
-"""What is sure to have happened before what, however a launch goes: the order that barriers and waits make.
+"""This module tells what surely happens before what, however a launch goes: the order that barriers and waits make.
 
 Each task keeps a clock of what it knows: of every other task, barrier and queue of products, how many of its steps are
 over. An arrival leaves what the task knows, a wait takes what arrivals left (vector clocks, after Mattern 1988). What
@@ -29,7 +29,7 @@ class Race(Exception):
 
 @dataclass(eq=False)
 class State:
-    """What a task knows of itself and of others. Who it is in clocks, too, with a word for what it does."""
+    """A task's knowledge of itself and of others: who it is in clocks, too, with a word for what it does."""
 
     program: tuple[int, ...]
     grid: tuple[int, ...]
@@ -37,7 +37,7 @@ class State:
     products: deque[Any] = field(default_factory=deque)
     """Those that have begun and were not waited for, oldest first."""
     copies: dict[Any, tuple[int, str]] = field(default_factory=dict)
-    """Of the whole program, by barrier: the phase in which the latest comes, and the line that asked for it."""
+    """The copies of the whole program, by barrier: the phase in which the latest comes, and the line that began it."""
     num_products: int = 0
 
     def make_partition(self) -> State:
@@ -70,7 +70,7 @@ class Touch:
     is_write: bool
     who: Any
     number: int
-    """Of whose clock, and from which of its steps on, it is over."""
+    """The access is over from this step on of the clock of `who`."""
     fence: tuple[Any, int] | None = None
     """For a store by threads: of whose clock, and from which step on, copies and products may follow it."""
 

@@ -60,7 +60,7 @@ def _make_gate() -> threading.Lock:
 
 
 class Task:
-    """What one thread does: a program, or a partition of one."""
+    """The work of one thread: a program, or a partition of one."""
 
     def __init__(self, schedule: Schedule, name: str, call: Callable[[], None], weight: float) -> None:
         self.schedule, self.name, self.weight = schedule, name, weight
@@ -175,7 +175,7 @@ class Schedule:
 
 
 def get_task() -> Task:
-    """Of the thread that asks."""
+    """The task of the thread that asks."""
     task: Task = _local.task
     return task
 

@@ -29,7 +29,7 @@ class Barrier:
 
     @property
     def phase_number(self) -> int:
-        """From 1: of the phase that has not ended."""
+        """The number, from 1, of the phase that has not ended."""
         return self._num_ended + 1
 
     def arrive(self, count: int) -> None:
@@ -40,7 +40,7 @@ class Barrier:
         self._end_phase()
 
     def expect(self, num_bytes: int) -> None:
-        """Also arrives, once, as in Gluon."""
+        """Expects bytes and arrives once, as in Gluon."""
         self._missing_bytes += num_bytes
         self.arrive(1)
 
