@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 from toka_engine.config import EngineConfig
 from toka_engine.errors import DeviceUnavailableError, OutOfMemoryError
-from toka_engine.model.devices import find_device
+from toka_engine.messages import RankInfo
+from toka_engine.model.devices import find_device, take_device
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
 from toka_engine.model.model_config import read_model_config
 from toka_engine.model.sizing import choose_dtype, choose_sizes
@@ -90,61 +92,76 @@ def test_the_dtype_is_the_one_that_the_user_says(asked: Literal["float32", "bflo
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """gpu((8, 0)): torch tells of a GPU with that compute capability."""
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """gpus((8, 0), (9, 0)): torch tells of GPUs with these compute capabilities; the indices that are set."""
 
-    def pretend(capability: tuple[int, int]) -> None:
+    def pretend(*capabilities: tuple[int, int], free_bytes: int = 140 * GIB) -> list[int]:
+        current: list[int] = []
+
+        def find_properties(index: int) -> Any:
+            assert current or len(capabilities) == 1, "a GPU was touched before the rank's own was set"
+            major, minor = capabilities[index]
+            return SimpleNamespace(
+                name="NVIDIA H200", uuid=f"1234-{index}", major=major, minor=minor,
+                multi_processor_count=132, total_memory=141 * GIB,
+            )  # fmt: skip
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old One")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", find_properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 141 * GIB))
+        return current
 
     return pretend
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_a_gpu_without_bfloat16_is_named_and_so_is_the_way_without_it(
-    gpu: Callable[[tuple[int, int]], None], device: Literal["auto", "cuda"]
+def test_a_gpu_that_cannot_serve_ends_the_start_unless_the_cpu_is_asked_for(
+    gpus: Callable[..., list[int]], device: Literal["auto", "cuda"]
 ) -> None:
-    gpu((7, 5))
-    with pytest.raises(DeviceUnavailableError) as refusal:
+    gpus((7, 5))
+    with pytest.raises(DeviceUnavailableError, match=r"compute capability 7\.5"):
         find_device(EngineConfig(device=device))
-    assert len(str(refusal.value).splitlines()) == 1
-    for words in ("Old One", "7.5", "bfloat16", "8.0", "device=cpu"):
-        assert words in str(refusal.value)
     assert find_device(EngineConfig(device="cpu")).type == "cpu"
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-def test_a_gpu_with_bfloat16_is_taken(gpu: Callable[[tuple[int, int]], None], capability: tuple[int, int]) -> None:
-    gpu(capability)
+def test_one_gpu_is_taken(gpus: Callable[..., list[int]]) -> None:
+    gpus((9, 0))
     assert find_device(EngineConfig()).type == "cuda"
 
 
-def test_each_rank_takes_a_gpu_of_its_own_before_it_looks_at_any(
-    gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu((9, 0))
-    current: list[int] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert find_device(EngineConfig(dp_size=2), 1) == torch.device("cuda", 1)
+def test_each_rank_takes_a_gpu_of_its_own_before_it_looks_at_any(gpus: Callable[..., list[int]]) -> None:
+    current = gpus((9, 0), (9, 0))
+    assert take_device(EngineConfig(dp_size=2), RankInfo(dp_rank=1, dp_size=2)) == torch.device("cuda", 1)
     assert current == [1]
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-@pytest.mark.parametrize("index", [0, 1])
-def test_fewer_gpus_than_ranks_are_refused_by_every_rank(
-    gpu: Callable[[tuple[int, int]], None],
-    monkeypatch: pytest.MonkeyPatch,
-    device: Literal["auto", "cuda"],
-    index: int,
+def test_what_others_use_of_a_gpu_is_in_the_log_and_a_full_one_ends_the_start(
+    gpus: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu((9, 0))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(
-        DeviceUnavailableError, match=r"^dp_size=2 x tp_size=1 needs 2 GPUs, 1 can be used on this machine$"
-    ):
-        find_device(EngineConfig(device=device, dp_size=2), index)
+    gpus((9, 0), free_bytes=101 * GIB)
+    take_device(EngineConfig(), RankInfo())
+    assert "event=gpu_in_use index=0 uuid=GPU-1234-0 by_others_gb=42.9" in caplog.text
+    gpus((9, 0), free_bytes=GIB)
+    with pytest.raises(DeviceUnavailableError, match=r"GPU-1234-0\) has 1\.1 of 151\.4 GB free"):
+        take_device(EngineConfig(), RankInfo())
+
+
+def test_replicas_on_unlike_gpus_are_warned_of_once(
+    gpus: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank in range(2):
+        gpus((9, 0), (10, 0))
+        take_device(EngineConfig(dp_size=2), RankInfo(dp_rank=rank, dp_size=2))
+    assert caplog.text.count("event=unlike_gpus") == 1
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_fewer_gpus_than_ranks_are_refused_by_every_rank(gpus: Callable[..., list[int]], index: int) -> None:
+    gpus((9, 0))
+    with pytest.raises(DeviceUnavailableError, match=r"needs 2 GPUs, 1 can be used on this machine$"):
+        find_device(EngineConfig(dp_size=2), index)
 
 
 def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,60 +11,68 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, DeviceUnavailableError
 from toka_engine.messages import RankInfo
 from toka_engine.model.backend import Backend
+from toka_engine.model.gpus import Gpu, check_free, choose_gpu, count_foreign_bytes, list_unlike
 from toka_engine.model.ranks import Ranks, SingleRank
 
-_FIRST_WITH_BFLOAT16 = (8, 0)
-"""The first compute capability whose tensor cores multiply bfloat16, the only dtype of our kernels."""
+logger = logging.getLogger("toka.model")
 
 
 def find_device(config: EngineConfig, index: int = 0) -> torch.device:
     """Return the device that `config.device` means; of several GPUs `index`, which becomes the process's current one.
 
-    Raises DeviceUnavailableError, also for a GPU without bfloat16 and for fewer GPUs than ranks.
+    Raises DeviceUnavailableError, also for GPUs that cannot serve: too few, too old, or unlike in one replica.
     """
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        device = _take_gpu(config, index)
-        _check_has_bfloat16(device)
-        return device
+        is_one_of_several = config.num_ranks > 1
+        if is_one_of_several and index < torch.cuda.device_count():
+            # Before anything else touches CUDA, or this rank would hold memory on the first GPU, too.
+            torch.cuda.set_device(index)
+        choose_gpu(probe_gpus(), config, index)
+        return torch.device("cuda", index) if is_one_of_several else torch.device("cuda")
     if config.device == "cuda":
         raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
     return torch.device("cpu")
 
 
-def _take_gpu(config: EngineConfig, index: int) -> torch.device:
-    if config.num_ranks == 1:
-        return torch.device("cuda")
-    num_gpus = torch.cuda.device_count()
-    if num_gpus < config.num_ranks:
-        raise DeviceUnavailableError(
-            f"dp_size={config.dp_size} x tp_size={config.tp_size} needs {config.num_ranks} GPUs, "
-            f"{num_gpus} can be used on this machine"
-        )
-    # Before anything else touches CUDA, or this rank would hold memory on the first GPU, too.
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+def take_device(config: EngineConfig, rank: RankInfo) -> torch.device:
+    """Return the device of `rank`, which is this process's current one from now on, with room for an engine.
+
+    Raises DeviceUnavailableError. A worker calls this before anything else that touches a device.
+    """
+    device = find_device(config, rank.device_index)
+    if device.type == "cuda":
+        gpus = probe_gpus()
+        gpu, (free, _) = gpus[rank.device_index], torch.cuda.mem_get_info(device)
+        logger.info("event=gpu index=%d name=%r uuid=%s free_gb=%.1f", gpu.index, gpu.name, gpu.uuid, free / 1e9)
+        if unlike := list_unlike(gpus, config) if rank.device_index == 0 else []:
+            logger.warning("event=unlike_gpus first=%r others=%r", str(gpus[0]), ", ".join(map(str, unlike)))
+        if foreign := count_foreign_bytes(gpu, free):
+            logger.warning("event=gpu_in_use index=%d uuid=%s by_others_gb=%.1f", gpu.index, gpu.uuid, foreign / 1e9)
+        check_free(gpu, free)
+    return device
 
 
-def _check_has_bfloat16(device: torch.device) -> None:
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _FIRST_WITH_BFLOAT16:
-        name, needed = torch.cuda.get_device_name(device), "{}.{}".format(*_FIRST_WITH_BFLOAT16)
-        raise DeviceUnavailableError(
-            f"device={name} has compute capability {major}.{minor} and no bfloat16: {needed} is needed; device=cpu "
-            "does without the GPU"
-        )
+def probe_gpus() -> list[Gpu]:
+    """Ask for the visible GPUs, in the order of CUDA_VISIBLE_DEVICES; makes no context on any of them."""
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        capability = found.major, found.minor
+        uuid = f"GPU-{found.uuid}"
+        gpus.append(Gpu(index, found.name, uuid, capability, found.multi_processor_count, found.total_memory))
+    return gpus
 
 
-def connect_ranks(config: EngineConfig, rank: RankInfo, rendezvous: Path) -> Ranks:
+def connect_ranks(rank: RankInfo, rendezvous: Path, device: torch.device) -> Ranks:
     """Return the tensor parallel ranks that share a replica with `rank`, once they have met in `rendezvous`.
 
     Raises ConfigError where the device cannot do it yet, PeerClosedError.
     """
     if rank.tp_size == 1:
         return SingleRank()
-    if find_device(config).type != "cpu":
+    if device.type != "cpu":
         raise ConfigError(f"tp_size={rank.tp_size} needs device=cpu: ranks on GPUs are not built yet")
     from toka_engine.model.cpu.gloo_ranks import GlooRanks
 

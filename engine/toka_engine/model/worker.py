@@ -25,7 +25,7 @@ from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
 from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.backend import Launched, Runner
-from toka_engine.model.devices import connect_ranks, find_device, select_backend
+from toka_engine.model.devices import connect_ranks, find_device, select_backend, take_device
 from toka_engine.model.loader import Weights
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
@@ -100,14 +100,19 @@ def _receive_ready(link: Channel[ManagerToWorker], has_work: bool) -> list[Manag
 
 
 def load_worker(
-    config: EngineConfig, model_dir: Path, report: Report, ranks: Ranks | None = None, device_index: int = 0
+    config: EngineConfig,
+    model_dir: Path,
+    report: Report,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
 ) -> Worker:
     """Load the model of `model_dir`, or this rank's part of it, and allocate everything.
 
-    Without `ranks` there is one. Raises errors of the tree, OutOfMemoryError among them.
+    Without `ranks` there is one, without `device` it is the one that `config` means.
+    Raises errors of the tree, OutOfMemoryError among them.
     """
     ranks = ranks or SingleRank()
-    device = find_device(config, device_index)
+    device = device or find_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or max(1, count_threads() // (ranks.size * config.dp_size)))
     backend = select_backend(device, config, ranks)
@@ -181,8 +186,9 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     began_s = time.monotonic()
     link: Channel[ManagerToWorker] = Channel.from_fd(link_fds[0], ManagerToWorker)
     start = child.start
-    ranks = connect_ranks(start.config, start.rank, Path(start.rendezvous))
-    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks, start.rank.device_index)
+    device = take_device(start.config, start.rank)
+    ranks = connect_ranks(start.rank, Path(start.rendezvous), device)
+    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks, device)
     child.progress("warm-up", "the largest steps")
     worker.warm_up()
     gc.collect()
