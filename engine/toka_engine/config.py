@@ -60,6 +60,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http_fast_path: Annotated[
         bool, doc("answer POSTs of completions and chat without FastAPI's router; F: the same answers, later")
     ] = True
+    unknown_fields: Annotated[
+        Literal["refuse", "report"],
+        doc("a request's unknown field: a 400 that names it, or named in x-toka-ignored and without effect"),
+    ] = "refuse"
     receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
     send_timeout_s: Annotated[
         PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")

@@ -1,13 +1,15 @@
 """Renders chat messages by the model folder's own template, in jinja2's sandbox.
 
-Owns: the template, the ids that end a text, and the rule that text of a message never becomes a special token. Only
-text that could is changed: a *mark*, a noncharacter that occurs in no message and not in the template, is put into each
-special token that is written out in a message, behind its first character, and at the edge of a message that starts
-with a suffix, or ends with a prefix, of a special token, so that the template's own text cannot complete it. The
-template renders as always: the mark stands inside the text, so that trimming and testing see the text as it is. The
-rendered text is cut at the marks, and its parts are encoded each by itself: across a cut no token is recognised, and
-the decoded text is unchanged. Messages without such text have no mark and are encoded in one piece, exactly as
-transformers would.
+Owns: the template, the ids that end a text, and the rule that text of a request never becomes a special token: of a
+message, of its further keys, and of the variables that a request gives the template. Only text that could is changed: a
+*mark*, a noncharacter that occurs in no such text and not in the template, is put into each special token that is
+written out in a text, behind its first character, and at the edge of a text that starts with a suffix, or ends with a
+prefix, of a special token, so that the template's own text cannot complete it. The template renders as always: the mark
+stands inside the text, so that trimming and testing see the text as it is. The rendered text is cut at the marks, and
+its parts are encoded each by itself: across a cut no token is recognised, and the decoded text is unchanged. Requests
+without such text have no mark and are encoded in one piece, exactly as transformers would.
+
+A final message is continued by another mark behind its content: the rendered text ends there.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -31,14 +34,14 @@ from toka_engine.server.errors import invalid
 
 _TEMPLATE_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """The exceptions of a template's expressions where the messages are not as it takes for granted."""
+_NO_VARIABLES: Mapping[str, Any] = {}
+_PLAIN = frozenset(("role", "content", "system", "user", "assistant"))
+"""Texts of every conversation, which are the server's own."""
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
-class Turn(msgspec.Struct, frozen=True):
-    """One message, its content as text."""
-
-    role: str
-    content: str
+Turn: TypeAlias = dict[str, Any]
+"""One message for the template: `role`, `content` as text, and whatever else the request's message has."""
 
 
 class _TokenizerConfig(msgspec.Struct):
@@ -65,32 +68,63 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ModelInvalidError(f"the chat template cannot be compiled: {error}") from error
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        """The names of the variables that the template reads."""
         self._source = source
         self._special_tokens = special_tokens
         self._beginnings = tuple({text[:cut] for text in special_texts for cut in range(1, len(text))})
         self._ends = tuple({text[cut:] for text in special_texts for cut in range(1, len(text))})
         self._pattern = re.compile("|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))) or r"(?!)")
 
-    def render(self, turns: Sequence[Turn]) -> list[str]:
-        """Return the parts of the prompt, to be encoded each by itself. Raises a 400 where the template
-        refuses.
+    def render(
+        self, turns: Sequence[Turn], variables: Mapping[str, Any] = _NO_VARIABLES, *, continues_final: bool = False
+    ) -> list[str]:
+        """Return the parts of the prompt, to be encoded each by itself. Raises a 400 where the template refuses.
+
+        `variables`: what the template may read beside the messages; `continues_final`: the prompt ends with the content
+        of the last message.
         """
         mark: str | None = None
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        if any(self._is_suspect(turn.content) for turn in turns):
-            mark = self._unused_mark(turns)
-            messages = [{"role": turn.role, "content": self._defuse(turn.content, mark)} for turn in turns]
+        messages: Any = turns
+        if any(self._is_suspect(text) for text in _texts([turns, variables])):
+            mark = self._unused_mark(turns, variables)
+            messages, variables = self._defuse_all(turns, mark), self._defuse_all(variables, mark)
+        end: str | None = None
+        if continues_final:
+            end = self._unused_mark(messages, variables)
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+        text = self._render_text(messages, {"add_generation_prompt": not continues_final, **variables})
+        if end is not None:
+            text, found, _ = text.rpartition(end)
+            if not found:
+                name = "continue_final_message"
+                raise invalid(name, f"'{name}': the model's chat template leaves the last message out.")
+            text = text.replace(end, "")
+        return [part for part in text.split(mark) if part] if mark else [text]
+
+    def _render_text(self, messages: Sequence[Turn], variables: Mapping[str, Any]) -> str:
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(**{**self._special_tokens, **variables, "messages": messages})
         except jinja2.TemplateError as error:
             raise invalid("messages", f"The model's chat template refuses these messages: {error}.") from error
         except _TEMPLATE_DEFECTS as error:
             kind = type(error).__name__
             raise invalid("messages", f"The model's chat template fails on these messages: {kind}: {error}.") from error
-        return [part for part in text.split(mark) if part] if mark else [text]
 
     def _is_suspect(self, content: str) -> bool:
+        if content in _PLAIN:
+            return False
         return bool(self._pattern.search(content)) or self._defuse_ends(content, "!") != content
+
+    def _defuse_all(self, value: Any, mark: str) -> Any:
+        """Return a copy of `value` in which no text can become a special token."""
+        if isinstance(value, str):
+            return self._defuse(value, mark) if self._is_suspect(value) else value
+        if isinstance(value, Mapping):
+            return {self._defuse_all(key, mark): self._defuse_all(each, mark) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._defuse_all(each, mark) for each in value]
+        return value
 
     def _defuse(self, content: str, mark: str) -> str:
         inside = self._pattern.sub(lambda found: found[0][:1] + mark + found[0][1:], content)
@@ -109,11 +143,24 @@ class ChatTemplate:
             tail = mark + tail
         return head + core + tail
 
-    def _unused_mark(self, turns: Sequence[Turn]) -> str:
+    def _unused_mark(self, *values: Any) -> str:
         for mark in _MARKS:
-            if mark not in self._source and not any(mark in turn.content for turn in turns):
+            if mark not in self._source and not any(mark in text for text in _texts(values)):
                 return mark
         raise invalid("messages", "The messages contain every one of Unicode's noncharacters.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in `value`: keys, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield key
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
 
 
 def load_chat_template(folder: Path, special_texts: Sequence[str]) -> ChatTemplate | None:

@@ -1,21 +1,27 @@
-"""Decodes a request's raw body into its endpoint's struct, and names the field in which it is wrong."""
+"""Decodes a request's raw body into its endpoint's struct, and names the field in which it is wrong.
+
+A body that the struct takes as it is costs one pass of the decoder. Only a body that it refuses is looked at again: a
+field that is null, or known and neutral, is taken for absent (`fields`), and what is left is decoded.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.fields import HINTS, given_hints, refuse_unknown, sort_fields
 
 R = TypeVar("R")
 T = TypeVar("T")
 
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _NAMED = re.compile(r"(?P<kind>unknown|missing required) field `(?P<name>[^`]*)`")
+_BOUND = re.compile(r"^Expected `(int|float)` [<>]=? ")
 _STARTS = (
     (b"\xef\xbb\xbf", "it begins with a byte order mark (BOM), which has to go"),
     (b"\xff\xfe", "it is UTF-16 or UTF-32"),
@@ -32,22 +38,69 @@ _EXPLAINED_BODY_BYTES = 64 * 1024
 """The size up to which a body that is not JSON is searched for the field's name."""
 
 
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
 class BodyDecoder(Generic[R]):
     """Decodes the raw body of one endpoint."""
 
     def __init__(self, request_type: type[R]) -> None:
         self._decoder = msgspec.json.Decoder(request_type)
+        self._fields = {field.encode_name: field for field in msgspec.inspect.type_info(request_type).fields}  # type: ignore[attr-defined]
+        self._hints = tuple(name for name in self._fields if name in HINTS)
 
-    def decode(self, body: bytes) -> R:
-        """Return the request. Raises a 400 that names the field, or says why the body is not JSON."""
+    def decode(self, body: bytes, *, reports_unknown: bool = False) -> tuple[R, list[str]]:
+        """Return the request, and the names of its fields that have no effect; unknown ones are refused unless they are
+        to be reported. Raises a 400 that names the field, or says why the body is not JSON.
+        """
+        ignored: list[str] = []
         try:
-            return self._decoder.decode(body)
+            try:
+                request = self._decoder.decode(body)
+            except msgspec.ValidationError as error:
+                kept, ignored = self._leave_out_absent(body, error, reports_unknown)
+                request = self._decoder.decode(kept)
         except msgspec.ValidationError as error:
-            raise _mistyped(str(error)) from error
+            raise self._mistyped(str(error)) from error
         except RecursionError as error:
             raise invalid(None, "The body is nested too deeply.") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _not_json(body, str(error)) from error
+        return request, given_hints(request, self._hints) + ignored  # type: ignore[arg-type]
+
+    def _leave_out_absent(
+        self, body: bytes, error: msgspec.ValidationError, reports_unknown: bool
+    ) -> tuple[bytes, list[str]]:
+        """Return `body` without the fields that are absent by their values, and those of them that are reported."""
+        parts = _decode_object(body)
+        kept, reported = sort_fields(parts, self._fields, reports_unknown=reports_unknown)
+        if len(kept) == len(parts):
+            raise error
+        return msgspec.json.encode(kept), reported
+
+    def _mistyped(self, message: str) -> ApiError:
+        found = _PATH.search(message)
+        field = self._fields.get(found["path"]) if found else None
+        if field is not None and _BOUND.match(message):
+            return invalid(field.name, f"'{field.name}' must be {_range(field.type)}.", "invalid_value")
+        return _mistyped(message, known=self._fields if found is None else ())
+
+
+def _range(kind: msgspec.inspect.Type) -> str:
+    """Return the bounds of a field's number, in words."""
+    match kind:
+        case msgspec.inspect.Metadata():
+            return _range(kind.type)
+        case msgspec.inspect.UnionType():
+            return next(filter(None, map(_range, kind.types)), "")
+        case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
+            low, high = _plain(kind.ge), _plain(kind.le)
+            return f"from {low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
+    return ""
+
+
+def _plain(bound: float | None) -> str:
+    return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def decode_part(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, name: str) -> T:
@@ -60,14 +113,14 @@ def decode_part(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, name: str)
         raise invalid(name, f"Invalid value for '{name}': {error}.", "invalid_json") from error
 
 
-def _mistyped(message: str, prefix: str = "") -> ApiError:
+def _mistyped(message: str, prefix: str = "", known: Iterable[str] = ()) -> ApiError:
     found = _PATH.search(message)
     path = prefix + (found["path"] if found else "")
     text = message[: found.start()] if found else message
     if named := _NAMED.search(message):
-        path = f"{path}.{named['name']}" if path else named["name"]
         if named["kind"] == "unknown":
-            return invalid(path, f"Unknown field: '{path}'.", "unknown_parameter")
+            return refuse_unknown(named["name"], known, f"{path}." if path else "")
+        path = f"{path}.{named['name']}" if path else named["name"]
         return invalid(path, f"Missing required field: '{path}'.", "missing_required_parameter")
     return invalid(path or None, f"Invalid value for '{path or 'body'}': {text}.", "invalid_type")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from toka_engine.portable import trim_heap
 from toka_engine.server.connection import Connection, Cycle, JoinedWrites, UnsizedBody, close_if_body_is_unasked
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
-from toka_engine.server.headers import REQUEST_ID, choose_request_id, date
+from toka_engine.server.headers import IGNORED, REQUEST_ID, choose_request_id, date, list_ignored
 from toka_engine.server.request import Usage
 
 JSON = b"application/json"
@@ -57,6 +57,8 @@ class Exchange:
         """Seconds from the request's head to the first event of a stream."""
         self.status = 0
         """The answer's status; 0 until it has begun."""
+        self.ignored: list[str] = []
+        """The fields of the request that have no effect, as the answer names them."""
         self._stream: UnsizedBody | None = None
         self._is_complete = False
         self.body_bytes = 0
@@ -64,6 +66,10 @@ class Exchange:
         """The exception that has been answered."""
         self._receive = receive
         self._send = send
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Name these fields in the answer as without effect. To be called before the answer begins."""
+        self.ignored += names
 
     def header(self, wanted: bytes) -> bytes | None:
         return next((value for name, value in self.headers if name == wanted), None)
@@ -115,7 +121,8 @@ class Exchange:
         self._is_complete = True
 
     def _fixed_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        return (b"date", date()), (REQUEST_ID, self.request_id)
+        fixed = (b"date", date()), (REQUEST_ID, self.request_id)
+        return (*fixed, (IGNORED, list_ignored(self.ignored))) if self.ignored else fixed
 
     async def send(self, message: Any) -> None:
         """Pass on what an ASGI application sends, with the headers that every answer has."""

@@ -1,4 +1,4 @@
-"""The headers that every answer has, whoever writes it: `date` and `x-request-id`."""
+"""The headers that every answer has, whoever writes it: `date` and `x-request-id`; and `x-toka-ignored`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from collections.abc import Iterable
 from email.utils import formatdate
 
 REQUEST_ID = b"x-request-id"
+IGNORED = b"x-toka-ignored"
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
 """A client's own request id: whatever else it sends could forge a log line, or fill it."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
+"""A field's name that a header can carry as it is."""
+_MAX_LISTED = 20
 _process_id = secrets.token_hex(8)
 _numbers = itertools.count()
 
@@ -39,3 +43,9 @@ def choose_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         if name == REQUEST_ID and _ACCEPTED_ID.fullmatch(value):
             return value
     return f"req-{_process_id}-{next(_numbers):x}".encode()
+
+
+def list_ignored(names: Iterable[str]) -> bytes:
+    """Return the value of `x-toka-ignored`: each name once, those that a header cannot carry as `other`."""
+    shown = dict.fromkeys(name if _PLAIN_NAME.fullmatch(name) else "other" for name in names)
+    return ",".join([*shown][:_MAX_LISTED]).encode()

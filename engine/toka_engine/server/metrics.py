@@ -61,6 +61,12 @@ class Metrics(Collector):
             "Requests whose client disconnected before the answer was complete.",
             registry=registry,
         )
+        self.ignored_fields = Counter(
+            "toka_request_fields_ignored",
+            "Fields of requests without effect, by name: hints, and what `unknown_fields=report` lets pass (other).",
+            ["field"],
+            registry=registry,
+        )
         self.request_seconds = Histogram(
             "toka_request_seconds",
             "Seconds from the end of a request's headers to the end of its answer.",

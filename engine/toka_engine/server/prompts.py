@@ -42,7 +42,7 @@ class PromptEncoder:
 
     async def encode_chat(self, turns: Sequence[Turn], template: ChatTemplate) -> Int32s:
         """Return the ids of the rendered conversation. Raises a 400."""
-        self._check_size("messages", [turn.content for turn in turns])
+        self._check_size("messages", [turn["content"] for turn in turns])
         parts = template.render(turns)
         encoded = await self._tokenizer.encode_aside(
             parts, add_special_tokens=False, check=partial(self._check_ids, "messages")

@@ -1,7 +1,8 @@
 """The parts of a request's and an answer's body that the generating endpoints share, as typed structs.
 
-A field that is typed `Any`, here or in an endpoint's struct, is known to OpenAI's API and not supported: the checks
-refuse it unless its value asks for nothing. Ranges and defaults are decided in `limits`.
+Owns: names, types and ranges of these fields, with the sentence that /openapi.json and docs/api.md print of each. A
+field stands here only if it has an effect, or is a hint of `fields`. Null and absence are the same. Ranges that depend
+on the engine are checked in `settings` and `limits`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,29 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from toka_engine.server.generation_defaults import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_PENALTY = 2.0
+"""The largest presence and frequency penalty, of either sign."""
+
 _STOP: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
 }
+
+
+def doc(text: str) -> Meta:
+    """The sentence on a field, for people."""
+    return Meta(description=text)
+
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
+Penalty = Annotated[float, Meta(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+RepetitionPenalty = Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_HINT = doc("A hint without effect, named in `x-toka-ignored`.")
 
 
 def _null() -> msgspec.Raw:
@@ -21,38 +42,61 @@ def _null() -> msgspec.Raw:
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    """Options of a streamed answer."""
+
+    include_usage: Annotated[bool | None, doc("The last event before `[DONE]` has the usage.")] = None
+    include_obfuscation: Annotated[bool | None, doc("Only false: events are never padded.")] = None
 
 
-class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+class Hints(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The hints that every generating endpoint takes."""
+
+    user: Annotated[str | None, _HINT] = None
+    safety_identifier: Annotated[str | None, _HINT] = None
+    prompt_cache_key: Annotated[str | None, _HINT] = None
+    prompt_cache_retention: Annotated[str | None, _HINT] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, _HINT] = None
+    service_tier: Annotated[str | None, _HINT] = None
+    metadata: Annotated[dict[str, Any] | None, _HINT] = None
+    request_id: Annotated[str | None, _HINT] = None
+
+
+class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The fields that both generating endpoints share."""
 
-    model: str
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    stop: Annotated[msgspec.Raw, Meta(description="a text or up to 16", extra_json_schema=_STOP)] = msgspec.field(
-        default_factory=_null
-    )
-    """Decoded in `limits`, unless it is too large."""
-    ignore_eos: bool | None = None
-    seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    user: str | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    return_tokens_as_token_ids: bool | None = None
-    logit_bias: msgspec.Raw = msgspec.field(default_factory=_null)
-    """Not decoded: it may be large, and it is refused unless it is empty."""
+    model: Annotated[str, doc("The served name or an alias.")]
+    stream: Annotated[bool | None, doc("Server-sent events, token by token.")] = None
+    stream_options: Annotated[StreamOptions | None, doc("Only together with `stream`.")] = None
+    n: Annotated[
+        int | None,
+        doc("Choices per prompt; times the number of prompts up to `max_choices_per_request` (1,024)."),
+    ] = None
+    max_tokens: Annotated[int | None, doc("From 1. Prompt and `max_tokens` together must fit.")] = None
+    stop: Annotated[
+        msgspec.Raw,
+        Meta(
+            description=f"A text or up to {MAX_STOP_STRINGS}, each of 1 to {MAX_STOP_CHARACTERS} characters.",
+            extra_json_schema=_STOP,
+        ),
+    ] = msgspec.field(default_factory=_null)
+    """Decoded in `settings`, unless it is too large."""
+    ignore_eos: Annotated[bool | None, doc("Generate to `max_tokens`, whatever the model says.")] = None
+    seed: Annotated[Seed | None, doc("Of a negative one the lower 63 bits count.")] = None
+    temperature: Annotated[Temperature | None, doc("0 is greedy.")] = None
+    top_p: Annotated[Share | None, doc("0 is greedy.")] = None
+    top_k: Annotated[int | None, doc("-1 to the vocabulary's size; 0 and -1: all.")] = None
+    min_p: Annotated[Share | None, doc("0: off.")] = None
+    frequency_penalty: Annotated[Penalty | None, doc("0: off.")] = None
+    presence_penalty: Annotated[Penalty | None, doc("0: off.")] = None
+    repetition_penalty: Annotated[RepetitionPenalty | None, doc("1: off.")] = None
+    return_tokens_as_token_ids: Annotated[
+        bool | None, doc("Logprobs name tokens `token_id:N`; only together with `logprobs`.")
+    ] = None
 
 
 class Usage(msgspec.Struct, frozen=True):
+    """The tokens that a request took."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int

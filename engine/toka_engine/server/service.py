@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -11,7 +12,9 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat
 from toka_engine.server.chat_template import ChatTemplate
-from toka_engine.server.exchange import BodyBudget
+from toka_engine.server.decoding import BodyDecoder
+from toka_engine.server.exchange import BodyBudget, Exchange
+from toka_engine.server.fields import COUNTED
 from toka_engine.server.generate import GenerationJob
 from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
@@ -19,6 +22,8 @@ from toka_engine.server.metrics import Metrics
 from toka_engine.server.render import Renderer, TrackingRenderer
 from toka_engine.server.streams import GenerationSpec, Streams
 from toka_engine.server.tokenization import Tokenizer
+
+R = TypeVar("R")
 
 _TOTAL_BODIES = 8
 """The number of bodies of the largest size that may be held at once."""
@@ -71,6 +76,7 @@ class Service:
 
     def __init__(self, config: EngineConfig, names: tuple[str, ...], health: Health, streams: Streams) -> None:
         self.engine: Engine | None = None
+        self._reports_unknown = config.unknown_fields == "report"
         self.names = names
         """The models' names that requests may give, the main one first."""
         self.health = health
@@ -78,6 +84,22 @@ class Service:
         self.metrics = Metrics(lambda: health.is_ready, lambda: streams.num_generations, streams.replicas)
         self.budget = BodyBudget(config.max_body_bytes, _TOTAL_BODIES * config.max_body_bytes)
         self.created_s = int(time.time())
+
+    async def read(self, exchange: Exchange, decoder: BodyDecoder[R]) -> R:
+        """Return the request in the body of `exchange`; the answer will name what has no effect. Raises a 4xx, and
+        ClientGoneError.
+        """
+        request, ignored = decoder.decode(await exchange.read_json(self.budget), reports_unknown=self._reports_unknown)
+        if ignored:
+            self.note_ignored(exchange, ignored)
+        return request
+
+    def note_ignored(self, exchange: Exchange, names: Sequence[str]) -> None:
+        """Name fields without effect in the answer, and count them."""
+        exchange.ignore(names)
+        for name in names:
+            base = name.partition(".")[0].partition("[")[0]
+            self.metrics.ignored_fields.labels(base if base in COUNTED else "other").inc()
 
     def serving_engine(self) -> Engine:
         """Return the engine. Raises a 503 unless it takes requests."""

@@ -53,12 +53,12 @@ _UNSUPPORTED_CHAT: dict[str, list[Any]] = {
     "audio": [{"voice": "x"}],
     "prediction": [{"type": "content"}],
     "reasoning_effort": ["high"],
-    "service_tier": ["flex"],
+    "service_tier": [1],
     "store": [True, 0],
-    "metadata": [{"a": "b"}],
+    "metadata": ["a", []],
     "web_search_options": [{}],
     "chat_template": ["{{ x }}"],
-    "top_logprobs": [1, 0],
+    "top_logprobs": [1],
 }
 
 
@@ -170,6 +170,13 @@ def test_a_wrong_prompt_is_refused(server: RunningServer, prompt: Any) -> None:
     _assert_refused(status, answer, answer["error"]["param"])
 
 
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 _MESSAGES: dict[str, tuple[Any, str]] = {
     "none": ([], "messages"),
     "null": (None, "messages"),
@@ -184,10 +191,15 @@ _MESSAGES: dict[str, tuple[Any, str]] = {
     "empty-role": ([{"role": "", "content": "x"}], "messages[0].role"),
     "tool-role": ([{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}], "messages[1].role"),
     "function-role": ([{"role": "function", "content": "x"}], "messages[0].role"),
-    "name": ([{"role": "user", "content": "x", "name": "Bob"}], "messages[0].name"),
+    "number-name": ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
+    "long-name": ([{"role": "user", "content": "x", "name": "a" * 257}], "messages[0].name"),
+    "number-reasoning": ([{"role": "user", "content": "x", "reasoning": 5}], "messages[0].reasoning"),
     "tool-calls": ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
     "tool-call-id": ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages[0].tool_call_id"),
-    "unknown-field": ([{"role": "user", "content": "x", "foo": 1}], "messages[0].foo"),
+    "large-further-key": ([{"role": "user", "content": "x", "foo": "x" * 65536}], "messages[0]"),
+    "many-in-further-key": ([{"role": "user", "content": "x", "foo": [0] * 65536}], "messages[0]"),
+    "deep-further-key": ([{"role": "user", "content": "x", "foo": _nested(100)}], "messages[0]"),
+    "large-further-keys": ([{"role": "user", "content": "x", "foo": "x" * 60000}] * 20, "messages"),
     "image": (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         "messages[0].content[0].type",
@@ -195,9 +207,10 @@ _MESSAGES: dict[str, tuple[Any, str]] = {
     "audio": ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0].type"),
     "part-without-text": ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
     "part-without-type": ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0].type"),
-    "part-unknown-field": (
-        [{"role": "user", "content": [{"type": "text", "text": "x", "foo": 1}]}],
-        "messages[0].content[0].foo",
+    "part-of-number": ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0].text"),
+    "part-of-refusal": (
+        [{"role": "user", "content": [{"type": "refusal", "text": "x"}]}],
+        "messages[0].content[0].refusal",
     ),
     "part-of-text": ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
     "too-long": ([{"role": "user", "content": "word " * 3000}], "messages"),
@@ -420,9 +433,9 @@ def test_an_unsupported_field_says_whether_another_value_would_do(server: Runnin
         ({"tool_choice": "required"}, 'it may only be "none" or "auto", or left out'),
         ({"response_format": {"type": "json_object"}}, 'it may only be {"type":"text"}, or left out'),
         ({"store": True}, "it may only be false, or left out"),
-        ({"prediction": {}}, "no value of it is; leave it out"),
+        ({"prediction": {}}, "leave it out"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "it may only be false, or left out"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "no value of it is; leave it out"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "leave it out"),
     ):
         status, answer = server.post(_CHAT, chat_body(**fields))
         assert status == 400

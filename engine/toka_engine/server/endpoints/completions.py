@@ -14,11 +14,12 @@ from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
-from toka_engine.server.limits import UNSUPPORTED, GenerationOptions, Limits, int_in
+from toka_engine.server.limits import GenerationOptions, Limits, int_in
 from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.render import ShownToken
-from toka_engine.server.request import GenerationRequest, Usage
+from toka_engine.server.request import GenerationRequest, Usage, doc
 from toka_engine.server.service import Service
+from toka_engine.server.settings import check_shared
 
 PATH = "/v1/completions"
 DEFAULT_MAX_TOKENS = 16
@@ -32,16 +33,16 @@ _PROMPT: dict[str, Any] = {
         {"type": "array", "items": _TOKEN_IDS},
     ],
 }
-_UNSUPPORTED = UNSUPPORTED | {"suffix": ("",)}
 
 
 class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, frozen=True, kw_only=True):
     prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=_PROMPT)]
     """Decoded in `reading`."""
-    echo: bool | None = None
-    logprobs: int | None = None
-    best_of: int | None = None
-    suffix: Any = None
+    echo: Annotated[bool | None, doc("Each text begins with its prompt's.")] = None
+    logprobs: Annotated[
+        int | None, doc("0 to `max_topk_logprobs` likeliest tokens beside each one, with their logprobs.")
+    ] = None
+    best_of: Annotated[int | None, doc("Only as many as `n`.")] = None
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -131,7 +132,7 @@ class Completions:
         """Answer one request. Raises ApiError and ClientGoneError."""
         service = self._service
         engine = service.serving_engine()
-        request = self._decoder.decode(await exchange.read_json(service.budget))
+        request = await service.read(exchange, self._decoder)
         options = _check(request, engine.limits)
         encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
         prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
@@ -142,12 +143,12 @@ class Completions:
 
 def _check(request: CompletionRequest, limits: Limits) -> GenerationOptions:
     """Check everything but the prompt."""
-    options = limits.check_shared(
+    options = check_shared(
         request,
+        limits,
         max_tokens=request.max_tokens,
         max_tokens_field="max_tokens",
         num_logprobs=int_in(request.logprobs, "logprobs", 0, limits.max_top_logprobs(), -1),
-        unsupported=_UNSUPPORTED,
     )
     if request.best_of is not None and request.best_of != options.num_choices:
         raise invalid("best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter")

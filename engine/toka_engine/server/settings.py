@@ -1,0 +1,93 @@
+"""Makes the settings of a generation from a request's fields: the one place where a checked request becomes settings.
+
+Owns: what the fields that the endpoints share mean, their defaults, and the ranges that depend on the engine. Prompts
+and sizes belong to `limits`. Each refusal is a 400 that names the field. Pure: no I/O, no state.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from toka_engine.server.decoding import decode_part
+from toka_engine.server.errors import invalid
+from toka_engine.server.fields import Lacking, lacks
+from toka_engine.server.limits import GenerationOptions, Limits, int_in
+from toka_engine.server.request import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, GenerationRequest
+from toka_engine.server.stops import StopStrings
+from toka_engine.slot_parameters import Sampling
+
+_MAX_STOP_BYTES = 64 * 1024
+"""The most bytes of JSON; allowed stop strings fit even if every character is written as two escapes."""
+_OBFUSCATION = Lacking("this server does not pad its events", (False,))
+_decode_stop = msgspec.json.Decoder(str | list[str] | None).decode
+
+
+def check_shared(
+    request: GenerationRequest,
+    limits: Limits,
+    *,
+    max_tokens: int | None,
+    max_tokens_field: str,
+    num_logprobs: int,
+) -> GenerationOptions:
+    """Check what the endpoints share: everything but the prompt."""
+    limits.check_model(request.model)
+    stream_options = request.stream_options
+    if stream_options is not None and not request.stream:
+        raise invalid("stream_options", "'stream_options' needs 'stream' to be true.")
+    if stream_options is not None and stream_options.include_obfuscation:
+        raise lacks("stream_options.include_obfuscation", _OBFUSCATION)
+    if request.return_tokens_as_token_ids and num_logprobs < 0:
+        raise invalid("return_tokens_as_token_ids", "'return_tokens_as_token_ids' needs 'logprobs'.")
+    return GenerationOptions(
+        num_choices=int_in(request.n, "n", 1, limits.max_choices, 1),
+        max_tokens=None
+        if max_tokens is None
+        else int_in(max_tokens, max_tokens_field, 1, limits.max_request_tokens, 1),
+        max_tokens_field=max_tokens_field,
+        sampling=_check_sampling(request, limits, num_logprobs),
+        stops=_check_stops(request.stop),
+        ignores_eos=bool(request.ignore_eos),
+        is_streamed=bool(request.stream),
+        includes_usage=bool(stream_options and stream_options.include_usage),
+        names_token_ids=bool(request.return_tokens_as_token_ids),
+    )
+
+
+def _check_sampling(request: GenerationRequest, limits: Limits, num_logprobs: int) -> Sampling:
+    """Return the sampling parameters; the model's own where a field is left out."""
+    defaults = limits.defaults
+    temperature = _given(request.temperature, defaults.temperature)
+    top_p = _given(request.top_p, defaults.top_p)
+    if top_p == 0.0:  # the smallest nucleus is the most likely token
+        top_p, temperature = 1.0, 0.0
+    return Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=max(0, int_in(request.top_k, "top_k", -1, limits.vocab_size, defaults.top_k)),
+        min_p=_given(request.min_p, defaults.min_p),
+        seed=-1 if request.seed is None else request.seed & (2**63 - 1),
+        num_logprobs=num_logprobs,
+        presence_penalty=_given(request.presence_penalty, 0.0),
+        frequency_penalty=_given(request.frequency_penalty, 0.0),
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+    )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _check_stops(raw: msgspec.Raw) -> StopStrings | None:
+    if memoryview(raw).nbytes > _MAX_STOP_BYTES:
+        raise invalid("stop", f"'stop' has more than {_MAX_STOP_BYTES} bytes.")
+    stop = decode_part(_decode_stop, raw, "stop")
+    if stop is None or stop == []:
+        return None
+    patterns = [stop] if isinstance(stop, str) else stop
+    if len(patterns) > MAX_STOP_STRINGS:
+        raise invalid("stop", f"'stop' has {len(patterns)} strings; at most {MAX_STOP_STRINGS} are allowed.")
+    for pattern in patterns:
+        if not 1 <= len(pattern) <= MAX_STOP_CHARACTERS:
+            raise invalid("stop", f"A stop string must have 1 to {MAX_STOP_CHARACTERS} characters.")
+    return StopStrings(tuple(patterns))
