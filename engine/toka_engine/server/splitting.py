@@ -37,9 +37,7 @@ class Splitter:
         self._is_before_content = has_reasoning
         self._num_bytes = 0
         self.num_reasoning_bytes = 0
-        """The bytes of text up to the end of the reasoning, its closing tag included; valid once that has come, or at the
-        end.
-        """
+        """The bytes of text up to the end of the reasoning, its closing tag included; valid once that has come."""
         self._steps = self._run()
         self._is_over = False
         self._advance()

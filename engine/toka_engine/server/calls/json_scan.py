@@ -1,6 +1,6 @@
 """Follows the nesting of JSON text that arrives in pieces, without decoding it.
 
-A whole object's members are found by the standard library's decoder, so that a value can be handed on as it was written.
+A whole object's members are found by the standard library's decoder, so that values can be handed on as written.
 """
 
 from __future__ import annotations
