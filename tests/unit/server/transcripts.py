@@ -97,7 +97,7 @@ class Format(NamedTuple):
     reader: type[CallReader]
     write: Callable[[list[Call]], str]
     odd: list[Transcript]
-    """What models get wrong, or write otherwise."""
+    """Answers that a model gets wrong, or writes otherwise."""
 
 
 def _no_call(text: str) -> Transcript:
