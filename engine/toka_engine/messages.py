@@ -147,6 +147,16 @@ FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Faile
 # ---------------------------------------------------------------- server -> manager
 
 
+class LogitEdits(msgspec.Struct, frozen=True, array_like=True):
+    """Changes to a request's logits by token id, before penalties. The ids of an array are distinct."""
+
+    bias_ids: Int32s = _empty(np.int32)  # [b]
+    bias_values: Floats = _empty(np.float32)  # [b]  added to the logits; -inf: never sampled
+    allowed_ids: Int32s = _empty(np.int32)  # [a]  no other token is sampled; empty: all may be
+    end_ids: Int32s = _empty(np.int32)  # [e]  not sampled before `min_tokens` tokens
+    min_tokens: int = 0
+
+
 class Submit(Message, frozen=True):
     """One prompt and its n choices. The server has checked every limit that `EngineInfo` states."""
 
@@ -162,6 +172,9 @@ class Submit(Message, frozen=True):
     """True: tokens in each `Deltas` as they come. False: all at once in the `Deltas` that ends the stream."""
     first_choice: int = 0
     """Choice i here is choice first_choice + i of the request, which was sent in parts, and draws with its seed."""
+    edits: LogitEdits | None = None
+    delivers_stop: bool = False
+    """The stop token that ends a stream is delivered like the tokens before it."""
 
 
 class Cancel(Message, frozen=True):
@@ -213,7 +226,8 @@ class Started(Message, frozen=True):
 class Deltas(Message, frozen=True):
     """Results of one or more steps, for all streams.
 
-    A stop token that ends a stream is counted in `ended_num_tokens` but is not in any token array.
+    A stop token that ends a stream is counted in `ended_num_tokens` but is not in any token array, unless its request
+    has `delivers_stop`.
     """
 
     streams: Int64s = _empty(np.int64)  # [k]  one entry per delivered token, deliver_each streams only
@@ -262,6 +276,13 @@ ManagerToServer: TypeAlias = EngineInfo | Refused | Started | Deltas | Stats
 # ---------------------------------------------------------------- manager -> model worker
 
 
+class SlotEdits(msgspec.Struct, frozen=True, array_like=True):
+    """The edits of one request, for those of its streams that a step sets up."""
+
+    slots: Int32s  # [k]
+    edits: LogitEdits
+
+
 class Step(Message, frozen=True):
     """One forward pass, as differences to the state that the worker keeps by slot.
 
@@ -277,6 +298,8 @@ class Step(Message, frozen=True):
     number: int
     new: SlotBatch = SlotBatch()
     """Slots to set up. Their `length` is what a prefix hit gave; `num_sampled` > 0 after preemption."""
+    edits: tuple[SlotEdits, ...] = ()
+    """For those of the new slots whose requests ask for edits; other new slots have none."""
     # block table: table[append_slots[i], append_indices[i]] = append_pages[i]
     append_slots: Int32s = _empty(np.int32)  # [b]
     append_indices: Int32s = _empty(np.int32)  # [b]

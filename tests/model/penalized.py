@@ -10,9 +10,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from toka_engine.messages import LogitEdits
 from toka_engine.slot_parameters import SlotBatch
 
 from tests.model.driving import Driver, ints
+from tests.model.edited import edit
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Asked:
     presence: float = 0.0
     frequency: float = 0.0
     repetition: float = 1.0
+    edits: LogitEdits | None = None
+    """Made before penalties, by the definition in `tests.model.edited`."""
 
 
 PLAIN = Asked()
@@ -35,7 +39,7 @@ CASES = {
 
 def penalize(logits: torch.Tensor, prompt: list[int], generated: list[int], asked: Asked) -> torch.Tensor:
     """A changed copy of logits [vocab], in fp32."""
-    changed = logits.float().clone()
+    changed = edit(logits.float().clone(), asked.edits, len(generated)) if asked.edits else logits.float().clone()
     for token in {*prompt, *generated}:
         value = changed[token]
         changed[token] = value / asked.repetition if value > 0 else value * asked.repetition

@@ -88,6 +88,8 @@ class Manager:
             stop_ids=frozenset(submit.stop_ids),
             deliver_each=submit.deliver_each,
             arrival=state.queue.count_arrival(),
+            edits=submit.edits,
+            delivers_stop=submit.delivers_stop,
         )
         state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)

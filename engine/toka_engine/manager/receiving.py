@@ -49,7 +49,7 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     slots.num_received[live] = num_received
     state.counters.output_tokens += live.size
     is_over = failed | stopped | (num_received >= slots.limits[live])
-    delivered = slots.delivers_each[live] & ~failed & ~stopped
+    delivered = slots.delivers_each[live] & ~failed & (~stopped | slots.delivers_stop[live])
     messages = []
     over = np.flatnonzero(is_over)
     reasons = np.where(failed[over], FINISH_ERROR, np.where(stopped[over], FINISH_STOP, FINISH_LENGTH))
@@ -151,7 +151,7 @@ def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     """Return the ended_* fields of `over`, and the top_* fields if these keep top logprobs: all of them do, or none."""
     slots, page_size = state.slots, state.sizes.page_size
     num_tokens = slots.num_received[over]
-    is_stop = reasons == FINISH_STOP
+    is_stop = (reasons == FINISH_STOP) & ~slots.delivers_stop[over]
     lengths = np.where(slots.delivers_each[over], 0, num_tokens - is_stop).astype(np.int32)
     fields: dict[str, Any] = {
         "ended": slots.stream_ids[over],
@@ -167,7 +167,7 @@ def _ended_fields(state: ManagerState, over: Int32s, reasons: NDArray[np.uint8])
     pages = slots.table[owners, columns]
     ids = state.pages.tokens[pages, offsets]
     # The newest token may have no page; where a stop token ended the stream, that one is not delivered.
-    newest = (lengths > 0) & (reasons == FINISH_LENGTH)
+    newest = (lengths > 0) & ~is_stop & (reasons != FINISH_ERROR)
     ids[ends[newest] - 1] = slots.last_tokens[over[newest]]
     fields["ended_tokens"] = ids
     asked = (slots.num_logprobs[over] >= 0) & (lengths > 0)

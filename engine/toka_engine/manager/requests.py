@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.manager.top_logprobs import Tops
-from toka_engine.messages import Floats, Int32s
+from toka_engine.messages import Floats, Int32s, LogitEdits
 from toka_engine.slot_parameters import Sampling
 
 CHOICE_BITS = 20
@@ -46,6 +46,8 @@ class Request:
     stop_ids: frozenset[int]
     deliver_each: bool
     arrival: int
+    edits: LogitEdits | None = None
+    delivers_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

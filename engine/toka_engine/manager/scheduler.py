@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from toka_engine.manager.admission import admit
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
-from toka_engine.manager.requests import PendingCopy, Prefill
+from toka_engine.manager.requests import PendingCopy, Prefill, Request
 from toka_engine.manager.row_groups import NO_GROUPS, Groups
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import EMPTY32, InFlight, ManagerState, StepBuilder
-from toka_engine.messages import Int32s, Step
+from toka_engine.messages import Int32s, SlotEdits, Step
 from toka_engine.slot_parameters import SlotBatch
 
 
@@ -265,6 +265,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
         }
     if step.new_slots:
         fields["new"] = _batch_new_slots(state, step)
+        fields["edits"] = _batch_edits(state, step)
     return Step(number=step.number, decode_slots=rows, **fields)
 
 
@@ -276,4 +277,18 @@ def _batch_new_slots(state: ManagerState, step: StepBuilder) -> SlotBatch:
         length=step.new_lengths,
         num_sampled=[stream.num_kept for stream in streams],
         seed=[stream.seed for stream in streams],
+    )
+
+
+def _batch_edits(state: ManagerState, step: StepBuilder) -> tuple[SlotEdits, ...]:
+    """Return the edits of the step's new slots, once for all slots of a request."""
+    slots_of: dict[Request, list[int]] = {}
+    for slot in step.new_slots:
+        stream = state.slots.streams[slot]
+        if stream is not None and stream.request.edits is not None:
+            slots_of.setdefault(stream.request, []).append(slot)
+    return tuple(
+        SlotEdits(np.asarray(slots, np.int32), request.edits)
+        for request, slots in slots_of.items()
+        if request.edits is not None
     )

@@ -66,6 +66,7 @@ def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     slots.num_planned[slot] = slots.num_received[slot] = entry.num_kept
     slots.limits[slot] = request.max_tokens
     slots.delivers_each[slot] = request.deliver_each
+    slots.delivers_stop[slot] = request.delivers_stop
     slots.num_logprobs[slot] = request.sampling.num_logprobs
     slots.keeps_output[slot] = request.num_choices == 1
     slots.last_steps[slot] = state.completed_step

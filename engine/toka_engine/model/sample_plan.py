@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Step
+from toka_engine.model.logit_edits import EditPlan, plan_edits
 from toka_engine.model.slot_state import HostSlots
+from toka_engine.model.step_rows import find_sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,30 @@ class SamplePlan:
     """The largest number of top logprobs that any row asks for."""
     penalties: Penalties | None = None
     """None if no row asks."""
+    edits: EditPlan | None = None
+    """None if no row asks."""
+
+    @property
+    def changed_rows(self) -> NDArray[np.int64]:
+        """Rows whose logits are not sampled as the model gives them, ascending."""
+        penalized = _NO_ROWS if self.penalties is None else self.penalties.rows
+        return penalized if self.edits is None else np.union1d(penalized, self.edits.rows)
 
     @property
     def is_plain(self) -> bool:
         """Whether no row asks for more than temperature."""
-        return not (self.seeded.size or self.filtered.size or self.has_logprobs or self.penalties is not None)
+        is_changed = self.penalties is not None or self.edits is not None
+        return not (self.seeded.size or self.filtered.size or self.has_logprobs or is_changed)
+
+    def holds(self, host: HostSlots) -> bool:
+        """Return whether the next step, of the same slots, may use this plan again."""
+        if self.penalties is not None:
+            return False
+        edits = self.edits
+        return edits is None or bool((host["num_sampled"][self.slots[edits.rows]] < edits.until).all())
+
+
+_NO_ROWS = np.empty(0, np.int64)
 
 
 def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
@@ -71,6 +92,21 @@ def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
         top_counts=num_logprobs[num_logprobs > 0],
         top_width=max(0, int(num_logprobs.max(initial=0))),
         penalties=_plan_penalties(step, slots, host),
+        edits=_plan_edits(step, slots, host) if host.edits else None,
+    )
+
+
+def _plan_edits(step: Step, slots: NDArray[np.int32], host: HostSlots) -> EditPlan | None:
+    rows = np.flatnonzero(host["num_sampled"][slots] < host.edited_until[slots])
+    if not rows.size:
+        return None
+    _, logit_rows = find_sampled_rows(step) if step.prefill_slots.size else (None, None)
+    edited = slots[rows]
+    return plan_edits(
+        rows,
+        rows.astype(np.int32) if logit_rows is None else logit_rows[rows],
+        [host.edits[slot] for slot in edited.tolist()],
+        host["num_sampled"][edited],
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Step
+from toka_engine.model.logit_edits import TokenEdits
 from toka_engine.slot_parameters import FILTER, PENALTY, SLOT_COLUMNS
 
 
@@ -25,6 +26,10 @@ class HostSlots:
         self._tensors = {name: torch.from_numpy(array) for name, array in self._columns.items()}
         self.is_filtered: NDArray[np.bool_] = np.zeros(max_seqs, np.bool_)
         self.has_penalties: NDArray[np.bool_] = np.zeros(max_seqs, np.bool_)
+        self.edits: dict[int, TokenEdits] = {}
+        """By slot, of those that have been set up with edits."""
+        self.edited_until: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
+        """Logits of a slot are edited while it has sampled fewer tokens; 0: never."""
         self.last_tokens = torch.zeros(max_seqs, dtype=torch.int32)
         """The last sampled token, 0 where a row's logits were not finite. On a GPU `DeviceSlots` has it."""
 
@@ -46,6 +51,17 @@ class HostSlots:
             self._columns[column.name][slots] = new.columns.get(column.name, column.default)
         self.is_filtered[slots] = new.asks_for(FILTER) & (self["temperature"][slots] > 0.0)
         self.has_penalties[slots] = new.asks_for(PENALTY)
+        if self.edits or step.edits:
+            self._set_up_edits(step)
+
+    def _set_up_edits(self, step: Step) -> None:
+        self.edited_until[step.new.slots] = 0
+        for slot in step.new.slots.tolist():
+            self.edits.pop(slot, None)
+        for each in step.edits:
+            edits = TokenEdits(each.edits)
+            self.edited_until[each.slots] = edits.until
+            self.edits.update(dict.fromkeys(each.slots.tolist(), edits))
 
     def advance(self, step: Step) -> None:
         """Count what the forward of `step` wrote and what it sampled. The sampler writes the last tokens."""

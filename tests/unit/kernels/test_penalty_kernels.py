@@ -18,6 +18,7 @@ from toka_engine.model.sample_plan import plan_sampling
 from toka_engine.model.slot_state import HostSlots
 
 from tests.model.driving import Driver, ints
+from tests.model.following_edits import follow_edited_choices, follow_edits
 from tests.model.penalized import (
     CASES,
     Asked,
@@ -49,7 +50,7 @@ class TableRunner:
         self.sample: Any = CudaSampler(3, self.slots, self.attention, SLOTS, VOCAB)
         random = torch.Generator().manual_seed(4)
         table = torch.randn(VOCAB, VOCAB, generator=random) + 3 * torch.eye(VOCAB)
-        self.logits_of = table.to(device, torch.bfloat16)
+        self.logits_of = table.to(device)  # fp32, as heads give them on a GPU
 
     def launch(self, step: Step) -> Any:
         from toka_engine.model.kernels.device_slots import gather_ids, pack_new_slots, set_slots
@@ -198,3 +199,16 @@ def test_a_row_that_is_not_finite_gives_minus_one_and_leaves_the_others(driver: 
     ids = driver.prefill({0: [4, 20], 1: [20, 4], 2: [4, 5]}, **setup).ids.tolist()
     assert ids[0] == -1
     assert min(ids[1:]) >= 0
+
+
+@pytest.mark.parametrize("num_logprobs", [-1, 0])
+def test_edits_are_those_of_the_definition_in_place_and_in_copies(driver: Driver, num_logprobs: int) -> None:
+    assert follow_edits(driver, [PROMPT, PROMPT[:3]], 6, num_logprobs).num_changed > 3
+
+
+def test_edits_of_more_samples_than_there_is_room_for_go_in_parts(driver: Driver, few_at_a_time: None) -> None:
+    assert follow_edits(driver, [PROMPT, PROMPT[:3]], 3, 0).num_changed > 0
+
+
+def test_edits_of_choices_that_share_their_logits_are_made_once(driver: Driver) -> None:
+    assert follow_edited_choices(driver, PROMPT[:8], 6).num_changed > 0

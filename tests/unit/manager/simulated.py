@@ -23,6 +23,7 @@ from toka_engine.messages import (
     FINISH_STOP,
     Cancel,
     Deltas,
+    LogitEdits,
     Refused,
     Step,
     Submit,
@@ -71,8 +72,15 @@ class Expected:
     num_tokens: int
 
 
-def penalties_of(sampling: Sampling) -> tuple[float, ...]:
-    return sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+def penalties_of(submit: Submit) -> tuple[float, ...]:
+    """Penalties and, as one number more, the edits."""
+    sampling = submit.sampling
+    penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+    return penalties if submit.edits is None else (*penalties, digest_of(submit.edits))
+
+
+def digest_of(edits: LogitEdits) -> float:
+    return float(edits.bias_ids.sum() + edits.min_tokens)
 
 
 def reference(model: HashModel, submit: Submit, choice: int) -> Expected:
@@ -84,10 +92,14 @@ def reference(model: HashModel, submit: Submit, choice: int) -> Expected:
     tokens: list[int] = []
     logprobs: list[float] = []
     while True:
-        token, logprob = model.sample(context, seed, len(tokens), penalties_of(submit.sampling))
+        token, logprob = model.sample(context, seed, len(tokens), penalties_of(submit))
         if token < 0:
             return Expected(tokens, logprobs, FINISH_ERROR, len(tokens))
         if token in submit.stop_ids:
+            if submit.delivers_stop:
+                tokens.append(token)
+                logprobs.append(logprob)
+                return Expected(tokens, logprobs, FINISH_STOP, len(tokens))
             return Expected(tokens, logprobs, FINISH_STOP, len(tokens) + 1)
         tokens.append(token)
         logprobs.append(logprob)
@@ -157,6 +169,10 @@ class SimulatedWorker:
             self.num_logprobs[slot] = int(new["num_logprobs"][index])
             penalties = (new[f"{name}_penalty"][index] for name in ("presence", "frequency", "repetition"))
             self.penalties[slot] = tuple(map(float, penalties))
+        for each in step.edits:
+            for slot in each.slots.tolist():
+                assert slot in new.slots.tolist()
+                self.penalties[slot] += (digest_of(each.edits),)
         self.table[step.append_slots, step.append_indices] = step.append_pages
         assert len(set(step.copy_to.tolist())) == step.copy_to.size
         assert not set(step.copy_to.tolist()) & set(step.copy_from.tolist())
@@ -305,12 +321,14 @@ class Harness:
         deliver_each: bool = False,
         num_logprobs: int = -1,
         first_choice: int = 0,
+        edits: LogitEdits | None = None,
+        delivers_stop: bool = False,
         **penalties: float,
     ) -> list[int]:
         sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
         first = self.num_streams
         ids = np.asarray(prompt, np.int32)
-        submit = Submit(first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice)
+        submit = Submit(first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice, edits, delivers_stop)
         self.num_streams += n
         answers = self.manager.handle(submit)
         streams = list(range(first, first + n))

@@ -7,8 +7,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toka_engine.config import EngineConfig
+from toka_engine.messages import LogitEdits
 
 from tests.unit.manager.simulated import Harness, HashModel, small_sizes
+
+
+def make_edits(number: int) -> LogitEdits:
+    return LogitEdits(np.asarray([number], np.int32), np.asarray([1.0], np.float32))
 
 
 def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_rate: float) -> None:
@@ -30,6 +35,8 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
                 stop_ids=tuple(rng.integers(0, 40, rng.choice([0, 1, 10])).tolist()),
                 deliver_each=bool(rng.random() < 0.5),
                 num_logprobs=int(rng.choice([-1, 0, 2])),
+                edits=make_edits(int(rng.integers(1, 9))) if rng.random() < 0.3 else None,
+                delivers_stop=bool(rng.random() < 0.3),
                 frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
                 repetition_penalty=float(rng.choice([1.0, 1.0, 1.25])),
             )

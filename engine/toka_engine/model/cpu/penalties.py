@@ -14,10 +14,11 @@ from toka_engine.model.sample_plan import Penalties
 
 
 def apply_penalties(
-    logits: torch.Tensor,  # [k, width] float32, contiguous; changed in place
+    logits: torch.Tensor,  # [n, width] float32, contiguous; changed in place
     tokens: NDArray[np.int64],  # [sum(penalties.lengths)]: each row's tokens, side by side
     penalties: Penalties,
     first: int = 0,  # the token of the first logit
+    places: NDArray[np.int64] | None = None,  # [k]: the row of `logits` of each row that asks; None: in order
 ) -> None:
     """Change only the logits of tokens that a row's sequence has."""
     width = logits.shape[1]
@@ -30,6 +31,8 @@ def apply_penalties(
     keys, place = np.unique(owners * width + tokens, return_inverse=True)  # each token of each row once
     counts = np.bincount(place[is_generated], minlength=keys.size)
     rows = keys // width
+    if places is not None:
+        keys = places[rows] * width + keys % width
     flat, index = logits.view(-1), torch.from_numpy(keys)
     values = flat[index]
     repetition = torch.from_numpy(penalties.repetition[rows])

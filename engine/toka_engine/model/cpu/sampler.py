@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from toka_engine.model.cpu.gumbel import gumbel_noise
 from toka_engine.model.cpu.penalties import apply_penalties
 from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
-from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
+from toka_engine.model.logit_edits import apply_edits, to_tensors
+from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
 ReadTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int64]]
@@ -52,11 +53,13 @@ class CpuSampler:
         is_finite, maxima = self._vocabulary.join_all(is_finite), self._vocabulary.join_maxima(maxima)
         ids = torch.empty(plan.slots.size, dtype=torch.int64)
         is_plain = np.ones(plan.slots.size, np.bool_)
-        if plan.penalties is not None:
-            is_plain[plan.penalties.rows] = False
-            changed, changed_rows = self._penalize(wide, rows, plan.penalties)
+        if plan.changed_rows.size:
+            is_plain[plan.changed_rows] = False
+            changed, changed_rows = self._change(wide, rows, plan)
             changed_maxima = self._vocabulary.join_maxima(changed.amax(dim=1))
             self._fill(ids, ~is_plain, changed, changed_maxima, changed_rows, plan, state)
+            # Where no token is left to be sampled, nothing is: the request fails like one of broken logits.
+            ids[torch.from_numpy(plan.changed_rows)[torch.isneginf(changed_maxima)]] = -1
         self._fill(ids, is_plain, wide, maxima, rows, plan, state)
         ids.masked_fill_(~is_finite[rows], -1)
         return self._add_logprobs(ids.int(), wide, rows, plan)
@@ -85,14 +88,18 @@ class CpuSampler:
                 x = self._apply_filters(x, chosen, plan, slots[at], state) if plan.filtered.size else x
                 ids[at] = draw(x, maxima[rows[at]], slots[at], state)
 
-    def _penalize(
-        self, wide: torch.Tensor, rows: torch.Tensor, penalties: Penalties
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _change(self, wide: torch.Tensor, rows: torch.Tensor, plan: SamplePlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Changed logits [k, width] of the rows that ask, and where each row's are [R] (others: anywhere)."""
-        asking = torch.from_numpy(penalties.rows)
+        asking = torch.from_numpy(plan.changed_rows)
         changed = wide[rows[asking]]
-        tokens = self._read_tokens(penalties.sources, penalties.lengths)
-        apply_penalties(changed, tokens, penalties, self._vocabulary.first)
+        if plan.edits is not None:
+            at = np.searchsorted(plan.changed_rows, plan.edits.rows).astype(np.int32)
+            arrays = plan.edits.place(at, self._vocabulary.first, changed.shape[1])
+            apply_edits(changed, to_tensors(arrays.to_words()))
+        if plan.penalties is not None:
+            tokens = self._read_tokens(plan.penalties.sources, plan.penalties.lengths)
+            places = np.searchsorted(plan.changed_rows, plan.penalties.rows)
+            apply_penalties(changed, tokens, plan.penalties, self._vocabulary.first, places)
         return changed, torch.zeros_like(rows).index_copy_(0, asking, torch.arange(asking.shape[0]))
 
     def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.messages import Step, Tokens, WorkerReady
+from toka_engine.messages import LogitEdits, Step, Tokens, WorkerReady
 from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
@@ -26,6 +26,7 @@ from toka_engine.model.cuda.triton_cache import log_compiled
 from toka_engine.model.in_flight import MAX_STEPS_IN_FLIGHT, RING_SIZE
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack_new_slots, set_slots
+from toka_engine.model.logit_edits import TokenEdits, plan_edits
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
@@ -125,8 +126,17 @@ class CudaRunner:
         none = np.empty(0, np.int64)
         logits = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=device)
         penalties = Penalties(row, slot, slot * 0 + 1, slot * 0, *np.ones((3, 1), np.float32))
+        edits = plan_edits(
+            row, slot * 0, [TokenEdits(LogitEdits(slot * 0, np.zeros(1, np.float32), slot * 0))], slot * 0
+        )
         for has_logprobs in (False, True):
-            for seeded, changes in ((none, None), (row, None), (row, penalties)):
+            for seeded, changes, edited in (
+                (none, None, None),
+                (row, None, None),
+                (row, penalties, None),
+                (none, None, edits),
+                (row, penalties, edits),
+            ):
                 asked = row if has_logprobs else none
                 plan = SamplePlan(
                     slots=slot,
@@ -139,6 +149,7 @@ class CudaRunner:
                     top_counts=np.ones(asked.size, np.int32),
                     top_width=asked.size,
                     penalties=changes,
+                    edits=edited,
                 )
                 self.sample(logits, None, plan, self.state)
         self.launch_many_rows(min(self.state.max_seqs, ShortLaunchConfig.of(attention.shape.head_dim).most_rows))
@@ -174,10 +185,9 @@ class CudaRunner:
         """Plan sampling; decode steps of the same rows share one plan, in which nothing changes from step to step."""
         last, slots = self._last_plan, step.decode_slots
         has_new = len(step.new) or step.fanout_slots.size
-        if last is not None and not has_new and np.array_equal(slots, last.slots):
+        if last is not None and not has_new and np.array_equal(slots, last.slots) and last.holds(self.state):
             return last
-        plan = plan_sampling(step, self.state)
-        self._last_plan = plan if plan.penalties is None else None
+        plan = self._last_plan = plan_sampling(step, self.state)
         return plan
 
     def _decode_by_graph(self, step: Step) -> tuple[torch.Tensor, int | None] | None:

@@ -7,6 +7,12 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.model.cuda.attention import CudaAttention
+from toka_engine.model.cuda.changed_rows import (
+    find_copied_rows,
+    pack_penalties,
+    place_edits_in_copies,
+    place_edits_in_place,
+)
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.in_flight import RING_SIZE
 from toka_engine.model.kernels.device_slots import DeviceSlots
@@ -16,13 +22,15 @@ from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, 
 from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
 from toka_engine.model.kernels.top_p_rejection import sample_by_rejection
-from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
+from toka_engine.model.logit_edits import apply_edits
+from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
 _TOP_ROWS = 128
 """Rows at a time for which logprobs are computed from whole rows in fp32."""
 _PENALTY_BYTES = 64 << 20
-"""Bytes of fp32 logits at a time for samples with penalties; their token counts take as much again."""
+"""Bytes of fp32 logits at a time for samples whose logits are copied to be changed; token counts take as much again."""
+_NUM_PENALTY_ARRAYS = 6
 
 
 class CudaSampler:
@@ -43,6 +51,10 @@ class CudaSampler:
         self._logprobs = [torch.empty(max_samples, dtype=torch.float32, device=device) for _ in range(RING_SIZE + 1)]
         self._in_order = torch.arange(max_samples, dtype=torch.int32, device=device)
         self._inputs = Staging(device)
+        self._edit_inputs = Staging(device)
+        self._edited_plan: SamplePlan | None = None
+        self._edit_words: list[torch.Tensor] = []
+        """The edits in place of `_edited_plan`, uploaded once for as many steps as it holds."""
 
     def __call__(
         self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots
@@ -53,7 +65,10 @@ class CudaSampler:
         rows = self._in_order[:count] if logit_rows is None else logit_rows
         ids = self._ids[self._turn][:count]
         logprobs = self._logprobs[self._turn][:count] if plan.has_logprobs else None
-        if plan.penalties is None:
+        copied = find_copied_rows(plan)
+        if plan.edits is not None:
+            self._edit_in_place(logits, plan, copied)
+        if not copied.size:
             slots, filtered, seeded, random, top, top_counts = self._inputs.upload(
                 plan.slots,
                 plan.filtered.astype(np.int32),
@@ -64,7 +79,7 @@ class CudaSampler:
             )
             self._sample(logits, Samples(rows, slots), filtered, seeded, random, ids, logprobs, seeded.shape[0] > 0)
         else:
-            top, top_counts = self._sample_in_parts(logits, rows, plan, plan.penalties, ids, logprobs)
+            top, top_counts = self._sample_in_parts(logits, rows, plan, copied, ids, logprobs)
         if not plan.top.size:
             return Sampled(ids, logprobs, None, None)
         return Sampled(ids, logprobs, *_find_top(logits, rows[top], top_counts, plan.top_width))
@@ -105,38 +120,51 @@ class CudaSampler:
         add_noise(logits, samples, seeded, state, work)
         sample_tokens(logits, samples, state, work, random.view(torch.int64), ids, logprobs, with_seeded)
 
-    # -------------------------------------------------------------- penalties
+    # -------------------------------------------------------------- changed logits
+
+    def _edit_in_place(self, logits: torch.Tensor, plan: SamplePlan, copied: NDArray[np.int64]) -> None:
+        """Edit the logits of samples that need no copy."""
+        if plan is not self._edited_plan:
+            arrays = place_edits_in_place(plan, copied)
+            self._edit_words = [] if arrays is None else self._edit_inputs.upload(*arrays.to_words())
+            self._edited_plan = plan
+        if self._edit_words:
+            apply_edits(logits, self._edit_words)
 
     def _sample_in_parts(
         self,
         logits: torch.Tensor,
         rows: torch.Tensor,
         plan: SamplePlan,
-        penalties: Penalties,
+        copied: NDArray[np.int64],
         ids: torch.Tensor,
         logprobs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample rows without penalties, then the others, as many at a time as their fp32 logits have room for.
+        """Sample rows that are not copied, then the others, as many at a time as their fp32 logits have room for.
 
         Returns the plan's `top` and `top_counts` on the device. All inputs are uploaded at once: a second upload in a
         step could wait for the device.
         """
         is_plain = np.ones(plan.slots.size, np.bool_)
-        is_plain[penalties.rows] = False
+        is_plain[copied] = False
         size = self._penalty_work.num_rows
-        spans = [slice(begin, begin + size) for begin in range(0, penalties.rows.size, size)]
-        parts = [(penalties.rows[span], span) for span in spans]
-        if is_plain.any():
-            parts.insert(0, (np.flatnonzero(is_plain), slice(0, 0)))
+        parts = [np.flatnonzero(is_plain)] if is_plain.any() else []
+        num_plain = len(parts)
+        parts += [copied[begin : begin + size] for begin in range(0, copied.size, size)]
         arrays = [plan.top.astype(np.int32), plan.top_counts]
-        for chosen, span in parts:
-            arrays += [*self._sampling_arrays(plan, chosen), *_penalty_arrays(penalties, span)]
+        bounds, max_lengths = [], []
+        for index, chosen in enumerate(parts):
+            begin = len(arrays)
+            arrays += self._sampling_arrays(plan, chosen)
+            if index >= num_plain:
+                penalty_arrays = pack_penalties(plan, chosen)
+                max_lengths.append(int(penalty_arrays[1].max()))
+                arrays += [*penalty_arrays, *place_edits_in_copies(plan, chosen)]
+            bounds.append(slice(begin, len(arrays)))
         uploaded = self._inputs.upload(*arrays)
-        per_part = (len(arrays) - 2) // len(parts)
-        for index, (_, span) in enumerate(parts):
-            inputs = uploaded[2 + index * per_part : 2 + (index + 1) * per_part]
-            max_length = int(penalties.lengths[span].max(initial=0))
-            self._sample_part(logits, rows, inputs, max_length, ids, logprobs)
+        for index, bound in enumerate(bounds):
+            max_length = max_lengths[index - num_plain] if index >= num_plain else 0
+            self._sample_part(logits, rows, uploaded[bound], max_length, ids, logprobs)
         return uploaded[0], uploaded[1]
 
     def _sampling_arrays(self, plan: SamplePlan, chosen: NDArray[np.int64]) -> list[NDArray[np.int32]]:
@@ -160,26 +188,19 @@ class CudaSampler:
         ids: torch.Tensor,
         logprobs: torch.Tensor | None,
     ) -> None:
-        """`inputs` as _sampling_arrays and _penalty_arrays make them; `max_length` 0: a part without penalties."""
-        chosen, slots, filtered, seeded, random, *penalty_inputs = inputs
+        """`inputs`: what `_sample_in_parts` has uploaded for a part; `max_length`: the longest sequence's tokens to
+        count.
+        """
+        chosen, slots, filtered, seeded, random, *changes = inputs
         index, count = chosen.long(), chosen.shape[0]
         logit_rows = rows.index_select(0, index)
         part_ids = self._ids[RING_SIZE][:count]
-        if not max_length:
+        if not changes:
             part_logprobs = None if logprobs is None else self._logprobs[RING_SIZE][:count]
             samples = Samples(logit_rows, slots)
             self._sample(logits, samples, filtered, seeded, random, part_ids, part_logprobs, seeded.shape[0] > 0)
         else:
-            sources, lengths, num_generated, *factors = penalty_inputs
-            presence, frequency, repetition = (factor.view(torch.float32) for factor in factors)
-            changed = apply_penalties(
-                logits,
-                PenaltyInputs(logit_rows, sources, lengths, num_generated, presence, frequency, repetition),
-                max_length,
-                self._attention.table,
-                self._attention.page_tokens,
-                self._penalty_work,
-            )
+            changed = self._change(logits, logit_rows, changes, max_length)
             samples = Samples(self._in_order[:count], slots)
             # One variant of the kernel, seeded or not: each takes a moment to compile at the start.
             self._sample(changed, samples, filtered, seeded, random, part_ids, None, True)
@@ -188,14 +209,24 @@ class CudaSampler:
         if logprobs is not None and part_logprobs is not None:
             logprobs.index_copy_(0, index, part_logprobs)
 
-
-def _penalty_arrays(penalties: Penalties, span: slice) -> list[NDArray[np.int32]]:
-    return [
-        penalties.sources[span],
-        penalties.lengths[span],
-        penalties.num_generated[span],
-        *(each[span].view(np.int32) for each in (penalties.presence, penalties.frequency, penalties.repetition)),
-    ]
+    def _change(
+        self, logits: torch.Tensor, logit_rows: torch.Tensor, changes: list[torch.Tensor], max_length: int
+    ) -> torch.Tensor:
+        """Return changed logits [m, vocab] fp32 of `logit_rows` [m]: edits first, then penalties."""
+        sources, lengths, num_generated, *factors = changes[:_NUM_PENALTY_ARRAYS]
+        words, count = changes[_NUM_PENALTY_ARRAYS:], sources.shape[0]
+        if any(each.shape[0] for each in words):
+            logits = torch.index_select(logits, 0, logit_rows, out=self._penalty_work.logits[:count])
+            logit_rows = self._in_order[:count]
+            apply_edits(logits, words)
+        return apply_penalties(
+            logits,
+            PenaltyInputs(logit_rows, sources, lengths, num_generated, *(each.view(torch.float32) for each in factors)),
+            max_length,
+            self._attention.table,
+            self._attention.page_tokens,
+            self._penalty_work,
+        )
 
 
 def _find_logprobs(logits: torch.Tensor, logit_rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -98,13 +98,17 @@ def apply_penalties(
     page_tokens: torch.Tensor,  # [pages, page_size] int32
     work: PenaltyWorkspace,
 ) -> torch.Tensor:
-    """Return changed logits [m, vocab] fp32 of `inputs.logit_rows`, a buffer that the next call overwrites."""
+    """Return changed logits [m, vocab] fp32 of `inputs.logit_rows`, a buffer that the next call overwrites.
+
+    `logits` may be that buffer, with its rows in order.
+    """
     count, vocab_size = inputs.sources.shape[0], logits.shape[1]
-    _count_tokens_kernel[(count, triton.cdiv(max_length, _TOKENS_PER_PROGRAM))](
-        work.counts, vocab_size, inputs.sources, inputs.lengths, inputs.num_generated,
-        block_table, block_table.shape[1], page_tokens,
-        PAGE_SIZE=page_tokens.shape[1], BLOCK=_TOKENS_PER_PROGRAM, num_warps=4,
-    )  # fmt: skip
+    if max_length:
+        _count_tokens_kernel[(count, triton.cdiv(max_length, _TOKENS_PER_PROGRAM))](
+            work.counts, vocab_size, inputs.sources, inputs.lengths, inputs.num_generated,
+            block_table, block_table.shape[1], page_tokens,
+            PAGE_SIZE=page_tokens.shape[1], BLOCK=_TOKENS_PER_PROGRAM, num_warps=4,
+        )  # fmt: skip
     _apply_penalties_kernel[(triton.cdiv(vocab_size, BLOCK), count)](
         logits, logits.stride(0), vocab_size, inputs.logit_rows, inputs.presence, inputs.frequency, inputs.repetition,
         work.counts, work.logits, BLOCK=BLOCK, num_warps=8,

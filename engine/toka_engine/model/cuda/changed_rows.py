@@ -1,0 +1,77 @@
+"""Which samples of a step get a copy of their logits, changed, and which have theirs changed in place; the host's part.
+
+Edits are made in place, which costs what they touch. Where the model's own logits are needed afterwards, for logprobs,
+and where penalties change a row, the row is copied first, as many at a time as the sampler has room for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toka_engine.messages import Int32s
+from toka_engine.model.logit_edits import EditArrays
+from toka_engine.model.sample_plan import Penalties, SamplePlan
+
+_NO_ROWS = np.empty(0, np.int64)
+
+
+def find_copied_rows(plan: SamplePlan) -> NDArray[np.int64]:
+    """Return the plan's rows of which a copy is changed, ascending."""
+    penalized = _NO_ROWS if plan.penalties is None else plan.penalties.rows
+    if plan.edits is None or not plan.has_logprobs:
+        return penalized
+    return np.union1d(penalized, plan.edits.rows)
+
+
+def place_edits_in_place(plan: SamplePlan, copied: NDArray[np.int64]) -> EditArrays | None:
+    """Return the edits of the model's own logits, once for each of their rows; None if there are none."""
+    edits = plan.edits
+    if edits is None:
+        return None
+    rows, firsts = np.unique(edits.logit_rows, return_index=True)
+    at = np.full(edits.rows.size, -1, np.int32)
+    at[firsts] = rows
+    at[np.isin(edits.rows, copied, assume_unique=True)] = -1
+    return edits.place(at) if (at >= 0).any() else None
+
+
+def place_edits_in_copies(plan: SamplePlan, chosen: NDArray[np.int64]) -> list[Int32s]:
+    """Return the words (see `EditArrays`) of the edits of copies of the rows `chosen`, ascending; all empty if none."""
+    edits = plan.edits
+    if edits is None:
+        return [_NO_WORDS] * len(EditArrays._fields)
+    at = np.full(edits.rows.size, -1, np.int32)
+    is_chosen = np.isin(edits.rows, chosen, assume_unique=True)
+    at[is_chosen] = np.searchsorted(chosen, edits.rows[is_chosen])
+    return edits.place(at).to_words()
+
+
+def pack_penalties(plan: SamplePlan, chosen: NDArray[np.int64]) -> list[Int32s]:
+    """Return the inputs of the kernels, [chosen.size] words each: sources, lengths, numbers of generated tokens and
+    the three factors. Rows without penalties have none of their tokens counted, and factors that change nothing.
+    """
+    count = chosen.size
+    arrays: list[NDArray[np.int32] | NDArray[np.float32]] = [plan.slots[chosen], *np.zeros((2, count), np.int32)]
+    arrays += [*np.zeros((2, count), np.float32), np.ones(count, np.float32)]
+    penalties = plan.penalties
+    if penalties is not None:
+        is_chosen = np.isin(penalties.rows, chosen, assume_unique=True)
+        at = np.searchsorted(chosen, penalties.rows[is_chosen])
+        for array, given in zip(arrays, _columns(penalties), strict=True):
+            array[at] = given[is_chosen]
+    return [array.view(np.int32) for array in arrays]
+
+
+def _columns(penalties: Penalties) -> tuple[NDArray[np.int32] | NDArray[np.float32], ...]:
+    return (
+        penalties.sources,
+        penalties.lengths,
+        penalties.num_generated,
+        penalties.presence,
+        penalties.frequency,
+        penalties.repetition,
+    )
+
+
+_NO_WORDS: Int32s = np.empty(0, np.int32)
