@@ -52,6 +52,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         doc("auto: requests that leave temperature, top_p, top_k, min_p or repetition_penalty out get the model's own"),
     ] = "auto"
 
+    # chat
+    tool_format: Annotated[
+        Literal["auto", "hermes", "qwen_xml", "llama_json", "pythonic", "generic"],
+        doc("how the model writes calls; auto: as its chat template says, generic where that knows no tools"),
+    ] = "auto"
+    reasoning_field: Annotated[
+        Literal["reasoning_content", "reasoning", "none"],
+        doc("name of the field for the text between <think> tags in chat answers; none: it stays in the content"),
+    ] = "reasoning_content"
+
     # HTTP
     host: Annotated[Name, doc("address to listen on")] = "0.0.0.0"
     port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210

@@ -60,7 +60,7 @@ CHAT_FIELDS: list[tuple[str, Any]] = [
     ("messages", [{"role": "wizard", "content": "Hi"}]),
     ("messages", [{"role": "user"}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("functions", [{"name": "f"}]),
     ("response_format", {"type": "json_object"}),
     ("chat_template", "{{ 1 }}"),
     ("top_logprobs", 2),

@@ -34,7 +34,7 @@ from toka_engine.server.errors import invalid
 
 _TEMPLATE_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """The exceptions of a template's expressions where the messages are not as it takes for granted."""
-_NO_VARIABLES: Mapping[str, Any] = {}
+NO_VARIABLES: Mapping[str, Any] = {}
 _PLAIN = frozenset(("role", "content", "system", "user", "assistant"))
 """Texts of every conversation, which are the server's own."""
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -70,14 +70,14 @@ class ChatTemplate:
             raise ModelInvalidError(f"the chat template cannot be compiled: {error}") from error
         self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         """The names of the variables that the template reads."""
-        self._source = source
+        self.source = source
         self._special_tokens = special_tokens
         self._beginnings = tuple({text[:cut] for text in special_texts for cut in range(1, len(text))})
         self._ends = tuple({text[cut:] for text in special_texts for cut in range(1, len(text))})
         self._pattern = re.compile("|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))) or r"(?!)")
 
     def render(
-        self, turns: Sequence[Turn], variables: Mapping[str, Any] = _NO_VARIABLES, *, continues_final: bool = False
+        self, turns: Sequence[Turn], variables: Mapping[str, Any] = NO_VARIABLES, *, continues_final: bool = False
     ) -> list[str]:
         """Return the parts of the prompt, to be encoded each by itself. Raises a 400 where the template refuses.
 
@@ -145,7 +145,7 @@ class ChatTemplate:
 
     def _unused_mark(self, *values: Any) -> str:
         for mark in _MARKS:
-            if mark not in self._source and not any(mark in text for text in _texts(values)):
+            if mark not in self.source and not any(mark in text for text in _texts(values)):
                 return mark
         raise invalid("messages", "The messages contain every one of Unicode's noncharacters.")
 

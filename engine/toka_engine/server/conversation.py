@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from toka_engine.server.chat_template import Turn
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.fields import Lacking, lacks
@@ -21,10 +23,8 @@ MAX_DEPTH = 64
 """The deepest nesting of values that the template gets."""
 _MAX_NAME = 256
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _LACKING: Mapping[str, Lacking] = {
-    "tool_calls": Lacking("this server has no tools", ([],)),
-    "tool_call_id": Lacking("this server has no tools"),
     "function_call": Lacking("this server has no functions in their old form"),
     "audio": Lacking("this server reads text alone"),
 }
@@ -88,6 +88,11 @@ def _check_message(message: dict[str, Any], path: str, ignored: list[str]) -> Tu
     role = _check_role(given.pop("role"), path)
     content = given.pop("content", None)
     _refuse_lacking(given, path)
+    calls = given.pop("tool_calls", None)
+    if calls is not None and role != "assistant":
+        raise invalid(f"{path}.tool_calls", f"'{path}.tool_calls': only the assistant makes calls.", "invalid_value")
+    if "tool_call_id" in given:
+        _check_text(given["tool_call_id"], f"{path}.tool_call_id", _MAX_NAME)
     if "name" in given:
         _check_text(given["name"], f"{path}.name", _MAX_NAME)
     for key in ("reasoning", "reasoning_content"):
@@ -97,6 +102,9 @@ def _check_message(message: dict[str, Any], path: str, ignored: list[str]) -> Tu
         content = given.pop("refusal")
     if given:
         count_characters(given, path, MAX_FURTHER_CHARACTERS)
+    if calls:
+        given["tool_calls"] = _check_calls(calls, f"{path}.tool_calls")
+        content = content or ""
     return {"role": role, "content": _check_content(content, f"{path}.content", ignored), **given}
 
 
@@ -113,6 +121,40 @@ def _refuse_lacking(given: dict[str, Any], path: str) -> None:
             if given[name] not in lacking.neutral:
                 raise lacks(f"{path}.{name}", lacking)
             del given[name]
+
+
+def _check_calls(calls: Any, path: str) -> list[dict[str, Any]]:
+    """Return earlier calls as templates take them: their arguments as objects, where they are that."""
+    if not isinstance(calls, list):
+        raise _mistyped(path, "a list")
+    checked = []
+    for index, call in enumerate(calls):
+        where = f"{path}[{index}]"
+        if not isinstance(call, dict):
+            raise _mistyped(where, "an object")
+        if call.get("type", "function") != "function" or not isinstance(call.get("function"), dict):
+            raise invalid(f"{where}.type", f"'{where}' must be a call of type function.", "invalid_value")
+        name = call["function"].get("name")
+        if name is None:
+            where = f"{where}.function.name"
+            raise invalid(where, f"Missing required field: '{where}'.", "missing_required_parameter")
+        _check_text(name, f"{where}.function.name", _MAX_NAME)
+        arguments = _read_arguments(call["function"].get("arguments"), f"{where}.function.arguments")
+        checked.append({**call, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return checked
+
+
+def _read_arguments(arguments: Any, path: str) -> Any:
+    if arguments is None or isinstance(arguments, dict):
+        return arguments or {}
+    if not isinstance(arguments, str):
+        raise _mistyped(path, "a text of JSON")
+    try:
+        value = msgspec.json.decode(arguments)
+        count_characters(value, path, MAX_REQUEST_FURTHER_CHARACTERS)
+    except (msgspec.DecodeError, UnicodeError, RecursionError, ApiError):
+        return arguments or {}
+    return value if isinstance(value, dict) else arguments
 
 
 def _check_text(value: Any, path: str, most: int) -> str:

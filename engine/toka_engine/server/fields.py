@@ -45,7 +45,6 @@ class Lacking(NamedTuple):
 _AUDIO = "this server makes text alone"
 _BEAM_SEARCH = "this server samples and has no beam search"
 _FUNCTIONS = "this server has no functions in their old form"
-_TOOLS = "this server has no tools"
 _GRAMMAR = "this server has no structured output"
 
 LACKING: Final[Mapping[str, Lacking]] = {
@@ -65,9 +64,6 @@ LACKING: Final[Mapping[str, Lacking]] = {
     "guided_regex": Lacking(_GRAMMAR),
     "guided_choice": Lacking(_GRAMMAR),
     "guided_grammar": Lacking(_GRAMMAR),
-    "tools": Lacking(_TOOLS, ([],)),
-    "tool_choice": Lacking(_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Lacking(_TOOLS, (True, False)),
     "functions": Lacking(_FUNCTIONS, ([],)),
     "function_call": Lacking(_FUNCTIONS, ("none", "auto")),
     "modalities": Lacking(_AUDIO, (["text"],)),

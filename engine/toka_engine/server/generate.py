@@ -15,7 +15,7 @@ from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.render import Renderer
-from toka_engine.server.request import Usage
+from toka_engine.server.request import CompletionTokensDetails, Usage
 from toka_engine.server.streams import Generation, GenerationSpec, Streams
 
 _DONE = b"data: [DONE]\n\n"
@@ -110,4 +110,6 @@ async def _answer_in_events(
 def _usage(job: GenerationJob, renderers: Sequence[Renderer]) -> Usage:
     num_prompt = sum(map(len, job.prompts))
     num_completion = sum(renderer.num_tokens for renderer in renderers)
-    return Usage(num_prompt, num_completion, num_prompt + num_completion)
+    reasoning = [count for renderer in renderers if (count := renderer.num_reasoning_tokens) is not None]
+    details = CompletionTokensDetails(sum(reasoning)) if reasoning else msgspec.UNSET
+    return Usage(num_prompt, num_completion, num_prompt + num_completion, details)

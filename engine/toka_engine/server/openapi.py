@@ -13,7 +13,8 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from toka_engine.server.endpoints import chat, completions, models, probes
+from toka_engine.server.chat_plan import ChatRequest
+from toka_engine.server.endpoints import chat_answers, completions, models, probes
 from toka_engine.server.errors import ErrorAnswer
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -32,8 +33,8 @@ _ERRORS = {
 _BODIES: tuple[type[msgspec.Struct], ...] = (
     completions.CompletionRequest,
     completions.Completion,
-    chat.ChatRequest,
-    chat.ChatCompletion,
+    ChatRequest,
+    chat_answers.ChatCompletion,
     models.ModelCard,
     models.ModelList,
     probes.Pong,
@@ -74,7 +75,7 @@ def _reading(name: str, answer: type[msgspec.Struct], summary: str, *errors: str
 COMPLETIONS = _generating(
     "createCompletion", completions.CompletionRequest, completions.Completion, "Complete texts or token ids"
 )
-CHAT = _generating("createChatCompletion", chat.ChatRequest, chat.ChatCompletion, "Answer a conversation")
+CHAT = _generating("createChatCompletion", ChatRequest, chat_answers.ChatCompletion, "Answer a conversation")
 MODELS = {
     **_reading("listModels", models.ModelList, "The models that requests may name", "401"),
     "security": [{"key": []}],

@@ -39,6 +39,7 @@ from toka_engine.server.application import KNOWN_PATHS, generating_handlers, mak
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
 from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
+from toka_engine.server.dialect import find_dialect
 from toka_engine.server.errors import unavailable
 from toka_engine.server.front import Front
 from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
@@ -171,12 +172,14 @@ class Server:
         await self._has_all_infos.wait()
         info = merge_infos([replica.info for replica in self._replicas.all if replica.info])
         tokenizer.cover(info.vocab_size)
+        dialect = find_dialect(self._config, template, tokenizer)
+        logger.info("event=dialect tool_format=%s reasoning=%s", dialect.tools.name, dialect.has_reasoning)
         limits = Limits(self._config, info, self._names, end_ids, defaults)
         stated = " ".join(f"{name}={value:g}" for name, value in describe_defaults(limits.defaults).items())
         source = "model" if defaults.values() else "none"
         logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
         self._service.metrics.info = info
-        self._service.engine = Engine(tokenizer, template, limits)
+        self._service.engine = Engine(tokenizer, template, limits, dialect)
         gc.collect()
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from toka_engine.messages import Int32s
-from toka_engine.server.chat_template import ChatTemplate, Turn
+from toka_engine.server.chat_template import NO_VARIABLES, ChatTemplate, Turn
 from toka_engine.server.connection import Connection
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.limits import Limits
@@ -40,14 +41,17 @@ class PromptEncoder:
             texts = [self._tokenizer.text_of(ids) for ids in prompts]
         return prompts, texts if with_text else []
 
-    async def encode_chat(self, turns: Sequence[Turn], template: ChatTemplate) -> Int32s:
-        """Return the ids of the rendered conversation. Raises a 400."""
+    async def encode_chat(
+        self, turns: Sequence[Turn], template: ChatTemplate, variables: Mapping[str, Any] = NO_VARIABLES
+    ) -> tuple[Int32s, str]:
+        """Return the ids of the rendered conversation, and the last part of its text. Raises a 400."""
         self._check_size("messages", [turn["content"] for turn in turns])
-        parts = template.render(turns)
+        parts = template.render(turns, variables)
         encoded = await self._tokenizer.encode_aside(
             parts, add_special_tokens=False, check=partial(self._check_ids, "messages")
         )
-        return encoded[0] if len(encoded) == 1 else np.concatenate([*encoded, np.empty(0, np.int32)])
+        ids = encoded[0] if len(encoded) == 1 else np.concatenate([*encoded, np.empty(0, np.int32)])
+        return ids, parts[-1] if parts else ""
 
     def _check_size(self, param: str, texts: Sequence[str]) -> None:
         """Refuse what cannot fit into one prompt before it is encoded."""

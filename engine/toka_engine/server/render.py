@@ -65,6 +65,11 @@ class Renderer:
         """Return the tokens released by the last `advance`; empty without logprobs."""
         return []
 
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Return how many of the completion tokens are reasoning; None where the model has none. Valid at the end."""
+        return None
+
 
 class TrackingRenderer(Renderer):
     """Renders one choice with stop strings, logprobs or both."""

@@ -94,9 +94,15 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     ] = None
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """The tokens that a request took."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    """Only of models that reason."""

@@ -13,6 +13,7 @@ from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat
 from toka_engine.server.chat_template import ChatTemplate
 from toka_engine.server.decoding import BodyDecoder
+from toka_engine.server.dialect import Dialect
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.fields import COUNTED
 from toka_engine.server.generate import GenerationJob
@@ -35,13 +36,14 @@ class Engine(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
     template: ChatTemplate | None
     limits: Limits
+    dialect: Dialect
 
     def make_job(
         self,
         prompts: Sequence[Int32s],
         spec: GenerationSpec,
         options: GenerationOptions,
-        form: type[AnswerFormat],
+        form: Callable[..., AnswerFormat],
         model: str,
         echoes: Sequence[str] = (),
     ) -> GenerationJob:
@@ -57,14 +59,14 @@ class Engine(msgspec.Struct, frozen=True):
                 includes_usage=options.includes_usage,
                 names_token_ids=options.names_token_ids,
             ),
-            self._make_renderer(options),
+            self.renderer_maker(options, self.tokenizer.bytes_of),
             options.is_streamed,
             options.includes_usage,
             echoes,
         )
 
-    def _make_renderer(self, options: GenerationOptions) -> Callable[[], Renderer]:
-        bytes_of = self.tokenizer.bytes_of
+    def renderer_maker(self, options: GenerationOptions, bytes_of: Sequence[bytes]) -> Callable[[], Renderer]:
+        """Return what makes the renderer of a choice; `bytes_of`: the bytes that each token shows."""
         keeps_tokens = options.sampling.num_logprobs >= 0
         if options.stops is None and not keeps_tokens:
             return lambda: Renderer(bytes_of)

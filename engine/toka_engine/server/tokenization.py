@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,16 @@ class Tokenizer:
     def label_of(self, token: int) -> bytes:
         """Return the bytes by which logprobs name `token`; for a special token its name."""
         return self.bytes_of[token] or self._specials.get(token, b"")
+
+    def bytes_with(self, texts: Collection[str]) -> list[bytes]:
+        """Return `bytes_of` in which those special tokens that `texts` names have their text's bytes."""
+        shown = {token: text for token, text in self._specials.items() if text.decode() in texts}
+        if not shown:
+            return self.bytes_of
+        table = self.bytes_of.copy()
+        for token, text in shown.items():
+            table[token] = text
+        return table
 
     def max_text_bytes(self, num_tokens: int) -> int:
         """Return the bytes beyond which no text fits in `num_tokens`, so that it need not be encoded to be refused."""

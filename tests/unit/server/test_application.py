@@ -13,7 +13,7 @@ import msgspec
 import openapi_spec_validator
 import pytest
 from toka_engine.messages import Submit
-from toka_engine.server.endpoints.chat import ChatRequest
+from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints.completions import CompletionRequest
 
 from tests.unit.server.conftest import chat_body, completion_body

@@ -45,8 +45,6 @@ _UNSUPPORTED: dict[str, list[Any]] = {
 }
 _UNSUPPORTED_CHAT: dict[str, list[Any]] = {
     "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text"],
-    "tools": [[{"type": "function", "function": {"name": "f"}}], {}],
-    "tool_choice": ["required", {"type": "function"}],
     "functions": [[{"name": "f"}]],
     "function_call": [{"name": "f"}],
     "modalities": [["audio"]],
@@ -189,13 +187,13 @@ _MESSAGES: dict[str, tuple[Any, str]] = {
     "number-content": ([{"role": "user", "content": 5}], "messages[0].content"),
     "unknown-role": ([{"role": "king", "content": "x"}], "messages[0].role"),
     "empty-role": ([{"role": "", "content": "x"}], "messages[0].role"),
-    "tool-role": ([{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}], "messages[1].role"),
+    "function-role": ([{"role": "user", "content": "x"}, {"role": "function", "content": "x"}], "messages[1].role"),
     "function-role": ([{"role": "function", "content": "x"}], "messages[0].role"),
     "number-name": ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
     "long-name": ([{"role": "user", "content": "x", "name": "a" * 257}], "messages[0].name"),
     "number-reasoning": ([{"role": "user", "content": "x", "reasoning": 5}], "messages[0].reasoning"),
-    "tool-calls": ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
-    "tool-call-id": ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages[0].tool_call_id"),
+    "tool-calls": ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0].type"),
+    "tool-call-id": ([{"role": "tool", "content": "x", "tool_call_id": 1}], "messages[0].tool_call_id"),
     "large-further-key": ([{"role": "user", "content": "x", "foo": "x" * 65536}], "messages[0]"),
     "many-in-further-key": ([{"role": "user", "content": "x", "foo": [0] * 65536}], "messages[0]"),
     "deep-further-key": ([{"role": "user", "content": "x", "foo": _nested(100)}], "messages[0]"),
@@ -429,13 +427,13 @@ def test_a_path_like_no_other_suggests_nothing(server: RunningServer, path: str)
 
 def test_an_unsupported_field_says_whether_another_value_would_do(server: RunningServer) -> None:
     for fields, advice in (
-        ({"tools": [{}]}, "it may only be [], or left out"),
-        ({"tool_choice": "required"}, 'it may only be "none" or "auto", or left out'),
+        ({"functions": [{}]}, "it may only be [], or left out"),
+        ({"function_call": "f"}, 'it may only be "none" or "auto", or left out'),
         ({"response_format": {"type": "json_object"}}, 'it may only be {"type":"text"}, or left out'),
         ({"store": True}, "it may only be false, or left out"),
         ({"prediction": {}}, "leave it out"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "it may only be false, or left out"),
-        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "leave it out"),
+        ({"messages": [{"role": "user", "content": "x", "audio": "1"}]}, "leave it out"),
     ):
         status, answer = server.post(_CHAT, chat_body(**fields))
         assert status == 400

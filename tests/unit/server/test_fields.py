@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from toka_engine.server.endpoints.chat import ChatRequest
+from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints.completions import CompletionRequest
 from toka_engine.server.fields import COUNTED, HINTS, LACKING
 
@@ -185,12 +185,12 @@ def reporting_server(tokenizer_dir: Path) -> Iterator[RunningServer]:
 
 def test_unknown_fields_are_reported_where_they_are_not_refused(reporting_server: RunningServer) -> None:
     status, headers, answer = _post(
-        reporting_server, _CHAT, chat_body(foo=1, guided_json={}, tools=[{}], user="x", bar=None, **{"a\r\nb": 2})
+        reporting_server, _CHAT, chat_body(foo=1, guided_json={}, functions=[{}], user="x", bar=None, **{"a\r\nb": 2})
     )
     assert status == 200, answer
-    assert headers["x-toka-ignored"] == "user,foo,guided_json,tools,other"
+    assert headers["x-toka-ignored"] == "user,foo,guided_json,functions,other"
     metrics = reporting_server.request("GET", "/metrics")[2].decode()
-    assert 'toka_request_fields_ignored_total{field="other"} 3.0' in metrics
+    assert 'toka_request_fields_ignored_total{field="other"} 4.0' in metrics
 
 
 def test_reporting_changes_nothing_about_wrong_values(reporting_server: RunningServer) -> None:
