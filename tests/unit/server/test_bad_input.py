@@ -187,7 +187,6 @@ _MESSAGES: dict[str, tuple[Any, str]] = {
     "number-content": ([{"role": "user", "content": 5}], "messages[0].content"),
     "unknown-role": ([{"role": "king", "content": "x"}], "messages[0].role"),
     "empty-role": ([{"role": "", "content": "x"}], "messages[0].role"),
-    "function-role": ([{"role": "user", "content": "x"}, {"role": "function", "content": "x"}], "messages[1].role"),
     "function-role": ([{"role": "function", "content": "x"}], "messages[0].role"),
     "number-name": ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
     "long-name": ([{"role": "user", "content": "x", "name": "a" * 257}], "messages[0].name"),
