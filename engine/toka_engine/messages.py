@@ -175,6 +175,8 @@ class Submit(Message, frozen=True):
     edits: LogitEdits | None = None
     delivers_stop: bool = False
     """The stop token that ends a stream is delivered like the tokens before it."""
+    prompt_logprobs: int = -1
+    """-1: none; else `PromptLogprobs` come, with so many of the likeliest tokens at each position."""
 
 
 class Cancel(Message, frozen=True):
@@ -247,6 +249,20 @@ class Deltas(Message, frozen=True):
     """The top_* arrays describe ended_tokens. Such a Deltas carries no per-step entries."""
 
 
+class PromptLogprobs(Message, frozen=True):
+    """Logprobs of some of a prompt's tokens. They come in order, all of them before its choices' first tokens."""
+
+    first_stream: int
+    """Of the `Submit`."""
+    start: int
+    """Position in the prompt of the first of these tokens, at least 1."""
+    logprobs: Floats  # [k]
+    ranks: Int32s  # [k]  1: no token is likelier
+    top_tokens: Int32s  # [k * top_width]
+    top_logprobs: Floats  # [k * top_width]
+    top_width: int
+
+
 class Stats(Message, frozen=True):
     """For /metrics, a few times a second while there is work. Totals only grow."""
 
@@ -271,7 +287,7 @@ class Stats(Message, frozen=True):
     """CPU time of the model worker, to launch the steps."""
 
 
-ManagerToServer: TypeAlias = EngineInfo | Refused | Started | Deltas | Stats
+ManagerToServer: TypeAlias = EngineInfo | Refused | Started | Deltas | PromptLogprobs | Stats
 
 # ---------------------------------------------------------------- manager -> model worker
 
@@ -316,6 +332,10 @@ class Step(Message, frozen=True):
     prefill_tokens: Int32s = _empty(np.int32)  # [sum(prefill_lengths)]
     fanout_slots: Int32s = _empty(np.int32)  # [s]
     fanout_chunks: Int32s = _empty(np.int32)  # [s]  index into the p chunks
+    # prompt logprobs: chunks of which each row but the prompt's last gives the logprob of the token that follows
+    scored_chunks: Int32s = _empty(np.int32)  # [q]  index into the p chunks
+    scored_next: Int32s = _empty(np.int32)  # [q]  the prompt's token after the chunk; -1: the chunk is its end
+    scored_counts: Int32s = _empty(np.int32)  # [q]  how many of the likeliest tokens are asked for
     # Hydragen groups over decode rows: rows [first_row, first_row + num_rows) share the pages at block table columns
     # [first_column, first_column + num_columns). Groups may nest (levels): an inner group starts where its outer ends.
     # Sorted by first_column; groups of one first_column do not overlap. Every page of a group is full.
@@ -368,6 +388,11 @@ class Tokens(Message, frozen=True):
     """From the step's launch until its tokens are on the host."""
     host_cpu_s: float = 0.0
     """CPU time of the thread that launched it."""
+    scored_logprobs: Floats = _empty(np.float32)  # [u]  of the rows of scored chunks, in their order
+    scored_ranks: Int32s = _empty(np.int32)  # [u]  1: no token is likelier
+    scored_top_tokens: Int32s = _empty(np.int32)  # [u * scored_top_width]; -1 where fewer were asked for
+    scored_top_logprobs: Floats = _empty(np.float32)  # [u * scored_top_width]
+    scored_top_width: int = 0
 
 
 WorkerToManager: TypeAlias = WorkerReady | Tokens

@@ -44,6 +44,7 @@ from toka_engine.manager.core import Manager
 from toka_engine.manager.loop import make_collections_rare
 from toka_engine.manager.sizes import choose_sizes
 from toka_engine.messages import (
+    Deltas,
     ManagerToWorker,
     Step,
     Submit,
@@ -105,9 +106,9 @@ class Bench:
         start = time.process_time()
         tokens = self.tokens.decode(answer)
         assert isinstance(tokens, Tokens)
-        for deltas in self.manager.receive(tokens):
-            encode(deltas)
-            self.num_ended += deltas.ended.size
+        for message in self.manager.receive(tokens):
+            encode(message)
+            self.num_ended += message.ended.size if isinstance(message, Deltas) else 0
         self.spent_s += time.process_time() - start
 
     def measure(self, num_steps: int, between: Callable[[], None] = lambda: None) -> Measured:

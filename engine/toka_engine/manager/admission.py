@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.manager.arrays import distinct
+from toka_engine.manager.prompt_logprobs import num_reusable_pages
 from toka_engine.manager.requests import Waiting
 from toka_engine.manager.sharing import recount_shared_columns
 from toka_engine.manager.simulation import Arrival, Forecast, Load
@@ -102,6 +103,9 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
         if entry.prefill is not None:
             continue
         pages, missing = state.pages.tree.match(entry.tokens)
+        num_reusable = num_reusable_pages(entry, state.sizes.page_size)
+        if num_reusable is not None:  # waits for nobody's pages
+            pages, missing = pages[:num_reusable], None
         if missing in state.pending_pages or missing in claimed:  # another prefills the very page that this one lacks
             num_deferred += 1
             continue

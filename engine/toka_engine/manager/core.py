@@ -9,11 +9,22 @@ import numpy as np
 from toka_engine.config import EngineConfig
 from toka_engine.manager.lifecycle import cancel
 from toka_engine.manager.receiving import receive_tokens
-from toka_engine.manager.requests import Request, Waiting
+from toka_engine.manager.requests import Request, Scoring, Waiting
 from toka_engine.manager.scheduler import plan_step
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.state import ManagerState
-from toka_engine.messages import Cancel, Deltas, Refused, ServerToManager, Started, Stats, Step, Submit, Tokens
+from toka_engine.messages import (
+    Cancel,
+    Deltas,
+    PromptLogprobs,
+    Refused,
+    ServerToManager,
+    Started,
+    Stats,
+    Step,
+    Submit,
+    Tokens,
+)
 
 
 class Manager:
@@ -36,7 +47,7 @@ class Manager:
                     cancel(self.state, stream)
                 return []
 
-    def receive(self, tokens: Tokens) -> list[Deltas]:
+    def receive(self, tokens: Tokens) -> list[PromptLogprobs | Deltas]:
         return receive_tokens(self.state, tokens)
 
     def plan(self) -> Step | None:
@@ -90,6 +101,7 @@ class Manager:
             arrival=state.queue.count_arrival(),
             edits=submit.edits,
             delivers_stop=submit.delivers_stop,
+            scoring=Scoring(submit.prompt_logprobs) if submit.prompt_logprobs >= 0 else None,
         )
         state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)

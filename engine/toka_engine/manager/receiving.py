@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.manager.lifecycle import end_slots, keeps_tops, release_completed
+from toka_engine.manager.prompt_logprobs import report_scores
 from toka_engine.manager.requests import Kept
 from toka_engine.manager.state import EMPTYF, ManagerState
 from toka_engine.manager.top_logprobs import NO_TOP, Indices, pack, unpack
@@ -25,13 +26,14 @@ from toka_engine.messages import (
     Floats,
     Int32s,
     Int64s,
+    PromptLogprobs,
     Tokens,
 )
 
 _EMPTY64: Int64s = np.empty(0, np.int64)
 
 
-def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
+def receive_tokens(state: ManagerState, tokens: Tokens) -> list[PromptLogprobs | Deltas]:
     """Take in one step's tokens; return what the server must hear (possibly nothing)."""
     flight = state.in_flight.popleft()
     assert flight.number == tokens.number, "steps come back in order"
@@ -50,7 +52,7 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[Deltas]:
     state.counters.output_tokens += live.size
     is_over = failed | stopped | (num_received >= slots.limits[live])
     delivered = slots.delivers_each[live] & ~failed & (~stopped | slots.delivers_stop[live])
-    messages = []
+    messages: list[PromptLogprobs | Deltas] = list(report_scores(flight.scored, tokens))
     over = np.flatnonzero(is_over)
     reasons = np.where(failed[over], FINISH_ERROR, np.where(stopped[over], FINISH_STOP, FINISH_LENGTH))
     ended, tops = _report_ended(state, live[over], reasons.astype(np.uint8))

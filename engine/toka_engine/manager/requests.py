@@ -33,6 +33,17 @@ def choice_seed(seed: int, choice: int) -> int:
     return (mixed ^ (mixed >> 31)) >> 1
 
 
+@dataclass(slots=True, eq=False)
+class Scoring:
+    """How far the logprobs of a prompt are planned. Pages beyond are not taken from the prefix tree: they hold keys and
+    values, no logprobs.
+    """
+
+    num_tops: int
+    num_planned: int = 0
+    """The prompt's tokens whose rows are in a step already."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One `Submit`, with the number of its arrival."""
@@ -48,6 +59,7 @@ class Request:
     arrival: int
     edits: LogitEdits | None = None
     delivers_stop: bool = False
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from toka_engine.manager.admission import admit
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
+from toka_engine.manager.prompt_logprobs import score_chunk, scored_fields
 from toka_engine.manager.requests import PendingCopy, Prefill, Request
 from toka_engine.manager.row_groups import NO_GROUPS, Groups
 from toka_engine.manager.slots import State
@@ -150,6 +151,7 @@ def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
         step.chunk_tokens.append(prefill.tokens[start : prefill.position])
         slots.lengths[prefill.slot] = prefill.position
         slots.last_steps[prefill.slot] = step.number
+        score_chunk(step, prefill, start)
         _enter_tree(state, prefill)
         if prefill.position == prefill.tokens.size:
             begun.append(_fan_out(state, step, prefill))
@@ -237,7 +239,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     slots = state.slots
     fanout_slots = np.concatenate([EMPTY32, *step.fanout_slots])
     sampled = np.concatenate((rows, fanout_slots))
-    state.in_flight.append(InFlight(step.number, sampled, slots.generations[sampled]))
+    state.in_flight.append(InFlight(step.number, sampled, slots.generations[sampled], step.scored))
     state.next_step += 1
     state.counters.steps += 1
     state.counters.hydragen_rows += int(groups.num_rows[groups.first_columns == 0].sum())
@@ -251,6 +253,8 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
             "fanout_slots": fanout_slots,
             "fanout_chunks": np.concatenate([EMPTY32, *step.fanout_chunks]),
         }
+        if step.scored:
+            fields |= scored_fields(step)
     if step.appends:
         for name, parts in zip(("slots", "indices", "pages"), zip(*step.appends, strict=True), strict=True):
             fields[f"append_{name}"] = np.concatenate(parts)

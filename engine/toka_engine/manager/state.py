@@ -15,12 +15,25 @@ from toka_engine.config import EngineConfig
 from toka_engine.manager.pages import Pages
 from toka_engine.manager.prefix_tree import Key
 from toka_engine.manager.queue import Queue
-from toka_engine.manager.requests import PendingCopy, Prefill, Waiting
+from toka_engine.manager.requests import PendingCopy, Prefill, Request, Waiting
 from toka_engine.manager.row_groups import DecodeRows
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.slots import Slots
 from toka_engine.manager.stopping import StopPredictor
 from toka_engine.messages import Floats, Int32s, Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """A chunk of a prompt whose logprobs a step computes: of tokens [start, start + count)."""
+
+    request: Request
+    chunk: int
+    """Index into the step's chunks."""
+    start: int
+    count: int
+    next_token: int
+    """The prompt's token after the chunk; -1: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +43,7 @@ class InFlight:
     number: int
     slots: Int32s
     generations: Int64s
+    scored: list[ScoredChunk]
 
 
 @dataclass(slots=True)
@@ -90,6 +104,7 @@ class StepBuilder:
         self.chunk_tokens: list[Int32s] = []
         self.fanout_slots: list[Int32s] = []
         self.fanout_chunks: list[Int32s] = []
+        self.scored: list[ScoredChunk] = []
 
 
 EMPTY32: Int32s = np.empty(0, np.int32)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from toka_engine.config import EngineConfig
@@ -14,6 +14,7 @@ from toka_engine.model.attention_backend import AttentionBackend, AttentionShape
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
+from toka_engine.model.prompt_scores import PromptScores
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sizing import Sizes
 
@@ -28,6 +29,8 @@ class Launched:
     """None: the step sampled nothing."""
     started_s: float
     host_cpu_s: float
+    scores: PromptScores | None = field(default=None, kw_only=True)
+    """Logprobs of the prompts that it prefills; None: nobody asks for any."""
 
 
 class Runner(Protocol):

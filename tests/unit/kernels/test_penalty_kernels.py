@@ -212,3 +212,13 @@ def test_edits_of_more_samples_than_there_is_room_for_go_in_parts(driver: Driver
 
 def test_edits_of_choices_that_share_their_logits_are_made_once(driver: Driver) -> None:
     assert follow_edited_choices(driver, PROMPT[:8], 6).num_changed > 0
+
+
+def test_a_greedy_token_has_the_very_logprob_of_the_first_of_the_tops(driver: Driver) -> None:
+    setup = driver.add_slots([0, 1], num_logprobs=[2, 0])
+    driver.prefill({0: PROMPT, 1: PROMPT[:5]}, **setup)
+    for _ in range(3):
+        _, sampled = driver.launch_decode([0, 1])
+        own = torch.log_softmax(driver.logits.double(), dim=1).amax(dim=1)
+        assert sampled.logprobs[0] == sampled.top_logprobs[0, 0]
+        torch.testing.assert_close(sampled.logprobs.double(), own, atol=1e-5, rtol=0)

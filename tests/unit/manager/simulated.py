@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from msgspec.structs import replace as replace_fields
 from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
 from toka_engine.manager.requests import choice_seed
@@ -24,6 +26,7 @@ from toka_engine.messages import (
     Cancel,
     Deltas,
     LogitEdits,
+    PromptLogprobs,
     Refused,
     Step,
     Submit,
@@ -108,6 +111,22 @@ def reference(model: HashModel, submit: Submit, choice: int) -> Expected:
         context.append(model.kv(context[-1], token))
 
 
+def score(previous: int, target: int, num_tops: int) -> tuple[float, int, list[int]]:
+    """Logprob, rank and likeliest tokens of `target` after the token of this KV."""
+    digest = mix(previous, target)
+    return -float(digest % 1000) / 100, digest % 7 + 1, [digest % 40 + place for place in range(num_tops)]
+
+
+def reference_scores(model: HashModel, submit: Submit) -> dict[int, tuple[float, int, list[int]]]:
+    """By position in the prompt: what `PromptLogprobs` must say."""
+    previous, expected = 0, {}
+    for position, token in enumerate(submit.prompt_ids.tolist()):
+        if position and submit.prompt_logprobs >= 0:
+            expected[position] = score(previous, token, submit.prompt_logprobs)
+        previous = model.kv(previous, token)
+    return expected
+
+
 class SimulatedWorker:
     """Holds pages, block table and slot state as a real worker does, and checks each step that it runs."""
 
@@ -157,7 +176,25 @@ class SimulatedWorker:
         for slot, chunk in zip(step.fanout_slots.tolist(), step.fanout_chunks.tolist(), strict=True):
             self.lengths[slot] = self.lengths[step.prefill_slots[chunk]]
             rows.append((slot, chunk_contexts[chunk]))
-        return self._sample(step.number, rows)
+        return replace_fields(self._sample(step.number, rows), **self._score(step, writes[step.decode_slots.size :]))
+
+    def _score(self, step: Step, chunks: list[tuple[int, list[int]]]) -> dict[str, Any]:
+        found = []
+        for chunk, after, count in zip(step.scored_chunks, step.scored_next, step.scored_counts, strict=True):
+            slot, tokens = chunks[chunk]
+            start = self.lengths[slot] - len(tokens)
+            targets = tokens[1:] + ([int(after)] if after >= 0 else [])
+            for position, target in enumerate(targets, start):
+                found.append((*score(self._read(step.number, slot, position), target, int(count)), int(count)))
+        width = int(step.scored_counts.max(initial=0))
+        tops = [ids + [-1] * (width - count) for _, _, ids, count in found]
+        return {
+            "scored_logprobs": np.asarray([each[0] for each in found], np.float32),
+            "scored_ranks": np.asarray([each[1] for each in found], np.int32),
+            "scored_top_tokens": np.asarray(tops, np.int32).reshape(-1),
+            "scored_top_logprobs": np.zeros(len(found) * width, np.float32),
+            "scored_top_width": width,
+        }
 
     def _set_up(self, step: Step) -> None:
         new = step.new
@@ -265,6 +302,7 @@ class Result:
     tops: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
     reason: int | None = None
     num_tokens: int = 0
+    scores: dict[int, tuple[float, int, list[int]]] = field(default_factory=dict)
 
 
 def small_sizes(**changes: int) -> Sizes:
@@ -323,12 +361,16 @@ class Harness:
         first_choice: int = 0,
         edits: LogitEdits | None = None,
         delivers_stop: bool = False,
+        prompt_logprobs: int = -1,
         **penalties: float,
     ) -> list[int]:
         sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
         first = self.num_streams
         ids = np.asarray(prompt, np.int32)
-        submit = Submit(first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice, edits, delivers_stop)
+        submit = Submit(
+            first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice,
+            edits=edits, delivers_stop=delivers_stop, prompt_logprobs=prompt_logprobs,
+        )  # fmt: skip
         self.num_streams += n
         answers = self.manager.handle(submit)
         streams = list(range(first, first + n))
@@ -361,7 +403,10 @@ class Harness:
         self.writes.popleft()
         self.copied.popleft()
         for deltas in self.manager.receive(self.worker.run(step)):
-            self._take(deltas)
+            if isinstance(deltas, PromptLogprobs):
+                self._take_scores(deltas)
+            else:
+                self._take(deltas)
         self.num_steps += 1
 
     def turn(self, count: int) -> None:
@@ -380,6 +425,8 @@ class Harness:
         """Each stream that was not cancelled ended once, as the reference does."""
         for stream, (submit, choice) in self.submits.items():
             result, expected = self.results[stream], reference(self.model, submit, choice)
+            if stream == submit.first_stream and stream not in self.cancelled:
+                self._check_scores(submit, result)
             if stream in self.cancelled:
                 assert result.reason is None
                 assert result.tokens == expected.tokens[: len(result.tokens)]
@@ -399,6 +446,13 @@ class Harness:
                     assert np.allclose(logprobs[:width], expected.logprobs[index])
                     assert set(ids[width:]) <= {-1}
                     assert np.isnan(logprobs[width:]).all()
+
+    def _check_scores(self, submit: Submit, result: Result) -> None:
+        expected = reference_scores(self.model, submit)
+        assert sorted(result.scores) == sorted(expected)
+        for position, (logprob, rank, tops) in expected.items():
+            assert abs(result.scores[position][0] - logprob) < 1e-5
+            assert result.scores[position][1:] == (rank, tops)
 
     def check_nothing_held(self) -> None:
         """Idle: only the prefix tree holds pages, and nothing remembers any stream."""
@@ -449,6 +503,18 @@ class Harness:
                 for other_page, other_slot in earlier:
                     assert other_page != page or other_slot == slot, "a step on its way still writes this page"
         self.writes.append(written)
+
+    def _take_scores(self, found: PromptLogprobs) -> None:
+        submit, _ = self.submits[found.first_stream]
+        for stream in range(submit.first_stream, submit.first_stream + submit.num_choices):
+            assert not self.results[stream].tokens, "tokens came before the prompt's logprobs"
+        scores = self.results[found.first_stream].scores
+        assert found.start <= len(scores) + 1, "a gap"
+        tops = found.top_tokens.reshape(found.logprobs.size, -1).tolist()
+        for index, top in enumerate(tops):
+            asked, beyond = top[: submit.prompt_logprobs], top[submit.prompt_logprobs :]
+            assert set(beyond) <= {-1}
+            scores[found.start + index] = float(found.logprobs[index]), int(found.ranks[index]), asked
 
     def _take(self, deltas: Deltas) -> None:
         for index, (stream, token) in enumerate(zip(deltas.streams.tolist(), deltas.tokens.tolist(), strict=True)):

@@ -28,6 +28,7 @@ from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
+from toka_engine.model.prompt_scores import PromptScores
 from toka_engine.model.ranks import SingleRank
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sharding import Shard
@@ -55,8 +56,16 @@ class DryRunner(CudaRunner):
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
         pass
 
-    def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
-        return Launched(step.number, plan, sampled, started_s, 0.0)
+    def _fetch(
+        self,
+        step: Step,
+        plan: SamplePlan,
+        sampled: Sampled | None,
+        scores: PromptScores | None,
+        started_s: float,
+        cpu_s: float,
+    ) -> Launched:
+        return Launched(step.number, plan, sampled, started_s, 0.0, scores=scores)
 
 
 def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[DryRunner, WorkerReady]:

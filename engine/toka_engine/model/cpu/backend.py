@@ -120,4 +120,4 @@ class CpuBackend:
         is_whole = self._ranks.size == 1
         vocabulary = WholeVocabulary() if is_whole else ShardedVocabulary(self._ranks, model.config.vocab_size)
         sample = CpuSampler(settled_seed(config), attention.read_tokens, vocabulary)
-        return CpuRunner(model, attention, HostSlots(sizes.max_seqs), sample)
+        return CpuRunner(model, attention, HostSlots(sizes.max_seqs), sample, vocabulary)

@@ -12,9 +12,14 @@ from toka_engine.messages import Step, Tokens, WorkerReady
 from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.attention import CpuAttention
+from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
+from toka_engine.model.prompt_scores import PromptScores, ScorePlan, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
+
+_PIECE_ROWS = 32
+"""Rows of prompts that are scored at a time: as fast as more, and their logits stay in the caches."""
 
 
 class CpuRunner:
@@ -22,11 +27,20 @@ class CpuRunner:
 
     max_steps_in_flight = 1
 
-    def __init__(self, model: CausalModel, attention: CpuAttention, state: HostSlots, sample: Sample) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        attention: CpuAttention,
+        state: HostSlots,
+        sample: Sample,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """`vocabulary`: this rank's part of it; None: there is one rank."""
         self.model = model
         self.attention = attention
         self.state = state
         self.sample = sample
+        self._vocabulary = WholeVocabulary() if vocabulary is None else vocabulary
 
     def prepare(self, ready: WorkerReady) -> WorkerReady:
         """Change nothing: sizes are final from the start."""
@@ -45,22 +59,22 @@ class CpuRunner:
         if step.copy_from.size:
             self.attention.copy_pages(step.copy_from, step.copy_to)
         plan = plan_sampling(step, self.state)
-        sampled = self._forward_and_sample(step, plan)
+        sampled, scores = self._forward_and_sample(step, plan)
         self.state.advance(step)
-        return Launched(step.number, plan, sampled, started_s, time.thread_time() - cpu_s)
+        return Launched(step.number, plan, sampled, started_s, time.thread_time() - cpu_s, scores=scores)
 
     def finish(self, launched: Launched) -> Tokens:
         """See backend.Runner."""
         sampled, plan = launched.sampled, launched.plan
         wall_s = time.monotonic() - launched.started_s
+        fields = {"step_wall_s": wall_s, "host_cpu_s": launched.host_cpu_s} | message_fields(launched.scores)
         if sampled is None:
-            ids = np.empty(0, np.int32)
-            return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
+            return Tokens(launched.number, np.empty(0, np.int32), **fields)
         ids = sampled.ids.numpy()
         empty = np.empty(0, np.float32)
         logprobs = empty if sampled.logprobs is None else sampled.logprobs.numpy()
         if sampled.top_tokens is None or sampled.top_logprobs is None:
-            return Tokens(launched.number, ids, logprobs, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
+            return Tokens(launched.number, ids, logprobs, **fields)
         return Tokens(
             launched.number,
             ids,
@@ -69,32 +83,39 @@ class CpuRunner:
             top_tokens=sampled.top_tokens.numpy().reshape(-1),
             top_logprobs=sampled.top_logprobs.numpy().reshape(-1),
             top_width=plan.top_width,
-            step_wall_s=wall_s,
-            host_cpu_s=launched.host_cpu_s,
+            **fields,
         )
 
-    def _forward_and_sample(self, step: Step, plan: SamplePlan) -> Sampled | None:
-        logits, logit_rows = self._forward(step)
+    def _forward_and_sample(self, step: Step, plan: SamplePlan) -> tuple[Sampled | None, PromptScores | None]:
+        logits, logit_rows, scores = self._forward(step)
         if not plan.slots.size:
-            return None
+            return None, scores
         sampled = self.sample(logits, logit_rows, plan, self.state)
         slots = _to_tensor(plan.slots).long()
         # The next step may be planned before anybody has seen a -1: its row must stay a valid token.
         self.state.last_tokens.index_copy_(0, slots, sampled.ids.clamp(min=0))
-        return sampled
+        return sampled, scores
 
-    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits [n, vocab] and, where samples share logits, each sample's index into them [R] int64."""
+    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, PromptScores | None]:
+        """Return logits [n, vocab], where samples share logits each sample's index into them [R] int64, and scores."""
         self.attention.plan(make_layout(step, self.state, keep_seeded_out=True))
         ids = self.state.last_tokens[_to_tensor(step.decode_slots).long()]
         if not step.prefill_slots.size:
             self.attention.write_tokens(ids)
-            return self.model.logits(self.model.forward(ids, self.attention)), None
+            return self.model.logits(self.model.forward(ids, self.attention)), None, None
         ids = torch.cat((ids, _to_tensor(step.prefill_tokens)))
         self.attention.write_tokens(ids)
         rows, logit_rows = find_sampled_rows(step)
-        logits = self.model.logits(self.model.forward(ids, self.attention, _to_tensor(rows).long()))
-        return logits, None if logit_rows is None else _to_tensor(logit_rows).long()
+        score_plan = plan_scores(step)
+        wanted = rows if score_plan is None else np.concatenate((rows, score_plan.rows))
+        hidden = self.model.forward(ids, self.attention, _to_tensor(wanted).long())
+        logits = self.model.logits(hidden[: rows.size])
+        scores = None if score_plan is None else self._score(hidden[rows.size :], score_plan)
+        return logits, None if logit_rows is None else _to_tensor(logit_rows).long(), scores
+
+    def _score(self, hidden: torch.Tensor, plan: ScorePlan) -> PromptScores:
+        targets, counts = torch.from_numpy(plan.targets), torch.from_numpy(plan.counts)
+        return score_prompt(self.model.logits, hidden, targets, counts, plan.width, self._vocabulary, _PIECE_ROWS)
 
 
 def _to_tensor(array: NDArray[np.int32]) -> torch.Tensor:

@@ -42,6 +42,10 @@ class Vocabulary(Protocol):
         """Logarithms [n] of sums -> those of the sums over all ranks."""
         ...
 
+    def join_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Counts [n] in the parts -> those in the whole vocabulary."""
+        ...
+
     def join_best(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Scores [n] of tokens [n] -> the token with the best score; the lowest one of equals."""
         ...
@@ -81,6 +85,9 @@ class WholeVocabulary:
     def join_log_sums(self, log_sums: torch.Tensor) -> torch.Tensor:
         return log_sums
 
+    def join_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        return counts
+
     def join_best(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return tokens
 
@@ -117,6 +124,9 @@ class ShardedVocabulary:
 
     def join_log_sums(self, log_sums: torch.Tensor) -> torch.Tensor:
         return torch.logsumexp(self._ranks.all_gather(log_sums), dim=0)
+
+    def join_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        return self._ranks.all_gather(counts).sum(dim=0)
 
     def join_best(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         # Float64 holds float32 scores and token ids exactly. Of equal scores argmax finds the lowest rank's.

@@ -56,8 +56,8 @@ def _cut_prefill(sizes: Sizes | WorkerReady) -> tuple[int, int, int]:
 def make_largest_steps(ready: WorkerReady) -> list[Step]:
     """Make a prefill of as many tokens and a decode of as many rows as one forward may have. No page has an owner yet.
 
-    The rows ask for all that takes memory: a filter, and top logprobs. If there are fewer pages than such a prefill
-    has, chunks share them: nobody reads what they write.
+    The rows ask for all that takes memory: a filter, top logprobs, also of the prompts. If there are fewer pages than
+    such a prefill has, chunks share them: nobody reads what they write.
     """
     num_tokens, num_logprobs = ready.max_tokens_per_forward, min(_TOP_LOGPROBS, ready.vocab_size)
     num_chunks, length, pages_per_chunk = _cut_prefill(ready)
@@ -76,6 +76,9 @@ def make_largest_steps(ready: WorkerReady) -> list[Step]:
         prefill_tokens=np.zeros(int(lengths.sum()), np.int32),
         fanout_slots=chunks,
         fanout_chunks=chunks,
+        scored_chunks=chunks,
+        scored_next=np.full(num_chunks, -1, np.int32),
+        scored_counts=np.full(num_chunks, num_logprobs, np.int32),
     )
     num_rows = min(ready.max_seqs, num_tokens)
     # Slots without pages write to page 0, all of them to the same place: nobody reads it.

@@ -27,6 +27,7 @@ from toka_engine.model.in_flight import MAX_STEPS_IN_FLIGHT, RING_SIZE
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.logit_edits import TokenEdits, plan_edits
+from toka_engine.model.prompt_scores import PromptScores, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
@@ -170,16 +171,16 @@ class CudaRunner:
         self.attention.copy_pages(step.copy_from, step.copy_to)
         decoded = self._decode_by_graph(step)
         if decoded is None:
-            logits, logit_rows = self._forward(step)
+            logits, logit_rows, scores = self._forward(step)
         else:
             hidden, ring_index = decoded
             if ring_index is not None and self._sample_by_graph(plan):
                 self.state.advance(step)
                 return self._await_published(step, plan, ring_index, started_s, cpu_s)
-            logits, logit_rows = self.model.logits(hidden), None
+            logits, logit_rows, scores = self.model.logits(hidden), None, None
         sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
         self.state.advance(step)
-        return self._fetch(step, plan, sampled, started_s, cpu_s)
+        return self._fetch(step, plan, sampled, scores, started_s, cpu_s)
 
     def _plan_sampling(self, step: Step) -> SamplePlan:
         """Plan sampling; decode steps of the same rows share one plan, in which nothing changes from step to step."""
@@ -249,6 +250,7 @@ class CudaRunner:
             top_width=launched.plan.top_width if has_top else 0,
             step_wall_s=time.monotonic() - launched.started_s,
             host_cpu_s=launched.host_cpu_s,
+            **message_fields(launched.scores),
         )
 
     def _set_up(self, step: Step) -> None:
@@ -257,22 +259,33 @@ class CudaRunner:
             (words,) = self._new_slots.upload(pack_new_slots(step.new))
             set_slots(self._slots, words)
 
-    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits of any step, launched kernel by kernel, and each sample's index into them (None: in order)."""
+    def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, PromptScores | None]:
+        """Return logits of any step, launched kernel by kernel, each sample's index into them (None: in order), and the
+        logprobs of prompts.
+        """
         layout = make_layout(step, self.state, keep_seeded_out=False)
         self.attention.plan(layout)
         num_decode, chunks = layout.decode_slots.size, step.prefill_slots.size
         rows, logit_rows = find_sampled_rows(step) if chunks else (None, None)
-        none = np.empty(0, np.int32)
-        tokens, row_index, logit_index = self._tokens.upload(
-            step.prefill_tokens, none if rows is None else rows, none if logit_rows is None else logit_rows
+        none, score_plan = np.empty(0, np.int32), plan_scores(step)
+        num_sampled = 0 if rows is None else rows.size
+        if rows is not None and score_plan is not None:
+            rows = np.concatenate((rows, score_plan.rows))
+        tokens, row_index, logit_index, targets, counts = self._tokens.upload(
+            step.prefill_tokens,
+            none if rows is None else rows,
+            none if logit_rows is None else logit_rows,
+            *((none, none) if score_plan is None else (score_plan.targets, score_plan.counts)),
         )
         slots = self.attention.row_slots
         ids = torch.empty_like(slots)
         gather_ids(self._slots, slots, tokens, num_decode, ids)
         self.attention.write_tokens(ids)
         hidden = self.model.forward(ids, self.attention, None if rows is None else row_index)
-        return self.model.logits(hidden), None if logit_rows is None else logit_index
+        if score_plan is None:
+            return self.model.logits(hidden), None if logit_rows is None else logit_index, None
+        scores = score_prompt(self.model.logits, hidden[num_sampled:], targets, counts, score_plan.width)
+        return self.model.logits(hidden[:num_sampled]), None if logit_rows is None else logit_index, scores
 
     def _saved_s(self, step: Step) -> float:
         """Return the seconds saved by reading the groups' shared pages once."""
@@ -282,7 +295,15 @@ class CudaRunner:
         bytes_per_page = self.attention.shape.kv_bytes_per_token * self.attention.page_size
         return pages_saved * bytes_per_page / _READ_BYTES_PER_S
 
-    def _fetch(self, step: Step, plan: SamplePlan, sampled: Sampled | None, started_s: float, cpu_s: float) -> Launched:
+    def _fetch(
+        self,
+        step: Step,
+        plan: SamplePlan,
+        sampled: Sampled | None,
+        scores: PromptScores | None,
+        started_s: float,
+        cpu_s: float,
+    ) -> Launched:
         """Enqueue the copies of the results to the host, on the side stream."""
         done = torch.cuda.Event()
         ids = logprobs = top_tokens = top_logprobs = None
@@ -300,8 +321,22 @@ class CudaRunner:
                         tensor.record_stream(self._copies)
                     top_tokens = sampled.top_tokens.to("cpu", non_blocking=True)
                     top_logprobs = sampled.top_logprobs.to("cpu", non_blocking=True)
+            if scores is not None:
+                for tensor in scores:
+                    tensor.record_stream(self._copies)
+                scores = PromptScores(*(tensor.to("cpu", non_blocking=True) for tensor in scores))
             done.record(self._copies)
         host_cpu_s = time.thread_time() - cpu_s
         return CudaLaunched(
-            step.number, plan, sampled, started_s, host_cpu_s, done, ids, logprobs, top_tokens, top_logprobs
+            step.number,
+            plan,
+            sampled,
+            started_s,
+            host_cpu_s,
+            done,
+            ids,
+            logprobs,
+            top_tokens,
+            top_logprobs,
+            scores=scores,
         )

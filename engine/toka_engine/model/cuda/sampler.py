@@ -23,6 +23,7 @@ from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
 from toka_engine.model.kernels.top_p_rejection import sample_by_rejection
 from toka_engine.model.logit_edits import apply_edits
+from toka_engine.model.prompt_scores import score_logits
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
@@ -82,7 +83,11 @@ class CudaSampler:
             top, top_counts = self._sample_in_parts(logits, rows, plan, copied, ids, logprobs)
         if not plan.top.size:
             return Sampled(ids, logprobs, None, None)
-        return Sampled(ids, logprobs, *_find_top(logits, rows[top], top_counts, plan.top_width))
+        at = top.long()
+        chosen, *tops = _find_top(logits, rows[at], ids[at], top_counts, plan.top_width)
+        if logprobs is not None:  # of the formula that the likeliest tokens' are of: equal ones must compare as equal
+            logprobs.index_copy_(0, at, chosen)
+        return Sampled(ids, logprobs, *tops)
 
     def next_random(self) -> NDArray[np.int32]:
         """Return the random words [4] of one launch: engine seed and launch number."""
@@ -240,14 +245,15 @@ def _find_logprobs(logits: torch.Tensor, logit_rows: torch.Tensor, ids: torch.Te
 
 
 def _find_top(
-    logits: torch.Tensor, logit_rows: torch.Tensor, counts: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the top tokens and logprobs [n, width] of logits[logit_rows]; token -1 beyond a row's count."""
-    tokens, logprobs = [], []
-    for rows in logit_rows.split(_TOP_ROWS):
+    logits: torch.Tensor, logit_rows: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logprobs [n] of `ids` in logits[logit_rows], NaN where an id is -1, and the top tokens and logprobs
+    [n, width]; token -1 beyond a row's count.
+    """
+    parts = []
+    for rows, chosen in zip(logit_rows.split(_TOP_ROWS), ids.split(_TOP_ROWS), strict=True):
         wide = logits.index_select(0, rows).float()
-        best = torch.topk(wide, width, dim=1)
-        tokens.append(best.indices.int())
-        logprobs.append(best.values - torch.logsumexp(wide, dim=1, keepdim=True))
+        parts.append(score_logits(wide, chosen.clamp(min=0).long(), width))
+    logprobs, _, tokens, values = (torch.cat(each) for each in zip(*parts, strict=True))
     is_beyond = torch.arange(width, device=logits.device)[None, :] >= counts[:, None]
-    return torch.cat(tokens).masked_fill_(is_beyond, -1), torch.cat(logprobs)
+    return logprobs.masked_fill_(ids < 0, float("nan")), tokens.masked_fill_(is_beyond, -1), values
