@@ -35,7 +35,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Scoring:
-    """How far the logprobs of a prompt are planned. Pages beyond are not taken from the prefix tree: they hold keys and
+    """The progress of a prompt's logprobs. Pages beyond are not taken from the prefix tree: they hold keys and
     values, no logprobs.
     """
 
