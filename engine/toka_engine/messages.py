@@ -253,7 +253,7 @@ class PromptLogprobs(Message, frozen=True):
     """Logprobs of some of a prompt's tokens. They come in order, all of them before its choices' first tokens."""
 
     first_stream: int
-    """Of the `Submit`."""
+    """The first stream of the `Submit`."""
     start: int
     """Position in the prompt of the first of these tokens, at least 1."""
     logprobs: Floats  # [k]
