@@ -27,7 +27,7 @@ DEFAULTS: Json = {
     },
     "replicas": 1,
     "resources": {"device": "gpu", "gpuResource": "nvidia.com/gpu"},
-    "parallelism": {"data": 1},
+    "parallelism": {"tensor": 1, "data": 1},
     "scheduling": {"patienceSeconds": 300},
     "cache": {"type": "Ephemeral"},
     "auth": {},
@@ -48,6 +48,9 @@ DEFAULTS: Json = {
     "podTemplate": {},
     "suspend": False,
 }
+
+MAX_RANKS = 8
+"""Model workers of one pod, at most."""
 
 _SOURCE = re.compile(
     r"hf://(?P<hub>[A-Za-z0-9][-._A-Za-z0-9]*/[A-Za-z0-9][-._A-Za-z0-9]*)"
@@ -108,6 +111,8 @@ class Resources:
 class Parallelism:
     """The parallelism inside each pod."""
 
+    tensor: int
+    """Model workers that hold one replica together."""
     data: int
     """Replicas of the model."""
     minimum_data: int | None
@@ -116,7 +121,7 @@ class Parallelism:
     @property
     def num_gpus(self) -> int:
         """GPUs of each pod that runs on GPUs."""
-        return self.data
+        return self.tensor * self.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +308,10 @@ def _parse_engine(fields: Fields) -> Engine:
 
 
 def _parse_parallelism(fields: Fields) -> Parallelism:
-    parallelism = Parallelism(fields.integer("data", 1, 8), fields.optional_integer("minimumData", 1, 8))
+    tensor, data = fields.integer("tensor", 1, 8), fields.integer("data", 1, 8)
+    parallelism = Parallelism(tensor, data, fields.optional_integer("minimumData", 1, 8))
+    if tensor * data > MAX_RANKS:
+        fields.refuse("tensor", f"times data may not be more than {MAX_RANKS}")
     if parallelism.minimum_data is not None and parallelism.minimum_data > parallelism.data:
         fields.refuse("minimumData", "may not be more than data")
     return parallelism

@@ -48,6 +48,7 @@ CHANGES: dict[str, Any] = {
     "resources.cpu": "2",
     "resources.memory": "2Gi",
     "resources.sharedMemory": "1Gi",
+    "parallelism.tensor": 2,
     "parallelism.data": 2,
     "parallelism.minimumData": 1,
     "scheduling.nodeSelector": {"a": "b"},
