@@ -30,13 +30,14 @@ from toka_engine.messages import (
     Ping,
     Pong,
     Progress,
+    RankReports,
     ReplicaLost,
     Start,
     ToChild,
     Unresponsive,
 )
 from toka_engine.output import outlive_reader
-from toka_engine.portable import end_with_parent
+from toka_engine.portable import count_resident_bytes, end_with_parent
 
 
 class Child:
@@ -56,6 +57,12 @@ class Child:
         """Called in the control thread with the name of a process that does not answer, and "" when all do."""
         self.on_progress: Callable[[Progress], None] | None = None
         """Called in the control thread with what another process does while it starts."""
+        self.on_rank_reports: Callable[[RankReports], None] | None = None
+        """Called in the control thread, once a second, with what all ranks have done."""
+        self.count_memory: Callable[[], int] = count_resident_bytes
+        """Called in the control thread: bytes of its device that this process holds."""
+        self._num_begun = 0
+        self._num_done = 0
         self._control = control
         self._early = early
         self._busy_since: float | None = None
@@ -64,8 +71,17 @@ class Child:
     def progress(self, phase: str, detail: str = "") -> None:
         self.send(Progress(phase, detail))
 
-    def ready(self) -> None:
-        self.send(ChildReady())
+    def ready(self, device: str = "") -> None:
+        """Report that this process serves; a rank names the type of its `device`."""
+        self.send(ChildReady(device))
+
+    def begin_step(self) -> None:
+        """Count a step that this rank takes up: the supervisor compares ranks by it."""
+        self._num_begun += 1
+
+    def end_step(self) -> None:
+        """Count a step that this rank has done."""
+        self._num_done += 1
 
     def send(self, message: msgspec.Struct) -> None:
         """Send to the supervisor; any thread may. Raises PeerClosedError."""
@@ -100,8 +116,7 @@ class Child:
     def _handle(self, message: ToChild) -> None:
         match message:
             case Ping(number):
-                since = self._busy_since
-                self.send(Pong(number, 0.0 if since is None else time.monotonic() - since))
+                self.send(self._answer_ping(number))
             case Drain():
                 if self.on_drain:
                     self.on_drain()
@@ -117,8 +132,17 @@ class Child:
             case Progress():
                 if self.on_progress:
                     self.on_progress(message)
+            case RankReports():
+                if self.on_rank_reports:
+                    self.on_rank_reports(message)
             case Start():
                 raise AssertionError("a second Start")
+
+    def _answer_ping(self, number: int) -> Pong:
+        since = self._busy_since
+        busy_s = 0.0 if since is None else time.monotonic() - since
+        num_done = self._num_done  # first: a step is begun before it is done
+        return Pong(number, busy_s, self._num_begun, num_done, time.process_time(), self.count_memory())
 
 
 def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:

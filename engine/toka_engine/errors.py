@@ -109,5 +109,9 @@ class PeerClosedError(TokaError):
     """The process at the other end of a channel is gone."""
 
 
+class RanksDisagreeError(TokaError):
+    """Ranks that hold one model together are at different steps: a defect of ours. The message has both values."""
+
+
 class MessageError(TokaError):
     """A frame on a channel could not be decoded: a defect of ours, never of a user."""

@@ -81,6 +81,13 @@ class Pong(Message, frozen=True):
     number: int
     busy_s: float
     """Seconds that the main loop has been inside one step; 0 when idle."""
+    num_begun: int = 0
+    """Steps that a rank has begun since it was ready."""
+    num_done: int = 0
+    cpu_s: float = 0.0
+    """CPU time of the process."""
+    memory_bytes: int = 0
+    """Memory of its device that it holds: on a CPU what is resident."""
 
 
 class Progress(Message, frozen=True):
@@ -101,6 +108,9 @@ class Resolved(Message, frozen=True):
 
 class ChildReady(Message, frozen=True):
     """The child serves. The engine is ready when all children are."""
+
+    device: str = ""
+    """Type of a rank's device: cpu or cuda."""
 
 
 class Drain(Message, frozen=True):
@@ -131,6 +141,21 @@ class ReplicaLost(Message, frozen=True):
     reason: str
 
 
+class RankReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank has done since it was ready, and what it holds."""
+
+    rank: RankInfo
+    num_steps: int
+    cpu_s: float
+    memory_bytes: int
+
+
+class RankReports(Message, frozen=True):
+    """To the server, once a second: all ranks that live."""
+
+    ranks: tuple[RankReport, ...]
+
+
 class Failed(Message, frozen=True):
     """From a child that ends: its exit message. `exit_code` is of errors.ExitCode."""
 
@@ -140,7 +165,7 @@ class Failed(Message, frozen=True):
     """It ends because another process went away, which is the one to blame."""
 
 
-ToChild: TypeAlias = Start | Ping | Progress | Drain | Unresponsive | Failing | ReplicaLost
+ToChild: TypeAlias = Start | Ping | Progress | Drain | Unresponsive | Failing | ReplicaLost | RankReports
 FromChild: TypeAlias = Pong | Progress | Resolved | ChildReady | Drained | Failed
 
 

@@ -19,7 +19,9 @@ import msgspec
 
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.errors import PeerClosedError
-from toka_engine.messages import Failed, FromChild, Ping, Pong, Start, ToChild
+from toka_engine.messages import ChildReady, Failed, FromChild, Ping, Pong, Start, ToChild
+from toka_engine.portable import is_stopped
+from toka_engine.rank_watch import Place
 from toka_engine.topology import Process, Role
 
 PING_INTERVAL_S = 0.25
@@ -57,6 +59,13 @@ class ChildProcess:
         self.busy_pongs = 0
         """Answers in a row that told of a turn longer than MAX_BUSY_S."""
         self.silent_pings = 0
+        self.has_answered = False
+        """Its control thread runs."""
+        self.device = ""
+        """Type of a rank's device, once it is ready."""
+        self.place = Place(0, 0)
+        self.cpu_s = 0.0
+        self.memory_bytes = 0
         self._is_ping_out = False
         self._num_pings = 0
         self.send(msgspec.structs.replace(start, process=process.name, rank=process.rank))
@@ -83,20 +92,30 @@ class ChildProcess:
             return []
         for message in messages:
             if isinstance(message, Pong):
-                self.busy_s = message.busy_s
-                is_long = message.busy_s > MAX_BUSY_S.get(self.role, math.inf)
-                self.busy_pongs = self.busy_pongs + 1 if is_long else 0
-                self.silent_pings = 0
-                self._is_ping_out = False
+                self._take_pong(message)
+            elif isinstance(message, ChildReady):
+                self.is_ready = True
+                self.device = message.device
             elif isinstance(message, Failed):
                 self.exit_message = message
         return messages
 
-    def beat(self) -> None:
-        """Count an unanswered ping, or send the next. Called every PING_INTERVAL_S once the child is ready.
+    def _take_pong(self, pong: Pong) -> None:
+        self.busy_s = pong.busy_s
+        is_long = pong.busy_s > MAX_BUSY_S.get(self.role, math.inf)
+        self.busy_pongs = self.busy_pongs + 1 if is_long else 0
+        self.place = Place(pong.num_begun, pong.num_done)
+        self.cpu_s, self.memory_bytes = pong.cpu_s, pong.memory_bytes
+        self.has_answered = True
+        self.forget_silence()
 
-        Counting beats instead of reading a clock keeps a pause of the whole container from looking like a stall.
-        """
+    def forget_silence(self) -> None:
+        """Begin to count anew, as after an answer."""
+        self.silent_pings = 0
+        self._is_ping_out = False
+
+    def beat(self) -> None:
+        """Count an unanswered ping, or send the next. Called every PING_INTERVAL_S."""
         if self._is_ping_out:
             self.silent_pings += 1
             return
@@ -121,6 +140,11 @@ class ChildProcess:
         if code < 0:
             return f"{self.name} was ended by {signal.Signals(-code).name}"
         return f"{self.name} ended with code {code}"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Stopped by a signal, as a debugger or a person does it."""
+        return is_stopped(self.pid)
 
     @property
     def is_end_a_consequence(self) -> bool:

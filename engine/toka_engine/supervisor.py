@@ -18,7 +18,6 @@ import os
 import select
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ import msgspec
 from toka_engine import resolve
 from toka_engine.channel import socket_pair
 from toka_engine.config import EngineConfig
-from toka_engine.errors import REASONS, ExitCode, StorageError
+from toka_engine.errors import REASONS, ExitCode
+from toka_engine.heartbeat import Heartbeat
 from toka_engine.messages import (
     ChildReady,
     Drain,
@@ -39,21 +39,15 @@ from toka_engine.messages import (
     FromChild,
     Pong,
     Progress,
+    RankReports,
     ReplicaLost,
     Resolved,
     Start,
     Unresponsive,
 )
 from toka_engine.noise import for_replica, settle_seed
-from toka_engine.processes import (
-    BUSY_PONGS_STALLED,
-    PING_INTERVAL_S,
-    SILENT_PINGS_STALLED,
-    SILENT_PINGS_UNSURE,
-    ChildProcess,
-    count_oom_kills,
-    reap,
-)
+from toka_engine.processes import PING_INTERVAL_S, ChildProcess, count_oom_kills, reap
+from toka_engine.rendezvous import Rendezvous
 from toka_engine.signals import SignalFd
 from toka_engine.topology import RESOLVER, SERVER, Process, Role, choose_topology
 
@@ -111,10 +105,10 @@ class Supervisor:
         self._failures: list[tuple[bool, Outcome]] = []
         """(is a consequence of another, how it would end the engine), in order of arrival."""
         self._deadline: float | None = None
-        self._silent_process = ""
+        self._heartbeat = Heartbeat()
         self._started_at = time.monotonic()
         self._num_oom_kills = count_oom_kills()
-        self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
+        self._rendezvous: Rendezvous | None = None
         self._num_replicas = self._config.dp_size
 
     def run(self) -> Outcome:
@@ -138,8 +132,7 @@ class Supervisor:
                 return self._outcome
             finally:
                 self._kill_all(signals)
-                if self._rendezvous is not None:
-                    self._rendezvous.cleanup()
+                self._end_rendezvous()
 
     # ------------------------------------------------------------ events
 
@@ -186,12 +179,8 @@ class Supervisor:
             case Resolved(model_dir, tokenizer_dir):
                 self._start_engine(Start(self._config, model_dir, tokenizer_dir))
             case ChildReady():
-                child.is_ready = True
                 if self._phase is Phase.STARTING and all(one.is_ready for one in self._children.values()):
-                    self._phase = Phase.READY
-                    seconds = time.monotonic() - self._started_at
-                    logger.info("event=ready seconds=%.1f port=%d", seconds, self._config.port)
-                    self._on_ready()
+                    self._become_ready()
             case Drained():
                 if self._phase is Phase.DRAINING:
                     self._outcome = Outcome(ExitCode.OK)
@@ -201,6 +190,15 @@ class Supervisor:
                 self._fail(child, Outcome(ExitCode(exit_code), words), is_consequence)
             case Pong():
                 pass  # taken in by ChildProcess
+
+    def _become_ready(self) -> None:
+        self._phase = Phase.READY
+        self._end_rendezvous()
+        for child in self._children.values():
+            child.forget_silence()  # it might be as long as only a start may have it
+        seconds = time.monotonic() - self._started_at
+        logger.info("event=ready seconds=%.1f port=%d", seconds, self._config.port)
+        self._on_ready()
 
     def _note_deaths(self) -> None:
         statuses = reap()
@@ -225,26 +223,18 @@ class Supervisor:
                 self._fail(child, Outcome(ExitCode.PROCESS_DIED, child.describe_end()), is_consequence=True)
 
     def _beat(self) -> None:
-        if self._phase not in (Phase.READY, Phase.DRAINING):
-            return None
-        silent = ""
-        for child in self._children.values():
-            if child.is_given_up:
-                continue
-            child.beat()
-            if child.silent_pings >= SILENT_PINGS_STALLED:
-                words = f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
-                return self._fail(child, Outcome(ExitCode.PROCESS_STALLED, words))
-            if child.busy_pongs >= BUSY_PONGS_STALLED:
-                words = f"{child.name} has been in one step for {child.busy_s:.0f} s"
-                return self._fail(child, Outcome(ExitCode.PROCESS_STALLED, words))
-            if child.silent_pings >= SILENT_PINGS_UNSURE:
-                silent = child.name
-        if silent != self._silent_process:
-            self._silent_process = silent
+        if self._phase is Phase.FAILING:
+            return
+        children = [child for child in self._children.values() if not child.is_given_up]
+        was_silent, is_starting = self._heartbeat.silent_process, self._phase is Phase.STARTING
+        if stuck := self._heartbeat.beat(children, is_starting):
+            self._fail(stuck.child, Outcome(ExitCode.PROCESS_STALLED, stuck.words))
+            return
+        if (silent := self._heartbeat.silent_process) != was_silent:
             logger.warning("event=%s process=%s", "silent" if silent else "answering", silent or "all")
             self._tell_server(Unresponsive(silent))
-        return None
+        if not is_starting and (reports := self._heartbeat.make_reports(children)):
+            self._tell_server(RankReports(reports))
 
     def _check_deadline(self) -> None:
         if self._outcome is not None or self._deadline is None or time.monotonic() < self._deadline:
@@ -275,7 +265,8 @@ class Supervisor:
         os.environ.pop("HF_TOKEN", None)  # nobody needs it any more
         topology = choose_topology(self._config)
         if any(process.rank.tp_size > 1 for process in topology.processes):
-            start = msgspec.structs.replace(start, rendezvous=self._make_rendezvous())
+            self._rendezvous = Rendezvous()
+            start = msgspec.structs.replace(start, rendezvous=self._rendezvous.folder)
         link_fds: dict[str, list[int]] = {process.name: [] for process in topology.processes}
         with contextlib.ExitStack() as ends:
             for link in topology.links:
@@ -286,13 +277,9 @@ class Supervisor:
                 own = msgspec.structs.replace(start, config=for_replica(self._config, process.rank.dp_rank))
                 self._spawn(process, own, link_fds[process.name])
 
-    def _make_rendezvous(self) -> str:
-        """Make the folder where ranks find each other, for this user alone (mode 0700). Raises StorageError."""
-        try:
-            self._rendezvous = tempfile.TemporaryDirectory(prefix="toka-ranks-", ignore_cleanup_errors=True)
-        except OSError as error:
-            raise StorageError(f"no folder can be made for the ranks to find each other: {error}") from error
-        return self._rendezvous.name
+    def _end_rendezvous(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.remove()
 
     def _remove(self, child: ChildProcess) -> None:
         child.control.close()
@@ -345,7 +332,7 @@ class Supervisor:
         self._num_oom_kills = count_oom_kills()  # what it may have been killed for explains no later death
         self._tell_server(ReplicaLost(number, outcome.words))
 
-    def _tell_server(self, message: Progress | Unresponsive | Failing | ReplicaLost) -> None:
+    def _tell_server(self, message: Progress | Unresponsive | Failing | ReplicaLost | RankReports) -> None:
         server = self._children.get(SERVER.name)
         if server is not None:
             server.send(message)

@@ -117,9 +117,8 @@ def test_idle(tmp_path: Path, fault: str, victim: str) -> None:
 
 
 @pytest.mark.parametrize("victim", CHILDREN)
-@pytest.mark.parametrize("fault", ["killed", "crashed"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_while_loading(tmp_path: Path, fault: str, victim: str) -> None:
-    """A process stopped while it loads is the start-up limit's business: nothing tells it from a slow disk."""
     signum, code = FAULTS[fault]
     with running_engine(tmp_path) as engine:
         engine.wait_for_log("process=model phase=load")

@@ -56,10 +56,12 @@ def test_two_ranks_serve_what_one_model_says_and_end_together(
         model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
     )
     with start(folder, temporary) as engine:
-        engine.wait_ready()
-        assert [name for name in engine.children if name.startswith("model")] == RANKS
+        engine.wait_for_log("process=model_tp0 phase=load")
         [rendezvous] = temporary.glob("toka-ranks-*")
         assert stat.S_IMODE(rendezvous.stat().st_mode) == 0o700
+        engine.wait_ready()
+        assert [name for name in engine.children if name.startswith("model")] == RANKS
+        assert not rendezvous.exists(), "nobody needs it any more"
         assert set(listening_addresses(engine)) == {(name, "127.0.0.1") for name in RANKS}
         client = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=120.0)
 
@@ -75,7 +77,6 @@ def test_two_ranks_serve_what_one_model_says_and_end_together(
         assert engine.wait_end() == ExitCode.PROCESS_DIED
         assert RANKS[1] in engine.last_words()
         assert not any(is_alive(pid) for pid in engine.children.values())
-        assert not rendezvous.exists()
 
 
 def test_replicas_of_two_ranks_say_the_same_and_a_stopped_rank_is_named(

@@ -99,7 +99,10 @@ def test_a_worker_reports_ready_runs_steps_in_order_and_stops(start: Callable[..
     assert (ready.device, ready.dtype, ready.max_seqs) == ("cpu", "float32", 256)
     receive_one(process.control, ChildReady)
     process.control.send(Ping(7))
-    assert receive_one(process.control, Pong) == Pong(7, 0.0)
+    pong = receive_one(process.control, Pong)
+    assert (pong.number, pong.busy_s, pong.num_begun, pong.num_done) == (7, 0.0, 0, 0)
+    assert pong.cpu_s > 0
+    assert pong.memory_bytes > 1 << 20
     steps = make_warm_up_steps(ready)
     for step in steps:
         process.link.send(step)

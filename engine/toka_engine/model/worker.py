@@ -79,12 +79,14 @@ class Worker:
                 if waiting and len(launched) < self.runner.max_steps_in_flight:
                     match waiting.popleft():
                         case Step() as step:
+                            child.begin_step()
                             launched.append(self.runner.launch(step))
                         case Stop():
                             return
                     if waiting and len(launched) < self.runner.max_steps_in_flight:
                         continue
                 tokens = self.runner.finish(launched.popleft())
+                child.end_step()
                 if child.start.rank.is_output_rank:
                     link.send(tokens)
 
@@ -194,7 +196,9 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     gc.collect()
     gc.freeze()
     link.send(worker.ready)
-    child.ready()
+    if device.type == "cuda":
+        child.count_memory = lambda: torch.cuda.memory_reserved(device)
+    child.ready(device.type)
     logger.info(
         "event=ready seconds=%.2f device=%s dtype=%s pages=%d page_size=%d threads=%d",
         time.monotonic() - began_s,

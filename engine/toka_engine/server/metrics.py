@@ -1,18 +1,19 @@
 """Prometheus metrics: this process's own counters, and the managers' `Stats` as they came last.
 
 Owns: every metric's name. What managers report stands there twice: summed over all replicas, under a name that does not
-change with their number, and for each replica with the prefix toka_replica_. Costs are per request, never per token.
+change with their number, and for each replica with the prefix toka_replica_. What ranks tell the supervisor has the
+prefix toka_rank_. Costs are per request, never per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from toka_engine.messages import EngineInfo
+from toka_engine.messages import EngineInfo, RankInfo, RankReport
 from toka_engine.server.replicas import Replicas
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -45,6 +46,8 @@ class Metrics(Collector):
 
     def __init__(self, is_ready: Callable[[], bool], num_requests: Callable[[], int], replicas: Replicas) -> None:
         self.info: EngineInfo | None = None
+        self.ranks: dict[RankInfo, RankReport] = {}
+        """As each rank reported last, those of lost replicas too: a counter never falls."""
         self._replicas = replicas
         self._is_ready = is_ready
         self._num_requests = num_requests
@@ -107,6 +110,11 @@ class Metrics(Collector):
         yield from _router_metrics(self._replicas)
         if any(replica.stats for replica in self._replicas.all):
             yield from _manager_metrics(self._replicas)
+        yield from _rank_metrics(self.ranks.values(), {replica.index for replica in self._replicas.live})
+
+    def note_ranks(self, reports: Iterable[RankReport]) -> None:
+        """Keep what ranks have reported."""
+        self.ranks |= {report.rank: report for report in reports}
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -156,6 +164,27 @@ def _manager_metrics(replicas: Replicas) -> Iterable[Metric]:
         values = {one.index: getattr(one.stats, name) for one in replicas.all if one.stats}
         yield CounterMetricFamily(f"toka_{title}", text, value=sum(values.values()))
         yield _add_values(total, values)
+
+
+def _rank_metrics(reports: Collection[RankReport], live: Collection[int]) -> Iterable[Metric]:
+    if not reports:
+        return
+    labels = ["replica", "stage", "rank"]
+    steps = CounterMetricFamily("toka_rank_steps", "Forward passes that this model worker has done.", labels=labels)
+    seconds = CounterMetricFamily("toka_rank_cpu_seconds", "CPU seconds of this model worker's process.", labels=labels)
+    memory = GaugeMetricFamily(
+        "toka_rank_memory_bytes",
+        "Memory of its GPU that this model worker has allocated, or on a CPU its resident memory.",
+        labels=labels,
+    )
+    for report in reports:
+        rank = report.rank
+        values = [str(rank.dp_rank), str(rank.pp_rank), str(rank.tp_rank)]
+        steps.add_metric(values, report.num_steps)
+        seconds.add_metric(values, report.cpu_s)
+        if rank.dp_rank in live:
+            memory.add_metric(values, report.memory_bytes)
+    yield from (steps, seconds, memory)
 
 
 def _add_values(

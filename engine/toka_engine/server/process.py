@@ -95,6 +95,7 @@ class Server:
         child.on_failing = lambda message: self._from_thread(lambda: self._end(_reason(message)))
         child.on_replica_lost = lambda lost: self._from_thread(lambda: self._lose_replica(lost.replica, lost.reason))
         child.on_unresponsive = lambda process: self._from_thread(lambda: self._note_silence(process))
+        child.on_rank_reports = lambda sent: self._from_thread(lambda: self._service.metrics.note_ranks(sent.ranks))
         child.on_progress = lambda message: self._from_thread(lambda: self._note_progress(message))
 
     def _make_front(self, key_check: KeyCheck) -> Front:

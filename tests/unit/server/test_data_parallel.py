@@ -12,7 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toka_engine.messages import FINISH_LENGTH, ChildReady, Progress, Refused, ReplicaLost, Started, Stats, Submit
+from toka_engine.messages import (
+    FINISH_LENGTH,
+    ChildReady,
+    Progress,
+    RankInfo,
+    RankReport,
+    RankReports,
+    Refused,
+    ReplicaLost,
+    Started,
+    Stats,
+    Submit,
+)
 
 from tests.unit.server.conftest import SENTENCE, completion_body
 from tests.unit.server.harness import (
@@ -221,3 +233,21 @@ def test_the_server_is_ready_when_all_managers_are(tokenizer_dir: Path) -> None:
         server.managers[0].send(INFO)
         server.wait_control(ChildReady)
         assert server.request("GET", "/readyz")[0] == 200
+
+
+def test_each_rank_has_its_steps_cpu_seconds_and_memory_and_a_lost_one_holds_none(tokenizer_dir: Path) -> None:
+    with running_server(tokenizer_dir, dp_size=2, dp_min_size=1) as server:
+        ranks = [RankInfo(dp_rank=dp, tp_rank=tp, dp_size=2, tp_size=2) for dp in range(2) for tp in range(2)]
+        reports = [RankReport(rank, 10 + index, 0.5 * index, 1000 * index) for index, rank in enumerate(ranks)]
+        server.control.send(RankReports(tuple(reports)))
+        label = '{rank="1",replica="1",stage="0"}'
+        while f"toka_rank_steps_total{label}" not in (metrics := read_metrics(server)):
+            assert server.process.poll() is None
+        assert metrics[f"toka_rank_steps_total{label}"] == 13
+        assert metrics[f"toka_rank_cpu_seconds_total{label}"] == 1.5
+        assert metrics[f"toka_rank_memory_bytes{label}"] == 3000
+        server.control.send(ReplicaLost(1, "model_dp1_tp0 was ended by SIGKILL"))
+        while f"toka_rank_memory_bytes{label}" in (metrics := read_metrics(server)):
+            assert server.process.poll() is None
+        assert metrics[f"toka_rank_steps_total{label}"] == 13, "a counter never falls"
+        assert metrics['toka_rank_memory_bytes{rank="1",replica="0",stage="0"}'] == 1000

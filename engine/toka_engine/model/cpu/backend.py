@@ -13,6 +13,7 @@ pod has reserved. `make_ops` keeps fewer; making one again takes 0.3 ms, and ste
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from toka_engine.config import EngineConfig
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.causal import CausalModel
+from toka_engine.model.cpu.agreement import check_step
 from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.cpu.runner import CpuRunner
 from toka_engine.model.cpu.sampler import CpuSampler
@@ -120,4 +122,5 @@ class CpuBackend:
         is_whole = self._ranks.size == 1
         vocabulary = WholeVocabulary() if is_whole else ShardedVocabulary(self._ranks, model.config.vocab_size)
         sample = CpuSampler(settled_seed(config), attention.read_tokens, vocabulary)
-        return CpuRunner(model, attention, HostSlots(sizes.max_seqs), sample, vocabulary)
+        check = None if is_whole else partial(check_step, self._ranks)
+        return CpuRunner(model, attention, HostSlots(sizes.max_seqs), sample, vocabulary, check)

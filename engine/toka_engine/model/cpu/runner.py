@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,8 +35,12 @@ class CpuRunner:
         state: HostSlots,
         sample: Sample,
         vocabulary: Vocabulary | None = None,
+        check: Callable[[Step], None] | None = None,
     ) -> None:
-        """`vocabulary`: this rank's part of it; None: there is one rank."""
+        """`vocabulary`: this rank's part of it; None: there is one rank. `check` raises where ranks are at different
+        steps.
+        """
+        self._check = check
         self.model = model
         self.attention = attention
         self.state = state
@@ -53,6 +58,8 @@ class CpuRunner:
     def launch(self, step: Step) -> Launched:
         """See backend.Runner."""
         started_s, cpu_s = time.monotonic(), time.thread_time()
+        if self._check is not None:
+            self._check(step)
         self.state.set_up(step)
         if step.append_slots.size:
             self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)

@@ -2,10 +2,13 @@
 
 ready (default): wait for ever. hold: never become ready. memory, crash: end with an error of ours, with a defect.
 busy: one turn that never ends. peer: end when the other end of the last link is gone. orphan: leave a process behind.
+deaf, slow: hold Python's lock before being ready, so that no thread answers, for ever or for a while.
+ahead, in_step: be in the first step, which the others are in, too, or have not begun. done: have ended it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -33,8 +36,17 @@ def behave(child: Child, link_fds: list[int]) -> None:
         # The shell ends at once; what it left in the background has no parent then.
         pid = subprocess.run(["sh", "-c", "true & echo $!"], capture_output=True, text=True, check=True).stdout
         log.info("event=orphan pid=%s", pid.strip())
+    if behaviour in ("deaf", "slow"):
+        threading.Event().wait(1.0)  # until it has answered once
+        log.info("event=deaf")
+        library = ctypes.PyDLL(None)  # whose calls keep the lock
+        library.sleep(4 if behaviour == "slow" else 3600)
     if behaviour != "hold":
-        child.ready()
+        child.ready(os.environ.get("TOKA_TEST_DEVICE", ""))
+    if behaviour in ("ahead", "in_step", "done"):
+        child.begin_step()
+    if behaviour == "done":
+        child.end_step()
     if behaviour == "peer":
         Channel[Stop].from_fd(link_fds[-1], Stop).receive()
     if behaviour == "busy":

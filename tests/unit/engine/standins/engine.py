@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-from toka_engine import supervisor
+from toka_engine import heartbeat, rank_watch, supervisor
 from toka_engine.entry import run
 from toka_engine.messages import RankInfo
 from toka_engine.processes import MAX_BUSY_S
@@ -16,6 +16,8 @@ PR_SET_CHILD_SUBREAPER = 36
 
 if limit := os.environ.get("TOKA_TEST_MAX_BUSY_S"):
     MAX_BUSY_S.update(dict.fromkeys(MAX_BUSY_S, float(limit)))
+if beats := os.environ.get("TOKA_TEST_BEATS"):
+    heartbeat.SILENT_PINGS_STARTING = rank_watch.UNEVEN_BEATS = rank_watch.ENDLESS_BEATS = int(beats)
 if sizes := os.environ.get("TOKA_TEST_TOPOLOGY"):
     dp_size, pp_size, tp_size = map(int, sizes.split(","))
     larger = make_topology(RankInfo(dp_size=dp_size, pp_size=pp_size, tp_size=tp_size))

@@ -4,7 +4,7 @@ import logging
 import os
 
 from toka_engine.child import Child, run_child
-from toka_engine.messages import Drained, Failing, Progress, ReplicaLost
+from toka_engine.messages import Drained, Failing, Progress, RankReports, ReplicaLost
 
 from tests.unit.engine.standins.behaviour import behave
 
@@ -30,6 +30,12 @@ def main(child: Child, link_fds: list[int]) -> None:
     def replica_lost(message: ReplicaLost) -> None:
         log.info("event=told what=replica_lost replica=%d reason=%r", message.replica, message.reason)
 
+    def rank_reports(message: RankReports) -> None:
+        for report in message.ranks:
+            place, steps, memory = report.rank, report.num_steps, report.memory_bytes > 1 << 20
+            log.info("event=told what=rank dp=%d tp=%d steps=%d memory=%s", place.dp_rank, place.tp_rank, steps, memory)
+
+    child.on_rank_reports = rank_reports
     child.on_drain = drain
     child.on_replica_lost = replica_lost
     child.on_failing = failing
