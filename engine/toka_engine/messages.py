@@ -142,7 +142,7 @@ class ReplicaLost(Message, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, array_like=True):
-    """What one rank has done since it was ready, and what it holds."""
+    """The work of one rank since it was ready, and the memory that it holds."""
 
     rank: RankInfo
     num_steps: int

@@ -16,7 +16,7 @@ ENDLESS_BEATS = 120
 
 
 class Place(NamedTuple):
-    """How far a rank has come: steps begun and done since it was ready."""
+    """The steps that a rank has begun and done since it was ready."""
 
     begun: int
     done: int

@@ -47,7 +47,7 @@ class Metrics(Collector):
     def __init__(self, is_ready: Callable[[], bool], num_requests: Callable[[], int], replicas: Replicas) -> None:
         self.info: EngineInfo | None = None
         self.ranks: dict[RankInfo, RankReport] = {}
-        """As each rank reported last, those of lost replicas too: a counter never falls."""
+        """The last report of each rank, those of lost replicas too: a counter never falls."""
         self._replicas = replicas
         self._is_ready = is_ready
         self._num_requests = num_requests
