@@ -62,6 +62,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         doc("name of the field for the text between <think> tags in chat answers; none: it stays in the content"),
     ] = "reasoning_content"
 
+    response_store_bytes: Annotated[Count, doc("memory for kept answers of /v1/responses; 0: none is kept")] = (
+        64 * 1024 * 1024
+    )
+
     # HTTP
     host: Annotated[Name, doc("address to listen on")] = "0.0.0.0"
     port: Annotated[int, Meta(ge=1, le=65535), doc("port to listen on")] = 10210

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from toka_engine.server.errors import ApiError
 from toka_engine.server.render import ShownToken
 from toka_engine.server.request import Usage
 
@@ -33,6 +34,8 @@ class AnswerFormat(ABC):
 
     id_prefix: str
     chunk_object: str
+    done = b"data: [DONE]\n\n"
+    """The end of a stream that has succeeded."""
 
     def __init__(
         self,
@@ -78,6 +81,10 @@ class AnswerFormat(ABC):
     def usage(self, usage: Usage) -> bytes:
         """Return the last event of a stream that asks for usage."""
         return self._head + b'],"usage":' + encode(usage) + b"}\n\n"
+
+    def error_event(self, error: ApiError) -> bytes:
+        """Return the last event of a stream that fails."""
+        return b"data: " + error.body() + b"\n\n"
 
     def _name(self, token: int) -> str:
         if self._names_token_ids:

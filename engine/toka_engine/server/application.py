@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from toka_engine.server import openapi
 from toka_engine.server.auth import KeyCheck
-from toka_engine.server.endpoints import chat, completions, models, probes
+from toka_engine.server.endpoints import chat, completions, models, probes, responses
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
@@ -24,7 +24,8 @@ from toka_engine.version import __version__
 
 DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
-KNOWN_PATHS = (completions.PATH, chat.PATH, models.PATH, *sorted(probes.PATHS), DOCUMENT_PATH, PAGE_PATH)
+_GENERATING_PATHS = (completions.PATH, chat.PATH, responses.PATH)
+KNOWN_PATHS = (*_GENERATING_PATHS, models.PATH, *sorted(probes.PATHS), DOCUMENT_PATH, PAGE_PATH)
 """The paths of all routes without a parameter."""
 _MAX_MISTAKEN_PATH = 200
 
@@ -41,6 +42,7 @@ def generating_handlers(service: Service) -> dict[str, Handler]:
     return {
         completions.PATH: completions.Completions(service).answer,
         chat.PATH: chat.ChatCompletions(service).answer,
+        responses.PATH: responses.Responses(service).answer,
     }
 
 
@@ -87,6 +89,8 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
 
     add_generating(completions.PATH, openapi.COMPLETIONS)
     add_generating(chat.PATH, openapi.CHAT)
+    add_generating(responses.PATH, openapi.RESPONSES)
+    _add_kept_responses(router, service)
 
     @router.get(models.PATH, openapi_extra=openapi.MODELS)
     async def list_models() -> Response:
@@ -99,6 +103,24 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
         return _json(models.find_model(service, name))
 
     return router
+
+
+def _add_kept_responses(router: APIRouter, service: Service) -> None:
+    path = responses.PATH + "/{response_id}"
+
+    @router.get(path, openapi_extra=openapi.RESPONSE)
+    async def find_response(response_id: str) -> Response:
+        return Response(responses.find_response(service, response_id), media_type="application/json")
+
+    @router.delete(path, openapi_extra=openapi.DELETE_RESPONSE)
+    async def delete_response(response_id: str) -> Response:
+        return _json(responses.delete_response(service, response_id))
+
+    @router.get(path + "/input_items", openapi_extra=openapi.RESPONSE_ITEMS)
+    async def list_input_items(
+        response_id: str, limit: int = 20, order: str = "desc", after: str | None = None
+    ) -> Response:
+        return _json(responses.list_input_items(service, response_id, limit, order, after))
 
 
 def _open_router(service: Service) -> APIRouter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -44,10 +44,11 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class BodyDecoder(Generic[R]):
     """Decodes the raw body of one endpoint."""
 
-    def __init__(self, request_type: type[R]) -> None:
+    def __init__(self, request_type: type[R], effective: Collection[str] = ()) -> None:
+        """`effective`: the fields that are hints elsewhere, and have an effect at this endpoint."""
         self._decoder = msgspec.json.Decoder(request_type)
         self._fields = {field.encode_name: field for field in msgspec.inspect.type_info(request_type).fields}  # type: ignore[attr-defined]
-        self._hints = tuple(name for name in self._fields if name in HINTS)
+        self._hints = tuple(name for name in self._fields if name in HINTS and name not in effective)
 
     def decode(self, body: bytes, *, reports_unknown: bool = False) -> tuple[R, list[str]]:
         """Return the request, and the names of its fields that have no effect; unknown ones are refused unless they are

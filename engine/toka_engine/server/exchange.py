@@ -62,6 +62,8 @@ class Exchange:
         self._stream: UnsizedBody | None = None
         self._is_complete = False
         self.body_bytes = 0
+        self.error_event: Callable[[ApiError], bytes] = _error_event
+        """Writes the last event of a stream that fails."""
         self.failure: Exception | None = None
         """The exception that has been answered."""
         self._receive = receive
@@ -168,8 +170,12 @@ class Exchange:
             await self.answer(error.status, error.body(), headers=error.headers)
         elif not self._is_complete:
             if self._stream is not None:
-                await self.end_events(b"data: " + error.body() + b"\n\n")
+                await self.end_events(self.error_event(error))
             self.connection.transport.close()
+
+
+def _error_event(error: ApiError) -> bytes:
+    return b"data: " + error.body() + b"\n\n"
 
 
 def _too_large(budget: BodyBudget) -> ApiError:

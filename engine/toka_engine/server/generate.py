@@ -18,8 +18,6 @@ from toka_engine.server.render import Renderer
 from toka_engine.server.request import CompletionTokensDetails, Usage
 from toka_engine.server.streams import Generation, GenerationSpec, Streams
 
-_DONE = b"data: [DONE]\n\n"
-
 
 class GenerationJob(msgspec.Struct, frozen=True):
     """A checked request, ready to run."""
@@ -41,6 +39,7 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
     """Generate and answer. Raises ApiError, and ClientGoneError when there is nobody to answer."""
     connection = exchange.connection
     exchange.model = job.form.model
+    exchange.error_event = job.form.error_event
     blocks = await streams.hash_prompts(job.prompts)
     if connection.is_gone:
         raise ClientGoneError("the client closed the connection")
@@ -104,7 +103,7 @@ async def _answer_in_events(
         if events:
             await exchange.write_events(b"".join(events))
     tail = form.usage(_usage(job, renderers)) if job.includes_usage else b""
-    await exchange.end_events(tail + _DONE)
+    await exchange.end_events(tail + form.done)
 
 
 def _usage(job: GenerationJob, renderers: Sequence[Renderer]) -> Usage:

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from toka_engine.server.chat_plan import ChatRequest
-from toka_engine.server.endpoints import chat_answers, completions, models, probes
+from toka_engine.server.endpoints import chat_answers, completions, models, probes, responses, responses_answers
 from toka_engine.server.errors import ErrorAnswer
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -35,6 +35,10 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     completions.Completion,
     ChatRequest,
     chat_answers.ChatCompletion,
+    responses.ResponsesRequest,
+    responses_answers.Response,
+    responses.ItemList,
+    responses.Deleted,
     models.ModelCard,
     models.ModelList,
     probes.Pong,
@@ -81,6 +85,21 @@ MODELS = {
     "security": [{"key": []}],
 }
 MODEL = {**_reading("retrieveModel", models.ModelCard, "One model", "401", "404"), "security": [{"key": []}]}
+RESPONSES = _generating(
+    "createResponse", responses.ResponsesRequest, responses_answers.Response, "Answer with a response"
+)
+RESPONSE = {
+    **_reading("retrieveResponse", responses_answers.Response, "A response that is kept", "401", "404"),
+    "security": [{"key": []}],
+}
+DELETE_RESPONSE = {
+    **_reading("deleteResponse", responses.Deleted, "Drop a response that is kept", "401", "404"),
+    "security": [{"key": []}],
+}
+RESPONSE_ITEMS = {
+    **_reading("listInputItems", responses.ItemList, "The input of a response that is kept", "400", "401", "404"),
+    "security": [{"key": []}],
+}
 PING = _reading("ping", probes.Pong, "Whether the process answers, for the original's clients")
 LIVEZ = _reading("livez", probes.Alive, "Whether the process answers")
 READYZ = _reading("readyz", probes.Readiness, "Whether new requests should come here")

@@ -21,6 +21,7 @@ from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.render import Renderer, TrackingRenderer
+from toka_engine.server.responses.store import ResponseStore
 from toka_engine.server.streams import GenerationSpec, Streams
 from toka_engine.server.tokenization import Tokenizer
 
@@ -86,6 +87,7 @@ class Service:
         self.metrics = Metrics(lambda: health.is_ready, lambda: streams.num_generations, streams.replicas)
         self.budget = BodyBudget(config.max_body_bytes, _TOTAL_BODIES * config.max_body_bytes)
         self.created_s = int(time.time())
+        self.responses = ResponseStore(config.response_store_bytes)
 
     async def read(self, exchange: Exchange, decoder: BodyDecoder[R]) -> R:
         """Return the request in the body of `exchange`; the answer will name what has no effect. Raises a 4xx, and

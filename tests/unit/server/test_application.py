@@ -15,12 +15,14 @@ import pytest
 from toka_engine.messages import Submit
 from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints.completions import CompletionRequest
+from toka_engine.server.endpoints.responses import ResponsesRequest
 
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import MODEL, RunningServer, each, end, running_server, speak, streams_of
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
+_RESPONSES = "/v1/responses"
 _KEY = "sk-key"
 
 
@@ -160,7 +162,8 @@ def test_the_document_names_every_route_and_its_routes_are_served(
     fast: RunningServer, document: dict[str, Any]
 ) -> None:
     assert set(document["paths"]) == {
-        *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/metrics")
+        *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/metrics"),
+        *(_RESPONSES, f"{_RESPONSES}/{{response_id}}", f"{_RESPONSES}/{{response_id}}/input_items"),
     }
     for path, operations in document["paths"].items():
         for method in operations:
@@ -170,7 +173,7 @@ def test_the_document_names_every_route_and_its_routes_are_served(
 
 def test_the_document_names_every_field_of_a_request(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
-    for struct in (CompletionRequest, ChatRequest):
+    for struct in (CompletionRequest, ChatRequest, ResponsesRequest):
         assert set(schemas[struct.__name__]["properties"]) == set(struct.__struct_fields__)
         assert schemas[struct.__name__]["additionalProperties"] is False
 
@@ -184,6 +187,7 @@ _ANSWERS = {
     "completion": (_COMPLETIONS, completion_body(logprobs=2, n=2), "CompletionRequest", "Completion"),
     "ids": (_COMPLETIONS, completion_body(prompt=[[5, 6], [7]], stop="x"), "CompletionRequest", "Completion"),
     "chat": (_CHAT, chat_body(logprobs=True, top_logprobs=2), "ChatRequest", "ChatCompletion"),
+    "response": (_RESPONSES, {"model": MODEL, "input": "Hello", "tools": []}, "ResponsesRequest", "Response"),
     "error": (_CHAT, chat_body(n=0), "ChatRequest", "ErrorAnswer"),
 }
 
