@@ -46,6 +46,7 @@ ADVICE: dict[str, str] = {
     "StorageFailed": "Check cache.size, the claim and the disk",
     "Unschedulable": "Free or add a node that fits, or relax scheduling and resources",
     "VolumeFailed": "Check podTemplate.volumes and the claims that the message names",
+    "WebhookFailed": "Repair the admission webhook that the message names, or delete its configuration",
     "WebhookRefused": "Change what the admission webhook names, or the webhook",
 }
 

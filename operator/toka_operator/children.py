@@ -15,13 +15,20 @@ from functools import partial
 from toka_operator.cluster import Cluster
 from toka_operator.conditions import Outcome
 from toka_operator.differences import find_corrections, find_stale_annotations, find_uncorrected, is_satisfied
-from toka_operator.errors import ApiError, ConflictError, NamespaceEndsError, NotFoundError, TransientError
+from toka_operator.errors import (
+    ApiError,
+    ConflictError,
+    NamespaceEndsError,
+    NotFoundError,
+    TransientError,
+    WebhookFailsError,
+)
 from toka_operator.events import Suspects
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, is_orphaned, is_owned_by, is_predecessors
 from toka_operator.plan import Plan
-from toka_operator.refusals import Refusals
+from toka_operator.refusals import REFUSED_LAST_S, WEBHOOK_LAST_S, Refusals
 from toka_operator.resources import POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
 from toka_operator.settings import FIELD_MANAGER, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.store import Key, Store
@@ -36,8 +43,8 @@ MAX_CORRECTIONS = 3
 class Memory:
     """Notes that one pass leaves for the next, to save requests."""
 
-    strangers: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Names that another's object holds -> when to try again (monotonic)."""
+    taken_names: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Names of children that objects of other owners hold -> when to try again (monotonic)."""
     settled: dict[str, tuple[Json, Json]] = field(default_factory=dict)
     """uid -> (desired, what no write of ours could correct), so that an admission webhook makes no endless
     loop."""
@@ -103,7 +110,7 @@ class ChildWriter:
         for desired in plan.desired:
             kind, name = desired["kind"], desired["metadata"]["name"]
             live = observed.children.get((kind, name))
-            if kind == STATEFUL_SET and live is None and (SERVICE_ACCOUNT, owner.name) in memory.strangers:
+            if kind == STATEFUL_SET and live is None and (SERVICE_ACCOUNT, owner.name) in memory.taken_names:
                 continue  # its pods would run as somebody else's account
             attempt(f"{kind} {name}", desired, partial(self._write_child, owner, desired, live, memory))
         for kind, name, uid in plan.deletions:
@@ -120,10 +127,12 @@ class ChildWriter:
         try:
             write()
         except ApiError as error:
-            if error.status not in (400, 403, 422) or isinstance(error, NamespaceEndsError):
+            is_refusal = error.status in (400, 403, 422) or isinstance(error, WebhookFailsError)
+            if not is_refusal or isinstance(error, NamespaceEndsError):
                 raise
             why = error.message[:1024] or f"{error.status} {error.reason}"
-            if memory.refusals.note(target, wish, why):
+            last_s = WEBHOOK_LAST_S if isinstance(error, WebhookFailsError) else REFUSED_LAST_S
+            if memory.refusals.note(target, wish, why, last_s):
                 logger.warning("object=%s/%s child=%r rejected=%r", owner.namespace, owner.name, target, why)
             return why
         return ""
@@ -180,7 +189,7 @@ class ChildWriter:
             raise TransientError(f"{kind} {owner.namespace}/{name} belongs to a predecessor, and goes with it")
         if not is_owned_by(holder, owner.uid):
             logger.warning("object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name)
-            memory.strangers[(kind, name)] = time.monotonic() + self._settings.stranger_retry_s
+            memory.taken_names[(kind, name)] = time.monotonic() + self._settings.taken_name_retry_s
             return
         holder.setdefault("kind", kind)
         labels = {"metadata": {"labels": desired["metadata"]["labels"]}}

@@ -28,7 +28,9 @@ from toka_operator.errors import (
     NotFoundError,
     NotLeaderError,
     TransientError,
+    WebhookFailsError,
 )
+from toka_operator.failures import WEBHOOK_FAILS
 from toka_operator.fields import Json
 from toka_operator.settings import FIELD_MANAGER, GROUP, PLURAL, VERSION
 
@@ -314,6 +316,8 @@ def _to_error(status: int, data: bytes, headers: Any) -> ApiError | TransientErr
         causes = [c.get("reason") for c in (answer.get("details") or {}).get("causes") or []]
     except (ValueError, AttributeError):
         causes, reason, message = [], "", data[:200].decode(errors="replace")
+    if status >= 500 and WEBHOOK_FAILS in message:
+        return WebhookFailsError(status, reason, message)
     if status == 429 or status >= 500 or status == 401:
         after = headers.get("Retry-After", "")
         return TransientError(f"{status} {reason}: {message}", float(after) if after.isdigit() else None)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from toka_operator.advice import add_advice
-from toka_operator.failures import DISRUPTION_REASONS, NOT_READY, NOT_READY_S, Failure
+from toka_operator.failures import DISRUPTION_REASONS, NOT_READY, NOT_READY_S, WEBHOOK_FAILS, Failure, name_refusal
 from toka_operator.fields import Json
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
@@ -23,6 +23,7 @@ DEGRADED, CONFIG_VALID = "Degraded", "ConfigValid"
 _PRIORITY = (
     "PodSecurityViolated",
     "QuotaExceeded",
+    "WebhookFailed",
     "WebhookRefused",
     "PodsRejected",
     "SecretMissing",
@@ -200,13 +201,13 @@ def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> floa
 def _decide_degraded(
     spec: TokaDeploymentSpec, observed: Observed, counts: Counts, outcome: Outcome, is_late: bool, now: float
 ) -> Condition:
-    if observed.strangers:
-        names = ", ".join(f"{kind} {name}" for kind, name in sorted(observed.strangers))
+    if observed.taken_names:
+        names = ", ".join(f"{kind} {name}" for kind, name in sorted(observed.taken_names))
         message = f"{names}: the name is taken by an object that does not belong to this TokaDeployment"
         return _degraded("NameTaken", message)
     if outcome.rejected:
         child, why = sorted(outcome.rejected.items())[0]
-        return _degraded("ChildRejected", f"{child}: {why}")
+        return _degraded(name_refusal(why, "ChildRejected"), f"{child}: {why}")
     failing = [pod.failure for pod in observed.pods if pod.is_failing and pod.failure is not None]
     failing += observed.missing_pods
     is_short = counts.num_available < counts.num_wanted
@@ -260,8 +261,9 @@ def _describe(failure: Failure, num_failing: int) -> str:
 
 
 def _decide_config_valid(outcome: Outcome) -> Condition:
-    if outcome.rejected:
-        child, why = sorted(outcome.rejected.items())[0]
+    refused = {child: why for child, why in outcome.rejected.items() if WEBHOOK_FAILS not in why}
+    if refused:
+        child, why = sorted(refused.items())[0]
         return Condition(CONFIG_VALID, False, "ChildRejected", f"the API server refused {child}: {why}")
     return Condition(CONFIG_VALID, True, "Valid")
 

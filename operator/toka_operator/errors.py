@@ -80,5 +80,10 @@ class GoneError(ApiError):
     """410: the resource version asked for is too old; list again."""
 
 
+class WebhookFailsError(ApiError):
+    """500: an admission webhook that must be asked about the object did not answer. Only that object waits for it: the
+    API server itself is well."""
+
+
 class NamespaceEndsError(ApiError):
     """403: the namespace is being deleted, so nothing can be created in it, and nothing needs to be."""

@@ -39,6 +39,8 @@ _IGNORED_EVENTS = {"FailedScheduling", "Unhealthy", "BackOff", "Failed", "Killin
 """Warnings about pods whose cause the pod's own status tells better."""
 _KILLED_BY_PROBE = (0, 137, 143)
 """Exit codes of an engine that the kubelet ended: after draining, by SIGKILL, or by SIGTERM before it had a handler."""
+WEBHOOK_FAILS = "failed calling webhook"
+"""The API server's words about an admission webhook that does not answer."""
 _MAX_MESSAGE = 1024
 
 
@@ -90,14 +92,19 @@ def explain_missing_pods(set_name: str, events: Sequence[Json]) -> Failure | Non
     if latest is None:
         return None
     message = latest.get("message", "")
-    reason = "PodsRejected"
+    return Failure(set_name, "", name_refusal(message, "PodsRejected"), _shorten(message))
+
+
+def name_refusal(message: str, otherwise: str) -> str:
+    """The reason for which the API server refused an object, by its words; `otherwise` where they tell of nothing that
+    has a reason of its own."""
     if "exceeded quota" in message:
-        reason = "QuotaExceeded"
-    elif "violates PodSecurity" in message:
-        reason = "PodSecurityViolated"
-    elif "admission webhook" in message:
-        reason = "WebhookRefused"
-    return Failure(set_name, "", reason, _shorten(message))
+        return "QuotaExceeded"
+    if "violates PodSecurity" in message:
+        return "PodSecurityViolated"
+    if WEBHOOK_FAILS in message:
+        return "WebhookFailed"
+    return "WebhookRefused" if "admission webhook" in message else otherwise
 
 
 def explain_waiting_pod(pod_name: str, events: Sequence[Json]) -> Failure | None:

@@ -69,7 +69,7 @@ def register(registry: kopf.OperatorRegistry, runtime: Runtime) -> None:
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         configure(settings)
         runtime.start()
-        logger.info("event=started version=%s", __version__)
+        logger.info("event=started version=%s health_port=%d", __version__, runtime.health_port)
 
     @kopf.on.login(registry=registry)
     async def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:

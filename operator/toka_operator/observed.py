@@ -78,8 +78,8 @@ class Observed:
     children: Mapping[tuple[str, str], Json]
     """(kind, name) -> live object, of every kind but pods and endpoints."""
     pods: tuple[PodView, ...]
-    strangers: frozenset[tuple[str, str]]
-    """Names of children that another owner's object holds."""
+    taken_names: frozenset[tuple[str, str]]
+    """Names of children that objects of other owners hold."""
     other_pods: frozenset[str] = frozenset()
     """Names of pods labelled as ours that no StatefulSet of ours controls: a new pod cannot have such a name."""
     missing_pods: tuple[Failure, ...] = ()

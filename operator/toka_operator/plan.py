@@ -7,7 +7,7 @@ twice writes nothing the second time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from toka_operator.failures import NOT_READY
@@ -29,6 +29,7 @@ from toka_operator.resources import (
 )
 from toka_operator.revisions import by_revision
 from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
+from toka_operator.settings import SERVED_ANNOTATION
 from toka_operator.spec import TokaDeploymentSpec
 
 MIN_RESTARTS_OF_UNRECOVERABLE = 3
@@ -75,9 +76,10 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, defaul
     targets = decide_windows(budgets, spec.revision, revisions, unmade)
     finished = _find_finished_sets(spec, sets, targets, observed)
     templates = _find_templates(owner, spec, sets, stored, targets, default_image)
-    desired = _render_children(owner, spec, templates, numbers, targets, finished)
+    replaced = {name for name, pods in revisions.items() if name != spec.revision and pods.served | pods.available}
+    desired = _render_children(owner, spec, templates, numbers, targets, finished, replaced)
     return Plan(
-        desired=tuple(m for m in desired if (m["kind"], m["metadata"]["name"]) not in observed.strangers),
+        desired=tuple(m for m in desired if (m["kind"], m["metadata"]["name"]) not in observed.taken_names),
         deletions=(*finished.values(), *_find_surplus(spec, owner, observed, stored, sets)),
         dead_pods=tuple((pod.name, pod.uid) for pod in observed.pods if _is_dead(pod, spec, now)),
         revisions=revisions,
@@ -194,7 +196,9 @@ def _render_children(
     numbers: Mapping[str, int],
     targets: Mapping[str, Window],
     finished: Mapping[str, object],
+    replaced: Set[str],
 ) -> list[Json]:
+    """Every child, in the order of writing. `replaced`: old revisions whose pods have served."""
     children = [render_service_account(owner), render_service(owner, spec)]
     newest = max(numbers.values(), default=0)
     order = sorted(set(targets) - set(finished), key=lambda r: (r == spec.revision, numbers.get(r, 0), r))
@@ -203,7 +207,9 @@ def _render_children(
         if revision == spec.revision and any(n >= number for r, n in numbers.items() if r != revision):
             number = newest + 1
         fingerprint = spec.fingerprint if revision == spec.revision else None
-        children.append(render_revision(owner, revision, templates[revision], number, fingerprint))
+        children.append(
+            render_revision(owner, revision, templates[revision], number, fingerprint, revision in replaced)
+        )
         window = targets[revision]
         children.append(render_stateful_set(owner, revision, templates[revision], window.replicas, window.start))
     budget = render_disruption_budget(owner, spec)
@@ -217,15 +223,20 @@ def _find_surplus(
     stored: Mapping[str, Json],
     sets: Mapping[str, Json],
 ) -> list[tuple[str, str, str]]:
-    """A disruption budget that is no longer desired, and revisions beyond the history's limit."""
+    """A disruption budget that is no longer desired, and revisions beyond the history's limit: those that never served
+    go first, so that a few edits in a row do not leave out the last one that did."""
     surplus = []
     budget = observed.children.get((POD_DISRUPTION_BUDGET, owner.name))
     if budget is not None and render_disruption_budget(owner, spec) is None:
         surplus.append(budget)
     old = [child for revision, child in stored.items() if revision != spec.revision and revision not in sets]
-    old.sort(key=lambda child: -int(child.get("revision", 0)))
+    old.sort(key=lambda child: (not _has_served(child), -int(child.get("revision", 0))))
     surplus += old[spec.rollout.revision_history_limit :]
     return [(c["kind"], c["metadata"]["name"], c["metadata"]["uid"]) for c in surplus]
+
+
+def _has_served(stored: Json) -> bool:
+    return (stored["metadata"].get("annotations") or {}).get(SERVED_ANNOTATION) == "true"
 
 
 def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> float | None:

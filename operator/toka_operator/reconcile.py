@@ -94,7 +94,7 @@ class Reconciler:
             outcome = self._children.write(owner, plan, observed, memory)
         except NamespaceEndsError:
             return None
-        observed = replace(observed, strangers=frozenset(memory.strangers))
+        observed = replace(observed, taken_names=frozenset(memory.taken_names))
         now = time.time()
         status = build_status(owner, spec, observed, plan, outcome, previous, now)
         delays = [
@@ -104,8 +104,8 @@ class Reconciler:
         ]
         if memory.status_due is None:
             self._write_status(owner, deployment, status)
-        if memory.strangers:
-            delays.append(max(0.1, min(memory.strangers.values()) - time.monotonic()))
+        if memory.taken_names:
+            delays.append(max(0.1, min(memory.taken_names.values()) - time.monotonic()))
         delays += [memory.refusals.next_try_s(), memory.suspects.next_ask_s()]
         return min((delay for delay in delays if delay is not None), default=None)
 
@@ -113,8 +113,8 @@ class Reconciler:
         """The state of the watches' caches, and of events where a pod does not come; else no requests."""
         key = (owner.namespace, owner.name)
         now = time.monotonic()
-        for name in [name for name, until in memory.strangers.items() if until <= now]:
-            del memory.strangers[name]
+        for name in [name for name, until in memory.taken_names.items() if until <= now]:
+            del memory.taken_names[name]
         children: dict[tuple[str, str], Json] = {}
         for kind, store in self._stores.items():
             if kind not in ("Pod", "EndpointSlice"):
@@ -130,7 +130,7 @@ class Reconciler:
         ours = [pod for pod in pods if is_adoptable(pod, owner.name) or any(is_owned_by(pod, uid) for uid in sets)]
         names = frozenset(pod["metadata"]["name"] for pod in pods) - {pod["metadata"]["name"] for pod in ours}
         views = tuple(view_pod(pod, endpoints) for pod in ours)
-        observed = Observed(children, views, frozenset(memory.strangers), names)
+        observed = Observed(children, views, frozenset(memory.taken_names), names)
         return memory.suspects.explain(self._warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 REFUSED_FIRST_S = 5.0
 REFUSED_LAST_S = 120.0
+WEBHOOK_LAST_S = 20.0
+"""The longest wait for an admission webhook that does not answer: it is an outage, and over when somebody mends it."""
 
 
 @dataclass(slots=True)
@@ -36,11 +38,12 @@ class Refusals:
             return ""
         return refusal.why
 
-    def note(self, target: str, wish: Any, why: str) -> bool:
-        """Remembers a refusal. Returns whether it is news: another one, or for another reason."""
+    def note(self, target: str, wish: Any, why: str, last_s: float = REFUSED_LAST_S) -> bool:
+        """Remembers a refusal, to be tried again after `last_s` at the latest. Returns whether it is news: another one,
+        or for another reason."""
         before = self._refusals.get(target)
         is_again = before is not None and before.wish == wish
-        delay_s = min(REFUSED_LAST_S, before.delay_s * 2) if before is not None and is_again else REFUSED_FIRST_S
+        delay_s = min(last_s, before.delay_s * 2) if before is not None and is_again else REFUSED_FIRST_S
         self._refusals[target] = _Refusal(wish, why, delay_s, time.monotonic() + delay_s)
         return before is None or before.why != why
 

@@ -17,6 +17,7 @@ from toka_operator.settings import (
     KIND,
     MANAGED_BY,
     REVISION_LABEL,
+    SERVED_ANNOTATION,
     SERVICE_ANNOTATIONS_KEY,
 )
 from toka_operator.spec import TokaDeploymentSpec
@@ -110,15 +111,20 @@ def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | N
     return budget
 
 
-def render_revision(owner: Owner, revision: str, template: Json, number: int, fingerprint: str | None) -> Json:
+def render_revision(
+    owner: Owner, revision: str, template: Json, number: int, fingerprint: str | None, was_serving: bool = False
+) -> Json:
     """A revision's memory: the pod template as it was rendered, which no newer operator renders again.
 
-    `fingerprint` None: it stays as it is stored.
+    `fingerprint` None: it stays as it is stored. `was_serving`: it is replaced, and its pods have served.
     """
     stored = _child(owner, CONTROLLER_REVISION, set_name(owner.name, revision), "revision")
     stored["metadata"]["labels"][REVISION_LABEL] = revision
-    if fingerprint is not None:
-        stored["metadata"]["annotations"] = {FINGERPRINT_ANNOTATION: fingerprint}
+    annotations = {} if fingerprint is None else {FINGERPRINT_ANNOTATION: fingerprint}
+    if was_serving:
+        annotations[SERVED_ANNOTATION] = "true"
+    if annotations:
+        stored["metadata"]["annotations"] = annotations
     return {**stored, "data": {"template": template}, "revision": number}
 
 

@@ -89,6 +89,11 @@ class Runtime:
             self._election.join(timeout=10.0)
         self._health.stop()
 
+    @property
+    def health_port(self) -> int:
+        """The port of the probes and metrics, also where the settings leave the choice to the kernel."""
+        return self._health.port
+
     def describe_trouble(self) -> str:
         """Why this process should be restarted; empty if that would not help."""
         now = time.monotonic()

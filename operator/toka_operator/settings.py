@@ -23,6 +23,8 @@ MANAGED_BY = "toka-operator"
 REVISION_LABEL = f"{GROUP}/revision"
 FINGERPRINT_ANNOTATION = f"{GROUP}/fingerprint"
 """On a ControllerRevision: the fingerprint of the specs that it was made for."""
+SERVED_ANNOTATION = f"{GROUP}/served"
+"""On a ControllerRevision that another one replaced: that a pod of it has served, so the history keeps it longest."""
 SERVICE_ANNOTATIONS_KEY = f"{GROUP}/service-annotations"
 """On the Service: the keys of the annotations that the spec asked for, so that a removed one is known to
 be ours."""
@@ -53,7 +55,7 @@ class Settings:
     lease_duration_s: float = 10.0
     lease_renew_deadline_s: float = 7.0
     lease_retry_s: float = 2.0
-    stranger_retry_s: float = 30.0
+    taken_name_retry_s: float = 30.0
     """Seconds until a child's name that a foreign object holds is tried again: no watch of ours can see that it was
     freed."""
 
@@ -94,7 +96,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         lease_duration_s=duration_s,
         lease_renew_deadline_s=deadline_s,
         lease_retry_s=retry_s,
-        stranger_retry_s=_read_int(environ, "TOKA_STRANGER_RETRY_SECONDS", 30, 1, 3600),
+        taken_name_retry_s=_read_int(environ, "TOKA_TAKEN_NAME_RETRY_SECONDS", 30, 1, 3600),
     )
 
 

@@ -220,7 +220,7 @@ class Operator:
         return bool(event.get("objectRef", {}).get("namespace") == self.namespace)
 
 
-_STRANGERS_POD = {
+_UNRELATED_POD = {
     "metadata": {"labels": {"app": "theirs"}},
     "spec": {
         "containers": [
@@ -239,14 +239,14 @@ _STRANGERS_POD = {
 }
 
 
-def strangers(name: str, revision: str) -> dict[tuple[str, str], Json]:
-    """(kind, name) of each child of a TokaDeployment -> another's object of that name, without any label."""
+def unrelated_objects(name: str, revision: str) -> dict[tuple[str, str], Json]:
+    """(kind, name) of each child of a TokaDeployment -> an object of that name that a user made, without any label."""
     set_name = f"{name}-{revision}"
     set_spec = {
         "serviceName": "x",
         "replicas": 0,
         "selector": {"matchLabels": {"app": "theirs"}},
-        "template": _STRANGERS_POD,
+        "template": _UNRELATED_POD,
     }
     bodies: list[tuple[str, str, str, str, Json]] = [
         ("serviceaccount", name, "v1", "ServiceAccount", {}),
@@ -312,7 +312,7 @@ def start_operator(server: ApiServer, kubeconfig: Path, name: str, **environment
         "TOKA_LEASE_DURATION_SECONDS": "4",
         "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "3",
         "TOKA_LEASE_RETRY_SECONDS": "1",
-        "TOKA_STRANGER_RETRY_SECONDS": "1",
+        "TOKA_TAKEN_NAME_RETRY_SECONDS": "1",
         "TOKA_LOG_LEVEL": "INFO",
         **environment,
     }

@@ -1,11 +1,11 @@
-"""A TokaDeployment's children: made, put back, never taken from a stranger, gone with it."""
+"""A TokaDeployment's children: made, put back, never made of a user's own object, gone with it."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from tests.cluster.operating import WRITING_VERBS, Json, Operator, deployment, revision_of, strangers
+from tests.cluster.operating import WRITING_VERBS, Json, Operator, deployment, revision_of, unrelated_objects
 
 KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
 
@@ -146,9 +146,9 @@ def without_status(found: Json) -> Json:
     return {**found, "metadata": metadata, "status": None}
 
 
-def test_strangers_objects_under_the_names_of_children_are_never_touched(operator: Operator) -> None:
+def test_objects_of_a_user_under_the_names_of_children_are_never_touched(operator: Operator) -> None:
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
-    theirs = strangers("chat", revision_of(spec))
+    theirs = unrelated_objects("chat", revision_of(spec))
     operator.server.apply(*theirs.values(), namespace=operator.namespace)
     before = {child: without_status(operator.require(*child)) for child in theirs}
     operator.apply("chat", replicas=2)
@@ -164,7 +164,7 @@ def test_strangers_objects_under_the_names_of_children_are_never_touched(operato
     operator.wait_for_condition("chat", "Degraded", "False")
 
 
-def test_a_strangers_stateful_set_is_never_touched_even_with_our_labels(operator: Operator) -> None:
+def test_a_users_stateful_set_is_never_touched_even_with_our_labels(operator: Operator) -> None:
     operator.apply("chat", suspend=True)
     operator.wait_for_condition("chat", "Ready", "False", "Suspended")
     (revision,) = operator.sets("chat")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.cluster.harness.errors import WaitTimeout
-from tests.cluster.operating import CHART, SYSTEM, Operator, revision_of, strangers
+from tests.cluster.operating import CHART, SYSTEM, Operator, revision_of, unrelated_objects
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def use_every_right(operator: Operator) -> None:
     """Does to one TokaDeployment all that an operator does in its life."""
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{revision_of(spec)}"
-    taken = strangers("chat", revision_of(spec))
+    taken = unrelated_objects("chat", revision_of(spec))
     operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
     operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0})

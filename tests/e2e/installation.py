@@ -151,6 +151,13 @@ class Deployment:
         kind = ["patch", "tokadeployment", self.name, "--namespace", self.namespace]
         self.cluster.kubectl(*kind, "--type=merge", "-p", patch)
 
+    def scale_to(self, replicas: int) -> None:
+        """Scale, as a user does, and wait until there are as many pods as that, ready, and no other."""
+        target = [f"tokadeployment/{self.name}", f"--replicas={replicas}", "--namespace", self.namespace]
+        self.cluster.kubectl("scale", *target)
+        self.wait_until_ready()
+        self.cluster.wait_for(lambda: len(self.pods()) == replicas, f"{replicas} pods: {self.explain}", timeout_s=180)
+
     def pods(self) -> list[Object]:
         """Its engine pods, those that are going included, oldest first."""
         pods = self.cluster.list_objects("pods", self.namespace, f"app.kubernetes.io/instance={self.name}")
@@ -204,8 +211,12 @@ else:
 def deletion_time(pod: Object) -> float:
     """The time at which a pod's deletion was asked for; its deletionTimestamp is that plus the grace period."""
     metadata = pod["metadata"]
-    end = datetime.fromisoformat(metadata["deletionTimestamp"].replace("Z", "+00:00")).timestamp()
-    return end - float(metadata["deletionGracePeriodSeconds"])
+    return read_time(metadata["deletionTimestamp"]) - float(metadata["deletionGracePeriodSeconds"])
+
+
+def read_time(stamp: str) -> float:
+    """A time of Kubernetes' as Unix seconds."""
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
 def _exec(program: str, arguments: tuple[str, ...]) -> list[str]:

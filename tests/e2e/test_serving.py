@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 
 import pytest
 
 from tests.cluster.harness.errors import CommandFailed
-from tests.e2e.installation import Deployment, Installation, deletion_time
+from tests.cluster.harness.handle import Object
+from tests.e2e.installation import Deployment, Installation, deletion_time, read_time
 
 pytestmark = pytest.mark.timeout(900)
+LEAVES_A_LOST_NODE_SOON = {
+    "tolerations": [
+        {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5}
+        for taint in ("not-ready", "unreachable")
+    ]
+}
+"""Scheduling whose pods leave a node after 5 s that does not answer; the operator's default is 30 s."""
 
 
-def test_the_example_becomes_ready_and_streams_an_answer_through_its_services_name(
-    installation: Installation, namespace: str, record_property: Callable[[str, object], None]
+def test_the_example_streams_an_answer_through_its_services_name(
+    installation: Installation, smollm2: Deployment
 ) -> None:
-    applied = time.monotonic()
-    smollm2 = installation.example(namespace)
-    smollm2.wait_until_ready()
-    record_property("seconds_from_apply_to_ready", round(time.monotonic() - applied, 1))
     assert smollm2.read()["status"]["url"] == smollm2.url
     lines = installation.run_client("stream.py", smollm2.url, "What is the capital of France?", "40").splitlines()
     *chunks, end = [json.loads(line) for line in lines]
@@ -30,20 +32,13 @@ def test_the_example_becomes_ready_and_streams_an_answer_through_its_services_na
     assert end["finish_reason"] == "stop"
 
 
-def test_helm_test_asks_the_endpoint(installation: Installation, namespace: str) -> None:
-    smollm2 = installation.deploy(namespace)
-    smollm2.wait_until_ready()
-    installation.helm_upgrade(f"test.namespace={namespace}")
+def test_helm_test_asks_the_endpoint(installation: Installation, smollm2: Deployment) -> None:
+    installation.helm_upgrade(f"test.namespace={smollm2.namespace}")
     installation.cluster.helm("test", "toka", "--namespace", "toka-system", "--timeout", "3m")
 
 
-def test_after_scaling_to_two_both_replicas_answer(installation: Installation, namespace: str) -> None:
-    smollm2 = installation.deploy(namespace)
-    smollm2.wait_until_ready()
-    scale = ["scale", "tokadeployment", "smollm2", "--replicas=2", "--namespace", namespace]
-    installation.cluster.kubectl(*scale)
-    smollm2.wait_until_ready()
-    assert len(smollm2.pods()) == 2
+def test_after_scaling_to_two_both_replicas_answer(smollm2: Deployment) -> None:
+    smollm2.scale_to(2)
     wait_until_each_answers(smollm2)
 
 
@@ -58,24 +53,23 @@ def wait_until_each_answers(deployment: Deployment) -> None:
 
 
 def test_a_stream_that_runs_while_the_spec_changes_is_whole_and_unchanged(
-    installation: Installation, namespace: str
+    installation: Installation, smollm2: Deployment
 ) -> None:
     cluster = installation.cluster
-    applied = time.monotonic()
-    smollm2 = installation.deploy(namespace, rollout={"drainTimeoutSeconds": 600})  # a loaded machine is slow
-    smollm2.wait_until_ready()
-    # The stream slows the next pod's start down: three times what this one took.
-    num_tokens = _tokens_that_take(3 * (time.monotonic() - applied), installation, smollm2.url)
+    smollm2.patch({"rollout": {"drainTimeoutSeconds": 600}, "scheduling": {"tolerations": None}})
+    smollm2.scale_to(1)
     (old,) = smollm2.pods()
     old_name = old["metadata"]["name"]
+    # The stream slows the next pod's start down: it takes three times as long as this one.
+    num_tokens = _tokens_that_take(3 * _start_time_of(old), installation, smollm2.url)
     request = ("stream.py", smollm2.url, "Tell me a long story.", str(num_tokens), "ignore_eos")
-    stream = installation.start_client(f"stream-{namespace}", *request)
+    stream = installation.start_client(f"stream-{smollm2.namespace}", *request)
     cluster.wait_for(lambda: "text" in stream.log(), "the stream's first words")
 
-    smollm2.patch({"engine": {"logLevel": "DEBUG"}})
+    smollm2.patch({"scheduling": LEAVES_A_LOST_NODE_SOON})
 
     def is_going() -> float | None:
-        pod = cluster.get("pod", old_name, namespace)
+        pod = cluster.get("pod", old_name, smollm2.namespace)
         assert pod is not None, "the old pod was gone before its deletion was seen"
         return deletion_time(pod) if "deletionTimestamp" in pod["metadata"] else None
 
@@ -90,6 +84,12 @@ def test_a_stream_that_runs_while_the_spec_changes_is_whole_and_unchanged(
     for key in ("whole", "finish_reason", "num_tokens"):
         assert chunks[-1][key] == undisturbed[key]
     assert undisturbed["num_tokens"] == num_tokens
+
+
+def _start_time_of(pod: Object) -> float:
+    """Seconds from a pod's creation until it was ready."""
+    ready = next(each for each in pod["status"]["conditions"] if each["type"] == "Ready")
+    return read_time(ready["lastTransitionTime"]) - read_time(pod["metadata"]["creationTimestamp"])
 
 
 def _tokens_that_take(seconds: float, installation: Installation, url: str) -> int:
@@ -108,7 +108,9 @@ def test_an_object_that_cannot_work_is_refused_with_a_sentence(installation: Ins
     assert "model.revision is only for hf:// sources" in refusal.value.stderr
 
 
-def test_the_namespace_enforces_restricted_and_the_engine_passes(installation: Installation, namespace: str) -> None:
+def test_the_namespace_enforces_restricted_and_the_engine_passes(
+    installation: Installation, smollm2: Deployment
+) -> None:
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -116,11 +118,9 @@ def test_the_namespace_enforces_restricted_and_the_engine_passes(installation: I
         "spec": {"containers": [{"name": "c", "image": installation.images["client"]}]},
     }
     with pytest.raises(CommandFailed) as refusal:
-        installation.cluster.apply(pod, namespace=namespace)
+        installation.cluster.apply(pod, namespace=smollm2.namespace)
     assert 'violates PodSecurity "restricted' in refusal.value.stderr
-    smollm2 = installation.deploy(namespace)
-    smollm2.wait_until_ready()
-    (engine,) = smollm2.pods()
+    engine = smollm2.pods()[-1]
     assert smollm2.exec_in(engine, "python", "-c", "import os; print(os.getuid())").strip() == "65532"
     with pytest.raises(CommandFailed) as refusal:
         smollm2.exec_in(engine, "python", "-c", "open('/opt/toka/written', 'w')")
@@ -130,7 +130,11 @@ def test_the_namespace_enforces_restricted_and_the_engine_passes(installation: I
 def test_deleting_it_leaves_nothing(installation: Installation, namespace: str) -> None:
     cluster = installation.cluster
     smollm2 = installation.deploy(namespace, replicas=2, rollout={"drainTimeoutSeconds": 5})
-    smollm2.wait_until_ready()
+
+    def engines_run() -> bool:
+        return [pod["status"].get("phase") for pod in smollm2.pods()] == ["Running"] * 2
+
+    cluster.wait_for(engines_run, f"two engines to have begun: {smollm2.explain}")
     kinds = "pods,statefulsets,services,serviceaccounts,poddisruptionbudgets,controllerrevisions,endpointslices"
     kinds += ",configmaps,secrets,persistentvolumeclaims,leases,roles,rolebindings,networkpolicies"
     ours_at_work = {each["kind"] for each in cluster.list_objects(kinds, namespace)}
@@ -143,3 +147,23 @@ def test_deleting_it_leaves_nothing(installation: Installation, namespace: str) 
         return left == given
 
     cluster.wait_for(only_what_a_namespace_has, "everything of it to be gone", timeout_s=120)
+
+
+def test_while_a_node_is_dead_the_other_serves_and_takes_its_pod_over(
+    installation: Installation, smollm2: Deployment
+) -> None:
+    """The last test of the last file: nothing that follows needs the node."""
+    cluster = installation.cluster
+    smollm2.patch({"scheduling": LEAVES_A_LOST_NODE_SOON})
+    smollm2.scale_to(2)
+    by_node = {pod["spec"]["nodeName"]: pod["metadata"]["uid"] for pod in smollm2.pods()}
+    assert by_node.keys() == {"node1", "node2"}
+    cluster.kill_node(2)
+    cluster.wait_for_node(2, is_ready=False)
+    cluster.wait_for(lambda: smollm2.read()["status"].get("readyReplicas") == 1, "the status to say that one is left")
+    cluster.wait_for(smollm2.ask, "the Service to leave the dead pod out", timeout_s=120)
+    smollm2.keep_asking(5)
+    smollm2.wait_until_ready()
+    after = {pod["metadata"]["uid"] for pod in smollm2.pods() if pod["spec"]["nodeName"] == "node1"}
+    assert len(after) == 2
+    assert by_node["node1"] in after

@@ -243,7 +243,7 @@ if sys.platform == "linux":  # elsewhere there are no containers whose process 1
         for _ in range(600):
             if not psutil.pid_exists(pid):
                 return
-            threading.Event().wait(0.05)  # no event tells that a stranger's zombie was reaped
+            threading.Event().wait(0.05)  # no event tells that another process's child was reaped
         raise AssertionError("the orphan is still a zombie")
 
 

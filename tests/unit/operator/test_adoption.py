@@ -16,7 +16,7 @@ THEIRS = [{"manager": "kubectl-client-side-apply", "operation": "Update"}]
 
 def orphaned(managers: list[Json]) -> World:
     """An object whose children have all been made, and then lost their owner."""
-    world = World(stranger_retry_s=30.0)
+    world = World(taken_name_retry_s=30.0)
     world.put(suspend=True)
     world.show()
     world.reconcile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from toka_operator import lease as lease_module
-from toka_operator.cluster import Page
+from toka_operator.cluster import Page, _to_error
 from toka_operator.errors import ApiError, GoneError, NotFoundError, TransientError
 from toka_operator.lease import LEASE_SILENCE_S, Election
 from toka_operator.settings import KIND, Settings
@@ -371,7 +372,7 @@ def test_a_refused_child_backs_off_and_is_told(monkeypatch: pytest.MonkeyPatch) 
         world.reconcile()  # whatever else calls for a pass
         world.show()
         tried.append(world.cluster.writes.count(("refused create", "StatefulSet")) - before)
-        assert world.condition("Degraded")["reason"] == "ChildRejected"
+        assert world.condition("Degraded")["reason"] == "QuotaExceeded"
         assert "exceeded quota" in world.condition("Degraded")["message"]
         assert delay_s is not None
         now += delay_s
@@ -394,3 +395,27 @@ def test_a_deletion_that_is_refused_is_told_and_holds_up_no_status() -> None:
     degraded = world.condition("Degraded")
     assert degraded["reason"] == "ChildRejected"
     assert degraded["message"].startswith("deletion of PodDisruptionBudget chat: no delete.")
+
+
+def test_a_webhook_that_does_not_answer_is_told_and_blames_no_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("toka_operator.refusals.time.monotonic", lambda: now)
+    words = 'Internal error occurred: failed calling webhook "policy.example.com": failed to call webhook: EOF'
+    refusal = _to_error(500, json.dumps({"reason": "InternalError", "message": words}).encode(), {})
+    assert isinstance(refusal, ApiError)
+    world = World()
+    world.put()
+    world.show()
+    world.cluster.refuse = lambda verb, body: refusal if body["kind"] == "StatefulSet" else None
+    for _ in range(5):
+        delay_s = world.reconcile()
+        world.show()
+        assert world.condition("Degraded")["reason"] == "WebhookFailed"
+        assert words in world.condition("Degraded")["message"]
+        assert world.condition("ConfigValid")["status"] == "True"
+        assert delay_s is not None
+        now += delay_s
+    assert delay_s == 20.0
+    world.cluster.refuse = lambda verb, body: None
+    world.reconcile()
+    assert [kind for kind, *_ in world.cluster.objects].count("StatefulSet") == 1

@@ -83,7 +83,24 @@ def test_an_empty_old_set_goes_and_its_revision_stays_in_the_history() -> None:
     assert [(kind, n) for kind, n, _ in plan.deletions] == [("StatefulSet", name)]
 
 
-def test_a_name_that_a_stranger_holds_is_left_out_and_told() -> None:
+def test_the_history_keeps_what_served_longer_than_edits_that_never_did() -> None:
+    """Six edits in three seconds leave the last revision that served behind them."""
+    specs = [
+        valid(engine={"pageSize": size}, rollout={"revisionHistoryLimit": 3}) for size in (8, 16, 32, 64, 128, 256)
+    ]
+    good, *edits, newest = specs
+    children: dict[tuple[str, str], Any] = {}
+    for spec in specs:
+        plan = plan_for(spec, Observed(children, (pod(good.revision, is_available=True),), frozenset()))
+        children |= {(c["kind"], c["metadata"]["name"]): live(c) for c in plan.desired}
+    for spec in (good, *edits):  # their sets go when the newest one serves
+        children.pop(("StatefulSet", f"chat-{spec.revision}"), None)
+    found = plan_for(newest, Observed(children, (pod(newest.revision, is_available=True),), frozenset()))
+    gone = {name for kind, name, _ in found.deletions if kind == "ControllerRevision"}
+    assert gone == {f"chat-{spec.revision}" for spec in edits[:2]}
+
+
+def test_a_name_that_an_object_of_another_owner_holds_is_left_out_and_told() -> None:
     spec = valid()
     observed = Observed({}, (), frozenset({("Service", "chat")}))
     assert "Service" not in [c["kind"] for c in plan_for(spec, observed).desired]

@@ -181,6 +181,7 @@ def warning(word: str, message: str, at_s: float = 0.0) -> Json:
 MISSING = {
     "QuotaExceeded": 'create Pod x in StatefulSet x failed error: pods "x" is forbidden: exceeded quota: q, requested',
     "PodSecurityViolated": 'pods "x" is forbidden: violates PodSecurity "restricted:latest": privileged',
+    "WebhookFailed": 'Internal error occurred: failed calling webhook "policy.example.com": EOF',
     "WebhookRefused": 'admission webhook "policy.example.com" denied the request: no',
     "PodsRejected": 'pods "x" is forbidden: maximum memory usage per Container is 1Gi, but limit is 2Gi',
 }
