@@ -14,7 +14,6 @@ import statistics
 import time
 from typing import Any
 
-from kubernetes import config
 from toka_engine.output import run_command
 
 from tests.cluster.harness.api_only import ApiServer
@@ -74,8 +73,7 @@ def measure(num_turns: int) -> dict[str, Any]:
         server.simulate_nodes(2)
         kubeconfig = install(server)
         namespace = server.create_namespace("leaders")
-        client = config.new_client_from_config(str(server.kubeconfig))
-        operator = Operator(server, kubeconfig, namespace, client)
+        operator = Operator(server, kubeconfig, namespace)
         return _take_turns(operator, num_turns)
     finally:
         server.stop()

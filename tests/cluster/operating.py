@@ -8,8 +8,8 @@ test ends, the operator's log is searched for whatever the test did not expect.
 
 from __future__ import annotations
 
-import json
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,13 +19,10 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-import urllib3
-from kubernetes import config
 from toka_operator.fingerprint import compute_fingerprint
 from toka_operator.spec import DEFAULTS
 
 from tests.cluster.harness.api_only import ApiServer
-from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.outside import OutsideServer
 from tests.cluster.harness.paths import REPOSITORY
 from tests.cluster.harness.processes import ProcessHandle
@@ -46,6 +43,8 @@ PATHS = {
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }
 WRITING_VERBS = ("create", "update", "patch", "delete")
+PASSES_BURST, PASSES_A_SECOND = 50, 2
+"""What the changes of one test may call for, and what goes on in the namespaces of the tests before it."""
 HOLD = {"podTemplate": {"annotations": {"simulated.toka.dev/hold": "true"}}}
 """A spec whose pods stay Pending, so that a test can give them a status."""
 
@@ -57,8 +56,6 @@ class Operator:
     server: ApiServer
     kubeconfig: Path
     namespace: str
-    server_client: Any
-    """The administrator's API client."""
     user: str = USER
     """The account with which the operators ask the API server."""
     processes: list[ProcessHandle] = field(default_factory=list)
@@ -69,6 +66,8 @@ class Operator:
     num_started: int = 0
     log_begins: dict[str, int] = field(default_factory=dict)
     """Process -> the size of its log when the test began, if that was not empty."""
+    passes_begin: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Process -> when the test began (monotonic), and its passes so far, if it ran then."""
 
     def start(self, **environment: str) -> ProcessHandle:
         """Starts one more operator; `environment` overrides its TOKA_* settings."""
@@ -86,11 +85,13 @@ class Operator:
         self.processes.clear()
 
     def check_log(self) -> None:
-        """Fails if an operator wrote of something that the test did not expect, or was refused something."""
+        """Fails if an operator wrote of something that the test did not expect, was refused something, or looped."""
         surprises = [line for process in self.processes for line in self._surprises(process)]
         assert not surprises, "\n".join(surprises)
         forbidden = [] if self.may_be_forbidden else self._forbidden()
         assert not forbidden, f"the chart grants too little: {forbidden}"
+        for process in filter(ProcessHandle.is_running, self.processes):
+            check_passes(process, *self.passes_begin.get(process.name, (process.started, 0.0)))
 
     def _forbidden(self) -> list[str]:
         """Requests that RBAC refused (an admission's refusal is also a 403, but was authorised before)."""
@@ -109,30 +110,42 @@ class Operator:
     # ---- objects
 
     def apply(self, name: str, **spec: Any) -> None:
-        """`kubectl apply` of a TokaDeployment on CPUs whose pods count as available at once."""
+        """Apply a TokaDeployment on CPUs whose pods count as available at once (`kubectl apply --server-side`)."""
         full = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}, **spec}
         full["rollout"] = {"minReadySeconds": 0, **spec.get("rollout", {})}
-        self.server.apply(deployment(name, **full), namespace=self.namespace)
+        query = "fieldManager=kubectl&force=true&fieldValidation=Strict"
+        self.server.request("PATCH", f"{self._path('td', name)}?{query}", deployment(name, **full), "apply-patch+yaml")
 
     def patch(self, name: str, **spec: Any) -> None:
         """Merges into a TokaDeployment's spec; None removes a field."""
-        body = json.dumps({"spec": spec})
-        self.kubectl("patch", "td", name, "--type=merge", "-p", body)
+        self.edit("td", name, {"spec": spec})
+
+    def edit(self, kind: str, name: str, patch: Json) -> None:
+        """Merges into any object, as a user may by hand; None removes a field."""
+        self.server.request("PATCH", self._path(kind, name), patch, "merge-patch+json")
+
+    def scale(self, name: str, replicas: int) -> None:
+        """Sets a TokaDeployment's replicas through its scale subresource, as `kubectl scale` does."""
+        scale = {"spec": {"replicas": replicas}}
+        self.server.request("PATCH", f"{self._path('td', name)}/scale", scale, "merge-patch+json")
+
+    def delete(self, kind: str, name: str, propagation: str = "Background") -> None:
+        """Deletes an object, and waits for nothing."""
+        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
+        self.server.request("DELETE", self._path(kind, name), options)
+
+    def delete_and_wait(self, kind: str, name: str, propagation: str = "Background") -> None:
+        """Deletes an object, and waits until it is gone, as kubectl does."""
+        found = self.require(kind, name)["metadata"]["uid"]
+        self.delete(kind, name, propagation)
+        self.wait_for(lambda: (self.get(kind, name) or {}).get("metadata", {}).get("uid") != found, f"{name} to go")
 
     def get(self, kind: str, name: str) -> Json | None:
-        """One object, or None. By HTTP, because waiting by kubectl costs a process for each look."""
-        status, found = self._read(f"{PATHS[kind].format(self.namespace)}/{name}")
-        assert status in (200, 404), found
-        return found if status == 200 else None
+        """One object, or None."""
+        return self.server.find(self._path(kind, name))
 
-    def _read(self, path: str) -> tuple[int, Json]:
-        api = self.server_client
-        verb, url, headers, *_ = api.param_serialize(method="GET", resource_path=path, auth_settings=[])
-        try:
-            answer = api.rest_client.pool_manager.request(verb, url, headers=headers)
-        except urllib3.exceptions.HTTPError as error:
-            raise CommandFailed(["GET", path], 1, "", str(error)) from error
-        return answer.status, json.loads(answer.data)
+    def _path(self, kind: str, name: str) -> str:
+        return f"{PATHS[kind].format(self.namespace)}/{name}"
 
     def require(self, kind: str, name: str) -> Json:
         found = self.get(kind, name)
@@ -143,10 +156,7 @@ class Operator:
         """Objects of a kind, or of kinds separated by commas."""
         found: list[Json] = []
         for each in kind.split(","):
-            path = f"{PATHS[each].format(self.namespace)}?labelSelector={quote(selector)}"
-            status, answer = self._read(path)
-            if status != 200:
-                raise CommandFailed(["GET", path], 1, "", str(answer))
+            answer = self.server.request("GET", f"{PATHS[each].format(self.namespace)}?labelSelector={quote(selector)}")
             found += [{**item, "kind": answer["kind"].removesuffix("List")} for item in answer["items"]]
         return found
 
@@ -163,14 +173,16 @@ class Operator:
 
     def set_pod_status(self, pod: str, **status: Any) -> None:
         """Report as a kubelet would."""
-        body = json.dumps({"status": status})
-        self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", "-p", body)
+        self.edit("pod", f"{pod}/status", {"status": status})
 
     def keep_pod(self, pod: str) -> None:
         """Deletes a pod, which then stays as a pod does that nobody ends."""
-        hold = json.dumps({"metadata": {"finalizers": ["example.com/hold"]}})
-        self.kubectl("patch", "pod", pod, "--type=merge", "-p", hold)
-        self.kubectl("delete", "pod", pod, "--wait=false")
+        self.hold_pod(pod)
+        self.delete("pod", pod)
+
+    def hold_pod(self, pod: str) -> None:
+        """Lets a pod stay once it was deleted, until `release_pod`."""
+        self.edit("pod", pod, {"metadata": {"finalizers": ["example.com/hold"]}})
 
     def lose_pod(self, pod: str) -> None:
         """Write what the node controller does when it has lost the node."""
@@ -181,7 +193,7 @@ class Operator:
 
     def release_pod(self, pod: str) -> None:
         """Lets a pod that was kept be gone."""
-        self.kubectl("patch", "pod", pod, "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+        self.edit("pod", pod, {"metadata": {"finalizers": None}})
 
     # ---- waiting
 
@@ -325,6 +337,20 @@ def end_operator(server: ApiServer, process: ProcessHandle) -> int:
     return process.terminate()
 
 
+def count_passes(process: ProcessHandle) -> float:
+    """The passes of an operator so far, whatever came of them."""
+    started = re.search(r"event=started .*health_port=(\d+)", process.log())
+    lines = probe(int(started[1]), "/metrics")[1].splitlines() if started else []
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("toka_operator_reconciles_total{"))
+
+
+def check_passes(process: ProcessHandle, since: float, passes_then: float) -> None:
+    """Fails if an operator did many more passes than a test has causes for: whatever is stopped, nothing may loop."""
+    passes, seconds = count_passes(process) - passes_then, time.monotonic() - since
+    limit = PASSES_BURST + PASSES_A_SECOND * seconds
+    assert passes <= limit, f"{process.name}: {passes:.0f} passes in {seconds:.0f} s"
+
+
 def pod_uids(operator: Operator) -> set[str]:
     return {pod["metadata"]["uid"] for pod in operator.pods("chat")}
 
@@ -365,10 +391,9 @@ def shared_process(
 @pytest.fixture
 def without_operator(api_server: ApiServer, installation: Path, namespace: str) -> Operator:
     """The settings of a test's operators, before there is one. Its namespace enforces Pod Security `restricted`."""
-    label = "pod-security.kubernetes.io/enforce=restricted"
-    api_server.kubectl("label", "namespace", namespace, label)
-    client = config.new_client_from_config(str(api_server.kubeconfig))
-    return Operator(api_server, installation, namespace, client)
+    labels = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}
+    api_server.request("PATCH", f"/api/v1/namespaces/{namespace}", labels, "merge-patch+json")
+    return Operator(api_server, installation, namespace)
 
 
 @pytest.fixture
@@ -377,6 +402,7 @@ def operator(without_operator: Operator, shared_process: ProcessHandle) -> Itera
     assert shared_process.is_running(), shared_process.log(4000)
     without_operator.processes.append(shared_process)
     without_operator.log_begins[shared_process.name] = shared_process.log_file.stat().st_size
+    without_operator.passes_begin[shared_process.name] = (time.monotonic(), count_passes(shared_process))
     yield without_operator
     without_operator.check_log()
 

@@ -14,12 +14,10 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import urllib3
 import yaml
-
-from tests.cluster.harness.processes import ProcessHandle
 
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 CUT, GARBAGE = "cut", "garbage"
@@ -55,6 +53,12 @@ class Fault:
         return kind and self.resource in ("", path.partition("?")[0].rsplit("/", 1)[-1])
 
 
+class Victim(Protocol):
+    """Whoever is killed after a write: the process of an operator, for one."""
+
+    def kill(self) -> None: ...
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -84,7 +88,7 @@ class FaultProxy:
         self._pool = urllib3.PoolManager(ca_certs=ca_file, maxsize=128, retries=False)
         self._lock = threading.Lock()
         self.kill_after_writes = 0
-        self.victim: ProcessHandle | None = None
+        self.victim: Victim | None = None
         self.fail_once: dict[str, int | str] = {}
         self.faults: list[Fault] = []
         """The faults of the moment; a list that a test replaces."""

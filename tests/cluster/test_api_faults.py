@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kubernetes import config
 
 from tests.cluster.harness.api_only import ApiServer, free_ports
 from tests.cluster.harness.paths import REPOSITORY
 from tests.cluster.harness.processes import ProcessHandle
-from tests.cluster.operating import Operator, end_operator, has_replicas, probe, start_operator
+from tests.cluster.operating import (
+    Operator,
+    check_passes,
+    count_passes,
+    end_operator,
+    has_replicas,
+    probe,
+    start_operator,
+)
 from tests.cluster.proxy import CUT, DELAY, FREEZE, HANG, Fault, FaultProxy, error_event
 
 FAULT_S = 2.0
@@ -65,8 +72,7 @@ class Faulty:
 @pytest.fixture(scope="module")
 def faulty(api_server: ApiServer, installation: Path) -> Iterator[Faulty]:
     namespace = api_server.create_namespace("api-faults")
-    client = config.new_client_from_config(str(api_server.kubeconfig))
-    operator = Operator(api_server, installation, namespace, client)
+    operator = Operator(api_server, installation, namespace)
     (port,) = free_ports(1)
     with FaultProxy(installation) as proxy:
         environment = {"KUBECONFIG": str(proxy.kubeconfig), "TOKA_HEALTH_PORT": str(port)}
@@ -75,8 +81,9 @@ def faulty(api_server: ApiServer, installation: Path) -> Iterator[Faulty]:
         operator.wait_until_ready("chat")
         yield Faulty(operator, proxy, process, port)
         proxy.faults = []
+        check_passes(process, process.started, 0.0)
         assert end_operator(api_server, process) == 0
-        api_server.kubectl("delete", "namespace", namespace, "--wait=false")
+        api_server.delete_namespace(namespace)
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -84,8 +91,8 @@ def test_it_goes_on_when_the_api_server_answers_again(faulty: Faulty, case: str)
     operator, name = faulty.operator, f"new-{list(FAULTS).index(case)}"
     replicas = 3 - int(operator.require("td", "chat")["spec"]["replicas"])
     faulty.proxy.faults = FAULTS[case]
-    operator.kubectl("scale", "td/chat", f"--replicas={replicas}")
-    operator.kubectl("delete", "service", "chat")
+    operator.scale("chat", replicas)
+    operator.delete_and_wait("service", "chat")
     operator.apply(name)
     time.sleep(FAULT_S)
     faulty.proxy.faults = []
@@ -98,13 +105,7 @@ def test_it_goes_on_when_the_api_server_answers_again(faulty: Faulty, case: str)
     log = faulty.process.log()
     assert "event=defect" not in log
     assert "Traceback" not in log
-    operator.kubectl("delete", "td", name, "--wait=false")
-
-
-def count_passes(faulty: Faulty) -> float:
-    """Passes so far, whatever came of them."""
-    lines = faulty.probe("/metrics")[1].splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("toka_operator_reconciles_total{"))
+    operator.delete("td", name)
 
 
 def test_pods_that_do_not_go_make_no_loop(faulty: Faulty) -> None:
@@ -116,15 +117,15 @@ def test_pods_that_do_not_go_make_no_loop(faulty: Faulty) -> None:
     operator.wait_for(lambda: has_replicas(operator, "stays", 3), "its pods")
     manager.send_signal(signal.SIGSTOP)
     try:
-        operator.kubectl("scale", "td/stays", "--replicas=1")
+        operator.scale("stays", 1)
         time.sleep(13.0)
-        before = count_passes(faulty)
+        before = count_passes(faulty.process)
         time.sleep(5.0)
-        assert count_passes(faulty) - before <= 6
+        assert count_passes(faulty.process) - before <= 6
     finally:
         manager.send_signal(signal.SIGCONT)
     operator.wait_for(lambda: len(operator.pods("stays")) == 1, "two pods to go")
-    operator.kubectl("delete", "td", "stays", "--wait=false")
+    operator.delete("td", "stays")
 
 
 def test_a_crd_that_was_deleted_and_applied_again_is_watched_again(faulty: Faulty) -> None:
@@ -137,7 +138,7 @@ def test_a_crd_that_was_deleted_and_applied_again_is_watched_again(faulty: Fault
     applied = time.monotonic()
     operator.wait_for(lambda: _can_apply(operator, "after"), "the API server to serve it")
     operator.wait_for(lambda: has_replicas(operator, "after", 1), "the new object to be ready")
-    operator.kubectl("scale", "td/after", "--replicas=2")
+    operator.scale("after", 2)
     operator.wait_for(lambda: has_replicas(operator, "after", 2), "the change to be made")
     print(f"converged {time.monotonic() - applied:.1f} s after the CRD was there")
     assert faulty.process.is_running()

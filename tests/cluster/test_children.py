@@ -11,7 +11,8 @@ KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpoints
 
 
 def test_an_applied_object_becomes_ready_with_its_children(operator: Operator) -> None:
-    operator.apply("chat", replicas=2)
+    spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}, "rollout": {"minReadySeconds": 0}}
+    operator.server.apply(deployment("chat", **spec, replicas=2), namespace=operator.namespace)
     ready = operator.wait_until_ready("chat")
     status = ready["status"]
     assert status["url"] == f"http://chat.{operator.namespace}.svc/v1"
@@ -71,7 +72,7 @@ def test_deleted_children_are_put_back(operator: Operator) -> None:
     }
     for kind, name in names.items():
         old = operator.require(kind, name)["metadata"]["uid"]
-        operator.kubectl("delete", kind, name)
+        operator.delete_and_wait(kind, name)
 
         def is_back(kind: str = kind, name: str = name, old: str = old) -> bool:
             found = operator.get(kind, name)
@@ -87,7 +88,7 @@ def test_pods_whose_set_was_deleted_without_them_go_on(operator: Operator) -> No
     (name,) = (found["metadata"]["name"] for found in operator.sets("chat").values())
     old = operator.require("statefulset", name)["metadata"]["uid"]
     pods = {pod["metadata"]["uid"] for pod in operator.pods("chat")}
-    operator.kubectl("delete", "statefulset", name, "--cascade=orphan")
+    operator.delete_and_wait("statefulset", name, "Orphan")
 
     def are_adopted() -> bool:
         owners = {pod["metadata"].get("ownerReferences", [{}])[0].get("uid") for pod in operator.pods("chat")}
@@ -159,7 +160,7 @@ def test_objects_of_a_user_under_the_names_of_children_are_never_touched(operato
     operator.wait_for(lambda: operator.requests().count(("create", "services")) >= 2, "another try of the name")
     assert {child: without_status(operator.require(*child)) for child in theirs} == before
     for kind, name in theirs:
-        operator.kubectl("delete", kind, name)
+        operator.delete_and_wait(kind, name)
     operator.wait_until_ready("chat")
     operator.wait_for_condition("chat", "Degraded", "False")
 
@@ -170,7 +171,7 @@ def test_a_users_stateful_set_is_never_touched_even_with_our_labels(operator: Op
     (revision,) = operator.sets("chat")
     name = f"chat-{revision}"
     manifest = operator.require("statefulset", name)
-    operator.kubectl("delete", "td", "chat")
+    operator.delete_and_wait("td", "chat")
     operator.wait_for(lambda: not operator.list(KINDS, "app.kubernetes.io/part-of=toka"), "all to be gone")
     for key in ("uid", "resourceVersion", "ownerReferences", "managedFields", "creationTimestamp"):
         manifest["metadata"].pop(key, None)
@@ -189,7 +190,7 @@ def test_a_users_stateful_set_is_never_touched_even_with_our_labels(operator: Op
 def test_deleting_the_object_leaves_nothing(operator: Operator) -> None:
     operator.apply("chat", replicas=2)
     operator.wait_until_ready("chat")
-    operator.kubectl("delete", "td", "chat")
+    operator.delete_and_wait("td", "chat")
     selector = "app.kubernetes.io/part-of=toka"
     operator.wait_for(lambda: not operator.list(KINDS, selector), "every child to be gone")
 
@@ -217,7 +218,7 @@ def test_children_follow_each_change_of_the_spec_and_back(operator: Operator) ->
 def test_an_object_of_the_same_name_made_anew_gets_children_of_its_own(operator: Operator) -> None:
     operator.apply("chat")
     first = operator.wait_until_ready("chat")["metadata"]["uid"]
-    operator.kubectl("delete", "td", "chat", "--wait=false")
+    operator.delete("td", "chat")
     operator.apply("chat")
     second = operator.wait_until_ready("chat")["metadata"]["uid"]
     assert first != second

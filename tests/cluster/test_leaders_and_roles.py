@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kubernetes import config
 
 from tests.cluster.harness.api_only import ApiServer, free_ports
 from tests.cluster.harness.processes import ProcessHandle
@@ -26,11 +25,11 @@ def test_a_write_that_arrives_after_the_next_leader_has_acted_changes_nothing(
         (revision,) = operator.sets("chat")
         name = f"chat-{revision}"
         proxy.faults = [Fault(DELAY, name, only="writes"), Fault(500, "toka-operator", only="writes")]
-        operator.kubectl("scale", "td/chat", "--replicas=1")
+        operator.scale("chat", 1)
         operator.wait_for(lambda: proxy.num_waiting > 0, "the first leader's write to be on its way")
         second = operator.start()
         operator.wait_for(lambda: "held=True" in second.log(), "the second to lead")
-        operator.kubectl("scale", "td/chat", "--replicas=3")
+        operator.scale("chat", 3)
         operator.wait_for(lambda: has_replicas(operator, "chat", 3), "the second leader to have acted")
         proxy.faults = [Fault(500, "toka-operator", only="writes")]
         operator.wait_for(lambda: proxy.num_waiting == 0, "the late write to arrive")
@@ -50,8 +49,7 @@ def roles(api_server: ApiServer, installation: Path) -> Iterator[tuple[list[Oper
     values = f"replicas=0,crds.install=false,rbac.allowOverlap=true,watchNamespaces={{{','.join(names)}}}"
     api_server.helm("install", "roles", str(CHART), "--namespace", system, "--set", values)
     kubeconfig = api_server.service_account_kubeconfig(system, "roles-operator")
-    client = config.new_client_from_config(str(api_server.kubeconfig))
-    operators = [Operator(api_server, kubeconfig, name, client) for name in names]
+    operators = [Operator(api_server, kubeconfig, name) for name in names]
     (port,) = free_ports(1)
     yield (
         operators,
@@ -62,7 +60,8 @@ def roles(api_server: ApiServer, installation: Path) -> Iterator[tuple[list[Oper
             "TOKA_HEALTH_PORT": str(port),
         },
     )
-    api_server.kubectl("delete", "namespace", system, *names, "--wait=false", "--ignore-not-found")
+    for name in (system, names[0]):
+        api_server.delete_namespace(name)
 
 
 def test_each_watched_namespace_is_served_also_when_another_is_gone(
@@ -84,15 +83,15 @@ def test_each_watched_namespace_is_served_also_when_another_is_gone(
     process = restart(process, "roles-2")
     api_server.wait_for(lambda: probe(port, "/readyz") == (200, "ok"), "the restarted operator to be ready")
     for each in (kept, lost):
-        each.kubectl("scale", "td/chat", "--replicas=3")
+        each.scale("chat", 3)
         each.wait_until_ready("chat")
         assert pod_uids(each) >= before[(kept, lost).index(each)]
     assert "is there already" not in process.log()
     api_server.kubectl("delete", "namespace", lost.namespace)
-    kept.kubectl("scale", "td/chat", "--replicas=1")
+    kept.scale("chat", 1)
     kept.wait_until_ready("chat")
     process = restart(process, "roles-3")
-    kept.kubectl("scale", "td/chat", "--replicas=2")
+    kept.scale("chat", 2)
     kept.wait_until_ready("chat")
     api_server.wait_for(lambda: lost.namespace in probe(port, "/readyz")[1], "the lost namespace to be named")
     status, text = probe(port, "/readyz")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from kubernetes import config
 
 from tests.cluster.harness.api_only import ApiServer, free_ports
 from tests.cluster.operating import Json, Operator, install
@@ -34,8 +33,7 @@ def lonely_operator() -> Iterator[Operator]:
         server.simulate_nodes(1, simulator="doomed")
         kubeconfig = install(server)
         namespace = server.create_namespace("models")
-        client = config.new_client_from_config(str(server.kubeconfig))
-        operator = Operator(server, kubeconfig, namespace, client)
+        operator = Operator(server, kubeconfig, namespace)
         operator.start()
         yield operator
         operator.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 
 import pytest
 import yaml
@@ -57,7 +56,7 @@ def exceed_quota_twice(operator: Operator) -> None:
     """A pod may not be made: the operator lists the events that say why, and counts its own event up."""
     operator.kubectl("create", "quota", "few", "--hard=pods=2")
     for replicas in (3, 2, 3, 2):
-        operator.kubectl("scale", "td/chat", f"--replicas={replicas}")
+        operator.scale("chat", replicas)
         operator.wait_for_condition("chat", "Degraded", "True" if replicas == 3 else "False")
     operator.kubectl("delete", "quota", "few")
 
@@ -72,18 +71,17 @@ def use_every_right(operator: Operator) -> None:
     operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0})
     operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     for kind, child in taken:
-        operator.kubectl("delete", kind, child)
+        operator.delete_and_wait(kind, child)
     operator.wait_until_ready("chat")
     for kind, child in taken:
-        edit = json.dumps({"metadata": {"labels": {"app.kubernetes.io/managed-by": "other"}}})
-        operator.kubectl("patch", kind, child, "--type=merge", "-p", edit)
+        operator.edit(kind, child, {"metadata": {"labels": {"app.kubernetes.io/managed-by": "other"}}})
         operator.wait_for(
             lambda kind=kind, child=child: (
                 operator.require(kind, child)["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "toka-operator"
             ),
             f"{kind} {child} to be found and put back",
         )
-    operator.kubectl("delete", "service", "chat")
+    operator.delete_and_wait("service", "chat")
     lose_node_of_a_pod(operator)
     exceed_quota_twice(operator)
     operator.patch("chat", replicas=1, engine={"pageSize": 32})

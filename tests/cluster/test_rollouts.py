@@ -151,8 +151,8 @@ def test_a_surge_without_room_says_so_and_goes_on_when_there_is(operator: Operat
 
 def _give_gpus(operator: Operator, count: int) -> None:
     amount = {"example.com/scarce": str(count)}
-    body = json.dumps({"status": {"capacity": amount, "allocatable": amount}})
-    operator.server.kubectl("patch", "node", "simulated-0", "--subresource=status", "--type=merge", "-p", body)
+    status = {"status": {"capacity": amount, "allocatable": amount}}
+    operator.server.request("PATCH", "/api/v1/nodes/simulated-0/status", status, "merge-patch+json")
 
 
 def test_the_progress_deadline_is_told(operator: Operator) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -92,16 +91,15 @@ def test_a_restart_waits_for_no_pod_that_still_drains(operator: Operator, change
     operator.apply("chat", replicas=1)
     operator.wait_until_ready("chat")
     ((uid, name),) = uids(operator).items()
-    hold = json.dumps({"metadata": {"finalizers": ["example.com/hold"]}})
-    operator.kubectl("patch", "pod", name, "--type=merge", "-p", hold)
+    operator.hold_pod(name)
     if change == "deleted by hand":
-        operator.kubectl("delete", "pod", name, "--wait=false")
+        operator.delete("pod", name)
     elif change == "suspended and resumed":
         operator.patch("chat", suspend=True)
         operator.wait_for(lambda: not uids(operator), "the pod to drain")
         operator.patch("chat", suspend=False)
     else:
-        operator.kubectl("delete", "td", "chat")
+        operator.delete_and_wait("td", "chat")
         operator.apply("chat", replicas=1)
     operator.wait_for(lambda: uids(operator).keys() - {uid}, "another pod")
     operator.wait_until_ready("chat")
@@ -128,7 +126,7 @@ def test_a_pod_that_was_taken_from_its_set_by_a_label_is_replaced(operator: Oper
     operator.apply("chat", replicas=2)
     operator.wait_until_ready("chat")
     first = min(uids(operator).values())
-    operator.kubectl("label", "pod", first, "toka.dev/revision=x", "--overwrite")
+    operator.edit("pod", first, {"metadata": {"labels": {"toka.dev/revision": "x"}}})
     operator.wait_for(lambda: len(uids(operator)) == 3, "another pod in its place")
     operator.wait_until_ready("chat")
     assert first in uids(operator).values()
@@ -144,8 +142,8 @@ def test_no_label_edited_by_hand_costs_a_pod(operator: Operator) -> None:
     for kind, name in children.items():
         labels = operator.require(kind, name)["metadata"]["labels"]
         for label in labels:
-            operator.kubectl("label", kind, name, f"{label}=x", "--overwrite")
-        operator.kubectl("label", kind, name, *(f"{label}-" for label in labels))
+            operator.edit(kind, name, {"metadata": {"labels": {label: "x"}}})
+        operator.edit(kind, name, {"metadata": {"labels": dict.fromkeys(labels)}})
 
         def is_back(kind: str = kind, name: str = name, labels: Json = labels) -> bool:
             return bool(operator.require(kind, name)["metadata"].get("labels", {}).items() >= labels.items())
@@ -160,7 +158,7 @@ def test_children_without_an_owner_are_adopted_with_their_pods(operator: Operato
     operator.apply("chat", replicas=2)
     operator.wait_until_ready("chat")
     before = uids(operator)
-    operator.kubectl("delete", "td", "chat", "--cascade=orphan")
+    operator.delete_and_wait("td", "chat", "Orphan")
     operator.apply("chat", replicas=2)
     operator.wait_until_ready("chat")
     operator.wait_for_condition("chat", "Degraded", "False")
@@ -170,8 +168,7 @@ def test_children_without_an_owner_are_adopted_with_their_pods(operator: Operato
     children |= {"service": "chat", "pdb": "chat", "serviceaccount": "chat"}
     for kind, name in children.items():
         assert operator.require(kind, name)["metadata"]["ownerReferences"][0]["uid"] == owner
-        gone = json.dumps({"metadata": {"ownerReferences": None}})
-        operator.kubectl("patch", kind, name, "--type=merge", "-p", gone)
+        operator.edit(kind, name, {"metadata": {"ownerReferences": None}})
         operator.wait_for(
             lambda kind=kind, name=name: operator.require(kind, name)["metadata"].get("ownerReferences"),
             f"{kind} {name} to be adopted",
@@ -184,9 +181,8 @@ def test_a_deletion_in_the_foreground_waits_for_the_pods(operator: Operator) -> 
     operator.apply("chat")
     operator.wait_until_ready("chat")
     ((uid, name),) = uids(operator).items()
-    hold = json.dumps({"metadata": {"finalizers": ["example.com/hold"]}})
-    operator.kubectl("patch", "pod", name, "--type=merge", "-p", hold)
-    operator.kubectl("delete", "td", "chat", "--cascade=foreground", "--wait=false")
+    operator.hold_pod(name)
+    operator.delete("td", "chat", "Foreground")
     operator.wait_for(lambda: uid not in uids(operator), "the pod to drain")
     time.sleep(2)
     assert operator.get("td", "chat") is not None, "its pod still drains"
@@ -212,7 +208,7 @@ def test_fields_added_to_a_child_by_hand_are_taken_away(operator: Operator) -> N
     for kind, spec in ADDED:
         name = "chat" if kind == "service" else f"chat-{revision}"
         right = operator.require(kind, name)["spec"]
-        operator.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps({"spec": spec}))
+        operator.edit(kind, name, {"spec": spec})
         operator.wait_for(
             lambda kind=kind, name=name, right=right: operator.require(kind, name)["spec"] == right,
             f"{kind} {name} as it was before {spec}",
@@ -227,12 +223,12 @@ def test_of_two_edits_by_hand_at_about_the_same_time_none_stays(operator: Operat
     (revision,) = operator.sets("chat")
     name = f"chat-{revision}"
     right = operator.require("statefulset", name)
-    label = json.dumps({"metadata": {"labels": {"app.kubernetes.io/part-of": "x"}}})
-    scale = json.dumps({"spec": {"replicas": 3}})
+    label = {"metadata": {"labels": {"app.kubernetes.io/part-of": "x"}}}
+    scale = {"spec": {"replicas": 3}}
     for pause_s in (0.0, 0.1, 0.2, 0.3, 0.35, 0.4):
-        operator.kubectl("patch", "statefulset", name, "--type=merge", "-p", label)
+        operator.edit("statefulset", name, label)
         time.sleep(pause_s)
-        operator.kubectl("patch", "statefulset", name, "--type=merge", "-p", scale)
+        operator.edit("statefulset", name, scale)
 
         def is_right() -> bool:
             found = operator.require("statefulset", name)
@@ -249,5 +245,5 @@ def test_pods_never_run_as_the_account_of_somebody_else(operator: Operator) -> N
     operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     pass_over(operator)
     assert operator.sets("chat") == {}
-    operator.kubectl("delete", "serviceaccount", "chat")
+    operator.delete_and_wait("serviceaccount", "chat")
     operator.wait_until_ready("chat")

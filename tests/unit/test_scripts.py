@@ -58,3 +58,54 @@ def test_a_check_that_does_not_exist_is_refused_by_name() -> None:
     done = run_check("spelling")
     assert done.returncode == 1
     assert "unknown check spelling: code, documents, scripts or chart" in done.stderr
+
+
+FAKE_PYTHON = """#!/bin/bash
+echo "python $*"
+case "$*" in
+  *"pytest"*"tests/cluster"*) until [ -e "$MEETING/api" ]; do sleep 0.05; done; touch "$MEETING/cluster" ;;
+  *"pytest"*"tests/api"*)
+    touch "$MEETING/api"
+    [ -n "${ALONE:-}" ] || until [ -e "$MEETING/cluster" ]; do sleep 0.05; done
+    exit "${API_STATUS:-0}" ;;
+esac
+"""
+"""An interpreter whose tiers api and cluster wait for each other, unless ALONE is set."""
+
+
+def run_tests(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """scripts/test with FAKE_PYTHON."""
+    python = folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {**os.environ, "TOKA_VENV": str(folder / "venv"), "MEETING": str(folder), **env}
+    command = ["bash", str(ROOT / "scripts" / "test"), *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def results(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """Tier and result, from the summary."""
+    return [line.split()[:2] for line in done.stdout.partition("=== summary\n")[2].splitlines()[:-1]]
+
+
+def test_tiers_that_wait_run_beside_those_that_compute_and_any_failure_is_told(tmp_path: Path) -> None:
+    done = run_tests(tmp_path, API_STATUS="1")
+    tiers = ["unit", "model", "api", "cluster", "e2e"]
+    assert results(done) == [[tier, "FAILED" if tier == "api" else "passed"] for tier in tiers]
+    assert done.returncode == 1
+
+
+def test_on_demand_all_tiers_run_one_after_the_other_with_what_is_handed_on(tmp_path: Path) -> None:
+    done = run_tests(tmp_path, "api", "cluster", "--", "-k", "some", TOKA_TEST_SERIAL="1", ALONE="1")
+    assert results(done) == [["api", "passed"], ["cluster", "passed"]]
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.splitlines() if "pytest" in line]
+    assert [line.endswith(" -k some") for line in lines] == [True, True]
+    assert "tests/api" in lines[0]
+
+
+def test_a_tier_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
+    done = run_tests(tmp_path, "unti")
+    assert done.returncode == 1
+    assert "unknown tier unti" in done.stderr

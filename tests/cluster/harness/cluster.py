@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.cluster.harness.control import SERVICE_NAMES, ControlPlane
 from tests.cluster.harness.errors import HarnessError
@@ -126,6 +127,15 @@ class Cluster(KubernetesHandle):
         """End a node at once, as by a power cut: its processes, pods, mounts and addresses are gone."""
         del self.nodes[number]
         self.run.kill_recorded(f"node{number}")
+
+    def signal_proxy(self, number: int, signal_number: int) -> None:
+        """Signal a node's kube-proxy: stopped, it stands still, and the node's Services go on as they are.
+
+        Its process is the child of the one that entered the machine.
+        """
+        entered = self.run.processes[f"node{number}.kube-proxy"].pid
+        (child,) = Path(f"/proc/{entered}/task/{entered}/children").read_text().split()
+        os.kill(int(child), signal_number)
 
     def run_in_node(self, number: int, argv: Sequence[str], timeout_s: float = 60.0) -> str:
         """Run a command inside a node's machine, where pods and services can be reached."""

@@ -61,4 +61,4 @@ def namespace(api_server: ApiServer, request: pytest.FixtureRequest) -> Iterator
     words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:40].rstrip("-")
     name = api_server.create_namespace(f"{words}-{uuid.uuid4().hex[:6]}")
     yield name
-    api_server.kubectl("delete", "namespace", name, "--wait=false")
+    api_server.delete_namespace(name)

@@ -118,6 +118,10 @@ class KubernetesHandle:
         self.wait_for(lambda: self.get("serviceaccount", "default", name), f"namespace {name} to be usable")
         return name
 
+    def delete_namespace(self, name: str) -> None:
+        """Begin to delete a namespace and all that is in it."""
+        self.kubectl("delete", "namespace", name, "--wait=false")
+
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig that acts as a service account: how RBAC is tested with the operator outside a pod."""
         token = self.kubectl("create", "token", name, "--namespace", namespace, "--duration=24h").strip()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import HarnessError
+from tests.cluster.harness.handle import KubernetesHandle, Object
 from tests.cluster.harness.paths import tool
 from tests.cluster.harness.processes import RunFolder
 
@@ -21,7 +22,10 @@ VARIABLE = "TOKA_TEST_KUBECONFIG"
 
 
 class OutsideServer(ApiServer):
-    """Somebody's own cluster, with the rights of its kubeconfig."""
+    """Somebody's own cluster, with the rights of its kubeconfig, asked by kubectl, which knows every kind of login."""
+
+    create_namespace = KubernetesHandle.create_namespace
+    delete_namespace = KubernetesHandle.delete_namespace
 
     def __init__(self, kubeconfig: Path, run: RunFolder) -> None:
         self._kubeconfig = kubeconfig
@@ -61,7 +65,10 @@ class OutsideServer(ApiServer):
     def stop_api_server(self) -> NoReturn:
         _refuse("killing its API server")
 
-    def audit_events(self, user: str | None = None) -> list[dict[str, Any]]:
+    def request(self, method: str, path: str, body: Object | None = None, content: str = "json") -> NoReturn:
+        _refuse("asking it without kubectl")
+
+    def audit_events(self, user: str | None = None) -> list[Object]:
         _refuse("reading its audit log")
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:

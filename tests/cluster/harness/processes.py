@@ -41,6 +41,8 @@ class ProcessHandle:
     name: str
     popen: subprocess.Popen[bytes]
     log_file: Path
+    started: float = field(default_factory=time.monotonic)
+    """When it was started (monotonic)."""
 
     @property
     def pid(self) -> int:

@@ -1,0 +1,64 @@
+"""load.py URL CLIENTS TOKENS: as many clients stream one completion after another, until SIGTERM; a JSON line for each.
+
+Half of the clients keep their connection, half make a new one for each request, as programs do. A line says when the
+request began and ended and, if not every token came, what broke. The first line is this process's pid. Nothing is
+retried.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+
+import httpx
+from openai import AsyncOpenAI, OpenAIError
+
+url, num_clients, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+is_over = asyncio.Event()
+
+
+def connect() -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+
+
+async def ask(client: AsyncOpenAI) -> dict[str, object]:
+    line: dict[str, object] = {"began": time.time()}
+    came, reason = 0, None
+    try:
+        stream = await client.completions.create(
+            model="smollm2",
+            prompt="Tell me a story.",
+            max_tokens=num_tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in stream:
+            came = chunk.usage.completion_tokens if chunk.usage else came
+            reason = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), reason)
+        if (came, reason) != (num_tokens, "length"):
+            line["error"] = f"the stream ended after {came} tokens with {reason}"
+    except (OpenAIError, httpx.HTTPError, OSError) as error:
+        line["error"] = repr(error)
+    return {**line, "ended": time.time()}
+
+
+async def go_on(number: int) -> None:
+    kept = connect() if number % 2 else None
+    while not is_over.is_set():
+        client = kept or connect()
+        print(json.dumps(await ask(client)), flush=True)
+        if kept is None:
+            await client.close()
+        await asyncio.sleep(0.2)
+
+
+async def main() -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, is_over.set)
+    print(json.dumps({"pid": os.getpid()}), flush=True)
+    await asyncio.gather(*(go_on(number) for number in range(num_clients)))
+
+
+asyncio.run(main())
