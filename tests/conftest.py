@@ -24,9 +24,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 _TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault", "codegen")
 _TESTS = Path(__file__).resolve().parent
-LONG_FILES = ("api/test_greedy_policies.py", "api/test_greedy_parity.py", "cluster/test_robustness.py")
-"""Those that take a fifth of their tier or more: they begin first, each in a process of its own, or one process would
-have nothing left to do while the other ends."""
+LONG_FILES = (
+    "api/test_greedy_policies.py",
+    "api/test_greedy_parity.py",
+    "cluster/test_api_faults.py",
+    "cluster/test_lost_node.py",
+)
+"""Those that take a fifth of their tier or more, or mostly wait: they begin first, each in a process of its own, or one
+process would have nothing left to do while the other ends."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -37,9 +37,6 @@ from toka_operator.settings import FIELD_MANAGER, GROUP, PLURAL, VERSION
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
 """Longest silence within the answer to a read."""
-WATCH_TIMEOUT_S = 25
-"""The API server ends each watch after so long, with a bookmark before. So a stream that is silent for longer is dead,
-however it died, and to go on from the last version costs one request."""
 WATCHES_PER_TIMEOUT = 4
 """Many watches live longer: no more of them are renewed in a second than this."""
 WATCH_SILENCE_S = 5.0
@@ -78,7 +75,7 @@ class Cluster:
         api_client: Any,
         write_window_s: Callable[[], float],
         lease_timeout_s: float = READ_TIMEOUT_S,
-        watch_timeout_s: int = WATCH_TIMEOUT_S,
+        watch_timeout_s: int = 25,
         ca_file: Path | None = None,
     ) -> None:
         self._api = api_client
@@ -254,7 +251,13 @@ def encode_canonically(body: Json) -> bytes:
     return text.encode()
 
 
-def connect(num_watches: int, num_writers: int, write_window_s: Callable[[], float], lease_timeout_s: float) -> Cluster:
+def connect(
+    num_watches: int,
+    num_writers: int,
+    write_window_s: Callable[[], float],
+    lease_timeout_s: float,
+    watch_timeout_s: int,
+) -> Cluster:
     """A Cluster from the pod's service account, else from KUBECONFIG."""
     configuration = client.Configuration()
     if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
@@ -266,8 +269,8 @@ def connect(num_watches: int, num_writers: int, write_window_s: Callable[[], flo
     configuration.retries = False
     configuration.keep_alive = True
     ca_file = Path(configuration.ssl_ca_cert) if configuration.ssl_ca_cert else None
-    watch_timeout_s = max(WATCH_TIMEOUT_S, num_watches // WATCHES_PER_TIMEOUT)
-    return Cluster(client.ApiClient(configuration), write_window_s, lease_timeout_s, watch_timeout_s, ca_file)
+    timeout_s = max(watch_timeout_s, num_watches // WATCHES_PER_TIMEOUT)
+    return Cluster(client.ApiClient(configuration), write_window_s, lease_timeout_s, timeout_s, ca_file)
 
 
 def _read_bytes(path: Path | None) -> bytes:

@@ -29,6 +29,7 @@ Settings are environment variables:
   TOKA_LEASE_DURATION_SECONDS        10
   TOKA_LEASE_RENEW_DEADLINE_SECONDS  7: below the duration
   TOKA_LEASE_RETRY_SECONDS           2: below the deadline
+  TOKA_WATCH_SECONDS                 25: how soon each watch is renewed; one that is silent for 5 longer is given up
   TOKA_TAKEN_NAME_RETRY_SECONDS      30: how soon a child's name that another object holds is tried again
   TOKA_ALLOW_HOST_PATH               false: whether podTemplate may mount folders of the node
   TOKA_WORKERS                       8: objects that are worked on at once

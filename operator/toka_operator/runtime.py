@@ -57,6 +57,7 @@ class Runtime:
             settings.num_workers,
             self._election.write_window_s,
             lease_timeout_s=settings.lease_renew_deadline_s / 2,
+            watch_timeout_s=settings.watch_timeout_s,
         )
         self._election.connect(self._cluster)
         self._reconciler = Reconciler(self._cluster, self._deployments, self._stores, settings)

@@ -55,6 +55,9 @@ class Settings:
     lease_duration_s: float = 10.0
     lease_renew_deadline_s: float = 7.0
     lease_retry_s: float = 2.0
+    watch_timeout_s: int = 25
+    """The API server ends each watch after so long, with a bookmark before. So a stream that is silent for longer is
+    dead, however it died, and to go on from the last version costs one request."""
     taken_name_retry_s: float = 30.0
     """Seconds until a child's name that a foreign object holds is tried again: no watch of ours can see that it was
     freed."""
@@ -96,6 +99,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         lease_duration_s=duration_s,
         lease_renew_deadline_s=deadline_s,
         lease_retry_s=retry_s,
+        watch_timeout_s=_read_int(environ, "TOKA_WATCH_SECONDS", 25, 5, 290),
         taken_name_retry_s=_read_int(environ, "TOKA_TAKEN_NAME_RETRY_SECONDS", 30, 1, 3600),
     )
 

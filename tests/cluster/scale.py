@@ -81,8 +81,9 @@ def _instance(obj: Json) -> str:
     return str(obj["metadata"]["labels"]["app.kubernetes.io/instance"])
 
 
-def measure(server: ApiServer, num_objects: int, min_ready_s: int) -> Json:
-    """Runs it once on a fresh server."""
+def measure(server: ApiServer, num_objects: int, min_ready_s: int, source: str | None = None) -> Json:
+    """Runs it once on a fresh server. `source`: the source root of another version's operator."""
+    environment = AS_INSTALLED | ({"PYTHONPATH": source} if source else {})
     server.simulate_nodes(4, pods_each=num_objects * REPLICAS)
     kubeconfig = install(server)
     server.create_namespace(NAMESPACE)
@@ -93,7 +94,7 @@ def measure(server: ApiServer, num_objects: int, min_ready_s: int) -> Json:
     _watch(api, "endpointslice", seen.note_slice)
     _watch(api, "statefulset", seen.note_set)
     _watch(api, "td", seen.note_deployment)
-    operator = start_operator(server, kubeconfig, "operator-0", **AS_INSTALLED)
+    operator = start_operator(server, kubeconfig, "operator-0", **environment)
     server.wait_for(lambda: "held=True" in operator.log(), "the operator to lead")
     names = [f"chat-{i}" for i in range(num_objects)]
     began = time.monotonic()
@@ -128,17 +129,19 @@ def measure(server: ApiServer, num_objects: int, min_ready_s: int) -> Json:
         "writes_answered_after_ms": answered_ms,
         "cpu_s": cpu_s,
         "operator_mb": round(_use(operator)[1]),
-        "restart_to_converged_s": round(_restart(server, kubeconfig, operator, api, names[-1]), 1),
+        "restart_to_converged_s": round(_restart(server, kubeconfig, operator, api, names[-1], environment), 1),
     }
 
 
-def _restart(server: ApiServer, kubeconfig: Path, operator: ProcessHandle, api: Any, name: str) -> float:
+def _restart(
+    server: ApiServer, kubeconfig: Path, operator: ProcessHandle, api: Any, name: str, environment: dict[str, str]
+) -> float:
     """Seconds from the start of another operator until it has put back a Service deleted meanwhile."""
     operator.terminate()
     path = f"{PATHS['service'].format(NAMESPACE)}/{name}"
     _request(api, "DELETE", path)
     began = time.monotonic()
-    start_operator(server, kubeconfig, "operator-1", **AS_INSTALLED)
+    start_operator(server, kubeconfig, "operator-1", **environment)
     server.wait_for(lambda: _request(api, "GET", path).status == 200, "the Service to be put back")
     return time.monotonic() - began
 
@@ -214,10 +217,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.scale", description=__doc__)
     parser.add_argument("objects", type=int, nargs="?", default=1000)
     parser.add_argument("--min-ready", type=int, default=0, help="rollout.minReadySeconds of every object")
+    parser.add_argument("--source", metavar="FOLDER", help="source root of another version's operator, to compare")
     arguments = parser.parse_args()
     server = ApiServer.start("scale")
     try:
-        print(json.dumps(measure(server, arguments.objects, arguments.min_ready), indent=2))
+        print(json.dumps(measure(server, arguments.objects, arguments.min_ready, arguments.source)))
     finally:
         server.stop()
 

@@ -83,6 +83,22 @@ def test_an_empty_old_set_goes_and_its_revision_stays_in_the_history() -> None:
     assert [(kind, n) for kind, n, _ in plan.deletions] == [("StatefulSet", name)]
 
 
+@pytest.mark.parametrize("sizes", [(8, 16), (16, 8)])
+def test_of_two_old_revisions_the_older_one_goes_first_whatever_they_are_called(sizes: tuple[int, int]) -> None:
+    older, old = (valid(replicas=2, engine={"pageSize": size}) for size in sizes)
+    new = valid(replicas=2)
+    children: dict[tuple[str, str], Any] = {}
+    pods = tuple(pod(spec.revision, is_available=True) for spec in (older, old, new))
+    for spec in (older, old, new):
+        plan = plan_for(spec, Observed(children, pods, frozenset()))
+        made = {(c["kind"], c["metadata"]["name"]): live(c) for c in plan.desired}
+        children |= {key: child for key, child in made.items() if key not in children}
+    for spec in (older, old, new):
+        children["StatefulSet", f"chat-{spec.revision}"]["spec"]["replicas"] = 1
+    targets = plan_for(new, Observed(children, pods, frozenset())).targets
+    assert [targets[spec.revision].replicas for spec in (older, old)] == [0, 1]
+
+
 def test_the_history_keeps_what_served_longer_than_edits_that_never_did() -> None:
     """Six edits in three seconds leave the last revision that served behind them."""
     specs = [
