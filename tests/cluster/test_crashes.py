@@ -54,14 +54,15 @@ def living(operator: Operator, num_writes: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def describe(operator: Operator, name: str) -> dict[str, Any]:
-    """All children of a TokaDeployment without what differs from run to run, its name written NAME."""
+    """All children of a TokaDeployment without what differs from run to run, its name written NAME. Ordinals do: a name
+    that a leaving pod still has is passed over."""
     selector = f"app.kubernetes.io/instance={name},app.kubernetes.io/part-of=toka"
     children = operator.list(CHILDREN, selector)
     children += operator.list("controllerrevision", f"{selector},app.kubernetes.io/component=revision")
     found = {}
     for child in children:
         spec = child.get("spec", child.get("data", {}))
-        for key in ("clusterIP", "clusterIPs"):
+        for key in ("clusterIP", "clusterIPs", "ordinals"):
             spec.pop(key, None)
         found[f"{child['kind']}/{child['metadata']['name']}"] = [child["metadata"]["labels"], spec]
     described: dict[str, Any] = json.loads(json.dumps(found).replace(name, "NAME"))
