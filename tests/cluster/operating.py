@@ -44,7 +44,7 @@ PATHS = {
 }
 WRITING_VERBS = ("create", "update", "patch", "delete")
 PASSES_BURST, PASSES_A_SECOND = 50, 2
-"""What the changes of one test may call for, and what goes on in the namespaces of the tests before it."""
+"""One test may call for so many, and so may what goes on in the namespaces of the tests before it."""
 HOLD = {"podTemplate": {"annotations": {"simulated.toka.dev/hold": "true"}}}
 """A spec whose pods stay Pending, so that a test can give them a status."""
 

@@ -35,7 +35,7 @@ class Seen:
     """Times (Unix) of what was done to the engines."""
 
     kills: list[tuple[float, float]] = field(default_factory=list)
-    """When each engine was killed, and when the Service had left it out."""
+    """The time of each engine's death, and the time from which the Service left it out."""
     freezes: list[tuple[float, float]] = field(default_factory=list)
     rounds: list[tuple[float, float]] = field(default_factory=list)
 

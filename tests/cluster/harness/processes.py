@@ -42,7 +42,7 @@ class ProcessHandle:
     popen: subprocess.Popen[bytes]
     log_file: Path
     started: float = field(default_factory=time.monotonic)
-    """When it was started (monotonic)."""
+    """The time of its start (monotonic)."""
 
     @property
     def pid(self) -> int:
