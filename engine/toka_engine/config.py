@@ -74,6 +74,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http_fast_path: Annotated[
         bool, doc("answer POSTs of completions and chat without FastAPI's router; F: the same answers, later")
     ] = True
+    cors_origins: Annotated[
+        tuple[Name, ...], doc("origins of web pages that may read answers, as https://a.org,https://b.org; *: all")
+    ] = ()
     unknown_fields: Annotated[
         Literal["refuse", "report"],
         doc("a request's unknown field: a 400 that names it, or named in x-toka-ignored and without effect"),

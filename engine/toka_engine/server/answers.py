@@ -9,13 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
+from toka_engine.messages import Int32s
 from toka_engine.server.errors import ApiError
 from toka_engine.server.render import ShownToken
 from toka_engine.server.request import Usage
 
 _NO_LOGPROB = -9999.0
 """The number that OpenAI's API writes for a logprob that is too low to state."""
+_NO_USAGE = b'],"usage":null}\n\n'
+"""The end of an event; no text can have it, for there a quote stands behind a backslash."""
 encode = msgspec.json.encode
 
 
@@ -46,10 +50,20 @@ class AnswerFormat(ABC):
         num_top: int,
         includes_usage: bool,
         names_token_ids: bool,
+        fingerprint: str = "",
+        prompts: Sequence[Int32s] | None = None,
+        num_choices: int = 1,
     ) -> None:
+        """`fingerprint`: of the engine's configuration; `prompts`: where the answer has the token ids of prompts and
+        choices; `num_choices`: choices of each prompt.
+        """
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = model
+        self.fingerprint = fingerprint
+        self.returns_ids = prompts is not None
+        self._prompts = prompts or ()
+        self._num_choices = num_choices
         self._label_of = label_of
         self._has_logprobs = has_logprobs
         self._num_top = num_top
@@ -60,11 +74,12 @@ class AnswerFormat(ABC):
                 "object": self.chunk_object,
                 "created": self.created,
                 "model": model,
+                "system_fingerprint": fingerprint,
                 "choices": [],
             }
         )
         self._head = b"data: " + head[: -len(b"]}")]
-        self._tail = b'],"usage":null}\n\n' if includes_usage else b"]}\n\n"
+        self._tail = _NO_USAGE if includes_usage else b"]}\n\n"
 
     @abstractmethod
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
@@ -85,6 +100,17 @@ class AnswerFormat(ABC):
     def error_event(self, error: ApiError) -> bytes:
         """Return the last event of a stream that fails."""
         return b"data: " + error.body() + b"\n\n"
+
+    def with_usage(self, events: bytes, usage: Usage) -> bytes:
+        """Return events in which `usage` stands in the place of null."""
+        return events.replace(_NO_USAGE, b'],"usage":%s}\n\n' % encode(usage))
+
+    def prompt_ids(self, index: int) -> list[int] | UnsetType:
+        """Return the ids of the prompt of choice `index`, where the answer has them."""
+        return self._prompts[index // self._num_choices].tolist() if self.returns_ids else UNSET
+
+    def _ids(self, shown: Sequence[ShownToken]) -> list[int] | UnsetType:
+        return [each.token for each in shown] if self.returns_ids else UNSET
 
     def _name(self, token: int) -> str:
         if self._names_token_ids:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from toka_engine.server import openapi
 from toka_engine.server.auth import KeyCheck
-from toka_engine.server.endpoints import chat, completions, models, probes, responses
+from toka_engine.server.endpoints import chat, completions, models, probes, responses, tokenize
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
@@ -25,8 +25,30 @@ from toka_engine.version import __version__
 DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
 _GENERATING_PATHS = (completions.PATH, chat.PATH, responses.PATH)
-KNOWN_PATHS = (*_GENERATING_PATHS, models.PATH, *sorted(probes.PATHS), DOCUMENT_PATH, PAGE_PATH)
+KNOWN_PATHS = (
+    *(*_GENERATING_PATHS, models.PATH, *tokenize.PATHS),
+    *(*sorted(probes.PATHS), probes.VERSION_PATH, DOCUMENT_PATH, PAGE_PATH),
+)
 """The paths of all routes without a parameter."""
+_ELSEWHERE = {
+    "/v1/embeddings": "this server has no embeddings: run a server for an embedding model beside it",
+    "/v1/rerank": "this server has no reranking: run a server for such a model beside it",
+    "/v1/score": "this server has no scoring: run a server for such a model beside it",
+    "/v1/moderations": "this server has no moderation",
+    "/v1/images": "this server makes text alone",
+    "/v1/audio": "this server makes text alone",
+    "/v1/realtime": "this server makes text alone",
+    "/v1/messages": "send messages to /v1/chat/completions",
+    "/v1/files": "this server keeps no files: send requests one by one, as many at once as you like",
+    "/v1/uploads": "this server keeps no files",
+    "/v1/batches": "this server has no batches: send requests one by one, as many at once as you like",
+    "/v1/fine_tuning": "this server does not train",
+    "/v1/assistants": "send messages to /v1/chat/completions",
+    "/v1/threads": "send messages to /v1/chat/completions",
+    "/v1/vector_stores": "this server keeps no files",
+    "/v1/engines": "name the model in the body of /v1/completions",
+}
+"""Paths of OpenAI's API, and of servers like this one, that are not served: what to do instead."""
 _MAX_MISTAKEN_PATH = 200
 
 
@@ -92,6 +114,8 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
     add_generating(responses.PATH, openapi.RESPONSES)
     _add_kept_responses(router, service)
 
+    _add_tokenizing(router, tokenize.Tokenizing(service))
+
     @router.get(models.PATH, openapi_extra=openapi.MODELS)
     async def list_models() -> Response:
         return _json(models.list_models(service))
@@ -123,6 +147,21 @@ def _add_kept_responses(router: APIRouter, service: Service) -> None:
         return _json(responses.list_input_items(service, response_id, limit, order, after))
 
 
+def _add_tokenizing(router: APIRouter, tokenizing: tokenize.Tokenizing) -> None:
+    """Add the routes that ask the tokenizer."""
+
+    def add(path: str, handler: Handler, method: str, operation: dict[str, Any]) -> None:
+        async def answer(request: Request) -> Response:
+            await handler(_exchange(request))
+            return Answered()
+
+        router.add_api_route(path, answer, methods=[method], openapi_extra=operation)
+
+    add(tokenize.TOKENIZE_PATH, tokenizing.tokenize, "POST", openapi.TOKENIZE)
+    add(tokenize.DETOKENIZE_PATH, tokenizing.detokenize, "POST", openapi.DETOKENIZE)
+    add(tokenize.INFO_PATH, tokenizing.describe, "GET", openapi.TOKENIZER_INFO)
+
+
 def _open_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
 
@@ -138,6 +177,14 @@ def _open_router(service: Service) -> APIRouter:
     async def readyz() -> Response:
         readiness = probes.check_readiness(service)
         return _json(readiness, 200 if readiness.ready else 503)
+
+    @router.get("/health", openapi_extra=openapi.HEALTH)
+    async def health() -> Response:
+        return Response(status_code=200 if service.health.is_ready else 503)
+
+    @router.get(probes.VERSION_PATH, openapi_extra=openapi.VERSION)
+    async def version() -> Response:
+        return _json(probes.Version())
 
     @router.get("/metrics", openapi_extra=openapi.METRICS)
     async def metrics() -> Response:
@@ -195,10 +242,18 @@ def _translate(error: Exception, exchange: Exchange) -> ApiError:
         message = f"{path[:200]} takes {allowed}, not {exchange.method}."
         return ApiError(405, message, code="method_not_allowed", headers=((b"allow", allowed.encode()),))
     if error.status_code in (404, 405):
+        if instead := _find_instead(path):
+            return ApiError(404, f"There is no {path[:200]}: {instead}.", code="not_supported")
         meant = _find_meant(path)
         advice = f" Did you mean {meant}?" if meant else ""
         return ApiError(404, f"There is no {path[:200]}.{advice}", code="not_found")
     return ApiError(error.status_code, str(error.detail), code="http_error")
+
+
+def _find_instead(path: str) -> str | None:
+    """Return what to do instead of asking for a path that this server does not have."""
+    parts = path.rstrip("/").split("/")[:3]
+    return _ELSEWHERE.get("/".join(parts)) or _ELSEWHERE.get("/v1" + "/".join(parts[:2]))
 
 
 def _find_meant(path: str) -> str | None:

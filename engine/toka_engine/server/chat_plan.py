@@ -13,17 +13,26 @@ import msgspec
 
 from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat
+from toka_engine.server.chat_template import ChatTemplate
 from toka_engine.server.conversation import check_messages
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import GenerationJob
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
-from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.request import GenerationRequest, doc
 from toka_engine.server.service import Engine, Service
 from toka_engine.server.settings import check_shared
 from toka_engine.server.split_render import Splitting
 from toka_engine.server.streams import GenerationSpec
+from toka_engine.server.template_variables import (
+    AddGenerationPrompt,
+    ContinueFinalMessage,
+    Documents,
+    ReasoningEffort,
+    TemplateKwargs,
+    TemplateVariables,
+    check_template_variables,
+)
 from toka_engine.server.tools import check_tools
 
 
@@ -44,6 +53,11 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, frozen=True, kw
         str | dict[str, Any] | None, doc("`auto`, `none`, `required`, one function, or `allowed_tools`.")
     ] = None
     parallel_tool_calls: Annotated[bool | None, doc("False: at most one call in an answer.")] = None
+    chat_template_kwargs: TemplateKwargs = None
+    documents: Documents = None
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
+    reasoning_effort: ReasoningEffort = None
     verbosity: Annotated[str | None, doc("A hint without effect, named in `x-toka-ignored`.")] = None
 
 
@@ -86,14 +100,28 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     if tools is not None and tools.choice.mode == "required":
         raise invalid("tool_choice", "'tool_choice': this server cannot force calls yet; use auto.")
     turns, ignored = check_messages(request.messages, limits)
-    service.note_ignored(exchange, ignored)
+    given = _check_variables(request, engine.template)
+    service.note_ignored(exchange, ignored + given.ignored)
     turns, variables = engine.dialect.tools.prepare(turns, tools.tools if tools else ())
-    encoder = PromptEncoder(engine.tokenizer, limits, exchange.connection)
-    ids, tail = await encoder.encode_chat(turns, engine.template, variables)
+    encoder = engine.make_encoder(options, exchange.connection)
+    ids, tail = await encoder.encode_chat(
+        turns, engine.template, {**variables, **given.values}, continues_final=given.continues_final
+    )
     spec = limits.plan(options, [ids], "messages")
     if tools is not None and tools.max_calls == 1:
         spec = msgspec.structs.replace(spec, deliver_each=True)  # so that it ends behind its call
     return ChatPlan([ids], spec, options, engine.dialect.splitting(tools, tail))
+
+
+def _check_variables(request: ChatRequest, template: ChatTemplate) -> TemplateVariables:
+    return check_template_variables(
+        template,
+        kwargs=request.chat_template_kwargs,
+        documents=request.documents,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        reasoning_effort=request.reasoning_effort,
+    )
 
 
 def _check(request: ChatRequest, limits: Limits) -> GenerationOptions:

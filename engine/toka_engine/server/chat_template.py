@@ -35,7 +35,7 @@ from toka_engine.server.errors import invalid
 _TEMPLATE_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """The exceptions of a template's expressions where the messages are not as it takes for granted."""
 NO_VARIABLES: Mapping[str, Any] = {}
-_PLAIN = frozenset(("role", "content", "system", "user", "assistant"))
+_PLAIN = frozenset(("role", "content", "system", "user", "assistant", "tool"))
 """Texts of every conversation, which are the server's own."""
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -71,7 +71,7 @@ class ChatTemplate:
         self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         """The names of the variables that the template reads."""
         self.source = source
-        self._special_tokens = special_tokens
+        self.special_tokens = special_tokens
         self._beginnings = tuple({text[:cut] for text in special_texts for cut in range(1, len(text))})
         self._ends = tuple({text[cut:] for text in special_texts for cut in range(1, len(text))})
         self._pattern = re.compile("|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))) or r"(?!)")
@@ -92,7 +92,7 @@ class ChatTemplate:
         end: str | None = None
         if continues_final:
             end = self._unused_mark(messages, variables)
-            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+            messages = [*messages[:-1], {**messages[-1], "content": (messages[-1]["content"] or "") + end}]
         text = self._render_text(messages, {"add_generation_prompt": not continues_final, **variables})
         if end is not None:
             text, found, _ = text.rpartition(end)
@@ -104,7 +104,7 @@ class ChatTemplate:
 
     def _render_text(self, messages: Sequence[Turn], variables: Mapping[str, Any]) -> str:
         try:
-            return self._template.render(**{**self._special_tokens, **variables, "messages": messages})
+            return self._template.render(**{**self.special_tokens, **variables, "messages": messages})
         except jinja2.TemplateError as error:
             raise invalid("messages", f"The model's chat template refuses these messages: {error}.") from error
         except _TEMPLATE_DEFECTS as error:

@@ -72,7 +72,7 @@ def count_characters(value: Any, name: str, most: int) -> int:
             else:
                 count += 1 + (len(each) if isinstance(each, str) else 0)
             if count > most:
-                raise invalid(name, f"'{name}' has more than {most} characters beside the messages' content.")
+                raise invalid(name, f"'{name}' has more than {most} characters, keys and values counted.")
         if not inner:
             return count
         level = inner

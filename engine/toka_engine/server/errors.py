@@ -13,6 +13,8 @@ import msgspec
 from toka_engine.errors import TokaError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_NO_RETRY = (b"x-should-retry", b"false")
+"""Tells OpenAI's clients, which try every 5xx again, that the same request would fail the same way."""
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -47,7 +49,7 @@ class ApiError(TokaError):
         self.message = message
         self.param = param
         self.code = code
-        self.headers = headers
+        self.headers = (*headers, _NO_RETRY) if status == 500 else headers
 
     def body(self) -> bytes:
         """Return the error as JSON: {"error": {message, type, param, code}}."""

@@ -57,6 +57,8 @@ class Exchange:
         """Seconds from the request's head to the first event of a stream."""
         self.status = 0
         """The answer's status; 0 until it has begun."""
+        self.further_headers: tuple[tuple[bytes, bytes], ...] = ()
+        """Headers that this request's answer has in any case, beside those of every answer."""
         self.ignored: list[str] = []
         """The fields of the request that have no effect, as the answer names them."""
         self._stream: UnsizedBody | None = None
@@ -123,7 +125,7 @@ class Exchange:
         self._is_complete = True
 
     def _fixed_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        fixed = (b"date", date()), (REQUEST_ID, self.request_id)
+        fixed = ((b"date", date()), (REQUEST_ID, self.request_id), *self.further_headers)
         return (*fixed, (IGNORED, list_ignored(self.ignored))) if self.ignored else fixed
 
     async def send(self, message: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from toka_engine.server.access_log import log_request
 from toka_engine.server.auth import KeyCheck
+from toka_engine.server.cors import Origins
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
 from toka_engine.server.metrics import Metrics
@@ -30,6 +31,7 @@ class Front:
         fast_paths: Mapping[str, Handler],
         known_paths: Collection[str],
         key_check: KeyCheck,
+        origins: Origins,
         metrics: Metrics,
         logs_requests: bool,
     ) -> None:
@@ -38,6 +40,7 @@ class Front:
         self._fast_paths = fast_paths
         self._known_paths = frozenset(known_paths)
         self._key_check = key_check
+        self._origins = origins
         self._metrics = metrics
         self._logs_requests = logs_requests
         self._num_running = 0
@@ -45,10 +48,14 @@ class Front:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         exchange = Exchange(scope, receive, send)
+        exchange.further_headers = self._origins.headers(exchange.headers)
         self._num_running += 1
         try:
+            preflight = self._origins.preflight(exchange.method, exchange.headers)
             handler = self._fast_paths.get(exchange.path)
-            if handler is not None and exchange.method == "POST":
+            if preflight is not None:
+                await exchange.answer(200, b"", b"text/plain", preflight)
+            elif handler is not None and exchange.method == "POST":
                 self._key_check.check(exchange.headers)
                 await handler(exchange)
             else:

@@ -15,8 +15,8 @@ from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.render import Renderer
-from toka_engine.server.request import CompletionTokensDetails, Usage
-from toka_engine.server.streams import Generation, GenerationSpec, Streams
+from toka_engine.server.request import CompletionTokensDetails, PromptTokensDetails, Usage
+from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
 
 
 class GenerationJob(msgspec.Struct, frozen=True):
@@ -28,6 +28,8 @@ class GenerationJob(msgspec.Struct, frozen=True):
     new_renderer: Callable[[], Renderer]
     is_streamed: bool
     includes_usage: bool
+    reports_usage_each: bool = False
+    """Every event has the usage of its choice so far."""
     echoes: Sequence[str] = ()
     """The text of each prompt, which its choices begin with; empty without echo."""
 
@@ -53,7 +55,7 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
                 await _answer_whole(job, exchange, generation, renderers)
         finally:
             connection.gone_callbacks.discard(generation.abandon)
-    usage = exchange.usage = _usage(job, renderers)
+    usage = exchange.usage = _usage(job, generation, renderers)
     metrics.request_prompt_tokens.inc(usage.prompt_tokens)
     metrics.request_completion_tokens.inc(usage.completion_tokens)
 
@@ -73,7 +75,7 @@ async def _answer_whole(
                 finished.finish_reason = renderer.finish_reason
                 finished.text = "".join(texts[choice.index])
                 num_unfinished -= 1
-    await exchange.answer(200, job.form.whole(choices, _usage(job, renderers)))
+    await exchange.answer(200, job.form.whole(choices, _usage(job, generation, renderers)))
 
 
 async def _answer_in_events(
@@ -88,6 +90,7 @@ async def _answer_in_events(
             index = choice.index
             renderer = renderers[index]
             text = renderer.advance(choice)
+            begin = len(events)
             if not has_begun[index]:
                 has_begun[index] = True
                 text = job.echo(index) + text
@@ -96,19 +99,31 @@ async def _answer_in_events(
             if text or shown or renderer.finish_reason is not None:
                 events.append(form.piece(index, text, shown, renderer.finish_reason))
                 num_unfinished -= renderer.finish_reason is not None
+            if job.reports_usage_each:
+                usage = _usage_so_far(job, generation, choice, renderer)
+                events[begin:] = [form.with_usage(event, usage) for event in events[begin:]]
         if not exchange.status:
             # Not earlier: until the first token the request may still be refused with a status of its own.
             await exchange.begin_events()
             metrics.first_token_seconds.observe(exchange.first_token_s or 0.0)
         if events:
             await exchange.write_events(b"".join(events))
-    tail = form.usage(_usage(job, renderers)) if job.includes_usage else b""
+    tail = form.usage(_usage(job, generation, renderers)) if job.includes_usage else b""
     await exchange.end_events(tail + form.done)
 
 
-def _usage(job: GenerationJob, renderers: Sequence[Renderer]) -> Usage:
+def _usage(job: GenerationJob, generation: Generation, renderers: Sequence[Renderer]) -> Usage:
     num_prompt = sum(map(len, job.prompts))
     num_completion = sum(renderer.num_tokens for renderer in renderers)
+    cached = PromptTokensDetails(generation.num_cached)
     reasoning = [count for renderer in renderers if (count := renderer.num_reasoning_tokens) is not None]
     details = CompletionTokensDetails(sum(reasoning)) if reasoning else msgspec.UNSET
-    return Usage(num_prompt, num_completion, num_prompt + num_completion, details)
+    return Usage(num_prompt, num_completion, num_prompt + num_completion, cached, details)
+
+
+def _usage_so_far(job: GenerationJob, generation: Generation, choice: Choice, renderer: Renderer) -> Usage:
+    """Return the usage of one choice, by the tokens that have come for it."""
+    num_prompt = len(job.prompts[choice.index // job.spec.num_choices])
+    num_completion = choice.num_taken if renderer.finish_reason is None else renderer.num_tokens
+    cached = PromptTokensDetails(choice.submission.num_cached)
+    return Usage(num_prompt, num_completion, num_prompt + num_completion, cached)

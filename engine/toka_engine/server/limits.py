@@ -23,6 +23,9 @@ MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
 MAX_REQUEST_LOGPROBS = 1024 * 1024
 """The most logprobs in one answer: each is about a hundred bytes of JSON."""
 
+_TRUNCATED_TIMES = 16
+"""How many times the engine's context a prompt of ids may have that is truncated."""
+
 
 class GenerationOptions(msgspec.Struct, frozen=True):
     """The checked fields of a request beyond its prompt; `max_tokens` None: as many as fit."""
@@ -37,6 +40,13 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     includes_usage: bool
     names_token_ids: bool
     """Whether logprobs name tokens by their ids."""
+    reports_usage_each: bool = False
+    """Whether every event has the usage of its choice so far."""
+    returns_token_ids: bool = False
+    adds_special_tokens: bool | None = None
+    """Whether the tokenizer's own are added to texts; None: as the endpoint does."""
+    truncation: int | None = None
+    """How many of a prompt's last tokens are kept; None: all."""
 
 
 class Limits:
@@ -83,15 +93,16 @@ class Limits:
                 raise invalid("prompt", "'prompt' is empty." if len(texts) == 1 else f"'prompt[{index}]' is empty.")
         return texts
 
-    def check_num_ids(self, num_ids: int) -> None:
-        if num_ids >= self.max_request_tokens:
+    def check_num_ids(self, num_ids: int, *, is_truncated: bool = False) -> None:
+        """Refuse a prompt that is too long; one that `is_truncated` may be longer, within reason."""
+        if num_ids >= self.max_request_tokens * (_TRUNCATED_TIMES if is_truncated else 1):
             raise self.too_long("prompt", num_ids)
 
-    def check_ids(self, ids: list[int], name: str) -> Int32s:
+    def check_ids(self, ids: list[int], name: str, *, is_truncated: bool = False) -> Int32s:
         """Return one prompt's ids as an array."""
         if not ids:
             raise invalid("prompt", f"'{name}' is empty.")
-        self.check_num_ids(len(ids))
+        self.check_num_ids(len(ids), is_truncated=is_truncated)
         lowest, highest = min(ids), max(ids)
         if lowest < 0 or highest >= self.vocab_size:
             wrong = lowest if lowest < 0 else highest

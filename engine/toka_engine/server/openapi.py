@@ -14,7 +14,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from toka_engine.server.chat_plan import ChatRequest
-from toka_engine.server.endpoints import chat_answers, completions, models, probes, responses, responses_answers
+from toka_engine.server.endpoints import (
+    chat_answers,
+    completions,
+    models,
+    probes,
+    responses,
+    responses_answers,
+    tokenize,
+)
 from toka_engine.server.errors import ErrorAnswer
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -44,6 +52,12 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     probes.Pong,
     probes.Alive,
     probes.Readiness,
+    probes.Version,
+    tokenize.TokenizeRequest,
+    tokenize.TokenizeAnswer,
+    tokenize.DetokenizeRequest,
+    tokenize.DetokenizeAnswer,
+    tokenize.TokenizerInfo,
     ErrorAnswer,
 )
 
@@ -61,14 +75,22 @@ def _errors(*statuses: str) -> dict[str, Any]:
 
 
 def _generating(name: str, request: type[msgspec.Struct], answer: type[msgspec.Struct], summary: str) -> dict[str, Any]:
-    whole = _answer(answer, "The answer; with `stream` server-sent events, each a part of it, the last `[DONE]`.")
+    operation = _posting(name, request, answer, summary, *_ERRORS)
+    whole = operation["responses"]["200"]
+    whole["description"] = "The answer; with `stream` server-sent events, each a part of it, the last `[DONE]`."
     whole["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return operation
+
+
+def _posting(
+    name: str, request: type[msgspec.Struct], answer: type[msgspec.Struct], summary: str, *errors: str
+) -> dict[str, Any]:
     return {
         "operationId": name,
         "summary": summary,
         "security": [{"key": []}],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(request)}}},
-        "responses": {"200": whole, **_errors(*_ERRORS)},
+        "responses": {"200": _answer(answer, summary), **_errors(*errors)},
     }
 
 
@@ -104,6 +126,23 @@ PING = _reading("ping", probes.Pong, "Whether the process answers, for the origi
 LIVEZ = _reading("livez", probes.Alive, "Whether the process answers")
 READYZ = _reading("readyz", probes.Readiness, "Whether new requests should come here")
 READYZ["responses"]["503"] = _answer(probes.Readiness, "New requests should not come here")
+VERSION = _reading("version", probes.Version, "The engine's version")
+HEALTH = {
+    "operationId": "health",
+    "summary": "Whether new requests should come here, without words",
+    "responses": {status: {"description": text} for status, text in (("200", "Yes"), ("503", "No"))},
+}
+_TOKENIZER_ERRORS = ("400", "401", "404", "408", "413", "415", "500", "503")
+TOKENIZE = _posting(
+    "tokenize", tokenize.TokenizeRequest, tokenize.TokenizeAnswer, "The tokens of a text", *_TOKENIZER_ERRORS
+)
+DETOKENIZE = _posting(
+    "detokenize", tokenize.DetokenizeRequest, tokenize.DetokenizeAnswer, "The text of tokens", *_TOKENIZER_ERRORS
+)
+TOKENIZER_INFO = {
+    **_reading("tokenizerInfo", tokenize.TokenizerInfo, "What clients need to count and render", "401", "503"),
+    "security": [{"key": []}],
+}
 METRICS = {
     "operationId": "metrics",
     "summary": "Prometheus metrics",
@@ -164,7 +203,7 @@ h2 { margin-top: 2.5rem }
 <table>
 <tr><th>Status<th>Body<th>
 {% for status, answer in operation.responses.items() %}<tr><td>{{ status }}
-<td>{% for kind, content in answer.content.items() %}{% if content.schema["$ref"] -%}
+<td>{% for kind, content in (answer.content or {}).items() %}{% if content.schema["$ref"] -%}
 <a href="#{{ content.schema["$ref"] | last_part }}">{{ content.schema["$ref"] | last_part }}</a>
 {%- else %}{{ kind }}{% endif %} {% endfor %}<td>{{ answer.description }}
 {% endfor %}</table>

@@ -39,6 +39,7 @@ from toka_engine.server.application import KNOWN_PATHS, generating_handlers, mak
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
 from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
+from toka_engine.server.cors import Origins
 from toka_engine.server.dialect import find_dialect
 from toka_engine.server.errors import unavailable
 from toka_engine.server.front import Front
@@ -48,7 +49,7 @@ from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replicas
-from toka_engine.server.service import Engine, Service
+from toka_engine.server.service import Engine, Service, fingerprint_of
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 
@@ -106,6 +107,7 @@ class Server:
             fast_paths=handlers if self._config.http_fast_path else {},
             known_paths=KNOWN_PATHS,
             key_check=key_check,
+            origins=Origins(self._config.cors_origins),
             metrics=self._service.metrics,
             logs_requests=self._config.access_log,
         )
@@ -180,7 +182,7 @@ class Server:
         source = "model" if defaults.values() else "none"
         logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
         self._service.metrics.info = info
-        self._service.engine = Engine(tokenizer, template, limits, dialect)
+        self._service.engine = Engine(tokenizer, template, limits, dialect, fingerprint_of(self._config, info))
         gc.collect()
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)

@@ -28,8 +28,12 @@ _decode_ids = msgspec.json.Decoder(list[int]).decode
 _decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
-async def read_prompt(raw: msgspec.Raw, limits: Limits, connection: Connection) -> list[str] | list[Int32s]:
-    """Return the texts to encode, or the prompts as ids, checked. Raises a 400 that names the field."""
+async def read_prompt(
+    raw: msgspec.Raw, limits: Limits, connection: Connection, *, is_truncated: bool = False
+) -> list[str] | list[Int32s]:
+    """Return the texts to encode, or the prompts as ids, checked. Raises a 400 that names the field. `is_truncated`:
+    ids may be more than fit.
+    """
     data = bytes(raw)
     if data.startswith(b'"'):
         return limits.check_texts([decode_part(_decode_text, raw, "prompt")])
@@ -45,13 +49,16 @@ async def read_prompt(raw: msgspec.Raw, limits: Limits, connection: Connection) 
             return limits.check_texts(await _read_each(raw, _decode_text, connection))
         case b"[":
             limits.check_num_prompts(data.count(b"[") - 1)
-            return await _read_each(raw, _decode_ids, connection, limits)
+            return await _read_each(raw, _decode_ids, connection, limits, is_truncated=is_truncated)
         case _:
-            limits.check_num_ids(data.count(b",") + 1)
-            return [limits.check_ids(decode_part(_decode_ids, raw, "prompt"), "prompt")]
+            limits.check_num_ids(data.count(b",") + 1, is_truncated=is_truncated)
+            ids = decode_part(_decode_ids, raw, "prompt")
+            return [limits.check_ids(ids, "prompt", is_truncated=is_truncated)]
 
 
-async def _read_each(raw: msgspec.Raw, decode: Any, connection: Connection, limits: Limits | None = None) -> list[Any]:
+async def _read_each(
+    raw: msgspec.Raw, decode: Any, connection: Connection, limits: Limits | None = None, *, is_truncated: bool = False
+) -> list[Any]:
     """Decode each prompt by itself; with `limits` they are ids, checked at once."""
     found: list[Any] = []
     num_bytes = 0
@@ -59,9 +66,9 @@ async def _read_each(raw: msgspec.Raw, decode: Any, connection: Connection, limi
         name = f"prompt[{index}]"
         size = memoryview(part).nbytes
         if limits is not None and size // 2 >= limits.max_request_tokens:
-            limits.check_num_ids(bytes(part).count(b",") + 1)
+            limits.check_num_ids(bytes(part).count(b",") + 1, is_truncated=is_truncated)
         value = decode_part(decode, part, name)
-        found.append(value if limits is None else limits.check_ids(value, name))
+        found.append(value if limits is None else limits.check_ids(value, name, is_truncated=is_truncated))
         num_bytes += size
         if num_bytes >= _SLICE_BYTES:
             num_bytes = 0

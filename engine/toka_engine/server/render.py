@@ -91,6 +91,8 @@ class TrackingRenderer(Renderer):
         if self.finish_reason is not None:
             return ""
         tokens, choice.tokens = choice.tokens, []
+        if choice.whole_tokens is not None:
+            tokens = choice.whole_tokens.tolist()
         choice.num_taken += len(tokens)
         logprobs, choice.logprobs = choice.logprobs, []
         tops, choice.tops = choice.tops, {}

@@ -49,6 +49,7 @@ class Submission:
         "choice_charge",
         "has_moved",
         "is_started",
+        "num_cached",
         "num_guessed_blocks",
         "num_open",
         "prompt_charge",
@@ -66,6 +67,8 @@ class Submission:
         self.choice_charge = 0
         """Returned token by token as they come, and what is left of it at the choice's end."""
         self.num_open = submit.num_choices
+        self.num_cached = 0
+        """Tokens of the prompt that were found in the prefix cache; valid once it has been admitted."""
         self.is_started = False
         self.has_moved = False
 
@@ -152,6 +155,7 @@ class Replicas:
         if submission.is_started:
             return
         submission.is_started = True
+        submission.num_cached = num_cached
         self._return_prompt(submission)
         num_guessed = submission.num_guessed_blocks * self._block_tokens
         self.guessed_tokens += num_guessed

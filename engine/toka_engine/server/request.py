@@ -45,6 +45,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Options of a streamed answer."""
 
     include_usage: Annotated[bool | None, doc("The last event before `[DONE]` has the usage.")] = None
+    continuous_usage_stats: Annotated[bool | None, doc("Every event has the usage of its choice so far.")] = None
     include_obfuscation: Annotated[bool | None, doc("Only false: events are never padded.")] = None
 
 
@@ -92,6 +93,23 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     return_tokens_as_token_ids: Annotated[
         bool | None, doc("Logprobs name tokens `token_id:N`; only together with `logprobs`.")
     ] = None
+    return_token_ids: Annotated[
+        bool | None, doc("The answer has the token ids of the prompt and of each choice, in vLLM's fields.")
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None, doc("Add the tokenizer's own (BOS) to a text. True by default in completions, false in chat.")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1)] | None,
+        doc("Keep the last so many tokens of each prompt; -1: as many as fit with `max_tokens`, or with one more."),
+    ] = None
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """The prompt tokens, by kind."""
+
+    cached_tokens: int
+    """Those whose keys and values were in the prefix cache already."""
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
@@ -104,5 +122,6 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
     """Only of models that reason."""

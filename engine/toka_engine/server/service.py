@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -9,9 +10,10 @@ from typing import TypeVar
 import msgspec
 
 from toka_engine.config import EngineConfig
-from toka_engine.messages import Int32s
+from toka_engine.messages import EngineInfo, Int32s
 from toka_engine.server.answers import AnswerFormat
 from toka_engine.server.chat_template import ChatTemplate
+from toka_engine.server.connection import Connection
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.dialect import Dialect
 from toka_engine.server.exchange import BodyBudget, Exchange
@@ -20,10 +22,12 @@ from toka_engine.server.generate import GenerationJob
 from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
 from toka_engine.server.metrics import Metrics
+from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.render import Renderer, TrackingRenderer
 from toka_engine.server.responses.store import ResponseStore
 from toka_engine.server.streams import GenerationSpec, Streams
 from toka_engine.server.tokenization import Tokenizer
+from toka_engine.version import __version__
 
 R = TypeVar("R")
 
@@ -38,6 +42,18 @@ class Engine(msgspec.Struct, frozen=True):
     template: ChatTemplate | None
     limits: Limits
     dialect: Dialect
+    fingerprint: str
+    """The `system_fingerprint` of answers: equal where version, model and number format are."""
+
+    def make_encoder(self, options: GenerationOptions, connection: Connection) -> PromptEncoder:
+        """Return what encodes the prompts of one request."""
+        return PromptEncoder(
+            self.tokenizer,
+            self.limits,
+            connection,
+            adds_special_tokens=options.adds_special_tokens,
+            truncation=options.truncation,
+        )
 
     def make_job(
         self,
@@ -57,21 +73,31 @@ class Engine(msgspec.Struct, frozen=True):
                 self.tokenizer.label_of,
                 has_logprobs=options.sampling.num_logprobs >= 0,
                 num_top=options.sampling.num_logprobs,
-                includes_usage=options.includes_usage,
+                includes_usage=options.includes_usage or options.reports_usage_each,
                 names_token_ids=options.names_token_ids,
+                fingerprint=self.fingerprint,
+                prompts=prompts if options.returns_token_ids else None,
+                num_choices=options.num_choices,
             ),
             self.renderer_maker(options, self.tokenizer.bytes_of),
             options.is_streamed,
             options.includes_usage,
+            options.reports_usage_each,
             echoes,
         )
 
     def renderer_maker(self, options: GenerationOptions, bytes_of: Sequence[bytes]) -> Callable[[], Renderer]:
         """Return what makes the renderer of a choice; `bytes_of`: the bytes that each token shows."""
-        keeps_tokens = options.sampling.num_logprobs >= 0
+        keeps_tokens = options.sampling.num_logprobs >= 0 or options.returns_token_ids
         if options.stops is None and not keeps_tokens:
             return lambda: Renderer(bytes_of)
         return lambda: TrackingRenderer(bytes_of, options.stops, keeps_tokens=keeps_tokens)
+
+
+def fingerprint_of(config: EngineConfig, info: EngineInfo) -> str:
+    """Return the `system_fingerprint` of an engine: a hash of what decides about its numbers."""
+    parts = (__version__, config.model, config.revision, info.device, info.dtype, info.vocab_size)
+    return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 class Service:

@@ -39,11 +39,11 @@ def check_shared(
         raise lacks("stream_options.include_obfuscation", _OBFUSCATION)
     if request.return_tokens_as_token_ids and num_logprobs < 0:
         raise invalid("return_tokens_as_token_ids", "'return_tokens_as_token_ids' needs 'logprobs'.")
+    if max_tokens is not None:
+        max_tokens = int_in(max_tokens, max_tokens_field, 1, limits.max_request_tokens, 1)
     return GenerationOptions(
         num_choices=int_in(request.n, "n", 1, limits.max_choices, 1),
-        max_tokens=None
-        if max_tokens is None
-        else int_in(max_tokens, max_tokens_field, 1, limits.max_request_tokens, 1),
+        max_tokens=max_tokens,
         max_tokens_field=max_tokens_field,
         sampling=_check_sampling(request, limits, num_logprobs),
         stops=_check_stops(request.stop),
@@ -51,6 +51,10 @@ def check_shared(
         is_streamed=bool(request.stream),
         includes_usage=bool(stream_options and stream_options.include_usage),
         names_token_ids=bool(request.return_tokens_as_token_ids),
+        reports_usage_each=bool(stream_options and stream_options.continuous_usage_stats),
+        returns_token_ids=bool(request.return_token_ids),
+        adds_special_tokens=request.add_special_tokens,
+        truncation=_check_truncation(request.truncate_prompt_tokens, limits, max_tokens or 1),
     )
 
 
@@ -72,6 +76,16 @@ def _check_sampling(request: GenerationRequest, limits: Limits, num_logprobs: in
         frequency_penalty=_given(request.frequency_penalty, 0.0),
         repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
     )
+
+
+def _check_truncation(given: int | None, limits: Limits, max_tokens: int) -> int | None:
+    """Return how many tokens of a prompt are kept; None: all."""
+    name, room = "truncate_prompt_tokens", max(1, limits.max_request_tokens - max_tokens)
+    if given is None:
+        return None
+    if given == 0:
+        raise invalid(name, f"'{name}' must be -1, or at least 1.", "invalid_value")
+    return room if given == -1 else int_in(given, name, 1, limits.max_request_tokens - 1, 1)
 
 
 def _given(value: float | None, default: float) -> float:

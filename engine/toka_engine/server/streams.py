@@ -94,6 +94,7 @@ class Generation:
         self.spec = spec
         self.has_logprobs = spec.sampling.num_logprobs >= 0
         self.choices: list[Choice] = []
+        self.submissions: list[Submission] = []
         self.dirty: list[Choice] = []
         self._streams = streams
         self._error: Exception | None = None
@@ -107,6 +108,11 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._streams.end(self)
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens found in the prefix cache; a prompt whose choices were sent in parts counts once."""
+        return sum(each.num_cached for each in self.submissions if not each.submit.first_choice)
 
     async def news(self) -> list[Choice]:
         """Wait for something new; return the choices that have it, each once. Raises what `fail` got."""
@@ -192,6 +198,7 @@ class Streams:
 
     def _submit(self, generation: Generation, submission: Submission) -> None:
         submit = submission.submit
+        generation.submissions.append(submission)
         for stream in range(submit.first_stream, submit.first_stream + submit.num_choices):
             choice = Choice(generation, len(generation.choices), submission, stream)
             generation.choices.append(choice)

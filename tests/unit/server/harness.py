@@ -34,6 +34,7 @@ from toka_engine.messages import (
     Ping,
     ServerToManager,
     Start,
+    Started,
     Submit,
 )
 
@@ -241,6 +242,11 @@ def end(streams: Sequence[int], num_tokens: int, reason: int = FINISH_STOP) -> D
         ended_num_tokens=np.full(count, num_tokens, np.int32),
         ended_lengths=np.zeros(count, np.int32),
     )
+
+
+def start(submit: Submit, num_cached: int) -> Started:
+    """The admission of a prompt, `num_cached` of whose tokens are in the prefix cache."""
+    return Started(np.array([submit.first_stream], np.int64), np.array([num_cached], np.int32))
 
 
 def speak(manager: ScriptedManager, submit: Submit, ids: Sequence[int]) -> None:

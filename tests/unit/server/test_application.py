@@ -16,6 +16,7 @@ from toka_engine.messages import Submit
 from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints.completions import CompletionRequest
 from toka_engine.server.endpoints.responses import ResponsesRequest
+from toka_engine.server.endpoints.tokenize import DetokenizeRequest, TokenizeRequest
 
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import MODEL, RunningServer, each, end, running_server, speak, streams_of
@@ -162,7 +163,8 @@ def test_the_document_names_every_route_and_its_routes_are_served(
     fast: RunningServer, document: dict[str, Any]
 ) -> None:
     assert set(document["paths"]) == {
-        *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/metrics"),
+        *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/health", "/metrics"),
+        *("/version", "/tokenize", "/detokenize", "/tokenizer_info"),
         *(_RESPONSES, f"{_RESPONSES}/{{response_id}}", f"{_RESPONSES}/{{response_id}}/input_items"),
     }
     for path, operations in document["paths"].items():
@@ -173,7 +175,7 @@ def test_the_document_names_every_route_and_its_routes_are_served(
 
 def test_the_document_names_every_field_of_a_request(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
-    for struct in (CompletionRequest, ChatRequest, ResponsesRequest):
+    for struct in (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest):
         assert set(schemas[struct.__name__]["properties"]) == set(struct.__struct_fields__)
         assert schemas[struct.__name__]["additionalProperties"] is False
 
@@ -188,6 +190,9 @@ _ANSWERS = {
     "ids": (_COMPLETIONS, completion_body(prompt=[[5, 6], [7]], stop="x"), "CompletionRequest", "Completion"),
     "chat": (_CHAT, chat_body(logprobs=True, top_logprobs=2), "ChatRequest", "ChatCompletion"),
     "response": (_RESPONSES, {"model": MODEL, "input": "Hello", "tools": []}, "ResponsesRequest", "Response"),
+    "token-ids": (_CHAT, chat_body(return_token_ids=True), "ChatRequest", "ChatCompletion"),
+    "tokenize": ("/tokenize", {"prompt": "Hi", "return_token_strs": True}, "TokenizeRequest", "TokenizeAnswer"),
+    "detokenize": ("/detokenize", {"tokens": [5, 6]}, "DetokenizeRequest", "DetokenizeAnswer"),
     "error": (_CHAT, chat_body(n=0), "ChatRequest", "ErrorAnswer"),
 }
 
@@ -209,6 +214,8 @@ def test_requests_and_answers_are_what_the_document_says(
         ("/ping", "Pong"),
         ("/livez", "Alive"),
         ("/readyz", "Readiness"),
+        ("/version", "Version"),
+        ("/tokenizer_info", "TokenizerInfo"),
         ("/nothing", "ErrorAnswer"),
     ],
 )

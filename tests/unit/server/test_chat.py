@@ -41,7 +41,7 @@ def test_a_chat_answers_with_a_message(client: openai.OpenAI) -> None:
 
 def test_the_body_has_exactly_the_fields_of_openai(server: RunningServer) -> None:
     _, answer = server.post("/v1/chat/completions", chat_body())
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(answer) == {"id", "object", "created", "model", "choices", "usage", "system_fingerprint"}
     message = {"role": "assistant", "content": SENTENCE, "refusal": None}
     assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
 

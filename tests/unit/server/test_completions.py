@@ -26,7 +26,7 @@ def test_a_completion_has_the_text_and_the_usage(client: openai.OpenAI, sentence
 def test_the_body_has_exactly_the_fields_of_openai(server: RunningServer) -> None:
     status, answer = server.post("/v1/completions", completion_body())
     assert status == 200
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(answer) == {"id", "object", "created", "model", "choices", "usage", "system_fingerprint"}
     assert answer["choices"] == [{"index": 0, "text": SENTENCE, "logprobs": None, "finish_reason": "stop"}]
 
 

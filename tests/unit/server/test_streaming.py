@@ -18,12 +18,13 @@ _HEADERS = {"content-type": "application/json"}
 
 
 def _events(server: RunningServer, path: str, body: dict[str, object]) -> list[str]:
-    """The events of one answer as text, with its id and time made constant."""
+    """The events of one answer as text, with its id, time and fingerprint made constant."""
     raw = json.dumps({**body, "stream": True}).encode()
     status, headers, answer = server.request("POST", path, raw, _HEADERS)
     assert status == 200
     assert headers["content-type"] == "text/event-stream; charset=utf-8"
     text = re.sub(r'"created":\d+', '"created":0', re.sub(r'"id":"(\w+)-[0-9a-f]{24}"', r'"id":"\1"', answer.decode()))
+    text = re.sub(r'"system_fingerprint":"fp_[0-9a-f]{12}"', '"system_fingerprint":"fp"', text)
     assert text.endswith("\n\n")
     return [event.removeprefix("data: ") for event in text.split("\n\n")[:-1]]
 
@@ -38,7 +39,7 @@ def _one_by_one(server: RunningServer, ids: list[int], reason: int = FINISH_LENG
 
 def test_a_streamed_completion_has_these_events(server: RunningServer, sentence_ids: list[int]) -> None:
     _one_by_one(server, sentence_ids[:1])
-    head = '{"id":"cmpl","object":"text_completion","created":0,"model":"smollm2","choices":['
+    head = '{"id":"cmpl","object":"text_completion","created":0,"model":"smollm2","system_fingerprint":"fp","choices":['
     events = _events(server, "/v1/completions", completion_body())
     text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
     assert text == "The"
@@ -63,12 +64,14 @@ def test_a_streamed_chat_has_these_events(server: RunningServer, sentence_ids: l
 
     server.manager.on_submit = answer_at_once
     no_usage = ',"usage":null}'
-    head = '{"id":"chatcmpl","object":"chat.completion.chunk","created":0,"model":"smollm2","choices":['
+    head = '{"id":"chatcmpl","object":"chat.completion.chunk","created":0,"model":"smollm2",'
+    head += '"system_fingerprint":"fp","choices":['
     assert _events(server, "/v1/chat/completions", chat_body(stream_options={"include_usage": True})) == [
         head + '{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]' + no_usage,
         head + '{"index":0,"delta":{"content":"The"},"logprobs":null,"finish_reason":null}],"usage":null}',
         head + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}',
-        head + '],"usage":{"prompt_tokens":31,"completion_tokens":1,"total_tokens":32}}',
+        head + '],"usage":{"prompt_tokens":31,"completion_tokens":1,"total_tokens":32,'
+        '"prompt_tokens_details":{"cached_tokens":0}}}',
         "[DONE]",
     ]
 

@@ -61,6 +61,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage | None
+    system_fingerprint: str
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatFormat(AnswerFormat):
@@ -82,22 +85,33 @@ class ChatFormat(AnswerFormat):
                 id=self.id,
                 created=self.created,
                 model=self.model,
-                choices=[
-                    ChatChoice(index, AnswerMessage(choice.text), self._logprobs(choice.shown), choice.finish_reason)
-                    for index, choice in enumerate(choices)
-                ],
+                choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
                 usage=usage,
+                system_fingerprint=self.fingerprint,
+                prompt_token_ids=self.prompt_ids(0),
             )
         )
 
+    def _choice(self, index: int, choice: FinishedChoice) -> ChatChoice:
+        message, shown = self._message(index, choice.text), choice.shown
+        return ChatChoice(index, message, self._logprobs(shown), choice.finish_reason, self._ids(shown))
+
+    def _message(self, index: int, text: str) -> AnswerMessage:
+        return AnswerMessage(text)
+
     def opening(self, index: int) -> bytes:
-        return self._chunk(index, b'{"role":"assistant","content":""}', b"null", b"null")
+        return self._opening(index, b'{"role":"assistant","content":""}')
+
+    def _opening(self, index: int, delta: bytes) -> bytes:
+        event = self._chunk(index, delta, b"null", b"null")
+        if self.returns_ids:
+            event = event[: -len(b"}\n\n")] + b',"prompt_token_ids":%s}\n\n' % encode(self.prompt_ids(index))
+        return event
 
     def piece(self, index: int, text: str, shown: list[ShownToken], finish_reason: str | None) -> bytes:
         events = b""
         if text or shown:
-            logprobs = encode(self._logprobs(shown)) if self._has_logprobs else b"null"
-            events = self._chunk(index, b'{"content":%s}' % encode(text), logprobs, b"null")
+            events = self._chunk(index, b'{"content":%s}' % encode(text), *self._token_fields(shown))
         if finish_reason:
             events += self._chunk(index, b"{}", b"null", b'"%s"' % finish_reason.encode())
         return events
@@ -111,6 +125,11 @@ class ChatFormat(AnswerFormat):
             reason,
             self._tail,
         )
+
+    def _token_fields(self, shown: list[ShownToken]) -> tuple[bytes, bytes]:
+        """Return the logprobs of an event that ends nothing, and what stands behind them: its finish reason and ids."""
+        logprobs = encode(self._logprobs(shown)) if self._has_logprobs else b"null"
+        return logprobs, b'null,"token_ids":' + encode(self._ids(shown)) if self.returns_ids else b"null"
 
     def _logprobs(self, shown: list[ShownToken]) -> ChatLogprobs | None:
         if not self._has_logprobs:
@@ -148,21 +167,7 @@ class SplitChatFormat(ChatFormat):
         self._pending: dict[int, list[ShownToken]] = {}
         """By choice, the tokens whose logprobs no event has carried yet, because their text is held back."""
 
-    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
-        return encode(
-            ChatCompletion(
-                id=self.id,
-                created=self.created,
-                model=self.model,
-                choices=[
-                    ChatChoice(index, self._message(index), self._logprobs(choice.shown), choice.finish_reason)
-                    for index, choice in enumerate(choices)
-                ],
-                usage=usage,
-            )
-        )
-
-    def _message(self, index: int) -> AnswerMessage:
+    def _message(self, index: int, text: str) -> AnswerMessage:
         found = assemble(self._renderers[index].take_parts())
         calls = [ChatToolCall(new_call_id(), CalledFunction(name, arguments)) for name, arguments in found.calls]
         content = found.content or (None if calls or found.reasoning else "")
@@ -174,26 +179,26 @@ class SplitChatFormat(ChatFormat):
         return message
 
     def opening(self, index: int) -> bytes:
-        return self._chunk(index, b'{"role":"assistant","content":null}', b"null", b"null")
+        return self._opening(index, b'{"role":"assistant","content":null}')
 
     def piece(self, index: int, text: str, shown: list[ShownToken], finish_reason: str | None) -> bytes:
         renderer = self._renderers[index]
         deltas = [self._delta(part) for part in renderer.take_parts()]
         if finish_reason and not renderer.has_parts:
             deltas.append(b'{"content":""}')
-        logprobs = b"null"
-        if self._has_logprobs:
+        logprobs = reason = b"null"
+        if self._has_logprobs or self.returns_ids:
             pending = self._pending.pop(index, []) + shown
             if pending and not deltas and finish_reason:
                 deltas.append(b"{}")
             if pending and deltas:
-                logprobs = encode(self._logprobs(pending))
+                logprobs, reason = self._token_fields(pending)
             elif pending:
                 self._pending[index] = pending
         events = []
         for delta in deltas:
-            events.append(self._chunk(index, delta, logprobs, b"null"))
-            logprobs = b"null"
+            events.append(self._chunk(index, delta, logprobs, reason))
+            logprobs = reason = b"null"
         if finish_reason:
             events.append(self._chunk(index, b"{}", b"null", b'"%s"' % finish_reason.encode()))
         return b"".join(events)

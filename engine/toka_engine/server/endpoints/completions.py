@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from toka_engine.server.answers import AnswerFormat, FinishedChoice, encode, plain_logprob
 from toka_engine.server.decoding import BodyDecoder
@@ -15,7 +15,6 @@ from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
-from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.render import ShownToken
 from toka_engine.server.request import GenerationRequest, Usage, doc
 from toka_engine.server.service import Service
@@ -57,6 +56,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +67,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None
+    system_fingerprint: str
 
 
 class CompletionFormat(AnswerFormat):
@@ -78,20 +80,33 @@ class CompletionFormat(AnswerFormat):
                 id=self.id,
                 created=self.created,
                 model=self.model,
-                choices=[
-                    CompletionChoice(index, choice.text, self._logprobs(choice.shown), choice.finish_reason)
-                    for index, choice in enumerate(choices)
-                ],
+                choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
                 usage=usage,
+                system_fingerprint=self.fingerprint,
             )
         )
 
+    def _choice(self, index: int, choice: FinishedChoice) -> CompletionChoice:
+        return CompletionChoice(
+            index,
+            choice.text,
+            self._logprobs(choice.shown),
+            choice.finish_reason,
+            self.prompt_ids(index),
+            self._ids(choice.shown),
+        )
+
     def opening(self, index: int) -> bytes:
-        return b""
+        if not self.returns_ids:
+            return b""
+        choice = CompletionChoice(index, "", None, None, self.prompt_ids(index), [])
+        return self._head + encode(choice) + self._tail
 
     def piece(self, index: int, text: str, shown: list[ShownToken], finish_reason: str | None) -> bytes:
         logprobs = encode(self._logprobs(shown)) if self._has_logprobs else b"null"
         reason = b'"%s"' % finish_reason.encode() if finish_reason else b"null"
+        if self.returns_ids:
+            reason += b',"token_ids":' + encode(self._ids(shown))
         return b'%s{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}%s' % (
             self._head,
             index,
@@ -134,7 +149,7 @@ class Completions:
         engine = service.serving_engine()
         request = await service.read(exchange, self._decoder)
         options = _check(request, engine.limits)
-        encoder = PromptEncoder(engine.tokenizer, engine.limits, exchange.connection)
+        encoder = engine.make_encoder(options, exchange.connection)
         prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
         spec = engine.limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)
         job = engine.make_job(prompts, spec, options, CompletionFormat, request.model, texts)

@@ -1,12 +1,20 @@
-"""`GET /ping`, `/livez`, `/readyz` and `/metrics`: what machines ask for, without a key."""
+"""`GET /ping`, `/livez`, `/readyz`, `/health`, `/metrics` and `/version`: what machines ask for, without a key."""
 
 from __future__ import annotations
 
 import msgspec
 
 from toka_engine.server.service import Service
+from toka_engine.version import __version__
 
-PATHS = frozenset(("/ping", "/livez", "/readyz", "/metrics"))
+PATHS = frozenset(("/ping", "/livez", "/readyz", "/health", "/metrics"))
+VERSION_PATH = "/version"
+
+
+class Version(msgspec.Struct):
+    """The answer of /version."""
+
+    version: str = __version__
 
 
 class Pong(msgspec.Struct):
