@@ -24,7 +24,7 @@ MAX_REQUEST_LOGPROBS = 1024 * 1024
 """The most logprobs in one answer: each is about a hundred bytes of JSON."""
 
 _TRUNCATED_TIMES = 16
-"""How many times the engine's context a prompt of ids may have that is truncated."""
+"""A prompt of ids that is truncated may have so many times the engine's context."""
 
 
 class GenerationOptions(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     adds_special_tokens: bool | None = None
     """Whether the tokenizer's own are added to texts; None: as the endpoint does."""
     truncation: int | None = None
-    """How many of a prompt's last tokens are kept; None: all."""
+    """A prompt keeps so many of its last tokens; None: all."""
 
 
 class Limits:

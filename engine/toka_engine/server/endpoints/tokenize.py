@@ -73,7 +73,7 @@ class DetokenizeAnswer(msgspec.Struct, frozen=True):
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True):
-    """What clients need to count and render by themselves."""
+    """The tokenizer, as clients need it to count and render by themselves."""
 
     vocab_size: int
     model_max_length: int
