@@ -141,7 +141,7 @@ class ResponsesFormat(ChatFormat):
 
 def _usage(usage: Usage) -> ResponseUsage:
     reasoning = usage.completion_tokens_details
-    cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0)
+    cached = usage.prompt_tokens_details.cached_tokens
     return ResponseUsage(
         usage.prompt_tokens,
         {"cached_tokens": cached, "cache_write_tokens": 0},
