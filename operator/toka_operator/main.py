@@ -8,12 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-import kopf
-
 from toka_operator import __version__
 from toka_operator.errors import SettingsError
-from toka_operator.handlers import register
-from toka_operator.runtime import Runtime
 from toka_operator.settings import Settings, read_settings
 
 HELP = """\
@@ -48,6 +44,16 @@ def main() -> int:
         _say(f"toka-operator: {error}", sys.stderr)
         return 2
     _set_up_logging(settings)
+    return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
+    """Run the operator. kopf and the Kubernetes client take a second and a half to import: --help needs neither."""
+    import kopf
+
+    from toka_operator.handlers import register
+    from toka_operator.runtime import Runtime
+
     runtime = Runtime(settings)
     registry = kopf.OperatorRegistry()
     register(registry, runtime)

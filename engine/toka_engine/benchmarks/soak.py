@@ -35,7 +35,6 @@ import psutil
 
 from toka_engine.benchmarks.engine import read_metrics, read_model, running_engine, wait_idle, wait_until_ready
 from toka_engine.benchmarks.soak_check import Agreement, Difference, check_greedy
-from toka_engine.benchmarks.soak_reference import ask_reference
 from toka_engine.benchmarks.soak_traffic import Limits, Traffic
 from toka_engine.command_line import parse_config
 from toka_engine.output import run_command
@@ -149,6 +148,8 @@ def judge_far(
     """
     if not far:
         return [], []
+    from toka_engine.benchmarks.soak_reference import ask_reference  # torch: not for --help
+
     try:
         verdicts = ask_reference(folder, parse_config(arguments), far)
     except (OSError, ValueError, RuntimeError) as error:  # such as no memory; nothing else of the report is lost
