@@ -63,6 +63,7 @@ FROM engine-kernels AS engine-triton
 RUN headers=$(python -c 'import sysconfig; print(sysconfig.get_paths("posix_prefix")["include"])') \
  && { [ -e $headers/Python.h ] || { apt-get update -q && apt-get install -q -y --no-install-recommends libpython3-dev; }; }
 COPY engine/toka_engine/*.py /tmp/build/toka_engine/
+COPY engine/toka_engine/grammar /tmp/build/toka_engine/grammar
 COPY engine/toka_engine/model /tmp/build/toka_engine/model
 ARG CUDA_ARCHITECTURES="9.0a"
 RUN PYTHONPATH=/tmp/build python -m toka_engine.model.aot /opt/toka/kernels \

@@ -1,7 +1,8 @@
 """Every type that crosses a process boundary.
 
 Arrays are one-dimensional, contiguous numpy arrays; the comment behind each gives dtype and length. Imports nothing of
-ours but `config` and `slot_parameters`. `codec` has the wire form, docs/structure.md the walk of one request.
+ours but `config`, `slot_parameters` and `grammar.source`. `codec` has the wire form, docs/structure.md the walk of one
+request.
 
 Links: supervisor <-> each child (control), server <-> manager, manager <-> each model worker.
 A *stream* is one output sequence (one of a request's n choices); the server numbers streams, never reusing a number.
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.config import EngineConfig
+from toka_engine.grammar.source import GrammarSource
 from toka_engine.slot_parameters import Sampling, SlotBatch
 
 Int32s: TypeAlias = NDArray[np.int32]
@@ -202,6 +204,8 @@ class Submit(Message, frozen=True):
     """The stop token that ends a stream is delivered like the tokens before it."""
     prompt_logprobs: int = -1
     """-1: none; else `PromptLogprobs` come, with so many of the likeliest tokens at each position."""
+    grammar: GrammarSource | None = None
+    """The outputs are texts of this grammar."""
 
 
 class Cancel(Message, frozen=True):
@@ -219,6 +223,10 @@ FINISH_STOP = 0
 FINISH_LENGTH = 1
 FINISH_ERROR = 2
 """This stream's logits were NaN or infinite: 500 for its request, the others go on."""
+
+
+FINISH_GRAMMAR = 3
+"""This stream's grammar could not be followed: as above."""
 
 
 class EngineInfo(Message, frozen=True):
@@ -368,13 +376,22 @@ class Step(Message, frozen=True):
     group_num_rows: Int32s = _empty(np.int32)  # [g]
     group_first_columns: Int32s = _empty(np.int32)  # [g]
     group_num_columns: Int32s = _empty(np.int32)  # [g]
+    # Output so far of those new slots that have a grammar and `num_sampled` > 0, in the order of `new`
+    grammar_outputs: Int32s = _empty(np.int32)  # [sum of these slots' num_sampled]
+
+
+class Grammar(Message, frozen=True):
+    """Compile the grammar with this number, to which slots refer by a column of `new`; `GrammarReady` answers."""
+
+    number: int
+    source: GrammarSource | None  # None: forget it, no slot will refer to it any more
 
 
 class Stop(Message, frozen=True):
     """End after the steps sent so far."""
 
 
-ManagerToWorker: TypeAlias = Step | Stop
+ManagerToWorker: TypeAlias = Step | Grammar | Stop
 
 # ---------------------------------------------------------------- model worker -> manager
 
@@ -399,11 +416,22 @@ class WorkerReady(Message, frozen=True):
     head_dim: int
 
 
+NOT_FINITE = -1  # in place of a token's id: the row's logits were not finite
+GRAMMAR_FAILED = -3  # the row's grammar could not be followed (-2 is NO_STOP of manager.slots)
+
+
+class GrammarReady(Message, frozen=True):
+    """The worker has compiled a grammar, and slots may refer to it; or it could not, which `error` explains."""
+
+    number: int
+    error: str = ""
+
+
 class Tokens(Message, frozen=True):
     """Tokens that step `number` sampled, in the order that `Step` states."""
 
     number: int
-    ids: Int32s  # [d + s]; -1: this row's logits were not finite
+    ids: Int32s  # [d + s]; NOT_FINITE or GRAMMAR_FAILED where there is no token
     logprobs: Floats = _empty(np.float32)  # [d + s] or [0]: of the chosen token, from the unscaled distribution
     top_rows: Int32s = _empty(np.int32)  # [r]  rows that asked for top logprobs
     top_tokens: Int32s = _empty(np.int32)  # [r * top_width]
@@ -420,4 +448,4 @@ class Tokens(Message, frozen=True):
     scored_top_width: int = 0
 
 
-WorkerToManager: TypeAlias = WorkerReady | Tokens
+WorkerToManager: TypeAlias = WorkerReady | GrammarReady | Tokens

@@ -68,6 +68,7 @@ def _read_columns() -> tuple[Column, ...]:
     return (
         Column("length", np.dtype(np.int32), 0, False, None),  # tokens whose KV the slot's pages hold already
         Column("num_sampled", np.dtype(np.int32), 0, True, None),  # output tokens so far: seeded draws go on from there
+        Column("grammar", np.dtype(np.int32), 0, False, None),  # number of the grammar that the output follows; 0: none
         *of_sampling,
     )
 

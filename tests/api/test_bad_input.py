@@ -61,7 +61,7 @@ CHAT_FIELDS: list[tuple[str, Any]] = [
     ("messages", [{"role": "user"}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ("functions", [{"name": "f"}]),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "xml"}),
     ("chat_template", "{{ 1 }}"),
     ("top_logprobs", 2),
     ("max_tokens", 0),

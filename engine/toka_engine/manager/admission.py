@@ -102,6 +102,8 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             break
         if entry.prefill is not None:
             continue
+        if entry.request.grammar is not None and not entry.request.grammar.is_ready:
+            continue
         pages, missing = state.pages.tree.match(entry.tokens)
         num_reusable = num_reusable_pages(entry, state.sizes.page_size)
         if num_reusable is not None:  # waits for nobody's pages

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from toka_engine.config import EngineConfig
-from toka_engine.manager.lifecycle import cancel
+from toka_engine.manager.lifecycle import cancel, fail_waiting
 from toka_engine.manager.receiving import receive_tokens
 from toka_engine.manager.requests import Request, Scoring, Waiting
 from toka_engine.manager.scheduler import plan_step
@@ -16,6 +16,8 @@ from toka_engine.manager.state import ManagerState
 from toka_engine.messages import (
     Cancel,
     Deltas,
+    Grammar,
+    GrammarReady,
     PromptLogprobs,
     Refused,
     ServerToManager,
@@ -30,8 +32,9 @@ from toka_engine.messages import (
 class Manager:
     """Turns requests into steps and tokens into deltas."""
 
-    def __init__(self, config: EngineConfig, sizes: Sizes) -> None:
+    def __init__(self, config: EngineConfig, sizes: Sizes, num_workers: int = 1) -> None:
         self.state = ManagerState(config, sizes)
+        self.state.grammars.num_workers = num_workers
 
     @property
     def has_work(self) -> bool:
@@ -49,6 +52,19 @@ class Manager:
 
     def receive(self, tokens: Tokens) -> list[PromptLogprobs | Deltas]:
         return receive_tokens(self.state, tokens)
+
+    def note_grammar(self, ready: GrammarReady) -> list[Deltas]:
+        """Take in that a worker has compiled a grammar, or cannot; return the ends of streams that wait for it."""
+        if not ready.error:
+            if self.state.grammars.note_compiled(ready.number):
+                self.state.queue.note_news()
+            return []
+        known = self.state.grammars.fail(ready.number)
+        return [] if known is None else fail_waiting(self.state, known)
+
+    def take_grammars(self) -> list[Grammar]:
+        """Return what the workers must hear before the next step."""
+        return self.state.grammars.take_outbox()
 
     def plan(self) -> Step | None:
         """Return the next step for the workers, or None when there is nothing to send now."""
@@ -102,6 +118,7 @@ class Manager:
             edits=submit.edits,
             delivers_stop=submit.delivers_stop,
             scoring=Scoring(submit.prompt_logprobs) if submit.prompt_logprobs >= 0 else None,
+            grammar=None if submit.grammar is None else state.grammars.use(submit.grammar, submit.num_choices),
         )
         state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)

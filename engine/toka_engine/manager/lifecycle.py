@@ -10,18 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from toka_engine.manager.grammars import KnownGrammar
 from toka_engine.manager.requests import Kept, Prefill, Stream, Waiting
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import ManagerState
 from toka_engine.manager.top_logprobs import Tops
-from toka_engine.messages import Floats, Int32s
+from toka_engine.messages import FINISH_GRAMMAR, Deltas, Floats, Int32s
 
 
 def cancel(state: ManagerState, stream: int) -> None:
     """Forget `stream`, wherever it is. Unknown ones are ignored."""
-    place = state.where.pop(stream, None)
+    place = state.where.get(stream)
     if place is None:
         return
+    owner = place if isinstance(place, Waiting) else state.slots.streams[place]
+    assert owner is not None
+    state.leave(stream, owner.request)
     if isinstance(place, Waiting):
         state.queue.drop_choice(place, stream - place.request.first_stream)
         return
@@ -31,6 +35,22 @@ def cancel(state: ManagerState, stream: int) -> None:
     else:
         state.predictor.finished(slots.num_received[place : place + 1], slots.limits[place : place + 1])
         end_slot(state, place)
+
+
+def fail_waiting(state: ManagerState, grammar: KnownGrammar) -> list[Deltas]:
+    """End the streams of `grammar`, which the workers cannot compile: all of them wait."""
+    streams: list[int] = []
+    for entry in list(state.queue.entries):
+        if entry.request.grammar is grammar:
+            streams += [entry.request.first_stream + choice for choice in entry.choices]
+    for stream in streams:
+        cancel(state, stream)
+    if not streams:
+        return []
+    zeros = np.zeros(len(streams), np.int32)
+    reasons = np.full(len(streams), FINISH_GRAMMAR, np.uint8)
+    ended = np.asarray(streams, np.int64)
+    return [Deltas(ended=ended, ended_reasons=reasons, ended_num_tokens=zeros, ended_lengths=zeros)]
 
 
 def end_slot(state: ManagerState, slot: int) -> None:

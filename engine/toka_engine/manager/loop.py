@@ -18,7 +18,7 @@ from toka_engine.errors import MessageError
 from toka_engine.manager.busy import BusyTime
 from toka_engine.manager.core import Manager
 from toka_engine.manager.sizes import agree_on, choose_sizes, engine_info
-from toka_engine.messages import ServerToManager, Tokens, WorkerReady, WorkerToManager
+from toka_engine.messages import GrammarReady, ServerToManager, Tokens, WorkerReady, WorkerToManager
 from toka_engine.topology import find_output_rank
 
 STATS_INTERVAL_S = 0.25
@@ -64,7 +64,7 @@ class Loop:
         readies = [self._receive_ready(worker) for worker in self._workers]
         ready = agree_on(readies)
         sizes = choose_sizes(self._config, ready)
-        manager = Manager(self._config, sizes)
+        manager = Manager(self._config, sizes, len(self._workers))
         self._server.send(engine_info(sizes, ready))
         self._child.ready()
         logger.info(
@@ -88,12 +88,16 @@ class Loop:
         for worker in self._workers:
             if worker in readable:
                 for tokens in worker.receive_ready():
-                    if worker is self._output and isinstance(tokens, Tokens):
+                    if isinstance(tokens, GrammarReady):
+                        outbox += manager.note_grammar(tokens)
+                    elif worker is self._output and isinstance(tokens, Tokens):
                         self._busy_time.add_step(time.monotonic(), tokens.step_wall_s)
                         outbox += manager.receive(tokens)
         if self._server in readable:
             for request in self._server.receive_ready():
                 outbox += manager.handle(request)
+        for grammar in manager.take_grammars():
+            broadcast(self._workers, grammar)
         while step := manager.plan():
             broadcast(self._workers, step)
         if started := manager.take_started():

@@ -20,8 +20,10 @@ from toka_engine.manager.state import EMPTYF, ManagerState
 from toka_engine.manager.top_logprobs import NO_TOP, Indices, pack, unpack
 from toka_engine.messages import (
     FINISH_ERROR,
+    FINISH_GRAMMAR,
     FINISH_LENGTH,
     FINISH_STOP,
+    GRAMMAR_FAILED,
     Deltas,
     Floats,
     Int32s,
@@ -54,7 +56,10 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[PromptLogprobs |
     delivered = slots.delivers_each[live] & ~failed & (~stopped | slots.delivers_stop[live])
     messages: list[PromptLogprobs | Deltas] = list(report_scores(flight.scored, tokens))
     over = np.flatnonzero(is_over)
-    reasons = np.where(failed[over], FINISH_ERROR, np.where(stopped[over], FINISH_STOP, FINISH_LENGTH))
+    reasons = np.where(stopped[over], FINISH_STOP, FINISH_LENGTH)
+    if failed.any():
+        reasons[failed[over]] = FINISH_ERROR
+        reasons[ids[over] == GRAMMAR_FAILED] = FINISH_GRAMMAR
     ended, tops = _report_ended(state, live[over], reasons.astype(np.uint8))
     entries = _report_delivered(state, tokens, places, live, delivered, logprobs)
     if entries or ended:
@@ -217,7 +222,9 @@ def _find_kept(state: ManagerState, over: Int32s, lengths: Int32s) -> Iterator[t
 
 def _end(state: ManagerState, over: Int32s) -> None:
     slots = state.slots
-    for stream in slots.stream_ids[over].tolist():
-        state.where.pop(stream, None)
+    for slot in over.tolist():
+        stream = slots.streams[slot]
+        assert stream is not None
+        state.leave(stream.id, stream.request)
     state.predictor.finished(slots.num_received[over], slots.limits[over])
     end_slots(state, over)

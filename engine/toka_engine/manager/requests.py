@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from toka_engine.manager.grammars import KnownGrammar
 from toka_engine.manager.top_logprobs import Tops
 from toka_engine.messages import Floats, Int32s, LogitEdits
 from toka_engine.slot_parameters import Sampling
@@ -60,6 +61,7 @@ class Request:
     edits: LogitEdits | None = None
     delivers_stop: bool = False
     scoring: Scoring | None = None
+    grammar: KnownGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -270,6 +270,8 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     if step.new_slots:
         fields["new"] = _batch_new_slots(state, step)
         fields["edits"] = _batch_edits(state, step)
+    if step.grammar_outputs:
+        fields["grammar_outputs"] = np.concatenate(step.grammar_outputs)
     return Step(number=step.number, decode_slots=rows, **fields)
 
 
@@ -281,6 +283,7 @@ def _batch_new_slots(state: ManagerState, step: StepBuilder) -> SlotBatch:
         length=step.new_lengths,
         num_sampled=[stream.num_kept for stream in streams],
         seed=[stream.seed for stream in streams],
+        grammar=[0 if stream.request.grammar is None else stream.request.grammar.number for stream in streams],
     )
 
 

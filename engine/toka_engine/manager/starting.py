@@ -44,6 +44,8 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     state.prefills.append(prefill)
     step.new_slots.append(leader)
     step.new_lengths.append(prefill.position)
+    if entry.request.grammar is not None and entry.num_kept:
+        step.grammar_outputs.append(tokens[entry.request.prompt_length :])
     columns = np.arange(num_columns, dtype=np.int32)
     step.appends.append((np.full(num_columns, leader, np.int32), columns, pages))
     state.counters.prefix_hit_tokens += prefill.position

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.config import EngineConfig
+from toka_engine.manager.grammars import Grammars
 from toka_engine.manager.pages import Pages
 from toka_engine.manager.prefix_tree import Key
 from toka_engine.manager.queue import Queue
@@ -81,6 +82,13 @@ class ManagerState:
         self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
+        self.grammars = Grammars()
+
+    def leave(self, stream: int, request: Request) -> None:
+        """Note that `stream` of `request` is no longer wanted or has ended."""
+        self.where.pop(stream, None)
+        if request.grammar is not None:
+            self.grammars.release(request.grammar)
 
     def enqueue(self, entry: Waiting, *, at_front: bool) -> None:
         """Let the choices of `entry` wait."""
@@ -105,6 +113,7 @@ class StepBuilder:
         self.fanout_slots: list[Int32s] = []
         self.fanout_chunks: list[Int32s] = []
         self.scored: list[ScoredChunk] = []
+        self.grammar_outputs: list[Int32s] = []
 
 
 EMPTY32: Int32s = np.empty(0, np.int32)

@@ -17,6 +17,7 @@ from toka_engine.model.ops import Ops
 from toka_engine.model.prompt_scores import PromptScores
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sizing import Sizes
+from toka_engine.model.slot_grammars import SlotGrammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Runner(Protocol):
     """
 
     model: CausalModel
+    grammars: SlotGrammars
 
     @property
     def attention(self) -> AttentionBackend: ...

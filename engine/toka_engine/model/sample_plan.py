@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ from toka_engine.messages import Step
 from toka_engine.model.logit_edits import EditPlan, plan_edits
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows
+
+_NO_ROWS: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +53,31 @@ class SamplePlan:
     """None if no row asks."""
     edits: EditPlan | None = None
     """None if no row asks."""
+    grammatical: NDArray[np.int64] = field(default_factory=lambda: _NO_ROWS)
+    """Rows whose output follows a grammar, ascending."""
+    masks: NDArray[np.int32] | None = None
+    """[rows of grammatical, words]: bit i of word w allows token 32 * w + i. Filled in after the forward."""
 
     @property
     def changed_rows(self) -> NDArray[np.int64]:
         """Rows whose logits are not sampled as the model gives them, ascending."""
-        penalized = _NO_ROWS if self.penalties is None else self.penalties.rows
-        return penalized if self.edits is None else np.union1d(penalized, self.edits.rows)
+        rows = _NO_ROWS if self.penalties is None else self.penalties.rows
+        if self.edits is not None:
+            rows = np.union1d(rows, self.edits.rows)
+        return np.union1d(rows, self.grammatical) if self.grammatical.size else rows
 
     @property
     def is_plain(self) -> bool:
         """Whether no row asks for more than temperature."""
-        is_changed = self.penalties is not None or self.edits is not None
+        is_changed = self.penalties is not None or self.edits is not None or self.grammatical.size > 0
         return not (self.seeded.size or self.filtered.size or self.has_logprobs or is_changed)
 
     def holds(self, host: HostSlots) -> bool:
         """Return whether the next step, of the same slots, may use this plan again."""
-        if self.penalties is not None:
+        if self.penalties is not None or self.grammatical.size:
             return False
         edits = self.edits
         return edits is None or bool((host["num_sampled"][self.slots[edits.rows]] < edits.until).all())
-
-
-_NO_ROWS = np.empty(0, np.int64)
 
 
 def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
@@ -93,6 +98,7 @@ def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
         top_width=max(0, int(num_logprobs.max(initial=0))),
         penalties=_plan_penalties(step, slots, host),
         edits=_plan_edits(step, slots, host) if host.edits else None,
+        grammatical=np.flatnonzero(host["grammar"][slots]),
     )
 
 

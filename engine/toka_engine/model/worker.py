@@ -21,11 +21,12 @@ from toka_engine.channel import Channel
 from toka_engine.child import Child
 from toka_engine.config import EngineConfig
 from toka_engine.errors import OutOfMemoryError, PeerClosedError
-from toka_engine.messages import ManagerToWorker, Step, Stop, WorkerReady
+from toka_engine.messages import Grammar, ManagerToWorker, Step, Stop, WorkerReady
 from toka_engine.model.architectures.registry import build_model
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.backend import Launched, Runner
 from toka_engine.model.devices import connect_ranks, find_device, select_backend, take_device
+from toka_engine.model.grammar_compiler import GrammarCompiler
 from toka_engine.model.loader import Weights
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
@@ -64,7 +65,7 @@ class Worker:
                 "kv_cache_num_tokens, max_tokens_per_forward or max_seqs_per_forward"
             ) from error
 
-    def serve(self, link: Channel[ManagerToWorker], child: Child) -> None:
+    def serve(self, link: Channel[ManagerToWorker], child: Child, compiler: GrammarCompiler) -> None:
         """Execute steps until `Stop`. The output rank sends their tokens. Raises PeerClosedError: no manager,
         or no other rank.
         """
@@ -81,10 +82,14 @@ class Worker:
                         case Step() as step:
                             child.begin_step()
                             launched.append(self.runner.launch(step))
+                        case Grammar(number, source):
+                            compiler.take(number, source)
                         case Stop():
                             return
                     if waiting and len(launched) < self.runner.max_steps_in_flight:
                         continue
+                if not launched:
+                    continue
                 tokens = self.runner.finish(launched.popleft())
                 child.end_step()
                 if child.start.rank.is_output_rank:
@@ -208,4 +213,5 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
         worker.ready.page_size,
         torch.get_num_threads(),
     )
-    worker.serve(link, child)
+    compiler = GrammarCompiler(Path(start.tokenizer_dir), worker.ready.vocab_size, worker.runner.grammars, link.send)
+    worker.serve(link, child, compiler)

@@ -99,6 +99,9 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     tools = check_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
     if tools is not None and tools.choice.mode == "required":
         raise invalid("tool_choice", "'tool_choice': this server cannot force calls yet; use auto.")
+    if tools is not None and options.grammar is not None:
+        raise invalid(options.grammar.param, f"'{options.grammar.param}' and 'tools' exclude each other.")
+    await service.check_grammar(exchange, engine, options)
     turns, ignored = check_messages(request.messages, limits)
     given = _check_variables(request, engine.template)
     service.note_ignored(exchange, ignored + given.ignored)

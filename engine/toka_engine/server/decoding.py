@@ -110,13 +110,16 @@ def decode_part(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, name: str)
         return decode(raw)
     except msgspec.ValidationError as error:
         raise _mistyped(str(error), name) from error
+    except RecursionError as error:
+        raise invalid(name, f"'{name}' is nested too deeply.", "invalid_value") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(name, f"Invalid value for '{name}': {error}.", "invalid_json") from error
 
 
 def _mistyped(message: str, prefix: str = "", known: Iterable[str] = ()) -> ApiError:
     found = _PATH.search(message)
-    path = prefix + (found["path"] if found else "")
+    inner = found["path"] if found else ""
+    path = prefix + ("." if prefix and inner and not inner.startswith("[") else "") + inner
     text = message[: found.start()] if found else message
     if named := _NAMED.search(message):
         if named["kind"] == "unknown":

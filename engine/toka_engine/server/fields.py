@@ -45,7 +45,6 @@ class Lacking(NamedTuple):
 _AUDIO = "this server makes text alone"
 _BEAM_SEARCH = "this server samples and has no beam search"
 _FUNCTIONS = "this server has no functions in their old form"
-_GRAMMAR = "this server has no structured output"
 
 LACKING: Final[Mapping[str, Lacking]] = {
     "logit_bias": Lacking("this server has no logit bias", ({},)),
@@ -58,12 +57,6 @@ LACKING: Final[Mapping[str, Lacking]] = {
     "skip_special_tokens": Lacking("this server leaves special tokens out of the text", (True,)),
     "spaces_between_special_tokens": Lacking("this server leaves special tokens out of the text", (True, False)),
     "prompt_logprobs": Lacking("this server has no logprobs of the prompt"),
-    "response_format": Lacking(_GRAMMAR, ({"type": "text"},)),
-    "structured_outputs": Lacking(_GRAMMAR),
-    "guided_json": Lacking(_GRAMMAR),
-    "guided_regex": Lacking(_GRAMMAR),
-    "guided_choice": Lacking(_GRAMMAR),
-    "guided_grammar": Lacking(_GRAMMAR),
     "functions": Lacking(_FUNCTIONS, ([],)),
     "function_call": Lacking(_FUNCTIONS, ("none", "auto")),
     "modalities": Lacking(_AUDIO, (["text"],)),

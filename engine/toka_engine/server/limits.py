@@ -14,6 +14,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo, Int32s
 from toka_engine.server.errors import ApiError, invalid, no_model
 from toka_engine.server.generation_defaults import SamplingDefaults
+from toka_engine.server.grammar_requests import AskedGrammar
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import GenerationSpec
 from toka_engine.slot_parameters import Sampling
@@ -47,6 +48,7 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     """Whether the tokenizer's own are added to texts; None: as the endpoint does."""
     truncation: int | None = None
     """A prompt keeps so many of its last tokens; None: all."""
+    grammar: AskedGrammar | None = None
 
 
 class Limits:
@@ -63,6 +65,7 @@ class Limits:
         self._max_top_logprobs = min(config.max_topk_logprobs, info.vocab_size)
         self._names = names
         self._end_ids = end_ids
+        self._device = info.device
         self.defaults = defaults.complete(info.vocab_size)
         """The sampling parameters of requests that leave a field out."""
         self.vocab_size = info.vocab_size
@@ -152,7 +155,15 @@ class Limits:
             sampling=options.sampling,
             stop_ids=() if options.ignores_eos else self._end_ids,
             deliver_each=options.is_streamed or options.stops is not None,
+            grammar=None if options.grammar is None else self.complete_grammar(options.grammar).source,
         )
+
+    def complete_grammar(self, asked: AskedGrammar) -> AskedGrammar:
+        """Return `asked` with the tokens that end its texts. Raises a 400 where the device has no grammars."""
+        if self._device != "cpu":
+            raise invalid(asked.param, f"'{asked.param}' is not supported on this device.", "unsupported_parameter")
+        source = msgspec.structs.replace(asked.source, end_ids=self._end_ids)
+        return AskedGrammar(source, asked.param)
 
     def _check_size(self, options: GenerationOptions, num_prompts: int, max_tokens: int, param: str) -> None:
         num_choices = num_prompts * options.num_choices

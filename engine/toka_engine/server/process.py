@@ -44,6 +44,7 @@ from toka_engine.server.dialect import find_dialect
 from toka_engine.server.errors import unavailable
 from toka_engine.server.front import Front
 from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
+from toka_engine.server.grammar_checks import GrammarChecks, Setup
 from toka_engine.server.health import Health, Phase
 from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink
@@ -182,7 +183,9 @@ class Server:
         source = "model" if defaults.values() else "none"
         logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
         self._service.metrics.info = info
-        self._service.engine = Engine(tokenizer, template, limits, dialect, fingerprint_of(self._config, info))
+        checks = GrammarChecks(Setup(self._child.start.tokenizer_dir, info.vocab_size, end_ids))
+        fingerprint = fingerprint_of(self._config, info)
+        self._service.engine = Engine(tokenizer, template, limits, dialect, fingerprint, checks)
         gc.collect()
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)

@@ -22,6 +22,48 @@ MAX_PENALTY = 2.0
 _STOP: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
 }
+_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+_NAMED_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 64},
+        "description": {"type": ["string", "null"]},
+        "schema": {"type": "object"},
+        "strict": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "schema"],
+    "additionalProperties": False,
+}
+_RESPONSE_FORMAT: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {"anyOf": [_NAMED_SCHEMA, {"type": "null"}]},
+            },
+            "required": ["type"],
+            "additionalProperties": False,
+        },
+        {"type": "null"},
+    ]
+}
+_STRUCTURED_OUTPUTS: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {
+                "json": _SCHEMA,
+                "regex": {"type": ["string", "null"]},
+                "choice": {"type": ["array", "null"], "items": {"type": "string"}},
+                "grammar": {"type": ["string", "null"], "description": "in llguidance's Lark"},
+                "json_object": {"enum": [True, None]},
+            },
+            "additionalProperties": False,
+        },
+        {"type": "null"},
+    ]
+}
 
 
 def doc(text: str) -> Meta:
@@ -90,6 +132,22 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     frequency_penalty: Annotated[Penalty | None, doc("0: off.")] = None
     presence_penalty: Annotated[Penalty | None, doc("0: off.")] = None
     repetition_penalty: Annotated[RepetitionPenalty | None, doc("1: off.")] = None
+    response_format: Annotated[
+        msgspec.Raw,
+        Meta(description="The answer is a JSON object, or fits a schema.", extra_json_schema=_RESPONSE_FORMAT),
+    ] = msgspec.field(default_factory=_null)
+    """Decoded in `grammar_requests`, as are the fields below."""
+    structured_outputs: Annotated[
+        msgspec.Raw,
+        Meta(description="The answer is a text of this grammar (vLLM's form).", extra_json_schema=_STRUCTURED_OUTPUTS),
+    ] = msgspec.field(default_factory=_null)
+    guided_json: Annotated[
+        msgspec.Raw,
+        Meta(description="The same as `structured_outputs.json`.", extra_json_schema=_SCHEMA),
+    ] = msgspec.field(default_factory=_null)
+    guided_regex: Annotated[str | None, doc("The same as `structured_outputs.regex`.")] = None
+    guided_choice: Annotated[list[str] | None, doc("The same as `structured_outputs.choice`.")] = None
+    guided_grammar: Annotated[str | None, doc("The same as `structured_outputs.grammar`.")] = None
     return_tokens_as_token_ids: Annotated[
         bool | None, doc("Logprobs name tokens `token_id:N`; only together with `logprobs`.")
     ] = None

@@ -19,6 +19,7 @@ from toka_engine.server.dialect import Dialect
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.fields import COUNTED
 from toka_engine.server.generate import GenerationJob
+from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
 from toka_engine.server.metrics import Metrics
@@ -44,6 +45,7 @@ class Engine(msgspec.Struct, frozen=True):
     dialect: Dialect
     fingerprint: str
     """The `system_fingerprint` of answers: equal where version, model and number format are."""
+    grammar_checks: GrammarChecks
 
     def make_encoder(self, options: GenerationOptions, connection: Connection) -> PromptEncoder:
         """Return what encodes the prompts of one request."""
@@ -123,6 +125,12 @@ class Service:
         if ignored:
             self.note_ignored(exchange, ignored)
         return request
+
+    async def check_grammar(self, exchange: Exchange, engine: Engine, options: GenerationOptions) -> None:
+        """Have the request's grammar compiled; the answer will name keywords that are not enforced. Raises a 4xx."""
+        if options.grammar is not None:
+            dropped = await engine.grammar_checks.check(engine.limits.complete_grammar(options.grammar))
+            self.note_ignored(exchange, [f"{options.grammar.param}.{keyword}" for keyword in dropped])
 
     def note_ignored(self, exchange: Exchange, names: Sequence[str]) -> None:
         """Name fields without effect in the answer, and count them."""

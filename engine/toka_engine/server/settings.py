@@ -11,6 +11,7 @@ import msgspec
 from toka_engine.server.decoding import decode_part
 from toka_engine.server.errors import invalid
 from toka_engine.server.fields import Lacking, lacks
+from toka_engine.server.grammar_requests import AskedGrammar, read_grammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
 from toka_engine.server.request import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, GenerationRequest
 from toka_engine.server.stops import StopStrings
@@ -55,6 +56,7 @@ def check_shared(
         returns_token_ids=bool(request.return_token_ids),
         adds_special_tokens=request.add_special_tokens,
         truncation=_check_truncation(request.truncate_prompt_tokens, limits, max_tokens or 1),
+        grammar=_check_grammar(request),
     )
 
 
@@ -90,6 +92,13 @@ def _check_truncation(given: int | None, limits: Limits, max_tokens: int) -> int
 
 def _given(value: float | None, default: float) -> float:
     return default if value is None else value
+
+
+def _check_grammar(request: GenerationRequest) -> AskedGrammar | None:
+    asked = read_grammar(request)
+    if asked is not None and request.ignore_eos:
+        raise invalid("ignore_eos", f"'ignore_eos' excludes '{asked.param}', whose texts have an end.")
+    return asked
 
 
 def _check_stops(raw: msgspec.Raw) -> StopStrings | None:

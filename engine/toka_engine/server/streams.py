@@ -16,7 +16,8 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from toka_engine.messages import FINISH_ERROR, Cancel, Deltas, Int32s, Refused, Started, Submit
+from toka_engine.grammar.source import GrammarSource
+from toka_engine.messages import FINISH_ERROR, FINISH_GRAMMAR, Cancel, Deltas, Int32s, Refused, Started, Submit
 from toka_engine.server.errors import ApiError, ClientGoneError
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replica, Replicas, Submission
@@ -38,6 +39,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     sampling: Sampling
     stop_ids: tuple[int, ...]
     deliver_each: bool
+    grammar: GrammarSource | None = None
 
 
 class Choice:
@@ -192,6 +194,7 @@ class Streams:
                 spec.sampling,
                 spec.stop_ids,
                 spec.deliver_each,
+                grammar=spec.grammar,
             )
             for submission in self.replicas.place(submit, generation.blocks[number] if generation.blocks else ()):
                 self._submit(generation, submission)
@@ -330,8 +333,8 @@ class Streams:
                 choice.whole_tokens = deltas.ended_tokens[begin:end]
             choice.finish_reason = reason
             choice.num_tokens = num_tokens
-            if reason == FINISH_ERROR:
-                choice.generation.fail(_not_finite())
+            if reason in _FAILURES:
+                choice.generation.fail(_FAILURES[reason]())
 
 
 def _hash_all(hasher: PrefixHasher, prompts: Sequence[Int32s]) -> list[list[bytes]]:
@@ -359,3 +362,11 @@ def _top_tokens(deltas: Deltas) -> dict[int, TopTokens]:
 
 def _not_finite() -> ApiError:
     return ApiError(500, "The model produced non-finite values (NaN or infinity) for this request.", code="not_finite")
+
+
+def _grammar_failed() -> ApiError:
+    message = "The output could not be made to follow the request's grammar: it takes too much work, or has a dead end."
+    return ApiError(500, message, code="grammar_failed", headers=((b"x-should-retry", b"false"),))
+
+
+_FAILURES = {FINISH_ERROR: _not_finite, FINISH_GRAMMAR: _grammar_failed}

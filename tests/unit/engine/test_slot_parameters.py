@@ -40,8 +40,10 @@ def test_what_streams_ask_for_arrives_at_the_worker(asked: list[Sampling], num_c
     frame = encode(Step(1, new=batch))
     new = Decoder[Any](ManagerToWorker).decode(frame).new
     assert new.slots.tolist() == slots
+    zeros = [0] * len(each)
+    none_yet = {"length": lengths, "seed": seeds, "num_sampled": zeros, "grammar": zeros}
     for column in SLOT_COLUMNS:
-        values: list[Any] = {"length": lengths, "seed": seeds, "num_sampled": [0] * len(each)}.get(column.name, [])
+        values: list[Any] = none_yet.get(column.name, [])
         expected = np.array(values or [getattr(sampling, column.name) for sampling in each], column.dtype)
         assert new[column.name].dtype == column.dtype
         assert new[column.name].tolist() == expected.tolist()

@@ -44,7 +44,6 @@ _UNSUPPORTED: dict[str, list[Any]] = {
     "suffix": ["end", 1],
 }
 _UNSUPPORTED_CHAT: dict[str, list[Any]] = {
-    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text"],
     "functions": [[{"name": "f"}]],
     "function_call": [{"name": "f"}],
     "modalities": [["audio"]],
@@ -428,7 +427,6 @@ def test_an_unsupported_field_says_whether_another_value_would_do(server: Runnin
     for fields, advice in (
         ({"functions": [{}]}, "it may only be [], or left out"),
         ({"function_call": "f"}, 'it may only be "none" or "auto", or left out'),
-        ({"response_format": {"type": "json_object"}}, 'it may only be {"type":"text"}, or left out'),
         ({"store": True}, "it may only be false, or left out"),
         ({"prediction": {}}, "leave it out"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "it may only be false, or left out"),

@@ -185,10 +185,10 @@ def reporting_server(tokenizer_dir: Path) -> Iterator[RunningServer]:
 
 def test_unknown_fields_are_reported_where_they_are_not_refused(reporting_server: RunningServer) -> None:
     status, headers, answer = _post(
-        reporting_server, _CHAT, chat_body(foo=1, guided_json={}, functions=[{}], user="x", bar=None, **{"a\r\nb": 2})
+        reporting_server, _CHAT, chat_body(foo=1, audio={}, functions=[{}], user="x", bar=None, **{"a\r\nb": 2})
     )
     assert status == 200, answer
-    assert headers["x-toka-ignored"] == "user,foo,guided_json,functions,other"
+    assert headers["x-toka-ignored"] == "user,foo,audio,functions,other"
     metrics = reporting_server.request("GET", "/metrics")[2].decode()
     assert 'toka_request_fields_ignored_total{field="other"} 4.0' in metrics
 

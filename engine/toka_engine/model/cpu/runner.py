@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
 from toka_engine.model.prompt_scores import PromptScores, ScorePlan, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
 
@@ -41,6 +43,7 @@ class CpuRunner:
         steps.
         """
         self._check = check
+        self.grammars = SlotGrammars(state.max_seqs, model.config.vocab_size)
         self.model = model
         self.attention = attention
         self.state = state
@@ -61,6 +64,7 @@ class CpuRunner:
         if self._check is not None:
             self._check(step)
         self.state.set_up(step)
+        self.grammars.set_up(step)
         if step.append_slots.size:
             self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
         if step.copy_from.size:
@@ -97,11 +101,28 @@ class CpuRunner:
         logits, logit_rows, scores = self._forward(step)
         if not plan.slots.size:
             return None, scores
-        sampled = self.sample(logits, logit_rows, plan, self.state)
+        sampled = self.sample(logits, logit_rows, self._fill_masks(plan), self.state)
+        self._follow(plan, sampled.ids)
         slots = _to_tensor(plan.slots).long()
         # The next step may be planned before anybody has seen a -1: its row must stay a valid token.
         self.state.last_tokens.index_copy_(0, slots, sampled.ids.clamp(min=0))
         return sampled, scores
+
+    def _fill_masks(self, plan: SamplePlan) -> SamplePlan:
+        """Return the plan with the masks of its rows that follow a grammar."""
+        if not plan.grammatical.size:
+            return plan
+        masks = np.empty((plan.grammatical.size, self.grammars.num_words), np.int32)
+        self.grammars.fill(plan.slots[plan.grammatical], masks)
+        return replace(plan, masks=masks)
+
+    def _follow(self, plan: SamplePlan, ids: torch.Tensor) -> None:
+        """Show the sampled ids to the matchers, and mark in `ids` where one has failed."""
+        if plan.grammatical.size:
+            slots, chosen = plan.slots[plan.grammatical], ids.numpy()[plan.grammatical]
+            self.grammars.consume(slots, chosen)
+            self.grammars.mark_failed(slots, chosen)
+            ids.numpy()[plan.grammatical] = chosen
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, PromptScores | None]:
         """Return logits [n, vocab], where samples share logits each sample's index into them [R] int64, and scores."""

@@ -1,5 +1,5 @@
-"""Samples tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, penalties, logprobs. Only rows
-that ask pay.
+"""Samples tokens on a CPU: greedy, temperature, exact top_k, top_p and min_p, seeds, penalties, grammars, logprobs.
+Only rows that ask pay.
 
 Unseeded rows: one pass makes exp((x - max) / T) and its sums over blocks of the vocabulary; a uniform number picks the
 block, then the token in it (inverse transform, exact). Seeded rows: Gumbel-max (Gumbel 1954; Maddison et al. 2014) with
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.model.cpu.gumbel import gumbel_noise
+from toka_engine.model.cpu.masks import apply_masks
 from toka_engine.model.cpu.penalties import apply_penalties
 from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
 from toka_engine.model.logit_edits import apply_edits, to_tensors
@@ -100,6 +101,9 @@ class CpuSampler:
             tokens = self._read_tokens(plan.penalties.sources, plan.penalties.lengths)
             places = np.searchsorted(plan.changed_rows, plan.penalties.rows)
             apply_penalties(changed, tokens, plan.penalties, self._vocabulary.first, places)
+        if plan.masks is not None:
+            places = np.searchsorted(plan.changed_rows, plan.grammatical)
+            apply_masks(changed, places, plan.masks, self._vocabulary.first)
         return changed, torch.zeros_like(rows).index_copy_(0, asking, torch.arange(asking.shape[0]))
 
     def _draw(self, x: torch.Tensor, maxima: torch.Tensor, slots: torch.Tensor, state: HostSlots) -> torch.Tensor:

@@ -29,6 +29,7 @@ from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack
 from toka_engine.model.logit_edits import TokenEdits, plan_edits
 from toka_engine.model.prompt_scores import PromptScores, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
 from toka_engine.noise import settled_seed
@@ -65,6 +66,7 @@ class CudaRunner:
         self.sampler = CudaSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
         self.sample: Sample = self.sampler
         self.model, self.attention = model, attention
+        self.grammars = SlotGrammars(max_seqs, vocab_size)
         self.state = HostSlots(max_seqs)
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self.decode_graphs: DecodeGraphs | None = None

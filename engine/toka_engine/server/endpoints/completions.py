@@ -149,6 +149,7 @@ class Completions:
         engine = service.serving_engine()
         request = await service.read(exchange, self._decoder)
         options = _check(request, engine.limits)
+        await service.check_grammar(exchange, engine, options)
         encoder = engine.make_encoder(options, exchange.connection)
         prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
         spec = engine.limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)

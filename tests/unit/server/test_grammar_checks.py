@@ -1,0 +1,152 @@
+"""The server has grammars compiled by a process of their own, which may be lost without harm to anybody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from toka_engine.messages import FINISH_GRAMMAR, Submit
+
+from tests.unit.server.conftest import chat_body, completion_body
+from tests.unit.server.harness import RunningServer, running_server, streams_of, whole
+
+_COMPLETIONS = "/v1/completions"
+
+
+def checkers(server: RunningServer) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "toka_engine.grammar" in child.cmdline()]
+
+
+def ask(server: RunningServer, **fields: Any) -> tuple[int, Any]:
+    return server.post(_COMPLETIONS, completion_body(**fields))
+
+
+def test_a_grammar_that_compiles_goes_to_the_manager_with_the_models_end(server: RunningServer) -> None:
+    status, _ = ask(server, guided_regex="a+b")
+    assert status == 200
+    (submit,) = server.manager.submits
+    assert submit.grammar is not None
+    assert (submit.grammar.kind, submit.grammar.text) == ("regex", "a+b")
+    assert submit.grammar.end_ids == submit.stop_ids
+
+
+def test_one_process_stays_for_the_next_grammar(server: RunningServer) -> None:
+    for regex in ("a", "b", "c"):
+        assert ask(server, guided_regex=regex)[0] == 200
+    assert len(checkers(server)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+        ({"guided_grammar": "start: none"}, "guided_grammar", "none"),
+        ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json", "uniqueItems"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "no text fits"),
+        ({"guided_json": {"$ref": "#/$defs/none"}}, "guided_json", "none"),
+        ({"guided_json": {"type": "nonsense"}}, "guided_json", "nonsense"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "guided_regex"),
+    ],
+)
+def test_a_grammar_that_does_not_compile_is_a_400_with_the_reason(
+    server: RunningServer, fields: dict[str, Any], param: str, words: str
+) -> None:
+    for _ in range(2):  # the second time from memory
+        status, answer = ask(server, **fields)
+        assert (status, answer["error"]["param"]) == (400, param)
+        assert words in answer["error"]["message"]
+    assert not server.manager.submits
+
+
+def test_a_lenient_schema_names_what_is_not_enforced_in_a_header(server: RunningServer) -> None:
+    schema = {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "nonsense"}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    body = json.dumps(chat_body(response_format=form)).encode()
+    status, headers, _ = server.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    assert status == 200
+    ignored = headers["x-toka-ignored"].split(",")
+    assert [name.strip().rpartition(".")[2] for name in ignored] == ["uniqueItems", "format"]
+
+
+BOMBS: dict[str, dict[str, Any]] = {
+    "nested repetitions": {"guided_regex": "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"},
+    "ambiguous repetitions": {"guided_regex": "(.*a){40}.{200}b"},
+    "alternatives": {"guided_regex": "(" + "|".join("a" * n + ".*b" for n in range(1, 60)) + ")*c.{900}"},
+    "ten thousand values": {"guided_json": {"enum": [f"value {n} {n * 7919 % 10007}" for n in range(10_000)]}},
+    "products of alternatives": {
+        "guided_json": {
+            "allOf": [
+                {"anyOf": [{"properties": {f"{i}{j}": {"type": "string"}}} for j in range(12)]} for i in range(12)
+            ]
+        }
+    },
+    "two thousand properties": {"guided_json": {"properties": {f"p{n}": {"type": "string"} for n in range(2000)}}},
+    "lark": {"guided_grammar": "start: a{1,9999}\na: b{1,9999}\nb: c{1,9999}\nc: /[a-z]*x[a-z]{900}/"},
+    "recursion": {"guided_grammar": "start: start start | a\na: a a | start"},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_answered_soon_and_the_server_lives_on(server: RunningServer, name: str) -> None:
+    begin = time.monotonic()
+    status, answer = ask(server, **BOMBS[name])
+    assert status in (200, 400), answer
+    assert time.monotonic() - begin < 60.0
+    if status == 400:
+        assert answer["error"]["param"] == next(iter(BOMBS[name]))
+    assert ask(server, guided_regex="[ab]")[0] == 200
+
+
+def test_a_process_that_is_killed_or_stands_still_is_replaced_and_its_grammar_refused_for_a_while(
+    server: RunningServer,
+) -> None:
+    assert ask(server, guided_regex="x+")[0] == 200
+    (checker,) = checkers(server)
+    checker.suspend()
+    answers: list[tuple[int, Any]] = []
+    thread = threading.Thread(target=lambda: answers.append(ask(server, guided_regex="y+")))
+    thread.start()
+    assert ask(server)[0] == 200  # meanwhile others are served
+    thread.join(60)
+    (status, answer), checker_count = answers[0], len(checkers(server))
+    assert (status, answer["error"]["code"]) == (400, "grammar_too_complex")
+    assert checker_count == 0
+    begin = time.monotonic()
+    assert ask(server, guided_regex="y+")[1]["error"]["code"] == "grammar_too_complex"
+    assert time.monotonic() - begin < 2.5  # not tried again
+    assert ask(server, guided_regex="z+")[0] == 200
+    (checker,) = checkers(server)
+    os.kill(checker.pid, signal.SIGKILL)
+    assert ask(server, guided_regex="zz+")[1]["error"]["code"] == "grammar_too_complex"
+    assert ask(server, guided_regex="zzz+")[0] == 200
+
+
+def test_a_grammar_that_fails_while_it_is_followed_is_a_500_that_nobody_retries(server: RunningServer) -> None:
+    def fail(submit: Submit) -> None:
+        server.manager.send(*(whole(stream, [], FINISH_GRAMMAR) for stream in streams_of(submit)))
+
+    server.manager.on_submit = fail
+    body = json.dumps(completion_body(guided_regex="a+")).encode()
+    status, headers, raw = server.request("POST", _COMPLETIONS, body, {"content-type": "application/json"})
+    assert (status, json.loads(raw)["error"]["code"]) == (500, "grammar_failed")
+    assert headers["x-should-retry"] == "false"
+
+
+def test_the_process_ends_with_the_server(tokenizer_dir: Path) -> None:
+    with running_server(tokenizer_dir) as server:
+        server.manager.on_submit = lambda submit: server.manager.send(
+            *(whole(stream, [5]) for stream in streams_of(submit))
+        )
+        assert ask(server, guided_regex="a")[0] == 200
+        found = checkers(server)
+        assert len(found) == 1
+    psutil.wait_procs(found, timeout=30)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
