@@ -101,6 +101,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued_requests: Annotated[PositiveInt, doc("waiting sequences beyond which new requests get 429")] = 65536
     max_topk_logprobs: Annotated[Count, doc("top logprobs per token that a request may ask for")] = 20
 
+    # files and batches
+    data_dir: Annotated[
+        Name | None, doc("folder that keeps /v1/files and /v1/batches over restarts; default: there are none")
+    ] = None
+    max_file_bytes: Annotated[PositiveInt, doc("larger uploads get 413")] = 200 * 1024 * 1024
+    max_stored_bytes: Annotated[
+        Annotated[int, Meta(ge=1, le=2**60)], doc("bytes of the files that one API key may keep; more get 507")
+    ] = 4 * 1024**3
+    max_stored_files: Annotated[PositiveInt, doc("files that one API key may keep; more get 507")] = 10_000
+    min_free_disk_bytes: Annotated[
+        Annotated[int, Meta(ge=0, le=2**60)], doc("uploads that would leave less of the disk free get 507")
+    ] = 256 * 1024**2
+    upload_timeout_s: Annotated[PositiveSeconds, doc("an upload must be here whole by then")] = 3600.0
+    max_batch_lines: Annotated[PositiveInt, doc("lines of one batch's input")] = 50_000
+
     # scheduling
     page_size: Annotated[int, Meta(ge=1, le=1024), doc("tokens of one page of KV cache")] = 16
     kv_cache_num_tokens: Annotated[

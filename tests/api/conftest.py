@@ -58,7 +58,7 @@ def running_engine(folder: Path, *arguments: str) -> Iterator[EngineProcess]:
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     """One engine in fp32 with everything on, shared by the tests that do no harm to it."""
     folder = tmp_path_factory.mktemp("engine")
-    arguments = ("dtype=float32", "kv_cache_num_tokens=(32 * 1024)", "hydragen_min_prefix_len=64")
+    arguments = ("dtype=float32", "kv_cache_num_tokens=(32 * 1024)", "hydragen_min_prefix_len=64", "data_dir=data")
     with running_engine(folder, f"model={model_dir}", *arguments) as engine:
         yield engine
 

@@ -34,3 +34,9 @@ def test_the_script_without_a_server_samples_chats_and_streams(model_dir: Path) 
     assert len(re.findall(r"^  [0-3]: ['\"]", printed, re.MULTILINE)) == 8
     assert re.search(r"^What is the capital of France\?\n  .*Paris", printed, re.MULTILINE)
     assert re.search(r"^A stream: The sea is .+$", printed, re.MULTILINE)
+
+
+def test_a_file_of_questions_is_answered_as_a_batch(engine: EngineProcess) -> None:
+    printed = run_example("run_batch.py", f"{engine.url}/v1")
+    assert re.search(r"completed, 4 of 4 answered$", printed, re.MULTILINE)
+    assert re.search(r"^What is the capital of France\?  .*Paris", printed, re.MULTILINE)

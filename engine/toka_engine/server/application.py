@@ -14,7 +14,10 @@ from starlette.exceptions import HTTPException
 
 from toka_engine.server import openapi
 from toka_engine.server.auth import KeyCheck
-from toka_engine.server.endpoints import chat, completions, models, probes, responses, tokenize
+from toka_engine.server.batch_routes import add_batch_routes
+from toka_engine.server.batches.service import Batches
+from toka_engine.server.endpoints import batches as batch_endpoint
+from toka_engine.server.endpoints import chat, completions, files, models, probes, responses, synchronous, tokenize
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
@@ -26,7 +29,7 @@ DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
 _GENERATING_PATHS = (completions.PATH, chat.PATH, responses.PATH)
 KNOWN_PATHS = (
-    *(*_GENERATING_PATHS, models.PATH, *tokenize.PATHS),
+    *(*_GENERATING_PATHS, models.PATH, *tokenize.PATHS, files.PATH, batch_endpoint.PATH, synchronous.PATH),
     *(*sorted(probes.PATHS), probes.VERSION_PATH, DOCUMENT_PATH, PAGE_PATH),
 )
 """The paths of all routes without a parameter."""
@@ -39,9 +42,7 @@ _ELSEWHERE = {
     "/v1/audio": "this server makes text alone",
     "/v1/realtime": "this server makes text alone",
     "/v1/messages": "send messages to /v1/chat/completions",
-    "/v1/files": "this server keeps no files: send requests one by one, as many at once as you like",
-    "/v1/uploads": "this server keeps no files",
-    "/v1/batches": "this server has no batches: send requests one by one, as many at once as you like",
+    "/v1/uploads": "send the whole file to /v1/files",
     "/v1/fine_tuning": "this server does not train",
     "/v1/assistants": "send messages to /v1/chat/completions",
     "/v1/threads": "send messages to /v1/chat/completions",
@@ -68,7 +69,9 @@ def generating_handlers(service: Service) -> dict[str, Handler]:
     }
 
 
-def make_application(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler]) -> FastAPI:
+def make_application(
+    service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler], batches: Batches
+) -> FastAPI:
     """Return the application; `handlers` answer the POSTs that generate."""
     application = FastAPI(
         title="toka",
@@ -80,7 +83,7 @@ def make_application(service: Service, key_check: KeyCheck, handlers: Mapping[st
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    application.include_router(_v1_router(service, key_check, handlers))
+    application.include_router(_v1_router(service, key_check, handlers, batches))
     application.include_router(_open_router(service))
     application.include_router(_documents_router(application))
     _handle_errors(application, service, key_check)
@@ -96,7 +99,7 @@ def _json(answer: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
 
-def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler]) -> APIRouter:
+def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler], batches: Batches) -> APIRouter:
     async def check_key(request: Request) -> None:
         key_check.check(_exchange(request).headers)
 
@@ -126,6 +129,7 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
             raise HTTPException(404)
         return _json(models.find_model(service, name))
 
+    add_batch_routes(router, batches, service)
     return router
 
 

@@ -226,6 +226,12 @@ class Connection(HttpToolsProtocol):
         if not self.pipeline and not self.is_gone:
             self.flow.resume_reading()
 
+    def extend_deadline(self) -> None:
+        """Let the request that is arriving have the whole of `receive_timeout_s` again: it makes progress."""
+        if self._deadline is not None:
+            self._stop_deadline()
+            self._start_deadline()
+
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(self._limits.receive_timeout_s, self._on_deadline)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from toka_engine.portable import trim_heap
@@ -110,6 +110,27 @@ class Exchange:
                     return parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             budget.give_back(held)
+            self.connection.watch_for_end()
+
+    async def read_parts(self, progress_bytes: int) -> AsyncIterator[bytes]:
+        """Yield the parts of a body of any size as they come; the deadline moves on with each `progress_bytes`. Raises
+        ClientGoneError.
+        """
+        held = 0
+        try:
+            while True:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError("the client closed the connection")
+                part: bytes = message.get("body", b"")
+                held += len(part)
+                if held >= progress_bytes:
+                    held = 0
+                    self.connection.extend_deadline()
+                yield part
+                if not message.get("more_body"):
+                    return
+        finally:
             self.connection.watch_for_end()
 
     async def answer(

@@ -13,6 +13,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from toka_engine.server import batch_documents
 from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints import (
     chat_answers,
@@ -59,6 +60,7 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     tokenize.DetokenizeAnswer,
     tokenize.TokenizerInfo,
     ErrorAnswer,
+    *batch_documents.BODIES,
 )
 
 
@@ -198,7 +200,8 @@ h2 { margin-top: 2.5rem }
 {% for path, methods in paths.items() %}{% for method, operation in methods.items() %}
 <h2 id="{{ operation.operationId }}"><code>{{ method | upper }} {{ path }}</code></h2>
 <p>{{ operation.summary }}{% if operation.security %}; asks for the API key, where one is set{% endif %}.
-{% if operation.requestBody %}{% set name = operation.requestBody.content["application/json"].schema["$ref"] %}
+{% set json = operation.requestBody.content["application/json"] if operation.requestBody %}
+{% if json %}{% set name = json.schema["$ref"] %}
 <p>Body: <a href="#{{ name | last_part }}"><code>{{ name | last_part }}</code></a>{% endif %}
 <table>
 <tr><th>Status<th>Body<th>

@@ -37,6 +37,7 @@ from toka_engine.messages import (
 )
 from toka_engine.server.application import KNOWN_PATHS, generating_handlers, make_application
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
+from toka_engine.server.batches.service import Batches
 from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
 from toka_engine.server.cors import Origins
@@ -102,7 +103,8 @@ class Server:
 
     def _make_front(self, key_check: KeyCheck) -> Front:
         handlers = generating_handlers(self._service)
-        application = make_application(self._service, key_check, handlers)
+        self._batches = Batches(self._config, handlers, self._service.metrics)
+        application = make_application(self._service, key_check, handlers, self._batches)
         return Front(
             application,
             fast_paths=handlers if self._config.http_fast_path else {},
@@ -120,7 +122,7 @@ class Server:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
         listener = await self._listen()
         drain = asyncio.create_task(self._drain(listener))
-        others = (self._start(), *(link.run() for link in self._links), self._beat())
+        others = (self._start(), *(link.run() for link in self._links), self._beat(), self._batches.run())
         running = {drain, *map(asyncio.create_task, others)}
         while not drain.done():
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -190,6 +192,7 @@ class Server:
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)
         self._child.ready()
+        self._batches.begin_serving(info.max_streams)
         logger.info("event=serving model=%s max_request_tokens=%d", self._names[0], limits.max_request_tokens)
 
     def _load(self) -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...], SamplingDefaults]:
@@ -245,6 +248,7 @@ class Server:
 
     async def _finish_answers(self) -> None:
         await self._front.wait_idle()
+        await self._batches.close()
         self._child.send(Drained())
 
     def _fail(self, reason: str) -> None:
@@ -266,15 +270,19 @@ class Server:
         await self._drain_asked.wait()
         logger.info("event=draining requests=%d", self._streams.num_generations)
         self._connections.default_headers.append((b"connection", b"close"))
+        self._batches.stop_feeding()
         if self._health.phase is Phase.SERVING:
             self._health.move(Phase.DRAINING)
             await asyncio.sleep(self._config.drain_endpoint_delay_s)
         self._health.move(Phase.REFUSING, "shutting down")
         try:
-            await asyncio.wait_for(self._front.wait_idle(), self._config.drain_timeout_s)
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await self._front.wait_idle()
+                await self._batches.wait_idle()
         except TimeoutError:
             logger.warning("event=drain_timed_out requests=%d", self._streams.num_generations)
             self._streams.fail_all(unavailable("The engine is shutting down."))
+        await self._batches.close()
         listener.close()
         try:
             await asyncio.wait_for(self._connections.close_all(), _ERROR_WRITE_S)

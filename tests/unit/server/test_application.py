@@ -166,6 +166,9 @@ def test_the_document_names_every_route_and_its_routes_are_served(
         *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/health", "/metrics"),
         *("/version", "/tokenize", "/detokenize", "/tokenizer_info"),
         *(_RESPONSES, f"{_RESPONSES}/{{response_id}}", f"{_RESPONSES}/{{response_id}}/input_items"),
+        *("/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"),
+        "/custom/synchronous-batch-completions",
+        *("/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel"),
     }
     for path, operations in document["paths"].items():
         for method in operations:

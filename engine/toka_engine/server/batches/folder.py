@@ -1,0 +1,85 @@
+"""The folder of files and batches: its lock, where a file's bytes lie, and how they get there and away.
+
+data_dir/lock       held by the one engine that uses the folder
+data_dir/toka.db    what there is (database.py)
+data_dir/files/ID   the bytes of a file, under an id of ours: a client's name for it is never part of a path
+data_dir/files/ID.part   an upload that is not complete
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+_PART = ".part"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether `error` says that the disk, or a quota, is full."""
+    return error.errno in _FULL
+
+
+class Folder:
+    """The folder, once it is ours."""
+
+    def __init__(self, root: Path, lock: int) -> None:
+        self._root = root
+        self._lock = lock
+
+    @classmethod
+    def take(cls, root: Path) -> Folder | None:
+        """Make the folder where it is missing and lock it; None while another engine holds it. Raises OSError."""
+        (root / "files").mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return cls(root, lock)
+
+    def release(self) -> None:
+        os.close(self._lock)
+
+    @property
+    def database(self) -> Path:
+        return self._root / "toka.db"
+
+    def path_of(self, file_id: str) -> Path:
+        """Return where the bytes of a file lie; `file_id` is one of ours."""
+        return self._root / "files" / file_id
+
+    def part_of(self, file_id: str) -> Path:
+        """Return where the bytes of an upload lie until it is complete."""
+        return self._root / "files" / (file_id + _PART)
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self._root).free
+
+    def complete(self, file_id: str) -> None:
+        """Give an upload, whose bytes are synced, its final name; it survives a power cut then."""
+        self.part_of(file_id).rename(self.path_of(file_id))
+        self.sync()
+
+    def sync(self) -> None:
+        """Sync the folder's entries."""
+        fd = os.open(self._root / "files", os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove(self, file_id: str) -> None:
+        self.path_of(file_id).unlink(missing_ok=True)
+        self.part_of(file_id).unlink(missing_ok=True)
+
+    def sweep(self, known: set[str]) -> int:
+        """Remove what belongs to no id in `known`: uploads and deletions that a crash cut short. Return how many."""
+        strays = [path for path in (self._root / "files").iterdir() if path.name not in known]
+        for path in strays:
+            path.unlink(missing_ok=True)
+        return len(strays)

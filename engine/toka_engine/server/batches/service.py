@@ -1,0 +1,190 @@
+"""The files and batches of this engine: their folder, the batches that run, and what is swept.
+
+Owns: the life of the data folder, from the wait for its lock to the drain. The endpoints' answers come from here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from toka_engine.config import EngineConfig
+from toka_engine.server.batches.database import Database, DatabaseThread
+from toka_engine.server.batches.folder import Folder
+from toka_engine.server.batches.records import StoredBatch, now
+from toka_engine.server.batches.run import BatchParts, BatchRun
+from toka_engine.server.errors import ApiError, unavailable
+from toka_engine.server.exchange import Handler
+from toka_engine.server.metrics import Metrics
+
+logger = logging.getLogger("toka.server.batches")
+
+_LOCK_RETRY_S = 2.0
+_SWEEP_S = 60.0
+_MAX_WINDOW = 1024
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """The folder and its database, once they are ours."""
+
+    folder: Folder
+    database: DatabaseThread
+
+
+class Batches:
+    """Files and batches, or the reason why there are none."""
+
+    def __init__(self, config: EngineConfig, handlers: Mapping[str, Handler], metrics: Metrics) -> None:
+        self.config = config
+        self.handlers = handlers
+        """The endpoints that a batch's lines may be for, by path."""
+        self._metrics = metrics
+        self._opened: Opened | None = None
+        self._reason = "The files of `data_dir` are not open yet."
+        self._window: asyncio.Semaphore | None = None
+        self._runs: dict[str, BatchRun] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = asyncio.Event()
+
+    def opened(self) -> Opened:
+        """Return the folder and the database. Raises 501 without `data_dir`, and 503 while they are not open."""
+        if self.config.data_dir is None:
+            message = "This server keeps no files and batches: its key `data_dir` is not set."
+            raise ApiError(501, message, code="data_dir_not_set")
+        if self._opened is None:
+            raise unavailable(self._reason)
+        return self._opened
+
+    # ------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Open the folder once it is free, then sweep it from time to time, until the drain. A folder that cannot be
+        used is told in the log and in every answer; completions and chat go on.
+        """
+        if self.config.data_dir is None:
+            return
+        try:
+            await self._open(Path(self.config.data_dir))
+            while not self._draining.is_set():
+                await self._sweep()
+                await self._wait_for_drain(_SWEEP_S)
+        except (OSError, sqlite3.Error) as error:
+            self._reason = f"The folder of `data_dir` cannot be used: {error}."
+            self._opened = None
+            logger.error("event=data_dir_unusable reason=%r", str(error))
+
+    async def _open(self, root: Path) -> None:
+        while (folder := await asyncio.to_thread(Folder.take, root)) is None:
+            self._reason = "Another engine has the folder of `data_dir`."
+            logger.warning("event=data_dir_taken path=%s", root)
+            await self._wait_for_drain(_LOCK_RETRY_S)
+            if self._draining.is_set():
+                return
+        database = await DatabaseThread.open(folder.database)
+        num_strays = await asyncio.to_thread(folder.sweep, await database.run(Database.list_file_ids))
+        unfinished = await database.run(Database.list_unfinished)
+        logger.info("event=data_dir_open unfinished_batches=%d stray_files=%d", len(unfinished), num_strays)
+        self._opened = Opened(folder, database)
+        for stored in unfinished:
+            self.start(stored)
+
+    async def _wait_for_drain(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._draining.wait(), seconds)
+        except TimeoutError:
+            return
+
+    def begin_serving(self, max_streams: int) -> None:
+        """Run batches from now on: the engine takes requests."""
+        self._window = asyncio.Semaphore(max(1, min(_MAX_WINDOW, 2 * max_streams)))
+        for run in self._runs.values():
+            self._begin(run)
+
+    def stop_feeding(self) -> None:
+        """Begin no further line: the engine drains. Lines in flight are answered."""
+        self._draining.set()
+        for run in self._runs.values():
+            run.stop("drain")
+
+    async def wait_idle(self) -> None:
+        """Return when the lines in flight are answered and recorded."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def close(self) -> None:
+        """Give up what is in flight, record what is answered, and let the folder go."""
+        self.stop_feeding()
+        for run in self._runs.values():
+            run.give_up_lines()
+        for task in self._tasks:
+            task.cancel()
+        await self.wait_idle()
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            await opened.database.close()
+            opened.folder.release()
+
+    # ------------------------------------------------------------ batches
+
+    def start(self, stored: StoredBatch) -> None:
+        """Take a batch, which runs as soon as the engine serves."""
+        opened = self.opened()
+        parts = BatchParts(opened.folder, opened.database, self.handlers, self.config, self._metrics)
+        run = self._runs[stored.batch.id] = BatchRun(stored, parts)
+        if self._window is not None and not self._draining.is_set():
+            self._begin(run)
+
+    def find_run(self, owner: str, batch_id: str) -> BatchRun | None:
+        """Return a batch that is not over, if it is the owner's."""
+        run = self._runs.get(batch_id)
+        return run if run is not None and run.stored.owner == owner else None
+
+    def _begin(self, run: BatchRun) -> None:
+        task = asyncio.create_task(self._watch(run))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, run: BatchRun) -> None:
+        """Run a batch to its end. One whose disk fails stays as it is for the next start."""
+        if self._window is None:
+            raise AssertionError("a batch runs before the engine serves")
+        batch_id = run.stored.batch.id
+        expiry = None
+        if (expires_at := run.stored.batch.expires_at) is not None:
+            delay_s = max(0, expires_at - now())
+            expiry = asyncio.get_running_loop().call_later(delay_s, run.stop, "expire")
+        try:
+            await run.run(self._window)
+        except (OSError, sqlite3.Error) as error:
+            logger.error("event=batch_stopped batch=%s reason=%r", batch_id, str(error))
+        finally:
+            if expiry is not None:
+                expiry.cancel()
+        if run.stored.is_over:
+            self._runs.pop(batch_id, None)
+
+    async def _sweep(self) -> None:
+        """Remove the files whose time is over."""
+        opened = self.opened()
+        for file_id in await opened.database.run(Database.find_expired_files, now()):
+            await self.remove_file(file_id)
+            logger.info("event=file_expired file=%s", file_id)
+
+    async def remove_file(self, file_id: str) -> None:
+        """Remove a file: its row first, so that a crash leaves bytes, which the next start sweeps, and no ghost."""
+        opened = self.opened()
+        await opened.database.run(Database.remove_file, file_id)
+        await asyncio.to_thread(opened.folder.remove, file_id)
+
+
+def owner_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return whose files and batches a request sees: a digest of its API key; all share them where there is none."""
+    given = next((value for name, value in headers if name == b"authorization"), b"")
+    key = given.partition(b" ")[2].strip()
+    return hashlib.sha256(key).hexdigest()[:16] if key else ""
