@@ -113,7 +113,6 @@ def test_the_tokenizer_asks_for_the_key_and_health_does_not(tokenizer_dir: Path)
         "/v1/images/generations": "text alone",
         "/v1/audio/speech": "text alone",
         "/v1/moderations": "no moderation",
-        "/v1/batches/batch_1": "no batches",
         "/v1/engines/smollm2/completions": "/v1/completions",
         "/v1/assistants": "/v1/chat/completions",
     }.items(),
