@@ -22,7 +22,7 @@ process, which costs a sixth of the time."""
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)  # before anything imports torch
 
-_TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault", "codegen")
+_TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault", "codegen", "combinations")
 _TESTS = Path(__file__).resolve().parent
 LONG_FILES = (
     "api/test_greedy_policies.py",
