@@ -159,7 +159,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         doc("replicas that must be left for the engine to go on when one fails; default: all of them"),
     ] = None
     tp_size: Annotated[
-        int, Meta(ge=1, le=8), doc("ranks that hold the model together, each a part of every layer; on CPUs only yet")
+        int, Meta(ge=1, le=8), doc("ranks that hold the model together, each with a part of every layer and a GPU")
     ] = 1
 
     # torch.compile

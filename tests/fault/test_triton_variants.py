@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from toka_engine.model.aot.triton_build import Variants, list_shapes, make_model
-from toka_engine.model.aot.triton_dry_run import make_runner, dry_run
+from toka_engine.model.aot.triton_dry_run import DryRanks, make_runner, dry_run
 from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS
 from toka_engine.model.sizing import Sizes
 from tests.model.driving import Driver, ints
@@ -111,18 +111,31 @@ record("image", list_shapes(BUILT_HEAD_DIMS))
 biases = [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}]
 with_biases = [(make_model(hidden_size=576, intermediate_size=1536, **fields), 16) for fields in biases]
 record("known models", [known_shape(*each) for each in KNOWN.values()] + with_biases)
+RANKS = {
+    "Llama-3.1-70B": (2, 4, 8), "Llama-3.1-405B": (8,), "SmolLM2-135M": (), "SmolLM2-360M": (), "Qwen2.5-0.5B": (2,),
+}
+record("ranks of known models", [
+    (*known_shape(*KNOWN[name]), DryRanks(rank, num_ranks))
+    for name in KNOWN for num_ranks in RANKS.get(name, (2, 4)) for rank in (0, num_ranks - 1)
+])
 record("any models", [any_shape() for _ in range(40)])
 one = make_model("Qwen3ForCausalLM", vocab_size=50001), 16
 record("one start", [one])
 others = Variants(90)
 with others.recording():
     for num_pages, max_seqs, num_tokens, columns in ((1009, 37, 91, 33), (64, 5, 17, 1), (3, 2, 2, 3)):
-        dry_run(*one, Sizes(num_pages, 0, max_seqs, num_tokens, columns))
+        dry_run(*one, sizes=Sizes(num_pages, 0, max_seqs, num_tokens, columns))
 report("starts of other numbers", others)
 steps = Variants(90)
 with steps.recording(), torch.inference_mode():
     launch_steps(one)
 report("its steps", steps)
+one_rank = (*one, DryRanks(1, 2))
+record("start of a rank", [one_rank])
+rank_steps = Variants(90)
+with rank_steps.recording(), torch.inference_mode():
+    launch_steps(one_rank)
+report("its steps as a rank", rank_steps)
 """
 
 
@@ -170,14 +183,17 @@ def kernels_launched_in(source: Path) -> set[str]:
     }
 
 
-OF_SEVERAL_GPUS = {"all_reduce.py", "peer_pattern.py"}
-"""Kernels that no start launches yet: tp_size on GPUs is refused."""
+def test_an_image_holds_every_variant_that_ranks_of_known_models_ask_for(variants: dict[str, Any]) -> None:
+    assert missing(variants["ranks of known models"], variants["image"]) == []
+
+
+def test_steps_of_a_rank_ask_for_no_variant_that_its_start_did_not(variants: dict[str, Any]) -> None:
+    assert missing(variants["its steps as a rank"], variants["start of a rank"]) == []
 
 
 def test_every_kernel_that_the_engine_launches_is_built(variants: dict[str, Any]) -> None:
     sources = list((ROOT / "engine").rglob("*.py"))
     assert {path.parent for path in sources if "@triton.jit" in path.read_text()} == {KERNELS}
-    modules = [path for path in KERNELS.glob("*.py") if path.name not in OF_SEVERAL_GPUS]
-    launched = set().union(*map(kernels_launched_in, modules))
+    launched = set().union(*map(kernels_launched_in, KERNELS.glob("*.py")))
     assert launched == {name for name, _, _ in variants["image"]}
     assert len(launched) >= 17

@@ -8,21 +8,25 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from toka_engine.config import EngineConfig
+from toka_engine.model import worker
 from toka_engine.model.cpu import backend
 from toka_engine.model.devices import select_backend
 from toka_engine.model.linear import Linear, LinearParameters, LmHead, ResidualLinear
+from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
-from toka_engine.model.ranks import SingleRank
+from toka_engine.model.ranks import Ranks, SingleRank
 from toka_engine.model.residual import Norm
 
-from tests.model.driving import Driver
+from tests.model.driving import Driver, load
 from tests.model.test_logits import IDS, VARIANTS, check_parity
+from tests.model.thread_ranks import run_ranks
 
 
 class PlainGemv:
@@ -55,6 +59,19 @@ class PlainGemv:
     ) -> None:
         self._note("gemv_add", x, weight)
         residual += F.linear(x, weight, bias)
+
+    def gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._note("gemv", x, weight)
+        return F.linear(x, weight, bias)
+
+    def gated_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._note("gated_gemv", x, weight)
+        gate, up = F.linear(x, weight, bias).chunk(2, dim=1)
+        return F.silu(gate) * up
+
+    def partial_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._note("partial_gemv", x, weight)
+        return F.linear(x, weight, bias)
 
     def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         self._note("head_gemv", x, weight)
@@ -132,11 +149,45 @@ def test_what_other_blocks_left_to_add_is_added_once_to_a_step_of_one_row(kernel
     x, residual = norm(added, start.clone())
     found = linear(x)
     assert torch.equal(residual, start + added)
-    assert kernels.calls == []
+    assert kernels.calls == ["gemv"]
     x, residual = norm(residual, None)
     torch.testing.assert_close(linear(x), found)
     assert torch.equal(residual, start + added)
-    assert kernels.calls == ["norm_gemv"]
+    assert kernels.calls == ["gemv", "norm_gemv"]
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_step_of_one_row_on_two_ranks_uses_the_kernels_and_adds_the_stream_once(
+    is_fused: bool, make_tiny: Callable[..., tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases and residuals would count twice if each rank's GEMV added the whole stream."""
+    _, folder = make_tiny("Llama", attention_bias=True, mlp_bias=True)
+    kernels = [PlainGemv(), PlainGemv()]
+
+    def select(device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig) -> backend.CpuBackend:
+        def all_reduce_add_rms_norm(
+            x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        ) -> torch.Tensor:
+            return plain.add_rms_norm(ranks.all_reduce(x), residual, weight, eps)
+
+        chosen, plain = backend.CpuBackend(ranks), backend.make_ops()
+        fused = all_reduce_add_rms_norm if is_fused else None
+        chosen.ops = replace(plain, gemv=kernels[ranks.rank], all_reduce_add_rms_norm=fused)
+        return chosen
+
+    def generate(ranks: Ranks) -> torch.Tensor:
+        driver = Driver(load(folder, ranks))
+        driver.prefill({0: IDS[:9]})
+        driver.decode([0])
+        return driver.logits
+
+    [whole] = run_ranks(1, generate)
+    monkeypatch.setattr(worker, "select_backend", select)
+    parts = run_ranks(2, generate)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
+    step = [*["gemv", "partial_gemv", "gated_gemv", "partial_gemv"] * 2, "head_gemv"]
+    for each in kernels:
+        assert each.calls[-len(step) :] == step
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(1, None), (3, None), (3, [1]), (3, [2, 0])])

@@ -65,7 +65,8 @@ class ModelBuilder:
         shard = Shard(1, *self.sharding.split(name, in_size))
         weight = self.weights.take(f"{name}.weight", (width, in_size), shard)
         bias = self.weights.take(f"{name}.bias", (width,)) if has_bias else None
-        return ResidualLinear(self.ops, LinearParameters(weight, bias if self.sharding.rank == 0 else None))
+        parameters = LinearParameters(weight, bias if self.sharding.rank == 0 else None)
+        return ResidualLinear(self.ops, parameters, is_partial=self.ranks.size > 1)
 
     def norm(self, name: str, offset: float = 0.0) -> Norm:
         """The RMSNorm of the residual stream whose weight is the stored one plus `offset`."""

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.errors import ConfigError, DeviceUnavailableError
+from toka_engine.errors import DeviceUnavailableError
 from toka_engine.messages import RankInfo
 from toka_engine.model.backend import Backend
 from toka_engine.model.gpus import Gpu, check_free, choose_gpu, count_foreign_bytes, list_unlike
+from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ranks import Ranks, SingleRank
 
 logger = logging.getLogger("toka.model")
@@ -68,23 +69,31 @@ def probe_gpus() -> list[Gpu]:
 def connect_ranks(rank: RankInfo, rendezvous: Path, device: torch.device) -> Ranks:
     """Return the tensor parallel ranks that share a replica with `rank`, once they have met in `rendezvous`.
 
-    Raises ConfigError where the device cannot do it yet, PeerClosedError.
+    Raises PeerClosedError.
     """
     if rank.tp_size == 1:
         return SingleRank()
-    if device.type != "cpu":
-        raise ConfigError(f"tp_size={rank.tp_size} needs device=cpu: ranks on GPUs are not built yet")
+    meeting = rendezvous / f"dp{rank.dp_rank}"
+    if device.type == "cuda":
+        from toka_engine.model.cuda.gpu_ranks import GpuRanks
+
+        return GpuRanks(meeting, rank.tp_rank, rank.tp_size)
     from toka_engine.model.cpu.gloo_ranks import GlooRanks
 
-    return GlooRanks(rendezvous / f"dp{rank.dp_rank}", rank.tp_rank, rank.tp_size)
+    return GlooRanks(meeting, rank.tp_rank, rank.tp_size)
 
 
-def select_backend(device: torch.device, config: EngineConfig, ranks: Ranks) -> Backend:
+def select_backend(
+    device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig | None = None
+) -> Backend:
     """Make the backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
-    Raises ConfigError, StorageError.
+    Several ranks on GPUs connect here, to exchange rows of `model`.
+
+    Raises ConfigError, StorageError, DeviceUnavailableError (GPU ranks that cannot reach each other).
     """
-    backend = _make_cuda_backend(device) if device.type == "cuda" else _make_cpu_backend(ranks)
+    is_gpu = device.type == "cuda"
+    backend = _make_cuda_backend(device, config, ranks, model) if is_gpu else _make_cpu_backend(ranks)
     if not config.torch_compile:
         return backend
     from toka_engine.model.torch_compile.inductor_cache import choose_compile_cache
@@ -101,10 +110,15 @@ def _make_cpu_backend(ranks: Ranks) -> Backend:
     return CpuBackend(ranks)
 
 
-def _make_cuda_backend(device: torch.device) -> Backend:
+def _make_cuda_backend(device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig | None) -> Backend:
     from toka_engine.model.cuda.backend import CudaBackend
+    from toka_engine.model.cuda.gpu_ranks import GpuRanks
     from toka_engine.model.cuda.triton_cache import use_built
 
     major, minor = torch.cuda.get_device_capability(device)
-    use_built(10 * major + minor)
-    return CudaBackend(10 * major + minor)
+    capability = 10 * major + minor
+    use_built(capability)
+    if not isinstance(ranks, GpuRanks):
+        return CudaBackend(capability)
+    assert model is not None, "ranks exchange rows of a model"
+    return CudaBackend(capability, ranks.connect(config, model, capability))

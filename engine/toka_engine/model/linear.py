@@ -3,7 +3,8 @@
 A step of one row waits for its weights and little else, so the norm before a GEMV, the activation behind it and the add
 to the residual stream are fused into it. A norm of one row is therefore left to the linear layer that reads it
 (`DeferredNorm`), and the last linear layer of a block to the norm that adds its output (`DeferredAdd`). A model passes
-both on as it passes on tensors, and looks into neither.
+both on as it passes on tensors, and looks into neither. On several ranks neither is deferred for a GEMV: between the
+two stands the all-reduce, which is fused with the add and the norm instead.
 """
 
 from __future__ import annotations
@@ -71,6 +72,18 @@ class Gemv:
         weight, bias = self.parameters.weight, self.parameters.bias
         return self.kernels.norm_gated_gemv(norm.residual, norm.weight, norm.eps, weight, bias)
 
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """A row [1, in] that is normed already -> [1, out]."""
+        return self.kernels.gemv(x, self.parameters.weight, self.parameters.bias)
+
+    def apply_gated(self, x: torch.Tensor) -> torch.Tensor:
+        """A row [1, in] that is normed already -> silu(gate) * up [1, out / 2]."""
+        return self.kernels.gated_gemv(x, self.parameters.weight, self.parameters.bias)
+
+    def apply_partial(self, x: torch.Tensor) -> torch.Tensor:
+        """A row [1, in] -> this rank's part [1, out] of a sum over ranks."""
+        return self.kernels.partial_gemv(x, self.parameters.weight, self.parameters.bias)
+
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Add the output for x [1, in] to `residual` [1, out] in place."""
         self.kernels.gemv_add(x, self.parameters.weight, self.parameters.bias, residual)
@@ -91,6 +104,9 @@ class Linear:
             case DeferredAdd():
                 raise AssertionError("a linear layer reads a norm or another layer, not a block's output")
             case _:
+                # In this order: where there are no kernels, a trace must not ask for the rows.
+                if self.gemv is not None and x.shape[0] == 1:
+                    return self.gemv.apply(x)
                 return self.gemm(x)
 
     def find_gemv(self) -> Gemv:
@@ -110,14 +126,18 @@ class GatedLinear:
         """[n, in] -> [n, out / 2]."""
         if isinstance(x, DeferredNorm):
             return self._linear.find_gemv().apply_gated_to_norm(x)
+        gemv = self._linear.gemv
+        if gemv is not None and isinstance(x, torch.Tensor) and x.shape[0] == 1:
+            return gemv.apply_gated(x)
         return self._silu_mul(self._linear(x))
 
 
 class ResidualLinear:
     """The last linear layer of a block: its output is added to the residual stream by the next norm."""
 
-    def __init__(self, ops: Ops, parameters: LinearParameters) -> None:
-        self._linear = Linear(ops, parameters)
+    def __init__(self, ops: Ops, parameters: LinearParameters, is_partial: bool = False) -> None:
+        """`is_partial`: the output is one rank's part of a sum, which the next norm computes."""
+        self._linear, self._is_partial = Linear(ops, parameters), is_partial
 
     def __call__(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> Activation:
         """x [n, in] -> what is to be added to the stream [n, out]; of the rows `wanted` alone, if given."""
@@ -126,8 +146,11 @@ class ResidualLinear:
         gemv = self._linear.gemv
         # In this order: where there are no kernels, a trace must not ask for the rows.
         if gemv is not None and x.shape[0] == 1:
-            return DeferredAdd(x, gemv, wanted)
-        output = self._linear(x)
+            if not self._is_partial:
+                return DeferredAdd(x, gemv, wanted)
+            output = gemv.apply_partial(x)
+        else:
+            output = self._linear(x)
         return output if wanted is None else DeferredAdd(output, None, wanted)
 
 

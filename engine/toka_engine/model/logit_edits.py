@@ -61,6 +61,30 @@ class EditPlan:
     allowed_owners: Int32s  # [m]: index into `rows`
     allowed_ids: Int32s  # [m]
 
+    def select(self, rows: NDArray[np.int64]) -> EditPlan | None:
+        """Return the edits of some of the plan's rows, ascending, as if there were no others; None if there are none.
+
+        Each of these rows is to have a row of logits of its own, in their order.
+        """
+        is_chosen = np.isin(self.rows, rows, assume_unique=True)
+        if not is_chosen.any():
+            return None
+        places = np.cumsum(is_chosen, dtype=np.int32) - 1
+        own = is_chosen[self.owners]
+        allowed = is_chosen[self.allowed_owners]
+        at = np.searchsorted(rows, self.rows[is_chosen])
+        return EditPlan(
+            rows=at,
+            logit_rows=at.astype(np.int32),
+            until=self.until[is_chosen],
+            owners=places[self.owners[own]],
+            ids=self.ids[own],
+            values=self.values[own],
+            restricted=places[self.restricted[is_chosen[self.restricted]]],
+            allowed_owners=places[self.allowed_owners[allowed]],
+            allowed_ids=self.allowed_ids[allowed],
+        )
+
     def place(self, at: Int32s, first: int = 0, width: int | None = None) -> EditArrays:
         """Return the edits of logits from token `first` on; at[i] is the row of these for row i, or -1 for none."""
         owners, ids, values = at[self.owners], self.ids - first, self.values

@@ -51,6 +51,33 @@ class GemvKernels(Protocol):
         """Add W x + b to `residual`, in place."""
         ...
 
+    def gemv(
+        self,
+        x: torch.Tensor,  # [1, in]
+        weight: torch.Tensor,  # [out, in]
+        bias: torch.Tensor | None,  # [out]
+    ) -> torch.Tensor:
+        """Return W x + b of a row that is normed already, [1, out]: on several ranks the norm is the all-reduce's."""
+        ...
+
+    def gated_gemv(
+        self,
+        x: torch.Tensor,  # [1, in]
+        weight: torch.Tensor,  # [2 * out, in]: gate, then up
+        bias: torch.Tensor | None,  # [2 * out]
+    ) -> torch.Tensor:
+        """Return silu(gate) * up of W x + b of such a row, [1, out]."""
+        ...
+
+    def partial_gemv(
+        self,
+        x: torch.Tensor,  # [1, in]
+        weight: torch.Tensor,  # [out, in]
+        bias: torch.Tensor | None,  # [out]
+    ) -> torch.Tensor:
+        """Return W x + b, [1, out]: this rank's part of a sum over ranks."""
+        ...
+
     def head_gemv(
         self,
         x: torch.Tensor,  # [1, in]
@@ -79,3 +106,5 @@ class Ops:
     """[rows, 2 * width] (gate, then up) -> silu(gate) * up [rows, width]."""
     gemv: GemvKernels | None
     """The device's GEMV kernels, if it has some. `make_linear` must take no copy of the weights then."""
+    all_reduce_add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
+    """The same with the sum of all ranks' x. None: the ranks' own all-reduce stands before `add_rms_norm`."""

@@ -38,12 +38,12 @@ class Norm:
     """RMSNorm of the residual stream (Zhang and Sennrich 2019)."""
 
     def __init__(self, ops: Ops, weight: torch.Tensor, eps: float, ranks: Ranks) -> None:
-        if ranks.size > 1 and ops.gemv is not None:
-            raise AssertionError("each rank's GEMV would add the whole stream to its part of the sum")
         self.weight, self._eps = weight, eps
-        self._rms_norm, self._add_rms_norm = ops.rms_norm, ops.add_rms_norm
-        self._can_defer = ops.gemv is not None
-        self._all_reduce = ranks.all_reduce if ranks.size > 1 else None
+        fused = ops.all_reduce_add_rms_norm if ranks.size > 1 else None
+        self._rms_norm, self._add_rms_norm = ops.rms_norm, fused or ops.add_rms_norm
+        self._all_reduce = ranks.all_reduce if ranks.size > 1 and fused is None else None
+        self._is_fused = fused is not None
+        self._can_defer = ops.gemv is not None and ranks.size == 1
 
     def __call__(self, x: Activation, residual: torch.Tensor | None) -> tuple[Activation, torch.Tensor]:
         """Add a block's output `x` [n, width] to the stream [n, width], in place; return its norm, and the stream.
@@ -79,4 +79,6 @@ class Norm:
             raise AssertionError("a norm reads a block's output, not another norm")
         if self._all_reduce is not None:
             x = self._all_reduce(x)
+        if self._is_fused and residual is None:
+            residual = torch.zeros_like(x)  # `x` is a part of the sum that becomes the stream
         return (None, x) if residual is None else (x, residual)

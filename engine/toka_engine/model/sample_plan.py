@@ -33,6 +33,21 @@ class Penalties:
     frequency: NDArray[np.float32]  # taken off once for each time that it was generated
     repetition: NDArray[np.float32]  # divides positive logits of all tokens so far, multiplies negative ones
 
+    def select(self, rows: NDArray[np.int64]) -> Penalties | None:
+        """Return those of some of the plan's rows, ascending, as if there were no others; None if none asks."""
+        is_chosen = np.isin(self.rows, rows, assume_unique=True)
+        if not is_chosen.any():
+            return None
+        return Penalties(
+            rows=np.searchsorted(rows, self.rows[is_chosen]),
+            sources=self.sources[is_chosen],
+            lengths=self.lengths[is_chosen],
+            num_generated=self.num_generated[is_chosen],
+            presence=self.presence[is_chosen],
+            frequency=self.frequency[is_chosen],
+            repetition=self.repetition[is_chosen],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
@@ -78,6 +93,33 @@ class SamplePlan:
             return False
         edits = self.edits
         return edits is None or bool((host["num_sampled"][self.slots[edits.rows]] < edits.until).all())
+
+    @property
+    def whole_rows(self) -> NDArray[np.int64]:
+        """The rows whose sampling needs the logits of the whole vocabulary in one place, ascending."""
+        return np.unique(np.concatenate((self.filtered, self.top, self.changed_rows)))
+
+    def select(self, rows: NDArray[np.int64]) -> SamplePlan:
+        """Return the plan of some of the rows, ascending, as if there were no others."""
+
+        def renumber(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.searchsorted(rows, chosen[np.isin(chosen, rows, assume_unique=True)])
+
+        return SamplePlan(
+            slots=self.slots[rows],
+            greedy=renumber(self.greedy),
+            drawn=renumber(self.drawn),
+            seeded=renumber(self.seeded),
+            filtered=renumber(self.filtered),
+            has_logprobs=self.has_logprobs,
+            top=renumber(self.top),
+            top_counts=self.top_counts[np.isin(self.top, rows, assume_unique=True)],
+            top_width=self.top_width,
+            penalties=None if self.penalties is None else self.penalties.select(rows),
+            edits=None if self.edits is None else self.edits.select(rows),
+            grammatical=renumber(self.grammatical),
+            masks=None if self.masks is None else self.masks[np.isin(self.grammatical, rows, assume_unique=True)],
+        )
 
 
 def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:

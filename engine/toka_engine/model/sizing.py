@@ -49,14 +49,20 @@ def _has_cpu_bfloat16() -> bool:
     )
 
 
+def choose_step_sizes(config: EngineConfig, is_gpu: bool) -> tuple[int, int]:
+    """Return the most sequences and tokens of a forward: what the user set, else the device's default."""
+    max_seqs = config.max_seqs_per_forward or (_GPU_SEQS if is_gpu else _CPU_SEQS)
+    max_tokens = config.max_tokens_per_forward or (_GPU_TOKENS_PER_FORWARD if is_gpu else _CPU_TOKENS_PER_FORWARD)
+    return max_seqs, max_tokens
+
+
 def choose_sizes(
     config: EngineConfig, model: ModelConfig, device: torch.device, kv_bytes_per_token: int, available: int
 ) -> Sizes:
     """Sizes for a model that is loaded already, with `available` bytes left. Raises ConfigError, OutOfMemoryError."""
     is_gpu = device.type == "cuda"
     page_size = config.page_size
-    max_seqs = config.max_seqs_per_forward or (_GPU_SEQS if is_gpu else _CPU_SEQS)
-    max_tokens = config.max_tokens_per_forward or (_GPU_TOKENS_PER_FORWARD if is_gpu else _CPU_TOKENS_PER_FORWARD)
+    max_seqs, max_tokens = choose_step_sizes(config, is_gpu)
     for name, value in (
         ("page_size", page_size),
         ("max_seqs", max_seqs),

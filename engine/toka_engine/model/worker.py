@@ -122,13 +122,13 @@ def load_worker(
     device = device or find_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or max(1, count_threads() // (ranks.size * config.dp_size)))
-    backend = select_backend(device, config, ranks)
     model_config = read_model_config(model_dir)
     dtype, sharding = choose_dtype(config, device), Sharding(ranks.rank, ranks.size)
     sharding.check(
         model_config.num_heads, model_config.num_kv_heads, model_config.intermediate_size, model_config.vocab_size
     )
     shape = AttentionShape.of(model_config, dtype, device, sharding)
+    backend = select_backend(device, config, ranks, model_config)
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
         available = ranks.agree_min(read_available_bytes(device)) // (ranks.size if device.type == "cpu" else 1)

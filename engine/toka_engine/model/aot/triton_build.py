@@ -32,7 +32,7 @@ from triton.runtime.errors import TritonError
 
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, DeviceUnavailableError, StorageError
-from toka_engine.model.aot.triton_dry_run import dry_run
+from toka_engine.model.aot.triton_dry_run import DryRanks, dry_run
 from toka_engine.model.architectures.registry import MODELS
 from toka_engine.model.cuda import toolchain
 from toka_engine.model.cuda.triton_cache import KernelCache, find_c_compiler, folder_of, pin_keys
@@ -43,9 +43,12 @@ _HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Head counts to dry-run. Each stands for all values above the previous one, as do all sizes here."""
 _HIDDEN_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 _VOCAB_SIZES = (32768, 65536, 131072, 262144)
+_RANKS = (2, 4, 8)
+_SHARDED_VOCAB_SIZES = (8192, 16384, *_VOCAB_SIZES)
+"""The vocabulary's part of each of two ranks stands for parts of that size of any number of ranks."""
 
-Shape: TypeAlias = tuple[ModelConfig, int]
-"""A model and the page size."""
+Shape: TypeAlias = tuple[ModelConfig, int] | tuple[ModelConfig, int, DryRanks]
+"""A model, the page size, and the rank that has a part of the model (without one: all of it)."""
 
 
 class _Target:
@@ -77,8 +80,8 @@ class Variants:
     def record(self, shapes: Iterable[Shape]) -> None:
         """Add the variants that starts of the engine ask for."""
         with self.recording():
-            for model, page_size in shapes:
-                dry_run(model, page_size)
+            for shape in shapes:
+                dry_run(*shape)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -109,6 +112,21 @@ def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
         yield make_model(vocab_size=vocab_size - 1), page_size
     yield make_model(attention_bias=True, mlp_bias=True), page_size
     yield make_model(), 1  # a size of 1 is a type of its own to Triton
+    yield from _list_rank_shapes(page_size)
+
+
+def _list_rank_shapes(page_size: int) -> Iterator[Shape]:
+    """List what ranks of tensor parallel models ask for beyond that: heads of their own number are listed above."""
+    first, last = DryRanks(0, 2), DryRanks(1, 2)
+    for num_ranks in _RANKS:
+        for hidden_size in _HIDDEN_SIZES:
+            yield make_model(hidden_size=hidden_size), page_size, DryRanks(0, num_ranks)
+    for vocab_size in _SHARDED_VOCAB_SIZES:
+        yield make_model(vocab_size=vocab_size), page_size, first
+        for rank in (first, last):  # the last one's part is shorter
+            yield make_model(vocab_size=vocab_size - 1), page_size, rank
+    for rank in (first, last):  # one of them alone adds the biases of sums
+        yield make_model(attention_bias=True, mlp_bias=True), page_size, rank
 
 
 def make_model(architecture: str = "LlamaForCausalLM", **fields: int) -> ModelConfig:

@@ -8,7 +8,7 @@ flashinfer's kernels and the copies to the host are left out. The caller decides
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,14 +24,16 @@ from toka_engine.model.backend import Launched
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.backend import make_ops
 from toka_engine.model.cuda.memory_fit import make_largest_steps
+from toka_engine.model.cuda.peer_links import LinkSizes, find_begins, make_links
 from toka_engine.model.cuda.runner import CudaRunner
+from toka_engine.model.cuda.tensor_parallel import PeerParallel
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
+from toka_engine.model.kernels.peer_pattern import write_pattern
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.prompt_scores import PromptScores
-from toka_engine.model.ranks import SingleRank
 from toka_engine.model.sample_plan import Sampled, SamplePlan
-from toka_engine.model.sharding import Shard
+from toka_engine.model.sharding import Shard, Sharding
 from toka_engine.model.sizing import Sizes
 from toka_engine.model.worker import describe, make_warm_up_steps
 
@@ -48,6 +50,43 @@ class _Weights(Weights):
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> torch.Tensor:
         return torch.empty(shape if shard is None else shard.cut(shape), dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class DryRanks:
+    """A ranks.Ranks whose others are not there: kernels that exchange with them are launched, and nothing comes."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`."""
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` once for each rank."""
+        return x.expand(self.size, *x.shape)
+
+    def agree_min(self, value: int) -> int:
+        """Return `value`."""
+        return value
+
+    def connect(self, model: ModelConfig, sizes: Sizes, capability: int) -> PeerParallel | None:
+        """Make what cuda.gpu_ranks.GpuRanks makes, with peer memory that has no bytes."""
+        if self.size == 1:
+            return None
+        sharding = Sharding(self.rank, self.size)
+        link_sizes = LinkSizes(model.hidden_size, _MAX_ROWS, sizes.max_seqs, model.vocab_size)
+        begins = find_begins(self.size, link_sizes)
+        addresses = torch.zeros(self.size, dtype=torch.int64, device=_META)
+        region = torch.zeros(begins[-1] // 4, device=_META)
+        begin, end = sharding.split_vocabulary(model.vocab_size)
+        links = make_links(sharding, link_sizes, capability, _MAX_PROGRAMS, addresses, begins, region)
+        return PeerParallel(links, end - begin, self.agree_min)
+
+
+ALONE = DryRanks(0, 1)
+_MAX_PROGRAMS, _MAX_ROWS = 2, 1 << 14
 
 
 class DryRunner(CudaRunner):
@@ -68,24 +107,32 @@ class DryRunner(CudaRunner):
         return Launched(step.number, plan, sampled, started_s, 0.0, scores=scores)
 
 
-def make_runner(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> tuple[DryRunner, WorkerReady]:
-    """Make the runner of this model and its worker's report. `sizes`: other than the page size."""
-    sizes = replace(sizes, page_size=page_size)
-    shape = AttentionShape.of(model, torch.bfloat16, _META)
+def make_runner(
+    model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES
+) -> tuple[DryRunner, WorkerReady]:
+    """Make the runner of this model, or of a rank's part, and its worker's report.
+
+    `sizes`: other than the page size.
+    """
+    sizes, capability = replace(sizes, page_size=page_size), driver.active.get_current_target().arch
+    shape = AttentionShape.of(model, torch.bfloat16, _META, Sharding(ranks.rank, ranks.size))
+    parallel = ranks.connect(model, sizes, capability)
     attention = CudaAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     with torch.inference_mode():
         runner = DryRunner(
-            build_model(model, _Weights(), make_ops(driver.active.get_current_target().arch), SingleRank()),
-            attention, sizes.max_seqs, EngineConfig(seed=0),
+            build_model(model, _Weights(), make_ops(capability, parallel), ranks),
+            attention, sizes.max_seqs, EngineConfig(seed=0), parallel,
         )  # fmt: skip
     return runner, describe(model, sizes, shape)
 
 
 @torch.inference_mode()
-def dry_run(model: ModelConfig, page_size: int, sizes: Sizes = _SIZES) -> None:
+def dry_run(model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES) -> None:
     """Launch the kernels that an engine's start with this model launches: see worker.Worker.warm_up."""
-    runner, ready = make_runner(model, page_size, sizes)
+    runner, ready = make_runner(model, page_size, ranks, sizes)
+    if ranks.size > 1:
+        write_pattern(torch.zeros(ranks.size, dtype=torch.int64, device=_META), ranks.rank)
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
         runner.launch(step)
     runner.launch_rest()

@@ -11,6 +11,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.cuda.runner import CudaRunner
+from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.gemv import TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
@@ -35,8 +36,8 @@ def make_head(weight: torch.Tensor) -> Gemm:
     return head
 
 
-def make_ops(capability: int) -> Ops:
-    """Make the operators for a GPU of this compute capability, as 90."""
+def make_ops(capability: int, parallel: TensorParallel | None = None) -> Ops:
+    """Make the operators for a GPU of this compute capability, as 90; of a rank, if there are several."""
     return Ops(
         make_linear=make_linear,
         make_head=make_head,
@@ -44,6 +45,7 @@ def make_ops(capability: int) -> Ops:
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
         gemv=TritonGemv.for_capability(capability),
+        all_reduce_add_rms_norm=None if parallel is None else parallel.all_reduce_add_rms_norm,
     )
 
 
@@ -52,17 +54,21 @@ class CudaBackend:
 
     has_packed_linears = False
 
-    def __init__(self, capability: int) -> None:
-        """`capability`: the GPU's compute capability, as 90."""
-        self.ops = make_ops(capability)
+    def __init__(self, capability: int, parallel: TensorParallel | None = None) -> None:
+        """`capability`: the GPU's compute capability, as 90. `parallel`: what this rank shares with others, if any."""
+        self.ops = make_ops(capability, parallel)
+        self._parallel = parallel
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
         """See backend.Backend. The number of pages is provisional where `CudaRunner.prepare` fits the cache."""
-        sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, read_available_bytes(shape.device))
+        available = read_available_bytes(shape.device)
+        if self._parallel is not None:
+            available = self._parallel.agree_min(available)
+        sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, available)
         return provisional_sizes(sizes) if config.kv_cache_num_tokens is None else sizes
 
     def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CudaRunner:
         """See backend.Backend."""
         attention = CudaAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
-        return CudaRunner(model, attention, sizes.max_seqs, config)
+        return CudaRunner(model, attention, sizes.max_seqs, config, self._parallel)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import GRAPH_GROUP_WORDS, CudaAttention, GraphGroups
 from toka_engine.model.cuda.graph_sizes import graph_sizes, measure_captures
-from toka_engine.model.cuda.sampler import CudaSampler
+from toka_engine.model.cuda.sampler import Sampler
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.packets import Packets
 
@@ -36,7 +36,7 @@ class DecodeGraphs:
         model: CausalModel,
         attention: CudaAttention,
         state: DeviceSlots,
-        sampler: CudaSampler,
+        sampler: Sampler,
         max_rows: int,
     ) -> None:
         """`attention` and `sampler` share `state`; the memory of `attention` may not be replaced afterwards."""

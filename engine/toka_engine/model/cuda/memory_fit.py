@@ -96,11 +96,12 @@ def fit_cache(
     ready: WorkerReady,
     run: Callable[[Iterable[Step]], None],
     measure_graphs: Callable[[], int],
+    agree_min: Callable[[int], int],
 ) -> WorkerReady:
     """Measure, allocate the real cache in the place of the provisional one, and return the final sizes.
 
-    `run` executes steps; `measure_graphs` gives the bytes that graphs will take. Raises OutOfMemoryError if not even
-    one page is left.
+    `run` executes steps; `measure_graphs` gives the bytes that graphs will take; `agree_min` gives the smallest value
+    of all tensor parallel ranks. Raises OutOfMemoryError if not even one page is left.
     """
     device = attention.shape.device
     torch.cuda.synchronize(device)
@@ -115,7 +116,7 @@ def fit_cache(
     (free, _), margin = torch.cuda.mem_get_info(device), _find_margin(device)
     available = free - step_bytes - graph_bytes - margin
     bytes_per_page = (attention.shape.kv_bytes_per_token + TOKEN_ID_BYTES) * ready.page_size
-    num_pages = available // bytes_per_page - 1  # one is the backend's own
+    num_pages = agree_min(available // bytes_per_page - 1)  # one is the backend's own
     logger.info(
         "event=memory free_gb=%.2f largest_step_gb=%.2f graphs_gb=%.2f margin_gb=%.2f pages=%d",
         *(value / 1e9 for value in (free, step_bytes, graph_bytes, margin)),

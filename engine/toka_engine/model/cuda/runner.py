@@ -6,6 +6,7 @@ Decode-only steps replay CUDA graphs (`decode_graphs`), to which the host only w
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.decode_graphs import DecodeGraphs
 from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, take_spare
-from toka_engine.model.cuda.sampler import CudaSampler
+from toka_engine.model.cuda.sampler import CudaSampler, Sampler
 from toka_engine.model.cuda.staging import Staging
+from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.cuda.triton_cache import log_compiled
 from toka_engine.model.in_flight import MAX_STEPS_IN_FLIGHT, RING_SIZE
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
@@ -60,11 +62,25 @@ class CudaRunner:
 
     max_steps_in_flight = MAX_STEPS_IN_FLIGHT
 
-    def __init__(self, model: CausalModel, attention: CudaAttention, max_seqs: int, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        attention: CudaAttention,
+        max_seqs: int,
+        config: EngineConfig,
+        parallel: TensorParallel | None = None,
+    ) -> None:
+        """`parallel`: what this rank shares with others, if there are any."""
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = DeviceSlots(max_seqs + 1, device)  # one more: padding rows of graphs
-        self.sampler = CudaSampler(settled_seed(config), self._slots, attention, max_seqs, vocab_size)
+        seed = settled_seed(config)
+        self.sampler: Sampler
+        if parallel is None:
+            self.sampler = CudaSampler(seed, self._slots, attention, max_seqs, vocab_size)
+        else:
+            self.sampler = parallel.make_sampler(seed, self._slots, attention, max_seqs)
         self.sample: Sample = self.sampler
+        self._parallel = parallel
         self.model, self.attention = model, attention
         self.grammars = SlotGrammars(max_seqs, vocab_size)
         self.state = HostSlots(max_seqs)
@@ -72,7 +88,8 @@ class CudaRunner:
         self.decode_graphs: DecodeGraphs | None = None
         self._last_plan: SamplePlan | None = None
         self._fits_cache = config.kv_cache_num_tokens is None
-        self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if config.use_cudagraphs else 0
+        has_graphs = config.use_cudagraphs and (parallel is None or parallel.has_graphs)
+        self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if has_graphs else 0
         self._reserve_outputs(device, max_seqs)
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
@@ -87,7 +104,8 @@ class CudaRunner:
     def prepare(self, ready: WorkerReady) -> WorkerReady:
         """See backend.Runner: fit the KV cache unless the user sized it, capture the graphs, keep memory for steps."""
         if self._fits_cache:
-            ready = fit_cache(self.attention, ready, self._run, self.measure_graphs)
+            agree_min = int if self._parallel is None else self._parallel.agree_min
+            ready = fit_cache(self.attention, ready, self._run, self.measure_graphs, agree_min)
         self.capture_graphs()
         decode_graphs, self.decode_graphs = self.decode_graphs, None  # steps take most memory without graphs
         self._run(make_largest_steps(ready))
@@ -127,34 +145,37 @@ class CudaRunner:
         attention, device = self.attention, self.attention.shape.device
         slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
         none = np.empty(0, np.int64)
-        logits = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=device)
+        width = self.model.config.vocab_size if self._parallel is None else self._parallel.width
+        logits = torch.zeros(1, width, dtype=torch.float32, device=device)
         penalties = Penalties(row, slot, slot * 0 + 1, slot * 0, *np.ones((3, 1), np.float32))
         edits = plan_edits(
             row, slot * 0, [TokenEdits(LogitEdits(slot * 0, np.zeros(1, np.float32), slot * 0))], slot * 0
         )
-        for has_logprobs in (False, True):
-            for seeded, changes, edited in (
-                (none, None, None),
-                (row, None, None),
-                (row, penalties, None),
-                (none, None, edits),
-                (row, penalties, edits),
-            ):
-                asked = row if has_logprobs else none
-                plan = SamplePlan(
-                    slots=slot,
-                    greedy=none,
-                    drawn=none,
-                    seeded=seeded,
-                    filtered=row,
-                    has_logprobs=has_logprobs,
-                    top=asked,
-                    top_counts=np.ones(asked.size, np.int32),
-                    top_width=asked.size,
-                    penalties=changes,
-                    edits=edited,
-                )
-                self.sample(logits, None, plan, self.state)
+        # On several ranks, rows without filters and top logprobs are sampled by other kernels.
+        filters = (row,) if self._parallel is None else (row, none)
+        changes = (
+            (none, None, None),
+            (row, None, None),
+            (row, penalties, None),
+            (none, None, edits),
+            (row, penalties, edits),
+        )
+        for filtered, has_logprobs, (seeded, penalized, edited) in itertools.product(filters, (False, True), changes):
+            asked = filtered if has_logprobs else none
+            plan = SamplePlan(
+                slots=slot,
+                greedy=none,
+                drawn=none,
+                seeded=seeded,
+                filtered=filtered,
+                has_logprobs=has_logprobs,
+                top=asked,
+                top_counts=np.ones(asked.size, np.int32),
+                top_width=asked.size,
+                penalties=penalized,
+                edits=edited,
+            )
+            self.sample(logits, None, plan, self.state)
         self.launch_many_rows(min(self.state.max_seqs, ShortLaunchConfig.of(attention.shape.head_dim).most_rows))
         scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
         attention.copy_pages(scratch_page, scratch_page)
@@ -237,12 +258,15 @@ class CudaRunner:
         if launched.ring_index is not None and self.decode_graphs is not None:
             self._is_awaited[launched.ring_index] = False
             ids = self.decode_graphs.packets.tokens(launched.ring_index, launched.plan.slots.size).copy()
+            self.sampler.check(ids)
             wall_s = time.monotonic() - launched.started_s
             return Tokens(launched.number, ids, step_wall_s=wall_s, host_cpu_s=launched.host_cpu_s)
         has_top = launched.top_tokens is not None and launched.top_logprobs is not None
+        ids = np.empty(0, np.int32) if launched.ids is None else launched.ids.numpy().copy()
+        self.sampler.check(ids)
         return Tokens(
             launched.number,
-            np.empty(0, np.int32) if launched.ids is None else launched.ids.numpy().copy(),
+            ids,
             none if launched.logprobs is None else launched.logprobs.numpy().copy(),
             top_rows=launched.plan.top.astype(np.int32) if has_top else np.empty(0, np.int32),
             top_tokens=np.empty(0, np.int32)
@@ -286,7 +310,14 @@ class CudaRunner:
         hidden = self.model.forward(ids, self.attention, None if rows is None else row_index)
         if score_plan is None:
             return self.model.logits(hidden), None if logit_rows is None else logit_index, None
-        scores = score_prompt(self.model.logits, hidden[num_sampled:], targets, counts, score_plan.width)
+        scores = score_prompt(
+            lambda rows: self.sampler.widen(self.model.logits(rows)),
+            hidden[num_sampled:],
+            targets,
+            counts,
+            score_plan.width,
+            piece_rows=self.sampler.max_whole_rows,
+        )
         return self.model.logits(hidden[:num_sampled]), None if logit_rows is None else logit_index, scores
 
     def _saved_s(self, step: Step) -> float:

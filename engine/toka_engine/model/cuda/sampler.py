@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,9 +25,35 @@ from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
 from toka_engine.model.kernels.top_p_rejection import sample_by_rejection
 from toka_engine.model.logit_edits import apply_edits
-from toka_engine.model.prompt_scores import score_logits
-from toka_engine.model.sample_plan import Sampled, SamplePlan
+from toka_engine.model.prompt_scores import PIECE_ROWS, score_logits
+from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
+
+
+class Sampler(Sample, Protocol):
+    """A sample_plan.Sample that can also be captured in a graph, for rows that ask for no more than temperature."""
+
+    def next_random(self) -> NDArray[np.int32]:
+        """Return the random words [4] of one launch."""
+        ...
+
+    def sample_plain(self, logits: torch.Tensor, slots: torch.Tensor, random: torch.Tensor, ids: torch.Tensor) -> None:
+        """Sample row i of logits for slots[i] into ids[i]; `random` [2] int64 is `next_random` on the device."""
+        ...
+
+    @property
+    def max_whole_rows(self) -> int:
+        """Rows that `widen` takes at a time."""
+        ...
+
+    def widen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [n, width] of this rank's part of the vocabulary -> [n, vocab], valid until the next but one."""
+        ...
+
+    def check(self, ids: NDArray[np.int32]) -> None:
+        """Raise RanksDisagreeError if the ids [n] of a step say that ranks had different steps in hand."""
+        ...
+
 
 _TOP_ROWS = 128
 """Rows at a time for which logprobs are computed from whole rows in fp32."""
@@ -35,7 +63,9 @@ _NUM_PENALTY_ARRAYS = 6
 
 
 class CudaSampler:
-    """A sample_plan.Sample over the slots on the device, whose last tokens and sample counters it advances."""
+    """A Sampler over the slots on the device, whose last tokens and sample counters it advances."""
+
+    max_whole_rows = PIECE_ROWS
 
     def __init__(
         self, seed: int, state: DeviceSlots, attention: CudaAttention, max_samples: int, vocab_size: int
@@ -105,6 +135,13 @@ class CudaSampler:
         samples = Samples(self._in_order[: slots.shape[0]], slots)
         block_stats(logits, samples, self._state, self._work, False)
         sample_tokens(logits, samples, self._state, self._work, random, ids, None, False)
+
+    def widen(self, logits: torch.Tensor) -> torch.Tensor:
+        """See Sampler: they are those of the whole vocabulary."""
+        return logits
+
+    def check(self, ids: NDArray[np.int32]) -> None:
+        """See Sampler: there is one rank."""
 
     def _sample(
         self,

@@ -12,6 +12,9 @@ two turns later, and reaches that turn only with this rank's row of the turn bet
 
 Programs must all be resident, as each waits for its peer: the grid never exceeds what a GPU runs at once, and a program
 takes several rows, each sent before the row in front of it is awaited.
+
+From compute capability 9.0 on the kernel behind this one starts while this one waits (programmatic dependent launch):
+it is told so by the last program to begin, so it takes no place that a waiting program needs.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 EMPTY_WORD = -2147450880
 """The mark: two bfloat16 -0.0 (0x80008000) as int32. A sender turns -0.0 into 0.0, which changes no sum."""
@@ -50,6 +54,8 @@ class Inboxes:
     """[max_rows] int32, zero at first: how often each row has been reduced."""
     max_programs: int
     """Programs that this GPU runs at once, at most."""
+    has_pdl: bool = False
+    """Whether the GPU has programmatic dependent launch."""
 
     @staticmethod
     def size_bytes(max_rows: int, width: int, num_ranks: int) -> int:
@@ -147,7 +153,7 @@ def _receive_row(
     tl.store(out_ptr + row * words + column, out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "num_rows", "max_rows"])
 def _all_reduce_kernel(
     partial_ptr,
     residual_ptr,
@@ -164,7 +170,11 @@ def _all_reduce_kernel(
     BLOCK: tl.constexpr,
     SENDS: tl.constexpr,
     RECEIVES: tl.constexpr,
+    HAS_PDL: tl.constexpr,
 ):
+    if HAS_PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     step = tl.num_programs(0)
     row = tl.program_id(0).to(tl.int64)
     if SENDS:
@@ -220,6 +230,8 @@ def all_reduce_add_rms_norm(
             BLOCK=block,
             SENDS=sends,
             RECEIVES=receives,
+            HAS_PDL=inboxes.has_pdl,
+            launch_pdl=inboxes.has_pdl,
             num_warps=min(16, max(1, block // _WORDS_PER_WARP)),
         )
     return out

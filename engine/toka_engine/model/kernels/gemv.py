@@ -162,6 +162,18 @@ class TritonGemv:
         """See ops.GemvKernels."""
         self._launch(self.other, x, weight, bias, residual, adds=True)
 
+    def gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        return self._launch(self.behind_norm, x, weight, bias, x.new_empty((1, weight.shape[0])))
+
+    def gated_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        return self._launch(self.behind_norm, x, weight, bias, x.new_empty((1, weight.shape[0] // 2)), is_gated=True)
+
+    def partial_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        return self._launch(self.other, x, weight, bias, x.new_empty((1, weight.shape[0])))
+
     def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ops.GemvKernels."""
         out = x.new_empty((1, weight.shape[0]), dtype=torch.float32)

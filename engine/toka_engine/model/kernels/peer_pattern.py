@@ -10,7 +10,7 @@ PATTERN_WORDS = 1024
 """int32 words that a rank writes to each rank: word i of source s at target t is `pattern_start(s, t) + i`."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _write_kernel(addresses_ptr, rank, BLOCK: tl.constexpr):
     target = tl.program_id(0)
     word = tl.arange(0, BLOCK)

@@ -118,6 +118,50 @@ def find_passing(weight, target, indices, SIZE: tl.constexpr):
     return index, target - tl.sum(tl.where(indices < index, weight, 0.0), axis=0)
 
 
+@triton.jit
+def find_base(maxima):
+    """Return the maximum of a sample's block maxima, whether its logits are not finite, and what exp subtracts."""
+    top = tl.max(maxima, axis=0)
+    is_bad = (top == float("inf")) | (top == float("-inf"))
+    return top, is_bad, tl.where(is_bad, 0.0, top)
+
+
+@triton.jit
+def pick_token(
+    row_ptr, vocab_size, maxima, scaled, threshold, bits, is_greedy, inv_t, blocks, in_blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Return the blocks' masses [BLOCKS] and the token of a row: drawn by the random `bits`, or the first maximum."""
+    top, is_bad, base = find_base(maxima)
+    # The block: by the running sum of the blocks' masses, or the first one that holds the maximum.
+    weight = scaled * tl.exp((maxima - base) * inv_t)
+    weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
+    uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    drawn_block, remaining = find_passing(weight, uniform * tl.sum(weight, axis=0), blocks, BLOCKS)
+    first_best = tl.min(tl.where((maxima == top) & in_blocks, blocks, BLOCKS), axis=0)
+    block = tl.where(is_greedy, first_best, drawn_block)
+    block = tl.where(is_bad, 0, block)
+
+    # The token inside the block.
+    inner = tl.arange(0, BLOCK)
+    index = block * BLOCK + inner
+    x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+    mass = tl.where(x >= threshold, tl.exp((x - base) * inv_t), 0.0)
+    drawn, _ = find_passing(mass, remaining, inner, BLOCK)
+    best = tl.min(tl.where(x == top, inner, BLOCK - 1), axis=0)
+    return weight, block * BLOCK + tl.where(is_greedy, best, drawn)
+
+
+@triton.jit
+def pick_noisy_token(noisy_best_ptr, noisy_token_ptr, at, in_blocks, is_seeded, blocks, BLOCKS: tl.constexpr):
+    """Return the best noisy score of a sample's blocks, and its token."""
+    scores = tl.load(noisy_best_ptr + at, mask=in_blocks & is_seeded, other=float("-inf"))
+    tokens = tl.load(noisy_token_ptr + at, mask=in_blocks & is_seeded, other=0)
+    best = tl.max(scores, axis=0)
+    winner = tl.min(tl.where(scores == best, blocks, BLOCKS), axis=0)
+    return best, tl.sum(tl.where(blocks == winner, tokens, 0), axis=0)
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
 def _sample_kernel(
     logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr,
@@ -135,38 +179,17 @@ def _sample_kernel(
     in_blocks = blocks < num_blocks
     at = sample.to(tl.int64) * num_blocks + blocks
     maxima = tl.load(maximum_ptr + at, mask=in_blocks, other=float("-inf"))
-    top = tl.max(maxima, axis=0)
-    is_bad = (top == float("inf")) | (top == float("-inf"))
-    base = tl.where(is_bad, 0.0, top)
-
-    # The block: by the running sum of the blocks' masses, or the first one that holds the maximum.
-    weight = tl.load(scaled_ptr + at, mask=in_blocks, other=0.0) * tl.exp((maxima - base) * inv_t)
-    weight = tl.where(in_blocks & (weight > 0), weight, 0.0)
+    _, is_bad, base = find_base(maxima)
     bits, _, _, _ = tl.philox(tl.load(random_ptr), sample, tl.load(random_ptr + 1).to(tl.int32), 0, 0)
-    uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    drawn_block, remaining = find_passing(weight, uniform * tl.sum(weight, axis=0), blocks, BLOCKS)
-    first_best = tl.min(tl.where((maxima == top) & in_blocks, blocks, BLOCKS), axis=0)
-    block = tl.where(is_greedy, first_best, drawn_block)
-    block = tl.where(is_bad, 0, block)
-
-    # The token inside the block.
-    inner = tl.arange(0, BLOCK)
-    index = block * BLOCK + inner
-    x = tl.load(
-        logits_ptr + row * row_stride + index, mask=index < vocab_size, other=float("-inf")
-    ).to(tl.float32)  # fmt: skip
-    mass = tl.where(x >= tl.load(threshold_ptr + sample), tl.exp((x - base) * inv_t), 0.0)
-    drawn, _ = find_passing(mass, remaining, inner, BLOCK)
-    best = tl.min(tl.where(x == top, inner, BLOCK - 1), axis=0)
-    token = block * BLOCK + tl.where(is_greedy, best, drawn)
+    _, token = pick_token(
+        logits_ptr + row * row_stride, vocab_size, maxima, tl.load(scaled_ptr + at, mask=in_blocks, other=0.0),
+        tl.load(threshold_ptr + sample), bits, is_greedy, inv_t, blocks, in_blocks, BLOCK, BLOCKS,
+    )  # fmt: skip
     before = tl.load(sampled_ptr + sample)
     token = tl.where(before >= 0, before, token)
     if HAS_SEEDED:
         is_seeded = (tl.load(seed_ptr + slot) >= 0) & (is_greedy == 0)
-        scores = tl.load(noisy_best_ptr + at, mask=in_blocks & is_seeded, other=float("-inf"))
-        tokens = tl.load(noisy_token_ptr + at, mask=in_blocks & is_seeded, other=0)
-        winner = tl.min(tl.where(scores == tl.max(scores, axis=0), blocks, BLOCKS), axis=0)
-        noisy = tl.sum(tl.where(blocks == winner, tokens, 0), axis=0)
+        _, noisy = pick_noisy_token(noisy_best_ptr, noisy_token_ptr, at, in_blocks, is_seeded, blocks, BLOCKS)
         token = tl.where(is_seeded, noisy, token)
     token = tl.minimum(token, vocab_size - 1)
     if HAS_PLAIN:

@@ -15,9 +15,9 @@ from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_tempe
 
 
 @triton.jit
-def _noise(seed, output_index, block, BLOCK: tl.constexpr):
-    """Return standard Gumbel noise [BLOCK] of a block's tokens: a word of Philox each, of which one hash gives four."""
-    group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+def _noise(seed, output_index, first_token, BLOCK: tl.constexpr):
+    """Return standard Gumbel noise of the tokens from `first_token` on: a word of Philox each, four from one hash."""
+    group = first_token // 4 + tl.arange(0, BLOCK // 4)
     first, second, third, fourth = tl.philox(seed, group, output_index, 0, 0, 7)
     bits = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [BLOCK])
     # v in (0, 1), as fine near 0 as fp32 allows: the largest noise comes from the smallest -log(1 - v).
@@ -26,9 +26,9 @@ def _noise(seed, output_index, block, BLOCK: tl.constexpr):
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _noisy_best_kernel(
-    logits_ptr, row_stride, vocab_size, logit_rows_ptr, slots_ptr, chosen_ptr,
+    logits_ptr, row_stride, vocab_size, first, logit_rows_ptr, slots_ptr, chosen_ptr,
     temperature_ptr, seed_ptr, num_sampled_ptr, maximum_ptr, threshold_ptr, best_ptr, token_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _noisy_best_kernel(
         slot = tl.load(slots_ptr + sample)
         index = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
-        noise = _noise(tl.load(seed_ptr + slot), tl.load(num_sampled_ptr + slot), block, BLOCK)
+        noise = _noise(tl.load(seed_ptr + slot), tl.load(num_sampled_ptr + slot), first + block * BLOCK, BLOCK)
         score = x * inverse_temperature(temperature_ptr, slot) + noise
         score = tl.where((x >= threshold) & (index < vocab_size), score, float("-inf"))
         best = tl.max(score, axis=0)
@@ -57,11 +57,15 @@ def add_noise(
     chosen: torch.Tensor,  # [g] int32: the samples with a seed
     state: DeviceSlots,
     work: Workspace,
+    first: int = 0,
 ) -> None:
-    """Find the best noisy token of each block, for the chosen samples. To be called after apply_filters."""
+    """Find the best noisy token of each block, for the chosen samples. To be called after apply_filters.
+
+    `first`: the token of the first logit, a multiple of 4, where a rank has a part of the vocabulary.
+    """
     if chosen.shape[0]:
         _noisy_best_kernel[(chosen.shape[0], work.num_blocks)](
-            logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
+            logits, logits.stride(0), logits.shape[1], first, samples.logit_rows, samples.slots, chosen,
             state["temperature"], state["seed"], state["num_sampled"], work.maximum, work.threshold, work.noisy_best,
             work.noisy_token, BLOCK=work.block, num_warps=8,
         )  # fmt: skip
