@@ -8,6 +8,7 @@ from `Stats`, which lag. When nothing runs, it is exactly zero.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -39,6 +40,11 @@ class Replica:
         """Choices submitted to it that have not ended."""
         self.last_used = 0
         self.is_lost = False
+
+    @property
+    def num_free(self) -> int:
+        """Choices that can run at once besides those submitted to it; as many as it likes while it has not said."""
+        return sys.maxsize if self.info is None else max(0, self.info.max_streams - self.num_open)
 
 
 class Submission:
@@ -97,7 +103,7 @@ class Replicas:
     # ------------------------------------------------------------ choice
 
     def place(self, submit: Submit, blocks: Sequence[bytes]) -> list[Submission]:
-        """Decide who gets `submit`, and charge them. Return what to send, in parts if idle replicas share it.
+        """Decide who gets `submit`, and charge them. Return what to send, in parts if several replicas share it.
 
         `blocks` are the prompt's hashes; none where there is nothing to choose.
         """
@@ -108,9 +114,14 @@ class Replicas:
         live = self.live
         idle = [replica for replica in live if not replica.num_open]
         if len(idle) > 1 and submit.num_choices >= MIN_SPLIT_CHOICES * len(idle):
-            return self._split(submit, blocks, idle)
+            count, rest = divmod(submit.num_choices, len(idle))
+            shares = [count + (index < rest) for index in range(len(idle))]
+            return self._split(submit, blocks, list(zip(idle, shares, strict=True)))
         submission = Submission(submit, blocks)
-        self._charge(submission, self._choose(submission, live))
+        chosen = self._choose(submission, live)
+        if len(parts := _find_room(chosen, live, submit.num_choices)) > 1:
+            return self._split(submit, blocks, parts)
+        self._charge(submission, chosen)
         return [submission]
 
     def move(self, submission: Submission) -> bool:
@@ -134,16 +145,17 @@ class Replicas:
             ),
         )
 
-    def _split(self, submit: Submit, blocks: Sequence[bytes], idle: list[Replica]) -> list[Submission]:
-        bounds = [submit.num_choices * index // len(idle) for index in range(len(idle) + 1)]
-        submissions = []
-        for replica, begin, end in zip(idle, bounds, bounds[1:], strict=False):
+    def _split(self, submit: Submit, blocks: Sequence[bytes], parts: Sequence[tuple[Replica, int]]) -> list[Submission]:
+        """`parts`: who gets how many choices, in order."""
+        begin, submissions = 0, []
+        for replica, num_choices in parts:
             part = msgspec.structs.replace(
                 submit,
                 first_stream=submit.first_stream + begin,
-                num_choices=end - begin,
+                num_choices=num_choices,
                 first_choice=submit.first_choice + begin,
             )
+            begin += num_choices
             submissions.append(Submission(part, blocks))
             self._charge(submissions[-1], replica)
         return submissions
@@ -206,3 +218,18 @@ class Replicas:
     def _return_prompt(self, submission: Submission) -> None:
         submission.replica.outstanding -= submission.prompt_charge
         submission.prompt_charge = 0
+
+
+def _find_room(chosen: Replica, live: Sequence[Replica], num_choices: int) -> list[tuple[Replica, int]]:
+    """Return who runs how many of a prompt's choices: those that would wait for a slot go where slots are free.
+
+    Parts are large, or what they save is not worth computing the prompt once more.
+    """
+    parts, left = [(chosen, chosen.num_free)], num_choices - chosen.num_free
+    if chosen.num_free < MIN_SPLIT_CHOICES:
+        return [(chosen, num_choices)]
+    for other in sorted(live, key=lambda replica: replica.num_free, reverse=True):
+        if other is not chosen and min(left, other.num_free) >= MIN_SPLIT_CHOICES:
+            parts.append((other, min(left, other.num_free)))
+            left -= parts[-1][1]
+    return [(chosen, chosen.num_free + left), *parts[1:]]

@@ -103,7 +103,7 @@ def test_the_choices_of_a_prompt_stay_together() -> None:
     assert place(managers, make_submit(n=1024)) == 1, "only one replica is idle"
 
 
-@pytest.mark.parametrize(("n", "bounds"), [(128, [0, 64, 128]), (1023, [0, 511, 1023])])
+@pytest.mark.parametrize(("n", "bounds"), [(128, [0, 64, 128]), (1023, [0, 512, 1023])])
 def test_many_choices_are_spread_over_idle_replicas_with_their_numbers(n: int, bounds: list[int]) -> None:
     managers = Managers(2)
     parts = managers.replicas.place(make_submit(first_stream=1000, n=n), A)
@@ -113,6 +113,44 @@ def test_many_choices_are_spread_over_idle_replicas_with_their_numbers(n: int, b
     ]
     assert [part.submit.first_choice for part in parts] == bounds[:2]
     assert managers.num_open == [bounds[1], n - bounds[1]]
+
+
+def give_slots(managers: Managers, num_slots: int) -> None:
+    for replica in managers.replicas.all:
+        replica.info = EngineInfo(49152, 2048, 65536, num_slots, "cpu", "float32")
+
+
+def test_choices_that_would_wait_for_a_slot_go_where_slots_are_free() -> None:
+    managers = Managers(2)
+    give_slots(managers, 4096)
+    for number in range(32):
+        managers.replicas.place(make_submit(first_stream=256 * number, n=256), A)
+    assert managers.num_open == [4096, 4096]
+
+
+@pytest.mark.parametrize(
+    ("num_open", "n", "expected"),
+    [
+        ((900, 500), 300, [0, 300]),  # there is room for all
+        ((900, 500), 600, [76, 524]),
+        ((900, 1000), 200, [200, 0]),  # the other one has room for too few
+        ((980, 990), 200, [200, 0]),  # so has the chosen one
+        ((800, 700), 600, [224, 376]),  # what no slot is free for waits where the rest runs
+        ((1024, 1024), 300, [300, 0]),
+    ],
+)
+def test_a_prompt_is_spread_by_free_slots_in_parts_that_are_worth_it(
+    num_open: tuple[int, int], n: int, expected: list[int]
+) -> None:
+    managers = Managers(2)
+    give_slots(managers, 1024)
+    for replica, count in zip(managers.replicas.all, num_open, strict=True):
+        replica.num_open = count
+        replica.outstanding = count * 100
+    parts = managers.replicas.place(make_submit(n=n), A)
+    assert sum(part.submit.num_choices for part in parts) == n
+    assert [part.submit.first_choice for part in parts] == [0, *(part.submit.num_choices for part in parts[:-1])]
+    assert managers.num_open == [num_open[0] + expected[0], num_open[1] + expected[1]]
 
 
 def count_found(num_replicas: int, num_running: int, seed: int) -> int:
