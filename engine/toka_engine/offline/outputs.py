@@ -27,6 +27,15 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
+    logit_bias: Mapping[str, float]
+    """By token id, as text."""
+    allowed_token_ids: Sequence[int]
+    bad_words: Sequence[str]
+    min_tokens: int
+    stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    best_of: int
     logprobs: int
     """The number of likeliest tokens to name at each position; 0: the sampled ones alone."""
 

@@ -7,6 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -23,12 +24,27 @@ _NO_USAGE = b'],"usage":null}\n\n'
 encode = msgspec.json.encode
 
 
+class PromptTokenLogprob(msgspec.Struct, frozen=True):
+    """One of a prompt's tokens, or of those that are likeliest in its place."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptByToken: TypeAlias = list[dict[str, PromptTokenLogprob] | None]
+"""At each position of a prompt its token and the likeliest ones, by id; null at the first."""
+
+
 class FinishedChoice(msgspec.Struct):
     """One choice of a whole answer."""
 
     text: str
     finish_reason: str | None
     shown: list[ShownToken]
+    source: int = 0
+    """Its index among the choices that were sampled."""
+    prompt_logprobs: PromptByToken | UnsetType = UNSET
 
 
 class AnswerFormat(ABC):
@@ -110,7 +126,7 @@ class AnswerFormat(ABC):
         return self._prompts[index // self._num_choices].tolist() if self.returns_ids else UNSET
 
     def _ids(self, shown: Sequence[ShownToken]) -> list[int] | UnsetType:
-        return [each.token for each in shown] if self.returns_ids else UNSET
+        return [each.token for each in shown if not each.is_prompt] if self.returns_ids else UNSET
 
     def _name(self, token: int) -> str:
         if self._names_token_ids:

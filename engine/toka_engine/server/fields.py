@@ -47,16 +47,8 @@ _BEAM_SEARCH = "this server samples and has no beam search"
 _FUNCTIONS = "this server has no functions in their old form"
 
 LACKING: Final[Mapping[str, Lacking]] = {
-    "logit_bias": Lacking("this server has no logit bias", ({},)),
     "suffix": Lacking("this server does not fill in the middle", ("",)),
-    "min_tokens": Lacking("this server has no least number of tokens", (0,)),
-    "stop_token_ids": Lacking("this server stops at strings and at the model's own end", ([],)),
-    "allowed_token_ids": Lacking("this server has no list of allowed tokens"),
-    "bad_words": Lacking("this server has no forbidden words", ([],)),
-    "include_stop_str_in_output": Lacking("this server cuts stop strings off", (False,)),
-    "skip_special_tokens": Lacking("this server leaves special tokens out of the text", (True,)),
-    "spaces_between_special_tokens": Lacking("this server leaves special tokens out of the text", (True, False)),
-    "prompt_logprobs": Lacking("this server has no logprobs of the prompt"),
+    "spaces_between_special_tokens": Lacking("this server puts no spaces between special tokens", (True, False)),
     "functions": Lacking(_FUNCTIONS, ([],)),
     "function_call": Lacking(_FUNCTIONS, ("none", "auto")),
     "modalities": Lacking(_AUDIO, (["text"],)),

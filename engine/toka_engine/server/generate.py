@@ -14,6 +14,13 @@ from toka_engine.server.answers import AnswerFormat, FinishedChoice
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.metrics import Metrics
+from toka_engine.server.prompt_logprobs import (
+    NO_PROMPT_LOGPROBS,
+    PromptLogprobForms,
+    batched,
+    choose_best,
+    move_shown,
+)
 from toka_engine.server.render import Renderer
 from toka_engine.server.request import CompletionTokensDetails, PromptTokensDetails, Usage
 from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
@@ -32,6 +39,9 @@ class GenerationJob(msgspec.Struct, frozen=True):
     """Every event has the usage of its choice so far."""
     echoes: Sequence[str] = ()
     """The text of each prompt, which its choices begin with; empty without echo."""
+    num_returned: int = 0
+    """Choices of each prompt that the answer has, the best of those sampled; 0: all."""
+    prompt_forms: PromptLogprobForms = NO_PROMPT_LOGPROBS
 
     def echo(self, choice_index: int) -> str:
         return self.echoes[choice_index // self.spec.num_choices] if self.echoes else ""
@@ -64,7 +74,7 @@ async def _answer_whole(
     job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]
 ) -> None:
     texts = [[job.echo(index)] for index in range(len(renderers))]
-    choices = [FinishedChoice("", None, []) for _ in renderers]
+    choices = [FinishedChoice("", None, [], index) for index in range(len(renderers))]
     num_unfinished = len(renderers)
     while num_unfinished:
         for choice in await generation.news():
@@ -75,7 +85,21 @@ async def _answer_whole(
                 finished.finish_reason = renderer.finish_reason
                 finished.text = "".join(texts[choice.index])
                 num_unfinished -= 1
-    await exchange.answer(200, job.form.whole(choices, _usage(job, generation, renderers)))
+    chosen = choose_best(choices, job.spec.num_choices, job.num_returned)
+    if job.spec.prompt_logprobs >= 0:
+        _add_prompt_logprobs(job, generation, chosen)
+    await exchange.answer(200, job.form.whole(chosen, _usage(job, generation, renderers)))
+
+
+def _add_prompt_logprobs(job: GenerationJob, generation: Generation, choices: list[FinishedChoice]) -> None:
+    """Put the logprobs of the prompts into the choices of an answer, where they are asked for."""
+    forms = job.prompt_forms
+    for prompt, group in enumerate(batched(choices, job.num_returned or job.spec.num_choices)):
+        echo = forms.list_echoed(generation, prompt)
+        by_token = forms.list_by_token(generation, prompt)
+        for choice in group:
+            choice.shown = echo + move_shown(choice.shown, len(job.echo(choice.source)))
+            choice.prompt_logprobs = by_token
 
 
 async def _answer_in_events(
@@ -95,7 +119,12 @@ async def _answer_in_events(
                 has_begun[index] = True
                 text = job.echo(index) + text
                 events.append(form.opening(index))
+                echoed = job.prompt_forms.list_echoed(generation, index // job.spec.num_choices)
+            else:
+                echoed = []
             shown = renderer.take_shown()
+            if job.echoes:
+                shown = echoed + move_shown(shown, len(job.echo(index)))
             if text or shown or renderer.finish_reason is not None:
                 events.append(form.piece(index, text, shown, renderer.finish_reason))
                 num_unfinished -= renderer.finish_reason is not None

@@ -12,6 +12,7 @@ import numpy as np
 
 from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo, Int32s
+from toka_engine.server.edit_requests import NO_RULES, EncodeWord, TokenRules
 from toka_engine.server.errors import ApiError, invalid, no_model
 from toka_engine.server.generation_defaults import SamplingDefaults
 from toka_engine.server.grammar_requests import AskedGrammar
@@ -49,6 +50,27 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     truncation: int | None = None
     """A prompt keeps so many of its last tokens; None: all."""
     grammar: AskedGrammar | None = None
+    rules: TokenRules = NO_RULES
+    keeps_stop: bool = False
+    """Whether the text keeps what has stopped it."""
+    shows_special: bool = False
+    """Whether the text shows special tokens."""
+    best_of: int = 0
+    """How many choices are sampled, of which `num_choices` are returned; 0: as many."""
+    prompt_logprobs: int = -1
+    """The number of likeliest tokens at each position of the prompt; -1: none, nor the logprobs of its tokens."""
+    echo_logprobs: int = -1
+    """The same for the logprobs of choices that begin with the prompt."""
+
+    @property
+    def has_best_of(self) -> bool:
+        """Whether more choices are sampled than returned."""
+        return self.best_of > self.num_choices
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of choices that are sampled for each prompt."""
+        return max(self.best_of, self.num_choices)
 
 
 class Limits:
@@ -61,7 +83,10 @@ class Limits:
         names: Sequence[str],
         end_ids: tuple[int, ...],
         defaults: SamplingDefaults,
+        encode_word: EncodeWord,
     ) -> None:
+        """`encode_word` gives the tokens of a text without any that the tokenizer adds."""
+        self.encode_word = encode_word
         self._max_top_logprobs = min(config.max_topk_logprobs, info.vocab_size)
         self._names = names
         self._end_ids = end_ids
@@ -140,7 +165,8 @@ class Limits:
             raise invalid(param, f"'{param}' has no tokens.")
         if room < 1:
             raise self.too_long(param, longest)
-        max_tokens = options.max_tokens or min(room, default_tokens or room)
+        # A request for no token has one sampled, which is not shown.
+        max_tokens = min(room, default_tokens or room) if options.max_tokens is None else max(1, options.max_tokens)
         if max_tokens > room:
             raise invalid(
                 options.max_tokens_field,
@@ -149,13 +175,24 @@ class Limits:
                 "context_length_exceeded",
             )
         self._check_size(options, len(prompts), max_tokens, param)
+        self._check_num_prompt_logprobs(options, prompts)
+        if options.rules.min_tokens > max_tokens:
+            least = options.rules.min_tokens
+            raise invalid("min_tokens", f"'min_tokens' is {least}, but at most {max_tokens} tokens are generated.")
+        stop_ids = tuple(dict.fromkeys((*(() if options.ignores_eos else self._end_ids), *options.rules.stop_ids)))
+        sampling = options.sampling
+        if options.has_best_of and sampling.num_logprobs < 0:
+            sampling = msgspec.structs.replace(sampling, num_logprobs=0)
         return GenerationSpec(
-            num_choices=options.num_choices,
+            num_choices=options.num_sampled,
             max_tokens=max_tokens,
-            sampling=options.sampling,
-            stop_ids=() if options.ignores_eos else self._end_ids,
+            sampling=sampling,
+            stop_ids=stop_ids,
             deliver_each=options.is_streamed or options.stops is not None,
             grammar=None if options.grammar is None else self.complete_grammar(options.grammar).source,
+            edits=options.rules.make_edits(stop_ids),
+            delivers_stop=options.keeps_stop,
+            prompt_logprobs=max(options.prompt_logprobs, options.echo_logprobs),
         )
 
     def complete_grammar(self, asked: AskedGrammar) -> AskedGrammar:
@@ -166,11 +203,12 @@ class Limits:
         return AskedGrammar(source, asked.param)
 
     def _check_size(self, options: GenerationOptions, num_prompts: int, max_tokens: int, param: str) -> None:
-        num_choices = num_prompts * options.num_choices
+        num_choices = num_prompts * options.num_sampled
         if num_choices > self.max_choices:
+            name = "best_of" if options.has_best_of else "n"
             raise invalid(
-                "n" if options.num_choices > 1 else param,
-                f"{num_prompts} prompts times n={options.num_choices} are more than {self.max_choices} choices.",
+                name if options.num_sampled > 1 else param,
+                f"{num_prompts} prompts times {name}={options.num_sampled} are more than {self.max_choices} choices.",
             )
         if num_choices * max_tokens > MAX_REQUEST_OUTPUT_TOKENS:
             raise invalid(
@@ -180,6 +218,12 @@ class Limits:
         num_logprobs = 1 + options.sampling.num_logprobs
         if num_choices * max_tokens * num_logprobs > MAX_REQUEST_LOGPROBS:
             raise invalid("logprobs", f"The answer could hold more than {MAX_REQUEST_LOGPROBS} logprobs.")
+
+    def _check_num_prompt_logprobs(self, options: GenerationOptions, prompts: Sequence[Int32s]) -> None:
+        num_tokens = sum(map(len, prompts)) * options.num_choices
+        for name, num_tops in (("prompt_logprobs", options.prompt_logprobs), ("logprobs", options.echo_logprobs)):
+            if num_tokens * (1 + num_tops) > MAX_REQUEST_LOGPROBS:
+                raise invalid(name, f"The answer would hold more than {MAX_REQUEST_LOGPROBS} logprobs of prompts.")
 
 
 def int_in(value: int | None, name: str, lowest: int, highest: int, default: int) -> int:

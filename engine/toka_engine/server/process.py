@@ -31,6 +31,7 @@ from toka_engine.messages import (
     Failing,
     ManagerToServer,
     Progress,
+    PromptLogprobs,
     Refused,
     Started,
     Stats,
@@ -180,7 +181,7 @@ class Server:
         tokenizer.cover(info.vocab_size)
         dialect = find_dialect(self._config, template, tokenizer)
         logger.info("event=dialect tool_format=%s reasoning=%s", dialect.tools.name, dialect.has_reasoning)
-        limits = Limits(self._config, info, self._names, end_ids, defaults)
+        limits = Limits(self._config, info, self._names, end_ids, defaults, tokenizer.encode_word)
         stated = " ".join(f"{name}={value:g}" for name, value in describe_defaults(limits.defaults).items())
         source = "model" if defaults.values() else "none"
         logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
@@ -212,6 +213,8 @@ class Server:
         match message:
             case Deltas():
                 self._streams.on_deltas(replica, message)
+            case PromptLogprobs():
+                self._streams.on_prompt_logprobs(message)
             case Refused():
                 self._streams.on_refused(message)
             case Started():

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from toka_engine.messages import FINISH_STOP
+from toka_engine.messages import FINISH_LENGTH, FINISH_STOP
 from toka_engine.server.stops import StopStrings
 from toka_engine.server.streams import Choice, TopTokens
 
@@ -29,6 +29,8 @@ class ShownToken(NamedTuple):
     top: TopTokens
     begin: int
     end: int
+    is_prompt: bool = False
+    """It is shown with `echo`, before the choice's own."""
 
 
 class Renderer:
@@ -71,14 +73,45 @@ class Renderer:
         return None
 
 
+class EmptyRenderer(Renderer):
+    """Renders a choice of no token, for which one was sampled because nothing else ends a prompt."""
+
+    def advance(self, choice: Choice) -> str:
+        super().advance(choice)
+        self.num_tokens = 0
+        if self.finish_reason is not None:
+            self.finish_reason = finish_reason_name(FINISH_LENGTH)
+        return ""
+
+
 class TrackingRenderer(Renderer):
     """Renders one choice with stop strings, logprobs or both."""
 
-    __slots__ = ("_held", "_keeps_tokens", "_num_decoded", "_num_shown", "_released", "_scanner", "_waiting")
+    __slots__ = (
+        "_held",
+        "_keeps_stop",
+        "_keeps_tokens",
+        "_min_tokens",
+        "_num_decoded",
+        "_num_shown",
+        "_released",
+        "_scanner",
+        "_waiting",
+    )
 
-    def __init__(self, bytes_of: Sequence[bytes], stops: StopStrings | None, *, keeps_tokens: bool) -> None:
+    def __init__(
+        self,
+        bytes_of: Sequence[bytes],
+        stops: StopStrings | None,
+        *,
+        keeps_tokens: bool,
+        keeps_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """`keeps_stop`: the text ends behind a stop string; `min_tokens`: in the first so many none counts."""
         super().__init__(bytes_of)
         self._scanner = stops.scanner() if stops else None
+        self._keeps_stop, self._min_tokens = keeps_stop, min_tokens
         self._keeps_tokens = keeps_tokens
         self._num_decoded = 0
         self._num_shown = 0
@@ -115,10 +148,16 @@ class TrackingRenderer(Renderer):
         return released
 
     def _take(self, text: str) -> int | None:
-        """Append decoded text; return where the stop string that it completes begins."""
+        """Append decoded text; return where the text ends, if it completes a stop string."""
         self._held += text
         self._num_decoded += len(text)
-        return self._scanner.feed(text) if self._scanner and text else None
+        if self._scanner is None or not text:
+            return None
+        if self.num_tokens <= self._min_tokens:
+            self._scanner.skip(len(text))
+            return None
+        match = self._scanner.feed(text)
+        return None if match is None else match[self._keeps_stop]
 
     def _is_within_character(self) -> bool:
         return bool(self._decode.__self__.getstate()[0])  # type: ignore[attr-defined]

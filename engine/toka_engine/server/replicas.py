@@ -113,13 +113,14 @@ class Replicas:
             return [submission]
         live = self.live
         idle = [replica for replica in live if not replica.num_open]
-        if len(idle) > 1 and submit.num_choices >= MIN_SPLIT_CHOICES * len(idle):
+        is_whole = submit.prompt_logprobs >= 0  # they come from one manager, before its tokens
+        if not is_whole and len(idle) > 1 and submit.num_choices >= MIN_SPLIT_CHOICES * len(idle):
             count, rest = divmod(submit.num_choices, len(idle))
             shares = [count + (index < rest) for index in range(len(idle))]
             return self._split(submit, blocks, list(zip(idle, shares, strict=True)))
         submission = Submission(submit, blocks)
         chosen = self._choose(submission, live)
-        if len(parts := _find_room(chosen, live, submit.num_choices)) > 1:
+        if not is_whole and len(parts := _find_room(chosen, live, submit.num_choices)) > 1:
             return self._split(submit, blocks, parts)
         self._charge(submission, chosen)
         return [submission]

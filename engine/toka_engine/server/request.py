@@ -18,6 +18,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_PENALTY = 2.0
 """The largest presence and frequency penalty, of either sign."""
+MAX_BIAS = 100.0
+"""The largest bias of a logit, of either sign."""
+MAX_EDITED_TOKENS = 1024
+"""The most tokens that one field may bias, allow, bar or stop at."""
 
 _STOP: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
@@ -75,6 +79,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
 Penalty = Annotated[float, Meta(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 RepetitionPenalty = Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
+MinTokens = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _HINT = doc("A hint without effect, named in `x-toka-ignored`.")
 
@@ -148,6 +153,35 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     guided_regex: Annotated[str | None, doc("The same as `structured_outputs.regex`.")] = None
     guided_choice: Annotated[list[str] | None, doc("The same as `structured_outputs.choice`.")] = None
     guided_grammar: Annotated[str | None, doc("The same as `structured_outputs.grammar`.")] = None
+    logit_bias: Annotated[
+        dict[str, float] | None,
+        doc(f"Added to the logits of up to {MAX_EDITED_TOKENS} token ids, -{MAX_BIAS:g} to {MAX_BIAS:g} each."),
+    ] = None
+    allowed_token_ids: Annotated[
+        list[int] | None, doc(f"No other token is sampled; up to {MAX_EDITED_TOKENS} ids.")
+    ] = None
+    bad_words: Annotated[
+        list[str] | None,
+        doc("Words never sampled: each one token by itself or with a space before it; both are barred."),
+    ] = None
+    min_tokens: Annotated[
+        MinTokens | None, doc("No end, stop token or stop string before so many tokens; up to `max_tokens`.")
+    ] = None
+    stop_token_ids: Annotated[
+        list[int] | None, doc(f"Tokens that end a choice, also with `ignore_eos`; up to {MAX_EDITED_TOKENS} ids.")
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, doc("The text keeps the stop string, or the stop token's text, that ended it.")
+    ] = None
+    skip_special_tokens: Annotated[bool | None, doc("False: the text shows special tokens by their names.")] = None
+    best_of: Annotated[
+        int | None,
+        doc("Samples so many choices and returns the `n` of the highest mean logprob, best first; not streamed."),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        doc("Logprobs of the prompt's tokens, each with 0 to `max_topk_logprobs` likeliest ones; not streamed."),
+    ] = None
     return_tokens_as_token_ids: Annotated[
         bool | None, doc("Logprobs name tokens `token_id:N`; only together with `logprobs`.")
     ] = None

@@ -23,8 +23,9 @@ from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
 from toka_engine.server.metrics import Metrics
+from toka_engine.server.prompt_logprobs import PromptLogprobForms
 from toka_engine.server.prompts import PromptEncoder
-from toka_engine.server.render import Renderer, TrackingRenderer
+from toka_engine.server.render import EmptyRenderer, Renderer, TrackingRenderer
 from toka_engine.server.responses.store import ResponseStore
 from toka_engine.server.streams import GenerationSpec, Streams
 from toka_engine.server.tokenization import Tokenizer
@@ -86,14 +87,28 @@ class Engine(msgspec.Struct, frozen=True):
             options.includes_usage,
             options.reports_usage_each,
             echoes,
+            options.num_choices,
+            PromptLogprobForms(
+                self.tokenizer.bytes_of, self.tokenizer.label_of, options.echo_logprobs, options.prompt_logprobs
+            ),
         )
 
     def renderer_maker(self, options: GenerationOptions, bytes_of: Sequence[bytes]) -> Callable[[], Renderer]:
         """Return what makes the renderer of a choice; `bytes_of`: the bytes that each token shows."""
-        keeps_tokens = options.sampling.num_logprobs >= 0 or options.returns_token_ids
+        if options.max_tokens == 0:
+            return lambda: EmptyRenderer(bytes_of)
+        if options.shows_special:
+            bytes_of = self.tokenizer.bytes_with_specials
+        keeps_tokens = options.sampling.num_logprobs >= 0 or options.returns_token_ids or options.has_best_of
         if options.stops is None and not keeps_tokens:
             return lambda: Renderer(bytes_of)
-        return lambda: TrackingRenderer(bytes_of, options.stops, keeps_tokens=keeps_tokens)
+        return lambda: TrackingRenderer(
+            bytes_of,
+            options.stops,
+            keeps_tokens=keeps_tokens,
+            keeps_stop=options.keeps_stop,
+            min_tokens=options.rules.min_tokens,
+        )
 
 
 def fingerprint_of(config: EngineConfig, info: EngineInfo) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from toka_engine.server.decoding import decode_part
+from toka_engine.server.edit_requests import check_token_rules
 from toka_engine.server.errors import invalid
 from toka_engine.server.fields import Lacking, lacks
 from toka_engine.server.grammar_requests import AskedGrammar, read_grammar
@@ -30,8 +31,9 @@ def check_shared(
     max_tokens: int | None,
     max_tokens_field: str,
     num_logprobs: int,
+    echoes: bool = False,
 ) -> GenerationOptions:
-    """Check what the endpoints share: everything but the prompt."""
+    """Check what the endpoints share: everything but the prompt. `echoes`: choices begin with it."""
     limits.check_model(request.model)
     stream_options = request.stream_options
     if stream_options is not None and not request.stream:
@@ -40,10 +42,13 @@ def check_shared(
         raise lacks("stream_options.include_obfuscation", _OBFUSCATION)
     if request.return_tokens_as_token_ids and num_logprobs < 0:
         raise invalid("return_tokens_as_token_ids", "'return_tokens_as_token_ids' needs 'logprobs'.")
+    prompt_logprobs = _check_prompt_logprobs(request, limits)
+    num_choices = int_in(request.n, "n", 1, limits.max_choices, 1)
     if max_tokens is not None:
-        max_tokens = int_in(max_tokens, max_tokens_field, 1, limits.max_request_tokens, 1)
+        least = 0 if echoes or prompt_logprobs is not None else 1
+        max_tokens = int_in(max_tokens, max_tokens_field, least, limits.max_request_tokens, 1)
     return GenerationOptions(
-        num_choices=int_in(request.n, "n", 1, limits.max_choices, 1),
+        num_choices=num_choices,
         max_tokens=max_tokens,
         max_tokens_field=max_tokens_field,
         sampling=_check_sampling(request, limits, num_logprobs),
@@ -57,7 +62,30 @@ def check_shared(
         adds_special_tokens=request.add_special_tokens,
         truncation=_check_truncation(request.truncate_prompt_tokens, limits, max_tokens or 1),
         grammar=_check_grammar(request),
+        rules=check_token_rules(request, limits.vocab_size, limits.encode_word),
+        keeps_stop=bool(request.include_stop_str_in_output),
+        shows_special=request.skip_special_tokens is False,
+        best_of=_check_best_of(request, num_choices, limits),
+        prompt_logprobs=-1 if prompt_logprobs is None else prompt_logprobs,
+        echo_logprobs=num_logprobs if echoes else -1,
     )
+
+
+def _check_best_of(request: GenerationRequest, num_choices: int, limits: Limits) -> int:
+    best_of = int_in(request.best_of, "best_of", 1, limits.max_choices, num_choices)
+    if best_of < num_choices:
+        raise invalid("best_of", f"'best_of' must be at least 'n', which is {num_choices}.", "invalid_value")
+    if best_of > num_choices and request.stream:
+        raise invalid("best_of", "'best_of' above 'n' excludes 'stream': the best is known at the end.")
+    return best_of
+
+
+def _check_prompt_logprobs(request: GenerationRequest, limits: Limits) -> int | None:
+    if request.prompt_logprobs is None:
+        return None
+    if request.stream:
+        raise invalid("prompt_logprobs", "'prompt_logprobs' excludes 'stream'.")
+    return int_in(request.prompt_logprobs, "prompt_logprobs", 0, limits.max_top_logprobs(), 0)
 
 
 def _check_sampling(request: GenerationRequest, limits: Limits, num_logprobs: int) -> Sampling:

@@ -39,8 +39,8 @@ class StopScanner:
         """Return how many of the last characters may begin a stop string."""
         return max(self._states)
 
-    def feed(self, piece: str) -> int | None:
-        """Return where in the whole text the stop string begins that `piece` completes, if it does."""
+    def feed(self, piece: str) -> tuple[int, int] | None:
+        """Return where in the whole text the stop string begins and ends that `piece` completes, if it does."""
         best: tuple[int, int] | None = None
         for row, pattern in enumerate(self._patterns):
             if not self._states[row] and pattern[0] not in piece:
@@ -48,9 +48,13 @@ class StopScanner:
             end = self._advance(row, piece)
             if end and (best is None or end < best[0]):
                 best = (end, len(pattern))
-        position = self._num_seen + best[0] - best[1] if best else None
+        end = self._num_seen + best[0] if best else 0
         self._num_seen += len(piece)
-        return position
+        return (end - best[1], end) if best else None
+
+    def skip(self, count: int) -> None:
+        """Pass over as many characters, in which no stop string counts."""
+        self._num_seen += count
 
     def _advance(self, row: int, piece: str) -> int:
         """Return how many characters of `piece` complete pattern `row`; 0: they do not."""

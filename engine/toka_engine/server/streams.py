@@ -17,7 +17,18 @@ import msgspec
 import numpy as np
 
 from toka_engine.grammar.source import GrammarSource
-from toka_engine.messages import FINISH_ERROR, FINISH_GRAMMAR, Cancel, Deltas, Int32s, Refused, Started, Submit
+from toka_engine.messages import (
+    FINISH_ERROR,
+    FINISH_GRAMMAR,
+    Cancel,
+    Deltas,
+    Int32s,
+    LogitEdits,
+    PromptLogprobs,
+    Refused,
+    Started,
+    Submit,
+)
 from toka_engine.server.errors import ApiError, ClientGoneError
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replica, Replicas, Submission
@@ -40,6 +51,9 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     stop_ids: tuple[int, ...]
     deliver_each: bool
     grammar: GrammarSource | None = None
+    edits: LogitEdits | None = None
+    delivers_stop: bool = False
+    prompt_logprobs: int = -1
 
 
 class Choice:
@@ -97,6 +111,8 @@ class Generation:
         self.has_logprobs = spec.sampling.num_logprobs >= 0
         self.choices: list[Choice] = []
         self.submissions: list[Submission] = []
+        self.prompt_logprobs: list[list[PromptLogprobs]] = [[] for _ in prompts]
+        """What has come of each prompt's; all of it by the first token of a choice."""
         self.dirty: list[Choice] = []
         self._streams = streams
         self._error: Exception | None = None
@@ -195,6 +211,9 @@ class Streams:
                 spec.stop_ids,
                 spec.deliver_each,
                 grammar=spec.grammar,
+                edits=spec.edits,
+                delivers_stop=spec.delivers_stop,
+                prompt_logprobs=spec.prompt_logprobs,
             )
             for submission in self.replicas.place(submit, generation.blocks[number] if generation.blocks else ()):
                 self._submit(generation, submission)
@@ -258,6 +277,12 @@ class Streams:
         for stream, num_cached in zip(message.streams.tolist(), message.num_cached.tolist(), strict=True):
             if choice := self._choices.get(stream):
                 self.replicas.start(choice.submission, num_cached)
+
+    def on_prompt_logprobs(self, message: PromptLogprobs) -> None:
+        """Keep them for the request's answer."""
+        if choice := self._choices.get(message.first_stream):
+            generation = choice.generation
+            generation.prompt_logprobs[choice.index // generation.spec.num_choices].append(message)
 
     def on_deltas(self, replica: Replica, deltas: Deltas) -> None:
         """Hand out one message of a manager and wake the tasks concerned."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -61,12 +61,20 @@ class Tokenizer:
         self.special_texts = tuple(token.content for token in layout.added_tokens if token.special)
         self._specials = {token.id: token.content.encode() for token in layout.added_tokens if token.special}
         self.bytes_of = _byte_table(self._tokenizer, layout, path)
+        self._bytes_with_specials: list[bytes] = []
         self._longest_token_bytes = max(map(len, self.bytes_of)) * (1 if layout.normalizer is None else 4)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "tokenize")
 
     def cover(self, vocab_size: int) -> None:
         """Extend the byte table to the model's vocabulary, which may be padded beyond the tokenizer's."""
         self.bytes_of.extend([b""] * (vocab_size - len(self.bytes_of)))
+
+    @property
+    def bytes_with_specials(self) -> Sequence[bytes]:
+        """The byte table in which special tokens have their names as text."""
+        if len(self._bytes_with_specials) < len(self.bytes_of):
+            self._bytes_with_specials = [self.label_of(token) for token in range(len(self.bytes_of))]
+        return self._bytes_with_specials
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
@@ -104,6 +112,11 @@ class Tokenizer:
             found.append(np.array(encoding.ids, np.int32))
             if check:
                 check(found[-1])
+        return found
+
+    def encode_word(self, text: str) -> list[int]:
+        """Return the ids of `text` within another text."""
+        found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
     async def encode_aside(

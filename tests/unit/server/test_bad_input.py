@@ -238,7 +238,6 @@ _OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ignore-eos-number": ({"ignore_eos": 1}, "ignore_eos"),
     "user-number": ({"user": 1}, "user"),
-    "echo-with-logprobs": ({"echo": True, "logprobs": 0}, "echo"),
     "token-ids-without-logprobs": ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
     "token-ids-number": ({"logprobs": 0, "return_tokens_as_token_ids": 1}, "return_tokens_as_token_ids"),
     "echo-text": ({"echo": "yes"}, "echo"),

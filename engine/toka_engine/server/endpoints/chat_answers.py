@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from toka_engine.server.answers import AnswerFormat, FinishedChoice, encode, plain_logprob
+from toka_engine.server.answers import AnswerFormat, FinishedChoice, PromptByToken, encode, plain_logprob
 from toka_engine.server.calls.source import Part
 from toka_engine.server.render import ShownToken
 from toka_engine.server.request import Usage
@@ -73,6 +73,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None
     system_fingerprint: str
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptByToken | UnsetType = UNSET
 
 
 class ChatFormat(AnswerFormat):
@@ -89,11 +90,12 @@ class ChatFormat(AnswerFormat):
                 usage=usage,
                 system_fingerprint=self.fingerprint,
                 prompt_token_ids=self.prompt_ids(0),
+                prompt_logprobs=choices[0].prompt_logprobs,
             )
         )
 
     def _choice(self, index: int, choice: FinishedChoice) -> ChatChoice:
-        message, shown = self._message(index, choice.text), choice.shown
+        message, shown = self._message(choice.source, choice.text), choice.shown
         return ChatChoice(index, message, self._logprobs(shown), choice.finish_reason, self._ids(shown))
 
     def _message(self, index: int, text: str) -> AnswerMessage:

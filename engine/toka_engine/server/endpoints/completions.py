@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from toka_engine.server.answers import AnswerFormat, FinishedChoice, encode, plain_logprob
+from toka_engine.server.answers import AnswerFormat, FinishedChoice, PromptByToken, encode, plain_logprob
 from toka_engine.server.decoding import BodyDecoder
-from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
@@ -41,13 +40,12 @@ class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, frozen=Tr
     logprobs: Annotated[
         int | None, doc("0 to `max_topk_logprobs` likeliest tokens beside each one, with their logprobs.")
     ] = None
-    best_of: Annotated[int | None, doc("Only as many as `n`.")] = None
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -58,6 +56,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
     prompt_token_ids: list[int] | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptByToken | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +93,7 @@ class CompletionFormat(AnswerFormat):
             choice.finish_reason,
             self.prompt_ids(index),
             self._ids(choice.shown),
+            choice.prompt_logprobs,
         )
 
     def opening(self, index: int) -> bytes:
@@ -126,8 +126,12 @@ class CompletionFormat(AnswerFormat):
             text_offset=[token.begin for token in shown],
         )
 
-    def _tops(self, shown: ShownToken) -> dict[str, float]:
-        """Return the likeliest tokens, then the sampled one if it is not among them, as OpenAI's API does."""
+    def _tops(self, shown: ShownToken) -> dict[str, float] | None:
+        """Return the likeliest tokens, then the sampled one if it is not among them, as OpenAI's API does; None where
+        there is no logprob.
+        """
+        if math.isnan(shown.logprob) and not shown.top:
+            return None
         found: dict[str, float] = {}
         for token, logprob in shown.top:
             found.setdefault(self._name(token), plain_logprob(logprob))
@@ -159,15 +163,11 @@ class Completions:
 
 def _check(request: CompletionRequest, limits: Limits) -> GenerationOptions:
     """Check everything but the prompt."""
-    options = check_shared(
+    return check_shared(
         request,
         limits,
         max_tokens=request.max_tokens,
         max_tokens_field="max_tokens",
         num_logprobs=int_in(request.logprobs, "logprobs", 0, limits.max_top_logprobs(), -1),
+        echoes=bool(request.echo),
     )
-    if request.best_of is not None and request.best_of != options.num_choices:
-        raise invalid("best_of", "'best_of' is supported only where it equals 'n'.", "unsupported_parameter")
-    if request.echo and request.logprobs is not None:
-        raise invalid("echo", "'echo' is not supported together with 'logprobs'.", "unsupported_parameter")
-    return options
