@@ -56,7 +56,7 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     shows_special: bool = False
     """Whether the text shows special tokens."""
     best_of: int = 0
-    """How many choices are sampled, of which `num_choices` are returned; 0: as many."""
+    """The number of choices that are sampled, of which `num_choices` are returned; 0: as many."""
     prompt_logprobs: int = -1
     """The number of likeliest tokens at each position of the prompt; -1: none, nor the logprobs of its tokens."""
     echo_logprobs: int = -1

@@ -39,8 +39,6 @@ _BOUNDS: dict[str, list[Any]] = {
     "seed": [2**63 + 1, -(2**63) - 1, 1.5],
 }
 _UNSUPPORTED: dict[str, list[Any]] = {
-    "logit_bias": [{"5": 1}, [1], False],
-    "best_of": [2, 0, -1],
     "suffix": ["end", 1],
 }
 _UNSUPPORTED_CHAT: dict[str, list[Any]] = {

@@ -127,10 +127,10 @@ class CompletionFormat(AnswerFormat):
         )
 
     def _tops(self, shown: ShownToken) -> dict[str, float] | None:
-        """Return the likeliest tokens, then the sampled one if it is not among them, as OpenAI's API does; None where
-        there is no logprob.
+        """Return the likeliest tokens, then the sampled one if it is not among them, as OpenAI's API does; None at the
+        first token of a prompt.
         """
-        if math.isnan(shown.logprob) and not shown.top:
+        if shown.is_prompt and math.isnan(shown.logprob):
             return None
         found: dict[str, float] = {}
         for token, logprob in shown.top:
