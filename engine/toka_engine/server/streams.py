@@ -112,7 +112,7 @@ class Generation:
         self.choices: list[Choice] = []
         self.submissions: list[Submission] = []
         self.prompt_logprobs: list[list[PromptLogprobs]] = [[] for _ in prompts]
-        """What has come of each prompt's; all of it by the first token of a choice."""
+        """The messages that have come of each prompt, all of them by the first token of a choice."""
         self.dirty: list[Choice] = []
         self._streams = streams
         self._error: Exception | None = None
