@@ -29,6 +29,7 @@ part smollm2 120 $pytest tests/gpu/test_smollm2.py
 part decode_graphs 90 $pytest tests/gpu/test_decode_graphs.py
 part memory 60 $pytest tests/gpu/test_memory.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
+part logit_edits 90 $pytest tests/gpu/test_logit_edits.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
