@@ -207,7 +207,7 @@ UNSUPPORTED_KEYS: dict[str, UnsupportedKey] = {
     "local_proc_name": UnsupportedKey("server", "the processes always run beside each other"),
     "statsd_addr": UnsupportedKey(None, "statistics are read from /metrics"),
     "statsd_server_url": UnsupportedKey(None, "statistics are read from /metrics"),
-    "async_tp_threshold": UnsupportedKey(None, "tensor parallelism on GPUs is not built yet"),
+    "async_tp_threshold": UnsupportedKey(None, "sums over ranks are not overlapped with products yet"),
     "pp_size": UnsupportedKey(1, "pipeline parallelism is not built yet"),
     "pp_num_buffer_stages": UnsupportedKey(1, "pipeline parallelism is not built yet"),
     "prefill_round_up_multiple": UnsupportedKey(None, "prefill chunks are cut by max_tokens_per_forward alone"),
