@@ -11,16 +11,16 @@ from tests.api.reference import NUM_TOKENS, PROMPTS
 from tests.engine_process import EngineProcess
 
 
-def complete(client: openai.OpenAI, prompt: str) -> str:
+def complete(client: openai.OpenAI, prompt: str, num_tokens: int = NUM_TOKENS) -> str:
     answer = client.completions.create(
-        model="m", prompt=prompt, max_tokens=NUM_TOKENS, temperature=0, extra_body={"ignore_eos": True}
+        model="m", prompt=prompt, max_tokens=num_tokens, temperature=0, extra_body={"ignore_eos": True}
     )
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == NUM_TOKENS
+    assert answer.usage.completion_tokens == num_tokens
     assert answer.choices[0].finish_reason == "length"
     return answer.choices[0].text
 
 
-def complete_at_once(engine: EngineProcess) -> list[str]:
+def complete_at_once(engine: EngineProcess, num_tokens: int = NUM_TOKENS) -> list[str]:
     with client_of(engine) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
-        return list(pool.map(lambda prompt: complete(client, prompt), PROMPTS))
+        return list(pool.map(lambda prompt: complete(client, prompt, num_tokens), PROMPTS))

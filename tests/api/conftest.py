@@ -12,7 +12,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from tests.api.reference import PROMPTS, find_model, greedy_answers
+from tests.api.reference import NUM_TOKENS, PROMPTS, find_model, greedy_answers
 from tests.conftest import NUM_THREADS
 from tests.engine_process import EngineProcess
 from tests.model.conftest import TINY
@@ -45,6 +45,14 @@ def expected(model_dir: Path) -> list[str]:
     """The text of transformers after each of PROMPTS, as the API would write it."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_answers(model_dir, PROMPTS)]
+
+
+@pytest.fixture(scope="session")
+def expected_half(model_dir: Path) -> list[str]:
+    """The text of the first half of those tokens: two pages, for tests that each take an engine or many requests."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    answers = greedy_answers(model_dir, PROMPTS)
+    return [tokenizer.decode(ids[: NUM_TOKENS // 2], skip_special_tokens=True) for ids in answers]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 from toka_engine.output import run_command
 
 from tests.cluster.harness.cluster import Cluster
+from tests.cluster.harness.errors import HarnessError
 from tests.cluster.harness.handle import Object
 from tests.cluster.harness.processes import ProcessHandle
 from tests.e2e.installation import CLIENT_NAMESPACE, Deployment, Installation
@@ -93,6 +94,17 @@ def roll(deployment: Deployment, number: int, freeze_s: float, seen: Seen) -> No
     print(f"round {number}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
 
 
+def wait_for_answers(cluster: Cluster, load: ProcessHandle, number: int) -> None:
+    """Wait for so many answers. Raises HarnessError with what the clients wrote, if they ended."""
+
+    def have_come() -> bool:
+        if not load.is_running():
+            raise HarnessError(f"the clients ended:\n{load.log()}")
+        return load.log().count('"ended"') >= number
+
+    cluster.wait_for(have_come, f"{number} answers", 600.0)
+
+
 def stop_load(cluster: Cluster, load: ProcessHandle) -> list[Object]:
     """End the clients, which finish their streams, and return their requests."""
     lines = [json.loads(line) for line in load.log().splitlines()]
@@ -109,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         namespace = installation.new_namespace("rollouts")
         spec: dict[str, Any] = {
             "replicas": REPLICAS,
-            "resources": {"device": "cpu", "memory": "1500Mi"},
+            "resources": {"device": "cpu", "memory": "2Gi"},
             "engine": {"extraArgs": ["num_threads=1"], "kvCacheNumTokens": 16384},
             "rollout": {"drainDelaySeconds": arguments.drain_delay, "drainTimeoutSeconds": 300, "minReadySeconds": 2},
         }
@@ -117,7 +129,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         smollm2.wait_until_ready(1200.0)
         seen = Seen()
         load = installation.start_client("load", "load.py", smollm2.url, str(arguments.clients), str(arguments.tokens))
-        cluster.wait_for(lambda: load.log().count("ended") >= arguments.clients, "each client's first answer", 600.0)
+        wait_for_answers(cluster, load, arguments.clients)
         for number in range(arguments.rounds):
             roll(smollm2, number, arguments.freeze, seen)
         requests = stop_load(cluster, load)

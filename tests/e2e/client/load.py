@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-import httpx
+import httpx2
 from openai import AsyncOpenAI, OpenAIError
 
 url, num_clients, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -40,7 +40,7 @@ async def ask(client: AsyncOpenAI) -> dict[str, object]:
             reason = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), reason)
         if (came, reason) != (num_tokens, "length"):
             line["error"] = f"the stream ended after {came} tokens with {reason}"
-    except (OpenAIError, httpx.HTTPError, OSError) as error:
+    except (OpenAIError, httpx2.HTTPError, OSError) as error:
         line["error"] = repr(error)
     return {**line, "ended": time.time()}
 
