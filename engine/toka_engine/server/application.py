@@ -17,7 +17,17 @@ from toka_engine.server.auth import KeyCheck
 from toka_engine.server.batch_routes import add_batch_routes
 from toka_engine.server.batches.service import Batches
 from toka_engine.server.endpoints import batches as batch_endpoint
-from toka_engine.server.endpoints import chat, completions, files, models, probes, responses, synchronous, tokenize
+from toka_engine.server.endpoints import (
+    chat,
+    completions,
+    files,
+    messages,
+    models,
+    probes,
+    responses,
+    synchronous,
+    tokenize,
+)
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
@@ -27,7 +37,7 @@ from toka_engine.version import __version__
 
 DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
-_GENERATING_PATHS = (completions.PATH, chat.PATH, responses.PATH)
+_GENERATING_PATHS = (completions.PATH, chat.PATH, responses.PATH, messages.PATH, messages.COUNT_PATH)
 KNOWN_PATHS = (
     *(*_GENERATING_PATHS, models.PATH, *tokenize.PATHS, files.PATH, batch_endpoint.PATH, synchronous.PATH),
     *(*sorted(probes.PATHS), probes.VERSION_PATH, DOCUMENT_PATH, PAGE_PATH),
@@ -41,7 +51,6 @@ _ELSEWHERE = {
     "/v1/images": "this server makes text alone",
     "/v1/audio": "this server makes text alone",
     "/v1/realtime": "this server makes text alone",
-    "/v1/messages": "send messages to /v1/chat/completions",
     "/v1/uploads": "send the whole file to /v1/files",
     "/v1/fine_tuning": "this server does not train",
     "/v1/assistants": "send messages to /v1/chat/completions",
@@ -62,10 +71,13 @@ class Answered(Response):
 
 def generating_handlers(service: Service) -> dict[str, Handler]:
     """Return the handlers of the POSTs that generate, by path."""
+    anthropic = messages.Messages(service)
     return {
         completions.PATH: completions.Completions(service).answer,
         chat.PATH: chat.ChatCompletions(service).answer,
         responses.PATH: responses.Responses(service).answer,
+        messages.PATH: anthropic.answer,
+        messages.COUNT_PATH: anthropic.count,
     }
 
 
@@ -115,6 +127,8 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
     add_generating(completions.PATH, openapi.COMPLETIONS)
     add_generating(chat.PATH, openapi.CHAT)
     add_generating(responses.PATH, openapi.RESPONSES)
+    add_generating(messages.PATH, openapi.MESSAGES)
+    add_generating(messages.COUNT_PATH, openapi.COUNT_TOKENS)
     _add_kept_responses(router, service)
 
     _add_tokenizing(router, tokenize.Tokenizing(service))

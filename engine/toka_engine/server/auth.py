@@ -17,13 +17,15 @@ class KeyCheck:
         self._key = key.encode() if key else None
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raise a 401 unless `headers` carry `Authorization: Bearer <the key>`."""
+        """Raise a 401 unless `headers` carry `Authorization: Bearer <the key>`, or the key as `x-api-key`, which
+        Anthropic's clients send.
+        """
         if self._key is None:
             return
-        given = next((value for name, value in headers if name == b"authorization"), None)
-        if given is None:
+        given = {name: value for name, value in headers if name in (b"authorization", b"x-api-key")}
+        if not given:
             raise _denied("No API key was given: send it as `Authorization: Bearer <key>`.")
-        scheme, _, key = given.partition(b" ")
+        scheme, _, key = given.get(b"authorization", b"Bearer " + given.get(b"x-api-key", b"")).partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
             raise _denied("The API key is wrong.")
 

@@ -18,6 +18,8 @@ from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints import (
     chat_answers,
     completions,
+    messages,
+    messages_answers,
     models,
     probes,
     responses,
@@ -48,6 +50,9 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     responses_answers.Response,
     responses.ItemList,
     responses.Deleted,
+    messages.MessagesRequest,
+    messages.TokenCount,
+    messages_answers.AnthropicMessage,
     models.ModelCard,
     models.ModelList,
     probes.Pong,
@@ -112,6 +117,10 @@ MODEL = {**_reading("retrieveModel", models.ModelCard, "One model", "401", "404"
 RESPONSES = _generating(
     "createResponse", responses.ResponsesRequest, responses_answers.Response, "Answer with a response"
 )
+MESSAGES = _generating(
+    "createMessage", messages.MessagesRequest, messages_answers.AnthropicMessage, "Answer in Anthropic's form"
+)
+COUNT_TOKENS = _generating("countTokens", messages.MessagesRequest, messages.TokenCount, "Count a prompt's tokens")
 RESPONSE = {
     **_reading("retrieveResponse", responses_answers.Response, "A response that is kept", "401", "404"),
     "security": [{"key": []}],

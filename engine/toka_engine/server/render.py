@@ -68,6 +68,11 @@ class Renderer:
         return []
 
     @property
+    def cut_text(self) -> str:
+        """Return the text from the stop string on at which the choice was cut; "" where it was not."""
+        return ""
+
+    @property
     def num_reasoning_tokens(self) -> int | None:
         """Return how many of the completion tokens are reasoning; None where the model has none. Valid at the end."""
         return None
@@ -146,6 +151,10 @@ class TrackingRenderer(Renderer):
     def take_shown(self) -> list[ShownToken]:
         released, self._released = self._released, []
         return released
+
+    @property
+    def cut_text(self) -> str:
+        return self._held if self.finish_reason is not None else ""
 
     def _take(self, text: str) -> int | None:
         """Append decoded text; return where the text ends, if it completes a stop string."""

@@ -87,6 +87,10 @@ class SplitRenderer(Renderer):
         return parts
 
     @property
+    def cut_text(self) -> str:
+        return self._inner.cut_text
+
+    @property
     def num_reasoning_tokens(self) -> int | None:
         """Return how many of the completion tokens are reasoning, its tags included. Valid at the end."""
         if not self._splits.has_reasoning:

@@ -165,6 +165,7 @@ def test_the_document_names_every_route_and_its_routes_are_served(
     assert set(document["paths"]) == {
         *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/health", "/metrics"),
         *("/version", "/tokenize", "/detokenize", "/tokenizer_info"),
+        *("/v1/messages", "/v1/messages/count_tokens"),
         *(_RESPONSES, f"{_RESPONSES}/{{response_id}}", f"{_RESPONSES}/{{response_id}}/input_items"),
         *("/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"),
         "/custom/synchronous-batch-completions",

@@ -135,7 +135,8 @@ def test_a_stream_that_fails_ends_with_a_failed_response(server: RunningServer) 
 
 def test_logprobs_are_given_where_they_are_included(server: RunningServer, client: openai.OpenAI) -> None:
     response = client.responses.create(model=MODEL, input="Hello", include=["message.output_text.logprobs"])
-    part: Any = response.output[0].content[0]  # type: ignore[union-attr]
+    message: Any = response.output[0]
+    part = message.content[0]
     assert server.manager.submits[-1].sampling.num_logprobs == 0
     assert b"".join(bytes(entry.bytes) for entry in part.logprobs).decode() == SENTENCE
 

@@ -133,7 +133,8 @@ def test_a_call_cut_by_the_limit_ends_with_length(
     choice = answer.choices[0]
     assert choice.finish_reason == "length"
     assert choice.message.tool_calls
-    assert choice.message.tool_calls[0].function.arguments.startswith('{"city": "a long name')
+    call: Any = choice.message.tool_calls[0]
+    assert call.function.arguments.startswith('{"city": "a long name')
 
 
 @pytest.mark.parametrize("streams", [False, True])
