@@ -108,7 +108,7 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     turns, variables = engine.dialect.tools.prepare(turns, tools.tools if tools else ())
     encoder = engine.make_encoder(options, exchange.connection)
     ids, tail = await encoder.encode_chat(
-        turns, engine.template, {**variables, **given.values}, continues_final=given.continues_final
+        turns, engine.template, {**given.values, **variables}, continues_final=given.continues_final
     )
     spec = limits.plan(options, [ids], "messages")
     if tools is not None and tools.max_calls == 1:

@@ -50,8 +50,9 @@ def events_of(server: RunningServer, **fields: Any) -> list[dict[str, Any]]:
 
 def without_ids(value: Any) -> Any:
     """Return a response without what differs from one answer to the next."""
+    own = ("id", "call_id", "created_at", "completed_at")
     if isinstance(value, dict):
-        return {key: without_ids(each) for key, each in value.items() if key not in ("id", "call_id", "created_at")}
+        return {key: without_ids(each) for key, each in value.items() if key not in own}
     return [without_ids(each) for each in value] if isinstance(value, list) else value
 
 

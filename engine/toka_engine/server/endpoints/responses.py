@@ -222,6 +222,7 @@ def _as_chat(request: ResponsesRequest, earlier: list[Any], tools: ResponseTools
         tools=tools.tools or None,
         tool_choice=tools.choice,
         parallel_tool_calls=request.parallel_tool_calls,
+        reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         stream=request.stream,
     )
 
@@ -249,7 +250,8 @@ def _drop_oldest(messages: list[dict[str, Any]], count: int) -> list[dict[str, A
 def _renamed(error: ApiError) -> ApiError:
     """Return an error of the chat with the names that a response's fields have."""
     message, param = error.message, error.param
-    for name, ours in (("messages", "input"), ("max_completion_tokens", "max_output_tokens")):
+    names = {"messages": "input", "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
+    for name, ours in names.items():
         if param is not None and param.partition("[")[0].partition(".")[0] == name:
             message, param = re.sub(rf"'{name}[^']*'", f"'{ours}'", message), ours
     return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)

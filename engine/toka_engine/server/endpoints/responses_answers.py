@@ -133,7 +133,7 @@ class ResponsesFormat(ChatFormat):
         response = self._response
         response.output = self._items.all
         response.usage = _usage(usage)
-        response.completed_at = response.created_at if response.status == "completed" else None
+        response.completed_at = int(time.time()) if response.status == "completed" else None
         body = encode(response)
         self._keep(response, body)
         return body
