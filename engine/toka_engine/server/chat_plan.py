@@ -13,11 +13,14 @@ import msgspec
 
 from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat
+from toka_engine.server.calls.grammars import write_grammar
 from toka_engine.server.chat_template import ChatTemplate
 from toka_engine.server.conversation import check_messages
+from toka_engine.server.dialect import Dialect
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import GenerationJob
+from toka_engine.server.grammar_requests import AskedGrammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
 from toka_engine.server.request import GenerationRequest, doc
 from toka_engine.server.service import Engine, Service
@@ -33,7 +36,7 @@ from toka_engine.server.template_variables import (
     TemplateVariables,
     check_template_variables,
 )
-from toka_engine.server.tools import check_tools
+from toka_engine.server.tools import ToolUse, check_tools
 
 
 class ChatRequest(GenerationRequest, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -97,11 +100,6 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     if engine.template is None:
         raise invalid("messages", "This model has no chat template: use /v1/completions.")
     tools = check_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
-    if tools is not None and tools.choice.mode == "required":
-        raise invalid("tool_choice", "'tool_choice': this server cannot force calls yet; use auto.")
-    if tools is not None and options.grammar is not None:
-        raise invalid(options.grammar.param, f"'{options.grammar.param}' and 'tools' exclude each other.")
-    await service.check_grammar(exchange, engine, options)
     turns, ignored = check_messages(request.messages, limits)
     given = _check_variables(request, engine.template)
     service.note_ignored(exchange, ignored + given.ignored)
@@ -110,10 +108,35 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     ids, tail = await encoder.encode_chat(
         turns, engine.template, {**given.values, **variables}, continues_final=given.continues_final
     )
+    options = _join_grammars(options, limits, tools, engine.dialect, tail)
+    await service.check_grammar(exchange, engine, options)
     spec = limits.plan(options, [ids], "messages")
     if tools is not None and tools.max_calls == 1:
         spec = msgspec.structs.replace(spec, deliver_each=True)  # so that it ends behind its call
     return ChatPlan([ids], spec, options, engine.dialect.splitting(tools, tail))
+
+
+def _join_grammars(
+    options: GenerationOptions, limits: Limits, tools: ToolUse | None, dialect: Dialect, prompt_tail: str
+) -> GenerationOptions:
+    """Return the options with one grammar for the calls, the answer that the request asks for, and the reasoning before
+    them.
+    """
+    asked = options.grammar
+    reasoning = dialect.reasoning_before(prompt_tail)
+    is_required = tools is not None and tools.choice.mode == "required"
+    is_strict = tools is not None and bool(tools.strict) and limits.has_grammars
+    if not is_required and not is_strict and (asked is None or (tools is None and reasoning is None)):
+        return options
+    param = asked.param if asked is not None else "tool_choice" if is_required else "tools"
+    if options.ignores_eos:
+        raise invalid("ignore_eos", f"'ignore_eos' excludes '{param}', whose texts have an end.")
+    try:
+        answer = asked.source if asked is not None else None
+        source = write_grammar(dialect.tools.name, tools, answer, reasoning, dialect.write_tag)
+    except ValueError as error:
+        raise invalid(param, f"'{param}' cannot be joined with tools or reasoning: {error}.") from error
+    return msgspec.structs.replace(options, grammar=AskedGrammar(source, param))
 
 
 def _check_variables(request: ChatRequest, template: ChatTemplate) -> TemplateVariables:

@@ -5,11 +5,13 @@ Owns: what is decided once, at the start, from the settings, the chat template a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from toka_engine.config import EngineConfig
+from toka_engine.server.calls.grammars import WRITTEN_TAGS, Reasoning
 from toka_engine.server.calls.registry import ToolFormat, choose_format
 from toka_engine.server.chat_template import ChatTemplate
 from toka_engine.server.render import Renderer
@@ -23,10 +25,30 @@ class Dialect(msgspec.Struct, frozen=True):
     """The format of a model's calls and reasoning."""
 
     tools: ToolFormat
-    has_reasoning: bool
+    is_reasoning: bool
+    """The model may write reasoning between tags."""
     reasoning_field: str
+    """The field of its own for reasoning; `none`: it stays in the content."""
     bytes_of: Sequence[bytes]
     """The bytes of each token, tags that are special tokens included."""
+    special_tags: Mapping[str, int]
+    """The tags that are special tokens, with their ids."""
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Return whether reasoning is split off."""
+        return self.is_reasoning and self.reasoning_field != "none"
+
+    def reasoning_before(self, prompt_tail: str) -> Reasoning | None:
+        """Return the reasoning that may come before an answer's grammar. `prompt_tail`: the end of the prompt."""
+        tail = prompt_tail.rstrip()
+        if not self.is_reasoning or tail.endswith(REASONING_END):
+            return None
+        return Reasoning(is_open=tail.endswith(REASONING_BEGIN))
+
+    def write_tag(self, tag: str) -> str:
+        """Return a tag as grammars have it: the special token that it is, or its text."""
+        return f"<[{self.special_tags[tag]}]>" if tag in self.special_tags else json.dumps(tag)
 
     def splitting(self, tools: ToolUse | None, prompt_tail: str) -> Splitting | None:
         """Return how choices are split, None where they are text alone. `prompt_tail`: the end of the prompt."""
@@ -47,7 +69,7 @@ class Dialect(msgspec.Struct, frozen=True):
 def find_dialect(config: EngineConfig, template: ChatTemplate | None, tokenizer: Tokenizer) -> Dialect:
     """Return the dialect of the model. Raises ModelInvalidError where the settings ask for another."""
     tools = choose_format(config.tool_format, template)
-    is_split = config.reasoning_field != "none"
-    has_reasoning = is_split and template is not None and REASONING_END in template.source
-    tags = {*tools.reader.marks, *tools.reader.hidden, *((REASONING_BEGIN, REASONING_END) if has_reasoning else ())}
-    return Dialect(tools, has_reasoning, config.reasoning_field, tokenizer.bytes_with(tags))
+    is_reasoning = template is not None and REASONING_END in template.source
+    tags = {*tools.reader.marks, *tools.reader.hidden, *((REASONING_BEGIN, REASONING_END) if is_reasoning else ())}
+    special_tags = tokenizer.find_special({*tags, *WRITTEN_TAGS})
+    return Dialect(tools, is_reasoning, config.reasoning_field, tokenizer.bytes_with(tags), special_tags)

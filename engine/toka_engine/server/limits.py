@@ -195,9 +195,14 @@ class Limits:
             prompt_logprobs=max(options.prompt_logprobs, options.echo_logprobs),
         )
 
+    @property
+    def has_grammars(self) -> bool:
+        """Return whether the engine's device can follow grammars."""
+        return self._device == "cpu"
+
     def complete_grammar(self, asked: AskedGrammar) -> AskedGrammar:
         """Return `asked` with the tokens that end its texts. Raises a 400 where the device has no grammars."""
-        if self._device != "cpu":
+        if not self.has_grammars:
             raise invalid(asked.param, f"'{asked.param}' is not supported on this device.", "unsupported_parameter")
         source = msgspec.structs.replace(asked.source, end_ids=self._end_ids)
         return AskedGrammar(source, asked.param)

@@ -104,7 +104,7 @@ class Splitter:
         while True:
             found = self._marks.search(source.text)
             if found is None and source.is_ended:
-                if not (parts.follows_call and source.text.isspace()):
+                if not (parts.follows_call and self._marks.is_beginning(source.text.strip())):
                     parts.content(source.text)
                 source.text = ""
                 return "", ""

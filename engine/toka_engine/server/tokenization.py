@@ -94,6 +94,10 @@ class Tokenizer:
             table[token] = text
         return table
 
+    def find_special(self, texts: Collection[str]) -> dict[str, int]:
+        """Return the ids of those of `texts` that are special tokens."""
+        return {text.decode(): token for token, text in self._specials.items() if text.decode() in texts}
+
     def max_text_bytes(self, num_tokens: int) -> int:
         """Return the bytes beyond which no text fits in `num_tokens`, so that it need not be encoded to be refused."""
         return num_tokens * self._longest_token_bytes

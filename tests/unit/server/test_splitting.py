@@ -173,6 +173,13 @@ def test_a_call_that_is_cut_off_keeps_what_there_is_of_its_arguments() -> None:
     assert parts == [Part("call", "now"), Part("arguments", '{"a": "b')]
 
 
+def test_what_is_cut_off_before_the_next_call_is_not_content() -> None:
+    text = FORMATS["hermes"].write([("now", {})])
+    parts = read(splitter("hermes"), [text + "\n<tool_ca"])
+    assert text_of(parts, "content") == ""
+    assert text_of(read(splitter("hermes"), ["Hi\n<tool_ca"]), "content") == "Hi\n<tool_ca"
+
+
 def test_nothing_follows_the_last_call_that_is_wanted() -> None:
     subject = splitter("hermes", max_calls=1)
     text = FORMATS["hermes"].write([("now", {}), ("now", {})])

@@ -9,10 +9,11 @@ from typing import Any
 
 import openai
 import pytest
+from toka_engine.messages import Submit
 from toka_engine.server.tokenization import Tokenizer
 
 from tests.unit.server.conftest import chat_body, client_of
-from tests.unit.server.harness import MODEL, RunningServer, running_server, speak
+from tests.unit.server.harness import MODEL, RunningServer, each, running_server, speak, streams_of
 from tests.unit.server.transcripts import FORMATS
 
 WEATHER: Any = {
@@ -141,7 +142,13 @@ def test_a_call_cut_by_the_limit_ends_with_length(
 def test_without_parallel_calls_the_answer_ends_behind_the_first(
     server: RunningServer, tokenizer: Tokenizer, streams: bool
 ) -> None:
-    say(server, tokenizer, FORMATS["hermes"].write(CALLS) + " and so on" * 20)
+    ids = tokenizer.encode([FORMATS["hermes"].write(CALLS) + " and so on" * 20], add_special_tokens=False)[0].tolist()
+
+    def speak_without_end(submit: Submit) -> None:
+        for token in ids:
+            server.manager.send(each(streams_of(submit), [token]))
+
+    server.manager.on_submit = speak_without_end
     body = chat_body(tools=[WEATHER, NOW], parallel_tool_calls=False, stream=streams)
     status, _, answer = server.request(
         "POST", "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
@@ -259,6 +266,48 @@ def test_special_tokens_in_texts_of_tools_stay_text(server: RunningServer, token
     assert ids.count(_IM_END) == 4  # system, user, assistant, results
 
 
+# ---------------------------------------------------------------- what the model is made to do
+
+_STRICT: Any = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+_FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_bound"),
+    [
+        ({"tools": [WEATHER]}, False),
+        ({"tools": [WEATHER], "tool_choice": "required"}, True),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, True),
+        ({"tools": [_STRICT]}, True),
+        ({"tools": [_STRICT], "tool_choice": "none"}, False),
+        ({"tools": [WEATHER], "response_format": _FORMAT}, True),
+    ],
+)
+def test_forced_and_strict_calls_follow_a_grammar_and_others_are_free(
+    server: RunningServer, fields: dict[str, Any], is_bound: bool
+) -> None:
+    status, answer = server.post("/v1/chat/completions", chat_body(**fields))
+    assert status == 200, answer
+    assert (server.manager.submits[-1].grammar is not None) is is_bound
+
+
+def test_a_call_of_a_named_function_ends_with_stop(
+    server: RunningServer, client: openai.OpenAI, tokenizer: Tokenizer
+) -> None:
+    say(server, tokenizer, FORMATS["hermes"].write([("now", {})]))
+    choice: Any = {"type": "function", "function": {"name": "now"}}
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, tools=[WEATHER, NOW], tool_choice=choice)
+    assert answer.choices[0].finish_reason == "stop"
+    assert calls_of(answer.choices[0].message) == [("now", {})]
+
+
+def test_a_schema_that_cannot_be_enforced_is_a_400_where_it_is_strict(server: RunningServer) -> None:
+    tool = json.loads(json.dumps(_STRICT))
+    tool["function"]["parameters"]["properties"]["city"] = {"type": "string", "not": {"minLength": 2}}
+    status, answer = server.post("/v1/chat/completions", chat_body(tools=[tool]))
+    assert (status, answer["error"]["param"]) == (400, "tools")
+
+
 # ---------------------------------------------------------------- what is refused
 
 _BAD: list[tuple[str, Any, str]] = [
@@ -276,6 +325,7 @@ _BAD: list[tuple[str, Any, str]] = [
     ("tools", [{"type": "function", "function": {"name": f"f{number}"}} for number in range(129)], "tools"),
     ("tools", [{"type": "function", "function": {"name": "a", "description": "x" * 2**20}}], "tools"),
     ("tool_choice", "any", "tool_choice"),
+    ("ignore_eos", True, "ignore_eos"),
     ("tool_choice", 1, "tool_choice"),
     ("tool_choice", {"type": "function"}, "tool_choice.function.name"),
     ("tool_choice", {"type": "function", "function": {"name": "other"}}, "tool_choice"),
@@ -286,7 +336,7 @@ _BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("field", "value", "param"), _BAD)
 def test_a_wrong_field_of_tools_is_named(server: RunningServer, field: str, value: Any, param: str) -> None:
-    body = chat_body(**{"tools": [WEATHER], field: value})
+    body = chat_body(**{"tools": [WEATHER], "tool_choice": "required", field: value})
     status, answer = server.post("/v1/chat/completions", body)
     assert (status, answer["error"]["param"]) == (400, param)
 
@@ -373,6 +423,16 @@ def test_reasoning_has_a_field_of_its_own(thinking_server: RunningServer, tokeni
     ]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Let me think."
     assert "".join(delta.content or "" for delta in deltas) == "Paris."
+
+
+def test_an_answers_grammar_begins_behind_its_reasoning(thinking_server: RunningServer, tokenizer: Tokenizer) -> None:
+    say(thinking_server, tokenizer, "Hm.</think>{}")
+    for kwargs, has_reasoning in (({}, True), ({"enable_thinking": False}, False)):
+        fields = {"response_format": {"type": "json_object"}, "chat_template_kwargs": kwargs}
+        assert thinking_server.post("/v1/chat/completions", chat_body(**fields))[0] == 200
+        source = thinking_server.manager.submits[-1].grammar
+        assert source is not None
+        assert ("</think>" in source.text) is has_reasoning
 
 
 def test_a_call_may_follow_reasoning(thinking_server: RunningServer, tokenizer: Tokenizer) -> None:

@@ -31,7 +31,7 @@ _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")
 class TextOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The form of the answer's text."""
 
-    format: Annotated[dict[str, Any] | None, doc('`{"type": "text"}`.')] = None
+    format: Annotated[dict[str, Any] | None, doc("Of type text, json_object or json_schema.")] = None
     verbosity: Annotated[str | None, doc("A hint without effect.")] = None
 
 
@@ -222,9 +222,18 @@ def _as_chat(request: ResponsesRequest, earlier: list[Any], tools: ResponseTools
         tools=tools.tools or None,
         tool_choice=tools.choice,
         parallel_tool_calls=request.parallel_tool_calls,
+        response_format=_as_response_format(request.text.format if request.text is not None else None),
         reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         stream=request.stream,
     )
+
+
+def _as_response_format(form: dict[str, Any] | None) -> msgspec.Raw:
+    """Return `text.format` as a chat has it: with the parts of a schema one level deeper."""
+    if form is not None and form.get("type") == "json_schema":
+        parts = {key: value for key, value in form.items() if key != "type" and value is not None}
+        form = {"type": "json_schema", "json_schema": parts}
+    return msgspec.Raw(encode(form))
 
 
 def _merge_system(instructions: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -250,7 +259,12 @@ def _drop_oldest(messages: list[dict[str, Any]], count: int) -> list[dict[str, A
 def _renamed(error: ApiError) -> ApiError:
     """Return an error of the chat with the names that a response's fields have."""
     message, param = error.message, error.param
-    names = {"messages": "input", "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
+    names = {
+        "messages": "input",
+        "max_completion_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format",
+    }
     for name, ours in names.items():
         if param is not None and param.partition("[")[0].partition(".")[0] == name:
             message, param = re.sub(rf"'{name}[^']*'", f"'{ours}'", message), ours
