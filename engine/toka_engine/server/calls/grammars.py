@@ -37,7 +37,7 @@ class _Grammar:
     def __init__(self, tools: ToolUse | None, literal: Callable[[str], str], *, has_answer: bool) -> None:
         self.literal = literal
         self.has_answer = has_answer
-        """What makes no call has to follow a grammar of its own."""
+        """An answer without a call has to follow a grammar of its own."""
         self._strict = tools.strict if tools else frozenset()
         self._rules: list[str] = []
 
