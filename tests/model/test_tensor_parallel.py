@@ -91,6 +91,19 @@ def test_ranks_give_the_logits_and_the_tokens_of_one(
             check_equal(tokens[step], expected[step])
 
 
+@pytest.mark.parametrize("settings", [{"page_size": 1}, {"use_hydragen": False, "page_size": 64}])
+def test_the_size_of_pages_and_hydragen_change_nothing(make_tiny: MakeTiny, settings: dict[str, Any]) -> None:
+    _, folder = make_tiny()
+    sampling = {"temperature": [0, 1, 1], "seed": [-1, 3, 4], "top_k": [0, 0, 7]}
+
+    def generate(ranks: Ranks) -> list[list[int]]:
+        driver = Driver(load(folder, ranks, **settings))
+        return driver.generate([IDS[:33], IDS[4:9], IDS[:1]], 8, **sampling)
+
+    [expected] = run_ranks(1, generate)
+    assert run_ranks(2, generate) == [expected, expected]
+
+
 def test_rows_without_a_seed_are_the_same_on_all_ranks(make_tiny: MakeTiny) -> None:
     _, folder = make_tiny()
 

@@ -15,6 +15,8 @@ import pytest
 from toka_engine.messages import (
     FINISH_LENGTH,
     ChildReady,
+    Drain,
+    Drained,
     Progress,
     RankInfo,
     RankReport,
@@ -251,3 +253,22 @@ def test_each_rank_has_its_steps_cpu_seconds_and_memory_and_a_lost_one_holds_non
             assert server.process.poll() is None
         assert metrics[f"toka_rank_steps_total{label}"] == 13, "a counter never falls"
         assert metrics['toka_rank_memory_bytes{rank="1",replica="0",stage="0"}'] == 1000
+
+
+def test_a_drain_waits_for_the_only_replica_that_has_work(tokenizer_dir: Path, sentence_ids: list[int]) -> None:
+    with running_server(tokenizer_dir, dp_size=2, drain_endpoint_delay_s=0.0) as server:
+        send_one(server.managers[0], sentence_ids)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = json.dumps(completion_body(stream=True, max_tokens=100))
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        stream = connection.getresponse()
+        assert stream.readline().startswith(b"data: ")
+        server.control.send(Drain())
+        while server.request("GET", "/readyz")[0] == 200:
+            assert server.process.poll() is None
+        (submit,) = server.managers[0].submits
+        assert not server.managers[1].submits
+        server.managers[0].send(whole(submit.first_stream, [], FINISH_LENGTH))
+        assert b"[DONE]" in stream.read()
+        connection.close()
+        server.wait_control(Drained)
