@@ -23,7 +23,7 @@ def test_a_write_that_arrives_after_the_next_leader_has_acted_changes_nothing(
         operator.apply("chat", replicas=3)
         operator.wait_until_ready("chat")
         (revision,) = operator.sets("chat")
-        name, before = f"chat-{revision}", pod_uids(operator)
+        name = f"chat-{revision}"
         proxy.faults = [Fault(DELAY, name, only="writes"), Fault(500, "toka-operator", only="writes")]
         operator.scale("chat", 1)
         operator.wait_for(lambda: proxy.num_waiting > 0, "the first leader's write to be on its way")
@@ -31,6 +31,7 @@ def test_a_write_that_arrives_after_the_next_leader_has_acted_changes_nothing(
         operator.wait_for(lambda: "held=True" in second.log(), "the second to lead")
         operator.scale("chat", 3)
         operator.wait_for(lambda: has_replicas(operator, "chat", 3), "the second leader to have acted")
+        before = pod_uids(operator)
         proxy.faults = [Fault(500, "toka-operator", only="writes")]
         operator.wait_for(lambda: proxy.num_waiting == 0, "the late write to arrive")
         time.sleep(1.0)
