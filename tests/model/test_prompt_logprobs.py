@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from toka_engine.messages import Tokens
-from toka_engine.model.prompt_scores import score_logits, score_prompt
+from toka_engine.model.prompt_scores import find_top, score_logits, score_prompt
 from toka_engine.model.ranks import Ranks
 
 from tests.model.driving import Driver, ints, load
@@ -162,3 +162,14 @@ def test_two_ranks_of_a_model_score_a_prompt_as_one(make_tiny: Callable[..., tup
     for found in run_ranks(2, work):
         assert np.allclose(found.scored_logprobs, whole.scored_logprobs, atol=1e-5)
         assert found.scored_top_tokens.tolist() == whole.scored_top_tokens.tolist()
+
+
+@pytest.mark.parametrize("width", [200, 2048, 5000, 49_153])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_the_likeliest_are_found_by_blocks(width: int, count: int) -> None:
+    x = torch.randn(7, width, generator=torch.Generator().manual_seed(5))
+    x[0, :count] += 10  # all in one block
+    values, columns = find_top(x, count)
+    expected = torch.topk(x, count, dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(columns, expected.indices)
