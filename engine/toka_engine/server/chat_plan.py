@@ -125,8 +125,8 @@ def _join_grammars(
     asked = options.grammar
     reasoning = dialect.reasoning_before(prompt_tail)
     is_required = tools is not None and tools.choice.mode == "required"
-    is_strict = tools is not None and bool(tools.strict) and limits.has_grammars
-    if not is_required and not is_strict and (asked is None or (tools is None and reasoning is None)):
+    is_bound = tools is not None and (bool(tools.strict) or tools.choice.names is not None) and limits.has_grammars
+    if not is_required and not is_bound and (asked is None or (tools is None and reasoning is None)):
         return options
     param = asked.param if asked is not None else "tool_choice" if is_required else "tools"
     if options.ignores_eos:

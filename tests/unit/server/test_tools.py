@@ -269,6 +269,7 @@ def test_special_tokens_in_texts_of_tools_stay_text(server: RunningServer, token
 # ---------------------------------------------------------------- what the model is made to do
 
 _STRICT: Any = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+_ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NOW]}}
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
 
 
@@ -279,6 +280,7 @@ _FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type"
         ({"tools": [WEATHER], "tool_choice": "required"}, True),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, True),
         ({"tools": [_STRICT]}, True),
+        ({"tools": [WEATHER, NOW], "tool_choice": _ALLOWED}, True),
         ({"tools": [_STRICT], "tool_choice": "none"}, False),
         ({"tools": [WEATHER], "response_format": _FORMAT}, True),
     ],

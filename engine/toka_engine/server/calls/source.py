@@ -114,12 +114,13 @@ class Parts:
 class Marks:
     """Finds the first of some fixed texts."""
 
-    __slots__ = ("_beginnings", "_longest", "_pattern")
+    __slots__ = ("_beginnings", "_firsts", "_longest", "_pattern")
 
     def __init__(self, marks: tuple[str, ...]) -> None:
         ordered = sorted(set(marks), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         self._beginnings = frozenset(mark[:length] for mark in ordered for length in range(1, len(mark)))
+        self._firsts = frozenset(mark[0] for mark in ordered)
         self._longest = max(map(len, ordered), default=1)
 
     def search(self, text: str) -> re.Match[str] | None:
@@ -131,6 +132,8 @@ class Marks:
 
     def num_held(self, text: str) -> int:
         """Return how many of the last characters may begin a mark."""
+        if self._firsts.isdisjoint(text[1 - self._longest :]):
+            return 0
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if text[-length:] in self._beginnings:
                 return length
