@@ -7,6 +7,7 @@ Enter with nsenter, never with `ip netns exec`, which remounts /sys and hides co
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,8 @@ class Network:
         """Make one, held by a process of the run."""
         holder = run.spawn(name, ["unshare", "--net", *_HOLD])
         network = cls(name, holder.pid)
-        _wait_until(lambda: _namespace(holder.pid, "net") != _namespace(1, "net"), f"network {name}")
+        ours = _namespace(os.getpid(), "net")  # not that of pid 1, which may be hidden from us
+        _wait_until(lambda: _namespace(holder.pid, "net") not in ("", ours), f"network {name}")
         network.ip("link", "set", "lo", "up")
         return network
 
