@@ -28,11 +28,16 @@ import torch.multiprocessing as mp
 from toka_engine.messages import Tokens
 
 from tests.gpu.test_parity import make
-from tests.model.driving import Driver, ints, load
-from tests.model.test_tensor_parallel import play
+from tests.model.driving import Driver, load
+from tests.model.test_tensor_parallel import PROMPTS, SAMPLING
 
 NUM_RANKS, PORT = 2, 10411
-SIZES = {"max_seqs_per_forward": 600, "max_tokens_per_forward": 2048, "kv_cache_num_tokens": 65536}
+SIZES = {
+    "max_seqs_per_forward": 600,
+    "max_tokens_per_forward": 2048,
+    "kv_cache_num_tokens": 65536,
+    "cudagraph_max_size": 64,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"use_cudagraphs": False},
@@ -51,6 +56,11 @@ class Seen:
     """The ids that the sampler of one GPU makes of these logits."""
     seeded_or_greedy: list[np.ndarray] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
+    """The greedy tokens of each step, of graphs where there are some."""
+    noise: list[list[int]] = field(default_factory=list)
+    """The tokens of steps that draw without a seed."""
+    forced: list[list[int]] = field(default_factory=list)
+    forced_logits: list[torch.Tensor] = field(default_factory=list)
 
 
 def watch(driver: Driver, seen: Seen) -> None:
@@ -75,81 +85,97 @@ def watch(driver: Driver, seen: Seen) -> None:
     runner.sample = sample
 
 
-def drive(folder: Path, ranks: Any, settings: dict[str, Any]) -> Seen:
+def drive(folder: Path, ranks: Any, settings: dict[str, Any], forced: list[list[int]] | None = None) -> Seen:
+    """Sample in every way, then predict the token behind each of the `forced` sequences (None: this run's own)."""
     options = {key: value for key, value in settings.items() if key != "no_peer_memory"}
-    worker = load(folder, ranks, device="cuda", dtype="bfloat16", tp_size=1, **{**SIZES, **options})
+    worker = load(folder, ranks, device="cuda", dtype="bfloat16", **{**SIZES, **options})
     worker.warm_up()
     seen, driver = Seen(), Driver(worker)
     watch(driver, seen)
-    seen.tokens = play(driver)[1]
+    parameters = {name: values[: len(PROMPTS)] for name, values in SAMPLING.items()}
+    seen.tokens = [driver.prefill(PROMPTS, **driver.add_slots(list(PROMPTS), **parameters))]
+    seen.tokens += [driver.decode(list(PROMPTS)) for _ in range(6)]
     driver.reset()
-    # Through the graphs, with a shared prefix: plain rows of one prompt and of many.
-    slots = list(range(60))
-    driver.prefill({slot: [5, 9, 11, 30 + slot] * 9 for slot in slots}, **driver.add_slots(slots))
-    seen.texts = [driver.decode(slots).ids.tolist() for _ in range(20)]
-    groups = {"first_rows": 0, "num_rows": 60, "first_columns": 0, "num_columns": 1}
-    seen.texts += [
-        driver.decode(slots, **{f"group_{name}": ints(value) for name, value in groups.items()}).ids.tolist()
-    ]
+    slots, prompts = list(range(60)), [[5, 9, 11, 30 + slot] * 8 for slot in range(60)]
+    first = driver.prefill(dict(enumerate(prompts)), **driver.add_slots(slots)).ids.tolist()
+    seen.texts = [first, *(driver.decode(slots).ids.tolist() for _ in range(20))]
     driver.reset()
-    new = driver.add_slots(slots, temperature=1.0)
-    driver.prefill({slot: [7, 8] for slot in slots}, **new)
-    seen.texts += [driver.decode(slots).ids.tolist() for _ in range(20)]
+    driver.prefill({slot: [7, 8] for slot in slots}, **driver.add_slots(slots, temperature=1.0))
+    seen.noise = [driver.decode(slots).ids.tolist() for _ in range(20)]
+    outputs = np.array(seen.texts).T.tolist()
+    seen.forced = forced or [prompts[slot] + outputs[slot][:count] for slot in range(8) for count in range(20)]
+    for begin in range(0, len(seen.forced), 32):
+        driver.reset()
+        batch = dict(enumerate(seen.forced[begin : begin + 32]))
+        driver.prefill(batch, **driver.add_slots(list(batch), num_logprobs=0))
+        seen.forced_logits.append(seen.logits.pop())
     return seen
 
 
-def be_rank(rank: int, folder: Path, meeting: str, settings: dict[str, Any], out: str) -> None:
+def be_rank(rank: int, folder: Path, meeting: str, settings: dict[str, Any], forced: list[list[int]], out: str) -> None:
     from toka_engine.model.cuda.gpu_ranks import NO_PEER_MEMORY, GpuRanks
 
     if settings.get("no_peer_memory"):
         os.environ[NO_PEER_MEMORY] = "1"
     torch.cuda.set_device(rank)
-    seen = drive(folder, GpuRanks(Path(meeting), rank, NUM_RANKS), settings)
+    seen = drive(folder, GpuRanks(Path(meeting), rank, NUM_RANKS), settings, forced)
     torch.save(seen, f"{out}/{rank}")
 
 
-def run_ranks(folder: Path, settings: dict[str, Any]) -> list[Seen]:
+def run_ranks(folder: Path, settings: dict[str, Any], forced: list[list[int]]) -> list[Seen]:
     with tempfile.TemporaryDirectory() as out:
-        mp.spawn(be_rank, (folder, f"{out}/meeting", settings, out), nprocs=NUM_RANKS)
+        mp.spawn(be_rank, (folder, f"{out}/meeting", settings, forced, out), nprocs=NUM_RANKS)
         return [torch.load(f"{out}/{rank}", weights_only=False) for rank in range(NUM_RANKS)]
 
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen3"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
+    """A model, and what one GPU makes of it."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     make(request.param, folder)
-    return folder
+    seen = drive(folder, None, {})
+    torch.cuda.empty_cache()
+    return folder, seen
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ranks_see_the_logits_of_one_gpu_and_sample_from_them_as_it_does(folder: Path, name: str) -> None:
-    if name == "nccl" and "Qwen3" in str(folder):
-        return  # the way of exchange does not know the model
-    alone = drive(folder, None, {})
-    torch.cuda.empty_cache()
-    first, second = run_ranks(folder, SETTINGS[name])
-    # Rounding parts the texts in time: of the first step alone the inputs are surely the same.
-    error = (first.logits[0] - alone.logits[0]).norm() / alone.logits[0].norm()
-    assert float(error) < 2e-2
-    agreement = np.mean([np.mean(ours == theirs) for ours, theirs in zip(first.texts[0], alone.texts[0], strict=True)])
-    assert agreement > 0.8
+def test_ranks_see_the_logits_of_one_gpu_and_sample_from_them_as_it_does(alone: tuple[Path, Seen], name: str) -> None:
+    folder, single = alone
+    first, second = run_ranks(folder, SETTINGS[name], single.forced)
+    check_logits(first, single)
     for ours, theirs in zip(first.tokens, second.tokens, strict=True):
         for column in ("ids", "logprobs", "top_rows", "top_tokens", "top_logprobs"):
             np.testing.assert_array_equal(getattr(ours, column), getattr(theirs, column))
     assert first.texts == second.texts
-    steps = zip(first.tokens, first.logits, first.expected, first.seeded_or_greedy, strict=False)
-    for tokens, logits, expected, sure in steps:
-        np.testing.assert_array_equal(tokens.ids[sure], np.array(expected)[sure])
-        wanted = logits.log_softmax(dim=1).gather(1, torch.from_numpy(tokens.ids.astype(np.int64))[:, None])[:, 0]
-        asked = tokens.logprobs
-        np.testing.assert_allclose(asked, wanted.numpy(), atol=2e-4)
-        if tokens.top_rows.size:
-            width = tokens.top_width
-            best = logits[torch.from_numpy(tokens.top_rows.astype(np.int64))].log_softmax(dim=1).topk(width, dim=1)
-            found = tokens.top_tokens.reshape(-1, width)
-            is_asked = found >= 0
-            values = tokens.top_logprobs.reshape(-1, width)
-            np.testing.assert_allclose(values[is_asked], best.values.numpy()[is_asked], atol=2e-4)
+    assert first.noise == second.noise
+    assert len(set(np.array(first.noise).T[:, 5].tolist())) > 10  # rows of one prompt part
+    for step, tokens in enumerate(first.tokens):
+        check_samples(tokens, first.logits[step], first.expected[step], first.seeded_or_greedy[step])
+
+
+def check_logits(ours: Seen, single: Seen) -> None:
+    """Teacher-forced: the logits of one GPU but for rounding, and so its likeliest tokens."""
+    found, wanted = torch.cat(ours.forced_logits), torch.cat(single.forced_logits)
+    error = float((found - wanted).norm() / wanted.norm())
+    agreement = float((found.argmax(1) == wanted.argmax(1)).float().mean())
+    of_graphs = np.mean([np.mean(np.equal(*pair)) for pair in zip(ours.texts[:2], single.texts[:2], strict=True)])
+    print(f"error {error:.4f}, teacher-forced agreement {agreement:.3f}, of the first two steps {of_graphs:.3f}")
+    assert error < 2e-2
+    assert agreement > 0.95
+    assert of_graphs > 0.85
+
+
+def check_samples(tokens: Tokens, logits: torch.Tensor, expected: list[int], sure: np.ndarray) -> None:
+    """Greedy and seeded tokens are those of one GPU's sampler; logprobs are those of the definition."""
+    np.testing.assert_array_equal(tokens.ids[sure], np.array(expected)[sure])
+    logprobs = logits.log_softmax(dim=1)
+    wanted = logprobs.gather(1, torch.from_numpy(tokens.ids.astype(np.int64))[:, None])[:, 0]
+    np.testing.assert_allclose(tokens.logprobs, wanted.numpy(), atol=2e-4)
+    if tokens.top_rows.size:
+        width = tokens.top_width
+        best = logprobs[torch.from_numpy(tokens.top_rows.astype(np.int64))].topk(width, dim=1).values.numpy()
+        is_asked = tokens.top_tokens.reshape(-1, width) >= 0
+        np.testing.assert_allclose(tokens.top_logprobs.reshape(-1, width)[is_asked], best[is_asked], atol=2e-4)
 
 
 # ------------------------------------------------------------------ an engine
@@ -218,7 +244,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_engine_with_its_name(
         began = time.monotonic()
         assert process.wait(limit_s) == code
         print(f"ended {time.monotonic() - began:.1f} s after {signum.name}")
-        assert "model_tp1" in log().splitlines()[-1]
+        assert "model_tp1" in "".join(log().splitlines()[-3:])
 
 
 def test_without_peer_memory_an_engine_says_so_once_and_serves(served: Path) -> None:
