@@ -92,5 +92,5 @@ def test_ranks_without_peer_memory_take_nccl_and_one_of_them_warns(
 
 def test_too_little_shared_memory_for_nccl_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl_exchange.os, "statvfs", lambda path: SimpleNamespace(f_bavail=8192, f_frsize=4096))
-    with pytest.raises(DeviceUnavailableError, match=r"32 MB of /dev/shm are free, 2 GPU ranks .* need 48 MB.*shm-size"):
+    with pytest.raises(DeviceUnavailableError, match=r"32 MB of /dev/shm are free, 2 .* need 48 MB.*shm-size"):
         nccl_exchange.NcclExchange(Sharding(0, 2), lambda data: [data])
