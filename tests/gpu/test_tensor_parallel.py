@@ -224,10 +224,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer."""
     folder: Path = tmp_path_factory.mktemp("served")
     make("Llama", folder)
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    words = {f"<{index}>": index for index in range(1000)}
-    Tokenizer(models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "</s>", *letters, *(f"Ġw{index:06d}" for index in range(998 - len(letters)))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return folder
 

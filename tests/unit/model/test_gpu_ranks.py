@@ -90,6 +90,14 @@ def test_ranks_without_peer_memory_take_nccl_and_one_of_them_warns(
     assert ("is set" if is_set else "were lost") in warning
 
 
+def test_gpus_that_nccl_cannot_connect_either_are_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU in reach the library's own functions run up to the connection, and say why there is none."""
+    for name in nccl_exchange._SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DeviceUnavailableError, match="of 1 ranks reach each other neither directly nor by NCCL: nccl"):
+        nccl_exchange.NcclExchange(Sharding(0, 1), lambda data: [data])
+
+
 def test_too_little_shared_memory_for_nccl_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl_exchange.os, "statvfs", lambda path: SimpleNamespace(f_bavail=8192, f_frsize=4096))
     with pytest.raises(DeviceUnavailableError, match=r"32 MB of /dev/shm are free, 2 .* need 48 MB.*shm-size"):

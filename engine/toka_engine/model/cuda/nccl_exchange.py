@@ -1,15 +1,13 @@
 """The way of GPU ranks that cannot reach each other's memory: NCCL gathers what they exchange.
 
 It is slower, launched kernel by kernel, and gives the same tokens: sums are made of gathered parts in rank order, and
-all logits are gathered, so that the sampler of one GPU runs on every rank. A communicator of torch's own binding
-serves: a process group would bring a listener and a watchdog. NCCL itself listens on the loopback interface alone.
+all logits are gathered, so that the sampler of one GPU runs on every rank. NCCL listens on the loopback interface
+alone.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from toka_engine.errors import DeviceUnavailableError
 from toka_engine.model.cuda.attention import CudaAttention
+from toka_engine.model.cuda.nccl import Nccl, NcclError
 from toka_engine.model.cuda.peer_memory import Gather
 from toka_engine.model.cuda.sampler import CudaSampler
 from toka_engine.model.kernels.device_slots import DeviceSlots
@@ -25,8 +24,6 @@ from toka_engine.model.ranks import sum_in_order
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sharding import Sharding
 from toka_engine.model.slot_state import HostSlots
-
-logger = logging.getLogger("toka.model")
 
 _SETTINGS = {
     "NCCL_P2P_DISABLE": "1",  # the peers' memory has just been found out of reach
@@ -51,25 +48,23 @@ class NcclExchange:
         _check_shared_memory(self._size)
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
-        self._nccl: Any = torch.cuda.nccl
-        own = bytes(self._nccl.unique_id()) if self._rank == 0 else b""
         try:
-            self._comm = self._nccl.init_rank(self._size, gather(own)[0], self._rank)
+            self._nccl = Nccl()
+            own = self._nccl.make_id() if self._rank == 0 else b""
+            self._nccl.connect(gather(own)[0], self._rank, self._size)
             self.gather(torch.zeros(1, dtype=torch.int32, device="cuda"))
             torch.cuda.synchronize()
-        except RuntimeError as error:
+        except (NcclError, RuntimeError) as error:
             raise DeviceUnavailableError(
                 f"the GPUs of {self._size} ranks reach each other neither directly nor by NCCL: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Return every rank's `x`, of one shape and a whole number of int32 words, in rank order: [size, *x.shape]."""
-        # The binding gathers from the devices of one process only. A sum of words of which all but one are 0 is exact.
-        parts = x.new_zeros((self._size, *x.shape))
-        parts[self._rank] = x
-        words = parts.view(-1).view(torch.int32)
-        self._nccl.all_reduce([words], [words], comms=[self._comm])
+        """Return every rank's `x`, of one shape, in rank order: [size, *x.shape]."""
+        parts = x.new_empty((self._size, *x.shape))
+        if x.numel():
+            self._nccl.all_gather(x.contiguous(), parts)
         return parts
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
