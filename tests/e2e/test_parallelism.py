@@ -37,6 +37,7 @@ def test_two_replicas_of_two_ranks_serve_and_roll_without_a_broken_stream(
         name="tiny",
         model={"source": "file:///tiny", "dtype": "float32"},
         resources={"device": "cpu", "memory": "3Gi"},
+        engine={"kvCacheNumTokens": 65536},  # by default too little memory would be left for long streams
         parallelism={"tensor": 2, "data": 2},
         podTemplate=mount(files, "/tiny"),
         rollout={"drainTimeoutSeconds": 600},
