@@ -1,0 +1,22 @@
+"""Uses instructor with JSON schemas."""
+
+import sys
+
+import instructor
+import openai
+from pydantic import BaseModel
+
+
+class Capital(BaseModel):
+    country: str
+    city: str
+
+
+plain = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", timeout=240)
+ask = [{"role": "user", "content": "The capital of France is Paris."}]
+for mode in (instructor.Mode.JSON_SCHEMA,):
+    client = instructor.from_openai(plain, mode=mode)
+    found = client.chat.completions.create(
+        model="smollm2", response_model=Capital, messages=ask, max_tokens=200, temperature=0
+    )
+    assert isinstance(found, Capital), mode
