@@ -21,7 +21,7 @@ _DOCUMENT = ROOT / "docs" / "clients.md"
 _USES = Path(__file__).parent / "uses"
 _TIMEOUT_S = 280.0
 _SNIPPETS = dict(
-    re.findall(r"^## .*\n<!-- client: (\w+) -->\n.*?^```python\n(.*?)^```$", _DOCUMENT.read_text(), re.M | re.S)
+    re.findall(r"^## [^\n]*\n<!-- client: (\w+) -->\n.*?^```python\n(.*?)^```$", _DOCUMENT.read_text(), re.M | re.S)
 )
 _URL = "http://localhost:10210"
 

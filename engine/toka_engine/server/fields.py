@@ -62,7 +62,7 @@ LACKING: Final[Mapping[str, Lacking]] = {
     "chat_template": Lacking("this server renders messages by the model's own template"),
     "mm_processor_kwargs": Lacking("this server reads text alone", ({},)),
     "use_beam_search": Lacking(_BEAM_SEARCH, (False,)),
-    "length_penalty": Lacking(_BEAM_SEARCH, (1, 1.0)),
+    "length_penalty": Lacking(_BEAM_SEARCH, (1.0,)),
     "early_stopping": Lacking(_BEAM_SEARCH, (False,)),
     "detokenize": Lacking("this server always answers with text", (True,)),
     "logits_processors": Lacking("this server runs no code of a request", ([],)),

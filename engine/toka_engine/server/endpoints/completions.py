@@ -23,7 +23,7 @@ PATH = "/v1/completions"
 DEFAULT_MAX_TOKENS = 16
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 _PROMPT: dict[str, Any] = {
-    "description": "text, token ids, or a list of either",
+    "description": "A text, token ids, or a list of either.",
     "anyOf": [
         {"type": "string"},
         _TOKEN_IDS,
