@@ -19,9 +19,9 @@ _MAKE_TIMEOUT_S = 600
 CLIENTS = tuple(sorted(path.stem for path in _PINS.glob("*.txt")))
 
 
-def python_of(name: str) -> Path:
-    """The interpreter of a client's environment, which is made if it is not there."""
-    pins = _PINS / f"{name}.txt"
+def python_of(name: str, pins: Path | None = None) -> Path:
+    """The interpreter of a client's environment, which is made if it is not there. `pins`: the client's by default."""
+    pins = pins or _PINS / f"{name}.txt"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     key = hashlib.sha256(version.encode() + pins.read_bytes()).hexdigest()[:12]
     cache = Path(os.environ.get("TOKA_CACHE_DIR") or Path.home() / ".cache" / "toka") / "clients"

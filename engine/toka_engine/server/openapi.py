@@ -85,7 +85,7 @@ def _generating(name: str, request: type[msgspec.Struct], answer: type[msgspec.S
     operation = _posting(name, request, answer, summary, *_ERRORS)
     whole = operation["responses"]["200"]
     whole["description"] = "The answer; with `stream` server-sent events, each a part of it, the last `[DONE]`."
-    whole["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    whole["content"]["text/event-stream"] = {"schema": {}}
     return operation
 
 
