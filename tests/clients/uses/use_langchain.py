@@ -36,6 +36,6 @@ history = [HumanMessage("Weather?"), AIMessage("", tool_calls=[call]), ToolMessa
 assert chat.bind_tools([weather]).invoke(history).content is not None
 
 wide = ChatOpenAI(**options, max_tokens=200, temperature=0)
-for method in ("json_schema",):
+for method in ("json_schema", "function_calling"):
     found = wide.with_structured_output(Capital, method=method).invoke("The capital of France is Paris.")
     assert isinstance(found, Capital), (method, found)

@@ -1,4 +1,4 @@
-"""Uses pydantic-ai: text, streams, and structured output by a schema."""
+"""Uses pydantic-ai: text, streams, and structured output by each of its ways, the default being a tool."""
 
 import asyncio
 import sys
@@ -22,7 +22,7 @@ async def run() -> None:
     assert (await Agent(model).run("Say hello.", model_settings={"max_tokens": 8})).output
     async with Agent(model).run_stream("Say hello.", model_settings={"max_tokens": 8}) as stream:
         assert await stream.get_output()
-    for output in (NativeOutput(Capital),):
+    for output in (Capital, NativeOutput(Capital)):
         agent = Agent(model, output_type=output, model_settings=settings)
         assert isinstance((await agent.run("The capital of France is Paris.")).output, Capital)
 
