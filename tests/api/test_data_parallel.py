@@ -112,3 +112,18 @@ def test_replicas_sample_different_texts_where_no_seed_is_given(pair_client: ope
     answer = pair_client.completions.create(model="m", prompt="Once", max_tokens=8, n=160, temperature=1.5)
     halves = [[choice.text for choice in answer.choices[begin : begin + 80]] for begin in (0, 80)]
     assert halves[0] != halves[1]
+
+
+def test_a_prompts_logprobs_come_from_one_replica_however_many_its_choices(pair_client: openai.OpenAI) -> None:
+    """The choices are so many that replicas share them otherwise."""
+    answer = pair_client.completions.create(
+        model="m", prompt=[PROMPTS[8], PROMPTS[9]], n=130, max_tokens=1, echo=True, logprobs=0, temperature=1.0
+    )
+    for prompt in (answer.choices[:130], answer.choices[130:]):
+        found = [
+            choice.logprobs.token_logprobs for choice in prompt if choice.logprobs and choice.logprobs.token_logprobs
+        ]
+        assert len(found) == 130
+        assert all(each[0] is None and None not in each[1:] for each in found)
+        num_prompt = min(map(len, found)) - 1
+        assert len({tuple(each[:num_prompt]) for each in found}) == 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import socket
 import subprocess
@@ -46,6 +47,7 @@ _VOCABULARY = 49152
 _TOKEN = 253
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 """The unit in which the kernel counts CPU time."""
+_LENGTH = re.compile(rb"content-length: (\d+)")
 
 
 class _Bench:
@@ -124,11 +126,17 @@ def _run_whole(bench: _Bench, seconds: float, num_tokens: int) -> int:
                 continue
             client = bench.clients[key.data]
             received[key.data] += client.recv(65536)
-            if received[key.data].endswith(b"}}"):
+            if _is_whole(received[key.data]):
                 received[key.data] = b""
                 num_done += 1
                 client.sendall(request)
     return num_done * num_tokens
+
+
+def _is_whole(answer: bytes) -> bool:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = _LENGTH.search(head)
+    return length is not None and len(body) >= int(length[1])
 
 
 def _answer_whole(bench: _Bench, num_tokens: int) -> None:
