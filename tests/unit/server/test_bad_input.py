@@ -47,7 +47,6 @@ _UNSUPPORTED_CHAT: dict[str, list[Any]] = {
     "modalities": [["audio"]],
     "audio": [{"voice": "x"}],
     "prediction": [{"type": "content"}],
-    "reasoning_effort": ["high"],
     "service_tier": [1],
     "store": [True, 0],
     "metadata": ["a", []],
