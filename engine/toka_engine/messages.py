@@ -206,6 +206,8 @@ class Submit(Message, frozen=True):
     """-1: none; else `PromptLogprobs` come, with so many of the likeliest tokens at each position."""
     grammar: GrammarSource | None = None
     """The outputs are texts of this grammar."""
+    priority: int = 0
+    """From -100 to 100; lower ones go first. Above 0 it is background work, which others may interrupt."""
 
 
 class Cancel(Message, frozen=True):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toka_engine.manager.arrays import distinct
+from toka_engine.manager.priorities import RESERVE
 from toka_engine.manager.prompt_logprobs import num_reusable_pages
 from toka_engine.manager.requests import Waiting
 from toka_engine.manager.sharing import recount_shared_columns
@@ -72,7 +73,11 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     left."""
     budget -= sum(prefill.tokens.size - prefill.position for prefill in state.prefills)
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
-    if budget <= 0 or num_free <= 0 or not state.queue or not state.queue.has_news:
+    if not state.queue or not state.queue.has_news:
+        return
+    if num_free <= 0:
+        state.wants_room = True
+    if budget <= 0 or num_free <= 0:
         return
     if step.number < state.next_admission and state.slots.num_running:
         return
@@ -85,6 +90,7 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     if len(chosen) < len(candidates):
         state.next_admission = step.number + PAGE_LIMITED_INTERVAL
     if not chosen:
+        state.wants_room = True
         chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)
@@ -97,6 +103,7 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
     candidates: list[Candidate] = []
     claimed = set()
     num_deferred = 0
+    is_background = False
     for entry in entries:
         if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
             break
@@ -104,6 +111,11 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             continue
         if entry.request.grammar is not None and not entry.request.grammar.is_ready:
             continue
+        if entry.request.is_background and not is_background:  # all that follow are, too
+            is_background = True
+            num_free -= state.sizes.max_running // RESERVE if state.slots.num_running else 0
+            if num_free <= 0:
+                break
         pages, missing = state.pages.tree.match(entry.tokens)
         num_reusable = num_reusable_pages(entry, state.sizes.page_size)
         if num_reusable is not None:  # waits for nobody's pages
@@ -144,7 +156,8 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
         arrival, num_new = _arrival(state, candidate, num_steps, running.ends)
         if num_new > num_available:
             break
-        num_fitting = forecast.add_fitting(arrival, candidate.num_streams, state.sizes.num_pages)
+        num_pages = state.sizes.num_pages - _reserved_pages(state, [candidate])
+        num_fitting = forecast.add_fitting(arrival, candidate.num_streams, num_pages)
         if num_fitting == 0:
             break
         chosen[candidate] = num_fitting
@@ -159,12 +172,20 @@ def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate,
     return {}
 
 
+def _reserved_pages(state: ManagerState, candidates: list[Candidate]) -> int:
+    """Return the pages that must stay free when `candidates` start: some, if there is background work among them."""
+    has_background = any(candidate.entry.request.is_background for candidate in candidates)
+    return state.sizes.num_pages // RESERVE if has_background else 0
+
+
 def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int) -> dict[Candidate, int]:
     """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}
     behind = itertools.dropwhile(lambda entry: entry is not head, state.queue.entries)
-    window = itertools.islice(behind, 1, 1 + SKIP_WINDOW)
+    window: Iterable[Waiting] = itertools.islice(behind, 1, 1 + SKIP_WINDOW)
+    if not head.request.is_background:
+        window = itertools.takewhile(lambda entry: not entry.request.is_background, window)
     candidates = _collect(state, window, tick, budget, num_free)
     if not candidates:
         return {}
@@ -242,7 +263,7 @@ def _have_room_to_the_end(
         total += last - candidate.matched.size
         if num_steps:
             total += (candidate.num_streams - 1) * (last - length // page_size)
-    return total <= state.sizes.num_pages
+    return total <= state.sizes.num_pages - _reserved_pages(state, candidates)
 
 
 def measure_running(state: ManagerState, streams: Streams, remaining: Int32s) -> Running:

@@ -118,6 +118,7 @@ class Manager:
             edits=submit.edits,
             delivers_stop=submit.delivers_stop,
             scoring=Scoring(submit.prompt_logprobs) if submit.prompt_logprobs >= 0 else None,
+            priority=submit.priority,
             grammar=None if submit.grammar is None else state.grammars.use(submit.grammar, submit.num_choices),
         )
         state.counters.prompt_tokens += request.prompt_length

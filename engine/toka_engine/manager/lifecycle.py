@@ -77,17 +77,20 @@ def release_completed(state: ManagerState) -> None:
         state.queue.note_news()
 
 
-def preempt_newest(state: ManagerState) -> int | None:
-    """Preempt the stream (or the prefill) that arrived last, unless it is the only one.
+def preempt_newest(state: ManagerState, min_order: int | None = None) -> int | None:
+    """Preempt the stream (or the prefill) that is last by priority and arrival, unless it is the only one. With
+    `min_order` it may be the only one, and is left alone if it comes before that.
 
     Returns how many pages come back when its last step is back, beyond those that are back already; None:
     there is none to preempt.
     """
     slots = state.slots
     candidates = np.flatnonzero((slots.states == State.DECODE) | (slots.states == State.PREFILL))
-    if candidates.size < 2:
+    if candidates.size < (2 if min_order is None else 1):
         return None
     slot = int(candidates[np.argmax(slots.orders[candidates])])
+    if min_order is not None and slots.orders[slot] < min_order:
+        return None
     pages = slots.table[slot, : slots.num_pages[slot]]
     num_freed = int(np.count_nonzero(state.pages.allocator.refs[pages] == 1))
     state.counters.preemptions += 1

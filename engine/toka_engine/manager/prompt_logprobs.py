@@ -28,7 +28,9 @@ def score_chunk(step: StepBuilder, prefill: Prefill, start: int) -> None:
     """Have the step score the chunk that was added last, [start, prefill.position), if the request asks for it."""
     request, end = prefill.request, prefill.position
     scoring = request.scoring
-    if scoring is None or end <= scoring.num_planned or start >= request.prompt_length:
+    if scoring is None or end <= scoring.num_planned:
+        return
+    if scoring.num_planned >= request.prompt_length:  # a preempted stream's output is prefilled with its prompt
         return
     scoring.num_planned = end
     is_end = end >= request.prompt_length

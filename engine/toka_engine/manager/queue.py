@@ -6,23 +6,31 @@ The only writer of its entries and counters. It decides nothing: `admission` tak
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Iterator
+from itertools import chain
 
 from toka_engine.manager.requests import Waiting
 
 
 class Queue:
-    """Entries in order, the first one being next. An entry is the choices of one request that wait together."""
+    """Entries in order, the first one being next: by priority, then by arrival. An entry is the choices of one request
+    that wait together.
+    """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[int, Waiting] = OrderedDict()  # by id(entry)
+        self._by_priority: dict[int, OrderedDict[int, Waiting]] = {}  # in order of priority; by id(entry)
         self._num_choices = 0
         self._num_arrivals = 0
         self._has_news = True
 
     @property
-    def entries(self) -> Collection[Waiting]:
-        return self._entries.values()
+    def entries(self) -> Iterator[Waiting]:
+        return chain.from_iterable(entries.values() for entries in self._by_priority.values())
+
+    @property
+    def head(self) -> Waiting | None:
+        """The entry that is next."""
+        return next(self.entries, None)
 
     @property
     def num_choices(self) -> int:
@@ -34,11 +42,14 @@ class Queue:
         """Something has changed since `settle` that may let an entry in."""
         return self._has_news
 
+    def __bool__(self) -> bool:
+        return bool(self._by_priority)
+
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._by_priority.values()))
 
     def __contains__(self, entry: Waiting) -> bool:
-        return id(entry) in self._entries
+        return id(entry) in self._by_priority.get(entry.request.priority, ())
 
     def count_arrival(self) -> int:
         """Return the number of a request that has arrived: one more than the last one's."""
@@ -46,9 +57,14 @@ class Queue:
         return self._num_arrivals - 1
 
     def add(self, entry: Waiting, *, at_front: bool) -> None:
-        self._entries[id(entry)] = entry
+        """Let `entry` wait, behind those of its priority or before them."""
+        entries = self._by_priority.get(entry.request.priority)
+        if entries is None:
+            entries = self._by_priority[entry.request.priority] = OrderedDict()
+            self._by_priority = dict(sorted(self._by_priority.items()))
+        entries[id(entry)] = entry
         if at_front:
-            self._entries.move_to_end(id(entry), last=False)
+            entries.move_to_end(id(entry), last=False)
         self._num_choices += len(entry.choices)
         self._has_news = True
 
@@ -57,12 +73,18 @@ class Queue:
         del entry.choices[choice]
         self._num_choices -= 1
         if not entry.choices:
-            del self._entries[id(entry)]
+            self._delete(entry)
 
     def remove(self, entry: Waiting) -> None:
         """Take out `entry` with all its choices."""
         self._num_choices -= len(entry.choices)
-        del self._entries[id(entry)]
+        self._delete(entry)
+
+    def _delete(self, entry: Waiting) -> None:
+        entries = self._by_priority[entry.request.priority]
+        del entries[id(entry)]
+        if not entries:
+            del self._by_priority[entry.request.priority]
 
     def note_news(self) -> None:
         """Note that something has changed which may let an entry in."""

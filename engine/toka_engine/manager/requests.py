@@ -15,7 +15,11 @@ from toka_engine.messages import Floats, Int32s, LogitEdits
 from toka_engine.slot_parameters import Sampling
 
 CHOICE_BITS = 20
-"""A stream's order is its request's arrival number shifted by this, plus its choice."""
+PRIORITY_SHIFT = 55
+"""A stream's order is its request's priority shifted by this, plus the arrival number shifted by `CHOICE_BITS`, plus
+its choice. That leaves 35 bits for arrivals, which is 34 billion requests."""
+FIRST_BACKGROUND_ORDER = 1 << PRIORITY_SHIFT
+"""The orders of background streams begin here."""
 
 _MASK = (1 << 64) - 1
 
@@ -62,6 +66,17 @@ class Request:
     delivers_stop: bool = False
     scoring: Scoring | None = None
     grammar: KnownGrammar | None = None
+    priority: int = 0
+
+    @property
+    def is_background(self) -> bool:
+        """Others come first, also where it runs already."""
+        return self.priority > 0
+
+    @property
+    def order(self) -> int:
+        """The first choice's place among all streams: by priority, then by arrival."""
+        return (self.priority << PRIORITY_SHIFT) + (self.arrival << CHOICE_BITS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

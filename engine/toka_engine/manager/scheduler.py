@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from toka_engine.manager.admission import admit
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
+from toka_engine.manager.priorities import limit_background_prefill, make_room
 from toka_engine.manager.prompt_logprobs import score_chunk, scored_fields
 from toka_engine.manager.requests import PendingCopy, Prefill, Request
 from toka_engine.manager.row_groups import NO_GROUPS, Groups
@@ -28,6 +29,9 @@ def plan_step(state: ManagerState) -> Step | None:
     """Return the next step to send, or None where nothing can run before more tokens are back."""
     if len(state.in_flight) >= state.sizes.steps_ahead:
         return None
+    if state.wants_room:
+        state.wants_room = False
+        make_room(state)
     step = StepBuilder(state.next_step)
     rows, groups, is_short = _plan_decode(state, step)
     sizes = state.sizes
@@ -36,7 +40,7 @@ def plan_step(state: ManagerState) -> Step | None:
     copies = _take_live_copies(state)
     if not is_short:
         admit(state, step, budget)
-    _plan_chunks(state, step, budget)
+    _plan_chunks(state, step, rows, budget)
     if rows.size == 0 and not step.chunk_slots:
         state.copies = copies  # this step is not sent
         return None
@@ -136,14 +140,21 @@ def emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCopy
         state.pages.hold(step.number, np.asarray([copy.source], np.int32))
 
 
-def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int) -> None:
+def _plan_chunks(state: ManagerState, step: StepBuilder, rows: Int32s, budget: int) -> None:
     slots = state.slots
     begun: list[Int32s] = []
-    for prefill in list(state.prefills):
+    background = None
+    for prefill in sorted(state.prefills, key=lambda prefill: prefill.request.is_background):
         if budget <= 0:
             break
         start = prefill.position
         length = min(budget, prefill.tokens.size - start)
+        if prefill.request.is_background:
+            background = limit_background_prefill(state, rows, budget) if background is None else background
+            length = min(length, background)
+            if length <= 0:
+                break
+            background -= length
         budget -= length
         prefill.position = start + length
         step.chunk_slots.append(prefill.slot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from toka_engine.manager.requests import CHOICE_BITS, Prefill, Stream, Waiting
+from toka_engine.manager.requests import Prefill, Stream, Waiting
 from toka_engine.manager.slots import NO_STOP, STOP_WIDTH, State
 from toka_engine.manager.state import ManagerState, StepBuilder
 from toka_engine.messages import Int32s
@@ -59,7 +59,7 @@ def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     stream = Stream(request, choice, entry.kept, entry.num_kept)
     slots.streams[slot] = stream
     slots.stream_ids[slot] = stream.id
-    slots.orders[slot] = (request.arrival << CHOICE_BITS) + choice
+    slots.orders[slot] = request.order + choice
     slots.states[slot] = State.RESERVED
     slots.num_pages[slot] = 0
     slots.num_in_tree[slot] = 0

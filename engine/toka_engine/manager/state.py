@@ -80,6 +80,7 @@ class ManagerState:
         self.next_step = 1
         self.completed_step = 0
         self.next_admission = 0  # step before which nothing is admitted beside running streams
+        self.wants_room = False  # the first waiting request did not fit
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
         self.grammars = Grammars()

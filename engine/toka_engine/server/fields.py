@@ -25,7 +25,7 @@ HINTS: Final[Mapping[str, Values]] = {
     "prompt_cache_retention": (),
     "prompt_cache_options": (),
     "verbosity": (),
-    "service_tier": ("auto", "default"),
+    "service_tier": ("auto", "default", "flex"),
     "metadata": ({},),
     "request_id": (),
 }
@@ -66,7 +66,6 @@ LACKING: Final[Mapping[str, Lacking]] = {
     "early_stopping": Lacking(_BEAM_SEARCH, (False,)),
     "detokenize": Lacking("this server always answers with text", (True,)),
     "logits_processors": Lacking("this server runs no code of a request", ([],)),
-    "priority": Lacking("this server has no priorities", (0,)),
     "cache_salt": Lacking("this server has one prefix cache for all requests"),
 }
 

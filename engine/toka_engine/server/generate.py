@@ -55,7 +55,10 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
     blocks = await streams.hash_prompts(job.prompts)
     if connection.is_gone:
         raise ClientGoneError("the client closed the connection")
-    with Generation(streams, job.prompts, job.spec, blocks) as generation:
+    spec = job.spec
+    if spec.priority < exchange.min_priority:
+        spec = msgspec.structs.replace(spec, priority=exchange.min_priority)
+    with Generation(streams, job.prompts, spec, blocks) as generation:
         connection.gone_callbacks.add(generation.abandon)
         try:
             renderers = [job.new_renderer() for _ in generation.choices]

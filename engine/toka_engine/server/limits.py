@@ -50,6 +50,7 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     truncation: int | None = None
     """A prompt keeps so many of its last tokens; None: all."""
     grammar: AskedGrammar | None = None
+    priority: int = 0
     rules: TokenRules = NO_RULES
     keeps_stop: bool = False
     """Whether the text keeps what has stopped it."""
@@ -189,6 +190,7 @@ class Limits:
             sampling=sampling,
             stop_ids=stop_ids,
             deliver_each=options.is_streamed or options.stops is not None,
+            priority=options.priority,
             grammar=None if options.grammar is None else self.complete_grammar(options.grammar).source,
             edits=options.rules.make_edits(stop_ids),
             delivers_stop=options.keeps_stop,

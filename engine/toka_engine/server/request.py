@@ -88,6 +88,11 @@ def _null() -> msgspec.Raw:
     return msgspec.Raw(b"null")
 
 
+MAX_PRIORITY = 100
+FLEX_PRIORITY = 10
+"""The priority of `service_tier: flex`."""
+
+
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Options of a streamed answer."""
 
@@ -104,7 +109,9 @@ class Hints(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     prompt_cache_key: Annotated[str | None, _HINT] = None
     prompt_cache_retention: Annotated[str | None, _HINT] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, _HINT] = None
-    service_tier: Annotated[str | None, _HINT] = None
+    service_tier: Annotated[
+        str | None, doc(f"`flex` is background work, as `priority` {FLEX_PRIORITY}; others are a hint without effect.")
+    ] = None
     metadata: Annotated[dict[str, Any] | None, _HINT] = None
     request_id: Annotated[str | None, _HINT] = None
 
@@ -113,6 +120,14 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     """The fields that both generating endpoints share."""
 
     model: Annotated[str, doc("The served name or an alias.")]
+    priority: Annotated[
+        int | None,
+        Meta(
+            ge=-MAX_PRIORITY,
+            le=MAX_PRIORITY,
+            description="Lower goes first; default 0. Above 0 is background work, which gives way to other requests.",
+        ),
+    ] = None
     stream: Annotated[bool | None, doc("Server-sent events, token by token.")] = None
     stream_options: Annotated[StreamOptions | None, doc("Only together with `stream`.")] = None
     n: Annotated[

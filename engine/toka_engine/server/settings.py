@@ -14,7 +14,7 @@ from toka_engine.server.errors import invalid
 from toka_engine.server.fields import Lacking, lacks
 from toka_engine.server.grammar_requests import AskedGrammar, read_grammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
-from toka_engine.server.request import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, GenerationRequest
+from toka_engine.server.request import FLEX_PRIORITY, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, GenerationRequest
 from toka_engine.server.stops import StopStrings
 from toka_engine.slot_parameters import Sampling
 
@@ -62,6 +62,7 @@ def check_shared(
         adds_special_tokens=request.add_special_tokens,
         truncation=_check_truncation(request.truncate_prompt_tokens, limits, max_tokens or 1),
         grammar=_check_grammar(request),
+        priority=_check_priority(request),
         rules=check_token_rules(request, limits.vocab_size, limits.encode_word),
         keeps_stop=bool(request.include_stop_str_in_output),
         shows_special=request.skip_special_tokens is False,
@@ -116,6 +117,13 @@ def _check_truncation(given: int | None, limits: Limits, max_tokens: int) -> int
     if given == 0:
         raise invalid(name, f"'{name}' must be -1, or at least 1.", "invalid_value")
     return room if given == -1 else int_in(given, name, 1, limits.max_request_tokens - 1, 1)
+
+
+def _check_priority(request: GenerationRequest) -> int:
+    """Return the number by which requests are ordered; the tier `flex` is background work of its own."""
+    if request.priority is not None:
+        return request.priority
+    return FLEX_PRIORITY if request.service_tier == "flex" else 0
 
 
 def _given(value: float | None, default: float) -> float:

@@ -51,6 +51,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     stop_ids: tuple[int, ...]
     deliver_each: bool
     grammar: GrammarSource | None = None
+    priority: int = 0
     edits: LogitEdits | None = None
     delivers_stop: bool = False
     prompt_logprobs: int = -1
@@ -210,6 +211,7 @@ class Streams:
                 spec.sampling,
                 spec.stop_ids,
                 spec.deliver_each,
+                priority=spec.priority,
                 grammar=spec.grammar,
                 edits=spec.edits,
                 delivers_stop=spec.delivers_stop,

@@ -362,6 +362,7 @@ class Harness:
         edits: LogitEdits | None = None,
         delivers_stop: bool = False,
         prompt_logprobs: int = -1,
+        priority: int = 0,
         **penalties: float,
     ) -> list[int]:
         sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
@@ -369,7 +370,7 @@ class Harness:
         ids = np.asarray(prompt, np.int32)
         submit = Submit(
             first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice,
-            edits=edits, delivers_stop=delivers_stop, prompt_logprobs=prompt_logprobs,
+            edits=edits, delivers_stop=delivers_stop, prompt_logprobs=prompt_logprobs, priority=priority,
         )  # fmt: skip
         self.num_streams += n
         answers = self.manager.handle(submit)

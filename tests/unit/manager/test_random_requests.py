@@ -38,6 +38,7 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
                 edits=make_edits(int(rng.integers(1, 9))) if rng.random() < 0.3 else None,
                 delivers_stop=bool(rng.random() < 0.3),
                 prompt_logprobs=int(rng.choice([-1, -1, 0, 2])),
+                priority=int(rng.choice([-1, 0, 0, 10, 100])),
                 frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
                 repetition_penalty=float(rng.choice([1.0, 1.0, 1.25])),
             )

@@ -24,7 +24,7 @@ _HINTS: dict[str, Any] = {
     "prompt_cache_key": "key",
     "prompt_cache_retention": "24h",
     "prompt_cache_options": {"a": 1},
-    "service_tier": "flex",
+    "service_tier": "priority",
     "metadata": {"a": "b"},
     "request_id": "r-1",
 }

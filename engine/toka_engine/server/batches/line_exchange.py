@@ -32,7 +32,7 @@ class LineConnection:
 class LineExchange(Exchange):
     """A request of a batch, whose answer is kept in `status` and `body`."""
 
-    def __init__(self, path: str, body: bytes, connection: LineConnection) -> None:
+    def __init__(self, path: str, body: bytes, connection: LineConnection, min_priority: int = 0) -> None:
         scope = {
             "method": "POST",
             "path": path,
@@ -40,6 +40,7 @@ class LineExchange(Exchange):
             "state": {"connection": connection, "cycle": None},
         }
         super().__init__(scope, _unused, _unused)
+        self.min_priority = min_priority
         self._request_body = body
         self.body = b""
 

@@ -27,6 +27,7 @@ from toka_engine.server.batches.results import LineResult
 from toka_engine.server.exchange import Handler
 from toka_engine.server.failures import answer_failure
 from toka_engine.server.metrics import Metrics
+from toka_engine.server.request import MAX_PRIORITY
 
 logger = logging.getLogger("toka.server.batches")
 
@@ -207,7 +208,7 @@ class BatchRun:
         if self._stop_reason in _REST:
             connection.lose()
         self._connections.add(connection)
-        exchange = LineExchange(url, body, connection)
+        exchange = LineExchange(url, body, connection, MAX_PRIORITY)
         try:
             if not connection.is_gone:
                 await self._parts.handlers[url](exchange)

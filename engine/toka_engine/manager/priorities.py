@@ -1,0 +1,48 @@
+"""Background streams give way: they are preempted when another request does not fit, and leave it part of each step.
+
+A request with a priority above 0 is background work. What it has computed stays in the prefix tree, so that it goes on
+from there when there is room again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toka_engine.manager.lifecycle import preempt_newest
+from toka_engine.manager.requests import FIRST_BACKGROUND_ORDER
+from toka_engine.manager.state import ManagerState
+from toka_engine.messages import Int32s
+
+RESERVE = 10
+"""Background streams leave one page in this many, and one slot, to others, who then start without a preemption."""
+PREFILL_SHARE = 4
+"""The prompts of background streams take one in this many of a step's prefill tokens beside other streams."""
+
+
+def make_room(state: ManagerState) -> None:
+    """Preempt background streams for the first waiting request, which did not fit. Nothing happens while what was
+    preempted before is still on its way back, or where that request is background work itself. To be called before a
+    step's rows are chosen: a row of the step that is being planned cannot be taken back.
+    """
+    head = state.queue.head
+    if head is None or head.request.is_background or state.slots.has_retiring or state.pages.has_held:
+        return
+    num_choices = len(head.choices)
+    planned = np.asarray([head.num_kept + 1], np.int32)
+    limit = np.asarray([head.request.max_tokens], np.int32)
+    length = head.tokens.size + int(state.predictor.predict_remaining(planned, limit)[0])
+    num_pages = num_choices * -(-length // state.sizes.page_size)
+    num_promised, num_preempted = 0, 0
+    while num_preempted < num_choices or num_pages > state.pages.allocator.num_available + num_promised:
+        num_later = preempt_newest(state, FIRST_BACKGROUND_ORDER)
+        if num_later is None:
+            return
+        num_preempted += 1
+        num_promised += num_later
+
+
+def limit_background_prefill(state: ManagerState, rows: Int32s, budget: int) -> int:
+    """Return how many of `budget` prefill tokens background prompts may take beside the decode rows `rows`."""
+    if (state.slots.orders[rows] < FIRST_BACKGROUND_ORDER).any():
+        return budget // PREFILL_SHARE
+    return budget
