@@ -121,12 +121,8 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
 
     model: Annotated[str, doc("The served name or an alias.")]
     priority: Annotated[
-        int | None,
-        Meta(
-            ge=-MAX_PRIORITY,
-            le=MAX_PRIORITY,
-            description="Lower goes first; default 0. Above 0 is background work, which gives way to other requests.",
-        ),
+        Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None,
+        doc("Lower goes first; default 0. Above 0 is background work, which gives way to other requests."),
     ] = None
     stream: Annotated[bool | None, doc("Server-sent events, token by token.")] = None
     stream_options: Annotated[StreamOptions | None, doc("Only together with `stream`.")] = None

@@ -120,6 +120,7 @@ def test_a_batch_answers_each_line_once_in_the_clients_own_shape(shared: Running
     assert bad["wrong"]["response"]["body"]["error"]["param"] == "temperature"
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (301, 300, 1)
     assert batch.usage.output_tokens == 4 * 300
+    assert {submit.priority for submit in shared.manager.submits} == {100}, "lines come behind other requests"
     assert batch.metadata == {"run": "7"}
     assert batch.model == MODEL
 

@@ -264,3 +264,28 @@ def test_an_unknown_field_of_the_sdk_is_an_error_of_the_sdk(server: RunningServe
         client_of(server).chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "Hi"}], extra_body={"topp": 1}
         )
+
+
+# ---------------------------------------------------------------- priorities
+
+
+def test_priorities_reach_the_manager_and_flex_is_background_work(server: RunningServer) -> None:
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({}, 0),
+        ({"priority": 7}, 7),
+        ({"priority": -100}, -100),
+        ({"service_tier": "flex"}, 10),
+        ({"service_tier": "flex", "priority": 0}, 0),
+        ({"service_tier": "default"}, 0),
+    ]
+    for path, body in ((_COMPLETIONS, completion_body()), (_CHAT, chat_body())):
+        for fields, expected in cases:
+            status, headers, answer = _post(server, path, {**body, **fields})
+            assert status == 200, answer
+            assert "x-toka-ignored" not in headers
+            assert server.manager.submits[-1].priority == expected
+
+
+@pytest.mark.parametrize("value", [-101, 101, 1.5, "1", True, [1]])
+def test_a_priority_out_of_range_is_refused_by_name(server: RunningServer, value: Any) -> None:
+    assert _refusal(server, _CHAT, chat_body(priority=value))["param"] == "priority"
