@@ -52,8 +52,8 @@ class Exchange:
         self.request_id = choose_request_id(self.headers)
         self.started_s = time.monotonic()
         self.model = ""
-        self.min_priority = 0
-        """The lowest number that the request's priority may be."""
+        self.min_priority: int | None = None
+        """The lowest number that the request's priority may be; None: its own counts."""
         self.usage: Usage | None = None
         self.first_token_s: float | None = None
         """Seconds from the request's head to the first event of a stream."""

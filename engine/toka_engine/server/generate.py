@@ -56,7 +56,7 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
     if connection.is_gone:
         raise ClientGoneError("the client closed the connection")
     spec = job.spec
-    if spec.priority < exchange.min_priority:
+    if exchange.min_priority is not None and spec.priority < exchange.min_priority:
         spec = msgspec.structs.replace(spec, priority=exchange.min_priority)
     with Generation(streams, job.prompts, spec, blocks) as generation:
         connection.gone_callbacks.add(generation.abandon)
