@@ -21,6 +21,10 @@ PENALTY: Final = "penalty"
 """The sampler changes a row's logits by its tokens so far where such a column is not at its default."""
 
 
+MAX_GRAMMAR_STREAMS: Final = 1024
+"""Streams with a grammar that run at once: what GPU workers have pinned memory for. Others wait for one to end."""
+
+
 class Stored(NamedTuple):
     """The storage of a column, beside the worker's mirror on the host, which has all of them."""
 

@@ -142,6 +142,15 @@ def test_logprobs_name_tokens_by_their_ids_in_completions_and_chat_alike(llm: LL
     assert llm.generate("The sea", max_tokens=1)[0].choices[0].logprobs is None
 
 
+def test_outputs_follow_a_grammar(llm: LLM) -> None:
+    choices = {"choice": ["left", "right"]}
+    for output in llm.generate(["one", "two"], n=3, temperature=1.0, structured_outputs=choices):
+        assert set(output.texts) <= {"left", "right"}
+    schema = {"type": "integer", "minimum": 10, "maximum": 12}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    assert llm.chat(QUESTION, response_format=form, max_tokens=8)[0].texts[0] in ("10", "11", "12")
+
+
 def test_threads_may_share_an_engine(llm: LLM) -> None:
     with ThreadPoolExecutor(8) as pool:
         outputs = list(pool.map(lambda number: llm.generate(f"{number} is", max_tokens=2)[0], range(24)))

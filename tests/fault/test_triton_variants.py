@@ -69,7 +69,7 @@ def launch_steps_of_every_kind(driver, num_logprobs, seed, top_p, presence):
     new = driver.add_slots(
         slots, num_logprobs=[-1, num_logprobs, -1, num_logprobs, -1], seed=[seed, -1, seed, seed, -1],
         top_p=[top_p, 1.0, 1.0, top_p, 1.0], presence_penalty=[presence, 0.0, presence, 0.0, 0.0],
-        temperature=[0.5, 0.0, 1.0, 1.0, 1.0],
+        temperature=[0.5, 0.0, 1.0, 1.0, 1.0], grammar=[1, 0, 1, 0, 0],
     )
     driver.prefill({0: [5] * 33, 1: [6] * 3}, fanout={0: [0, 2, 3, 4], 1: [1]}, **new)
     for slot in (2, 3, 4):
@@ -85,6 +85,7 @@ def launch_steps_of_every_kind(driver, num_logprobs, seed, top_p, presence):
 def launch_steps(shape):
     runner, ready = make_runner(*shape)
     runner.finish = lambda launched: launched
+    runner.grammars.add(1, SimpleNamespace(deep_copy=lambda: None))
     driver = Driver(SimpleNamespace(runner=runner, ready=ready))
     for num_logprobs in (-1, 0, 3):
         for seed in (-1, 7):

@@ -30,6 +30,7 @@ part decode_graphs 90 $pytest tests/gpu/test_decode_graphs.py
 part memory 60 $pytest tests/gpu/test_memory.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part logit_edits 90 $pytest tests/gpu/test_logit_edits.py
+part grammars 90 $pytest tests/gpu/test_grammars.py
 part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
 [[ $(nvidia-smi --list-gpus | wc -l) -lt 2 && $wanted != *" tensor_parallel "* ]] ||

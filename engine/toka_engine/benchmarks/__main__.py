@@ -8,7 +8,7 @@ from pathlib import Path
 
 from toka_engine.output import run_command
 
-NAMES = ("throughput", "cpu", "step", "hydragen", "manager", "api", "soak", "machine", "plot")
+NAMES = ("throughput", "cpu", "step", "hydragen", "manager", "api", "structured", "soak", "machine", "plot")
 
 
 def describe(name: str) -> str:

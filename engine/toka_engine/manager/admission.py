@@ -23,6 +23,7 @@ from toka_engine.manager.slots import State
 from toka_engine.manager.starting import start_entry
 from toka_engine.manager.state import ManagerState, StepBuilder
 from toka_engine.messages import Int32s
+from toka_engine.slot_parameters import MAX_GRAMMAR_STREAMS
 
 MAX_SKIPS = 64
 """Later requests that may start before one that does not fit."""
@@ -104,12 +105,13 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
     claimed = set()
     num_deferred = 0
     is_background = False
+    num_grammars = MAX_GRAMMAR_STREAMS - (_count_grammars(state) if len(state.grammars) else 0)
     for entry in entries:
         if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
             break
         if entry.prefill is not None:
             continue
-        if entry.request.grammar is not None and not entry.request.grammar.is_ready:
+        if entry.request.grammar is not None and (not entry.request.grammar.is_ready or num_grammars <= 0):
             continue
         if entry.request.is_background and not is_background:  # all that follow are, too
             is_background = True
@@ -129,12 +131,22 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
         if missing is not None:
             claimed.add(missing)
         num_streams = min(num_free, len(entry.choices))
+        if entry.request.grammar is not None:
+            num_streams = min(num_streams, num_grammars)
+            num_grammars -= num_streams
         candidates.append(Candidate(entry, pages, num_streams))
         budget -= entry.tokens.size - pages.size * state.sizes.page_size
         num_free -= num_streams
     if num_deferred:
         state.queue.note_news()
     return candidates
+
+
+def _count_grammars(state: ManagerState) -> int:
+    """Return how many running streams have a grammar."""
+    slots = state.slots
+    is_running = (slots.states != State.FREE) & (slots.states != State.RETIRING)
+    return int(np.count_nonzero(slots.has_grammar & is_running))
 
 
 def _choose(state: ManagerState, candidates: list[Candidate]) -> dict[Candidate, int]:

@@ -66,6 +66,7 @@ class Slots:
         self.last_logprobs = np.zeros(num_slots, np.float32)
         self.keeps_output = np.zeros(num_slots, np.bool_)  # its output pages enter the prefix tree at the end
         self.num_in_tree = np.zeros(num_slots, np.int32)  # leading columns known to be in the prefix tree
+        self.has_grammar = np.zeros(num_slots, np.bool_)
         self.num_shared = np.zeros(num_slots, np.int32)  # leading columns with several holders when last counted
         self.streams: list[Stream | None] = [None] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))

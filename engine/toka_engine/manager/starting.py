@@ -70,6 +70,7 @@ def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     slots.delivers_each[slot] = request.deliver_each
     slots.delivers_stop[slot] = request.delivers_stop
     slots.num_logprobs[slot] = request.sampling.num_logprobs
+    slots.has_grammar[slot] = request.grammar is not None
     slots.keeps_output[slot] = request.num_choices == 1
     slots.last_steps[slot] = state.completed_step
     stops = list(request.stop_ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 
 from toka_engine.messages import GRAMMAR_FAILED, Int32s, Step
@@ -23,8 +23,10 @@ _ALL = -1
 class SlotGrammars:
     """Compiled grammars by number, and matchers by slot. `add` may be called by another thread; the rest may not."""
 
-    def __init__(self, max_seqs: int, vocab_size: int) -> None:
+    def __init__(self, max_seqs: int, vocab_size: int, num_threads: int = 1) -> None:
+        """`num_threads`: threads of the library's own that fill many masks; 1: the caller's alone."""
         self.num_words = -(-vocab_size // 32)
+        self._executor = LLExecutor(num_threads) if num_threads > 1 else None
         self._templates: dict[int, LLMatcher] = {}
         self._matchers: list[LLMatcher | None] = [None] * max_seqs
         self._has_failed: NDArray[np.bool_] = np.zeros(max_seqs, np.bool_)
@@ -51,7 +53,8 @@ class SlotGrammars:
             self._matchers[slot] = matcher = self._templates[number].deep_copy() if number else None
             self._has_failed[slot] = False
             if matcher is not None and count:
-                self._consume(slot, matcher, step.grammar_outputs[begin : begin + count].tolist())
+                if not matcher.consume_tokens(step.grammar_outputs[begin : begin + count].tolist()):
+                    self._note_failure(slot, matcher)
                 begin += count
 
     def fill(self, slots: Int32s, bits: NDArray[np.int32]) -> None:
@@ -60,32 +63,41 @@ class SlotGrammars:
         Bit i of word w stands for token 32 * w + i. A matcher that fails allows all; its tokens count no more.
         """
         num_bytes = self.num_words * bits.itemsize
-        for row, slot in enumerate(slots.tolist()):
-            matcher = self._matchers[slot]
-            if matcher is not None and not self._has_failed[slot]:
-                matcher.unsafe_compute_mask_ptr(bits[row].ctypes.data, num_bytes)
-                if not matcher.is_error() and bits[row].any():
-                    continue
-                self._note_failure(slot, matcher)
-            bits[row] = _ALL
+        following = [(self._matchers[slot], row) for row, slot in enumerate(slots.tolist())]
+        live = [(matcher, row) for matcher, row in following if matcher is not None and not matcher.is_error()]
+        if self._executor is not None and len(live) > 1:
+            self._executor.unsafe_compute_mask_ptr(live, bits.ctypes.data, num_bytes, bits.shape[0])
+        else:
+            first = bits.ctypes.data
+            for matcher, row in live:
+                matcher.unsafe_compute_mask_ptr(first + row * num_bytes, num_bytes)
+        if len(live) < len(following):
+            dead = set(range(len(following))).difference(row for _, row in live)
+            bits[list(dead)] = _ALL
+        for matcher, row in live:
+            if matcher.is_error():
+                bits[row] = _ALL
+                self._note_failure(int(slots[row]), matcher)
 
     def consume(self, slots: Int32s, ids: NDArray[np.int32]) -> None:
         """Take in the tokens `ids` [k] that were sampled for `slots` [k]; negative ones are no tokens."""
+        taken = []
         for slot, token in zip(slots.tolist(), ids.tolist(), strict=True):
             matcher = self._matchers[slot]
-            if matcher is not None and token >= 0 and not self._has_failed[slot]:
-                self._consume(slot, matcher, [token])
+            # Steps run ahead: tokens after the one that ended the text, or after a failure, are nobody's.
+            if matcher is not None and token >= 0 and not matcher.is_stopped():
+                taken.append((slot, matcher, token))
+        if self._executor is not None and len(taken) > 1:
+            done = self._executor.consume_token_par([(matcher, token) for _, matcher, token in taken])
+        else:
+            done = [matcher.consume_token(token) for _, matcher, token in taken]
+        for (slot, matcher, _), is_taken in zip(taken, done, strict=True):
+            if not is_taken:
+                self._note_failure(slot, matcher)
 
-    def mark_failed(self, slots: Int32s, ids: NDArray[np.int32]) -> None:
-        """Write GRAMMAR_FAILED into `ids` [k] where the matcher of one of `slots` [k] has failed."""
-        ids[self._has_failed[slots]] = GRAMMAR_FAILED
-
-    def _consume(self, slot: int, matcher: LLMatcher, tokens: list[int]) -> None:
-        # Steps run ahead: tokens after the one that ended the text are nobody's.
-        if matcher.is_stopped() and not matcher.is_error():
-            return
-        if not matcher.consume_tokens(tokens) and not (matcher.is_stopped() and not matcher.get_error()):
-            self._note_failure(slot, matcher)
+    def mark_failed(self, slots: Int32s, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return `ids` [k] with GRAMMAR_FAILED where the matcher of one of `slots` [k] has failed."""
+        return np.where(self._has_failed[slots], np.int32(GRAMMAR_FAILED), ids)
 
     def _note_failure(self, slot: int, matcher: LLMatcher) -> None:
         self._has_failed[slot] = True

@@ -36,6 +36,10 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     best_of: int
+    response_format: Mapping[str, Any]
+    """`{"type": "json_object"}`, or a JSON schema (docs/structured-output.md)."""
+    structured_outputs: Mapping[str, Any]
+    """One of json, regex, choice, grammar and json_object."""
     logprobs: int
     """The number of likeliest tokens to name at each position; 0: the sampled ones alone."""
 

@@ -108,7 +108,7 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     ids, tail = await encoder.encode_chat(
         turns, engine.template, {**given.values, **variables}, continues_final=given.continues_final
     )
-    options = _join_grammars(options, limits, tools, engine.dialect, tail)
+    options = _join_grammars(options, tools, engine.dialect, tail)
     await service.check_grammar(exchange, engine, options)
     spec = limits.plan(options, [ids], "messages")
     if tools is not None and tools.max_calls == 1:
@@ -117,7 +117,7 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
 
 
 def _join_grammars(
-    options: GenerationOptions, limits: Limits, tools: ToolUse | None, dialect: Dialect, prompt_tail: str
+    options: GenerationOptions, tools: ToolUse | None, dialect: Dialect, prompt_tail: str
 ) -> GenerationOptions:
     """Return the options with one grammar for the calls, the answer that the request asks for, and the reasoning before
     them.
@@ -125,7 +125,7 @@ def _join_grammars(
     asked = options.grammar
     reasoning = dialect.reasoning_before(prompt_tail)
     is_required = tools is not None and tools.choice.mode == "required"
-    is_bound = tools is not None and (bool(tools.strict) or tools.choice.names is not None) and limits.has_grammars
+    is_bound = tools is not None and (bool(tools.strict) or tools.choice.names is not None)
     if not is_required and not is_bound and (asked is None or (tools is None and reasoning is None)):
         return options
     param = asked.param if asked is not None else "tool_choice" if is_required else "tools"

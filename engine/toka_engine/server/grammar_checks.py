@@ -131,7 +131,7 @@ class _Recent(Generic[K, V]):
 
 
 class GrammarChecks:
-    """All checks of this server. The first process starts with the first grammar."""
+    """All checks of this server. The first process starts with the first grammar; all end with the server."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -154,11 +154,6 @@ class GrammarChecks:
         if verdict.error:
             raise invalid(asked.param, f"'{asked.param}' cannot be used: {verdict.error}.", "invalid_grammar")
         return verdict.dropped
-
-    async def close(self) -> None:
-        """End the processes."""
-        while self._idle:
-            await self._idle.pop().end()
 
     async def _check_once(self, asked: AskedGrammar) -> Verdict:
         """Check the source, or wait for the check of an equal one."""

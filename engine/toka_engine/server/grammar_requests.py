@@ -24,7 +24,7 @@ MAX_ENUM_VALUES = 10_000
 MAX_REGEX_BYTES = 4 * 1024
 MAX_REPETITIONS = 10_000
 MAX_NAME_CHARACTERS = 64
-_REPETITIONS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
+_REPETITIONS = ("minItems", "minLength", "minProperties")
 _NULL = msgspec.Raw(b"null")
 
 T = TypeVar("T")

@@ -91,7 +91,6 @@ class Limits:
         self._max_top_logprobs = min(config.max_topk_logprobs, info.vocab_size)
         self._names = names
         self._end_ids = end_ids
-        self._device = info.device
         self.defaults = defaults.complete(info.vocab_size)
         """The sampling parameters of requests that leave a field out."""
         self.vocab_size = info.vocab_size
@@ -197,17 +196,9 @@ class Limits:
             prompt_logprobs=max(options.prompt_logprobs, options.echo_logprobs),
         )
 
-    @property
-    def has_grammars(self) -> bool:
-        """Return whether the engine's device can follow grammars."""
-        return self._device == "cpu"
-
     def complete_grammar(self, asked: AskedGrammar) -> AskedGrammar:
-        """Return `asked` with the tokens that end its texts. Raises a 400 where the device has no grammars."""
-        if not self.has_grammars:
-            raise invalid(asked.param, f"'{asked.param}' is not supported on this device.", "unsupported_parameter")
-        source = msgspec.structs.replace(asked.source, end_ids=self._end_ids)
-        return AskedGrammar(source, asked.param)
+        """Return `asked` with the tokens that end its texts."""
+        return AskedGrammar(msgspec.structs.replace(asked.source, end_ids=self._end_ids), asked.param)
 
     def _check_size(self, options: GenerationOptions, num_prompts: int, max_tokens: int, param: str) -> None:
         num_choices = num_prompts * options.num_sampled

@@ -134,6 +134,11 @@ def _check_grammar(request: GenerationRequest) -> AskedGrammar | None:
     asked = read_grammar(request)
     if asked is not None and request.ignore_eos:
         raise invalid("ignore_eos", f"'ignore_eos' excludes '{asked.param}', whose texts have an end.")
+    if asked is None:
+        return None
+    for name in ("min_tokens", "allowed_token_ids"):
+        if getattr(request, name):
+            raise invalid(name, f"'{name}' excludes '{asked.param}', which may have no such text.")
     return asked
 
 

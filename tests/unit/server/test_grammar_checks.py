@@ -54,6 +54,8 @@ def test_one_process_stays_for_the_next_grammar(server: RunningServer) -> None:
         ({"guided_json": {"$ref": "#/$defs/none"}}, "guided_json", "none"),
         ({"guided_json": {"type": "nonsense"}}, "guided_json", "nonsense"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "guided_regex"),
+        ({"guided_regex": "a", "min_tokens": 5}, "min_tokens", "guided_regex"),
+        ({"guided_regex": "a", "allowed_token_ids": [5]}, "allowed_token_ids", "guided_regex"),
     ],
 )
 def test_a_grammar_that_does_not_compile_is_a_400_with_the_reason(

@@ -114,7 +114,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"guided_json": {"enum": list(range(MAX_ENUM_VALUES + 1))}}, "guided_json", str(MAX_ENUM_VALUES)),
         ({"guided_json": {"enum": ["a" * (1 << 20)]}}, "guided_json", str(1 << 20)),
         ({"guided_json": {"properties": {str(n): 1 for n in range(2001)}}}, "guided_json", str(MAX_PROPERTIES)),
-        ({"guided_json": {"maxItems": MAX_REPETITIONS + 1}}, "guided_json", "maxItems"),
+        ({"guided_json": {"minItems": MAX_REPETITIONS + 1}}, "guided_json", "minItems"),
         ({"guided_json": nested(2 * MAX_DEPTH)}, "guided_json", "levels deep"),
     ],
 )  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_grammar_out_of_bounds_is_a_400_that_names_its_place(fields: Any, para
 def test_bounds_themselves_are_allowed() -> None:
     assert read(guided_json={"enum": [f"value {n}" for n in range(MAX_ENUM_VALUES)]})
     assert read(guided_json={"properties": {str(n): {} for n in range(MAX_PROPERTIES)}})
-    assert read(guided_json={"maxItems": MAX_REPETITIONS})
+    assert read(guided_json={"minItems": MAX_REPETITIONS, "maxLength": 1_000_000})
     assert read(guided_json=nested(MAX_DEPTH - 2))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from triton.runtime import driver
 
@@ -23,6 +24,7 @@ from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.backend import Launched
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.backend import make_ops
+from toka_engine.model.cuda.grammar_rows import GrammarRows
 from toka_engine.model.cuda.memory_fit import make_largest_steps
 from toka_engine.model.cuda.peer_links import LinkSizes, find_begins, make_links
 from toka_engine.model.cuda.runner import CudaRunner
@@ -35,6 +37,7 @@ from toka_engine.model.prompt_scores import PromptScores
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sharding import Shard, Sharding
 from toka_engine.model.sizing import Sizes
+from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.worker import describe, make_warm_up_steps
 
 _META = torch.device("meta")
@@ -89,11 +92,21 @@ ALONE = DryRanks(0, 1)
 _MAX_PROGRAMS, _MAX_ROWS = 2, 1 << 14
 
 
+class _OpenRows(GrammarRows):
+    """Rows that follow a grammar which allows everything."""
+
+    def __init__(self, grammars: SlotGrammars, max_seqs: int) -> None:
+        self._words = np.full((max_seqs, grammars.num_words), -1, np.int32)
+
+    def fill_masks(self, plan: SamplePlan) -> SamplePlan:
+        return replace(plan, masks=self._words[: plan.grammatical.size])
+
+
 class DryRunner(CudaRunner):
     """A CudaRunner whose results stay where they are."""
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
-        pass
+        self._grammar_rows = _OpenRows(self.grammars, max_seqs)
 
     def _fetch(
         self,

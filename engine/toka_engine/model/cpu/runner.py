@@ -121,8 +121,7 @@ class CpuRunner:
         if plan.grammatical.size:
             slots, chosen = plan.slots[plan.grammatical], ids.numpy()[plan.grammatical]
             self.grammars.consume(slots, chosen)
-            self.grammars.mark_failed(slots, chosen)
-            ids.numpy()[plan.grammatical] = chosen
+            ids.numpy()[plan.grammatical] = self.grammars.mark_failed(slots, chosen)
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None, PromptScores | None]:
         """Return logits [n, vocab], where samples share logits each sample's index into them [R] int64, and scores."""

@@ -19,9 +19,22 @@ _NO_ROWS = np.empty(0, np.int64)
 def find_copied_rows(plan: SamplePlan) -> NDArray[np.int64]:
     """Return the plan's rows of which a copy is changed, ascending."""
     penalized = _NO_ROWS if plan.penalties is None else plan.penalties.rows
-    if plan.edits is None or not plan.has_logprobs:
-        return penalized
-    return np.union1d(penalized, plan.edits.rows)
+    return plan.changed_rows if plan.has_logprobs else penalized
+
+
+def place_masks_in_place(plan: SamplePlan, copied: NDArray[np.int64]) -> Int32s:
+    """Return, for each mask, the sample whose logits it changes in place; -1 where a copy is changed."""
+    samples = plan.grammatical.astype(np.int32)
+    samples[np.isin(plan.grammatical, copied, assume_unique=True)] = -1
+    return samples
+
+
+def place_masks_in_copies(plan: SamplePlan, chosen: NDArray[np.int64]) -> Int32s:
+    """Return, for each mask, which of the copies of the rows `chosen`, ascending, it changes; -1: none."""
+    is_chosen = np.isin(plan.grammatical, chosen, assume_unique=True)
+    at = np.full(plan.grammatical.size, -1, np.int32)
+    at[is_chosen] = np.searchsorted(chosen, plan.grammatical[is_chosen])
+    return at
 
 
 def place_edits_in_place(plan: SamplePlan, copied: NDArray[np.int64]) -> EditArrays | None:

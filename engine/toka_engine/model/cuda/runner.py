@@ -20,6 +20,7 @@ from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.decode_graphs import DecodeGraphs
+from toka_engine.model.cuda.grammar_rows import GrammarRows, MaskStaging
 from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, take_spare
 from toka_engine.model.cuda.sampler import CudaSampler, Sampler
 from toka_engine.model.cuda.staging import Staging
@@ -29,12 +30,14 @@ from toka_engine.model.in_flight import MAX_STEPS_IN_FLIGHT, RING_SIZE
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack_new_slots, set_slots
 from toka_engine.model.logit_edits import TokenEdits, plan_edits
+from toka_engine.model.memory import count_threads
 from toka_engine.model.prompt_scores import PromptScores, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
 from toka_engine.noise import settled_seed
+from toka_engine.slot_parameters import MAX_GRAMMAR_STREAMS
 
 _READ_BYTES_PER_S = 3e12
 _EAGER_OVERHEAD_S = 4e-3
@@ -82,7 +85,7 @@ class CudaRunner:
         self.sample: Sample = self.sampler
         self._parallel = parallel
         self.model, self.attention = model, attention
-        self.grammars = SlotGrammars(max_seqs, vocab_size)
+        self.grammars = SlotGrammars(max_seqs, vocab_size, num_threads=min(16, max(1, count_threads() - 2)))
         self.state = HostSlots(max_seqs)
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self.decode_graphs: DecodeGraphs | None = None
@@ -99,6 +102,8 @@ class CudaRunner:
         self._pinned_ids = [torch.empty(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(RING_SIZE)]
         self._pinned_logprobs = [torch.empty(max_seqs, dtype=torch.float32, pin_memory=True) for _ in range(RING_SIZE)]
         self._turn = 0
+        masks = MaskStaging(min(max_seqs, MAX_GRAMMAR_STREAMS), self.grammars.num_words, self._stream)
+        self._grammar_rows = GrammarRows(self.grammars, masks)
 
     @torch.inference_mode()
     def prepare(self, ready: WorkerReady) -> WorkerReady:
@@ -153,14 +158,17 @@ class CudaRunner:
         )
         # On several ranks, rows without filters and top logprobs are sampled by other kernels.
         filters = (row,) if self._parallel is None else (row, none)
+        all_allowed = np.full((1, self.grammars.num_words), -1, np.int32)
         changes = (
-            (none, None, None),
-            (row, None, None),
-            (row, penalties, None),
-            (none, None, edits),
-            (row, penalties, edits),
+            (none, None, None, None),
+            (row, None, None, None),
+            (row, penalties, None, None),
+            (none, None, edits, None),
+            (none, None, None, all_allowed),
+            (row, penalties, edits, all_allowed),
         )
-        for filtered, has_logprobs, (seeded, penalized, edited) in itertools.product(filters, (False, True), changes):
+        for filtered, has_logprobs, change in itertools.product(filters, (False, True), changes):
+            seeded, penalized, edited, masks = change
             asked = filtered if has_logprobs else none
             plan = SamplePlan(
                 slots=slot,
@@ -174,6 +182,8 @@ class CudaRunner:
                 top_width=asked.size,
                 penalties=penalized,
                 edits=edited,
+                grammatical=none if masks is None else row,
+                masks=masks,
             )
             self.sample(logits, None, plan, self.state)
         self.launch_many_rows(min(self.state.max_seqs, ShortLaunchConfig.of(attention.shape.head_dim).most_rows))
@@ -201,6 +211,8 @@ class CudaRunner:
                 self.state.advance(step)
                 return self._await_published(step, plan, ring_index, started_s, cpu_s)
             logits, logit_rows, scores = self.model.logits(hidden), None, None
+        if plan.grammatical.size:
+            plan = self._grammar_rows.fill_masks(plan)
         sampled = self.sample(logits, logit_rows, plan, self.state) if plan.slots.size else None
         self.state.advance(step)
         return self._fetch(step, plan, sampled, scores, started_s, cpu_s)
@@ -264,6 +276,7 @@ class CudaRunner:
         has_top = launched.top_tokens is not None and launched.top_logprobs is not None
         ids = np.empty(0, np.int32) if launched.ids is None else launched.ids.numpy().copy()
         self.sampler.check(ids)
+        self._grammar_rows.finish(launched.number, launched.plan, ids)
         return Tokens(
             launched.number,
             ids,
@@ -281,6 +294,7 @@ class CudaRunner:
 
     def _set_up(self, step: Step) -> None:
         self.state.set_up(step)
+        self.grammars.set_up(step)
         if len(step.new):
             (words,) = self._new_slots.upload(pack_new_slots(step.new))
             set_slots(self._slots, words)
@@ -359,6 +373,8 @@ class CudaRunner:
                     tensor.record_stream(self._copies)
                 scores = PromptScores(*(tensor.to("cpu", non_blocking=True) for tensor in scores))
             done.record(self._copies)
+        if ids is not None:
+            self._grammar_rows.note_sampled(step.number, plan, done, ids)
         host_cpu_s = time.thread_time() - cpu_s
         return CudaLaunched(
             step.number,

@@ -14,12 +14,15 @@ from toka_engine.model.cuda.changed_rows import (
     pack_penalties,
     place_edits_in_copies,
     place_edits_in_place,
+    place_masks_in_copies,
+    place_masks_in_place,
 )
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.in_flight import RING_SIZE
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.filtering import apply_filters
 from toka_engine.model.kernels.logit_penalties import PenaltyInputs, PenaltyWorkspace, apply_penalties
+from toka_engine.model.kernels.masking import apply_masks
 from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, sample_tokens
 from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
@@ -28,6 +31,7 @@ from toka_engine.model.logit_edits import apply_edits
 from toka_engine.model.prompt_scores import PIECE_ROWS, score_logits
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
+from toka_engine.slot_parameters import MAX_GRAMMAR_STREAMS
 
 
 class Sampler(Sample, Protocol):
@@ -86,6 +90,11 @@ class CudaSampler:
         self._edited_plan: SamplePlan | None = None
         self._edit_words: list[torch.Tensor] = []
         """The edits in place of `_edited_plan`, uploaded once for as many steps as it holds."""
+        num_masks = min(max_samples, MAX_GRAMMAR_STREAMS)
+        self._mask_buffer = torch.zeros((num_masks, -(-vocab_size // 32)), dtype=torch.int32, device=device)
+        self._mask_inputs = Staging(device)
+        self._masks: torch.Tensor | None = None
+        """The masks of this step's plan, on the device."""
 
     def __call__(
         self, logits: torch.Tensor, logit_rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots
@@ -99,6 +108,13 @@ class CudaSampler:
         copied = find_copied_rows(plan)
         if plan.edits is not None:
             self._edit_in_place(logits, plan, copied)
+        self._masks = None
+        if plan.masks is not None:
+            # Pinned memory, as the runner fills it, is copied without waiting for the device.
+            masks = torch.from_numpy(plan.masks)
+            self._masks = self._mask_buffer[: plan.grammatical.size].copy_(masks, non_blocking=True)
+            (samples,) = self._mask_inputs.upload(place_masks_in_place(plan, copied))
+            apply_masks(logits, rows, samples, self._masks)
         if not copied.size:
             slots, filtered, seeded, random, top, top_counts = self._inputs.upload(
                 plan.slots,
@@ -201,7 +217,7 @@ class CudaSampler:
             if index >= num_plain:
                 penalty_arrays = pack_penalties(plan, chosen)
                 max_lengths.append(int(penalty_arrays[1].max()))
-                arrays += [*penalty_arrays, *place_edits_in_copies(plan, chosen)]
+                arrays += [*penalty_arrays, place_masks_in_copies(plan, chosen), *place_edits_in_copies(plan, chosen)]
             bounds.append(slice(begin, len(arrays)))
         uploaded = self._inputs.upload(*arrays)
         for index, bound in enumerate(bounds):
@@ -254,14 +270,15 @@ class CudaSampler:
     def _change(
         self, logits: torch.Tensor, logit_rows: torch.Tensor, changes: list[torch.Tensor], max_length: int
     ) -> torch.Tensor:
-        """Return changed logits [m, vocab] fp32 of `logit_rows` [m]: edits first, then penalties."""
+        """Return changed logits [m, vocab] fp32 of `logit_rows` [m]: edits, penalties, masks."""
         sources, lengths, num_generated, *factors = changes[:_NUM_PENALTY_ARRAYS]
-        words, count = changes[_NUM_PENALTY_ARRAYS:], sources.shape[0]
+        masked, *words = changes[_NUM_PENALTY_ARRAYS:]
+        count = sources.shape[0]
         if any(each.shape[0] for each in words):
             logits = torch.index_select(logits, 0, logit_rows, out=self._penalty_work.logits[:count])
             logit_rows = self._in_order[:count]
             apply_edits(logits, words)
-        return apply_penalties(
+        changed = apply_penalties(
             logits,
             PenaltyInputs(logit_rows, sources, lengths, num_generated, *(each.view(torch.float32) for each in factors)),
             max_length,
@@ -269,6 +286,9 @@ class CudaSampler:
             self._attention.page_tokens,
             self._penalty_work,
         )
+        if self._masks is not None:
+            apply_masks(changed, self._in_order, masked, self._masks)
+        return changed
 
 
 def _find_logprobs(logits: torch.Tensor, logit_rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
