@@ -63,19 +63,19 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
         try:
             renderers = [job.new_renderer() for _ in generation.choices]
             if job.is_streamed:
-                await _answer_in_events(job, exchange, generation, renderers, metrics)
+                usage = await _answer_in_events(job, exchange, generation, renderers, metrics)
             else:
-                await _answer_whole(job, exchange, generation, renderers)
+                usage = await _answer_whole(job, exchange, generation, renderers)
         finally:
             connection.gone_callbacks.discard(generation.abandon)
-    usage = exchange.usage = _usage(job, generation, renderers)
+    exchange.usage = usage
     metrics.request_prompt_tokens.inc(usage.prompt_tokens)
     metrics.request_completion_tokens.inc(usage.completion_tokens)
 
 
 async def _answer_whole(
     job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]
-) -> None:
+) -> Usage:
     texts = [[job.echo(index)] for index in range(len(renderers))]
     choices = [FinishedChoice("", None, [], index) for index in range(len(renderers))]
     num_unfinished = len(renderers)
@@ -91,7 +91,9 @@ async def _answer_whole(
     chosen = choose_best(choices, job.spec.num_choices, job.num_returned)
     if job.spec.prompt_logprobs >= 0:
         _add_prompt_logprobs(job, generation, chosen)
-    await exchange.answer(200, job.form.whole(chosen, _usage(job, generation, renderers)))
+    usage = _usage(job, generation, renderers)
+    await exchange.answer(200, job.form.whole(chosen, usage))
+    return usage
 
 
 def _add_prompt_logprobs(job: GenerationJob, generation: Generation, choices: list[FinishedChoice]) -> None:
@@ -107,7 +109,7 @@ def _add_prompt_logprobs(job: GenerationJob, generation: Generation, choices: li
 
 async def _answer_in_events(
     job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer], metrics: Metrics
-) -> None:
+) -> Usage:
     form = job.form
     has_begun = [False] * len(renderers)
     num_unfinished = len(renderers)
@@ -140,8 +142,10 @@ async def _answer_in_events(
             metrics.first_token_seconds.observe(exchange.first_token_s or 0.0)
         if events:
             await exchange.write_events(b"".join(events))
-    tail = form.usage(_usage(job, generation, renderers)) if job.includes_usage else b""
+    usage = _usage(job, generation, renderers)
+    tail = form.usage(usage) if job.includes_usage else b""
     await exchange.end_events(tail + form.done)
+    return usage
 
 
 def _usage(job: GenerationJob, generation: Generation, renderers: Sequence[Renderer]) -> Usage:

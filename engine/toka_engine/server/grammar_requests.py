@@ -14,6 +14,7 @@ import msgspec
 from toka_engine.grammar.source import GrammarSource
 from toka_engine.server.decoding import decode_part
 from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.request import NULL
 
 MAX_SOURCE_BYTES = 64 * 1024
 MAX_ENUM_BYTES = 1024 * 1024
@@ -25,7 +26,7 @@ MAX_REGEX_BYTES = 4 * 1024
 MAX_REPETITIONS = 10_000
 MAX_NAME_CHARACTERS = 64
 _REPETITIONS = ("minItems", "minLength", "minProperties")
-_NULL = msgspec.Raw(b"null")
+_NO_RAWS, _NO_TEXTS = (NULL, NULL, NULL), (None, None, None)
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """OpenAI's `json_schema` part of a `response_format`."""
 
     name: str
-    schema: msgspec.Raw = _NULL
+    schema: msgspec.Raw = NULL
     description: str | None = None
     strict: bool | None = None
 
@@ -49,7 +50,7 @@ class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """vLLM's `structured_outputs`: one of these."""
 
-    json: msgspec.Raw = _NULL
+    json: msgspec.Raw = NULL
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -87,6 +88,9 @@ class AskedGrammar(msgspec.Struct, frozen=True):
 
 def read_grammar(request: GrammarFields) -> AskedGrammar | None:
     """Return the one grammar that `request` asks for; None where it asks for none. Raises a 400."""
+    raws = (request.response_format, request.structured_outputs, request.guided_json)
+    if raws == _NO_RAWS and (request.guided_regex, request.guided_choice, request.guided_grammar) == _NO_TEXTS:
+        return None
     found = [*_read_response_format(request.response_format), *_read_structured(request.structured_outputs)]
     found += _read_parts(
         StructuredOutputs(request.guided_json, request.guided_regex, request.guided_choice, request.guided_grammar),

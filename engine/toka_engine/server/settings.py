@@ -14,7 +14,7 @@ from toka_engine.server.errors import invalid
 from toka_engine.server.fields import Lacking, lacks
 from toka_engine.server.grammar_requests import AskedGrammar, read_grammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
-from toka_engine.server.request import FLEX_PRIORITY, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, GenerationRequest
+from toka_engine.server.request import FLEX_PRIORITY, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, NULL, GenerationRequest
 from toka_engine.server.stops import StopStrings
 from toka_engine.slot_parameters import Sampling
 
@@ -143,6 +143,8 @@ def _check_grammar(request: GenerationRequest) -> AskedGrammar | None:
 
 
 def _check_stops(raw: msgspec.Raw) -> StopStrings | None:
+    if raw is NULL:
+        return None
     if memoryview(raw).nbytes > _MAX_STOP_BYTES:
         raise invalid("stop", f"'stop' has more than {_MAX_STOP_BYTES} bytes.")
     stop = decode_part(_decode_stop, raw, "stop")
