@@ -88,6 +88,10 @@ NULL: Final = msgspec.Raw(b"null")
 """The value of an undecoded field that a request leaves out: one object, so that absence is seen without a look."""
 
 
+def _null() -> msgspec.Raw:
+    return NULL
+
+
 MAX_PRIORITY = 100
 FLEX_PRIORITY = 10
 """The priority of `service_tier: flex`."""
@@ -137,7 +141,7 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
             description=f"A text or up to {MAX_STOP_STRINGS}, each of 1 to {MAX_STOP_CHARACTERS} characters.",
             extra_json_schema=_STOP,
         ),
-    ] = NULL
+    ] = msgspec.field(default_factory=_null)
     """Decoded in `settings`, unless it is too large."""
     ignore_eos: Annotated[bool | None, doc("Generate to `max_tokens`, whatever the model says.")] = None
     seed: Annotated[Seed | None, doc("Of a negative one the lower 63 bits count.")] = None
@@ -151,16 +155,16 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     response_format: Annotated[
         msgspec.Raw,
         Meta(description="The answer is a JSON object, or fits a schema.", extra_json_schema=_RESPONSE_FORMAT),
-    ] = NULL
+    ] = msgspec.field(default_factory=_null)
     """Decoded in `grammar_requests`, as are the fields below."""
     structured_outputs: Annotated[
         msgspec.Raw,
         Meta(description="The answer is a text of this grammar (vLLM's form).", extra_json_schema=_STRUCTURED_OUTPUTS),
-    ] = NULL
+    ] = msgspec.field(default_factory=_null)
     guided_json: Annotated[
         msgspec.Raw,
         Meta(description="The same as `structured_outputs.json`.", extra_json_schema=_SCHEMA),
-    ] = NULL
+    ] = msgspec.field(default_factory=_null)
     guided_regex: Annotated[str | None, doc("The same as `structured_outputs.regex`.")] = None
     guided_choice: Annotated[list[str] | None, doc("The same as `structured_outputs.choice`.")] = None
     guided_grammar: Annotated[str | None, doc("The same as `structured_outputs.grammar`.")] = None

@@ -80,7 +80,7 @@ def choose_format(wanted: FormatName | Literal["auto"], template: ChatTemplate |
 def _renders_tools(template: ChatTemplate) -> bool:
     try:
         return _PROBE_NAME in "".join(template.render([{"role": "user", "content": "x"}], {"tools": [_PROBE]}))
-    except ApiError:
+    except (ApiError, MemoryError):  # a template's fault is the answer of the requests that meet it, not of the start
         return False
 
 
