@@ -54,7 +54,7 @@ FIELDS: list[tuple[str, Any]] = [
     ("prompt_logprobs", 1000),
     ("suffix", "end"),
     ("best_of", 0),
-    ("guided_json", {}),
+    ("guided_json", 5),
     ("unheard_of", 1),
 ]
 CHAT_FIELDS: list[tuple[str, Any]] = [

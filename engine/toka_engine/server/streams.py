@@ -134,13 +134,15 @@ class Generation:
         return sum(each.num_cached for each in self.submissions if not each.submit.first_choice)
 
     async def news(self) -> list[Choice]:
-        """Wait for something new; return the choices that have it, each once. Raises what `fail` got."""
+        """Wait for something new; return the choices that have it, each once. Raises what `fail` got, behind what came
+        before it, unless there is nobody to read that.
+        """
         while not self.dirty:
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._error is not None:
+        if isinstance(self._error, ClientGoneError):
             raise self._error
         dirty, self.dirty = self.dirty, []
         return dirty
@@ -347,10 +349,14 @@ class Streams:
             choice = self._choices.get(stream)
             if choice is None or choice.is_closed:
                 continue
+            self.replicas.learn_end(num_tokens, choice.generation.spec.max_tokens)
+            if reason in _FAILURES:
+                self._close(choice)
+                choice.generation.fail(_FAILURES[reason]())
+                continue
             if not choice.tokens:
                 _mark_dirty(choice, touched)
             self._close(choice)
-            self.replicas.learn_end(num_tokens, choice.generation.spec.max_tokens)
             begin, end = bounds[row], bounds[row + 1]
             if end > begin and choice.generation.has_logprobs:
                 choice.tokens = deltas.ended_tokens[begin:end].tolist()
@@ -360,8 +366,6 @@ class Streams:
                 choice.whole_tokens = deltas.ended_tokens[begin:end]
             choice.finish_reason = reason
             choice.num_tokens = num_tokens
-            if reason in _FAILURES:
-                choice.generation.fail(_FAILURES[reason]())
 
 
 def _hash_all(hasher: PrefixHasher, prompts: Sequence[Int32s]) -> list[list[bytes]]:

@@ -179,3 +179,19 @@ def test_an_error_inside_a_stream_is_its_last_event(server: RunningServer, sente
             answer += data
     assert b'data: {"error":{"message":"The model produced non-finite values' in answer
     assert b"[DONE]" not in answer
+
+
+def test_tokens_that_come_together_with_the_error_are_delivered_before_it(
+    server: RunningServer, sentence_ids: list[int]
+) -> None:
+    def answer(submit: Submit) -> None:
+        tokens = [each([submit.first_stream], [token]) for token in sentence_ids[:3]]
+        server.manager.send(*tokens, end([submit.first_stream], 3, FINISH_ERROR))
+
+    server.manager.on_submit = answer
+    body = json.dumps(completion_body(stream=True)).encode()
+    status, _, raw = server.request("POST", "/v1/completions", body, _HEADERS)
+    assert status == 200
+    *events, last = [json.loads(line.removeprefix(b"data: ")) for line in raw.split(b"\n\n") if line]
+    assert "".join(event["choices"][0]["text"] for event in events) == "The capital of"
+    assert last["error"]["code"] == "not_finite"
