@@ -42,7 +42,13 @@ def example(installation: Installation, record_testsuite_property: Callable[[str
     smollm2 = installation.example(namespace)
     smollm2.wait_until_ready()
     record_testsuite_property("seconds_from_apply_to_ready", round(time.monotonic() - applied, 1))
+    before = {pod["metadata"]["uid"] for pod in smollm2.pods()}
     smollm2.patch({"engine": {"extraArgs": ["num_threads=1"]}})
+    installation.cluster.wait_for(
+        lambda: before.isdisjoint(pod["metadata"]["uid"] for pod in smollm2.pods()),
+        f"other pods: {smollm2.explain}",
+        timeout_s=300,
+    )
     return smollm2
 
 
