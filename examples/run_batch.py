@@ -25,7 +25,12 @@ def main() -> None:
                 "custom_id": question,
                 "method": "POST",
                 "url": URL,
-                "body": {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 24},
+                "body": {
+                    "model": model,
+                    "messages": [{"role": "user", "content": question}],
+                    "max_tokens": 24,
+                    "temperature": 0,
+                },
             }
             for question in QUESTIONS
         ]
