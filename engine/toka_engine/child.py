@@ -21,8 +21,7 @@ from typing import NoReturn
 import msgspec
 
 from toka_engine.channel import Channel
-from toka_engine.errors import ExitCode, PeerClosedError, TokaError
-from toka_engine.messages import (
+from toka_engine.control_messages import (
     ChildReady,
     Drain,
     Failed,
@@ -36,6 +35,7 @@ from toka_engine.messages import (
     ToChild,
     Unresponsive,
 )
+from toka_engine.errors import ExitCode, PeerClosedError, TokaError
 from toka_engine.output import outlive_reader
 from toka_engine.portable import count_resident_bytes, end_with_parent
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from typing import NamedTuple
 
-from toka_engine.messages import RankReport
+from toka_engine.control_messages import RankReport
 from toka_engine.processes import (
     BUSY_PONGS_STALLED,
     PING_INTERVAL_S,

@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 
 from toka_engine.channel import Channel, socket_pair
+from toka_engine.control_messages import ChildReady, Failed, FromChild, Ping, Pong, Start, ToChild
 from toka_engine.errors import PeerClosedError
-from toka_engine.messages import ChildReady, Failed, FromChild, Ping, Pong, Start, ToChild
 from toka_engine.portable import is_stopped
 from toka_engine.rank_watch import Place
 from toka_engine.topology import Process, Role

@@ -14,8 +14,8 @@ from toka_engine import hub
 from toka_engine.builtin import NAME, ensure_builtin, find_builtin
 from toka_engine.child import Child, run_child
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import Resolved
 from toka_engine.errors import ModelInvalidError, ModelNotFoundError
-from toka_engine.messages import Resolved
 
 Report = Callable[[str, str], None]
 """Takes a phase and one line of progress."""

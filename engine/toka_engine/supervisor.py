@@ -28,9 +28,7 @@ import msgspec
 from toka_engine import resolve
 from toka_engine.channel import socket_pair
 from toka_engine.config import EngineConfig
-from toka_engine.errors import REASONS, ExitCode
-from toka_engine.heartbeat import Heartbeat
-from toka_engine.messages import (
+from toka_engine.control_messages import (
     ChildReady,
     Drain,
     Drained,
@@ -45,6 +43,8 @@ from toka_engine.messages import (
     Start,
     Unresponsive,
 )
+from toka_engine.errors import REASONS, ExitCode
+from toka_engine.heartbeat import Heartbeat
 from toka_engine.noise import for_replica, settle_seed
 from toka_engine.processes import PING_INTERVAL_S, ChildProcess, count_oom_kills, reap
 from toka_engine.rendezvous import Rendezvous

@@ -14,7 +14,7 @@ from enum import StrEnum
 import msgspec
 
 from toka_engine.config import EngineConfig
-from toka_engine.messages import RankInfo
+from toka_engine.control_messages import RankInfo
 
 
 class Role(StrEnum):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toka_engine.control_messages import Failed
 from toka_engine.errors import ExitCode
-from toka_engine.messages import Failed, WorkerReady
+from toka_engine.messages import WorkerReady
 
 from tests.model.test_worker import TIMEOUT_S, Process, receive_one, start_process
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import pytest
 import torch
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import RankInfo
 from toka_engine.errors import DeviceUnavailableError, OutOfMemoryError
-from toka_engine.messages import RankInfo
 from toka_engine.model.devices import find_device, take_device
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
 from toka_engine.model.model_config import read_model_config

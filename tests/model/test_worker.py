@@ -16,21 +16,9 @@ import numpy as np
 import pytest
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import ChildReady, Failed, FromChild, Ping, Pong, Progress, Start
 from toka_engine.errors import ExitCode
-from toka_engine.messages import (
-    ChildReady,
-    Failed,
-    FromChild,
-    Ping,
-    Pong,
-    Progress,
-    Start,
-    Step,
-    Stop,
-    Tokens,
-    WorkerReady,
-    WorkerToManager,
-)
+from toka_engine.messages import Step, Stop, Tokens, WorkerReady, WorkerToManager
 from toka_engine.model.worker import make_warm_up_steps
 from toka_engine.slot_parameters import SlotBatch
 

@@ -30,16 +30,8 @@ import numpy as np
 from toka_engine.builtin import ensure_builtin
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.config import EngineConfig
-from toka_engine.messages import (
-    FINISH_LENGTH,
-    ChildReady,
-    Deltas,
-    EngineInfo,
-    FromChild,
-    ServerToManager,
-    Start,
-    Submit,
-)
+from toka_engine.control_messages import ChildReady, FromChild, Start
+from toka_engine.messages import FINISH_LENGTH, Deltas, EngineInfo, ServerToManager, Submit
 from toka_engine.output import run_command
 
 _PROMPT_TOKENS = 220

@@ -43,15 +43,7 @@ from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
 from toka_engine.manager.loop import make_collections_rare
 from toka_engine.manager.sizes import choose_sizes
-from toka_engine.messages import (
-    Deltas,
-    ManagerToWorker,
-    Step,
-    Submit,
-    Tokens,
-    WorkerReady,
-    WorkerToManager,
-)
+from toka_engine.messages import Deltas, ManagerToWorker, Step, Submit, Tokens, WorkerReady, WorkerToManager
 from toka_engine.output import run_command
 from toka_engine.slot_parameters import Sampling
 

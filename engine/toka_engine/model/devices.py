@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import RankInfo
 from toka_engine.errors import DeviceUnavailableError
-from toka_engine.messages import RankInfo
 from toka_engine.model.backend import Backend
 from toka_engine.model.gpus import Gpu, check_free, choose_gpu, count_foreign_bytes, list_unlike
 from toka_engine.model.model_config import ModelConfig

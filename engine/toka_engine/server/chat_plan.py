@@ -20,13 +20,13 @@ from toka_engine.server.dialect import Dialect
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import GenerationJob
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.grammar_requests import AskedGrammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
 from toka_engine.server.request import GenerationRequest, doc
 from toka_engine.server.service import Engine, Service
 from toka_engine.server.settings import check_shared
 from toka_engine.server.split_render import Splitting
-from toka_engine.server.streams import GenerationSpec
 from toka_engine.server.template_variables import (
     AddGenerationPrompt,
     ContinueFinalMessage,

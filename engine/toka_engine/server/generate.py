@@ -13,6 +13,7 @@ from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat, FinishedChoice
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.prompt_logprobs import (
     NO_PROMPT_LOGPROBS,
@@ -23,7 +24,7 @@ from toka_engine.server.prompt_logprobs import (
 )
 from toka_engine.server.render import Renderer
 from toka_engine.server.request import CompletionTokensDetails, PromptTokensDetails, Usage
-from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
+from toka_engine.server.streams import Choice, Generation, Streams
 
 
 class GenerationJob(msgspec.Struct, frozen=True):

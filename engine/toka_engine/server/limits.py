@@ -15,9 +15,9 @@ from toka_engine.messages import EngineInfo, Int32s
 from toka_engine.server.edit_requests import NO_RULES, EncodeWord, TokenRules
 from toka_engine.server.errors import ApiError, invalid, no_model
 from toka_engine.server.generation_defaults import SamplingDefaults
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.grammar_requests import AskedGrammar
 from toka_engine.server.stops import StopStrings
-from toka_engine.server.streams import GenerationSpec
 from toka_engine.slot_parameters import Sampling
 
 MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from toka_engine.messages import EngineInfo, RankInfo, RankReport
+from toka_engine.control_messages import RankInfo, RankReport
+from toka_engine.messages import EngineInfo
 from toka_engine.server.replicas import Replicas
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -23,19 +23,9 @@ import uvloop
 
 from toka_engine.child import Child
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import Drained, Failing, Progress
 from toka_engine.errors import PortInUseError
-from toka_engine.messages import (
-    Deltas,
-    Drained,
-    EngineInfo,
-    Failing,
-    ManagerToServer,
-    Progress,
-    PromptLogprobs,
-    Refused,
-    Started,
-    Stats,
-)
+from toka_engine.messages import Deltas, EngineInfo, ManagerToServer, PromptLogprobs, Refused, Started, Stats
 from toka_engine.server.application import KNOWN_PATHS, generating_handlers, make_application
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
 from toka_engine.server.batches.service import Batches

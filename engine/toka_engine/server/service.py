@@ -19,6 +19,7 @@ from toka_engine.server.dialect import Dialect
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.fields import COUNTED
 from toka_engine.server.generate import GenerationJob
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
@@ -27,7 +28,7 @@ from toka_engine.server.prompt_logprobs import PromptLogprobForms
 from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.render import EmptyRenderer, Renderer, TrackingRenderer
 from toka_engine.server.responses.store import ResponseStore
-from toka_engine.server.streams import GenerationSpec, Streams
+from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 from toka_engine.version import __version__
 

@@ -13,48 +13,29 @@ from functools import partial
 from types import TracebackType
 from typing import TypeAlias
 
-import msgspec
 import numpy as np
 
-from toka_engine.grammar.source import GrammarSource
 from toka_engine.messages import (
     FINISH_ERROR,
     FINISH_GRAMMAR,
     Cancel,
     Deltas,
     Int32s,
-    LogitEdits,
     PromptLogprobs,
     Refused,
     Started,
     Submit,
 )
 from toka_engine.server.errors import ApiError, ClientGoneError
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replica, Replicas, Submission
-from toka_engine.slot_parameters import Sampling
 
 _INLINE_TOKENS = 8192
 """Fewer take less time to hash than a thread takes to answer."""
 
 TopTokens: TypeAlias = list[tuple[int, float]]
 """The most likely tokens at one position, with their logprobs."""
-
-
-class GenerationSpec(msgspec.Struct, frozen=True):
-    """The parameters of a generation, the same for every prompt of a request."""
-
-    num_choices: int
-    """The number of output sequences per prompt."""
-    max_tokens: int
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    deliver_each: bool
-    grammar: GrammarSource | None = None
-    priority: int = 0
-    edits: LogitEdits | None = None
-    delivers_stop: bool = False
-    prompt_logprobs: int = -1
 
 
 class Choice:

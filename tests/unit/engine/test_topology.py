@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import RankInfo
 from toka_engine.errors import ExitCode
-from toka_engine.messages import RankInfo
 from toka_engine.topology import Role, Topology, choose_topology, find_output_rank, make_topology, place_ranks
 
 from tests.engine_process import is_alive

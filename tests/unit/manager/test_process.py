@@ -15,21 +15,14 @@ import toka_engine
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.codec import encode
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import ChildReady, Failed, FromChild, Ping, Pong, Progress, RankInfo, Start
 from toka_engine.errors import ExitCode
 from toka_engine.manager.sizes import choose_sizes
 from toka_engine.messages import (
-    ChildReady,
     Deltas,
     EngineInfo,
-    Failed,
-    FromChild,
     ManagerToServer,
     ManagerToWorker,
-    Ping,
-    Pong,
-    Progress,
-    RankInfo,
-    Start,
     Stats,
     Step,
     Submit,

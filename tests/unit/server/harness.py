@@ -21,19 +21,15 @@ from typing import Any
 import numpy as np
 from toka_engine.channel import Channel, socket_pair, wait
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import ChildReady, Drain, FromChild, Ping, Start
 from toka_engine.errors import PeerClosedError
 from toka_engine.messages import (
     FINISH_LENGTH,
     FINISH_STOP,
     Cancel,
-    ChildReady,
     Deltas,
-    Drain,
     EngineInfo,
-    FromChild,
-    Ping,
     ServerToManager,
-    Start,
     Started,
     Submit,
 )
@@ -158,7 +154,7 @@ class RunningServer:
         raise AssertionError(f"no {kind.__name__} within {timeout_s} s")
 
     def ping(self) -> Any:
-        from toka_engine.messages import Pong
+        from toka_engine.control_messages import Pong
 
         self.control.send(Ping(1))
         return self.wait_control(Pong)

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toka_engine.messages import (
-    FINISH_LENGTH,
+from toka_engine.control_messages import (
     ChildReady,
     Drain,
     Drained,
@@ -21,12 +20,9 @@ from toka_engine.messages import (
     RankInfo,
     RankReport,
     RankReports,
-    Refused,
     ReplicaLost,
-    Started,
-    Stats,
-    Submit,
 )
+from toka_engine.messages import FINISH_LENGTH, Refused, Started, Stats, Submit
 
 from tests.unit.server.conftest import SENTENCE, completion_body
 from tests.unit.server.harness import (

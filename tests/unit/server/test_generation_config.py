@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toka_engine.control_messages import Failed
 from toka_engine.errors import ExitCode
-from toka_engine.messages import Failed
 from toka_engine.slot_parameters import Sampling
 
 from tests.unit.server.conftest import chat_body, completion_body

@@ -14,8 +14,9 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from toka_engine.control_messages import ChildReady, Drained, Failed, Failing, Progress, Unresponsive
 from toka_engine.errors import ExitCode
-from toka_engine.messages import ChildReady, Drained, Failed, Failing, Progress, Stats, Unresponsive
+from toka_engine.messages import Stats
 
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import SENTENCE, chat_body, completion_body

@@ -22,9 +22,10 @@ from toka_engine.messages import (
     Submit,
 )
 from toka_engine.server.errors import unavailable
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.process import merge_infos
 from toka_engine.server.replicas import Submission
-from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
+from toka_engine.server.streams import Choice, Generation, Streams
 from toka_engine.slot_parameters import Sampling
 
 from tests.unit.server.replicas import BLOCK_TOKENS, Managers, make_submit, prompt_of

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from toka_engine.errors import ModelInvalidError
 from toka_engine.messages import FINISH_LENGTH
 from toka_engine.server.chat_template import load_chat_template
+from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.render import Renderer, TrackingRenderer
 from toka_engine.server.replicas import Replicas
 from toka_engine.server.stops import StopStrings
-from toka_engine.server.streams import Choice, Generation, GenerationSpec, Streams
+from toka_engine.server.streams import Choice, Generation, Streams
 from toka_engine.server.tokenization import Tokenizer
 from toka_engine.slot_parameters import Sampling
 

@@ -5,8 +5,8 @@ import os
 import sys
 
 from toka_engine import heartbeat, rank_watch, supervisor
+from toka_engine.control_messages import RankInfo
 from toka_engine.entry import run
-from toka_engine.messages import RankInfo
 from toka_engine.processes import MAX_BUSY_S
 from toka_engine.supervisor import MODULES
 from toka_engine.topology import make_topology

@@ -4,7 +4,7 @@ import logging
 import os
 
 from toka_engine.child import Child, run_child
-from toka_engine.messages import Drained, Failing, Progress, RankReports, ReplicaLost
+from toka_engine.control_messages import Drained, Failing, Progress, RankReports, ReplicaLost
 
 from tests.unit.engine.standins.behaviour import behave
 
