@@ -22,12 +22,20 @@ class KeyCheck:
         """
         if self._key is None:
             return
-        given = {name: value for name, value in headers if name in (b"authorization", b"x-api-key")}
-        if not given:
+        given = given_key(headers)
+        if given is None:
             raise _denied("No API key was given: send it as `Authorization: Bearer <key>`.")
-        scheme, _, key = given.get(b"authorization", b"Bearer " + given.get(b"x-api-key", b"")).partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+        if not hmac.compare_digest(given, self._key):
             raise _denied("The API key is wrong.")
+
+
+def given_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the key that `headers` carry, empty where the scheme is another; None where they carry none."""
+    given = {name: value for name, value in headers if name in (b"authorization", b"x-api-key")}
+    if not given:
+        return None
+    scheme, _, key = given.get(b"authorization", b"Bearer " + given.get(b"x-api-key", b"")).partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _denied(message: str) -> ApiError:

@@ -129,8 +129,6 @@ def _join_grammars(
     if not is_required and not is_bound and (asked is None or (tools is None and reasoning is None)):
         return options
     param = asked.param if asked is not None else "tool_choice" if is_required else "tools"
-    if options.ignores_eos:
-        raise invalid("ignore_eos", f"'ignore_eos' excludes '{param}', whose texts have an end.")
     try:
         answer = asked.source if asked is not None else None
         source = write_grammar(dialect.tools.name, tools, answer, reasoning, dialect.write_tag)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from toka_engine.server.chat_template import Turn
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.errors import ApiError, invalid, mistyped
 from toka_engine.server.fields import Lacking, lacks
 from toka_engine.server.limits import Limits
 
@@ -126,12 +126,12 @@ def _refuse_lacking(given: dict[str, Any], path: str) -> None:
 def _check_calls(calls: Any, path: str) -> list[dict[str, Any]]:
     """Return earlier calls as templates take them: their arguments as objects, where they are that."""
     if not isinstance(calls, list):
-        raise _mistyped(path, "a list")
+        raise mistyped(path, "a list")
     checked = []
     for index, call in enumerate(calls):
         where = f"{path}[{index}]"
         if not isinstance(call, dict):
-            raise _mistyped(where, "an object")
+            raise mistyped(where, "an object")
         if call.get("type", "function") != "function" or not isinstance(call.get("function"), dict):
             raise invalid(f"{where}.type", f"'{where}' must be a call of type function.", "invalid_value")
         name = call["function"].get("name")
@@ -148,7 +148,7 @@ def _read_arguments(arguments: Any, path: str) -> Any:
     if arguments is None or isinstance(arguments, dict):
         return arguments or {}
     if not isinstance(arguments, str):
-        raise _mistyped(path, "a text of JSON")
+        raise mistyped(path, "a text of JSON")
     try:
         value = msgspec.json.decode(arguments)
         count_characters(value, path, MAX_REQUEST_FURTHER_CHARACTERS)
@@ -159,7 +159,7 @@ def _read_arguments(arguments: Any, path: str) -> Any:
 
 def _check_text(value: Any, path: str, most: int) -> str:
     if not isinstance(value, str):
-        raise _mistyped(path, "a text")
+        raise mistyped(path, "a text")
     if len(value) > most:
         raise invalid(path, f"'{path}' has more than {most} characters.")
     return value
@@ -172,13 +172,13 @@ def _check_content(content: Any, path: str, ignored: list[str]) -> str:
     if content is None:
         raise invalid(path, f"'{path}' is missing.", "missing_required_parameter")
     if not isinstance(content, list):
-        raise _mistyped(path, "a text or a list of parts")
+        raise mistyped(path, "a text or a list of parts")
     return "\n".join(_check_part(part, f"{path}[{index}]", ignored) for index, part in enumerate(content))
 
 
 def _check_part(part: Any, path: str, ignored: list[str]) -> str:
     if not isinstance(part, dict):
-        raise _mistyped(path, "an object")
+        raise mistyped(path, "an object")
     kind = part.get("type")
     if kind is None:
         raise invalid(f"{path}.type", f"Missing required field: '{path}.type'.", "missing_required_parameter")
@@ -190,11 +190,7 @@ def _check_part(part: Any, path: str, ignored: list[str]) -> str:
     if part.get(key) is None:
         raise invalid(f"{path}.{key}", f"'{path}.{key}' is missing.", "missing_required_parameter")
     if not isinstance(part[key], str):
-        raise _mistyped(f"{path}.{key}", "a text")
+        raise mistyped(f"{path}.{key}", "a text")
     ignored += [f"messages.content.{name}" for name in part if name not in ("type", key) and part[name] is not None]
     text: str = part[key]
     return text
-
-
-def _mistyped(path: str, wanted: str) -> ApiError:
-    return invalid(path, f"Invalid value for '{path}': it must be {wanted}.", "invalid_type")

@@ -66,6 +66,11 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
+def mistyped(param: str, wanted: str) -> ApiError:
+    """Return the 400 of a value of another type than `wanted`, in words."""
+    return invalid(param, f"Invalid value for '{param}': it must be {wanted}.", "invalid_type")
+
+
 def no_model(name: str, served: Sequence[str]) -> ApiError:
     """Return the 404 of a model that is not served, which names those that are."""
     shown = name if len(name) <= 100 else name[:100] + "..."

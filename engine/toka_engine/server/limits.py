@@ -196,6 +196,15 @@ class Limits:
             prompt_logprobs=max(options.prompt_logprobs, options.echo_logprobs),
         )
 
+    @staticmethod
+    def check_fits_grammar(options: GenerationOptions, param: str) -> None:
+        """Refuse what no text of a grammar may satisfy. `param`: the field that asks for the grammar."""
+        if options.ignores_eos:
+            raise invalid("ignore_eos", f"'ignore_eos' excludes '{param}', whose texts have an end.")
+        for name, given in (("min_tokens", options.rules.min_tokens), ("allowed_token_ids", options.rules.allowed_ids)):
+            if given:
+                raise invalid(name, f"'{name}' excludes '{param}', which may have no such text.")
+
     def complete_grammar(self, asked: AskedGrammar) -> AskedGrammar:
         """Return `asked` with the tokens that end its texts."""
         return AskedGrammar(msgspec.structs.replace(asked.source, end_ids=self._end_ids), asked.param)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.errors import invalid, mistyped
 
 Message = dict[str, Any]
 
@@ -74,7 +74,7 @@ def read_tools(tools: Sequence[Any]) -> tuple[list[Any], list[str]]:
     for index, tool in enumerate(tools):
         path = f"tools[{index}]"
         if not isinstance(tool, dict):
-            raise _mistyped(path, "an object")
+            raise mistyped(path, "an object")
         kind = tool.get("type") or "custom"
         if kind != "custom":
             ignored.append(f"tools.{kind}")
@@ -102,12 +102,12 @@ def read_choice(choice: dict[str, Any] | None) -> Any:
 
 def _blocks(content: Any, path: str) -> list[tuple[dict[str, Any], str]]:
     if not isinstance(content, list):
-        raise _mistyped(path, "a text or a list of blocks")
+        raise mistyped(path, "a text or a list of blocks")
     found = []
     for index, block in enumerate(content):
         where = f"{path}[{index}]"
         if not isinstance(block, dict) or not isinstance(block.get("type"), str):
-            raise _mistyped(where, "an object with a type")
+            raise mistyped(where, "an object with a type")
         found.append((block, where))
     return found
 
@@ -127,10 +127,6 @@ def _text_of_block(block: dict[str, Any], path: str) -> str:
 
 def _string(block: dict[str, Any], key: str, path: str) -> str:
     if not isinstance(block.get(key), str):
-        raise _mistyped(f"{path}.{key}", "a text")
+        raise mistyped(f"{path}.{key}", "a text")
     text: str = block[key]
     return text
-
-
-def _mistyped(path: str, wanted: str) -> ApiError:
-    return invalid(path, f"Invalid value for '{path}': it must be {wanted}.", "invalid_type")

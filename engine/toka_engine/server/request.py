@@ -7,7 +7,7 @@ on the engine are checked in `settings` and `limits`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -95,6 +95,9 @@ def _null() -> msgspec.Raw:
 MAX_PRIORITY = 100
 FLEX_PRIORITY = 10
 """The priority of `service_tier: flex`."""
+ServiceTier: TypeAlias = Annotated[
+    str | None, doc(f"`flex` is background work, as `priority` {FLEX_PRIORITY}; others are a hint without effect.")
+]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -113,9 +116,7 @@ class Hints(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     prompt_cache_key: Annotated[str | None, _HINT] = None
     prompt_cache_retention: Annotated[str | None, _HINT] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, _HINT] = None
-    service_tier: Annotated[
-        str | None, doc(f"`flex` is background work, as `priority` {FLEX_PRIORITY}; others are a hint without effect.")
-    ] = None
+    service_tier: ServiceTier = None
     metadata: Annotated[dict[str, Any] | None, _HINT] = None
     request_id: Annotated[str | None, _HINT] = None
 

@@ -145,6 +145,7 @@ class Service:
     async def check_grammar(self, exchange: Exchange, engine: Engine, options: GenerationOptions) -> None:
         """Have the request's grammar compiled; the answer will name keywords that are not enforced. Raises a 4xx."""
         if options.grammar is not None:
+            engine.limits.check_fits_grammar(options, options.grammar.param)
             dropped = await engine.grammar_checks.check(engine.limits.complete_grammar(options.grammar))
             self.note_ignored(exchange, [f"{options.grammar.param}.{keyword}" for keyword in dropped])
 

@@ -12,7 +12,7 @@ from toka_engine.server.decoding import decode_part
 from toka_engine.server.edit_requests import check_token_rules
 from toka_engine.server.errors import invalid
 from toka_engine.server.fields import Lacking, lacks
-from toka_engine.server.grammar_requests import AskedGrammar, read_grammar
+from toka_engine.server.grammar_requests import read_grammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
 from toka_engine.server.request import FLEX_PRIORITY, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, NULL, GenerationRequest
 from toka_engine.server.stops import StopStrings
@@ -61,7 +61,7 @@ def check_shared(
         returns_token_ids=bool(request.return_token_ids),
         adds_special_tokens=request.add_special_tokens,
         truncation=_check_truncation(request.truncate_prompt_tokens, limits, max_tokens or 1),
-        grammar=_check_grammar(request),
+        grammar=read_grammar(request),
         priority=_check_priority(request),
         rules=check_token_rules(request, limits.vocab_size, limits.encode_word),
         keeps_stop=bool(request.include_stop_str_in_output),
@@ -128,18 +128,6 @@ def _check_priority(request: GenerationRequest) -> int:
 
 def _given(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _check_grammar(request: GenerationRequest) -> AskedGrammar | None:
-    asked = read_grammar(request)
-    if asked is not None and request.ignore_eos:
-        raise invalid("ignore_eos", f"'ignore_eos' excludes '{asked.param}', whose texts have an end.")
-    if asked is None:
-        return None
-    for name in ("min_tokens", "allowed_token_ids"):
-        if getattr(request, name):
-            raise invalid(name, f"'{name}' excludes '{asked.param}', which may have no such text.")
-    return asked
 
 
 def _check_stops(raw: msgspec.Raw) -> StopStrings | None:

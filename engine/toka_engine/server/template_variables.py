@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from toka_engine.server.chat_template import ChatTemplate
 from toka_engine.server.conversation import MAX_REQUEST_FURTHER_CHARACTERS, count_characters
-from toka_engine.server.errors import invalid
+from toka_engine.server.errors import invalid, mistyped
 from toka_engine.server.request import doc
 
 MAX_CHARACTERS = 64 * 1024
@@ -118,7 +118,7 @@ def _agree(name: str, value: Any, other: bool | None) -> bool | None:
     """Return a field that may stand in `chat_template_kwargs`, too."""
     if value is not None and not isinstance(value, bool):
         field = f"chat_template_kwargs.{name}"
-        raise invalid(field, f"Invalid value for '{field}': it must be true or false.", "invalid_type")
+        raise mistyped(field, "true or false")
     if None not in (value, other) and value != other:
         raise invalid(name, f"'{name}' and 'chat_template_kwargs.{name}' differ.")
     return other if value is None else value

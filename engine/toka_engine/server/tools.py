@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from toka_engine.server.calls.source import MAX_CALLS, MAX_NAME
 from toka_engine.server.conversation import count_characters
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.errors import invalid, mistyped
 
 MAX_TOOLS = 128
 MAX_TOOLS_CHARACTERS = 1024 * 1024
@@ -81,14 +81,14 @@ def _check_functions(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 def _check_function(tool: Any, path: str) -> dict[str, Any]:
     if not isinstance(tool, dict):
-        raise _mistyped(path, "an object")
+        raise mistyped(path, "an object")
     kind = tool.get("type", "function")
     if kind != "function":
         message = f"'{path}.type' is not supported: the model can call functions alone."
         raise invalid(f"{path}.type", message, "unsupported_parameter")
     function = tool.get("function")
     if not isinstance(function, dict):
-        raise _mistyped(f"{path}.function", "an object")
+        raise mistyped(f"{path}.function", "an object")
     check_name(function.get("name"), f"{path}.function.name")
     for key, wanted, name in (
         ("parameters", dict, "an object"),
@@ -96,7 +96,7 @@ def _check_function(tool: Any, path: str) -> dict[str, Any]:
         ("strict", bool, "true or false"),
     ):
         if not isinstance(function.get(key), wanted | None):
-            raise _mistyped(f"{path}.function.{key}", name)
+            raise mistyped(f"{path}.function.{key}", name)
     return function
 
 
@@ -141,7 +141,7 @@ def _read_allowed(tool_choice: dict[str, Any]) -> Choice:
     allowed = tool_choice.get("allowed_tools", tool_choice)  # /v1/responses has it one level higher
     tools = allowed.get("tools") if isinstance(allowed, dict) else None
     if not isinstance(allowed, dict) or not isinstance(tools, list) or not tools:
-        raise _mistyped(path, "an object with a mode and a list of tools")
+        raise mistyped(path, "an object with a mode and a list of tools")
     names = tuple(_name_of(tool, f"{path}.tools[{index}]") for index, tool in enumerate(tools))
     mode = allowed.get("mode", "auto")
     if mode == "required":
@@ -155,9 +155,5 @@ def _name_of(value: Any, path: str) -> str:
     """Return the name in `{"function": {"name": ...}}`, or as /v1/responses writes it, `{"name": ...}`."""
     inner = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(inner, dict):
-        raise _mistyped(path, "an object that names a function")
+        raise mistyped(path, "an object that names a function")
     return check_name(inner.get("name"), f"{path}.function.name")
-
-
-def _mistyped(path: str, wanted: str) -> ApiError:
-    return invalid(path, f"Invalid value for '{path}': it must be {wanted}.", "invalid_type")

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from toka_engine.config import EngineConfig
+from toka_engine.server.auth import given_key
 from toka_engine.server.batches.database import Database, DatabaseThread
 from toka_engine.server.batches.folder import Folder
 from toka_engine.server.batches.records import StoredBatch, now
@@ -184,7 +185,6 @@ class Batches:
 
 
 def owner_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return whose files and batches a request sees: a digest of its API key; all share them where there is none."""
-    given = next((value for name, value in headers if name == b"authorization"), b"")
-    key = given.partition(b" ")[2].strip()
+    """Return whose files and batches a request sees: a digest of the API key that it carries, "" for none."""
+    key = given_key(headers)
     return hashlib.sha256(key).hexdigest()[:16] if key else ""

@@ -225,6 +225,7 @@ def _as_chat(request: ResponsesRequest, earlier: list[Any], tools: ResponseTools
         response_format=_as_response_format(request.text.format if request.text is not None else None),
         reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         stream=request.stream,
+        service_tier=request.service_tier,
     )
 
 
@@ -286,6 +287,7 @@ def _begin(request: ResponsesRequest, temperature: float, top_p: float) -> Respo
         parallel_tool_calls=request.parallel_tool_calls is not False,
         previous_response_id=request.previous_response_id,
         reasoning={"effort": reasoning.effort, "summary": reasoning.summary},
+        service_tier="flex" if request.service_tier == "flex" else "default",
         store=request.store is not False,
         temperature=temperature,
         text={"format": text or {"type": "text"}},

@@ -46,7 +46,7 @@ class Response(msgspec.Struct, kw_only=True):
     parallel_tool_calls: bool
     previous_response_id: str | None
     reasoning: dict[str, str | None]
-    service_tier: str = "default"
+    service_tier: str
     store: bool
     temperature: float
     text: dict[str, Any]

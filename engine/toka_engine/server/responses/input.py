@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.errors import invalid, mistyped
 
 Message = dict[str, Any]
 MAX_ITEMS = 16 * 1024
@@ -28,7 +28,7 @@ def read_items(items: str | list[Any], name: str = "input") -> list[Message]:
     for index, item in enumerate(items):
         path = f"{name}[{index}]"
         if not isinstance(item, dict):
-            raise _mistyped(path, "an object")
+            raise mistyped(path, "an object")
         kind = item.get("type") or "message"
         if kind == "reasoning":
             reasoning.append(_read_reasoning(item, path))
@@ -109,12 +109,12 @@ def _text(value: Any, path: str) -> str:
     if value is None:
         raise invalid(path, f"Missing required field: '{path}'.", "missing_required_parameter")
     if not isinstance(value, list):
-        raise _mistyped(path, "a text or a list of parts")
+        raise mistyped(path, "a text or a list of parts")
     texts = []
     for index, part in enumerate(value):
         where = f"{path}[{index}]"
         if not isinstance(part, dict):
-            raise _mistyped(where, "an object")
+            raise mistyped(where, "an object")
         if part.get("type") not in _TEXT_PARTS:
             message = f"'{where}.type' is not supported: this server reads text alone ({', '.join(_TEXT_PARTS)})."
             raise invalid(f"{where}.type", message, "unsupported_parameter")
@@ -127,9 +127,5 @@ def _string(item: Mapping[str, Any], key: str, path: str) -> str:
     if value is None:
         raise invalid(f"{path}.{key}", f"Missing required field: '{path}.{key}'.", "missing_required_parameter")
     if not isinstance(value, str):
-        raise _mistyped(f"{path}.{key}", "a text")
+        raise mistyped(f"{path}.{key}", "a text")
     return value
-
-
-def _mistyped(path: str, wanted: str) -> ApiError:
-    return invalid(path, f"Invalid value for '{path}': it must be {wanted}.", "invalid_type")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from toka_engine.server.errors import invalid
+from toka_engine.server.errors import invalid, mistyped
 
 _CUSTOM_PARAMETERS = {
     "type": "object",
@@ -37,7 +37,7 @@ def read_tools(tools: Sequence[Any], choice: Any) -> ResponseTools:
         path = f"tools[{index}]"
         kind = tool.get("type") if isinstance(tool, dict) else None
         if not isinstance(kind, str):
-            raise invalid(path, f"Invalid value for '{path}': it must be an object with a type.", "invalid_type")
+            raise mistyped(path, "an object with a type")
         if kind == "function":
             function = {key: tool[key] for key in _FUNCTION_KEYS if tool.get(key) is not None}
             functions.append({"type": "function", "function": function})
