@@ -1,15 +1,13 @@
 """The grammar checker's process: compiles one source after another, and dies of those that take too much.
 
 The server starts it, sends it sources and reads verdicts, over pipes. A source that exceeds the limit of memory or of
-CPU time ends this process and nothing else; where it does not answer, the server ends it. Each message is a
-little-endian uint32 length and that many bytes of msgpack.
+CPU time ends this process and nothing else; where it does not answer, the server ends it.
 """
 
 from __future__ import annotations
 
 import random
 import resource
-import struct
 import sys
 import time
 from pathlib import Path
@@ -20,10 +18,10 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from toka_engine.grammar.compiling import GrammarError, compile_grammar, find_dropped_keywords, load_vocabulary
+from toka_engine.grammar.protocol import LENGTH, Setup, Verdict
 from toka_engine.grammar.source import GrammarSource
 from toka_engine.portable import end_with_parent
 
-LENGTH = struct.Struct("<I")
 MAX_CPU_S = 2
 """CPU time for one source, to a second."""
 _MAX_GROWTH_BYTES = 384 << 20
@@ -32,25 +30,6 @@ _MAX_KEPT_BYTES = 48 << 20
 """Growth of the process beyond which it ends after its answer, to give the memory back."""
 _NUM_STEPS = 24
 """Tokens of the random walk through each grammar."""
-
-
-class Setup(msgspec.Struct, frozen=True):
-    """First message to the process."""
-
-    tokenizer_dir: str
-    vocab_size: int
-    end_ids: tuple[int, ...]
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """The answer to one source. The first one, to `Setup`, says that the process is ready."""
-
-    error: str = ""
-    """Says why the source cannot be used; "": it can."""
-    dropped: list[str] = []
-    """Keywords of a lenient source that are not enforced."""
-    is_last: bool = False
-    """The process ends now."""
 
 
 def check_source(source: GrammarSource, vocabulary: LLTokenizer) -> Verdict:

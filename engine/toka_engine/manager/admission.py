@@ -77,7 +77,7 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     if not state.queue or not state.queue.has_news:
         return
     if num_free <= 0:
-        state.wants_room = True
+        state.misfit = state.queue.head
     if budget <= 0 or num_free <= 0:
         return
     if step.number < state.next_admission and state.slots.num_running:
@@ -91,7 +91,7 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     if len(chosen) < len(candidates):
         state.next_admission = step.number + PAGE_LIMITED_INTERVAL
     if not chosen:
-        state.wants_room = True
+        state.misfit = candidates[0].entry
         chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)

@@ -1,7 +1,7 @@
 """Grammars that the workers hold: their numbers, who uses them, and which of them slots may refer to.
 
 The server sends a source with each request; here equal sources become one number, and the workers get each source once.
-A grammar that no stream uses stays with the workers while it is among the last MAX_GRAMMARS used. Pure.
+A grammar that no stream uses stays with the workers while it is among the last used. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from toka_engine.grammar.source import GrammarSource
 from toka_engine.messages import Grammar
 
 MAX_GRAMMARS = 256
-"""Grammars that the workers keep beyond those in use."""
+MAX_SOURCE_BYTES = 64 << 20
+"""Grammars, and the bytes of their sources, that are kept where no stream uses them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,7 @@ class Grammars:
         self._by_source: OrderedDict[GrammarSource, KnownGrammar] = OrderedDict()  # the last used one at the end
         self._by_number: dict[int, KnownGrammar] = {}
         self._last_number = 0
+        self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -53,6 +55,7 @@ class Grammars:
             self._last_number += 1
             known = KnownGrammar(self._last_number, source, self.num_workers)
             self._by_source[source] = self._by_number[known.number] = known
+            self._num_bytes += len(source.text)
             self.outbox.append(Grammar(known.number, source))
         self._by_source.move_to_end(source)
         known.num_users += num_streams
@@ -61,10 +64,10 @@ class Grammars:
     def release(self, known: KnownGrammar, num_streams: int = 1) -> None:
         """Note that so many streams use `known` no more, and forget grammars that nobody has used for long."""
         known.num_users -= num_streams
-        if len(self._by_source) <= MAX_GRAMMARS:
+        if not self._has_too_many:
             return
         for source, oldest in list(self._by_source.items()):
-            if len(self._by_source) <= MAX_GRAMMARS:
+            if not self._has_too_many:
                 break
             if not oldest.num_users and oldest.is_ready:
                 self._forget(source, oldest)
@@ -88,6 +91,11 @@ class Grammars:
         outbox, self.outbox = self.outbox, []
         return outbox
 
+    @property
+    def _has_too_many(self) -> bool:
+        return len(self._by_source) > MAX_GRAMMARS or self._num_bytes > MAX_SOURCE_BYTES
+
     def _forget(self, source: GrammarSource, known: KnownGrammar) -> None:
         del self._by_source[source], self._by_number[known.number]
+        self._num_bytes -= len(source.text)
         self.outbox.append(Grammar(known.number, None))

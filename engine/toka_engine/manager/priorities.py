@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from toka_engine.manager.lifecycle import preempt_newest
-from toka_engine.manager.requests import FIRST_BACKGROUND_ORDER
+from toka_engine.manager.requests import FIRST_BACKGROUND_ORDER, Waiting
 from toka_engine.manager.state import ManagerState
 from toka_engine.messages import Int32s
 
@@ -19,18 +19,17 @@ PREFILL_SHARE = 4
 """The prompts of background streams take one in this many of a step's prefill tokens beside other streams."""
 
 
-def make_room(state: ManagerState) -> None:
-    """Preempt background streams for the first waiting request, which did not fit. Nothing happens while what was
-    preempted before is still on its way back, or where that request is background work itself. To be called before a
-    step's rows are chosen: a row of the step that is being planned cannot be taken back.
+def make_room(state: ManagerState, entry: Waiting) -> None:
+    """Preempt background streams for `entry`, which did not fit. Nothing happens while what was preempted before is
+    still on its way back, or where `entry` waits no more or is background work. To be called before a step's rows
+    are chosen: a row of the step that is being planned cannot be taken back.
     """
-    head = state.queue.head
-    if head is None or head.request.is_background or state.slots.has_retiring or state.pages.has_held:
+    if entry.request.is_background or entry not in state.queue or state.slots.has_retiring or state.pages.has_held:
         return
-    num_choices = len(head.choices)
-    planned = np.asarray([head.num_kept + 1], np.int32)
-    limit = np.asarray([head.request.max_tokens], np.int32)
-    length = head.tokens.size + int(state.predictor.predict_remaining(planned, limit)[0])
+    num_choices = len(entry.choices)
+    planned = np.asarray([entry.num_kept + 1], np.int32)
+    limit = np.asarray([entry.request.max_tokens], np.int32)
+    length = entry.tokens.size + int(state.predictor.predict_remaining(planned, limit)[0])
     num_pages = num_choices * -(-length // state.sizes.page_size)
     num_promised, num_preempted = 0, 0
     while num_preempted < num_choices or num_pages > state.pages.allocator.num_available + num_promised:

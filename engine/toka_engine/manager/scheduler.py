@@ -29,9 +29,10 @@ def plan_step(state: ManagerState) -> Step | None:
     """Return the next step to send, or None where nothing can run before more tokens are back."""
     if len(state.in_flight) >= state.sizes.steps_ahead:
         return None
-    if state.wants_room:
-        state.wants_room = False
-        make_room(state)
+    if state.misfit is not None:
+        misfit, state.misfit = state.misfit, None
+        if state.has_background:
+            make_room(state, misfit)
     step = StepBuilder(state.next_step)
     rows, groups, is_short = _plan_decode(state, step)
     sizes = state.sizes

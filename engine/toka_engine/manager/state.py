@@ -80,7 +80,8 @@ class ManagerState:
         self.next_step = 1
         self.completed_step = 0
         self.next_admission = 0  # step before which nothing is admitted beside running streams
-        self.wants_room = False  # the first waiting request did not fit
+        self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
+        self.has_background = False  # a background request has ever come
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
         self.grammars = Grammars()
@@ -94,6 +95,7 @@ class ManagerState:
     def enqueue(self, entry: Waiting, *, at_front: bool) -> None:
         """Let the choices of `entry` wait."""
         self.queue.add(entry, at_front=at_front)
+        self.has_background = self.has_background or entry.request.is_background
         for choice in entry.choices:
             self.where[entry.request.first_stream + choice] = entry
 

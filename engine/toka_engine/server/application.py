@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
@@ -32,6 +31,7 @@ from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
 from toka_engine.server.metrics import CONTENT_TYPE
+from toka_engine.server.route_helpers import exchange_of, json_response
 from toka_engine.server.service import Service
 from toka_engine.version import __version__
 
@@ -102,24 +102,15 @@ def make_application(
     return application
 
 
-def _exchange(request: Request) -> Exchange:
-    exchange: Exchange = request.scope["state"]["exchange"]
-    return exchange
-
-
-def _json(answer: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(answer), status, media_type="application/json")
-
-
 def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler], batches: Batches) -> APIRouter:
     async def check_key(request: Request) -> None:
-        key_check.check(_exchange(request).headers)
+        key_check.check(exchange_of(request).headers)
 
     router = APIRouter(dependencies=[Depends(check_key)], default_response_class=Response)
 
     def add_generating(path: str, operation: dict[str, Any]) -> None:
         async def generate(request: Request) -> Response:
-            await handlers[path](_exchange(request))
+            await handlers[path](exchange_of(request))
             return Answered()
 
         router.add_api_route(path, generate, methods=["POST"], openapi_extra=operation)
@@ -135,13 +126,13 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
 
     @router.get(models.PATH, openapi_extra=openapi.MODELS)
     async def list_models() -> Response:
-        return _json(models.list_models(service))
+        return json_response(models.list_models(service))
 
     @router.get(models.PATH + "/{name:path}", openapi_extra=openapi.MODEL)
     async def find_model(name: str) -> Response:
         if not name:
             raise HTTPException(404)
-        return _json(models.find_model(service, name))
+        return json_response(models.find_model(service, name))
 
     add_batch_routes(router, batches, service)
     return router
@@ -156,13 +147,11 @@ def _add_kept_responses(router: APIRouter, service: Service) -> None:
 
     @router.delete(path, openapi_extra=openapi.DELETE_RESPONSE)
     async def delete_response(response_id: str) -> Response:
-        return _json(responses.delete_response(service, response_id))
+        return json_response(responses.delete_response(service, response_id))
 
     @router.get(path + "/input_items", openapi_extra=openapi.RESPONSE_ITEMS)
-    async def list_input_items(
-        response_id: str, limit: int = 20, order: str = "desc", after: str | None = None
-    ) -> Response:
-        return _json(responses.list_input_items(service, response_id, limit, order, after))
+    async def list_input_items(request: Request, response_id: str) -> Response:
+        return json_response(responses.list_input_items(service, response_id, request.query_params))
 
 
 def _add_tokenizing(router: APIRouter, tokenizing: tokenize.Tokenizing) -> None:
@@ -170,7 +159,7 @@ def _add_tokenizing(router: APIRouter, tokenizing: tokenize.Tokenizing) -> None:
 
     def add(path: str, handler: Handler, method: str, operation: dict[str, Any]) -> None:
         async def answer(request: Request) -> Response:
-            await handler(_exchange(request))
+            await handler(exchange_of(request))
             return Answered()
 
         router.add_api_route(path, answer, methods=[method], openapi_extra=operation)
@@ -185,16 +174,16 @@ def _open_router(service: Service) -> APIRouter:
 
     @router.get("/ping", openapi_extra=openapi.PING)
     async def ping() -> Response:
-        return _json(probes.Pong())
+        return json_response(probes.Pong())
 
     @router.get("/livez", openapi_extra=openapi.LIVEZ)
     async def livez() -> Response:
-        return _json(probes.Alive())
+        return json_response(probes.Alive())
 
     @router.get("/readyz", openapi_extra=openapi.READYZ)
     async def readyz() -> Response:
         readiness = probes.check_readiness(service)
-        return _json(readiness, 200 if readiness.ready else 503)
+        return json_response(readiness, 200 if readiness.ready else 503)
 
     @router.get("/health", openapi_extra=openapi.HEALTH)
     async def health() -> Response:
@@ -202,7 +191,7 @@ def _open_router(service: Service) -> APIRouter:
 
     @router.get(probes.VERSION_PATH, openapi_extra=openapi.VERSION)
     async def version() -> Response:
-        return _json(probes.Version())
+        return json_response(probes.Version())
 
     @router.get("/metrics", openapi_extra=openapi.METRICS)
     async def metrics() -> Response:
@@ -230,11 +219,11 @@ def _documents_router(application: FastAPI) -> APIRouter:
 
 def _handle_errors(application: FastAPI, service: Service, key_check: KeyCheck) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        await answer_failure(_exchange(request), error, service.metrics)
+        await answer_failure(exchange_of(request), error, service.metrics)
         return Answered()
 
     async def answer_http(request: Request, error: Exception) -> Response:
-        exchange = _exchange(request)
+        exchange = exchange_of(request)
         try:
             if exchange.path == "/v1" or exchange.path.startswith("/v1/"):
                 key_check.check(exchange.headers)

@@ -66,7 +66,8 @@ def _operation(name: str, answer: type[msgspec.Struct], summary: str, *errors: s
     }
 
 
-def _query(*names: str) -> dict[str, Any]:
+def query_parameters(*names: str) -> dict[str, Any]:
+    """Return the part of an operation that describes a list's query parameters."""
     return {
         "parameters": [
             {"name": name, "in": "query", "schema": _PARAMETERS[name][0], "description": _PARAMETERS[name][1]}
@@ -81,7 +82,7 @@ UPLOAD_FILE = {
 }
 LIST_FILES = {
     **_operation("listFiles", records.FileList, "A page of the stored files", "400", "404"),
-    **_query("after", "limit", "order", "purpose"),
+    **query_parameters("after", "limit", "order", "purpose"),
 }
 FIND_FILE = _operation("retrieveFile", records.FileObject, "One file", "404")
 DELETE_FILE = _operation("deleteFile", records.DeletedFile, "Delete a file", "404", "409")
@@ -93,7 +94,7 @@ CREATE_BATCH = {
 }
 LIST_BATCHES = {
     **_operation("listBatches", records.BatchList, "A page of the batches", "400", "404"),
-    **_query("after", "limit"),
+    **query_parameters("after", "limit"),
 }
 FIND_BATCH = _operation("retrieveBatch", records.Batch, "One batch", "404")
 CANCEL_BATCH = _operation("cancelBatch", records.Batch, "End a batch", "404", "409")

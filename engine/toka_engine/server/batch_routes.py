@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
@@ -13,7 +10,7 @@ from toka_engine.server.batches.service import Batches
 from toka_engine.server.endpoints import batches as batch_endpoint
 from toka_engine.server.endpoints import completions, synchronous
 from toka_engine.server.endpoints import files as file_endpoint
-from toka_engine.server.exchange import Exchange
+from toka_engine.server.route_helpers import exchange_of, json_response
 from toka_engine.server.service import Service
 
 
@@ -24,37 +21,28 @@ def add_batch_routes(router: APIRouter, batches: Batches, service: Service) -> N
     _add_batch_routes(router, batches, service)
 
 
-def _json(answer: Any) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
-
-
-def _exchange(request: Request) -> Exchange:
-    exchange: Exchange = request.scope["state"]["exchange"]
-    return exchange
-
-
 def _add_file_routes(router: APIRouter, batches: Batches) -> None:
     path = file_endpoint.PATH
 
     @router.post(path, openapi_extra=documents.UPLOAD_FILE)
     async def upload_file(request: Request) -> Response:
-        return _json(await file_endpoint.upload_file(_exchange(request), batches))
+        return json_response(await file_endpoint.upload_file(exchange_of(request), batches))
 
     @router.get(path, openapi_extra=documents.LIST_FILES)
     async def list_files(request: Request) -> Response:
-        return _json(await file_endpoint.list_files(_exchange(request), request.query_params, batches))
+        return json_response(await file_endpoint.list_files(exchange_of(request), request.query_params, batches))
 
     @router.get(path + "/{file_id}", openapi_extra=documents.FIND_FILE)
     async def find_file(request: Request, file_id: str) -> Response:
-        return _json(await file_endpoint.find_file(_exchange(request), file_id, batches))
+        return json_response(await file_endpoint.find_file(exchange_of(request), file_id, batches))
 
     @router.delete(path + "/{file_id}", openapi_extra=documents.DELETE_FILE)
     async def delete_file(request: Request, file_id: str) -> Response:
-        return _json(await file_endpoint.delete_file(_exchange(request), file_id, batches))
+        return json_response(await file_endpoint.delete_file(exchange_of(request), file_id, batches))
 
     @router.get(path + "/{file_id}/content", openapi_extra=documents.READ_FILE)
     async def read_file(request: Request, file_id: str) -> Response:
-        content = await file_endpoint.find_content(_exchange(request), file_id, batches)
+        content = await file_endpoint.find_content(exchange_of(request), file_id, batches)
         kind = "application/octet-stream"
         return StreamingResponse(file_endpoint.read_content(content), headers=content.headers, media_type=kind)
 
@@ -64,7 +52,7 @@ def _add_synchronous_route(router: APIRouter, batches: Batches, service: Service
 
     @router.post(synchronous.PATH, openapi_extra=documents.SYNCHRONOUS_BATCH)
     async def answer_all(request: Request) -> Response:
-        answers = await synchronous.answer_all(_exchange(request), service, handler, maximum)
+        answers = await synchronous.answer_all(exchange_of(request), service, handler, maximum)
         return Response(answers, media_type="application/json")
 
 
@@ -73,16 +61,16 @@ def _add_batch_routes(router: APIRouter, batches: Batches, service: Service) -> 
 
     @router.post(path, openapi_extra=documents.CREATE_BATCH)
     async def create_batch(request: Request) -> Response:
-        return _json(await batch_endpoint.create_batch(_exchange(request), service, batches))
+        return json_response(await batch_endpoint.create_batch(exchange_of(request), service, batches))
 
     @router.get(path, openapi_extra=documents.LIST_BATCHES)
     async def list_batches(request: Request) -> Response:
-        return _json(await batch_endpoint.list_batches(_exchange(request), request.query_params, batches))
+        return json_response(await batch_endpoint.list_batches(exchange_of(request), request.query_params, batches))
 
     @router.get(path + "/{batch_id}", openapi_extra=documents.FIND_BATCH)
     async def find_batch(request: Request, batch_id: str) -> Response:
-        return _json(await batch_endpoint.find_batch(_exchange(request), batch_id, batches))
+        return json_response(await batch_endpoint.find_batch(exchange_of(request), batch_id, batches))
 
     @router.post(path + "/{batch_id}/cancel", openapi_extra=documents.CANCEL_BATCH)
     async def cancel_batch(request: Request, batch_id: str) -> Response:
-        return _json(await batch_endpoint.cancel_batch(_exchange(request), batch_id, batches))
+        return json_response(await batch_endpoint.cancel_batch(exchange_of(request), batch_id, batches))

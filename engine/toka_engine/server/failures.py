@@ -32,13 +32,16 @@ async def answer_failure(exchange: Exchange, error: Exception, metrics: Metrics)
         await exchange.fail(internal())
 
 
+def frames_of(error: Exception) -> str:
+    """Return where `error` comes from, for the log, without its message: that may quote the request."""
+    return "".join(traceback.format_tb(error.__traceback__, -_LOGGED_FRAMES)).rstrip()
+
+
 def _log_defect(exchange: Exchange, error: Exception) -> None:
-    """Log where `error` comes from, without its message: that may quote the request."""
-    frames = "".join(traceback.format_tb(error.__traceback__, -_LOGGED_FRAMES))
     logger.error(
         "event=request_failed request_id=%s path=%r error=%s\n%s",
         exchange.request_id.decode(),
         exchange.path[:200],
         type(error).__name__,
-        frames.rstrip(),
+        frames_of(error),
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
-import struct
 import sys
 import time
 from collections import OrderedDict
@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from toka_engine.grammar.protocol import LENGTH, Setup, Verdict
 from toka_engine.grammar.source import GrammarSource
 from toka_engine.server.errors import ApiError, invalid, unavailable
 from toka_engine.server.grammar_requests import AskedGrammar
@@ -34,27 +35,10 @@ REFUSE_S = 600.0
 """Time for which a source that has taken too much is refused without another try."""
 _START_S = 60.0
 _MAX_KNOWN = 1024
-_LENGTH = struct.Struct("<I")
 _MAX_ANSWER_BYTES = 1 << 20
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-class Setup(msgspec.Struct, frozen=True):
-    """The model's tokens, for the process; see `grammar.checker`."""
-
-    tokenizer_dir: str
-    vocab_size: int
-    end_ids: tuple[int, ...]
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """The answer of the process; see `grammar.checker`."""
-
-    error: str = ""
-    dropped: list[str] = []
-    is_last: bool = False
 
 
 class CheckerDiedError(Exception):
@@ -91,9 +75,9 @@ class _Checker:
         body = msgspec.msgpack.encode(message)
         try:
             async with asyncio.timeout(timeout_s):
-                self._process.stdin.write(_LENGTH.pack(len(body)) + body)
+                self._process.stdin.write(LENGTH.pack(len(body)) + body)
                 await self._process.stdin.drain()
-                (length,) = _LENGTH.unpack(await self._process.stdout.readexactly(_LENGTH.size))
+                (length,) = LENGTH.unpack(await self._process.stdout.readexactly(LENGTH.size))
                 if length > _MAX_ANSWER_BYTES:
                     raise CheckerDiedError
                 verdict = msgspec.msgpack.decode(await self._process.stdout.readexactly(length), type=Verdict)
@@ -137,8 +121,9 @@ class GrammarChecks:
         self._setup = setup
         self._room = asyncio.Semaphore(MAX_PROCESSES)
         self._idle: list[_Checker] = []
-        self._verdicts: _Recent[GrammarSource, Verdict] = _Recent()
-        self._refused: _Recent[GrammarSource, float] = _Recent()
+        # By digest: a thousand sources could have a gigabyte.
+        self._verdicts: _Recent[bytes, Verdict] = _Recent()
+        self._refused: _Recent[bytes, float] = _Recent()
         self._running: dict[GrammarSource, asyncio.Task[Verdict]] = {}
 
     async def check(self, asked: AskedGrammar) -> list[str]:
@@ -148,37 +133,38 @@ class GrammarChecks:
         """
         if not self._setup.end_ids:
             raise invalid(asked.param, f"'{asked.param}' is not supported: this model has no token that ends a text.")
-        verdict = self._verdicts.get(asked.source)
+        digest = hashlib.sha256(msgspec.msgpack.encode(asked.source)).digest()
+        verdict = self._verdicts.get(digest)
         if verdict is None:
-            verdict = await self._check_once(asked)
+            verdict = await self._check_once(asked, digest)
         if verdict.error:
             raise invalid(asked.param, f"'{asked.param}' cannot be used: {verdict.error}.", "invalid_grammar")
         return verdict.dropped
 
-    async def _check_once(self, asked: AskedGrammar) -> Verdict:
+    async def _check_once(self, asked: AskedGrammar, digest: bytes) -> Verdict:
         """Check the source, or wait for the check of an equal one."""
         source = asked.source
-        if time.monotonic() < (self._refused.get(source) or 0.0):
+        if time.monotonic() < (self._refused.get(digest) or 0.0):
             raise _too_complex(asked.param)
         task = self._running.get(source)
         if task is None:
             # A task of its own: a client that leaves takes only its own wait with it.
-            task = self._running[source] = asyncio.create_task(self._ask(source))
+            task = self._running[source] = asyncio.create_task(self._ask(source, digest))
             task.add_done_callback(lambda _: self._running.pop(source, None))
         try:
             return await asyncio.shield(task)
         except CheckerDiedError as error:
             raise _too_complex(asked.param) from error
 
-    async def _ask(self, source: GrammarSource) -> Verdict:
+    async def _ask(self, source: GrammarSource, digest: bytes) -> Verdict:
         async with self._one_checker() as checker:
             try:
                 verdict = await checker.ask(source, ANSWER_S)
             except CheckerDiedError:
-                self._refused.put(source, time.monotonic() + REFUSE_S)
+                self._refused.put(digest, time.monotonic() + REFUSE_S)
                 logger.warning("event=grammar_refused kind=%s bytes=%d", source.kind, len(source.text))
                 raise
-        self._verdicts.put(source, verdict)
+        self._verdicts.put(digest, verdict)
         return verdict
 
     @contextlib.asynccontextmanager

@@ -131,6 +131,7 @@ DELETE_RESPONSE = {
 }
 RESPONSE_ITEMS = {
     **_reading("listInputItems", responses.ItemList, "The input of a response that is kept", "400", "401", "404"),
+    **batch_documents.query_parameters("after", "limit", "order"),
     "security": [{"key": []}],
 }
 PING = _reading("ping", probes.Pong, "Whether the process answers, for the original's clients")

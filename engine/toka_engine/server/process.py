@@ -25,6 +25,7 @@ from toka_engine.child import Child
 from toka_engine.config import EngineConfig
 from toka_engine.control_messages import Drained, Failing, Progress
 from toka_engine.errors import PortInUseError
+from toka_engine.grammar.protocol import Setup
 from toka_engine.messages import Deltas, EngineInfo, ManagerToServer, PromptLogprobs, Refused, Started, Stats
 from toka_engine.server.application import KNOWN_PATHS, generating_handlers, make_application
 from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
@@ -36,7 +37,7 @@ from toka_engine.server.dialect import find_dialect
 from toka_engine.server.errors import unavailable
 from toka_engine.server.front import Front
 from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
-from toka_engine.server.grammar_checks import GrammarChecks, Setup
+from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.health import Health, Phase
 from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink

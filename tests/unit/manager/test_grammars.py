@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from toka_engine.grammar.source import GrammarSource
-from toka_engine.manager.grammars import MAX_GRAMMARS, Grammars
+from toka_engine.manager.grammars import MAX_GRAMMARS, MAX_SOURCE_BYTES, Grammars
 from toka_engine.manager.lifecycle import preempt_newest
 from toka_engine.messages import (
     FINISH_GRAMMAR,
@@ -147,3 +147,15 @@ def test_cancelled_streams_use_their_grammar_no_more() -> None:
     assert run_to_the_end(harness) == {}
     assert harness.manager.state.grammars.use(SOURCE, 0).num_users == 0
     harness.check_nothing_held()
+
+
+def test_unused_grammars_are_forgotten_by_the_bytes_of_their_sources_too() -> None:
+    grammars, large = Grammars(), "a" * (MAX_SOURCE_BYTES // 4)
+    sources = [GrammarSource("regex", f"{number}{large}") for number in range(6)]
+    for source in sources:
+        known = grammars.use(source, 1)
+        grammars.note_compiled(known.number)
+        grammars.release(known)
+        assert len(grammars) <= 4
+    assert len(grammars) == 3
+    assert grammars.use(sources[-1], 1).is_ready, "the last used ones stay"

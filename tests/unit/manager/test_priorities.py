@@ -98,3 +98,12 @@ def test_background_work_alone_takes_whole_steps() -> None:
         harness.return_one()
     assert largest > 24 // 2
     ended_order(harness)
+
+
+def test_an_engine_without_background_requests_never_looks_for_room() -> None:
+    harness = Harness(small_sizes(max_running=2, num_slots=4))
+    for index in range(6):
+        harness.submit([index, 1], max_tokens=9)
+    assert not harness.manager.state.has_background
+    ended_order(harness)
+    assert harness.manager.state.counters.preemptions == 0

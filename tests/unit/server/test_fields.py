@@ -289,3 +289,23 @@ def test_priorities_reach_the_manager_and_flex_is_background_work(server: Runnin
 @pytest.mark.parametrize("value", [-101, 101, 1.5, "1", True, [1]])
 def test_a_priority_out_of_range_is_refused_by_name(server: RunningServer, value: Any) -> None:
     assert _refusal(server, _CHAT, chat_body(priority=value))["param"] == "priority"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"model": MODEL, "input": "Hello"}),
+        ("/v1/messages", {"model": MODEL, "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}),
+    ],
+)
+def test_the_flex_tier_is_background_work_in_every_endpoint(
+    server: RunningServer, path: str, body: dict[str, Any]
+) -> None:
+    for tier, priority, shown in (("flex", 10, "flex"), ("default", 0, "default"), (None, 0, "default")):
+        status, headers, answer = _post(server, path, {**body, "service_tier": tier})
+        assert status == 200, answer
+        assert "x-toka-ignored" not in headers
+        assert server.manager.submits[-1].priority == priority
+        if path == "/v1/responses":
+            assert answer["service_tier"] == shown
+    assert _post(server, path, {**body, "service_tier": "priority"})[1]["x-toka-ignored"] == "service_tier"

@@ -328,6 +328,8 @@ _BAD: list[tuple[str, Any, str]] = [
     ("tools", [{"type": "function", "function": {"name": "a", "description": "x" * 2**20}}], "tools"),
     ("tool_choice", "any", "tool_choice"),
     ("ignore_eos", True, "ignore_eos"),
+    ("min_tokens", 2, "min_tokens"),
+    ("allowed_token_ids", [5], "allowed_token_ids"),
     ("tool_choice", 1, "tool_choice"),
     ("tool_choice", {"type": "function"}, "tool_choice.function.name"),
     ("tool_choice", {"type": "function", "function": {"name": "other"}}, "tool_choice"),

@@ -63,10 +63,6 @@ class Database:
     # ------------------------------------------------------------ files
 
     def add_file(self, owner: str, file: FileObject) -> None:
-        with self._connection:
-            self._add_file(owner, file)
-
-    def _add_file(self, owner: str, file: FileObject) -> None:
         row = (file.id, owner, file.created_at, file.bytes, file.purpose, file.expires_at, _encode(file))
         self._connection.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
@@ -120,9 +116,6 @@ class Database:
         self._connection.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def update_batch(self, stored: StoredBatch) -> None:
-        self._update_batch(stored)
-
-    def _update_batch(self, stored: StoredBatch) -> None:
         row = (stored.is_over, _encode(stored), stored.batch.id)
         self._connection.execute("UPDATE batches SET is_over = ?, record = ? WHERE id = ?", row)
 
@@ -131,8 +124,8 @@ class Database:
         self._connection.execute("BEGIN")
         with self._connection:
             for file in results:
-                self._add_file(stored.owner, file)
-            self._update_batch(stored)
+                self.add_file(stored.owner, file)
+            self.update_batch(stored)
 
     def find_batch(self, owner: str, batch_id: str) -> StoredBatch | None:
         found = self._connection.execute("SELECT record FROM batches WHERE id = ? AND owner = ?", (batch_id, owner))

@@ -110,7 +110,10 @@ class Recorder:
             self._has_pending.clear()
             if not results:
                 return True
-            changed = self._with(results)
+            done = DoneLines(self.stored.batch.request_counts.total, self.stored.done)
+            for result in results:
+                done.add(result.number)
+            changed = self._with(results, done)
             try:
                 await self._database.run(self._write, results, changed)
             except (OSError, sqlite3.OperationalError) as error:
@@ -120,19 +123,14 @@ class Recorder:
                 self._has_pending.set()
                 self._note_full_disk()
                 return False
-            for result in results:
-                self.done.add(result.number)
-            self.stored = changed
+            self.stored, self.done = changed, done
             self._has_room.set()
             return True
 
-    def _with(self, results: list[LineResult]) -> StoredBatch:
-        """Return the batch with `results`; sizes are those after the write, bits those after the commit."""
+    def _with(self, results: list[LineResult], done: DoneLines) -> StoredBatch:
+        """Return the batch with `results`, as it is when they are written. `done`: the lines that are answered then."""
         stored = self.stored
         counts = stored.batch.request_counts
-        done = DoneLines(counts.total, self.done.to_bytes())
-        for result in results:
-            done.add(result.number)
         good = [result for result in results if result.is_success]
         bad = [result for result in results if not result.is_success]
         batch = msgspec.structs.replace(
@@ -162,13 +160,15 @@ class Recorder:
             raise
 
     def _note_full_disk(self) -> None:
-        """Say in the batch why it waits; only in memory, since nothing can be written."""
-        batch = self.stored.batch
-        if batch.errors is None:
-            logger.error("event=disk_full batch=%s", batch.id)
-        fault = BatchError(code="disk_full", message="The results wait for room on the disk of `data_dir`.")
+        if self.stored.batch.errors is None:
+            logger.error("event=disk_full batch=%s", self.stored.batch.id)
+        self.note_fault("disk_full", "The results wait for room on the disk of `data_dir`.")
+
+    def note_fault(self, code: str, message: str) -> None:
+        """Say in the batch why it waits; only in memory, since it may be that nothing can be written."""
+        errors = BatchErrors([BatchError(code=code, message=message)])
         self.stored = msgspec.structs.replace(
-            self.stored, batch=msgspec.structs.replace(batch, errors=BatchErrors([fault]))
+            self.stored, batch=msgspec.structs.replace(self.stored.batch, errors=errors)
         )
 
 

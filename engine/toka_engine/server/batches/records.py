@@ -5,15 +5,12 @@ The shapes are those of OpenAI's API (the `FileObject` and `Batch` of its client
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from typing import Literal
 
 import msgspec
 
-FILE_ID = re.compile(r"file-[0-9a-f]{24}")
-BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]

@@ -76,6 +76,10 @@ class BatchRun:
         if reason != "drain":
             self.give_up_lines()
 
+    def note_fault(self, message: str) -> None:
+        """Say in the batch that it has stopped until the engine's next start."""
+        self._recorder.note_fault("stopped", f"The batch goes on when the engine is started again: {message}")
+
     def give_up_lines(self) -> None:
         for connection in tuple(self._connections):
             connection.lose()

@@ -22,6 +22,7 @@ from toka_engine.server.batches.records import StoredBatch, now
 from toka_engine.server.batches.run import BatchParts, BatchRun
 from toka_engine.server.errors import ApiError, unavailable
 from toka_engine.server.exchange import Handler
+from toka_engine.server.failures import frames_of
 from toka_engine.server.metrics import Metrics
 
 logger = logging.getLogger("toka.server.batches")
@@ -72,13 +73,16 @@ class Batches:
             return
         try:
             await self._open(Path(self.config.data_dir))
-            while not self._draining.is_set():
-                await self._sweep()
-                await self._wait_for_drain(_SWEEP_S)
         except (OSError, sqlite3.Error) as error:
             self._reason = f"The folder of `data_dir` cannot be used: {error}."
-            self._opened = None
             logger.error("event=data_dir_unusable reason=%r", str(error))
+            return
+        while not self._draining.is_set():
+            try:
+                await self._sweep()
+            except (OSError, sqlite3.Error) as error:  # a full disk, say: what is not removed now is removed later
+                logger.warning("event=sweep_failed reason=%r", str(error))
+            await self._wait_for_drain(_SWEEP_S)
 
     async def _open(self, root: Path) -> None:
         while (folder := await asyncio.to_thread(Folder.take, root)) is None:
@@ -152,7 +156,9 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, run: BatchRun) -> None:
-        """Run a batch to its end. One whose disk fails stays as it is for the next start."""
+        """Run a batch to its end. One that cannot go on, because its disk fails or by a defect of ours, says so and
+        stays as it is for the next start.
+        """
         if self._window is None:
             raise AssertionError("a batch runs before the engine serves")
         batch_id = run.stored.batch.id
@@ -164,6 +170,10 @@ class Batches:
             await run.run(self._window)
         except (OSError, sqlite3.Error) as error:
             logger.error("event=batch_stopped batch=%s reason=%r", batch_id, str(error))
+            run.note_fault(f"its files cannot be used ({error}).")
+        except Exception as error:  # the outermost point of one batch: a defect of ours ends no other
+            logger.error("event=batch_stopped batch=%s error=%s\n%s", batch_id, type(error).__name__, frames_of(error))
+            run.note_fault("the server failed on it; its log says why.")
         finally:
             if expiry is not None:
                 expiry.cancel()

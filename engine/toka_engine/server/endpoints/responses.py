@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from toka_engine.server.endpoints.responses_answers import Response, ResponsesFo
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
+from toka_engine.server.paging import read_page
 from toka_engine.server.request import Hints, Penalty, RepetitionPenalty, Seed, Share, Temperature, doc
 from toka_engine.server.responses.input import read_items
 from toka_engine.server.responses.items import new_id
@@ -165,23 +167,20 @@ def delete_response(service: Service, response_id: str) -> Deleted:
     return Deleted(response_id)
 
 
-def list_input_items(service: Service, response_id: str, limit: int, order: str, after: str | None) -> ItemList:
+def list_input_items(service: Service, response_id: str, query: Mapping[str, str]) -> ItemList:
     """Return items of the input of a kept response. Raises a 404, and a 400 that names the parameter."""
-    if not 1 <= limit <= 100:
-        raise invalid("limit", "'limit' must be from 1 to 100.", "invalid_value")
-    if order not in ("asc", "desc"):
-        raise invalid("order", "'order' must be asc or desc.", "invalid_value")
+    wanted = read_page(query, 20, 100)
     items = msgspec.json.decode(service.responses.get(response_id).input_items)
-    if order == "desc":
+    if not wanted.is_ascending:
         items.reverse()
-    if after is not None:
-        places = [index for index, item in enumerate(items) if item["id"] == after]
+    if wanted.after is not None:
+        places = [index for index, item in enumerate(items) if item["id"] == wanted.after]
         if not places:
             raise invalid("after", "'after' is not the id of an item of this response.", "invalid_value")
         items = items[places[0] + 1 :]
-    page = items[:limit]
+    page = items[: wanted.limit]
     ids = [item["id"] for item in page] or [None]
-    return ItemList(page, ids[0], ids[-1], len(items) > limit)
+    return ItemList(page, ids[0], ids[-1], len(items) > wanted.limit)
 
 
 # ---------------------------------------------------------------- the request
