@@ -110,6 +110,8 @@ class Supervisor:
         self._num_oom_kills = count_oom_kills()
         self._rendezvous: Rendezvous | None = None
         self._num_replicas = self._config.dp_size
+        self._suspects: dict[int, tuple[float, Outcome]] = {}
+        """By replica that is lost for a cause not known yet: until when it is waited for, and the consequence seen."""
 
     def run(self) -> Outcome:
         """Run the engine to its end; afterwards none of its processes is left."""
@@ -128,7 +130,7 @@ class Supervisor:
                     if time.monotonic() >= next_beat:
                         next_beat = time.monotonic() + PING_INTERVAL_S
                         self._beat()
-                    self._check_deadline()
+                    self._check_deadlines()
                 return self._outcome
             finally:
                 self._kill_all(signals)
@@ -142,8 +144,8 @@ class Supervisor:
         for child in self._children.values():
             if child.is_linked:
                 poller.register(child.control.fileno(), select.POLLIN)
-        if self._deadline is not None:
-            until = min(until, self._deadline)
+        deadlines = [deadline for deadline, _ in self._suspects.values()]
+        until = min(until, self._deadline or math.inf, *deadlines)
         poller.poll(max(0.0, until - time.monotonic()) * 1e3)
 
     def _handle_signal(self, signum: int) -> None:
@@ -236,7 +238,10 @@ class Supervisor:
         if not is_starting and (reports := self._heartbeat.make_reports(children)):
             self._tell_server(RankReports(reports))
 
-    def _check_deadline(self) -> None:
+    def _check_deadlines(self) -> None:
+        for number, (deadline, outcome) in list(self._suspects.items()):
+            if time.monotonic() >= deadline:
+                self._lose_replica(number, outcome)
         if self._outcome is not None or self._deadline is None or time.monotonic() < self._deadline:
             return
         if self._phase is Phase.FAILING:
@@ -290,8 +295,10 @@ class Supervisor:
         if child.is_given_up:
             return
         if self._can_go_on_without(child):
-            if not (is_consequence and child.is_running):  # else its end follows, and by then that of the cause
-                self._lose_replica(child.rank.dp_rank, self._find_cause(child, outcome, is_consequence))
+            if is_consequence:  # the process to blame may be slow to go: a GPU's driver closes first
+                self._suspects.setdefault(child.rank.dp_rank, (time.monotonic() + _BLAME_GRACE_S, outcome))
+            else:
+                self._lose_replica(child.rank.dp_rank, outcome)
             return
         self._failures.append((is_consequence, outcome))
         if self._phase is Phase.FAILING:
@@ -299,28 +306,23 @@ class Supervisor:
         logger.error("event=failing process=%s reason=%s message=%r", child.name, REASONS[outcome.code], outcome.words)
         was_serving = self._phase in (Phase.READY, Phase.DRAINING)
         self._phase = Phase.FAILING
+        self._suspects.clear()
         server = self._children.get(SERVER.name)
         is_answering = was_serving and server is not None and server is not child
         self._deadline = time.monotonic() + (_FAILING_GRACE_S if is_answering else _BLAME_GRACE_S)
         self._tell_server(Failing(child.name, outcome.words))
 
     def _can_go_on_without(self, child: ChildProcess) -> bool:
-        """Whether enough replicas serve if that of `child` is lost."""
+        """Whether enough replicas serve if that of `child` is lost, and those that are as good as lost."""
         num_needed = self._config.dp_min_size or self._config.dp_size
         is_serving = self._phase in (Phase.READY, Phase.DRAINING)
-        return is_serving and child.role in (Role.MANAGER, Role.MODEL) and self._num_replicas > num_needed
-
-    def _find_cause(self, child: ChildProcess, outcome: Outcome, is_consequence: bool) -> Outcome:
-        """Return how the process of its replica ended that took `child` with it, if that is known yet."""
-        for other in self._children.values() if is_consequence else ():
-            is_beside = other.role in (Role.MANAGER, Role.MODEL) and other.rank.dp_rank == child.rank.dp_rank
-            if is_beside and not other.is_running and not other.is_end_a_consequence:
-                return self._outcome_of_death(other)
-        return outcome
+        lost = {child.rank.dp_rank, *self._suspects}
+        return is_serving and child.role in (Role.MANAGER, Role.MODEL) and self._num_replicas - len(lost) >= num_needed
 
     def _lose_replica(self, number: int, outcome: Outcome) -> None:
         """End what is left of a replica; the engine goes on with the others."""
         self._num_replicas -= 1
+        self._suspects.pop(number, None)
         logger.error(
             "event=replica_lost replica=%d left=%d reason=%s message=%r",
             number, self._num_replicas, REASONS[outcome.code], outcome.words,

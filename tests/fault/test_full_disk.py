@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -28,8 +29,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_batch_waits_for_room_and_says_so(small_disk: Path, tokenizer_dir: Path, sentence_ids: list[int]) -> None:
-    with running_server(tokenizer_dir, data_dir=str(small_disk), min_free_disk_bytes=0) as server:
-        server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
+    answer = partial(speak, ids=sentence_ids)
+    with running_server(tokenizer_dir, answer=answer, data_dir=str(small_disk), min_free_disk_bytes=0) as server:
         wait_open(server)
         client = client_of(server)
         filler = small_disk / "filler"

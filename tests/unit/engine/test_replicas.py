@@ -65,6 +65,24 @@ def test_with_a_minimum_the_others_go_on_and_the_rest_of_the_replica_ends(
     assert engine.log.count("event=told what=replica_lost") == 1
 
 
+def test_the_process_to_blame_may_end_after_the_one_that_it_took_with_it(start_engine: StartEngine) -> None:
+    engine = start_engine("dp_size=2", "dp_min_size=1", manager_dp1="peer", model_dp1="late")
+    engine.wait_ready()
+    engine.signal(signal.SIGUSR1, "model_dp1")
+    assert wait_lost(engine, 1) == "model_dp1 was ended by SIGKILL"
+
+
+def test_a_replica_is_lost_though_nobody_is_found_to_blame(start_engine: StartEngine) -> None:
+    engine = start_engine("dp_size=3", "dp_min_size=2", manager_dp1="peer", model_dp1="deserter")
+    engine.wait_ready()
+    engine.signal(signal.SIGUSR1, "model_dp1")
+    assert wait_lost(engine, 1) == "manager_dp1: a process beside it is gone"
+    assert engine.log.count("event=replica_lost replica=1 left=2") == 1
+    engine.signal(signal.SIGKILL, "manager_dp2")
+    assert engine.wait_end() == ExitCode.PROCESS_DIED
+    assert engine.last_words() == "EngineProcessDied: manager_dp2 was ended by SIGKILL"
+
+
 def test_fewer_than_the_minimum_end_the_engine(start_engine: StartEngine) -> None:
     engine = start_engine("dp_size=3", "dp_min_size=2")
     engine.wait_ready()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,20 @@ INFO = EngineInfo(
     dtype="float32",
 )
 
+Answer = Callable[["ScriptedManager", Submit], None]
+"""Answers a request in the place of a manager."""
+
 
 class ScriptedManager:
-    """The manager's end of the link. `on_submit` decides what each request gets; by default nothing."""
+    """The manager's end of the link. `on_submit` decides what each request gets; by default nothing.
 
-    def __init__(self, channel: Channel[Any]) -> None:
+    A server that finds an unfinished batch sends requests before its start has ended: what answers them is given here.
+    """
+
+    def __init__(self, channel: Channel[Any], answer: Answer | None = None) -> None:
         self.submits: list[Submit] = []
         self.cancelled: set[int] = set()
-        self.on_submit: Callable[[Submit], None] = lambda submit: None
+        self.on_submit: Callable[[Submit], None] = partial(answer, self) if answer else lambda submit: None
         self._channel = channel
         self._changed = threading.Condition()
         self._is_stopped = False
@@ -118,6 +125,7 @@ class RunningServer:
         env: dict[str, str] | None = None,
         port: int | None = None,
         stderr: Any = None,
+        answer: Answer | None = None,
         **settings: Any,
     ):
         self._held_port, free_port = hold_port()
@@ -136,7 +144,7 @@ class RunningServer:
         )
         for end in (theirs, *(end for _, end in links)):
             end.close()
-        self.managers = [ScriptedManager(Channel(end, ServerToManager)) for end, _ in links]
+        self.managers = [ScriptedManager(Channel(end, ServerToManager), answer) for end, _ in links]
         self.manager = self.managers[0]
         self.control.send(Start(config, str(tokenizer_dir), str(tokenizer_dir)))
         if sends_info:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from toka_engine.server.batches.database import Database
 from toka_engine.server.batches.service import owner_of
 
 from tests.engine_process import WAIT_S
-from tests.unit.server.harness import MODEL, RunningServer, running_server, speak
+from tests.unit.server.harness import MODEL, Answer, RunningServer, ScriptedManager, running_server, speak
 
 COMPLETIONS = "/v1/completions"
 
@@ -66,11 +67,11 @@ def start(tokenizer_dir: Path, tmp_path: Path, sentence_ids: list[int]) -> Itera
     """Start a server whose files are in one folder for all of the test's servers."""
     running: list[RunningServer] = []
 
-    def begin(*, speaks: bool = True, env: dict[str, str] | None = None, **settings: Any) -> RunningServer:
-        server = RunningServer(tokenizer_dir, env=env, **{"data_dir": str(tmp_path / "data"), **settings})
+    def begin(*, speaks: bool = True, answer: Answer | None = None, **settings: Any) -> RunningServer:
+        if speaks and answer is None:
+            answer = partial(speak, ids=sentence_ids)
+        server = RunningServer(tokenizer_dir, answer=answer, **{"data_dir": str(tmp_path / "data"), **settings})
         running.append(server)
-        if speaks:
-            server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
         wait_open(server)
         return server
 
@@ -95,8 +96,7 @@ def shared(
     """One server for the tests that leave nothing behind but files."""
     folder = tmp_path_factory.mktemp("batches")
     settings: dict[str, Any] = {"data_dir": str(folder), "max_batch_lines": 400, "receive_timeout_s": 1.0}
-    with running_server(tokenizer_dir, **settings) as server:
-        server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
+    with running_server(tokenizer_dir, answer=partial(speak, ids=sentence_ids), **settings) as server:
         server.data_dir = folder  # type: ignore[attr-defined]
         wait_open(server)
         yield server
@@ -295,13 +295,11 @@ def start_batch_of(client: openai.OpenAI, file_id: str) -> Any:
 def test_a_cancelled_batch_keeps_what_is_answered_and_names_the_rest(
     start: Callable[..., RunningServer], sentence_ids: list[int]
 ) -> None:
-    server = start(speaks=False)
-
-    def answer_even(submit: Submit) -> None:
+    def answer_even(manager: ScriptedManager, submit: Submit) -> None:
         if submit.first_stream % 2 == 0:
-            speak(server.manager, submit, sentence_ids)
+            speak(manager, submit, sentence_ids)
 
-    server.manager.on_submit = answer_even
+    server = start(answer=answer_even)
     client = client_of(server)
     batch = start_batch(client, [line_of(str(number)) for number in range(40)])
     server.manager.wait_for(lambda: len(server.manager.submits) == 40)
@@ -325,17 +323,16 @@ def test_a_cancelled_batch_keeps_what_is_answered_and_names_the_rest(
 def test_a_full_queue_is_waited_out(start: Callable[..., RunningServer], sentence_ids: list[int]) -> None:
     from toka_engine.messages import Refused
 
-    server = start(speaks=False)
     refused: set[int] = set()
 
-    def refuse_first(submit: Submit) -> None:
+    def refuse_first(manager: ScriptedManager, submit: Submit) -> None:
         if len(refused) < 5:
             refused.add(submit.first_stream)
-            server.manager.send(Refused(submit.first_stream, "full"))
+            manager.send(Refused(submit.first_stream, "full"))
         else:
-            speak(server.manager, submit, sentence_ids)
+            speak(manager, submit, sentence_ids)
 
-    server.manager.on_submit = refuse_first
+    server = start(answer=refuse_first)
     client = client_of(server)
     batch = start_batch(client, [line_of(str(number)) for number in range(10)])
     batch = wait_until(client, batch.id, "completed")
@@ -367,25 +364,18 @@ def test_lines_are_neither_lost_nor_repeated_however_often_the_server_is_killed(
 ) -> None:
     num_lines, batch_id = 1500, ""
     for turn in range(4):
-        server = start(speaks=False)
-        killed = threading.Event()
-        num_seen = 0
+        is_time_to_kill = threading.Event()
 
-        def answer(submit: Submit, server: RunningServer = server, killed: threading.Event = killed) -> None:
-            nonlocal num_seen
-            num_seen += 1
-            if num_seen <= 330:  # some of these are on the disk by the kill, some are not
-                speak(server.manager, submit, sentence_ids)
-            if num_seen == 330:
-                killed.set()
+        def answer(manager: ScriptedManager, submit: Submit, is_time_to_kill: threading.Event = is_time_to_kill) -> None:
+            if len(manager.submits) <= 330:  # some of these are on the disk by the kill, some are not
+                speak(manager, submit, sentence_ids)
+            if len(manager.submits) == 330:
+                is_time_to_kill.set()
 
-        server.manager.on_submit = answer
-        client = client_of(server)
+        server = start(answer=answer)
         if turn == 0:
-            batch_id = start_batch(client, [line_of(str(number)) for number in range(num_lines)]).id
-        else:
-            server.manager.wait_for(lambda server=server: bool(server.manager.submits))
-        assert killed.wait(WAIT_S)
+            batch_id = start_batch(client_of(server), [line_of(str(number)) for number in range(num_lines)]).id
+        assert is_time_to_kill.wait(WAIT_S)
         server.process.kill()
         server.process.wait()
     client = client_of(start())
@@ -404,8 +394,8 @@ def test_a_damaged_database_is_told_and_completions_go_on(
     for name in ("toka.db-wal", "toka.db-shm"):
         (tmp_path / "data" / name).unlink(missing_ok=True)
     (tmp_path / "data/toka.db").write_bytes(b"no database" * 1000)
-    with running_server(tokenizer_dir, data_dir=str(tmp_path / "data")) as second:
-        second.manager.on_submit = lambda submit: speak(second.manager, submit, sentence_ids)
+    answer = partial(speak, ids=sentence_ids)
+    with running_server(tokenizer_dir, answer=answer, data_dir=str(tmp_path / "data")) as second:
         status, _, body = second.request("GET", "/v1/files")
         assert status == 503
         assert second.post(COMPLETIONS, {"model": MODEL, "prompt": "x", "max_tokens": 2})[0] == 200
@@ -470,9 +460,8 @@ def edit_database(folder: Path, change: Callable[[Database], None]) -> None:
 def test_a_batch_whose_window_ends_keeps_its_answers_and_names_the_rest(
     start: Callable[..., RunningServer], tmp_path: Path, sentence_ids: list[int]
 ) -> None:
-    first = start(speaks=False)
-    first.manager.on_submit = lambda submit: (
-        speak(first.manager, submit, sentence_ids) if submit.first_stream < 5 else None
+    first = start(
+        answer=lambda manager, submit: speak(manager, submit, sentence_ids) if submit.first_stream < 5 else None
     )
     batch = start_batch(client_of(first), [line_of(str(number)) for number in range(20)])
     deadline = time.monotonic() + WAIT_S

@@ -2,6 +2,7 @@
 
 ready (default): wait for ever. hold: never become ready. memory, crash: end with an error of ours, with a defect.
 busy: one turn that never ends. peer: end when the other end of the last link is gone. orphan: leave a process behind.
+late, deserter: on SIGUSR1 close the last link, and after the other end has gone be killed, or live on.
 deaf, slow: hold Python's lock before being ready, so that no thread answers, for ever or for a while.
 ahead, in_step: be in the first step, which the others are in, too, or have not begun. done: have ended it.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,6 +44,8 @@ def behave(child: Child, link_fds: list[int]) -> None:
         log.info("event=deaf")
         library = ctypes.PyDLL(None)  # whose calls keep the lock
         library.sleep(4 if behaviour == "slow" else 3600)
+    is_time = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: is_time.set())
     if behaviour != "hold":
         child.ready(os.environ.get("TOKA_TEST_DEVICE", ""))
     if behaviour in ("ahead", "in_step", "done"):
@@ -49,6 +54,13 @@ def behave(child: Child, link_fds: list[int]) -> None:
         child.end_step()
     if behaviour == "peer":
         Channel[Stop].from_fd(link_fds[-1], Stop).receive()
+    if behaviour in ("late", "deserter"):
+        link = socket.socket(fileno=link_fds[-1])
+        is_time.wait()
+        link.shutdown(socket.SHUT_WR)
+        link.recv(1)
+        if behaviour == "late":
+            os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "busy":
         with child.busy():
             threading.Event().wait()
