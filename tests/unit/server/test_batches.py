@@ -364,18 +364,18 @@ def test_lines_are_neither_lost_nor_repeated_however_often_the_server_is_killed(
 ) -> None:
     num_lines, batch_id = 1500, ""
     for turn in range(4):
-        is_time_to_kill = threading.Event()
+        is_time = threading.Event()
 
-        def answer(manager: ScriptedManager, submit: Submit, is_time_to_kill: threading.Event = is_time_to_kill) -> None:
+        def answer(manager: ScriptedManager, submit: Submit, is_time: threading.Event = is_time) -> None:
             if len(manager.submits) <= 330:  # some of these are on the disk by the kill, some are not
                 speak(manager, submit, sentence_ids)
             if len(manager.submits) == 330:
-                is_time_to_kill.set()
+                is_time.set()
 
         server = start(answer=answer)
         if turn == 0:
             batch_id = start_batch(client_of(server), [line_of(str(number)) for number in range(num_lines)]).id
-        assert is_time_to_kill.wait(WAIT_S)
+        assert is_time.wait(WAIT_S)
         server.process.kill()
         server.process.wait()
     client = client_of(start())
