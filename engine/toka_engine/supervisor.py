@@ -262,7 +262,8 @@ class Supervisor:
         if resolved := resolve.find_local(self._config):
             self._start_engine(Start(self._config, resolved.model_dir, resolved.tokenizer_dir))
         else:
-            self._spawn(RESOLVER, Start(self._config, "", ""))
+            with self._listener.dup() as listener:
+                self._spawn(RESOLVER, Start(self._config, "", ""), [listener.fileno()])
 
     def _start_engine(self, start: Start) -> None:
         if RESOLVER.name in self._children:

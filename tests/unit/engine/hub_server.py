@@ -1,7 +1,7 @@
 """A server that speaks the part of the Hugging Face hub's API that a download uses, with faults on request.
 
 Repository info, tree listing, and HEAD and GET of files with ETag, X-Repo-Commit and Range. It can cut a connection in
-the middle of a body, ask for a token, and answer any status.
+the middle of a body or stop there, ask for a token, answer any status, and counts the bytes that it sends.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ class HubServer:
         self.ranges: list[tuple[str, str]] = []
         """(file, Range header) of each GET that had one."""
         self.fetched: list[str] = []
+        self.num_bytes_sent = 0
+        """Bytes of files, as far as they were written to connections."""
+        self.num_questions = 0
+        """Requests for anything but a file."""
+        self.retry_after: str | None = None
+        """With which the errors of `statuses` come."""
+        self.holds: dict[str, int] = {}
+        """Per file: after how many bytes of a body its GETs stop, until `let_go` is set."""
+        self.is_holding, self.let_go = threading.Event(), threading.Event()
+        self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
 
@@ -45,6 +55,7 @@ class HubServer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.let_go.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -65,6 +76,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self, is_head: bool) -> None:
             path = unquote(urlsplit(self.path).path)
+            hub.num_questions += "/resolve/" not in path
             if hub.statuses:
                 return self._send_error(hub.statuses.pop(0), "")
             if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
@@ -89,7 +101,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 start = int(given.removeprefix("bytes=").partition("-")[0])
                 hub.ranges.append((name, given))
             self.send_response(206 if start else 200)
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("ETag", f'"{_entry(name, body)["etag"]}"')
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(body) - start))
@@ -101,10 +113,25 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hub.fetched.append(name)
             cuts = hub.cuts.get(name)
             if cuts:
-                self.wfile.write(body[start : start + cuts.pop(0)])
+                self._write(body[start : start + cuts.pop(0)])
                 self.close_connection = True
+            elif name in hub.holds and start < hub.holds[name]:
+                self._write(body[start : hub.holds[name]])
+                hub.is_holding.set()
+                hub.let_go.wait()
+                self._write(body[hub.holds[name] :])
             else:
-                self.wfile.write(body[start:])
+                self._write(body[start:])
+
+        def _write(self, part: bytes) -> None:
+            for begin in range(0, len(part), 65536):
+                try:
+                    self.wfile.write(part[begin : begin + 65536])
+                except OSError:  # the client was killed
+                    self.close_connection = True
+                    return
+                with hub.lock:
+                    hub.num_bytes_sent += len(part[begin : begin + 65536])
 
         def _send_json(self, value: Any) -> None:
             body = json.dumps(value).encode()
@@ -116,6 +143,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def _send_error(self, status: int, code: str) -> None:
             self.send_response(status)
+            if hub.retry_after:
+                self.send_header("Retry-After", hub.retry_after)
             if code:
                 self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", "0")
@@ -125,8 +154,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
 
 def _entry(name: str, body: bytes) -> dict[str, Any]:
-    digest = hashlib.sha256(body).hexdigest()
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(body), "oid": digest[:40]}
+    blob_id = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(body), "oid": blob_id, "etag": blob_id}
     if name.endswith(".safetensors"):
-        entry["lfs"] = {"oid": digest, "size": len(body), "pointerSize": 134}
+        digest = hashlib.sha256(body).hexdigest()
+        entry |= {"etag": digest, "lfs": {"oid": digest, "size": len(body), "pointerSize": 134}}
     return entry
