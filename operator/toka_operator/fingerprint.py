@@ -65,6 +65,15 @@ def compute_fingerprint(raw: Mapping[str, Any], defaults: Json) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def pick_pod_fields(raw: Mapping[str, Any]) -> Json:
+    """The parts of a spec that alter the pod, as they are written."""
+    picked: Json = {group: raw[group] for group in POD_FIELDS if raw.get(group) is not None}
+    rollout = raw.get("rollout")
+    if isinstance(rollout, Mapping):
+        picked["rollout"] = {name: rollout[name] for name in POD_ROLLOUT_FIELDS if name in rollout}
+    return picked
+
+
 def compute_former_revision(raw: Mapping[str, Any], defaults: Json) -> str:
     """The name that version 0.1 gave to the revision of a spec: 8 hex digits over its text, less written defaults."""
     parts = {name: _without_defaults(raw.get(name), defaults.get(name, {})) for name in POD_FIELDS}

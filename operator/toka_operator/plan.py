@@ -7,6 +7,7 @@ twice writes nothing the second time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,8 @@ MIN_RESTARTS_OF_UNRECOVERABLE = 3
 """A container that failed this often is not taken to come back by itself."""
 UNRECOVERABLE_AFTER_S = 60.0
 """Nor is a pod that has not been ready for this long."""
+MAX_KEPT_SPEC_BYTES = 100_000
+"""Annotations of one object may have 262,144 bytes, all together."""
 NODE_LOST_FOR_S = 10.0
 """A pod that was told to go from a lost node is deleted for good this long after the node was lost."""
 
@@ -207,13 +210,20 @@ def _render_children(
         if revision == spec.revision and any(n >= number for r, n in numbers.items() if r != revision):
             number = newest + 1
         fingerprint = spec.fingerprint if revision == spec.revision else None
+        kept_spec = describe_pod_fields(spec) if revision == spec.revision and revision not in numbers else None
         children.append(
-            render_revision(owner, revision, templates[revision], number, fingerprint, revision in replaced)
+            render_revision(owner, revision, templates[revision], number, fingerprint, revision in replaced, kept_spec)
         )
         window = targets[revision]
         children.append(render_stateful_set(owner, revision, templates[revision], window.replicas, window.start))
     budget = render_disruption_budget(owner, spec)
     return [*children, budget] if budget else children
+
+
+def describe_pod_fields(spec: TokaDeploymentSpec) -> str | None:
+    """The text that a new revision keeps of the spec; None if it is too long for an annotation."""
+    text = json.dumps(spec.pod_fields, sort_keys=True, separators=(",", ":"))
+    return text if len(text.encode()) <= MAX_KEPT_SPEC_BYTES else None
 
 
 def _find_surplus(

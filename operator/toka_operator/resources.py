@@ -19,6 +19,7 @@ from toka_operator.settings import (
     REVISION_LABEL,
     SERVED_ANNOTATION,
     SERVICE_ANNOTATIONS_KEY,
+    SPEC_ANNOTATION,
 )
 from toka_operator.spec import TokaDeploymentSpec
 
@@ -112,17 +113,26 @@ def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | N
 
 
 def render_revision(
-    owner: Owner, revision: str, template: Json, number: int, fingerprint: str | None, was_serving: bool = False
+    owner: Owner,
+    revision: str,
+    template: Json,
+    number: int,
+    fingerprint: str | None,
+    was_serving: bool = False,
+    kept_spec: str | None = None,
 ) -> Json:
     """A revision's memory: the pod template as it was rendered, which no newer operator renders again.
 
-    `fingerprint` None: it stays as it is stored. `was_serving`: it is replaced, and its pods have served.
+    `fingerprint` and `kept_spec` None: they stay as they are stored. `was_serving`: it is replaced, and its pods have
+    served. `kept_spec`: the parts of the spec that it was made for.
     """
     stored = _child(owner, CONTROLLER_REVISION, set_name(owner.name, revision), "revision")
     stored["metadata"]["labels"][REVISION_LABEL] = revision
     annotations = {} if fingerprint is None else {FINGERPRINT_ANNOTATION: fingerprint}
     if was_serving:
         annotations[SERVED_ANNOTATION] = "true"
+    if kept_spec is not None:
+        annotations[SPEC_ANNOTATION] = kept_spec
     if annotations:
         stored["metadata"]["annotations"] = annotations
     return {**stored, "data": {"template": template}, "revision": number}

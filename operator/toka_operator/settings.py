@@ -25,6 +25,8 @@ FINGERPRINT_ANNOTATION = f"{GROUP}/fingerprint"
 """On a ControllerRevision: the fingerprint of the specs that it was made for."""
 SERVED_ANNOTATION = f"{GROUP}/served"
 """On a ControllerRevision that another one replaced: that a pod of it has served, so the history keeps it longest."""
+SPEC_ANNOTATION = f"{GROUP}/spec"
+"""On a ControllerRevision: the parts of the spec that it was made for, so that a user can go back to them."""
 SERVICE_ANNOTATIONS_KEY = f"{GROUP}/service-annotations"
 """On the Service: the keys of the annotations that the spec asked for, so that a removed one is known to
 be ours."""

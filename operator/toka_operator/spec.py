@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from toka_operator.errors import FieldError
 from toka_operator.fields import Fields, Json
-from toka_operator.fingerprint import compute_fingerprint, compute_former_revision
+from toka_operator.fingerprint import compute_fingerprint, compute_former_revision, pick_pod_fields
 
 DEFAULTS: Json = {
     "model": {"dtype": "auto"},
@@ -191,6 +191,8 @@ class TokaDeploymentSpec:
     """The name that versions before 0.2 gave to that revision."""
     fingerprint: str
     """The same for all specs with the same pod."""
+    pod_fields: Json
+    """Parts of the spec that alter the pod, as they are written."""
     model: Model
     engine: Engine
     replicas: int
@@ -223,6 +225,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         revision="",
         former_revision="",
         fingerprint="",
+        pod_fields=pick_pod_fields(root.raw),
         model=_parse_model(model),
         engine=_parse_engine(engine),
         replicas=root.integer("replicas", 0, 1000),

@@ -1,0 +1,197 @@
+"""`kubectl toka chat` and `logs --follow` in processes of their own: streamed, in a terminal, and ended with all that
+they started."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.engine_process import ROOT
+from tests.unit.kubectl_toka.conftest import World
+
+LIMIT_S = 120.0
+"""It only ends a hang."""
+DEPLOYMENT = {
+    "metadata": {"name": "chat", "namespace": "apps"},
+    "spec": {"model": {"source": "hf://org/name"}, "auth": {"apiKeySecretRef": {"name": "keys"}}},
+    "status": {"model": "tiny"},
+}
+SECRET = {"data": {"key": "czNjcjN0Cg=="}}
+
+
+class Engine:
+    """A server that speaks as much of the API as a chat needs, one word at a time, the second when it is let."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.go_on = threading.Event()
+        engine = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                engine.bodies.append(body)
+                if self.headers["Authorization"] != "Bearer s3cr3t":
+                    return self._send(401, b'{"error": {"message": "Incorrect API key."}}')
+                self.send_response(200)
+                self.end_headers()
+                self._say("Hello ")
+                engine.go_on.wait(LIMIT_S)
+                self._say("you")
+                self.wfile.write(b"data: [DONE]\n\n")
+                return None
+
+            def _say(self, text: str) -> None:
+                chunk = json.dumps({"choices": [{"delta": {"content": text}}]})
+                self.wfile.write(f"data: {chunk}\n\n".encode())
+                self.wfile.flush()
+
+            def _send(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    started = Engine()
+    thread = threading.Thread(target=started.server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield started
+    started.go_on.set()
+    started.server.shutdown()
+    thread.join()
+    started.server.server_close()
+
+
+@pytest.fixture
+def cluster(world: World, engine: Engine) -> World:
+    world.port = engine.server.server_port
+    world.answers["get tokadeployments.toka.dev chat"] = DEPLOYMENT
+    world.answers["get secret keys"] = SECRET
+    return world
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kubectl_toka", *arguments]
+
+
+def environment(world: World, **more: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "TOKA_API_KEY"}
+    return {**kept, **world.environment, "PYTHONPATH": str(ROOT / "operator"), **more}
+
+
+class Terminal:
+    """A command with a terminal of its own."""
+
+    def __init__(self, world: World, *arguments: str) -> None:
+        self._master, end = pty.openpty()
+        self.process = subprocess.Popen(
+            command(*arguments), env=environment(world), stdin=end, stdout=end, stderr=end, start_new_session=True
+        )
+        os.close(end)
+        self.screen = ""
+
+    def wait_for(self, text: str) -> None:
+        """Wait until `text` stands on the screen behind what was waited for before."""
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self.screen:
+            assert select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0], self.screen
+            self.screen += os.read(self._master, 4096).decode()
+        self.screen = self.screen.partition(text)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def close(self) -> None:
+        os.close(self._master)
+
+
+def test_a_chat_in_a_terminal_streams_and_remembers(cluster: World, engine: Engine) -> None:
+    terminal = Terminal(cluster, "chat", "chat")
+    terminal.wait_for("tiny> ")
+    terminal.type("Hi\n")
+    terminal.wait_for("Hello ")  # the rest is not said before it is let
+    engine.go_on.set()
+    terminal.wait_for("you")
+    terminal.wait_for("tiny> ")
+    terminal.type("And?\n")
+    terminal.wait_for("Hello you")
+    terminal.wait_for("tiny> ")
+    children = psutil.Process(terminal.process.pid).children(recursive=True)
+    assert children
+    terminal.type("\x04")
+    assert terminal.process.wait(LIMIT_S) == 0
+    terminal.close()
+    assert not psutil.wait_procs(children, LIMIT_S)[1], "the port-forward outlives the chat"
+    assert [message["content"] for message in engine.bodies[1]["messages"]] == ["Hi", "Hello you", "And?"]
+    assert engine.bodies[0]["model"] == "tiny"
+
+
+def test_one_question_is_answered_on_stdout(cluster: World, engine: Engine) -> None:
+    engine.go_on.set()
+    asked = subprocess.run(
+        command("chat", "chat", "-m", "Hi", "--max-tokens", "5"),
+        env=environment(cluster),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert (asked.returncode, asked.stdout) == (0, "Hello you\n"), asked.stderr
+    assert engine.bodies[0]["max_tokens"] == 5
+
+
+def test_a_key_that_is_refused_is_told_in_the_engines_words(cluster: World, engine: Engine) -> None:
+    asked = subprocess.run(
+        command("chat", "chat", "-m", "Hi"),
+        env=environment(cluster, TOKA_API_KEY="wrong"),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert asked.returncode == 1
+    assert asked.stderr == "error: the engine answers 401: Incorrect API key.\n"
+
+
+def test_followed_logs_end_with_ctrl_c_and_leave_nothing(world: World) -> None:
+    world.answers["get tokadeployments.toka.dev chat"] = DEPLOYMENT
+    world.answers["--watch"] = "chat-0\nchat-1\nchat-0"
+    world.answers["logs chat-0"] = "first"
+    world.answers["logs chat-1"] = "second"
+    terminal = Terminal(world, "logs", "chat", "-f")
+    seen = {"chat-0 first", "chat-1 second"}
+    while seen:
+        terminal.wait_for("chat-")
+        seen -= {line for line in seen if terminal_has(terminal, line.removeprefix("chat-"))}
+    children = psutil.Process(terminal.process.pid).children(recursive=True)
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.process.wait(LIMIT_S) == 130
+    terminal.close()
+    assert not psutil.wait_procs(children, LIMIT_S)[1]
+
+
+def terminal_has(terminal: Terminal, rest: str) -> bool:
+    """Whether the line that began just now goes on with `rest`."""
+    while "\n" not in terminal.screen:
+        before = terminal.screen
+        terminal.screen = before + os.read(terminal._master, 4096).decode()
+    return terminal.screen.startswith(rest)
