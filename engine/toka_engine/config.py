@@ -81,6 +81,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["refuse", "report"],
         doc("a request's unknown field: a 400 that names it, or named in x-toka-ignored and without effect"),
     ] = "refuse"
+    api_keys_file: Annotated[
+        Name | None, doc("file of API keys with names and limits, read again when it changes; see docs/security.md")
+    ] = None
     receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
     send_timeout_s: Annotated[
         PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")

@@ -114,7 +114,7 @@ def explain_waiting_pod(pod_name: str, events: Sequence[Json]) -> Failure | None
         return None
     message, word = latest.get("message", ""), latest.get("reason", "")
     reason = "PodNotStarted"
-    if re.search(r'secret "?[^" ]+"? not found', message):
+    if re.search(r'secret "?[^" ]+"? not found|references non-existent secret key', message):
         reason = "SecretMissing"
     elif re.search(r'configmap "?[^" ]+"? not found', message):
         reason = "ConfigMapMissing"

@@ -18,6 +18,8 @@ ENGINE_CONTAINER = "engine"
 ENGINE_UID = 65532
 CACHE_PATH = "/cache"
 MODEL_PATH = "/mnt/model"
+KEYS_PATH = "/etc/toka/api-keys"
+_KEYS_FILE = "keys"
 GRACE_SLACK_S = 15
 """Between the end of draining and the kubelet's SIGKILL: closing connections, ending processes."""
 PROBE_PERIOD_S = STARTUP_STEP_S
@@ -87,6 +89,7 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "log_level": engine.log_level,
         "drain_endpoint_delay_s": spec.rollout.drain_delay_s,
         "drain_timeout_s": spec.rollout.drain_timeout_s,
+        "api_keys_file": f"{KEYS_PATH}/{_KEYS_FILE}" if spec.api_key else None,
     }
     return [f"{key}={_render_value(v)}" for key, v in settings.items() if v is not None] + list(engine.extra_args)
 
@@ -145,7 +148,7 @@ def _environment(spec: TokaDeploymentSpec) -> list[Json]:
         {"name": "XDG_CACHE_HOME", "value": CACHE_PATH},
         {"name": "HOME", "value": "/tmp"},
     ]
-    env += _secret_variable("HF_TOKEN", spec.hf_token) + _secret_variable("TOKA_API_KEY", spec.api_key)
+    env += _secret_variable("HF_TOKEN", spec.hf_token)
     return env + list(spec.engine.env)
 
 
@@ -181,7 +184,16 @@ def _volumes(spec: TokaDeploymentSpec) -> list[Json]:
     if spec.resources.device == "gpu":
         shared_memory = {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}
         volumes.append({"name": "shm", "emptyDir": shared_memory})
+    if spec.api_key:
+        volumes.append(_keys_volume(spec.api_key))
     return volumes + list(spec.pod_additions.volumes)
+
+
+def _keys_volume(secret: SecretKey) -> Json:
+    """The API keys as a file, which follows its Secret; an environment variable would keep the first value."""
+    # 288 is 0440: the kubelet makes the file the pod's group's.
+    items = [{"key": secret.key, "path": _KEYS_FILE}]
+    return {"name": "api-keys", "secret": {"secretName": secret.name, "items": items, "defaultMode": 288}}
 
 
 def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
@@ -190,6 +202,8 @@ def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
         mounts.append({"name": "model", "mountPath": MODEL_PATH, "readOnly": True})
     if spec.resources.device == "gpu":
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    if spec.api_key:
+        mounts.append({"name": "api-keys", "mountPath": KEYS_PATH, "readOnly": True})
     return mounts + list(spec.pod_additions.volume_mounts)
 
 

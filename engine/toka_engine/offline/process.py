@@ -31,6 +31,7 @@ _MEANINGLESS = {
     "host": "there is no port to listen on",
     "port": "there is no port to listen on",
     "termination_log": "the error is raised",
+    "api_keys_file": "nobody but the script can ask",
     "drain_timeout_s": "closing ends what still runs",
     "drain_endpoint_delay_s": "closing ends what still runs",
 }

@@ -23,6 +23,8 @@ def log_request(exchange: Exchange) -> None:
         f"path={exchange.path[:200]!r} status={exchange.status}",
         f"seconds={time.monotonic() - exchange.started_s:.3f}",
     ]
+    if exchange.key is not None:
+        fields.append(f"key={exchange.key.name}")
     if exchange.model:
         fields.append(f"model={exchange.model!r}")
     if exchange.first_token_s is not None:

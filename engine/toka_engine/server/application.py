@@ -12,7 +12,6 @@ from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
 from toka_engine.server import openapi
-from toka_engine.server.auth import KeyCheck
 from toka_engine.server.batch_routes import add_batch_routes
 from toka_engine.server.batches.service import Batches
 from toka_engine.server.endpoints import batches as batch_endpoint
@@ -30,6 +29,7 @@ from toka_engine.server.endpoints import (
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
+from toka_engine.server.keys.check import KeyCheck
 from toka_engine.server.metrics import CONTENT_TYPE
 from toka_engine.server.route_helpers import exchange_of, json_response
 from toka_engine.server.service import Service
@@ -43,6 +43,8 @@ KNOWN_PATHS = (
     *(*sorted(probes.PATHS), probes.VERSION_PATH, DOCUMENT_PATH, PAGE_PATH),
 )
 """The paths of all routes without a parameter."""
+LIMITED_PATHS = (*_GENERATING_PATHS, synchronous.PATH)
+"""The paths whose POSTs the limits of API keys bound."""
 _ELSEWHERE = {
     "/v1/embeddings": "this server has no embeddings: run a server for an embedding model beside it",
     "/v1/rerank": "this server has no reranking: run a server for such a model beside it",
@@ -104,7 +106,7 @@ def make_application(
 
 def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler], batches: Batches) -> APIRouter:
     async def check_key(request: Request) -> None:
-        key_check.check(exchange_of(request).headers)
+        key_check.check(exchange_of(request))
 
     router = APIRouter(dependencies=[Depends(check_key)], default_response_class=Response)
 
@@ -142,16 +144,20 @@ def _add_kept_responses(router: APIRouter, service: Service) -> None:
     path = responses.PATH + "/{response_id}"
 
     @router.get(path, openapi_extra=openapi.RESPONSE)
-    async def find_response(response_id: str) -> Response:
-        return Response(responses.find_response(service, response_id), media_type="application/json")
+    async def find_response(request: Request, response_id: str) -> Response:
+        return Response(
+            responses.find_response(service, exchange_of(request), response_id), media_type="application/json"
+        )
 
     @router.delete(path, openapi_extra=openapi.DELETE_RESPONSE)
-    async def delete_response(response_id: str) -> Response:
-        return json_response(responses.delete_response(service, response_id))
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return json_response(responses.delete_response(service, exchange_of(request), response_id))
 
     @router.get(path + "/input_items", openapi_extra=openapi.RESPONSE_ITEMS)
     async def list_input_items(request: Request, response_id: str) -> Response:
-        return json_response(responses.list_input_items(service, response_id, request.query_params))
+        return json_response(
+            responses.list_input_items(service, exchange_of(request), response_id, request.query_params)
+        )
 
 
 def _add_tokenizing(router: APIRouter, tokenizing: tokenize.Tokenizing) -> None:
@@ -226,7 +232,7 @@ def _handle_errors(application: FastAPI, service: Service, key_check: KeyCheck) 
         exchange = exchange_of(request)
         try:
             if exchange.path == "/v1" or exchange.path.startswith("/v1/"):
-                key_check.check(exchange.headers)
+                key_check.check(exchange)
             raise _translate(error, exchange)
         except ApiError as translated:
             return await answer(request, translated)

@@ -10,6 +10,7 @@ from toka_engine.portable import trim_heap
 from toka_engine.server.connection import Connection, Cycle, JoinedWrites, UnsizedBody, close_if_body_is_unasked
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
 from toka_engine.server.headers import IGNORED, REQUEST_ID, choose_request_id, date, list_ignored
+from toka_engine.server.keys.use import KeyUse
 from toka_engine.server.request import Usage
 
 JSON = b"application/json"
@@ -42,6 +43,13 @@ class BodyBudget:
 
 class Exchange:
     """A request, and what has been answered to it so far."""
+
+    key: KeyUse | None = None
+    """The API key that the request carries; None where none is asked for."""
+    owner: str | None = None
+    """Whose request it is, where that is not said by its key."""
+    holds_place = False
+    """Whether the request counts in what its key runs at once."""
 
     def __init__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.method: str = scope["method"]

@@ -14,10 +14,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from toka_engine.server.access_log import log_request
-from toka_engine.server.auth import KeyCheck
 from toka_engine.server.cors import Origins
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
+from toka_engine.server.keys.check import KeyCheck
 from toka_engine.server.metrics import Metrics
 
 
@@ -56,7 +56,7 @@ class Front:
             if preflight is not None:
                 await exchange.answer(200, b"", b"text/plain", preflight)
             elif handler is not None and exchange.method == "POST":
-                self._key_check.check(exchange.headers)
+                self._key_check.check(exchange)
                 await handler(exchange)
             else:
                 await self._application(_scope_for_routes(scope, exchange), receive, exchange.send)
@@ -64,6 +64,8 @@ class Front:
             await answer_failure(exchange, error, self._metrics)
         finally:
             exchange.release()
+            if exchange.holds_place and exchange.key is not None:
+                exchange.key.leave()
             self._num_running -= 1
             if self._idle is not None and not self._num_running:
                 self._idle.set()

@@ -14,6 +14,7 @@ from toka_engine.server.answers import AnswerFormat, FinishedChoice
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generation_spec import GenerationSpec
+from toka_engine.server.keys.use import KeyUse
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.prompt_logprobs import (
     NO_PROMPT_LOGPROBS,
@@ -59,8 +60,11 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
     spec = job.spec
     if exchange.min_priority is not None and spec.priority < exchange.min_priority:
         spec = msgspec.structs.replace(spec, priority=exchange.min_priority)
+    key, usage = exchange.key, None
     with Generation(streams, job.prompts, spec, blocks) as generation:
         connection.gone_callbacks.add(generation.abandon)
+        if key is not None:
+            key.take(sum(map(len, job.prompts)))
         try:
             renderers = [job.new_renderer() for _ in generation.choices]
             if job.is_streamed:
@@ -69,9 +73,27 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
                 usage = await _answer_whole(job, exchange, generation, renderers)
         finally:
             connection.gone_callbacks.discard(generation.abandon)
+            if key is not None:
+                _charge(key, generation, usage, is_client_gone=connection.is_gone)
     exchange.usage = usage
     metrics.request_prompt_tokens.inc(usage.prompt_tokens)
     metrics.request_completion_tokens.inc(usage.completion_tokens)
+
+
+def _charge(key: KeyUse, generation: Generation, usage: Usage | None, *, is_client_gone: bool) -> None:
+    """Charge the key for its answer: what usage states, or of one that was cut what came until then. A request that
+    is refused costs nothing.
+    """
+    num_prompt = sum(map(len, generation.prompts))
+    if usage is not None:
+        num_completion = usage.completion_tokens
+    else:
+        num_completion = sum(choice.num_taken for choice in generation.choices)
+        if not num_completion and not is_client_gone:
+            key.take(-num_prompt)
+            return
+    key.take(num_completion)
+    key.count(num_prompt, num_completion)
 
 
 async def _answer_whole(

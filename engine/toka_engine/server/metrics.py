@@ -113,6 +113,10 @@ class Metrics(Collector):
             yield from _manager_metrics(self._replicas)
         yield from _rank_metrics(self.ranks.values(), {replica.index for replica in self._replicas.live})
 
+    def add(self, collector: Collector) -> None:
+        """Show the metrics of another part of the process, too."""
+        self._registry.register(collector)
+
     def note_ranks(self, reports: Iterable[RankReport]) -> None:
         """Keep what ranks have reported."""
         self.ranks |= {report.rank: report for report in reports}

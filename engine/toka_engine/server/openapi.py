@@ -179,7 +179,7 @@ def _make_document(application: FastAPI) -> dict[str, Any]:
     document["components"] = {
         "schemas": schemas,
         "securitySchemes": {
-            "key": {"type": "http", "scheme": "bearer", "description": "TOKA_API_KEY, where it is set"}
+            "key": {"type": "http", "scheme": "bearer", "description": "an API key, where the server asks for one"}
         },
     }
     return document

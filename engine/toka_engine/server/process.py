@@ -27,8 +27,7 @@ from toka_engine.control_messages import Drained, Failing, Progress
 from toka_engine.errors import PortInUseError
 from toka_engine.grammar.protocol import Setup
 from toka_engine.messages import Deltas, EngineInfo, ManagerToServer, PromptLogprobs, Refused, Started, Stats
-from toka_engine.server.application import KNOWN_PATHS, generating_handlers, make_application
-from toka_engine.server.auth import KEY_VARIABLE, KeyCheck
+from toka_engine.server.application import KNOWN_PATHS, LIMITED_PATHS, generating_handlers, make_application
 from toka_engine.server.batches.service import Batches
 from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
@@ -39,6 +38,9 @@ from toka_engine.server.front import Front
 from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
 from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.health import Health, Phase
+from toka_engine.server.keys.check import KeyCheck
+from toka_engine.server.keys.file import KEY_VARIABLE
+from toka_engine.server.keys.reload import Keys
 from toka_engine.server.limits import Limits
 from toka_engine.server.link import ManagerLink
 from toka_engine.server.prefix_index import PrefixHasher
@@ -81,7 +83,9 @@ class Server:
         self._streams = Streams(self._replicas, hasher if has_choice else None)
         names = model_names(self._config)
         self._service = Service(self._config, names, self._health, self._streams)
-        self._front = self._make_front(KeyCheck(os.environ.get(KEY_VARIABLE)))
+        self._keys = Keys(self._config.api_keys_file, os.environ.get(KEY_VARIABLE), LIMITED_PATHS)
+        self._service.metrics.add(self._keys)
+        self._front = self._make_front(self._keys.check)
         self._names = names
         self._connections = Connections()
         self._has_all_infos = asyncio.Event()
@@ -114,7 +118,13 @@ class Server:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
         listener = await self._listen()
         drain = asyncio.create_task(self._drain(listener))
-        others = (self._start(), *(link.run() for link in self._links), self._beat(), self._batches.run())
+        others = (
+            self._start(),
+            *(link.run() for link in self._links),
+            self._beat(),
+            self._batches.run(),
+            self._keys.run(),
+        )
         running = {drain, *map(asyncio.create_task, others)}
         while not drain.done():
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)

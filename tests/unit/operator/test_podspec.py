@@ -102,12 +102,24 @@ def test_a_cpu_pod_takes_no_gpu_and_is_limited_to_its_cpus() -> None:
     assert "shm" not in [v["name"] for v in pod["volumes"]]
 
 
-def test_secrets_become_environment_variables_by_reference() -> None:
-    auth = {"hfTokenSecretRef": {"name": "hf"}, "apiKeySecretRef": {"name": "api", "key": "k"}}
-    env = {e["name"]: e for e in engine_of(auth=auth)["env"]}
+def test_the_hub_token_becomes_an_environment_variable_by_reference() -> None:
+    env = {e["name"]: e for e in engine_of(auth={"hfTokenSecretRef": {"name": "hf"}})["env"]}
     assert env["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
-    assert env["TOKA_API_KEY"]["valueFrom"] == {"secretKeyRef": {"name": "api", "key": "k"}}
     assert env["TOKA_CACHE_DIR"]["value"] == "/cache"
+
+
+def test_api_keys_are_a_file_that_follows_its_secret() -> None:
+    """Neither a variable nor a `subPath`: the kubelet renews neither of them in a pod that runs."""
+    pod = pod_of(auth={"apiKeySecretRef": {"name": "api", "key": "k"}})
+    (volume,) = (v for v in pod["volumes"] if v["name"] == "api-keys")
+    assert volume["secret"] == {"secretName": "api", "items": [{"key": "k", "path": "keys"}], "defaultMode": 0o440}
+    engine = pod["containers"][0]
+    assert {"name": "api-keys", "mountPath": "/etc/toka/api-keys", "readOnly": True} in engine["volumeMounts"]
+    assert "api_keys_file=/etc/toka/api-keys/keys" in engine["args"]
+    assert "TOKA_API_KEY" not in [variable["name"] for variable in engine["env"]]
+    plain = pod_of()
+    assert "api-keys" not in [volume["name"] for volume in plain["volumes"]]
+    assert not [argument for argument in plain["containers"][0]["args"] if argument.startswith("api_keys_file")]
 
 
 def test_an_existing_claim_is_the_cache() -> None:

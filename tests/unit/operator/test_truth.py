@@ -204,6 +204,11 @@ def test_pods_that_may_not_be_made_are_told_in_the_api_servers_words(reason: str
     ("reason", "word", "message"),
     [
         ("SecretMissing", "FailedMount", 'MountVolume.SetUp failed for volume "v": secret "s" not found'),
+        (
+            "SecretMissing",
+            "FailedMount",
+            'MountVolume.SetUp failed for volume "v" : references non-existent secret key: k',
+        ),
         ("ConfigMapMissing", "FailedMount", 'MountVolume.SetUp failed for volume "v": configmap "c" not found'),
         ("VolumeFailed", "FailedAttachVolume", "Multi-Attach error for volume pvc-1"),
         ("VolumeFailed", "FailedMount", "mount failed: exit status 32"),

@@ -15,7 +15,7 @@ import openai
 import pytest
 from toka_engine.messages import Submit
 from toka_engine.server.batches.database import Database
-from toka_engine.server.batches.service import owner_of
+from toka_engine.server.keys.check import owner_by_digest
 
 from tests.engine_process import WAIT_S
 from tests.unit.server.harness import MODEL, Answer, RunningServer, ScriptedManager, running_server, speak
@@ -269,7 +269,7 @@ def test_a_broken_upload_is_a_4xx_and_leaves_nothing(shared: RunningServer, body
 
 
 def test_one_keys_files_and_batches_are_unknown_to_another(shared: RunningServer) -> None:
-    assert owner_of([(b"authorization", b"Bearer one")]) != owner_of([(b"authorization", b"Bearer two")])
+    assert owner_by_digest([(b"authorization", b"Bearer one")]) != owner_by_digest([(b"authorization", b"Bearer two")])
     mine, other = client_of(shared, "one"), client_of(shared, "two")
     batch = wait_until(mine, start_batch(mine, [line_of("a")]).id, "completed")
     assert list(other.files.list()) == []
@@ -492,10 +492,12 @@ def test_a_file_whose_time_is_over_is_removed(start: Callable[..., RunningServer
     first.process.wait()
 
     def let_a_month_pass(database: Database) -> None:
-        file = database.find_file(owner_of([(b"authorization", b"Bearer none")]), gone.id)
+        file = database.find_file(owner_by_digest([(b"authorization", b"Bearer none")]), gone.id)
         assert file is not None
         database.remove_file(gone.id)
-        database.add_file(owner_of([(b"authorization", b"Bearer none")]), msgspec.structs.replace(file, expires_at=1))
+        database.add_file(
+            owner_by_digest([(b"authorization", b"Bearer none")]), msgspec.structs.replace(file, expires_at=1)
+        )
 
     edit_database(tmp_path / "data", let_a_month_pass)
     client = client_of(start())
@@ -507,4 +509,8 @@ def test_a_file_whose_time_is_over_is_removed(start: Callable[..., RunningServer
 
 
 def test_a_key_is_the_same_owner_in_either_header() -> None:
-    assert owner_of([(b"x-api-key", b"one")]) == owner_of([(b"authorization", b"Bearer one")]) != owner_of([])
+    assert (
+        owner_by_digest([(b"x-api-key", b"one")])
+        == owner_by_digest([(b"authorization", b"Bearer one")])
+        != owner_by_digest([])
+    )

@@ -332,7 +332,8 @@ def test_a_wrong_field_is_named(server: RunningServer, fields: dict[str, Any], p
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=nobody"])
 def test_a_wrong_parameter_of_a_list_is_named(server: RunningServer, client: openai.OpenAI, query: str) -> None:
     response = client.responses.create(model=MODEL, input="Hello")
-    status, _, answer = server.request("GET", f"{_PATH}/{response.id}/input_items?{query}")
+    mine = {"authorization": "Bearer none"}
+    status, _, answer = server.request("GET", f"{_PATH}/{response.id}/input_items?{query}", None, mine)
     assert (status, json.loads(answer)["error"]["param"]) == (400, query.partition("=")[0])
 
 
@@ -340,7 +341,7 @@ def test_a_wrong_parameter_of_a_list_is_named(server: RunningServer, client: ope
 
 
 def _stored(size: int, previous: str | None = None) -> StoredResponse:
-    return StoredResponse(b"x" * size, b'[{"n":1}]', b"[]", previous)
+    return StoredResponse("me", b"x" * size, b'[{"n":1}]', b"[]", previous)
 
 
 def test_the_store_keeps_the_latest_within_its_bounds() -> None:
@@ -348,29 +349,39 @@ def test_the_store_keeps_the_latest_within_its_bounds() -> None:
     for number in range(5):
         store.put(f"r{number}", _stored(100))
     assert len(store) == 3
-    store.get("r2")
+    store.get("me", "r2")
     store.put("r5", _stored(7000))
     assert store.num_bytes <= 10_000
-    assert store.get("r5")
+    assert store.get("me", "r5")
     with pytest.raises(ApiError):
-        store.get("r3")
+        store.get("me", "r3")
     store.put("large", _stored(20_000))
     with pytest.raises(ApiError):
-        store.get("large")
-    store.delete("r5")
+        store.get("me", "large")
+    store.delete("me", "r5")
     with pytest.raises(ApiError):
-        store.delete("r5")
-    store.delete("r2")
+        store.delete("me", "r5")
+    store.delete("me", "r2")
     assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_the_store_shows_a_response_to_its_owner_alone() -> None:
+    store = ResponseStore(max_bytes=10_000)
+    store.put("r", _stored(100))
+    for ask in (store.get, store.delete, store.items_until):
+        with pytest.raises(ApiError) as refusal:
+            ask("you", "r")
+        assert refusal.value.status == 404
+    assert store.get("me", "r")
 
 
 def test_a_chain_is_not_followed_for_ever() -> None:
     store = ResponseStore(max_bytes=2**20)
     for number in range(MAX_CHAIN + 1):
         store.put(f"r{number}", _stored(1, f"r{number - 1}" if number else None))
-    assert len(store.items_until(f"r{MAX_CHAIN - 1}")) == MAX_CHAIN
+    assert len(store.items_until("me", f"r{MAX_CHAIN - 1}")) == MAX_CHAIN
     with pytest.raises(ApiError, match=str(MAX_CHAIN)) as refusal:
-        store.items_until(f"r{MAX_CHAIN}")
+        store.items_until("me", f"r{MAX_CHAIN}")
     assert refusal.value.status == 400
 
 

@@ -32,7 +32,8 @@ class LineConnection:
 class LineExchange(Exchange):
     """A request of a batch, whose answer is kept in `status` and `body`."""
 
-    def __init__(self, path: str, body: bytes, connection: LineConnection, min_priority: int = 0) -> None:
+    def __init__(self, path: str, body: bytes, connection: LineConnection, owner: str, min_priority: int = 0) -> None:
+        """`owner`: who sent the batch."""
         scope = {
             "method": "POST",
             "path": path,
@@ -40,6 +41,7 @@ class LineExchange(Exchange):
             "state": {"connection": connection, "cycle": None},
         }
         super().__init__(scope, _unused, _unused)
+        self.owner = owner
         self.min_priority = min_priority
         self._request_body = body
         self.body = b""

@@ -212,7 +212,7 @@ class BatchRun:
         if self._stop_reason in _REST:
             connection.lose()
         self._connections.add(connection)
-        exchange = LineExchange(url, body, connection, MAX_PRIORITY)
+        exchange = LineExchange(url, body, connection, self.stored.owner, MAX_PRIORITY)
         try:
             if not connection.is_gone:
                 await self._parts.handlers[url](exchange)

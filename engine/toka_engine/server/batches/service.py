@@ -6,16 +6,14 @@ Owns: the life of the data folder, from the wait for its lock to the drain. The 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from toka_engine.config import EngineConfig
-from toka_engine.server.auth import given_key
 from toka_engine.server.batches.database import Database, DatabaseThread
 from toka_engine.server.batches.folder import Folder
 from toka_engine.server.batches.records import StoredBatch, now
@@ -192,9 +190,3 @@ class Batches:
         opened = self.opened()
         await opened.database.run(Database.remove_file, file_id)
         await asyncio.to_thread(opened.folder.remove, file_id)
-
-
-def owner_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return whose files and batches a request sees: a digest of the API key that it carries, "" for none."""
-    key = given_key(headers)
-    return hashlib.sha256(key).hexdigest()[:16] if key else ""

@@ -11,11 +11,12 @@ from msgspec import Meta
 
 from toka_engine.server.batches.database import Database
 from toka_engine.server.batches.records import Batch, BatchList, StoredBatch, new_batch_id, new_file_id, now
-from toka_engine.server.batches.service import Batches, owner_of
+from toka_engine.server.batches.service import Batches
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.endpoints.files import check_life, no_file
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
+from toka_engine.server.keys.check import owner_of
 from toka_engine.server.paging import read_page
 from toka_engine.server.service import Service
 
@@ -48,7 +49,7 @@ _decoder = BodyDecoder(BatchRequest)
 
 async def create_batch(exchange: Exchange, service: Service, batches: Batches) -> Batch:
     """Create and start a batch. Raises a 400 that names the field."""
-    opened, owner = batches.opened(), owner_of(exchange.headers)
+    opened, owner = batches.opened(), owner_of(exchange)
     request = await service.read(exchange, _decoder)
     if request.endpoint not in batches.handlers:
         served = ", ".join(batches.handlers)
@@ -102,7 +103,7 @@ def _check_metadata(metadata: dict[str, str] | None) -> None:
 
 async def find_batch(exchange: Exchange, batch_id: str, batches: Batches) -> Batch:
     """Return one of the caller's batches. Raises a 404."""
-    owner = owner_of(exchange.headers)
+    owner = owner_of(exchange)
     run = batches.find_run(owner, batch_id)
     if run is not None:
         return run.stored.batch  # newer than the database while a disk is full
@@ -114,7 +115,7 @@ async def find_batch(exchange: Exchange, batch_id: str, batches: Batches) -> Bat
 
 async def list_batches(exchange: Exchange, query: Mapping[str, str], batches: Batches) -> BatchList:
     """Return one page of the caller's batches, the newest first."""
-    opened, owner = batches.opened(), owner_of(exchange.headers)
+    opened, owner = batches.opened(), owner_of(exchange)
     page = read_page(query, _DEFAULT_LISTED, _MAX_LISTED)
     if page.is_ascending:
         raise invalid("order", "Batches are listed with the newest first.", "unsupported_parameter")
@@ -133,7 +134,7 @@ async def list_batches(exchange: Exchange, query: Mapping[str, str], batches: Ba
 async def cancel_batch(exchange: Exchange, batch_id: str, batches: Batches) -> Batch:
     """End a batch: lines in flight are given up, answered ones are kept. Raises a 404, and a 409 if it is over."""
     batches.opened()
-    run = batches.find_run(owner_of(exchange.headers), batch_id)
+    run = batches.find_run(owner_of(exchange), batch_id)
     if run is None:
         batch = await find_batch(exchange, batch_id, batches)
         raise ApiError(409, f"The batch is over: it is {batch.status}.", code="batch_over")

@@ -10,10 +10,11 @@ import msgspec
 
 from toka_engine.server.batches.database import Database
 from toka_engine.server.batches.records import DeletedFile, FileList, FileObject, new_file_id, now
-from toka_engine.server.batches.service import Batches, Opened, owner_of
+from toka_engine.server.batches.service import Batches, Opened
 from toka_engine.server.batches.uploads import Upload, no_room
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
+from toka_engine.server.keys.check import owner_of
 from toka_engine.server.paging import Page, read_page
 
 PATH = "/v1/files"
@@ -27,7 +28,7 @@ _MAX_LISTED = 10_000
 async def upload_file(exchange: Exchange, batches: Batches) -> FileObject:
     """Store an upload. Raises ApiError and ClientGoneError, after which nothing is left of it."""
     opened, config = batches.opened(), batches.config
-    owner = owner_of(exchange.headers)
+    owner = owner_of(exchange)
     await _check_share(owner, batches, opened)
     declared = exchange.header(b"content-length") or b""
     expected = int(declared) if declared.isdigit() else 0
@@ -96,7 +97,7 @@ def check_life(seconds: int, name: str) -> int:
 
 async def list_files(exchange: Exchange, query: Mapping[str, str], batches: Batches) -> FileList:
     """Return one page of the caller's files, the newest first unless `order=asc`."""
-    opened, owner = batches.opened(), owner_of(exchange.headers)
+    opened, owner = batches.opened(), owner_of(exchange)
     page = read_page(query, _MAX_LISTED, _MAX_LISTED, others=("purpose",))
     purpose = query.get("purpose")
     if page.after is not None and await opened.database.run(Database.find_file, owner, page.after) is None:
@@ -124,7 +125,7 @@ def _one_page(found: list[FileObject], page: Page) -> FileList:
 
 async def find_file(exchange: Exchange, file_id: str, batches: Batches) -> FileObject:
     """Return one of the caller's files. Raises a 404."""
-    file = await batches.opened().database.run(Database.find_file, owner_of(exchange.headers), file_id)
+    file = await batches.opened().database.run(Database.find_file, owner_of(exchange), file_id)
     if file is None:
         raise no_file(file_id)
     return file

@@ -17,6 +17,7 @@ from toka_engine.server.endpoints.responses_answers import Response, ResponsesFo
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
+from toka_engine.server.keys.check import owner_of
 from toka_engine.server.paging import read_page
 from toka_engine.server.request import Hints, Penalty, RepetitionPenalty, Seed, Share, Temperature, doc
 from toka_engine.server.responses.input import read_items
@@ -101,14 +102,14 @@ class Responses:
         service.note_ignored(exchange, [*tools.ignored, *_find_ignored(request)])
         earlier: list[Any] = []
         if request.previous_response_id is not None:
-            earlier = service.responses.items_until(request.previous_response_id)
+            earlier = service.responses.items_until(owner_of(exchange), request.previous_response_id)
         plan = await self._prepare(request, _as_chat(request, earlier, tools), engine, exchange)
         sampling = plan.options.sampling
         form = partial(
             ResponsesFormat,
             response=_begin(request, sampling.temperature, sampling.top_p),
             custom_tools=tools.custom,
-            keep=partial(self._keep, request),
+            keep=partial(self._keep, owner_of(exchange), request),
         )
         job = plan.make_job(engine, request.model, None, form)
         job = msgspec.structs.replace(job, includes_usage=True)
@@ -130,11 +131,11 @@ class Responses:
             chat = msgspec.structs.replace(chat, messages=rest)
             num_dropped *= 2
 
-    def _keep(self, request: ResponsesRequest, response: Response, body: bytes) -> None:
+    def _keep(self, owner: str, request: ResponsesRequest, response: Response, body: bytes) -> None:
         if request.store is False:
             return
         items = encode(_with_ids(request.input))
-        stored = StoredResponse(body, items, encode(response.output), request.previous_response_id)
+        stored = StoredResponse(owner, body, items, encode(response.output), request.previous_response_id)
         self._service.responses.put(response.id, stored)
 
 
@@ -156,21 +157,21 @@ class Deleted(msgspec.Struct):
     deleted: bool = True
 
 
-def find_response(service: Service, response_id: str) -> bytes:
-    """Return the body of a kept response. Raises a 404."""
-    return service.responses.get(response_id).body
+def find_response(service: Service, exchange: Exchange, response_id: str) -> bytes:
+    """Return the body of a response that is kept for the caller. Raises a 404."""
+    return service.responses.get(owner_of(exchange), response_id).body
 
 
-def delete_response(service: Service, response_id: str) -> Deleted:
-    """Drop a kept response. Raises a 404."""
-    service.responses.delete(response_id)
+def delete_response(service: Service, exchange: Exchange, response_id: str) -> Deleted:
+    """Drop a response that is kept for the caller. Raises a 404."""
+    service.responses.delete(owner_of(exchange), response_id)
     return Deleted(response_id)
 
 
-def list_input_items(service: Service, response_id: str, query: Mapping[str, str]) -> ItemList:
+def list_input_items(service: Service, exchange: Exchange, response_id: str, query: Mapping[str, str]) -> ItemList:
     """Return items of the input of a kept response. Raises a 404, and a 400 that names the parameter."""
     wanted = read_page(query, 20, 100)
-    items = msgspec.json.decode(service.responses.get(response_id).input_items)
+    items = msgspec.json.decode(service.responses.get(owner_of(exchange), response_id).input_items)
     if not wanted.is_ascending:
         items.reverse()
     if wanted.after is not None:

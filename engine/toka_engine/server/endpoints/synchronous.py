@@ -19,6 +19,7 @@ from toka_engine.server.endpoints import completions
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
+from toka_engine.server.keys.check import owner_of
 from toka_engine.server.service import Service
 
 PATH = "/custom/synchronous-batch-completions"
@@ -48,7 +49,7 @@ async def answer_all(exchange: Exchange, service: Service, answer_one: Handler, 
     exchange.connection.gone_callbacks.add(lose_all)
     try:
         ask = (
-            _ask(bytes(body), connection, service, answer_one)
+            _ask(exchange, bytes(body), connection, service, answer_one)
             for body, connection in zip(requests, connections, strict=True)
         )
         return b"[" + b",".join(await asyncio.gather(*ask)) + b"]"
@@ -64,8 +65,11 @@ def _losing(connections: list[LineConnection]) -> Callable[[], None]:
     return lose_all
 
 
-async def _ask(body: bytes, connection: LineConnection, service: Service, answer_one: Handler) -> bytes:
-    exchange = LineExchange(completions.PATH, body, connection)
+async def _ask(
+    whole: Exchange, body: bytes, connection: LineConnection, service: Service, answer_one: Handler
+) -> bytes:
+    exchange = LineExchange(completions.PATH, body, connection, owner_of(whole))
+    exchange.key = whole.key
     try:
         await answer_one(exchange)
     except Exception as error:  # the outermost point of one request, as in `front`

@@ -22,6 +22,8 @@ _OVERHEAD_BYTES = 1024
 class StoredResponse(msgspec.Struct, frozen=True):
     """A response as it was answered, and the items that the request for it brought."""
 
+    owner: str
+    """Whose key asked for it; nobody else may read, continue or delete it."""
     body: bytes
     input_items: bytes
     output_items: bytes
@@ -54,23 +56,24 @@ class ResponseStore:
         while self.num_bytes > self.max_bytes or len(self._responses) > self._max_responses:
             self._drop(next(iter(self._responses)))
 
-    def get(self, response_id: str, param: str | None = None) -> StoredResponse:
-        """Return a response, which counts as used now. Raises a 404; `param` names the field that asked for it."""
+    def get(self, owner: str, response_id: str, param: str | None = None) -> StoredResponse:
+        """Return a response of `owner`, which counts as used now. Raises a 404; `param` names the field that asked
+        for it.
+        """
         found = self._responses.get(response_id)
-        if found is None:
+        if found is None or found.owner != owner:
             raise self._missing(response_id, param)
         self._responses.move_to_end(response_id)
         return found
 
-    def delete(self, response_id: str) -> None:
-        """Drop a response. Raises a 404."""
-        if response_id not in self._responses:
-            raise self._missing(response_id, None)
+    def delete(self, owner: str, response_id: str) -> None:
+        """Drop a response of `owner`. Raises a 404."""
+        self.get(owner, response_id)
         self._drop(response_id)
 
-    def items_until(self, response_id: str) -> list[Any]:
-        """Return the items of the whole conversation up to `response_id`, earliest first. Raises a 404 where a part of
-        it is not here any more, and a 400 where it is too long.
+    def items_until(self, owner: str, response_id: str) -> list[Any]:
+        """Return the items of the owner's whole conversation up to `response_id`, earliest first. Raises a 404 where
+        a part of it is not here any more, and a 400 where it is too long.
         """
         param = "previous_response_id"
         chain: list[StoredResponse] = []
@@ -79,7 +82,7 @@ class ResponseStore:
             if len(chain) >= MAX_CHAIN:
                 message = f"'{param}' continues more than {MAX_CHAIN} responses: send the items as 'input'."
                 raise ApiError(400, message, param=param)
-            chain.append(self.get(wanted, param))
+            chain.append(self.get(owner, wanted, param))
             wanted = chain[-1].previous_id
         items: list[Any] = []
         for response in reversed(chain):
