@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from toka_engine.errors import ModelInvalidError, ModelNotFoundError, OutOfMemoryError
+from toka_engine.model.quantization import SCALE_SUFFIXES, Quantization, StoredWeight, list_companions
 from toka_engine.model.sharding import Shard
 
 _INDEX = "model.safetensors.index.json"
@@ -28,11 +29,21 @@ _MAX_INDEX_BYTES = 64 * 1024 * 1024
 class Weights(AbstractContextManager["Weights"]):
     """The tensors of one model folder; files stay mapped until the `with` block ends."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, available_bytes: int) -> None:
-        """`available_bytes`: what the device has left for them."""
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        available_bytes: int,
+        quantization: Quantization | None = None,
+    ) -> None:
+        """`available_bytes`: what the device has left for them. `quantization`: the scheme of those of 8-bit floats."""
         self.device = device
+        self.num_dequantised = 0
+        """Weights that were stored as 8-bit floats."""
         self.dtype = dtype
         self._folder = folder
+        self._quantization = quantization
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._untaken: set[str] = set()
@@ -59,8 +70,9 @@ class Weights(AbstractContextManager["Weights"]):
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> torch.Tensor:
         """Return tensor `name`, which has `shape` in the file, on the device in the model's dtype.
 
-        With `shard`, only this part of it is read. Raises ModelInvalidError if the tensor is missing or misshapen,
-        OutOfMemoryError before memory is taken that is not there.
+        A weight of 8-bit floats becomes the values that it stands for. With `shard`, only this part of it is read.
+        Raises ModelInvalidError if the tensor, or the scale of a weight, is missing or misshapen, OutOfMemoryError
+        before memory is taken that is not there.
         """
         file = self._file_of.get(name)
         if file is None:
@@ -79,8 +91,27 @@ class Weights(AbstractContextManager["Weights"]):
         if not tensor.is_floating_point():
             raise ModelInvalidError(f"{self._folder}: tensor {name} has dtype {tensor.dtype}, not a float")
         self._untaken.discard(name)
+        if tensor.dtype.itemsize == 1:
+            return self._dequantise(name, shape, tensor.to(self.device), shard)
         # A copy, which reads the file: a view of the map would keep its pages, and would crash if it is cut later.
         return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def _dequantise(self, name: str, shape: tuple[int, ...], part: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+        if self._quantization is None or part.dtype != torch.float8_e4m3fn or len(shape) != 2:
+            dtype = str(part.dtype).removeprefix("torch.")
+            raise ModelInvalidError(
+                f"{self._folder}: tensor {name} has dtype {dtype}; matrices of float8_e4m3fn are understood, "
+                "where config.json has a quantization_config"
+            )
+        scale_name = next((name + end for end in SCALE_SUFFIXES if name + end in self._file_of), None)
+        if scale_name is None:
+            raise ModelInvalidError(f"{self._folder}: the weights lack the tensor {name}{SCALE_SUFFIXES[-1]}")
+        scale = self._file_of[scale_name].get_tensor(scale_name)
+        self._untaken.difference_update((scale_name, *list_companions(name)))
+        stored = StoredWeight(scale_name, (shape[0], shape[1]), scale, self._quantization.block)
+        stored.check(self._folder)
+        self.num_dequantised += 1
+        return stored.dequantise(part, shard).to(self.dtype)
 
     def list_untaken(self) -> Iterator[str]:
         """Names that no layer has asked for."""

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from toka_engine.errors import ModelInvalidError, ModelNotFoundError
+from toka_engine.model.config_fields import MAX_SIZE, ConfigFields
+from toka_engine.model.quantization import Quantization, read_quantization
 
 _MAX_CONFIG_BYTES = 16 * 1024 * 1024
-_MAX_SIZE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,43 +30,6 @@ class RopeConfig:
     """config.json's max_position_embeddings."""
     original_max_positions: int
     """Positions of the pretraining, for the types that scale from them."""
-
-
-class ConfigFields:
-    """config.json's fields with checks that name the field. Every method raises ModelInvalidError."""
-
-    def __init__(self, fields: dict[str, Any], path: Path) -> None:
-        self.fields = fields
-        self.path = path
-
-    def error(self, message: str) -> ModelInvalidError:
-        return ModelInvalidError(f"{self.path}: {message}")
-
-    def size(self, name: str, default: int | None = None) -> int:
-        value = self.fields.get(name)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
-            raise self.error(f"{name} must be an integer in [1, {_MAX_SIZE}], not {value!r:.80}")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.fields.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.error(f"{name} must be a positive number, not {value!r:.80}")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.fields.get(name, default)
-        if not isinstance(value, bool):
-            raise self.error(f"{name} must be true or false, not {value!r:.80}")
-        return value
-
-    def require(self, name: str, only: str | bool | None) -> None:
-        """Refuse any value but `only`; a field that is not there or null has it."""
-        value = self.fields.get(name)
-        if value is not None and value != only:
-            raise self.error(f"{name}={value!r:.80} is not supported ({json.dumps(only)} is)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +52,8 @@ class ModelConfig:
     has_tied_embeddings: bool
     dtype: str
     """bfloat16, float16 or float32, as stored."""
+    quantization: Quantization | None
+    """The scheme of the weights that are stored as 8-bit floats."""
     fields: ConfigFields
     """All of config.json, for what only one model's file asks for."""
 
@@ -126,6 +92,7 @@ def parse_model_config(fields: ConfigFields) -> ModelConfig:
         has_mlp_bias=fields.flag("mlp_bias"),
         has_tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=_read_dtype(fields),
+        quantization=read_quantization(fields),
         fields=fields,
     )
 
@@ -155,8 +122,6 @@ def _read_architecture(fields: ConfigFields) -> str:
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
-    if fields.fields.get("quantization_config") is not None:
-        raise fields.error("quantization_config: quantised weights are not supported")
     fields.require("use_sliding_window", False)
     kinds = fields.fields.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
@@ -236,5 +201,5 @@ def _read_factors(nested: ConfigFields, name: str) -> list[float]:
 def _count_positions(rope: RopeConfig) -> int:
     """Positions that the model can use: dynamic scaling reaches `factor` times as far as it says."""
     if rope.kind == "dynamic":
-        return min(int(rope.max_positions * rope.parameters["factor"]), _MAX_SIZE)
+        return min(int(rope.max_positions * rope.parameters["factor"]), MAX_SIZE)
     return rope.max_positions

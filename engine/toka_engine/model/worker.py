@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -132,10 +133,11 @@ def load_worker(
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
         available = ranks.agree_min(read_available_bytes(device)) // (ranks.size if device.type == "cpu" else 1)
-        with torch.inference_mode(), Weights(model_dir, device, dtype, available) as weights:
+        quantization = model_config.quantization
+        with torch.inference_mode(), Weights(model_dir, device, dtype, available, quantization) as weights:
             model = build_model(model_config, weights, backend.ops, ranks)
-            for name in weights.list_untaken() if ranks.rank == 0 else ():
-                logger.warning("event=unused_tensor name=%s", name)
+            if ranks.rank == 0:
+                _report_weights(weights)
         gc.collect()
         sizes = backend.choose_sizes(config, model_config, shape)
         if config.torch_compile:
@@ -144,6 +146,16 @@ def load_worker(
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
     return Worker(runner, describe(model_config, sizes, shape))
+
+
+def _report_weights(weights: Weights) -> None:
+    """Log what the folder holds and the model does not compute with; alike tensors of all layers in one line."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in weights.list_untaken())
+    for name, count in counts.items():
+        logger.warning("event=unused_tensor name=%s count=%d", name, count)
+    if weights.num_dequantised:
+        dtype = str(weights.dtype).removeprefix("torch.")
+        logger.warning("event=dequantised weights=%d stored=float8_e4m3fn computed=%s", weights.num_dequantised, dtype)
 
 
 def describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toka_engine.model.architectures.registry import build_model
+from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.loader import Weights
-from toka_engine.model.model_config import ConfigFields, parse_model_config
+from toka_engine.model.model_config import parse_model_config
 from toka_engine.model.ranks import SingleRank
 
 BF16 = torch.bfloat16

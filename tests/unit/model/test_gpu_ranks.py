@@ -13,11 +13,12 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.errors import DeviceUnavailableError, OutOfMemoryError, PeerClosedError
 from toka_engine.model.attention_backend import AttentionShape
+from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.cuda import backend, gpu_ranks, nccl_exchange, rendezvous
 from toka_engine.model.cuda.peer_memory import PeerMemoryError
 from toka_engine.model.cuda.rendezvous import Rendezvous
 from toka_engine.model.cuda.tensor_parallel import NcclParallel
-from toka_engine.model.model_config import ConfigFields, ModelConfig, parse_model_config
+from toka_engine.model.model_config import ModelConfig, parse_model_config
 from toka_engine.model.sharding import Sharding
 
 

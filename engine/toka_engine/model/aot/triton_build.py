@@ -34,10 +34,11 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, DeviceUnavailableError, StorageError
 from toka_engine.model.aot.triton_dry_run import DryRanks, dry_run
 from toka_engine.model.architectures.registry import MODELS
+from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.cuda import toolchain
 from toka_engine.model.cuda.triton_cache import KernelCache, find_c_compiler, folder_of, pin_keys
 from toka_engine.model.memory import count_threads
-from toka_engine.model.model_config import ConfigFields, ModelConfig, parse_model_config
+from toka_engine.model.model_config import ModelConfig, parse_model_config
 
 _HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Head counts to dry-run. Each stands for all values above the previous one, as do all sizes here."""
