@@ -14,7 +14,13 @@ from functools import partial
 
 from toka_operator.cluster import Cluster
 from toka_operator.conditions import Outcome
-from toka_operator.differences import find_corrections, find_stale_annotations, find_uncorrected, is_satisfied
+from toka_operator.differences import (
+    find_corrections,
+    find_owner_correction,
+    find_stale_annotations,
+    find_uncorrected,
+    is_satisfied,
+)
 from toka_operator.errors import (
     ApiError,
     ConflictError,
@@ -26,10 +32,10 @@ from toka_operator.errors import (
 from toka_operator.events import Suspects
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
-from toka_operator.observed import Observed, is_orphaned, is_owned_by, is_predecessors
+from toka_operator.observed import Observed, is_kept_claim, is_orphaned, is_owned_by, is_predecessors
 from toka_operator.plan import Plan
 from toka_operator.refusals import REFUSED_LAST_S, WEBHOOK_LAST_S, Refusals
-from toka_operator.resources import POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
+from toka_operator.resources import CLAIM, POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
 from toka_operator.settings import FIELD_MANAGER, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.store import Key, Store
 
@@ -70,7 +76,7 @@ class ChildWriter:
         """
         key: Key = (owner.namespace, owner.name)
         for kind, store in self._stores.items():
-            if kind in (POD, "EndpointSlice"):
+            if kind in (POD, CLAIM, "EndpointSlice"):
                 continue
             for child in store.members(key):
                 if is_orphaned(child) and child["metadata"]["uid"] not in memory.not_ours:
@@ -110,8 +116,9 @@ class ChildWriter:
         for desired in plan.desired:
             kind, name = desired["kind"], desired["metadata"]["name"]
             live = observed.children.get((kind, name))
-            if kind == STATEFUL_SET and live is None and (SERVICE_ACCOUNT, owner.name) in memory.taken_names:
-                continue  # its pods would run as somebody else's account
+            taken = {child for child, _ in memory.taken_names}
+            if kind == STATEFUL_SET and live is None and taken & {SERVICE_ACCOUNT, CLAIM}:
+                continue  # its pods would run as somebody else's account, or write into somebody else's volume
             attempt(f"{kind} {name}", desired, partial(self._write_child, owner, desired, live, memory))
         for kind, name, uid in plan.deletions:
             attempt(f"deletion of {kind} {name}", uid, partial(self._delete, owner, kind, name, uid))
@@ -147,12 +154,12 @@ class ChildWriter:
             return
         uid = live["metadata"]["uid"]
         for _ in range(MAX_CORRECTIONS):
-            corrections = find_corrections(desired, live)
+            corrections = _merge(find_corrections(desired, live), find_owner_correction(desired, live))
             stale = find_stale_annotations(desired, live, SERVICE_ANNOTATIONS_KEY)
             if not stale and (not corrections or memory.settled.get(uid) == (desired, corrections)):
                 return
             live = self._patch(kind, live, _merge(corrections, stale))
-            left = find_corrections(desired, live)
+            left = _merge(find_corrections(desired, live), find_owner_correction(desired, live))
             stubborn = find_uncorrected(corrections, left)
             if stubborn:
                 where = (owner.namespace, owner.name, kind, name)
@@ -187,7 +194,7 @@ class ChildWriter:
             raise TransientError(f"{kind} {owner.namespace}/{name} came and went") from error
         if is_predecessors(holder, owner.name, owner.uid):
             raise TransientError(f"{kind} {owner.namespace}/{name} belongs to a predecessor, and goes with it")
-        if not is_owned_by(holder, owner.uid):
+        if not is_owned_by(holder, owner.uid) and not is_kept_claim(holder, owner.name):
             logger.warning("object=%s/%s child=%s/%s event=name_taken", owner.namespace, owner.name, kind, name)
             memory.taken_names[(kind, name)] = time.monotonic() + self._settings.taken_name_retry_s
             return

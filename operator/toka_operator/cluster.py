@@ -47,6 +47,7 @@ _PATHS = {
     "ServiceAccount": ("api/v1", "serviceaccounts"),
     "Service": ("api/v1", "services"),
     "Pod": ("api/v1", "pods"),
+    "PersistentVolumeClaim": ("api/v1", "persistentvolumeclaims"),
     "Event": ("api/v1", "events"),
     "StatefulSet": ("apis/apps/v1", "statefulsets"),
     "ControllerRevision": ("apis/apps/v1", "controllerrevisions"),

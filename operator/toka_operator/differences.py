@@ -168,6 +168,20 @@ def _is_same(key: str, expected: Any, found: Any, is_own: bool) -> bool:
     return bool(expected == found and type(expected) is type(found))
 
 
+def find_owner_correction(desired: Json, live: Json) -> Json:
+    """A merge patch that gives a claim its owner, or takes it away, as spec.data.retention says; no other child's owner
+    ever changes."""
+    if desired["kind"] != "PersistentVolumeClaim":
+        return {}
+    expected = desired["metadata"]["ownerReferences"]
+    found = live["metadata"].get("ownerReferences") or []
+    others = [owner for owner in found if not owner.get("controller")]
+    controllers = [owner["uid"] for owner in found if owner.get("controller")]
+    if controllers == [owner["uid"] for owner in expected]:
+        return {}
+    return {"metadata": {"ownerReferences": [*others, *expected]}}
+
+
 def find_stale_annotations(desired: Json, live: Json, keys_annotation: str) -> Json:
     """A merge patch that removes annotations of ours (listed on the child under `keys_annotation`) no
     longer asked for."""

@@ -17,11 +17,18 @@ from dataclasses import dataclass, replace
 from toka_operator import __version__
 from toka_operator.cluster import Cluster
 from toka_operator.errors import ApiError, NamespaceEndsError, TransientError
-from toka_operator.failures import Failure, explain_missing_pods, explain_waiting_pod, is_creating
+from toka_operator.failures import (
+    Failure,
+    explain_missing_pods,
+    explain_pending_claim,
+    explain_waiting_pod,
+    is_creating,
+    is_unscheduled,
+)
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed
-from toka_operator.resources import STATEFUL_SET, Owner
+from toka_operator.resources import CLAIM, STATEFUL_SET, Owner
 from toka_operator.settings import API_VERSION, GROUP, KIND, MANAGED_BY
 from toka_operator.status import Event
 from toka_operator.times import format_time
@@ -138,12 +145,18 @@ class Suspects:
         """The same observation with the failures that only events tell. `pods` are those of `observed` by name."""
         lacking = {child["metadata"]["uid"]: child for child in observed.of_kind(STATEFUL_SET) if _lacks(child, pods)}
         creating = {pod["metadata"]["uid"]: pod for pod in pods.values() if is_creating(pod)}
-        for uid in self._suspects.keys() - (lacking.keys() | creating.keys()):
+        unscheduled = {name for name, pod in pods.items() if is_unscheduled(pod)}
+        claims = [c for c in observed.of_kind(CLAIM) if unscheduled and _is_pending(c)]
+        asked = lacking.keys() | creating.keys() | {claim["metadata"]["uid"] for claim in claims}
+        for uid in self._suspects.keys() - asked:
             del self._suspects[uid]
         missing = [self._ask(warnings, owner, child, explain_missing_pods) for child in lacking.values()]
         waiting = [self._ask(warnings, owner, pod, explain_waiting_pod) for pod in creating.values()]
         explained = {failure.pod: failure for failure in waiting if failure is not None}
-        views = (replace(view, failure=view.failure or explained.get(view.name)) for view in observed.pods)
+        for failure in (self._ask(warnings, owner, claim, explain_pending_claim) for claim in claims):
+            if failure is not None:
+                explained |= {name: replace(failure, pod=name) for name in unscheduled}
+        views = (replace(view, failure=_choose(view.failure, explained.get(view.name))) for view in observed.pods)
         found = tuple(failure for failure in missing if failure is not None)
         return replace(observed, pods=tuple(views), missing_pods=found)
 
@@ -179,6 +192,18 @@ class Suspects:
             WRITES.labels(kind=STATEFUL_SET, verb="patch").inc()
         except (ApiError, TransientError) as error:
             logger.info("child=%s event=not_touched why=%r", stateful_set["metadata"]["name"], str(error))
+
+
+def _is_pending(claim: Json) -> bool:
+    return (claim.get("status") or {}).get("phase") == "Pending"
+
+
+def _choose(seen: Failure | None, told: Failure | None) -> Failure | None:
+    """Return the failure of a pod: its status tells it, but why a claim is pending, events tell better."""
+    if seen is None:
+        return told
+    is_better = told is not None and told.reason == seen.reason == "ClaimPending"
+    return replace(seen, message=told.message) if told is not None and is_better else seen
 
 
 def _lacks(stateful_set: Json, pods: Mapping[str, Json]) -> bool:

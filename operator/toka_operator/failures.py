@@ -125,6 +125,21 @@ def explain_waiting_pod(pod_name: str, events: Sequence[Json]) -> Failure | None
     return Failure(pod_name, "", reason, _shorten(f"{word}: {message}"))
 
 
+def explain_pending_claim(claim_name: str, events: Sequence[Json]) -> Failure | None:
+    """Why a claim has no volume, in the words of whoever was to make one."""
+    latest = _latest(events)
+    if latest is None:
+        return None
+    words = f"claim {claim_name} has no volume: {latest.get('reason', '')}: {latest.get('message', '')}"
+    first = latest.get("firstTimestamp") or latest.get("eventTime")
+    return Failure(claim_name, "", "ClaimPending", _shorten(words), since=parse_time(first))
+
+
+def is_unscheduled(pod: Json) -> bool:
+    """Whether a pod has no node yet."""
+    return not (pod.get("spec") or {}).get("nodeName") and not pod["metadata"].get("deletionTimestamp")
+
+
 def is_creating(pod: Json) -> bool:
     """Whether a pod has a node, and none of its containers began, and not because of an image: nothing in its status
     tells why."""

@@ -61,6 +61,8 @@ def compute_fingerprint(raw: Mapping[str, Any], defaults: Json) -> str:
         parts[group] = kept
     parts["rollout"] = _canonical_group(raw.get("rollout"), defaults["rollout"], POD_ROLLOUT_FIELDS.__contains__)
     _leave_out_implied(parts)
+    if isinstance(raw.get("data"), Mapping):  # that there is a claim makes another pod, not how large it is
+        parts["data"] = {"accessMode": raw["data"].get("accessMode") or defaults["data"]["accessMode"]}
     text = json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -83,6 +85,8 @@ def compute_former_revision(raw: Mapping[str, Any], defaults: Json) -> str:
     if isinstance(rollout, Mapping):
         keep = {k: v for k, v in rollout.items() if k in POD_ROLLOUT_FIELDS}
         parts["rollout"] = _without_defaults(keep, defaults["rollout"])
+    if isinstance(raw.get("data"), Mapping):  # that version knew no claims: the name is none of its own
+        parts["data"] = dict(raw["data"])
     text = json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

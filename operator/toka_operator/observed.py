@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from toka_operator.data import claim_name
 from toka_operator.failures import Failure, find_failure, is_on_lost_node
 from toka_operator.fields import Json
 from toka_operator.podspec import ENGINE_CONTAINER
-from toka_operator.settings import KIND, REVISION_LABEL
+from toka_operator.resources import CLAIM
+from toka_operator.settings import KIND, MANAGED_BY, REVISION_LABEL
 from toka_operator.times import parse_time
 
 STARTS_TOGETHER_S = 1.0
@@ -98,6 +100,16 @@ def is_owned_by(child: Json, uid: str) -> bool:
 def is_orphaned(child: Json) -> bool:
     """Whether nothing owns `child`."""
     return not child["metadata"].get("ownerReferences")
+
+
+def is_kept_claim(child: Json, name: str) -> bool:
+    """Whether `child` is the claim of a TokaDeployment `name` that stays when that goes: one that an operator made and
+    nobody controls. A TokaDeployment of the same name takes it over."""
+    metadata = child["metadata"]
+    labels = metadata.get("labels") or {}
+    is_ours = labels.get("app.kubernetes.io/managed-by") == MANAGED_BY and metadata["name"] == claim_name(name)
+    owners = metadata.get("ownerReferences") or []
+    return child.get("kind") == CLAIM and is_ours and not any(owner.get("controller") for owner in owners)
 
 
 def is_adoptable(pod: Json, name: str) -> bool:

@@ -21,7 +21,9 @@ from toka_operator.resources import (
     STATEFUL_SET,
     Owner,
     pod_labels,
+    render_claim,
     render_disruption_budget,
+    render_peers_service,
     render_revision,
     render_service,
     render_service_account,
@@ -74,6 +76,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, defaul
         max_surge=spec.rollout.max_surge,
         max_unavailable=spec.rollout.max_unavailable,
         is_paused=spec.rollout.paused,
+        keeps_ordinals=spec.data is not None,
     )
     unmade = RevisionPods(leaving=_find_other_pods(set_name(owner.name, spec.revision), observed))
     targets = decide_windows(budgets, spec.revision, revisions, unmade)
@@ -121,6 +124,7 @@ def _view_revision(
         served=frozenset(p.ordinal for p in pods if p.has_served and not p.is_terminating),
         unrecoverable=frozenset(p.ordinal for p in pods if _is_unrecoverable(p, now)),
         leaving=leaving | _find_other_pods(set_name(owner.name, revision), observed),
+        keeps_ordinals=spec.data is not None,
     )
     outside = (pod for pod in pods if pod.ordinal not in seen.trim())
     return replace(seen, num_draining=sum(not pod.is_stuck(now, spec.rollout.stuck_s) for pod in outside))
@@ -203,6 +207,8 @@ def _render_children(
 ) -> list[Json]:
     """Every child, in the order of writing. `replaced`: old revisions whose pods have served."""
     children = [render_service_account(owner), render_service(owner, spec)]
+    if spec.data is not None:
+        children += [render_claim(owner, spec.data), render_peers_service(owner, spec)]
     newest = max(numbers.values(), default=0)
     order = sorted(set(targets) - set(finished), key=lambda r: (r == spec.revision, numbers.get(r, 0), r))
     for revision in order:

@@ -10,6 +10,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from toka_operator.data import (
+    data_labels,
+    keep_on_one_node,
+    render_data_argument,
+    render_data_environment,
+    render_data_mount,
+    render_data_volume,
+)
 from toka_operator.fields import Json
 from toka_operator.fingerprint import STARTUP_STEP_S
 from toka_operator.spec import SecretKey, TokaDeploymentSpec
@@ -25,7 +33,7 @@ GRACE_SLACK_S = 15
 PROBE_PERIOD_S = STARTUP_STEP_S
 LOST_NODE_AFTER_S = 30
 """Seconds that a pod stays bound to a node that does not answer. Kubernetes' default is 300 s; an engine has no state
-that its successor elsewhere could corrupt."""
+that its successor elsewhere could corrupt: the folder of its batches is locked."""
 _LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
@@ -44,23 +52,25 @@ def render_pod_template(
     """The pod template of a new revision. `labels` are the operator's own; the user's are added below
     them."""
     scheduling, additions = spec.scheduling, spec.pod_additions
+    name = service_account  # both have the TokaDeployment's
     pod: Json = {
         "serviceAccountName": service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": _grace_period_s(spec),
         "securityContext": _pod_security(),
-        "containers": [_engine_container(spec, default_image), *map(_restrict_sidecar, additions.sidecars)],
-        "volumes": _volumes(spec),
+        "containers": [_engine_container(spec, default_image, name), *map(_restrict_sidecar, additions.sidecars)],
+        "volumes": _volumes(spec, name),
         "topologySpreadConstraints": _topology_spread(spec, labels),
         "nodeSelector": scheduling.node_selector,
         "tolerations": _tolerations(spec),
-        "affinity": _affinity(spec, labels),
+        "affinity": _affinity(spec, labels, name),
         "priorityClassName": scheduling.priority_class_name,
         "runtimeClassName": scheduling.runtime_class_name,
         "imagePullSecrets": [{"name": name} for name in spec.engine.pull_secrets],
     }
-    metadata: Json = {"labels": {**additions.labels, **labels}, "annotations": additions.annotations}
+    of_claim = data_labels(name) if spec.data else {}
+    metadata: Json = {"labels": {**additions.labels, **labels, **of_claim}, "annotations": additions.annotations}
     return {"metadata": _without_empty(metadata), "spec": _without_empty(pod)}
 
 
@@ -86,6 +96,7 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "tp_size": None if spec.parallelism.tensor == 1 else spec.parallelism.tensor,
         "dp_size": None if spec.parallelism.data == 1 else spec.parallelism.data,
         "dp_min_size": spec.parallelism.minimum_data,
+        "data_dir": render_data_argument() if spec.data else None,
         "log_level": engine.log_level,
         "drain_endpoint_delay_s": spec.rollout.drain_delay_s,
         "drain_timeout_s": spec.rollout.drain_timeout_s,
@@ -109,14 +120,14 @@ def _engine_model(spec: TokaDeploymentSpec) -> str:
     return MODEL_PATH + source.location if source.kind == "pvc" else source.location
 
 
-def _engine_container(spec: TokaDeploymentSpec, default_image: str) -> Json:
+def _engine_container(spec: TokaDeploymentSpec, default_image: str, name: str) -> Json:
     engine = spec.engine
     container: Json = {
         "name": ENGINE_CONTAINER,
         "image": engine.image or default_image,
         "imagePullPolicy": engine.pull_policy,
         "args": render_arguments(spec),
-        "env": _environment(spec),
+        "env": _environment(spec, name),
         "envFrom": list(engine.env_from),
         "ports": [{"name": "http", "containerPort": engine.port, "protocol": "TCP"}],
         "resources": _resources(spec),
@@ -141,7 +152,7 @@ def _probe(path: str, num_failures: int, period_s: int) -> Json:
     }
 
 
-def _environment(spec: TokaDeploymentSpec) -> list[Json]:
+def _environment(spec: TokaDeploymentSpec, name: str) -> list[Json]:
     env: list[Json] = [
         {"name": "TOKA_CACHE_DIR", "value": CACHE_PATH},
         {"name": "HF_HOME", "value": f"{CACHE_PATH}/huggingface"},
@@ -149,6 +160,8 @@ def _environment(spec: TokaDeploymentSpec) -> list[Json]:
         {"name": "HOME", "value": "/tmp"},
     ]
     env += _secret_variable("HF_TOKEN", spec.hf_token)
+    if spec.data:
+        env += render_data_environment(name)
     return env + list(spec.engine.env)
 
 
@@ -171,7 +184,7 @@ def _resources(spec: TokaDeploymentSpec) -> Json:
     return _without_empty({"requests": requests, "limits": limits})
 
 
-def _volumes(spec: TokaDeploymentSpec) -> list[Json]:
+def _volumes(spec: TokaDeploymentSpec, name: str) -> list[Json]:
     volumes: list[Json] = [{"name": "tmp", "emptyDir": {}}]
     if spec.cache.type == "ExistingPVC":
         volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
@@ -181,6 +194,8 @@ def _volumes(spec: TokaDeploymentSpec) -> list[Json]:
     if spec.model.source.kind == "pvc":
         claim = {"claimName": spec.model.source.claim, "readOnly": True}
         volumes.append({"name": "model", "persistentVolumeClaim": claim})
+    if spec.data:
+        volumes.append(render_data_volume(name))
     if spec.resources.device == "gpu":
         shared_memory = {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}
         volumes.append({"name": "shm", "emptyDir": shared_memory})
@@ -204,6 +219,8 @@ def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     if spec.api_key:
         mounts.append({"name": "api-keys", "mountPath": KEYS_PATH, "readOnly": True})
+    if spec.data:
+        mounts.append(render_data_mount())
     return mounts + list(spec.pod_additions.volume_mounts)
 
 
@@ -236,12 +253,14 @@ def _tolerations(spec: TokaDeploymentSpec) -> list[Json]:
     return own + [{"key": taint, **times} for taint in _LOST_NODE_TAINTS if taint not in answered]
 
 
-def _affinity(spec: TokaDeploymentSpec, labels: dict[str, str]) -> Json:
+def _affinity(spec: TokaDeploymentSpec, labels: dict[str, str], name: str) -> Json:
     """The user's affinity and, unless the user says how pods spread, a preference for zones with fewer of them.
 
     What the user wrote in another shape than Kubernetes' is handed on: the API server names what is wrong with it.
     """
     affinity = spec.scheduling.affinity
+    if spec.data and spec.data.access_mode == "ReadWriteOnce":
+        affinity = keep_on_one_node(affinity, name)
     apart = affinity.get("podAntiAffinity") or {}
     if spec.scheduling.topology_spread is not None or not isinstance(apart, dict):
         return affinity

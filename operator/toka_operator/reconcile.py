@@ -19,7 +19,14 @@ from toka_operator.escapes import find_escapes
 from toka_operator.events import Recorder, Warnings
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
-from toka_operator.observed import Observed, is_adoptable, is_owned_by, ready_addresses, view_pod
+from toka_operator.observed import (
+    Observed,
+    is_adoptable,
+    is_kept_claim,
+    is_owned_by,
+    ready_addresses,
+    view_pod,
+)
 from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import STATEFUL_SET, Owner
 from toka_operator.revisions import with_stored_revision
@@ -118,7 +125,7 @@ class Reconciler:
         children: dict[tuple[str, str], Json] = {}
         for kind, store in self._stores.items():
             if kind not in ("Pod", "EndpointSlice"):
-                owned = (child for child in store.members(key) if is_owned_by(child, owner.uid))
+                owned = (c for c in store.members(key) if is_owned_by(c, owner.uid) or is_kept_claim(c, owner.name))
                 children.update(((kind, child["metadata"]["name"]), child) for child in owned)
         sets = {c["metadata"]["uid"] for (kind, _), c in children.items() if kind == STATEFUL_SET}
         endpoints = ready_addresses(

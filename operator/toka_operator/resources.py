@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toka_operator import __version__
+from toka_operator.data import Data, claim_name, peers_name
 from toka_operator.fields import Json
 from toka_operator.settings import (
     API_VERSION,
@@ -25,10 +26,12 @@ from toka_operator.spec import TokaDeploymentSpec
 
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
 POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerRevision"
+CLAIM = "PersistentVolumeClaim"
 POD = "Pod"
 API_VERSIONS = {
     SERVICE_ACCOUNT: "v1",
     SERVICE: "v1",
+    CLAIM: "v1",
     STATEFUL_SET: "apps/v1",
     CONTROLLER_REVISION: "apps/v1",
     POD_DISRUPTION_BUDGET: "policy/v1",
@@ -96,6 +99,32 @@ def render_service(owner: Owner, spec: TokaDeploymentSpec) -> Json:
         "ports": [{"name": "http", "port": spec.service.port, "targetPort": "http", "protocol": "TCP"}],
     }
     return service
+
+
+def render_peers_service(owner: Owner, spec: TokaDeploymentSpec) -> Json:
+    """The Service by which engines find each other: the addresses of all pods, of those too that are not ready or go,
+    because a pod that drains still has its folder."""
+    service = _child(owner, SERVICE, peers_name(owner.name), "peers")
+    service["spec"] = {
+        "type": "ClusterIP",
+        "clusterIP": "None",
+        "selector": selector_labels(owner.name),
+        "publishNotReadyAddresses": True,
+        "sessionAffinity": "None",
+        "ports": [{"name": "http", "port": spec.engine.port, "targetPort": "http", "protocol": "TCP"}],
+    }
+    return service
+
+
+def render_claim(owner: Owner, data: Data) -> Json:
+    """The claim of all ordinals. One that is to stay has no owner, so that nothing deletes it."""
+    claim = _child(owner, CLAIM, claim_name(owner.name), "data")
+    if data.retention == "Retain":
+        claim["metadata"]["ownerReferences"] = []
+    claim["spec"] = {"accessModes": [data.access_mode], "resources": {"requests": {"storage": data.size}}}
+    if data.storage_class is not None:
+        claim["spec"]["storageClassName"] = data.storage_class
+    return claim
 
 
 def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | None:

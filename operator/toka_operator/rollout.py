@@ -11,11 +11,14 @@ that is still leaving. These rules hold at every step, over all revisions togeth
 - an available pod goes only if desired - maxUnavailable available pods are left;
 - an old pod that is not available, but served before, goes only if desired - maxUnavailable other old or available
   pods are left: it may come back, and a new revision that never serves must not replace it.
+
+Where ordinals have data (`keeps_ordinals`), the pods of the current revision are those from 0 on, whatever goes or
+comes: a pod's successor waits for its name, and a smaller number of pods is without the highest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -52,9 +55,13 @@ class RevisionPods:
     """Pods that go, whoever asked for it, and other objects that hold the name of a pod."""
     num_draining: int = 0
     """Pods outside the window, or leaving, that still hold what they use."""
+    keeps_ordinals: bool = False
+    """Whether a successor takes its predecessor's ordinal, and waits for it."""
 
     def trim(self) -> Window:
         """The window without pods at its ends that leave anyway: their successors need not wait for their names."""
+        if self.keeps_ordinals:
+            return self.window
         start, end = self.window.start, self.window.end
         while start < end and start in self.leaving:
             start += 1
@@ -71,6 +78,7 @@ class Budgets:
     max_surge: int
     max_unavailable: int
     is_paused: bool = False
+    keeps_ordinals: bool = False
 
     @property
     def max_total(self) -> int:
@@ -95,7 +103,7 @@ def decide_windows(
     if budgets.is_paused:
         return _Step(budgets, current, revisions).follow_scale() if revisions else {}
     step = _Step(budgets, current, {**revisions, current: revisions.get(current, unmade)})
-    step.shrink([current], budgets.num_desired)
+    step.shrink_current()
     step.retire_old()
     step.grow_serving_old()
     step.grow_current()
@@ -109,6 +117,8 @@ class _Step:
         self._budgets, self._current, self._revisions = budgets, current, revisions
         self.windows = {name: pods.trim() for name, pods in revisions.items()}
         self._old = [name for name in revisions if name != current]
+        self._is_replaced: Container[str] = () if budgets.is_paused else self._old
+        """Revisions whose ordinals the current one takes over."""
 
     # ---- counts
 
@@ -137,6 +147,15 @@ class _Step:
         return held
 
     # ---- taking away
+
+    def shrink_current(self) -> None:
+        """Takes current pods that are too many, or whose ordinals are too high where those have data."""
+        if not self._budgets.keeps_ordinals:
+            self.shrink([self._current], self._budgets.num_desired)
+            return
+        while self.windows[self._current].end > self._budgets.num_desired and self._total([self._current]):
+            if not (self._take_waiting([self._current]) or self._take_available(self._current)):
+                break
 
     def shrink(self, names: list[str], num_left: int) -> None:
         """Takes pods of these revisions, in this order, down to `num_left`: those that never served, those that do not
@@ -183,6 +202,8 @@ class _Step:
 
     def _ends(self, name: str) -> list[int]:
         window = self.windows[name]
+        if self._budgets.keeps_ordinals and name not in self._is_replaced:
+            return [window.end - 1] if window.replicas else []
         return sorted({window.start, window.end - 1}) if window.replicas else []
 
     def _take(self, name: str, ordinal: int) -> None:
@@ -218,18 +239,22 @@ class _Step:
 
     def grow_current(self) -> None:
         """Adds current pods as far as the surge allows."""
-        replicas = self.windows[self._current].replicas
-        room = self._budgets.max_total - self._num_old_held() - replicas
-        self._add(self._current, min(room, self._budgets.num_desired - replicas))
+        window, num_desired = self.windows[self._current], self._budgets.num_desired
+        room = self._budgets.max_total - self._num_old_held() - window.replicas
+        num_right = (
+            sum(ordinal < num_desired for ordinal in window) if self._budgets.keeps_ordinals else window.replicas
+        )
+        self._add(self._current, min(room, num_desired - num_right))
 
     def _add(self, name: str, count: int) -> None:
-        """Adds pods where their names are free, if they are anywhere."""
-        leaving = self._revisions[name].leaving
+        """Adds pods where their names are free, if they are anywhere; where ordinals have data, below all others."""
+        keeps = self._budgets.keeps_ordinals
+        leaving = self._revisions[name].leaving if not keeps else frozenset()
         for _ in range(count):
             window = self.windows[name]
             if window.replicas == 0:
                 window = Window(max(leaving, default=-1) + 1)
-            is_below = window.end in leaving and window.start > 0 and window.start - 1 not in leaving
+            is_below = window.start > 0 and (keeps or (window.end in leaving and window.start - 1 not in leaving))
             self.windows[name] = Window(window.start - is_below, window.replicas + 1)
 
     # ---- paused

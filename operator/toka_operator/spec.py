@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from toka_operator.data import DATA_DEFAULTS, Data, parse_data
 from toka_operator.errors import FieldError
 from toka_operator.fields import Fields, Json
 from toka_operator.fingerprint import compute_fingerprint, compute_former_revision, pick_pod_fields
@@ -30,6 +31,7 @@ DEFAULTS: Json = {
     "parallelism": {"tensor": 1, "data": 1},
     "scheduling": {"patienceSeconds": 300},
     "cache": {"type": "Ephemeral"},
+    "data": DATA_DEFAULTS,
     "auth": {},
     "startup": {"timeoutSeconds": 1800},
     "rollout": {
@@ -200,6 +202,8 @@ class TokaDeploymentSpec:
     parallelism: Parallelism
     scheduling: Scheduling
     cache: Cache
+    data: Data | None
+    """None: the engines keep no files and batches."""
     hf_token: SecretKey | None
     api_key: SecretKey | None
     startup_timeout_s: int
@@ -239,6 +243,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         parallelism=_parse_parallelism(root.child("parallelism")),
         scheduling=_parse_scheduling(root.child("scheduling")),
         cache=_parse_cache(root.child("cache")),
+        data=parse_data(root),
         hf_token=_parse_secret_key(root.child("auth"), "hfTokenSecretRef", "token"),
         api_key=_parse_secret_key(root.child("auth"), "apiKeySecretRef", "key"),
         startup_timeout_s=startup.integer("timeoutSeconds", 10, 86400),

@@ -39,6 +39,7 @@ PATHS = {
     "serviceaccount": "/api/v1/namespaces/{}/serviceaccounts",
     "statefulset": "/apis/apps/v1/namespaces/{}/statefulsets",
     "controllerrevision": "/apis/apps/v1/namespaces/{}/controllerrevisions",
+    "persistentvolumeclaim": "/api/v1/namespaces/{}/persistentvolumeclaims",
     "pdb": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }

@@ -88,6 +88,24 @@ def use_every_right(operator: Operator) -> None:
     operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
     operator.wait_until_ready("chat")
+    keep_data_in_a_claim(operator)
+
+
+def keep_data_in_a_claim(operator: Operator) -> None:
+    """The claim's name is taken (it is read), then free (it is made), and the claim gets an owner (it is patched)."""
+    size = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    metadata = {"name": "chat-data"}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": size}
+    operator.server.apply(claim, namespace=operator.namespace)
+    operator.patch("chat", data={"size": "1Gi"})
+    operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
+    operator.delete_and_wait("persistentvolumeclaim", "chat-data")
+    operator.wait_for(lambda: operator.get("persistentvolumeclaim", "chat-data"), "the claim to be made")
+    operator.patch("chat", data={"retention": "Delete"})
+    operator.wait_for(
+        lambda: operator.require("persistentvolumeclaim", "chat-data")["metadata"].get("ownerReferences"),
+        "the claim to have its owner",
+    )
 
 
 def check_rights(operator: Operator, allowed: set[tuple[str, str]]) -> None:

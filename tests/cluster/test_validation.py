@@ -58,6 +58,13 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("must be at least 64Mi", "chat", {"resources": {"memory": 2}}),
     ("must be at least 64Mi", "chat", {"resources": {"memory": "1Mi"}}),
     ("must be at least 64Mi", "chat", {"resources": {"memory": -1}}),
+    ("Required value", "chat", {"data": {}}),
+    ("data.size must be at least 512Mi", "chat", {"data": {"size": 1}}),
+    ("Unsupported value", "chat", {"data": {"size": "1Gi", "accessMode": "ReadWriteOncePod"}}),
+    ("Unsupported value", "chat", {"data": {"size": "1Gi", "retention": "Keep"}}),
+    ("data excludes engine.extraArgs data_dir=", "chat",
+     {"data": {"size": "1Gi"}, "engine": {"extraArgs": ["data_dir=/x"]}}),
+    ("may not set HF_TOKEN", "chat", {"engine": {"env": [{"name": "TOKA_ORDINAL", "value": "0"}]}}),
     ("must be greater than rollout.minReadySeconds", "chat",
      {"rollout": {"progressDeadlineSeconds": 20, "minReadySeconds": 20}, "startup": {"timeoutSeconds": 10}}),
 ]  # fmt: skip
@@ -94,6 +101,28 @@ def test_the_cache_type_is_immutable(api_server: ApiServer, crd: None, namespace
     assert "cache.type is immutable" in refusal.value.stderr
 
 
+@pytest.mark.parametrize(
+    ("sentence", "changed"),
+    [
+        ("data.size may not shrink", {"size": "1Gi", "storageClassName": "fast"}),
+        ("data.size may not shrink", {"size": 1073741824, "storageClassName": "fast"}),
+        ("data.storageClassName is immutable", {"size": "2Gi", "storageClassName": "slow"}),
+        ("data.storageClassName is immutable", {"size": "2Gi"}),
+        ("data.accessMode is immutable", {"size": "2Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany"}),
+    ],
+)
+def test_a_claims_class_and_mode_stay_and_it_only_grows(
+    api_server: ApiServer, crd: None, namespace: str, sentence: str, changed: dict[str, Any]
+) -> None:
+    spec = {"model": {"source": "builtin://smollm2"}}
+    api_server.apply(deployment("chat", **spec, data={"size": "2Gi", "storageClassName": "fast"}), namespace=namespace)
+    with pytest.raises(CommandFailed) as refusal:
+        api_server.apply(deployment("chat", **spec, data=changed), namespace=namespace)
+    assert sentence in refusal.value.stderr
+    grown = {"size": 3 * 1024**3, "storageClassName": "fast", "retention": "Delete"}
+    api_server.apply(deployment("chat", **spec, data=grown), namespace=namespace)
+
+
 def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None) -> None:
     everything = {
         "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a"],
@@ -112,6 +141,7 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None
                        "affinity": {"nodeAffinity": {}}, "topologySpread": [{"topologyKey": "zone"}],
                        "priorityClassName": "p", "runtimeClassName": "nvidia", "patienceSeconds": 600},
         "cache": {"type": "ExistingPVC", "claimName": "models"},
+        "data": {"size": "10Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany", "retention": "Delete"},
         "auth": {"hfTokenSecretRef": {"name": "hf"}, "apiKeySecretRef": {"name": "api", "key": "k"}},
         "startup": {"timeoutSeconds": 600},
         "rollout": {"maxSurge": 2, "maxUnavailable": 1, "minReadySeconds": 0, "progressDeadlineSeconds": 900,

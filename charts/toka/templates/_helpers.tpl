@@ -52,7 +52,7 @@ seccompProfile:
   resources: [tokadeployments/finalizers]
   verbs: [update]
 - apiGroups: [""]
-  resources: [services, serviceaccounts]
+  resources: [services, serviceaccounts, persistentvolumeclaims]
   verbs: [get, list, watch, create, patch]
 - apiGroups: [""]
   resources: [pods]

@@ -29,6 +29,7 @@ class FakeSet:
     """A StatefulSet controller and its pods. It may lag behind what it is asked for."""
 
     asked: Window = field(default_factory=Window)
+    keeps_ordinals: bool = False
     pods: dict[int, FakePod] = field(default_factory=dict)
 
     def act(self) -> None:
@@ -50,6 +51,7 @@ class FakeSet:
             served=frozenset(ordinal for ordinal in here if self.pods[ordinal].has_served),
             unrecoverable=self.where("unrecoverable"),
             leaving=self.where("leaving"),
+            keeps_ordinals=self.keeps_ordinals,
         )
         outside = [ordinal for ordinal in self.pods if ordinal not in seen.trim()]
         return RevisionPods(**{**{f: getattr(seen, f) for f in seen.__slots__}, "num_draining": len(outside)})
@@ -58,15 +60,20 @@ class FakeSet:
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """Pods start, fail, recover, are evicted and drain, controllers lag, and the user changes everything."""
 
+    keeps_ordinals = False
+
     def __init__(self) -> None:
         super().__init__()
         self.sets: dict[str, FakeSet] = {}
         self.current = "r0"
-        self.budgets = Budgets(1, 1, 0)
+        self.budgets = self._budget(1, 1, 0)
+
+    def _budget(self, desired: int, surge: int, unavailable: int, is_paused: bool = False) -> Budgets:
+        return Budgets(desired, surge, unavailable, is_paused, self.keeps_ordinals)
 
     @initialize(desired=st.integers(1, 4), budget=st.sampled_from(BUDGETS))
     def begin(self, desired: int, budget: tuple[int, int]) -> None:
-        self.budgets = Budgets(desired, *budget)
+        self.budgets = self._budget(desired, *budget)
 
     @rule(number=st.integers(0, 4))
     def change_revision(self, number: int) -> None:
@@ -74,11 +81,11 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     @rule(desired=st.integers(0, 5), is_paused=st.sampled_from([False, False, True]))
     def change_scale(self, desired: int, is_paused: bool) -> None:
-        self.budgets = Budgets(desired, self.budgets.max_surge, self.budgets.max_unavailable, is_paused)
+        self.budgets = self._budget(desired, self.budgets.max_surge, self.budgets.max_unavailable, is_paused)
 
     @rule(budget=st.sampled_from(BUDGETS))
     def change_budgets(self, budget: tuple[int, int]) -> None:
-        self.budgets = Budgets(self.budgets.num_desired, *budget, self.budgets.is_paused)
+        self.budgets = self._budget(self.budgets.num_desired, *budget, self.budgets.is_paused)
 
     @precondition(lambda self: any(s.pods for s in self.sets.values()))
     @rule(
@@ -122,7 +129,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         is_changed = any(self.sets.get(n, FakeSet(Window(-1))).asked != w for n, w in windows.items())
         for name, window in windows.items():
             assert window.start >= 0 <= window.replicas
-            self.sets.setdefault(name, FakeSet()).asked = window
+            self.sets.setdefault(name, FakeSet(keeps_ordinals=self.keeps_ordinals)).asked = window
         return is_changed
 
     def _check_available(self, views: dict[str, RevisionPods], windows: dict[str, Window]) -> None:
@@ -155,7 +162,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Left alone, with pods that come up and go, every rollout ends with just what is desired."""
         desired = max(1, self.budgets.num_desired)
-        self.budgets = Budgets(desired, self.budgets.max_surge, self.budgets.max_unavailable)
+        self.budgets = self._budget(desired, self.budgets.max_surge, self.budgets.max_unavailable)
         num_calm = 0
         for _ in range(200):
             num_calm = 0 if self._step() else num_calm + 1
@@ -165,9 +172,19 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
                 fake.act()
             if num_calm == 3:  # by then what a controller made last is available, too
                 break
-        sizes = {name: s.asked.replicas for name, s in self.sets.items() if s.asked.replicas}
-        assert sizes == {self.current: desired}
+        windows = {name: s.asked for name, s in self.sets.items() if s.asked.replicas}
+        assert {name: window.replicas for name, window in windows.items()} == {self.current: desired}
+        if self.keeps_ordinals:
+            assert windows[self.current].start == 0
+
+
+class WhereOrdinalsHaveData(AnyOrderOfEvents):
+    """The same promises; and in the end the pods are those from ordinal 0 on."""
+
+    keeps_ordinals = True
 
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
 TestAnyOrderOfEvents.settings = settings(max_examples=NUM_EXAMPLES, stateful_step_count=40, deadline=None)
+TestWhereOrdinalsHaveData = WhereOrdinalsHaveData.TestCase
+TestWhereOrdinalsHaveData.settings = settings(max_examples=NUM_EXAMPLES, stateful_step_count=40, deadline=None)
