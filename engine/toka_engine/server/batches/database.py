@@ -12,12 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import msgspec
 
 from toka_engine.server.batches.records import FileObject, StoredBatch
 
+Bound = tuple[Literal["<", "<=", ">", ">="], int]
+"""A comparison with a time that the age of a row must hold."""
 P = ParamSpec("P")
 T = TypeVar("T")
 _SCHEMA = """
@@ -72,10 +74,11 @@ class Database:
         return _decode_file(row[0]) if row else None
 
     def list_files(
-        self, owner: str, *, after: str | None, limit: int, is_ascending: bool, purpose: str | None
+        self, owner: str, *, after: str | Bound | None, limit: int, is_ascending: bool, purpose: str | None
     ) -> list[FileObject]:
         """Return up to `limit` files of one owner by age, behind the file `after`."""
-        clauses, values = ["owner = ?"], [owner]
+        clauses: list[str] = ["owner = ?"]
+        values: list[str | int] = [owner]
         if purpose is not None:
             clauses.append("purpose = ?")
             values.append(purpose)
@@ -132,7 +135,7 @@ class Database:
         row = found.fetchone()
         return _decode_batch(row[0]) if row else None
 
-    def list_batches(self, owner: str, *, after: str | None, limit: int) -> list[StoredBatch]:
+    def list_batches(self, owner: str, *, after: str | Bound | None, limit: int) -> list[StoredBatch]:
         """Return up to `limit` batches of one owner, the newest first, behind the batch `after`."""
         rows = self._page("batches", ["owner = ?"], [owner], after, limit, is_ascending=False)
         return [_decode_batch(record) for record in rows]
@@ -142,10 +145,20 @@ class Database:
         return [_decode_batch(record) for (record,) in rows]
 
     def _page(
-        self, table: str, clauses: list[str], values: list[str], after: str | None, limit: int, *, is_ascending: bool
+        self,
+        table: str,
+        clauses: list[str],
+        values: list[str | int],
+        after: str | Bound | None,
+        limit: int,
+        *,
+        is_ascending: bool,
     ) -> list[bytes]:
         sign, order = (">", "ASC") if is_ascending else ("<", "DESC")
-        if after is not None:
+        if isinstance(after, tuple):
+            clauses = [*clauses, f"created_at {after[0]} ?"]
+            values = [*values, after[1]]
+        elif after is not None:
             clauses = [*clauses, f"(created_at, rowid) {sign} (SELECT created_at, rowid FROM {table} WHERE id = ?)"]
             values = [*values, after]
         query = f"""SELECT record FROM {table} WHERE {" AND ".join(clauses)}

@@ -5,6 +5,7 @@ The shapes are those of OpenAI's API (the `FileObject` and `Batch` of its client
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from typing import Literal
@@ -14,6 +15,7 @@ import msgspec
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
+_OWNED_ID = re.compile(r"(?:file-|batch_)(0|[1-9][0-9]{0,3})-[0-9a-f]{24}")
 OVER: frozenset[str] = frozenset(("failed", "completed", "expired", "cancelled"))
 """The states that a batch does not leave."""
 
@@ -22,12 +24,23 @@ def now() -> int:
     return int(time.time())
 
 
-def new_file_id() -> str:
-    return f"file-{secrets.token_hex(12)}"
+def new_file_id(ordinal: int | None = None) -> str:
+    """Return a new id, which tells the replica that has the file where there are several."""
+    return f"file-{_owner_mark(ordinal)}{secrets.token_hex(12)}"
 
 
-def new_batch_id() -> str:
-    return f"batch_{secrets.token_hex(12)}"
+def new_batch_id(ordinal: int | None = None) -> str:
+    return f"batch_{_owner_mark(ordinal)}{secrets.token_hex(12)}"
+
+
+def _owner_mark(ordinal: int | None) -> str:
+    return "" if ordinal is None else f"{ordinal}-"
+
+
+def ordinal_of(stored_id: str) -> int | None:
+    """Return the ordinal in an id of ours; None for one without, and for whatever is no such id."""
+    found = _OWNED_ID.fullmatch(stored_id)
+    return int(found[1]) if found else None
 
 
 class FileObject(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ import msgspec
 from toka_engine.config import EngineConfig
 from toka_engine.server.batches.database import Database, DatabaseThread
 from toka_engine.server.batches.folder import Folder
+from toka_engine.server.batches.peers import Peers
 from toka_engine.server.batches.records import StoredBatch, now
 from toka_engine.server.batches.run import BatchParts, BatchRun
 from toka_engine.server.errors import ApiError, unavailable
@@ -40,8 +41,12 @@ class Opened(msgspec.Struct, frozen=True):
 class Batches:
     """Files and batches, or the reason why there are none."""
 
-    def __init__(self, config: EngineConfig, handlers: Mapping[str, Handler], metrics: Metrics) -> None:
+    def __init__(
+        self, config: EngineConfig, handlers: Mapping[str, Handler], metrics: Metrics, peers: Peers | None = None
+    ) -> None:
         self.config = config
+        self.peers = peers
+        """The other replicas that keep files and batches; None if there are none."""
         self.handlers = handlers
         """The endpoints that a batch's lines may be for, by path."""
         self._metrics = metrics
@@ -60,6 +65,15 @@ class Batches:
         if self._opened is None:
             raise unavailable(self._reason)
         return self._opened
+
+    @property
+    def is_open(self) -> bool:
+        return self._opened is not None
+
+    @property
+    def ordinal(self) -> int | None:
+        """The ordinal that new ids carry; None without peers."""
+        return self.peers.ordinal if self.peers else None
 
     # ------------------------------------------------------------ life
 
@@ -132,6 +146,8 @@ class Batches:
             opened, self._opened = self._opened, None
             await opened.database.close()
             opened.folder.release()
+        if self.peers is not None:
+            await self.peers.close()
 
     # ------------------------------------------------------------ batches
 
@@ -147,6 +163,15 @@ class Batches:
         """Return a batch that is not over, if it is the owner's."""
         run = self._runs.get(batch_id)
         return run if run is not None and run.stored.owner == owner else None
+
+    async def find_age(self, owner: str, stored_id: str) -> int | None:
+        """Return when one of the owner's files or batches was made; None if it is not here."""
+        database = self.opened().database
+        if stored_id.startswith("file-"):
+            file = await database.run(Database.find_file, owner, stored_id)
+            return file.created_at if file else None
+        stored = await database.run(Database.find_batch, owner, stored_id)
+        return stored.batch.created_at if stored else None
 
     def _begin(self, run: BatchRun) -> None:
         task = asyncio.create_task(self._watch(run))

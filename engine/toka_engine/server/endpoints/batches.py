@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from toka_engine.server.batches.cursor import Cursor, begin_of
 from toka_engine.server.batches.database import Database
 from toka_engine.server.batches.records import Batch, BatchList, StoredBatch, new_batch_id, new_file_id, now
 from toka_engine.server.batches.service import Batches
@@ -17,7 +18,7 @@ from toka_engine.server.endpoints.files import check_life, no_file
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.keys.check import owner_of
-from toka_engine.server.paging import read_page
+from toka_engine.server.paging import Page, read_page
 from toka_engine.server.service import Service
 
 PATH = "/v1/batches"
@@ -47,10 +48,16 @@ class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 _decoder = BodyDecoder(BatchRequest)
 
 
-async def create_batch(exchange: Exchange, service: Service, batches: Batches) -> Batch:
+async def read_batch(exchange: Exchange, service: Service, batches: Batches) -> BatchRequest:
+    """Return the body that creates a batch. Raises a 400 that names the field, and 501 where none can be created."""
+    if batches.peers is None:
+        batches.opened()
+    return await service.read(exchange, _decoder)
+
+
+async def create_batch(exchange: Exchange, request: BatchRequest, batches: Batches) -> Batch:
     """Create and start a batch. Raises a 400 that names the field."""
     opened, owner = batches.opened(), owner_of(exchange)
-    request = await service.read(exchange, _decoder)
     if request.endpoint not in batches.handlers:
         served = ", ".join(batches.handlers)
         raise invalid("endpoint", f"'endpoint' must be one of: {served}.", "invalid_value")
@@ -67,7 +74,7 @@ async def create_batch(exchange: Exchange, service: Service, batches: Batches) -
         raise invalid("input_file_id", message, "invalid_value")
     at = now()
     batch = Batch(
-        id=new_batch_id(),
+        id=new_batch_id(batches.ordinal),
         endpoint=request.endpoint,
         input_file_id=file.id,
         completion_window=request.completion_window,
@@ -76,9 +83,8 @@ async def create_batch(exchange: Exchange, service: Service, batches: Batches) -
         expires_at=at + hours * 3600,
         metadata=request.metadata,
     )
-    stored = StoredBatch(
-        owner=owner, batch=batch, output_id=new_file_id(), error_id=new_file_id(), results_expire_s=life_s
-    )
+    output_id, error_id = new_file_id(batches.ordinal), new_file_id(batches.ordinal)
+    stored = StoredBatch(owner=owner, batch=batch, output_id=output_id, error_id=error_id, results_expire_s=life_s)
     await opened.database.run(Database.add_batch, stored)
     batches.start(stored)
     return batch
@@ -113,15 +119,21 @@ async def find_batch(exchange: Exchange, batch_id: str, batches: Batches) -> Bat
     return stored.batch
 
 
-async def list_batches(exchange: Exchange, query: Mapping[str, str], batches: Batches) -> BatchList:
-    """Return one page of the caller's batches, the newest first."""
-    opened, owner = batches.opened(), owner_of(exchange)
+def read_batch_page(query: Mapping[str, str]) -> Page:
+    """Return the page of batches that is asked for, the newest first. Raises a 400."""
     page = read_page(query, _DEFAULT_LISTED, _MAX_LISTED)
     if page.is_ascending:
         raise invalid("order", "Batches are listed with the newest first.", "unsupported_parameter")
-    if page.after is not None and await opened.database.run(Database.find_batch, owner, page.after) is None:
-        raise _no_batch(page.after, "after")
-    found = await opened.database.run(Database.list_batches, owner, after=page.after, limit=page.limit + 1)
+    return page
+
+
+async def list_batches(exchange: Exchange, page: Page, batches: Batches, cursor: Cursor | None = None) -> BatchList:
+    """Return one page of the caller's batches. `cursor`: where it begins, if that is another replica's batch."""
+    opened, owner = batches.opened(), owner_of(exchange)
+    after = begin_of(page.after, cursor, batches.ordinal, is_ascending=False)
+    if isinstance(after, str) and await opened.database.run(Database.find_batch, owner, after) is None:
+        raise _no_batch(after, "after")
+    found = await opened.database.run(Database.list_batches, owner, after=after, limit=page.limit + 1)
     shown = [stored.batch for stored in found[: page.limit]]
     return BatchList(
         data=shown,

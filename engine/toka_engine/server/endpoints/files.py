@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from toka_engine.server.batches.cursor import Cursor, begin_of
 from toka_engine.server.batches.database import Database
 from toka_engine.server.batches.records import DeletedFile, FileList, FileObject, new_file_id, now
 from toka_engine.server.batches.service import Batches, Opened
@@ -34,7 +35,7 @@ async def upload_file(exchange: Exchange, batches: Batches) -> FileObject:
     expected = int(declared) if declared.isdigit() else 0
     if opened.folder.free_bytes() - expected < config.min_free_disk_bytes:
         raise no_room("The disk of `data_dir` has too little room (`min_free_disk_bytes`).")
-    file_id = new_file_id()
+    file_id = new_file_id(batches.ordinal)
     upload = Upload(exchange.header(b"content-type") or b"", opened.folder.part_of(file_id), config.max_file_bytes)
     try:
         async with asyncio.timeout(config.upload_timeout_s):
@@ -95,17 +96,23 @@ def check_life(seconds: int, name: str) -> int:
     return seconds
 
 
-async def list_files(exchange: Exchange, query: Mapping[str, str], batches: Batches) -> FileList:
-    """Return one page of the caller's files, the newest first unless `order=asc`."""
+def read_file_page(query: Mapping[str, str]) -> Page:
+    """Return the page of files that is asked for: the newest first unless `order=asc`. Raises a 400."""
+    return read_page(query, _MAX_LISTED, _MAX_LISTED, others=("purpose",))
+
+
+async def list_files(
+    exchange: Exchange, page: Page, purpose: str | None, batches: Batches, cursor: Cursor | None = None
+) -> FileList:
+    """Return one page of the caller's files. `cursor`: where it begins, if that is another replica's file."""
     opened, owner = batches.opened(), owner_of(exchange)
-    page = read_page(query, _MAX_LISTED, _MAX_LISTED, others=("purpose",))
-    purpose = query.get("purpose")
-    if page.after is not None and await opened.database.run(Database.find_file, owner, page.after) is None:
-        raise no_file(page.after, "after")
+    after = begin_of(page.after, cursor, batches.ordinal, is_ascending=page.is_ascending)
+    if isinstance(after, str) and await opened.database.run(Database.find_file, owner, after) is None:
+        raise no_file(after, "after")
     found = await opened.database.run(
         Database.list_files,
         owner,
-        after=page.after,
+        after=after,
         limit=page.limit + 1,
         is_ascending=page.is_ascending,
         purpose=purpose,
