@@ -89,6 +89,13 @@ def wait_open(server: RunningServer) -> None:
     raise AssertionError("the folder did not open")
 
 
+def wait_draining(server: RunningServer) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while server.request("GET", "/readyz")[0] == 200:
+        assert time.monotonic() < deadline, "the server did not begin to drain"
+        time.sleep(0.02)  # nothing else tells it
+
+
 @pytest.fixture(scope="module")
 def shared(
     tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory, sentence_ids: list[int]
@@ -349,6 +356,7 @@ def test_a_drain_finishes_lines_in_flight_and_the_next_start_does_the_rest(
     batch = start_batch(client, [line_of(str(number)) for number in range(info_window + 100)])
     first.manager.wait_for(lambda: len(first.manager.submits) == info_window)
     first.drain()
+    wait_draining(first)  # else answers may make room for lines before the server knows of the drain
     for submit in list(first.manager.submits):
         speak(first.manager, submit, sentence_ids)
     first.process.wait(WAIT_S)
