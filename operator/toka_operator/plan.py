@@ -32,7 +32,7 @@ from toka_operator.resources import (
 )
 from toka_operator.revisions import by_revision
 from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
-from toka_operator.settings import SERVED_ANNOTATION
+from toka_operator.settings import SERVED_ANNOTATION, SPEC_ANNOTATION
 from toka_operator.spec import TokaDeploymentSpec
 
 MIN_RESTARTS_OF_UNRECOVERABLE = 3
@@ -83,7 +83,8 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, defaul
     finished = _find_finished_sets(spec, sets, targets, observed)
     templates = _find_templates(owner, spec, sets, stored, targets, default_image)
     replaced = {name for name, pods in revisions.items() if name != spec.revision and pods.served | pods.available}
-    desired = _render_children(owner, spec, templates, numbers, targets, finished, replaced)
+    kept_specs = _find_kept_specs(spec, stored)
+    desired = _render_children(owner, spec, templates, numbers, targets, finished, replaced, kept_specs)
     return Plan(
         desired=tuple(m for m in desired if (m["kind"], m["metadata"]["name"]) not in observed.taken_names),
         deletions=(*finished.values(), *_find_surplus(spec, owner, observed, stored, sets)),
@@ -204,6 +205,7 @@ def _render_children(
     targets: Mapping[str, Window],
     finished: Mapping[str, object],
     replaced: Set[str],
+    kept_specs: Mapping[str, str | None],
 ) -> list[Json]:
     """Every child, in the order of writing. `replaced`: old revisions whose pods have served."""
     children = [render_service_account(owner), render_service(owner, spec)]
@@ -216,7 +218,7 @@ def _render_children(
         if revision == spec.revision and any(n >= number for r, n in numbers.items() if r != revision):
             number = newest + 1
         fingerprint = spec.fingerprint if revision == spec.revision else None
-        kept_spec = describe_pod_fields(spec) if revision == spec.revision and revision not in numbers else None
+        kept_spec = kept_specs.get(revision)
         children.append(
             render_revision(owner, revision, templates[revision], number, fingerprint, revision in replaced, kept_spec)
         )
@@ -224,6 +226,13 @@ def _render_children(
         children.append(render_stateful_set(owner, revision, templates[revision], window.replicas, window.start))
     budget = render_disruption_budget(owner, spec)
     return [*children, budget] if budget else children
+
+
+def _find_kept_specs(spec: TokaDeploymentSpec, stored: Mapping[str, Json]) -> dict[str, str | None]:
+    """The parts of the spec that each revision keeps: as they are stored, and of a new revision as they are now."""
+    annotations = {revision: child["metadata"].get("annotations") or {} for revision, child in stored.items()}
+    kept = {revision: found.get(SPEC_ANNOTATION) for revision, found in annotations.items()}
+    return {spec.revision: describe_pod_fields(spec), **kept}
 
 
 def describe_pod_fields(spec: TokaDeploymentSpec) -> str | None:
