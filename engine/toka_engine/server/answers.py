@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +22,8 @@ _NO_LOGPROB = -9999.0
 _NO_USAGE = b'],"usage":null}\n\n'
 """The end of an event; no text can have it, for there a quote stands behind a backslash."""
 encode = msgspec.json.encode
+_random_bits = random.Random().getrandbits
+"""Makes ids, which must differ and open no door: seeded by the system once, so that none costs a call to it."""
 
 
 class PromptTokenLogprob(msgspec.Struct, frozen=True):
@@ -69,11 +71,12 @@ class AnswerFormat(ABC):
         fingerprint: str = "",
         prompts: Sequence[Int32s] | None = None,
         num_choices: int = 1,
+        is_streamed: bool = True,
     ) -> None:
         """`fingerprint`: of the engine's configuration; `prompts`: where the answer has the token ids of prompts and
         choices; `num_choices`: choices of each prompt.
         """
-        self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        self.id = f"{self.id_prefix}-{_random_bits(96):024x}"
         self.created = int(time.time())
         self.model = model
         self.fingerprint = fingerprint
@@ -84,18 +87,22 @@ class AnswerFormat(ABC):
         self._has_logprobs = has_logprobs
         self._num_top = num_top
         self._names_token_ids = names_token_ids
+        self._head = self._encode_head() if is_streamed else b""
+        self._tail = _NO_USAGE if includes_usage else b"]}\n\n"
+
+    def _encode_head(self) -> bytes:
+        """Return the begin of every event, up to its choices."""
         head = encode(
             {
                 "id": self.id,
                 "object": self.chunk_object,
                 "created": self.created,
-                "model": model,
-                "system_fingerprint": fingerprint,
+                "model": self.model,
+                "system_fingerprint": self.fingerprint,
                 "choices": [],
             }
         )
-        self._head = b"data: " + head[: -len(b"]}")]
-        self._tail = _NO_USAGE if includes_usage else b"]}\n\n"
+        return b"data: " + head[: -len(b"]}")]
 
     @abstractmethod
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:

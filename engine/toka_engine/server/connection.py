@@ -309,15 +309,16 @@ class UnsizedBody:
 
     def __init__(self, cycle: Cycle) -> None:
         self._cycle = cycle
-        self._is_chunked = cycle.scope["http_version"] == "1.1"
-        self.headers = [(b"transfer-encoding", b"chunked")] if self._is_chunked else []
-        if not self._is_chunked:
+        self.is_chunked = cycle.scope["http_version"] == "1.1"
+        self.headers = [(b"transfer-encoding", b"chunked")] if self.is_chunked else []
+        if not self.is_chunked:
             cycle.chunked_encoding = False
 
     def announce(self, part: bytes) -> None:
-        """Let `part` be sent, which uvicorn would refuse as beyond the length that it was told."""
-        if not self._is_chunked:
-            self._cycle.expected_content_length = len(part)
+        """Let `part` be sent where the body is not in chunks: uvicorn would refuse it as beyond the length that it was
+        told.
+        """
+        self._cycle.expected_content_length = len(part)
 
 
 class JoinedWrites:

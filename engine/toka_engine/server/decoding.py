@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -49,6 +50,8 @@ class BodyDecoder(Generic[R]):
         self._decoder = msgspec.json.Decoder(request_type)
         self._fields = {field.encode_name: field for field in msgspec.inspect.type_info(request_type).fields}  # type: ignore[attr-defined]
         self._hints = tuple(name for name in self._fields if name in HINTS and name not in effective)
+        self._hints_of = attrgetter(*self._hints) if len(self._hints) > 1 else None
+        self._no_hints = (None,) * len(self._hints)
 
     def decode(self, body: bytes, *, reports_unknown: bool = False) -> tuple[R, list[str]]:
         """Return the request, and the names of its fields that have no effect; unknown ones are refused unless they are
@@ -67,6 +70,8 @@ class BodyDecoder(Generic[R]):
             raise invalid(None, "The body is nested too deeply.") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _not_json(body, str(error)) from error
+        if self._hints_of is not None and self._hints_of(request) == self._no_hints:
+            return request, ignored
         return request, given_hints(request, self._hints) + ignored  # type: ignore[arg-type]
 
     def _leave_out_absent(

@@ -71,7 +71,9 @@ class Exchange:
         """Headers that this request's answer has in any case, beside those of every answer."""
         self.ignored: list[str] = []
         """The fields of the request that have no effect, as the answer names them."""
-        self._stream: UnsizedBody | None = None
+        self._is_stream = False
+        self._unchunked: UnsizedBody | None = None
+        """The body of a stream to a client of HTTP/1.0."""
         self._is_complete = False
         self.body_bytes = 0
         self.error_event: Callable[[ApiError], bytes] = _error_event
@@ -90,16 +92,17 @@ class Exchange:
 
     async def read_json(self, budget: BodyBudget) -> bytes:
         """Return the raw body. Raises 415, 413 or ClientGoneError."""
-        encoding = (self.header(b"content-encoding") or b"").strip().lower()
+        first = dict(reversed(self.headers)).get  # of a name's values, the first
+        encoding = first(b"content-encoding", b"").strip().lower()
         if encoding not in (b"", b"identity"):
             shown = encoding[:50].decode("latin-1")
             message = f"The content-encoding '{shown}' is not supported: send the body uncompressed."
             wanted = ((b"accept-encoding", b"identity"),)
             raise ApiError(415, message, code="unsupported_content_encoding", headers=wanted)
-        kind = (self.header(b"content-type") or b"").partition(b";")[0].strip().lower()
-        if kind != JSON:
+        kind = first(b"content-type", b"")
+        if kind != JSON and kind.partition(b";")[0].strip().lower() != JSON:
             raise ApiError(415, "The content-type must be application/json.", code="unsupported_media_type")
-        declared = self.header(b"content-length") or b""
+        declared = first(b"content-length", b"")
         if declared.isdigit() and int(declared) > budget.max_body_bytes:
             raise _too_large(budget)
         held = 0
@@ -171,23 +174,24 @@ class Exchange:
 
     async def begin_events(self) -> None:
         self.status = 200
-        self._stream = UnsizedBody(self._cycle)
+        body = UnsizedBody(self._cycle)
+        self._is_stream, self._unchunked = True, None if body.is_chunked else body
         self.first_token_s = time.monotonic() - self.started_s
         headers = [*self._fixed_headers(), (b"content-type", EVENTS)]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        headers += self._stream.headers
+        headers += body.headers
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write_events(self, events: bytes) -> None:
         """Write complete events; waits while the client does not read."""
-        if self._stream is not None:
-            self._stream.announce(events)
+        if self._unchunked is not None:
+            self._unchunked.announce(events)
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self, events: bytes) -> None:
         self._is_complete = True
-        if self._stream is not None:
-            self._stream.announce(events)
+        if self._unchunked is not None:
+            self._unchunked.announce(events)
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def release(self) -> None:
@@ -202,7 +206,7 @@ class Exchange:
         if not self.status:
             await self.answer(error.status, error.body(), headers=error.headers)
         elif not self._is_complete:
-            if self._stream is not None:
+            if self._is_stream:
                 await self.end_events(self.error_event(error))
             self.connection.transport.close()
 

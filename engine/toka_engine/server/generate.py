@@ -99,7 +99,7 @@ def _charge(key: KeyUse, generation: Generation, usage: Usage | None, *, is_clie
 async def _answer_whole(
     job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer]
 ) -> Usage:
-    texts = [[job.echo(index)] for index in range(len(renderers))]
+    texts: list[list[str]] = [[job.echo(index)] if job.echoes else [] for index in range(len(renderers))]
     choices = [FinishedChoice("", None, [], index) for index in range(len(renderers))]
     num_unfinished = len(renderers)
     while num_unfinished:
@@ -111,7 +111,9 @@ async def _answer_whole(
                 finished.finish_reason = renderer.finish_reason
                 finished.text = "".join(texts[choice.index])
                 num_unfinished -= 1
-    chosen = choose_best(choices, job.spec.num_choices, job.num_returned)
+    chosen = choices
+    if job.num_returned != job.spec.num_choices:
+        chosen = choose_best(choices, job.spec.num_choices, job.num_returned)
     if job.spec.prompt_logprobs >= 0:
         _add_prompt_logprobs(job, generation, chosen)
     usage = _usage(job, generation, renderers)
@@ -133,7 +135,7 @@ def _add_prompt_logprobs(job: GenerationJob, generation: Generation, choices: li
 async def _answer_in_events(
     job: GenerationJob, exchange: Exchange, generation: Generation, renderers: Sequence[Renderer], metrics: Metrics
 ) -> Usage:
-    form = job.form
+    form, echoes, reports_usage = job.form, job.echoes, job.reports_usage_each
     has_begun = [False] * len(renderers)
     num_unfinished = len(renderers)
     while num_unfinished:
@@ -141,22 +143,21 @@ async def _answer_in_events(
         for choice in await generation.news():
             index = choice.index
             renderer = renderers[index]
-            text = renderer.advance(choice)
+            text, shown = renderer.advance(choice), renderer.take_shown()
             begin = len(events)
+            if echoes:
+                shown = move_shown(shown, len(job.echo(index)))
             if not has_begun[index]:
                 has_begun[index] = True
                 text = job.echo(index) + text
+                shown = job.prompt_forms.list_echoed(generation, index // job.spec.num_choices) + shown
                 events.append(form.opening(index))
-                echoed = job.prompt_forms.list_echoed(generation, index // job.spec.num_choices)
-            else:
-                echoed = []
-            shown = renderer.take_shown()
-            if job.echoes:
-                shown = echoed + move_shown(shown, len(job.echo(index)))
-            if text or shown or renderer.finish_reason is not None:
-                events.append(form.piece(index, text, shown, renderer.finish_reason))
-                num_unfinished -= renderer.finish_reason is not None
-            if job.reports_usage_each:
+            finish_reason = renderer.finish_reason
+            if text or shown or finish_reason is not None:
+                events.append(form.piece(index, text, shown, finish_reason))
+                if finish_reason is not None:
+                    num_unfinished -= 1
+            if reports_usage:
                 usage = _usage_so_far(job, generation, choice, renderer)
                 events[begin:] = [form.with_usage(event, usage) for event in events[begin:]]
         if not exchange.status:
@@ -173,10 +174,14 @@ async def _answer_in_events(
 
 def _usage(job: GenerationJob, generation: Generation, renderers: Sequence[Renderer]) -> Usage:
     num_prompt = sum(map(len, job.prompts))
-    num_completion = sum(renderer.num_tokens for renderer in renderers)
+    num_completion = 0
+    details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    for renderer in renderers:
+        num_completion += renderer.num_tokens
+        if (num_reasoning := renderer.num_reasoning_tokens) is not None:
+            before = 0 if details is msgspec.UNSET else details.reasoning_tokens
+            details = CompletionTokensDetails(before + num_reasoning)
     cached = PromptTokensDetails(generation.num_cached)
-    reasoning = [count for renderer in renderers if (count := renderer.num_reasoning_tokens) is not None]
-    details = CompletionTokensDetails(sum(reasoning)) if reasoning else msgspec.UNSET
     return Usage(num_prompt, num_completion, num_prompt + num_completion, cached, details)
 
 

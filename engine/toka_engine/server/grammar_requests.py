@@ -26,7 +26,6 @@ MAX_REGEX_BYTES = 4 * 1024
 MAX_REPETITIONS = 10_000
 MAX_NAME_CHARACTERS = 64
 _REPETITIONS = ("minItems", "minLength", "minProperties")
-_NO_RAWS, _NO_TEXTS = (NULL, NULL, NULL), (None, None, None)
 
 T = TypeVar("T")
 
@@ -88,8 +87,14 @@ class AskedGrammar(msgspec.Struct, frozen=True):
 
 def read_grammar(request: GrammarFields) -> AskedGrammar | None:
     """Return the one grammar that `request` asks for; None where it asks for none. Raises a 400."""
-    raws = (request.response_format, request.structured_outputs, request.guided_json)
-    if raws == _NO_RAWS and (request.guided_regex, request.guided_choice, request.guided_grammar) == _NO_TEXTS:
+    if (
+        request.response_format is NULL
+        and request.structured_outputs is NULL
+        and request.guided_json is NULL
+        and request.guided_regex is None
+        and request.guided_choice is None
+        and request.guided_grammar is None
+    ):
         return None
     found = [*_read_response_format(request.response_format), *_read_structured(request.structured_outputs)]
     found += _read_parts(

@@ -25,6 +25,7 @@ MAX_REQUEST_OUTPUT_TOKENS = 16 * 1024 * 1024
 MAX_REQUEST_LOGPROBS = 1024 * 1024
 """The most logprobs in one answer: each is about a hundred bytes of JSON."""
 
+_NO_IDS: Int32s = np.empty(0, np.int32)
 _TRUNCATED_TIMES = 16
 """A prompt of ids that is truncated may have so many times the engine's context."""
 
@@ -57,21 +58,11 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     shows_special: bool = False
     """Whether the text shows special tokens."""
     best_of: int = 0
-    """The number of choices that are sampled, of which `num_choices` are returned; 0: as many."""
+    """The number of choices that are sampled, where it is more than `num_choices`, which are returned; else 0."""
     prompt_logprobs: int = -1
     """The number of likeliest tokens at each position of the prompt; -1: none, nor the logprobs of its tokens."""
     echo_logprobs: int = -1
     """The same for the logprobs of choices that begin with the prompt."""
-
-    @property
-    def has_best_of(self) -> bool:
-        """Whether more choices are sampled than returned."""
-        return self.best_of > self.num_choices
-
-    @property
-    def num_sampled(self) -> int:
-        """The number of choices that are sampled for each prompt."""
-        return max(self.best_of, self.num_choices)
 
 
 class Limits:
@@ -131,11 +122,15 @@ class Limits:
         if not ids:
             raise invalid("prompt", f"'{name}' is empty.")
         self.check_num_ids(len(ids), is_truncated=is_truncated)
-        lowest, highest = min(ids), max(ids)
-        if lowest < 0 or highest >= self.vocab_size:
-            wrong = lowest if lowest < 0 else highest
+        try:
+            array = np.fromiter(ids, np.int32, len(ids))
+        except OverflowError:
+            array = _NO_IDS
+        # As an unsigned number a negative id is too large, too: one pass in numpy in place of two over the list.
+        if not array.size or array.view(np.uint32).max() >= self.vocab_size:
+            wrong = lowest if (lowest := min(ids)) < 0 else max(ids)
             raise invalid("prompt", f"'{name}' has token id {wrong}; valid are 0 to {self.vocab_size - 1}.")
-        return np.array(ids, np.int32)
+        return array
 
     def check_text_size(self, param: str, num_bytes: int, max_bytes: int) -> None:
         """Refuse a text that cannot fit before it is encoded."""
@@ -159,9 +154,10 @@ class Limits:
         """Check the request as a whole. `param`: the field of the prompt; `default_tokens` None: as many as
         fit.
         """
-        longest = max(map(len, prompts))
+        lengths = [ids.size for ids in prompts]
+        longest = max(lengths)
         room = self.max_request_tokens - longest
-        if any(not len(ids) for ids in prompts):
+        if not min(lengths):
             raise invalid(param, f"'{param}' has no tokens.")
         if room < 1:
             raise self.too_long(param, longest)
@@ -175,25 +171,29 @@ class Limits:
                 "context_length_exceeded",
             )
         self._check_size(options, len(prompts), max_tokens, param)
-        self._check_num_prompt_logprobs(options, prompts)
+        num_prompt_tops = max(options.prompt_logprobs, options.echo_logprobs)
+        if num_prompt_tops >= 0:
+            self._check_num_prompt_logprobs(options, sum(lengths))
         if options.rules.min_tokens > max_tokens:
             least = options.rules.min_tokens
             raise invalid("min_tokens", f"'min_tokens' is {least}, but at most {max_tokens} tokens are generated.")
-        stop_ids = tuple(dict.fromkeys((*(() if options.ignores_eos else self._end_ids), *options.rules.stop_ids)))
+        stop_ids = () if options.ignores_eos else self._end_ids
+        if options.rules.stop_ids:
+            stop_ids = tuple(dict.fromkeys((*stop_ids, *options.rules.stop_ids)))
         sampling = options.sampling
-        if options.has_best_of and sampling.num_logprobs < 0:
+        if options.best_of and sampling.num_logprobs < 0:
             sampling = msgspec.structs.replace(sampling, num_logprobs=0)
         return GenerationSpec(
-            num_choices=options.num_sampled,
+            num_choices=options.best_of or options.num_choices,
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=stop_ids,
             deliver_each=options.is_streamed or options.stops is not None,
             priority=options.priority,
             grammar=None if options.grammar is None else self.complete_grammar(options.grammar).source,
-            edits=options.rules.make_edits(stop_ids),
+            edits=None if options.rules is NO_RULES else options.rules.make_edits(stop_ids),
             delivers_stop=options.keeps_stop,
-            prompt_logprobs=max(options.prompt_logprobs, options.echo_logprobs),
+            prompt_logprobs=num_prompt_tops,
         )
 
     @staticmethod
@@ -210,12 +210,13 @@ class Limits:
         return AskedGrammar(msgspec.structs.replace(asked.source, end_ids=self._end_ids), asked.param)
 
     def _check_size(self, options: GenerationOptions, num_prompts: int, max_tokens: int, param: str) -> None:
-        num_choices = num_prompts * options.num_sampled
+        num_sampled = options.best_of or options.num_choices
+        num_choices = num_prompts * num_sampled
         if num_choices > self.max_choices:
-            name = "best_of" if options.has_best_of else "n"
+            name = "best_of" if options.best_of else "n"
             raise invalid(
-                name if options.num_sampled > 1 else param,
-                f"{num_prompts} prompts times {name}={options.num_sampled} are more than {self.max_choices} choices.",
+                name if num_sampled > 1 else param,
+                f"{num_prompts} prompts times {name}={num_sampled} are more than {self.max_choices} choices.",
             )
         if num_choices * max_tokens > MAX_REQUEST_OUTPUT_TOKENS:
             raise invalid(
@@ -226,8 +227,9 @@ class Limits:
         if num_choices * max_tokens * num_logprobs > MAX_REQUEST_LOGPROBS:
             raise invalid("logprobs", f"The answer could hold more than {MAX_REQUEST_LOGPROBS} logprobs.")
 
-    def _check_num_prompt_logprobs(self, options: GenerationOptions, prompts: Sequence[Int32s]) -> None:
-        num_tokens = sum(map(len, prompts)) * options.num_choices
+    @staticmethod
+    def _check_num_prompt_logprobs(options: GenerationOptions, num_prompt_tokens: int) -> None:
+        num_tokens = num_prompt_tokens * options.num_choices
         for name, num_tops in (("prompt_logprobs", options.prompt_logprobs), ("logprobs", options.echo_logprobs)):
             if num_tokens * (1 + num_tops) > MAX_REQUEST_LOGPROBS:
                 raise invalid(name, f"The answer would hold more than {MAX_REQUEST_LOGPROBS} logprobs of prompts.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -24,7 +25,7 @@ from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.health import Health
 from toka_engine.server.limits import GenerationOptions, Limits
 from toka_engine.server.metrics import Metrics
-from toka_engine.server.prompt_logprobs import PromptLogprobForms
+from toka_engine.server.prompt_logprobs import NO_PROMPT_LOGPROBS, PromptLogprobForms
 from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.render import EmptyRenderer, Renderer, TrackingRenderer
 from toka_engine.server.responses.store import ResponseStore
@@ -82,6 +83,7 @@ class Engine(msgspec.Struct, frozen=True):
                 fingerprint=self.fingerprint,
                 prompts=prompts if options.returns_token_ids else None,
                 num_choices=options.num_choices,
+                is_streamed=options.is_streamed,
             ),
             self.renderer_maker(options, self.tokenizer.bytes_of),
             options.is_streamed,
@@ -89,7 +91,9 @@ class Engine(msgspec.Struct, frozen=True):
             options.reports_usage_each,
             echoes,
             options.num_choices,
-            PromptLogprobForms(
+            NO_PROMPT_LOGPROBS
+            if spec.prompt_logprobs < 0
+            else PromptLogprobForms(
                 self.tokenizer.bytes_of, self.tokenizer.label_of, options.echo_logprobs, options.prompt_logprobs
             ),
         )
@@ -100,9 +104,9 @@ class Engine(msgspec.Struct, frozen=True):
             return lambda: EmptyRenderer(bytes_of)
         if options.shows_special:
             bytes_of = self.tokenizer.bytes_with_specials
-        keeps_tokens = options.sampling.num_logprobs >= 0 or options.returns_token_ids or options.has_best_of
+        keeps_tokens = options.sampling.num_logprobs >= 0 or options.returns_token_ids or bool(options.best_of)
         if options.stops is None and not keeps_tokens:
-            return lambda: Renderer(bytes_of)
+            return partial(Renderer, bytes_of)
         return lambda: TrackingRenderer(
             bytes_of,
             options.stops,

@@ -112,7 +112,8 @@ class Generation:
     @property
     def num_cached(self) -> int:
         """Prompt tokens found in the prefix cache; a prompt whose choices were sent in parts counts once."""
-        return sum(each.num_cached for each in self.submissions if not each.submit.first_choice)
+        first, *others = self.submissions
+        return first.num_cached + sum(each.num_cached for each in others if not each.submit.first_choice)
 
     async def news(self) -> list[Choice]:
         """Wait for something new; return the choices that have it, each once. Raises what `fail` got, behind what came
@@ -123,7 +124,7 @@ class Generation:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if isinstance(self._error, ClientGoneError):
+        if self._error is not None and isinstance(self._error, ClientGoneError):
             raise self._error
         dirty, self.dirty = self.dirty, []
         return dirty
@@ -194,11 +195,11 @@ class Streams:
                 spec.sampling,
                 spec.stop_ids,
                 spec.deliver_each,
-                priority=spec.priority,
-                grammar=spec.grammar,
                 edits=spec.edits,
                 delivers_stop=spec.delivers_stop,
                 prompt_logprobs=spec.prompt_logprobs,
+                grammar=spec.grammar,
+                priority=spec.priority,
             )
             for submission in self.replicas.place(submit, generation.blocks[number] if generation.blocks else ()):
                 self._submit(generation, submission)

@@ -86,6 +86,8 @@ class CompletionFormat(AnswerFormat):
         )
 
     def _choice(self, index: int, choice: FinishedChoice) -> CompletionChoice:
+        if not (self._has_logprobs or self.returns_ids) and choice.prompt_logprobs is UNSET:
+            return CompletionChoice(index, choice.text, None, choice.finish_reason)
         return CompletionChoice(
             index,
             choice.text,
