@@ -7,6 +7,7 @@ test compares them.
 from __future__ import annotations
 
 ADVICE: dict[str, str] = {
+    "ChildFailed": "Give the API server what the message says it lacks (addresses, ports); it is tried again by itself",
     "ChildRejected": "Change what the message names, or the policy that refuses it; it is tried again by itself",
     "ClaimMissing": "Create the PersistentVolumeClaim",
     "ClaimPending": "See why the PersistentVolumeClaim is not bound (kubectl describe pvc)",

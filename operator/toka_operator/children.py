@@ -27,14 +27,14 @@ from toka_operator.errors import (
     NamespaceEndsError,
     NotFoundError,
     TransientError,
-    WebhookFailsError,
+    WriteFailsError,
 )
 from toka_operator.events import Suspects
 from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, is_kept_claim, is_orphaned, is_owned_by, is_predecessors
 from toka_operator.plan import Plan
-from toka_operator.refusals import REFUSED_LAST_S, WEBHOOK_LAST_S, Refusals
+from toka_operator.refusals import Refusals
 from toka_operator.resources import CLAIM, POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
 from toka_operator.settings import FIELD_MANAGER, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.store import Key, Store
@@ -96,8 +96,11 @@ class ChildWriter:
             return
         try:
             self._patch(kind, found, {"metadata": {"ownerReferences": [owner.reference()]}})
+        except WriteFailsError as error:  # the name is told as taken, and this is tried again with it
+            logger.warning("object=%s/%s child=%s/%s adopted=%r", owner.namespace, owner.name, kind, name, str(error))
+            return
         except ApiError as error:
-            if error.status != 403:
+            if error.status not in (400, 403, 422):
                 raise
             # OwnerReferencesPermissionEnforcement asks for the verb delete, which we lack for some kinds
             memory.not_ours.add(metadata["uid"])
@@ -127,22 +130,24 @@ class ChildWriter:
             attempt(f"deletion of {POD} {name}", uid, partial(self._delete, owner, POD, name, uid, grace_s=0))
         rejected = {target: why for target, why in rejected.items() if why}
         memory.refusals.keep_only(set(rejected))
-        return Outcome(rejected)
+        return Outcome(rejected, memory.refusals.find_failed())
 
     def _attempt(self, owner: Owner, memory: Memory, target: str, wish: object, write: Callable[[], None]) -> str:
         """Makes one write. Returns why the API server refused it, or nothing."""
         try:
             write()
+            return ""
         except ApiError as error:
-            is_refusal = error.status in (400, 403, 422) or isinstance(error, WebhookFailsError)
-            if not is_refusal or isinstance(error, NamespaceEndsError):
+            if error.status not in (400, 403, 422) or isinstance(error, NamespaceEndsError):
                 raise
             why = error.message[:1024] or f"{error.status} {error.reason}"
-            last_s = WEBHOOK_LAST_S if isinstance(error, WebhookFailsError) else REFUSED_LAST_S
-            if memory.refusals.note(target, wish, why, last_s):
-                logger.warning("object=%s/%s child=%r rejected=%r", owner.namespace, owner.name, target, why)
-            return why
-        return ""
+            is_news = memory.refusals.note(target, wish, why)
+        except WriteFailsError as error:
+            why = str(error)[:1024]
+            is_news = memory.refusals.note(target, wish, why, is_failed=True)
+        if is_news:
+            logger.warning("object=%s/%s child=%r rejected=%r", owner.namespace, owner.name, target, why)
+        return why
 
     def _write_child(self, owner: Owner, desired: Json, live: Json | None, memory: Memory) -> None:
         kind, name = desired["kind"], desired["metadata"]["name"]

@@ -28,7 +28,7 @@ from toka_operator.errors import (
     NotFoundError,
     NotLeaderError,
     TransientError,
-    WebhookFailsError,
+    WriteFailsError,
 )
 from toka_operator.failures import WEBHOOK_FAILS
 from toka_operator.fields import Json
@@ -105,10 +105,11 @@ class Cluster:
         token = ""
         while True:
             page = self._request("GET", _path(kind, namespace), [*query, ("continue", token)] if token else query)
+            version = _read_version(page)
             items += page.get("items") or []
             token = page["metadata"].get("continue", "")
             if not token:
-                return Page(items, page["metadata"]["resourceVersion"])
+                return Page(items, version)
 
     def watch(self, kind: str, namespace: str | None, selector: str, resource_version: str) -> Iterator[Json]:
         """Watch events until the server ends the stream. Raises GoneError when the version is too old."""
@@ -206,7 +207,9 @@ class Cluster:
         finally:
             response.release_conn()
         if response.status >= 400:
-            raise _to_error(response.status, data, response.headers)
+            refusal = _to_error(response.status, data, response.headers)
+            is_about_one = method != "GET" and (response.status == 500 or WEBHOOK_FAILS in str(refusal))
+            raise WriteFailsError(str(refusal)) if is_about_one and isinstance(refusal, TransientError) else refusal
         return _parse_json(data)
 
     def _send(
@@ -298,8 +301,7 @@ def _read_events(response: Any) -> Iterator[Json]:
             if event.get("type") == "ERROR":
                 status = event.get("object") or {}
                 raise _to_error(int(status.get("code") or 500), json.dumps(status).encode(), {})
-            if not isinstance(event.get("object"), dict) or "metadata" not in event["object"]:
-                raise TransientError("a watch event has no object")
+            _read_version(event.get("object"))
             yield event
 
 
@@ -313,6 +315,16 @@ def _parse_json(data: bytes) -> Json:
     return parsed
 
 
+def _read_version(found: Any) -> str:
+    """The resource version of a list or an object. Raises TransientError if it is neither: a proxy may answer with
+    anything."""
+    metadata = found.get("metadata") if isinstance(found, dict) else None
+    version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
+    if not isinstance(version, str) or not version.isdigit():
+        raise TransientError("the answer has no resource version")
+    return version
+
+
 def _to_error(status: int, data: bytes, headers: Any) -> ApiError | TransientError:
     try:
         answer = json.loads(data)
@@ -320,8 +332,6 @@ def _to_error(status: int, data: bytes, headers: Any) -> ApiError | TransientErr
         causes = [c.get("reason") for c in (answer.get("details") or {}).get("causes") or []]
     except (ValueError, AttributeError):
         causes, reason, message = [], "", data[:200].decode(errors="replace")
-    if status >= 500 and WEBHOOK_FAILS in message:
-        return WebhookFailsError(status, reason, message)
     if status == 429 or status >= 500 or status == 401:
         after = headers.get("Retry-After", "")
         return TransientError(f"{status} {reason}: {message}", float(after) if after.isdigit() else None)

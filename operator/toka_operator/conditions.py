@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from toka_operator.advice import add_advice
-from toka_operator.failures import DISRUPTION_REASONS, NOT_READY, NOT_READY_S, WEBHOOK_FAILS, Failure, name_refusal
+from toka_operator.failures import DISRUPTION_REASONS, NOT_READY, NOT_READY_S, Failure, name_refusal
 from toka_operator.fields import Json
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
@@ -61,7 +61,9 @@ class Outcome:
     """The API server's answers to this pass's writes."""
 
     rejected: Mapping[str, str] = field(default_factory=dict)
-    """Child ("StatefulSet smollm2-1a2b3c4d") -> why the API server refused it."""
+    """Child ("StatefulSet smollm2-1a2b3c4d") -> why the API server refused it, or could not write it."""
+    failed: frozenset[str] = frozenset()
+    """Those of `rejected` that no rule refused, so that no spec is to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,8 @@ def _decide_degraded(
         return _degraded("NameTaken", message)
     if outcome.rejected:
         child, why = sorted(outcome.rejected.items())[0]
-        return _degraded(name_refusal(why, "ChildRejected"), f"{child}: {why}")
+        otherwise = "ChildFailed" if child in outcome.failed else "ChildRejected"
+        return _degraded(name_refusal(why, otherwise), f"{child}: {why}")
     failing = [pod.failure for pod in observed.pods if pod.is_failing and pod.failure is not None]
     failing += observed.missing_pods
     is_short = counts.num_available < counts.num_wanted
@@ -261,7 +264,7 @@ def _describe(failure: Failure, num_failing: int) -> str:
 
 
 def _decide_config_valid(outcome: Outcome) -> Condition:
-    refused = {child: why for child, why in outcome.rejected.items() if WEBHOOK_FAILS not in why}
+    refused = {child: why for child, why in outcome.rejected.items() if child not in outcome.failed}
     if refused:
         child, why = sorted(refused.items())[0]
         return Condition(CONFIG_VALID, False, "ChildRejected", f"the API server refused {child}: {why}")

@@ -58,6 +58,11 @@ class TransientError(OperatorError):
         self.retry_after_s = retry_after_s
 
 
+class WriteFailsError(TransientError):
+    """500: the API server, or an admission webhook that it must ask, failed at this write (no address is left for a
+    Service, say). It may be that only this object waits, for long, and that the API server itself is well."""
+
+
 class ApiError(OperatorError):
     """The API server refused a request. `status` is the HTTP code, `reason` Kubernetes' word for it."""
 
@@ -78,11 +83,6 @@ class ConflictError(ApiError):
 
 class GoneError(ApiError):
     """410: the resource version asked for is too old; list again."""
-
-
-class WebhookFailsError(ApiError):
-    """500: an admission webhook that must be asked about the object did not answer. Only that object waits for it: the
-    API server itself is well."""
 
 
 class NamespaceEndsError(ApiError):

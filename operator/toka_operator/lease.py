@@ -30,16 +30,23 @@ class Election(threading.Thread):
     """Runs until stopped; gives the lease back then, so that the next leader need not wait.
 
     `on_elected` is called at the beginning of each term. A term ends when the Lease lapses, also if nobody looked
-    meanwhile and the next renewal succeeds.
+    meanwhile and the next renewal succeeds. `on_restored` is called when the Lease has an older version than before:
+    etcd was restored from a backup. No stream tells of that, and the Lease alone is asked for again and again.
     """
 
-    def __init__(self, settings: Settings, on_elected: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, on_elected: Callable[[], None], on_restored: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(name="lease", daemon=True)
         self._settings = settings
-        self._on_elected = on_elected
+        self._on_elected, self._on_restored = on_elected, on_restored
         self._stop_event = threading.Event()
         self._cluster: Cluster | None = None
         self._known: Json | None = None
+        """The Lease as it was last read or written."""
+        self._is_doubtful = False
+        """Whether the last request failed, so that the Lease may be another by now."""
+        self._version = 0
         self._seen_at = 0.0
         self._held_until = 0.0
         self._is_new_term = False
@@ -84,9 +91,9 @@ class Election(threading.Thread):
             try:
                 self._try_once()
             except ConflictError:
-                self._known = None
+                self._is_doubtful = True
             except (ApiError, TransientError) as error:
-                self._known = None
+                self._is_doubtful = True
                 logger.warning("lease=%s event=failed error=%r", self._settings.lease_name, str(error))
             if self.is_held() != was_held:
                 was_held = not was_held
@@ -96,12 +103,12 @@ class Election(threading.Thread):
             if self._is_new_term:
                 self._is_new_term = False
                 self._on_elected()
-            self._stop_event.wait(next_try_s(self._settings.lease_retry_s, self.is_held()))
+            self._stop_event.wait(next_try_s(self._settings.lease_retry_s, self.is_held(), self._lapses_in_s()))
         self._release()
 
     def _try_once(self) -> None:
         started = time.monotonic()
-        lease = self._known if self.is_held() and self._known else self._read()
+        lease = self._known if self.is_held() and not self._is_doubtful else self._read()
         if lease is None:
             self._accept(self._write(None), started)
             return
@@ -109,9 +116,16 @@ class Election(threading.Thread):
         is_ours = holder == self._settings.identity
         if not is_ours:
             self._held_until = 0.0
-        expires = self._seen_at + int(lease["spec"].get("leaseDurationSeconds") or 0)
-        if is_ours or not holder or started >= expires:
+        if is_ours or not holder or started >= self._lapses_at():
             self._accept(self._write(lease), started)
+
+    def _lapses_at(self) -> float:
+        """When the Lease that we know may be taken, if it is not renewed."""
+        duration_s = int(self._known["spec"].get("leaseDurationSeconds") or 0) if self._known else 0
+        return self._seen_at + duration_s
+
+    def _lapses_in_s(self) -> float:
+        return self._lapses_at() - time.monotonic()
 
     def _read(self) -> Json | None:
         """The lease; its age counts from when *we* saw this state of it first."""
@@ -124,9 +138,17 @@ class Election(threading.Thread):
         is_same = self._known is not None and self._known["spec"] == lease["spec"]
         if not is_same:
             self._seen_at = time.monotonic()
-        self._known = lease
+        self._know(lease)
         self._note_renewal(lease)
         return lease
+
+    def _know(self, lease: Json) -> None:
+        self._known, self._is_doubtful = lease, False
+        version = int(lease["metadata"]["resourceVersion"])
+        if version < self._version:
+            logger.warning("lease=%s event=went_back version=%d", self._settings.lease_name, version)
+            self._on_restored()
+        self._version = version
 
     def _note_renewal(self, lease: Json) -> None:
         """Whoever renewed the Lease since it was read last is alive."""
@@ -161,7 +183,7 @@ class Election(threading.Thread):
         """We lead until the renewal deadline, counted from before the request. A new term begins unless we still
         led until now."""
         was_held = self.is_held()
-        self._known = lease
+        self._know(lease)
         self._seen_at = started
         self._alive_at = time.monotonic()
         self._held_until = started + self._settings.lease_renew_deadline_s
@@ -179,6 +201,10 @@ class Election(threading.Thread):
             logger.warning("lease=%s event=not_released error=%r", self._settings.lease_name, str(error))
 
 
-def next_try_s(retry_s: float, is_held: bool) -> float:
-    """Return the seconds until the next try: a leader renews on time, those that wait spread out their writes."""
-    return retry_s if is_held else retry_s * random.uniform(1.0, 1.2)
+def next_try_s(retry_s: float, is_held: bool, lapses_in_s: float) -> float:
+    """Return the seconds until the next try: a leader renews on time; those that wait try as soon as the Lease lapses,
+    and spread out their writes."""
+    if is_held:
+        return retry_s
+    regular_s = retry_s * random.uniform(1.0, 1.2)
+    return min(regular_s, lapses_in_s + retry_s * random.uniform(0.0, 0.2)) if lapses_in_s > 0.0 else regular_s

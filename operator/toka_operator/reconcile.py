@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from toka_operator.children import ChildWriter, Memory
 from toka_operator.cluster import Cluster
-from toka_operator.errors import ConflictError, NamespaceEndsError, NotFoundError, TransientError
+from toka_operator.errors import ConflictError, FieldError, NamespaceEndsError, NotFoundError, TransientError
 from toka_operator.escapes import find_escapes
 from toka_operator.events import Recorder, Warnings
 from toka_operator.fields import Json
@@ -70,10 +70,8 @@ class Reconciler:
         spec = parse(deployment)
         if not isinstance(spec, list):
             spec = find_escapes(spec, self._settings.allow_host_path) or spec
-        requeue_s: float | None = None
         if isinstance(spec, list):
-            previous = deployment.get("status") or {}
-            self._write_status(owner, deployment, build_invalid_status(owner, spec, previous, time.time()))
+            requeue_s = self._report_invalid(owner, spec, deployment)
         else:
             requeue_s = self._converge(owner, spec, deployment)
         return 0.0 if self._has_changed(key, owner) else requeue_s
@@ -88,6 +86,13 @@ class Reconciler:
             return False
         metadata = newest["metadata"]
         return (metadata["uid"], int(metadata.get("generation", 1))) != (owner.uid, owner.generation)
+
+    def _report_invalid(self, owner: Owner, errors: list[FieldError], deployment: Json) -> float | None:
+        """Tells what is wrong with the spec, and how its pods are, which stay as they are."""
+        memory = self._memories.setdefault((owner.namespace, owner.name), Memory())
+        observed, previous = self._observe(owner, memory), deployment.get("status") or {}
+        self._write_status(owner, deployment, build_invalid_status(owner, errors, observed, previous, time.time()))
+        return memory.suspects.next_ask_s()
 
     def _converge(self, owner: Owner, spec: TokaDeploymentSpec, deployment: Json) -> float | None:
         previous = deployment.get("status") or {}

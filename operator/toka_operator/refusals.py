@@ -1,7 +1,8 @@
 """Writes that the API server refused, and when each is tried again.
 
-Owns: the backoff of refused writes (a quota, an admission policy, a right that is missing), so that a thousand refused
-objects do not keep the API server busy. Another wish than the refused one is tried at once. No I/O.
+Owns: the backoff of refused writes (a quota, an admission policy, a right that is missing, a range of addresses that is
+used up), so that a thousand refused objects do not keep the API server busy. Another wish than the refused one is tried
+at once. No I/O.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 
 REFUSED_FIRST_S = 5.0
 REFUSED_LAST_S = 120.0
-WEBHOOK_LAST_S = 20.0
-"""The longest wait for an admission webhook that does not answer: it is an outage, and over when somebody mends it."""
+FAILED_FIRST_S = 1.0
+FAILED_LAST_S = 20.0
+"""The waits after a failure of the API server's or of a webhook that it asks: it is an outage, and over when somebody
+mends it."""
 
 
 @dataclass(slots=True)
@@ -22,6 +25,8 @@ class _Refusal:
     why: str
     delay_s: float
     due: float
+    is_failed: bool
+    """Whether no rule refused it, but the API server could not do it."""
 
 
 class Refusals:
@@ -38,14 +43,18 @@ class Refusals:
             return ""
         return refusal.why
 
-    def note(self, target: str, wish: Any, why: str, last_s: float = REFUSED_LAST_S) -> bool:
-        """Remembers a refusal, to be tried again after `last_s` at the latest. Returns whether it is news: another one,
-        or for another reason."""
+    def note(self, target: str, wish: Any, why: str, is_failed: bool = False) -> bool:
+        """Remembers a refusal, or a failure. Returns whether it is news: another one, or for another reason."""
         before = self._refusals.get(target)
-        is_again = before is not None and before.wish == wish
-        delay_s = min(last_s, before.delay_s * 2) if before is not None and is_again else REFUSED_FIRST_S
-        self._refusals[target] = _Refusal(wish, why, delay_s, time.monotonic() + delay_s)
+        first_s, last_s = (FAILED_FIRST_S, FAILED_LAST_S) if is_failed else (REFUSED_FIRST_S, REFUSED_LAST_S)
+        is_again = before is not None and (before.wish, before.is_failed) == (wish, is_failed)
+        delay_s = min(last_s, before.delay_s * 2) if before is not None and is_again else first_s
+        self._refusals[target] = _Refusal(wish, why, delay_s, time.monotonic() + delay_s, is_failed)
         return before is None or before.why != why
+
+    def find_failed(self) -> frozenset[str]:
+        """The targets that no rule refused, but the API server could not write."""
+        return frozenset(target for target, refusal in self._refusals.items() if refusal.is_failed)
 
     def keep_only(self, targets: set[str]) -> None:
         """Forgets the refusals of whatever is not refused any more."""

@@ -50,7 +50,7 @@ class Runtime:
         self._queue: WorkQueue[Key] = WorkQueue(max_bulk_workers=max(1, settings.num_workers // 2))
         self._deployments = Store(own_key)
         self._stores = make_stores()
-        self._election = Election(settings, self._on_elected)
+        self._election = Election(settings, self._on_elected, self._on_restored)
         scopes = settings.watch_namespaces or (None,)
         self._cluster: Cluster = connect(
             len(SELECTORS) * len(scopes),
@@ -141,9 +141,13 @@ class Runtime:
         self._queue.add_after(key, CHILD_SETTLE_S)
 
     def _on_synced(self, scope: str | None) -> None:
-        """The passes dropped while the scope's caches were filling are asked for."""
-        if all(watch.is_synced.is_set() for watch in self._watches[scope]):
+        """The passes dropped while not everything in the scope was seen are asked for."""
+        if self._is_seen(scope):
             self._add_all(scope)
+
+    def _on_restored(self) -> None:
+        for watch in self._all_watches():
+            watch.begin_anew()
 
     def _on_elected(self) -> None:
         self._add_all(None)
@@ -152,10 +156,10 @@ class Runtime:
         for key in self._deployments.list_keys(scope):
             self._queue.add(key, is_bulk=True)
 
-    def _is_synced(self, namespace: str) -> bool:
-        """Whether everything in a namespace was seen once, so that a pass does not take what is there for missing."""
-        watches = self._watches[namespace if namespace in self._watches else None]
-        return all(watch.is_synced.is_set() for watch in watches)
+    def _is_seen(self, scope: str | None) -> bool:
+        """Whether every kind of a scope was listed, and may be watched now: a pass neither takes what is there for
+        missing, nor pods for available of which nothing was heard since the right to see them is gone."""
+        return all(watch.is_synced.is_set() and not watch.is_refused for watch in self._watches[scope])
 
     def _find_unwatched(self) -> dict[str, str]:
         """Each scope that cannot be watched now -> the API server's words."""
@@ -177,9 +181,10 @@ class Runtime:
             self._work_on(key)
 
     def _work_on(self, key: Key) -> None:
-        """One pass. A key is dropped by a follower, and while its caches are filling: it is added again when this
-        replica is elected, and when they are filled."""
-        if not self._election.is_held() or not self._is_synced(key[0]):
+        """One pass. A key is dropped by a follower, and while not everything in its scope is seen: it is added again
+        when this replica is elected, and when all is seen."""
+        scope = key[0] if key[0] in self._watches else None
+        if not self._election.is_held() or not self._is_seen(scope):
             self._queue.done(key)
             return
         result = "failed"

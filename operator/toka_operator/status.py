@@ -35,6 +35,7 @@ from toka_operator.resources import Owner, selector_labels
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time, parse_time
 
+INVALID = "InvalidSpec"
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
 """A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
@@ -102,14 +103,34 @@ def build_status(
     return {**status, "conditions": merged}
 
 
-def build_invalid_status(owner: Owner, errors: Sequence[FieldError], previous: Json, now: float) -> Json:
-    """The status of an object whose spec cannot be used: every bad field named, the rest as it was."""
-    message = "; ".join(str(error) for error in errors)
-    invalid = Condition(CONFIG_VALID, False, "InvalidSpec", add_advice("InvalidSpec", message))
-    kept = [c for c in previous.get("conditions", []) if c.get("type") != CONFIG_VALID]
-    conditions = merge_conditions([invalid], previous.get("conditions", []), owner.generation, now)
-    status = {**previous, "observedGeneration": owner.generation, "phase": "Invalid", "reason": "InvalidSpec"}
-    return {**status, "conditions": [*kept, *conditions]}
+def build_invalid_status(
+    owner: Owner, errors: Sequence[FieldError], observed: Observed, previous: Json, now: float
+) -> Json:
+    """The status of an object whose spec cannot be used: every bad field named. Its pods stay, and are counted."""
+    pods = [pod for pod in observed.pods if not pod.is_terminating]
+    num_ready, num_available = sum(pod.is_ready for pod in pods), sum(pod.is_available(now, 0.0) for pod in pods)
+    wanted = str(previous.get("ready", "")).rpartition("/")[2] or str(len(pods))
+    message = add_advice("InvalidSpec", "; ".join(str(error) for error in errors))
+    serving = f"{num_available} pods are available, of those that the last valid spec asked for"
+    conditions = [
+        Condition(READY, False, INVALID, message),
+        Condition(AVAILABLE, num_available > 0, "MinimumAvailable" if num_available else "MinimumUnavailable", serving),
+        Condition(PROGRESSING, False, INVALID, "nothing is changed until the spec is valid"),
+        Condition(DEGRADED, True, INVALID, message),
+        Condition(CONFIG_VALID, False, INVALID, message),
+    ]
+    return {
+        **previous,
+        "observedGeneration": owner.generation,
+        "phase": "Invalid",
+        "reason": INVALID,
+        "ready": f"{num_ready}/{wanted}",
+        "replicas": len(pods),
+        "readyReplicas": num_ready,
+        "availableReplicas": num_available,
+        "failures": _describe_failures(pod.failure for pod in pods if pod.failure is not None),
+        "conditions": merge_conditions(conditions, previous.get("conditions", []), owner.generation, now),
+    }
 
 
 def find_next_moment_s(spec: TokaDeploymentSpec, observed: Observed, status: Json, now: float) -> float | None:
@@ -166,7 +187,7 @@ def find_events(previous: Json, status: Json) -> list[Event]:
             events.append(Event(False, "Ready", condition["message"]))
         if kind == DEGRADED and is_true and (is_new_status or is_new_reason):
             events.append(Event(True, condition["reason"], condition["message"]))
-        if kind == CONFIG_VALID and not is_true and (is_new_status or is_new_reason):
+        if kind == CONFIG_VALID and not is_true and condition["reason"] != INVALID and (is_new_status or is_new_reason):
             events.append(Event(True, condition["reason"], condition["message"]))
     return events
 
@@ -234,6 +255,7 @@ def _find_last_progress(
     last = previous.get("lastProgressTime")
     is_same_wish = previous.get("observedGeneration") == owner.generation
     is_same_wish = is_same_wish and previous.get("currentRevision") == spec.revision
+    is_same_wish = is_same_wish and previous.get("phase") != "Invalid"
     if not last or not is_same_wish:
         return format_time(now)
     if _was_over(previous):

@@ -74,16 +74,21 @@ class Store:
         with self._lock:
             return self._discard(name)
 
-    def replace_all(self, objects: Iterable[Json], version: int, namespace: str | None = None) -> set[Key]:
+    def replace_all(
+        self, objects: Iterable[Json], version: int, namespace: str | None = None, is_anew: bool = False
+    ) -> set[Key]:
         """Takes over a complete list of a namespace (None: of the whole cluster) made at `version`.
 
-        Returns the keys of everything that changed. Other namespaces' objects stay as they are.
+        Returns the keys of everything that changed. Other namespaces' objects stay as they are. `is_anew`: versions
+        count anew, so that nothing known is newer than the list.
         """
         listed = {_name(obj): obj for obj in objects}
         with self._lock:
-            known = ((n, o) for n, o in self._objects.items() if namespace in (None, n[0]))
-            gone = [n for n, o in known if n not in listed and _version(o) <= version]
+            known = [(n, o) for n, o in self._objects.items() if namespace in (None, n[0])]
+            gone = [n for n, o in known if is_anew or (n not in listed and _version(o) <= version)]
             changed = {key for key in (self._discard(name) for name in gone) if key is not None}
+            if is_anew:
+                self._deleted.clear()
         return changed.union(*map(self.put, listed.values()))
 
     def get(self, name: Key) -> Json | None:

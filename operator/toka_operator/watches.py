@@ -72,7 +72,7 @@ class Watch(threading.Thread):
     """Keeps one scope of one Store true, until it is stopped.
 
     `on_change` gets each changed key and whether the object was new (listed or added). `on_synced` is called after the
-    first complete list.
+    first complete list, and after the first one that is allowed again.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Watch(threading.Thread):
         self._stop_event = threading.Event()
         self._version = ""
         self._num_failures = 0
+        self._is_outdated = threading.Event()
         self.is_synced = threading.Event()
         self.last_contact = time.monotonic()
         """The time at which the thread last came round: after an event, a list, or a failure."""
@@ -100,6 +101,11 @@ class Watch(threading.Thread):
 
     def stop(self) -> None:
         self._stop_event.set()
+
+    def begin_anew(self) -> None:
+        """Gives up all that was seen, and lists, when the present stream ends: the versions of the API server went
+        back, and a stream from a version that is yet to come tells of nothing."""
+        self._is_outdated.set()
 
     def run(self) -> None:
         while not self._stop_event.is_set():
@@ -113,7 +119,8 @@ class Watch(threading.Thread):
         wait before the next attempt."""
         started = time.monotonic()
         try:
-            self._version = self._version or self._list()
+            if self._is_outdated.is_set() or not self._version:
+                self._version = self._list()
             self._follow()
         except GoneError:
             logger.info("watch=%s event=too_old action=list_again", self.name)
@@ -155,14 +162,19 @@ class Watch(threading.Thread):
             self.trouble, self.is_refused = "", False
 
     def _list(self) -> str:
+        is_anew = self._is_outdated.is_set()
         page = self._cluster.list_all(self._kind, self._namespace, SELECTORS[self._kind])
         for item in page.items:
             item.setdefault("kind", self._kind)
-        changed = self._store.replace_all(page.items, int(page.resource_version), self._namespace)
+        changed = self._store.replace_all(page.items, int(page.resource_version), self._namespace, is_anew)
+        if is_anew:
+            self._is_outdated.clear()
+            logger.warning("watch=%s event=began_anew version=%s", self.name, page.resource_version)
+        is_seen_again = self.is_refused or not self.is_synced.is_set()
         self._note_recovery()
         for key in changed:
             self._on_change(key, True)
-        if not self.is_synced.is_set():
+        if is_seen_again:
             self.is_synced.set()
             self._on_synced()
         return page.resource_version

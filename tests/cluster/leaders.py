@@ -2,7 +2,8 @@
 
 Two operators with the chart's own Lease settings serve a few objects, each of which is changed in every turn while
 there is no leader. A frozen leader wakes up when another has led for a while, in the middle of whatever it did. Pods
-are simulated, everything else is real. Not a test: it asserts nothing.
+are simulated, everything else is real. Each turn ends with a line of progress; one that is slow, with what the
+operators asked for in it. Not a test: it asserts nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import json
 import signal
 import statistics
+import sys
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from toka_engine.output import run_command
@@ -24,6 +27,7 @@ from tests.cluster.scale import AS_INSTALLED
 NUM_OBJECTS = 5
 WATCHES_LEASE_S = 5.0
 """Seconds that a new operator runs before the leader goes: by then it has seen the Lease renewed."""
+SLOW_S = 20.0
 
 
 def lease_holder(server: ApiServer) -> str:
@@ -67,6 +71,15 @@ class Pair:
         return str(found)
 
 
+def tell_requests(operator: Operator, since: datetime) -> None:
+    """Print what the operators asked for, but for watches."""
+    for event in operator.server.audit_events(USER):
+        begun, reference = event["requestReceivedTimestamp"], event.get("objectRef", {})
+        if event["verb"] != "watch" and datetime.fromisoformat(begun) >= since:
+            words = (event["verb"], reference.get("resource"), reference.get("name"), event["responseStatus"]["code"])
+            print("  ", begun, event["stageTimestamp"], *words, file=sys.stderr, flush=True)
+
+
 def measure(num_turns: int) -> dict[str, Any]:
     server = ApiServer.start("leaders")
     try:
@@ -86,18 +99,25 @@ def _take_turns(operator: Operator, num_turns: int) -> dict[str, Any]:
     for number in range(NUM_OBJECTS):
         operator.apply(f"chat-{number}")
     operator.wait_for(lambda: is_done(operator, 1), "the beginning")
-    takeovers, converged, wrong = [], [], 0
+    takeovers: list[float] = []
+    converged: list[float] = []
+    wrong = 0
     for turn in range(num_turns):
         leader, replicas = pair.wait_for_leader(), 2 + turn % 2
-        began = time.monotonic()
+        began, began_at = time.monotonic(), datetime.now(UTC)
         is_frozen = turn % 2 == 1
         pair.running[leader].send_signal(signal.SIGSTOP if is_frozen else signal.SIGKILL)
-        names = [f"td/chat-{number}" for number in range(NUM_OBJECTS)]
-        operator.kubectl("scale", *names, f"--replicas={replicas}")
+        for number in range(NUM_OBJECTS):
+            operator.scale(f"chat-{number}", replicas)
+        scaled_s = time.monotonic() - began
         pair.wait_for_leader(other_than=leader)
         takeovers.append(time.monotonic() - began)
         operator.wait_for(lambda replicas=replicas: is_done(operator, replicas), "the changes to be made")
         converged.append(time.monotonic() - began)
+        told = f"turn {turn + 1}: scaled {scaled_s:.1f}, led {takeovers[-1]:.1f}, changed {converged[-1]:.1f} s"
+        print(told, file=sys.stderr, flush=True)
+        if converged[-1] > SLOW_S:
+            tell_requests(operator, began_at)
         if is_frozen:
             pair.running[leader].send_signal(signal.SIGCONT)
             time.sleep(2.0)

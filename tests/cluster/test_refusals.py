@@ -15,6 +15,7 @@ from toka_operator.advice import ADVICE
 from toka_operator.failures import explain_missing_pods
 
 from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.operating import Json, Operator, unrelated_objects
 
 
@@ -89,6 +90,41 @@ def test_what_an_admission_webhook_refuses_or_does_not_answer_is_told_and_made_w
     operator.server.kubectl("delete", "validatingwebhookconfiguration", operator.namespace)
     operator.wait_until_ready("third")
     operator.wait_until_ready("other")
+
+
+def take_all_node_ports(operator: Operator) -> list[str]:
+    """Make Services of a thousand ports, then of fewer, until the API server has none left; return their names."""
+    names: list[str] = []
+    count = 1024
+    while count:
+        ports = [{"name": f"p{number}", "port": number + 1} for number in range(count)]
+        manifest = {"metadata": {"name": f"filler-{len(names)}"}, "spec": {"type": "NodePort", "ports": ports}}
+        try:
+            operator.server.request("POST", f"/api/v1/namespaces/{operator.namespace}/services", manifest)
+        except CommandFailed as error:
+            if "range is full" not in str(error):
+                raise
+            count //= 2
+        else:
+            names.append(f"filler-{len(names)}")
+    return names
+
+
+def test_a_service_for_which_no_port_is_left_is_told_and_made_when_there_is(operator: Operator) -> None:
+    """The API server answers 500, as it does when it is ill, and to this one object for as long as it takes."""
+    operator.expected.append("rejected=")
+    taken = take_all_node_ports(operator)
+    operator.apply("chat", service={"type": "NodePort"})
+    degraded = operator.wait_for_condition("chat", "Degraded", "True", "ChildFailed")
+    assert "Service chat: 500 InternalError: " in degraded["message"]
+    assert "range is full" in degraded["message"]
+    assert degraded["message"].endswith(f"{ADVICE['ChildFailed']}.")
+    operator.wait_for_condition("chat", "ConfigValid", "True")
+    assert len(operator.sets("chat")) == 1, "the other children are made meanwhile"
+    for name in taken:
+        operator.delete("service", name)
+    operator.wait_until_ready("chat")
+    operator.wait_for_condition("chat", "Degraded", "False")
 
 
 def test_pods_that_pod_security_refuses_have_the_words_by_which_they_are_known(operator: Operator) -> None:

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 
 from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
-from tests.cluster.operating import HOLD, Json, Operator
+from tests.cluster.operating import HOLD, Operator, pod_uids
+from tests.unit.operator.test_revisions import BASE, MEANINGLESS, edit
 
 
 @dataclass
@@ -161,30 +162,26 @@ def test_the_progress_deadline_is_told(operator: Operator) -> None:
     operator.wait_for_condition("chat", "Degraded", "True", "ProgressDeadlineExceeded")
 
 
-NO_OPS: list[Json] = [
-    {"engine": {"env": [], "envFrom": [], "extraArgs": [], "pullSecrets": []}},
-    {"model": {"servedName": "smollm2", "aliases": []}},
-    {"scheduling": {"nodeSelector": {}, "tolerations": [], "affinity": {}}},
-    {"podTemplate": {"labels": {}, "annotations": {}, "volumes": [], "volumeMounts": [], "sidecars": []}},
-    {"resources": {"cpu": "1000m", "memory": "1024Mi"}},
-    {"resources": {"cpu": 1, "memory": 1073741824}},
-    {"engine": {"port": 10210, "hydragen": True, "logLevel": "INFO"}, "startup": {"timeoutSeconds": 1800}},
-    {"rollout": {"maxSurge": 2, "stuckSeconds": 40}, "disruption": {"podDisruptionBudget": "Off"}},
-]
-"""Merged one after the other into an object."""
+def test_sixty_kinds_of_edits_without_meaning_replace_no_pod(operator: Operator) -> None:
+    """Each is applied to the object as it was at first, through the CRD. Its pods need no node to be there."""
+    operator.apply("chat", **BASE)
+    operator.wait_for(lambda: len(operator.pods("chat")) == 1, "the pod")
+    before, pods = operator.require("td", "chat"), pod_uids(operator)
+    kept = [(path, value) for path, value in MEANINGLESS if path not in ("suspend", "replicas")]
+    assert len(kept) >= 60
+    operator.num_edits = len(kept)
 
+    def is_seen() -> bool:
+        found = operator.require("td", "chat")
+        return found.get("status", {}).get("observedGeneration") == found["metadata"]["generation"]
 
-def test_edits_without_meaning_replace_no_pod(operator: Operator) -> None:
-    operator.apply("chat", replicas=2, resources={"device": "cpu", "cpu": "1", "memory": "1Gi"})
-    before = operator.wait_until_ready("chat")
-    pods = {pod["metadata"]["uid"] for pod in operator.pods("chat")}
-    for spec in NO_OPS:
-        operator.patch("chat", **spec)
-        after = operator.wait_until_ready("chat")
-        assert after["status"]["currentRevision"] == before["status"]["currentRevision"], spec
+    for path, value in kept:
+        operator.apply("chat", **edit(BASE, path, value))
+        operator.wait_for(is_seen, f"{path}={value} to be seen")
+        assert operator.require("td", "chat")["status"]["currentRevision"] == before["status"]["currentRevision"], path
     another = json.loads(json.dumps({k: before[k] for k in ("apiVersion", "kind", "spec")}))
     another["metadata"] = {"name": "chat", "namespace": operator.namespace}
     operator.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(another))
-    operator.wait_until_ready("chat")
-    assert {pod["metadata"]["uid"] for pod in operator.pods("chat")} == pods
+    operator.wait_for(is_seen, "another applier's edit to be seen")
+    assert pod_uids(operator) == pods
     assert len(operator.list("controllerrevision", "app.kubernetes.io/component=revision")) == 1

@@ -229,6 +229,7 @@ def _client_pod(image: str) -> Object:
         "name": "client",
         "image": image,
         "args": ["-c", "import signal; signal.pause()"],
+        "resources": {"requests": {"cpu": "250m"}},  # without, it gets no processor beside busy engines
         "securityContext": _SECURITY,
         "volumeMounts": [{"name": "programs", "mountPath": "/programs"}],
     }

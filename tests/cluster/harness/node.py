@@ -26,6 +26,9 @@ BRIDGE_ADDRESS = "10.243.0.1"
 REGISTRY = f"{BRIDGE_ADDRESS}:5000"
 PAUSE_IMAGE = "localhost/pause:test"
 _CGROUPS = Path("/sys/fs/cgroup")
+_PROCESSES_OF_A_NODE = 6
+"""A node's share of the processor, in processes: in a group of the usual share all its pods together would get no more
+than each single process beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +109,12 @@ def make_control_group(name: str) -> None:
         (_CGROUPS / "cgroup.subtree_control").write_text(controllers)
         (_CGROUPS / name).mkdir(exist_ok=True)
         (_CGROUPS / name / "cgroup.subtree_control").write_text(controllers)
+        (_CGROUPS / name / "cpu.weight").write_text(str(100 * _PROCESSES_OF_A_NODE))
         return
     for hierarchy in _CGROUPS.iterdir():
         if hierarchy.is_dir() and not hierarchy.is_symlink() and os.access(hierarchy, os.W_OK):
             (hierarchy / name).mkdir(exist_ok=True)
+    (_CGROUPS / "cpu" / name / "cpu.shares").write_text(str(1024 * _PROCESSES_OF_A_NODE))
     for setting in (
         "cpuset.cpus",
         "cpuset.mems",

@@ -1,8 +1,9 @@
-"""load.py URL CLIENTS TOKENS: as many clients stream one completion after another, until SIGTERM; a JSON line for each.
+"""load.py URL MODEL CLIENTS TOKENS PAUSE: so many clients stream one completion after another, until SIGTERM.
 
-Half of the clients keep their connection, half make a new one for each request, as programs do. A line says when the
-request began and ended and, if not every token came, what broke. The first line is this process's pid. Nothing is
-retried.
+Half of the clients keep their connection, half make a new one for each request, as programs do. Each pauses for so many
+seconds between two requests. The first line is this process's pid. A JSON line for each request says when it began and
+ended and, if not every token came, what broke. Nothing is retried. A line with `stalled_s` says that this process
+itself stood still for so long until then, as it does where it gets no processor.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ import time
 import httpx2
 from openai import AsyncOpenAI, OpenAIError
 
-url, num_clients, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+url, model, num_clients, num_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+pause_s, STALLED_S = float(sys.argv[5]), 2.0
 is_over = asyncio.Event()
 
 
@@ -28,7 +30,7 @@ async def ask(client: AsyncOpenAI) -> dict[str, object]:
     came, reason = 0, None
     try:
         stream = await client.completions.create(
-            model="smollm2",
+            model=model,
             prompt="Tell me a story.",
             max_tokens=num_tokens,
             stream=True,
@@ -52,13 +54,22 @@ async def go_on(number: int) -> None:
         print(json.dumps(await ask(client)), flush=True)
         if kept is None:
             await client.close()
+        await asyncio.sleep(pause_s)
+
+
+async def watch_clock() -> None:
+    while not is_over.is_set():
+        before = time.time()
         await asyncio.sleep(0.2)
+        stalled_s = time.time() - before - 0.2
+        if stalled_s > STALLED_S:
+            print(json.dumps({"stalled_s": round(stalled_s, 1), "at": time.time()}), flush=True)
 
 
 async def main() -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, is_over.set)
     print(json.dumps({"pid": os.getpid()}), flush=True)
-    await asyncio.gather(*(go_on(number) for number in range(num_clients)))
+    await asyncio.gather(watch_clock(), *(go_on(number) for number in range(num_clients)))
 
 
 asyncio.run(main())

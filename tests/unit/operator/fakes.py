@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from toka_operator.cluster import Page
-from toka_operator.errors import ApiError, ConflictError, NotFoundError
+from toka_operator.errors import ConflictError, NotFoundError, OperatorError
 from toka_operator.reconcile import Reconciler
 from toka_operator.settings import KIND, Settings
 from toka_operator.store import Store
@@ -28,7 +28,7 @@ class FakeCluster:
         self.writes: list[tuple[str, str]] = []
         self.asked: list[str] = []
         """The field selector of each list of events."""
-        self.refuse: Callable[[str, Json], ApiError | None] = lambda verb, body: None
+        self.refuse: Callable[[str, Json], OperatorError | None] = lambda verb, body: None
         self.after: Callable[[str, Json], None] = lambda verb, body: None
         self._versions = itertools.count(1)
 

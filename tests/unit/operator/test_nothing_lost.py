@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 from toka_operator import lease as lease_module
-from toka_operator.cluster import Page, _to_error
-from toka_operator.errors import ApiError, GoneError, NotFoundError, TransientError
+from toka_operator.cluster import Page
+from toka_operator.errors import ApiError, GoneError, NotFoundError, TransientError, WriteFailsError
 from toka_operator.lease import LEASE_SILENCE_S, Election
 from toka_operator.settings import KIND, Settings
 from toka_operator.store import Store
@@ -397,21 +396,29 @@ def test_a_deletion_that_is_refused_is_told_and_holds_up_no_status() -> None:
     assert degraded["message"].startswith("deletion of PodDisruptionBudget chat: no delete.")
 
 
-def test_a_webhook_that_does_not_answer_is_told_and_blames_no_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("WebhookFailed", 'Internal error occurred: failed calling webhook "policy.example.com": EOF'),
+        ("ChildFailed", "Internal error occurred: failed to allocate a serviceIP: range is full"),
+        ("ChildFailed", "Internal error occurred: failed to allocate a nodePort: range is full"),
+    ],
+)
+def test_what_the_api_server_cannot_do_is_told_and_blames_no_spec(
+    reason: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 1000.0
     monkeypatch.setattr("toka_operator.refusals.time.monotonic", lambda: now)
-    words = 'Internal error occurred: failed calling webhook "policy.example.com": failed to call webhook: EOF'
-    refusal = _to_error(500, json.dumps({"reason": "InternalError", "message": words}).encode(), {})
-    assert isinstance(refusal, ApiError)
     world = World()
     world.put()
     world.show()
-    world.cluster.refuse = lambda verb, body: refusal if body["kind"] == "StatefulSet" else None
-    for _ in range(5):
+    world.cluster.refuse = lambda verb, body: WriteFailsError(words) if body["kind"] == "StatefulSet" else None
+    for _ in range(7):
         delay_s = world.reconcile()
         world.show()
-        assert world.condition("Degraded")["reason"] == "WebhookFailed"
-        assert words in world.condition("Degraded")["message"]
+        degraded = world.condition("Degraded")
+        assert degraded["reason"] == reason
+        assert degraded["message"].startswith(f"StatefulSet chat-{world.status()['currentRevision']}: {words}. ")
         assert world.condition("ConfigValid")["status"] == "True"
         assert delay_s is not None
         now += delay_s
@@ -419,3 +426,94 @@ def test_a_webhook_that_does_not_answer_is_told_and_blames_no_spec(monkeypatch: 
     world.cluster.refuse = lambda verb, body: None
     world.reconcile()
     assert [kind for kind, *_ in world.cluster.objects].count("StatefulSet") == 1
+
+
+# ---- etcd restored from a backup
+
+
+def test_leader_and_follower_notice_that_the_lease_went_back(clock: Clock) -> None:
+    """Nothing else tells of it: a watch from a version that is yet to come is answered, and says nothing."""
+    server, noticed = LeaseServer(clock), []  # type: tuple[LeaseServer, list[str]]
+    leader, follower = make_election(server, [], "leader"), make_election(server, [], "follower")
+    leader._on_restored = lambda: noticed.append("leader")
+    follower._on_restored = lambda: noticed.append("follower")
+
+    def renew() -> None:
+        clock.now += 2
+        try_once(leader)
+        try_once(follower)
+
+    server._versions = itertools.count(100)
+    renew()
+    renew()
+    assert noticed == []
+    server._versions = itertools.count(50)
+    renew()
+    assert noticed == ["leader", "follower"]
+    renew()
+    assert noticed == ["leader", "follower"], "once"
+
+
+def test_after_a_restore_everything_is_seen_as_it_is_now_though_its_versions_are_older(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    later = [deployment("changed", 800), deployment("gone", 900)]
+    restored = [deployment("changed", 3), deployment("back", 4)]
+    stream = Stream([later, restored], [[{"type": "DELETED", "object": deployment("back", 950)}]])
+    store, seen = Store(own_key), []  # type: tuple[Store, list[str]]
+    watch = Watch(stream, KIND, None, store, lambda key, _: seen.append(key[1]), lambda: None)  # type: ignore[arg-type]
+    original = stream.watch
+
+    def restore_during_the_stream(*arguments: Any) -> Iterator[Json]:
+        seen.clear()
+        watch.begin_anew()
+        monkeypatch.setattr(stream, "watch", original)
+        return original(*arguments)
+
+    monkeypatch.setattr(stream, "watch", restore_during_the_stream)
+    watch.start()
+    assert stream.is_over.wait(timeout=60)
+    watch.stop()
+    assert stream.asked == ["list", "watch 5", "list", "watch 5"]
+    assert sorted(seen) == ["back", "changed", "gone"]
+    assert store.get(("n", "gone")) is None
+    found = {name: store.get(("n", name)) for name in ("changed", "back")}
+    assert {name: obj["metadata"]["resourceVersion"] for name, obj in found.items() if obj} == {
+        "changed": "3",
+        "back": "4",
+    }
+
+
+def test_a_list_that_fails_after_a_restore_is_made_again() -> None:
+    stream = Stream([[deployment("a", 800)], TransientError("503"), [deployment("a", 3)]], [[]])
+    store = Store(own_key)
+    watch = Watch(stream, KIND, None, store, lambda *_: None, lambda: None)  # type: ignore[arg-type]
+    watch._stop_event.wait = lambda timeout=None: False  # type: ignore[method-assign]
+    original = stream.list_all
+
+    def list_all(*arguments: Any) -> Page:
+        page = original(*arguments)
+        if len(stream.asked) == 1:
+            watch.begin_anew()
+        return page
+
+    stream.list_all = list_all  # type: ignore[method-assign]
+    watch.start()
+    assert stream.is_over.wait(timeout=60)
+    watch.stop()
+    found = store.get(("n", "a"))
+    assert found is not None
+    assert found["metadata"]["resourceVersion"] == "3"
+
+
+def test_errors_between_two_looks_at_the_lease_do_not_put_off_its_end(clock: Clock) -> None:
+    """The API server answers every other time: the Lease of a dead leader lapses when it would have lapsed."""
+    server = LeaseServer(clock)
+    leader, follower = make_election(server, [], "leader"), make_election(server, [], "follower")
+    try_once(leader)
+    try_once(follower)
+    for turn in range(6):
+        clock.now += 2
+        server.is_broken = turn % 2 == 0
+        try_once(follower)
+    assert follower.is_held(), "12 s without a renewal"

@@ -225,15 +225,42 @@ def test_the_end_of_long_last_words_is_kept() -> None:
     assert len(failure.message) <= 1024
 
 
-def test_an_invalid_spec_names_every_field_and_keeps_the_rest() -> None:
+def test_an_invalid_spec_names_every_field_and_is_not_ready() -> None:
     spec = valid()
-    before = status_of(spec, seen(plan_for(spec), (pod(spec.revision, is_available=True),)))
+    serving = seen(plan_for(spec), (pod(spec.revision, is_available=True),))
+    before = status_of(spec, serving)
     errors = [FieldError("spec.a", "is bad"), FieldError("spec.b", "too")]
-    status = build_invalid_status(OWNER, errors, before, NOW)
-    assert condition(status, "ConfigValid") == ("False", "InvalidSpec")
-    assert condition(status, "Ready") == ("True", "AllAvailable")
-    (message,) = [c["message"] for c in status["conditions"] if c["type"] == "ConfigValid"]
-    assert message == "spec.a: is bad; spec.b: too. Correct the fields that the message names."
+    status = build_invalid_status(OWNER, errors, serving, before, NOW)
+    for kind, value in (("ConfigValid", "False"), ("Ready", "False"), ("Degraded", "True"), ("Progressing", "False")):
+        assert condition(status, kind) == (value, "InvalidSpec")
+    messages = {c["type"]: c["message"] for c in status["conditions"]}
+    assert messages["ConfigValid"] == "spec.a: is bad; spec.b: too. Correct the fields that the message names."
+    assert messages["Degraded"] == messages["ConfigValid"]
+    assert [event.reason for event in find_events(before, status)] == ["InvalidSpec"]
+
+
+def test_the_pods_of_an_invalid_spec_are_told_as_they_are() -> None:
+    """They serve on, and nobody would learn of it when they do not."""
+    spec = valid()
+    plan = plan_for(spec)
+    before = status_of(spec, seen(plan, (pod(spec.revision, is_available=True),)))
+    errors = [FieldError("spec.a", "is bad")]
+    serving = build_invalid_status(OWNER, errors, seen(plan, (pod(spec.revision, is_available=True),)), before, NOW)
+    assert (serving["ready"], condition(serving, "Available")) == ("1/1", ("True", "MinimumAvailable"))
+    failing = build_invalid_status(OWNER, errors, seen(plan, (pod(spec.revision),)), serving, NOW)
+    assert (failing["ready"], condition(failing, "Available")) == ("0/1", ("False", "MinimumUnavailable"))
+    assert (failing["replicas"], failing["readyReplicas"], failing["availableReplicas"]) == (1, 0, 0)
+    assert [event.reason for event in find_events(serving, failing)] == ["Unavailable"]
+
+
+def test_a_spec_that_is_valid_again_has_its_whole_deadline() -> None:
+    """Also where the administrator allowed what it asks for, and its generation is the same."""
+    spec = valid()
+    observed = seen(plan_for(spec), (pod(spec.revision),))
+    before = status_of(spec, observed)
+    invalid = build_invalid_status(OWNER, [FieldError("spec.a", "is bad")], observed, before, NOW)
+    late = NOW + 2 * spec.rollout.progress_deadline_s
+    assert condition(status_of(spec, observed, invalid, now=late), "Degraded") == ("False", "AsExpected")
 
 
 def test_a_transition_is_told_once() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import certifi
 import kopf
 import pytest
 from toka_operator import handlers, runtime
+from toka_operator.cluster import Page
 from toka_operator.handlers import Logins
 from toka_operator.runtime import Runtime
 from toka_operator.settings import Settings
 from toka_operator.watches import Watch
+
+from tests.unit.operator.fakes import FakeCluster
 
 KUBECONFIG = """\
 apiVersion: v1
@@ -67,8 +72,8 @@ def test_a_namespace_that_is_gone_is_named_and_the_others_are_served(ca_file: Pa
     assert running.describe_readiness()[0] is False, "b is not seen yet"
     sync(running._watches["b"])
     assert running.describe_readiness() == (True, "not watched: a: 403 Forbidden: no Role")
-    assert running._is_synced("b")
-    assert not running._is_synced("a")
+    assert running._is_seen("b")
+    assert not running._is_seen("a")
     refuse(running._watches["b"])
     assert running.describe_readiness()[0] is False, "nothing is seen"
 
@@ -100,3 +105,61 @@ def test_kopf_gets_new_credentials_each_time_so_that_a_refused_token_ends_nothin
     first, second = asyncio.run(log_in_twice())
     assert first is not None
     assert first != second
+
+
+def test_nothing_is_done_on_a_view_that_may_be_outdated_and_all_of_it_once_it_is_not(
+    ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right to see pods is gone for a while: pods that were available then may have died since."""
+    running = make_runtime()
+    monkeypatch.setattr(running._election, "is_held", lambda: True)
+    passes: list[tuple[str, str]] = []
+    monkeypatch.setattr(running._reconciler, "reconcile", passes.append)
+    monkeypatch.setattr(running._cluster, "list_all", lambda *_: Page([], "5"))
+    metadata = {"namespace": "n", "name": "chat", "uid": "u", "resourceVersion": "7"}
+    running._deployments.put({"metadata": metadata})
+    sync(running._watches[None])
+    (pods,) = [watch for watch in running._watches[None] if "Pod-" in watch.name]
+    refuse([pods])
+    running._work_on(("n", "chat"))
+    assert passes == []
+    pods._list()
+    assert running._queue.measure()[0] == 1, "asked for again"
+    running._work_on(("n", "chat"))
+    assert passes == [("n", "chat")]
+
+
+class Leases(FakeCluster):
+    def replace(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        return self.store(manifest)
+
+
+def test_a_stop_gives_the_lease_back_though_passes_hang(ca_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API server stalls: the pod has its grace period for all workers together, and the next leader need not wait
+    for the Lease to lapse."""
+    monkeypatch.setattr(runtime, "STOP_LIMIT_S", 0.5)
+    cluster, running, has_begun, may_end = Leases(), make_runtime(), threading.Semaphore(0), threading.Event()
+    running._election.connect(cluster)  # type: ignore[arg-type]
+    sync(running._watches[None])
+
+    def hang(key: tuple[str, str]) -> None:
+        has_begun.release()
+        may_end.wait(60)
+
+    monkeypatch.setattr(running._reconciler, "reconcile", hang)
+    for number in range(len(running._workers)):
+        running._deployments.put({"metadata": {"namespace": "n", "name": f"c{number}", "resourceVersion": "1"}})
+        running._queue.add(("n", f"c{number}"))
+    elected = threading.Event()
+    monkeypatch.setattr(running._election, "_on_elected", elected.set)
+    running._election.start()
+    assert elected.wait(60)
+    for worker in running._workers:
+        worker.start()
+    for _ in running._workers:
+        assert has_begun.acquire(timeout=60)
+    running.stop()
+    assert all(worker.is_alive() for worker in running._workers)
+    (lease,) = cluster.objects.values()
+    assert lease["spec"]["holderIdentity"] == ""
+    may_end.set()

@@ -17,7 +17,14 @@ def test_an_identity_that_is_given_is_used_so_that_a_restarted_pod_has_its_lease
 
 
 def test_those_that_wait_for_the_lease_do_not_ask_in_step_and_a_leader_renews_on_time() -> None:
-    waits = [next_try_s(2.0, False) for _ in range(50)]
+    for lapses_in_s in (-30.0, 9.0):
+        waits = [next_try_s(2.0, False, lapses_in_s) for _ in range(50)]
+        assert len({*waits}) == 50
+        assert all(2.0 <= wait <= 2.4 for wait in waits)
+    assert next_try_s(2.0, True, 9.0) == 2.0
+
+
+def test_those_that_wait_try_as_soon_as_the_lease_lapses() -> None:
+    waits = [next_try_s(2.0, False, 0.5) for _ in range(50)]
     assert len({*waits}) == 50
-    assert all(2.0 <= wait <= 2.4 for wait in waits)
-    assert next_try_s(2.0, True) == 2.0
+    assert all(0.5 <= wait <= 0.9 for wait in waits)
