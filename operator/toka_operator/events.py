@@ -43,6 +43,10 @@ SUSPECT_AFTER_S = 2.0
 ASK_FIRST_S = 2.0
 ASK_LAST_S = 30.0
 LISTS_APART_S = 0.2
+FRONT = 5
+"""So many of those that wait longest may ask: a pass of an object that only time calls for comes once a second."""
+COMES_LATE_S = 5.0
+"""Whoever does not come for so long after its turn has no place any more."""
 RETRIED_ANNOTATION = f"{GROUP}/pods-retried-at"
 """On a StatefulSet whose pods were refused: when its controller was last made to try again."""
 
@@ -103,19 +107,32 @@ class Recorder:
 
 class Warnings:
     """Lists of others' Warning events: no more than a few a second, however many objects wait for pods, because the API
-    server reads all events of a namespace for each."""
+    server reads all events of a namespace for each. Those that wait for their turn keep their place."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self._lock = threading.Lock()
         self._next_list = 0.0
+        self._waiting: OrderedDict[str, float] = OrderedDict()
+        """uid of an object whose turn is yet to come -> when it was told to come again (monotonic)."""
+
+    def turn_in_s(self, uid: str) -> float:
+        """Seconds until events about the object with this uid may be asked for; 0.0: now, once."""
+        with self._lock:
+            now = time.monotonic()
+            while self._waiting and next(iter(self._waiting.values())) + COMES_LATE_S < now:
+                self._waiting.popitem(last=False)  # it found its pods, or is gone
+            self._waiting.setdefault(uid, now)
+            place = next(number for number, waiting in enumerate(self._waiting) if waiting == uid)
+            if place < FRONT and now >= self._next_list:
+                del self._waiting[uid]
+                self._next_list = now + LISTS_APART_S
+                return 0.0
+            self._waiting[uid] = max(now, self._next_list) + place * LISTS_APART_S
+            return max(LISTS_APART_S, self._waiting[uid] - now)
 
     def list_about(self, namespace: str, uid: str) -> list[Json] | None:
-        """The Warnings about the object with this uid; None if others are asked about now, or nobody answers."""
-        with self._lock:
-            if time.monotonic() < self._next_list:
-                return None
-            self._next_list = time.monotonic() + LISTS_APART_S
+        """The Warnings about the object with this uid; None if nobody answers."""
         try:
             return self.cluster.list_all(
                 "Event", namespace, field_selector=f"involvedObject.uid={uid},type=Warning"
@@ -173,7 +190,10 @@ class Suspects:
         suspect = self._suspects.setdefault(uid, _Suspect(now, now + SUSPECT_AFTER_S))
         if now < suspect.next_ask:
             return suspect.failure
-        suspect.next_ask = now + suspect.delay_s
+        turn_in_s = warnings.turn_in_s(uid)
+        suspect.next_ask = now + (turn_in_s or suspect.delay_s)
+        if turn_in_s > 0.0:
+            return suspect.failure
         suspect.delay_s = min(ASK_LAST_S, suspect.delay_s * 2)
         events = warnings.list_about(owner.namespace, uid)
         if events is None:

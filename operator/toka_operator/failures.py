@@ -17,7 +17,7 @@ from toka_operator.times import parse_time
 
 CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
 """Reasons for which a pod has no node yet, though nothing that the spec names is missing."""
-DISRUPTION_REASONS = ("NodeLost", "Evicted", "Preempted")
+DISRUPTION_REASONS = ("NodeLost", "Evicted", "Preempted", "NodeRejected")
 """Reasons for which a pod that goes was not told to go by the operator."""
 NOT_READY = "NotReady"
 NOT_READY_S = 10.0

@@ -120,7 +120,7 @@ class Election(threading.Thread):
             self._accept(self._write(lease), started)
 
     def _lapses_at(self) -> float:
-        """When the Lease that we know may be taken, if it is not renewed."""
+        """Return the time (monotonic) from which the Lease that we know may be taken, if it is not renewed."""
         duration_s = int(self._known["spec"].get("leaseDurationSeconds") or 0) if self._known else 0
         return self._seen_at + duration_s
 

@@ -6,10 +6,12 @@ from datetime import UTC, datetime
 
 
 def parse_time(text: str | None) -> float:
-    """Unix time of an RFC 3339 time; 0.0 for none."""
-    if not text:
+    """Unix time of an RFC 3339 time; 0.0 for none, and for what Python takes for none (a leap second): a status may be
+    edited by hand."""
+    try:
+        return datetime.fromisoformat(text.upper().replace("Z", "+00:00")).timestamp() if text else 0.0
+    except (ValueError, OverflowError):
         return 0.0
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 def format_time(now: float) -> str:

@@ -70,7 +70,7 @@ class Operator:
     passes_begin: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Process -> when the test began (monotonic), and its passes so far, if it ran then."""
     num_edits: int = 0
-    """Edits that the test makes in a row, where they are many: each calls for a pass or two."""
+    """Writes of objects and pods that the test makes in a row, where they are many: each calls for a pass or two."""
 
     def start(self, **environment: str) -> ProcessHandle:
         """Starts one more operator; `environment` overrides its TOKA_* settings."""

@@ -132,6 +132,7 @@ def report(operator: Operator, reason: str, pod: Json, status: Any) -> None:
 def test_every_fault_is_told_within_10_s_and_none_is_called_completed(operator: Operator) -> None:
     told = [*make_faults(), *EVENTS]
     assert len(set(told)) >= 28
+    operator.num_edits = 3 * len(told)
     names = {reason: reason.lower() for reason in told}
     for name in names.values():
         operator.apply(name, **HOLD, scheduling={"patienceSeconds": 0})

@@ -130,9 +130,38 @@ def test_a_controller_that_has_not_come_round_yet_is_only_slow(clock: Clock) -> 
     assert world.cluster.asked == []
 
 
+def ask_when_told(warnings: events.Warnings, clock: Clock, uids: list[str]) -> dict[str, float]:
+    """Each object comes again when it was told to; return when its turn came."""
+    due, asked = dict.fromkeys(uids, clock.now), {}
+    while due:
+        uid = min(due, key=lambda each: due[each])
+        clock.now = max(clock.now, due[uid])
+        wait_s = warnings.turn_in_s(uid)
+        due[uid] = clock.now + wait_s
+        if wait_s == 0.0:
+            asked[uid] = clock.now - 1000.0
+            del due[uid]
+    return asked
+
+
 def test_a_thousand_objects_without_pods_are_asked_about_one_after_another(clock: Clock) -> None:
     warnings = events.Warnings(FakeCluster())  # type: ignore[arg-type]
-    answers = [warnings.list_about("apps", f"uid-{n}") for n in range(1000)]
-    assert answers.count(None) == 999
-    clock.now += events.LISTS_APART_S
-    assert warnings.list_about("apps", "uid-1") == []
+    asked = sorted(ask_when_told(warnings, clock, [f"uid-{n}" for n in range(1000)]).values())
+    gaps = [b - a for a, b in itertools.pairwise(asked)]
+    assert min(gaps) > events.LISTS_APART_S * 0.99
+    assert asked[-1] < 1000 * events.LISTS_APART_S * 1.1
+
+
+def test_of_objects_that_ask_at_the_same_moments_none_is_left_out(clock: Clock) -> None:
+    """Faults that came together back off together: the same one would be first each time."""
+    warnings = events.Warnings(FakeCluster())  # type: ignore[arg-type]
+    asked = ask_when_told(warnings, clock, ["a", "b", "c"])
+    assert max(asked.values()) < 1.0
+
+
+def test_objects_that_found_their_pods_keep_no_place(clock: Clock) -> None:
+    warnings = events.Warnings(FakeCluster())  # type: ignore[arg-type]
+    for number in range(50):
+        warnings.turn_in_s(f"well-{number}")
+    clock.now += 50 * events.LISTS_APART_S + events.COMES_LATE_S + 1.0
+    assert warnings.turn_in_s("ill") == 0.0

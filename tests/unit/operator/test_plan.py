@@ -254,13 +254,24 @@ def test_the_pods_of_an_invalid_spec_are_told_as_they_are() -> None:
 
 
 def test_a_spec_that_is_valid_again_has_its_whole_deadline() -> None:
-    """Also where the administrator allowed what it asks for, and its generation is the same."""
+    """The administrator may have allowed what it asks for, so that its generation is the same."""
     spec = valid()
     observed = seen(plan_for(spec), (pod(spec.revision),))
     before = status_of(spec, observed)
     invalid = build_invalid_status(OWNER, [FieldError("spec.a", "is bad")], observed, before, NOW)
     late = NOW + 2 * spec.rollout.progress_deadline_s
     assert condition(status_of(spec, observed, invalid, now=late), "Degraded") == ("False", "AsExpected")
+
+
+@pytest.mark.parametrize("edited", ["2016-12-31T23:59:60Z", "2026-01-01t00:00:00z", "0001-01-01T00:00:00Z", "soon", ""])
+def test_a_time_of_the_status_that_was_edited_by_hand_ends_no_pass(edited: str) -> None:
+    spec = valid()
+    observed = seen(plan_for(spec), (pod(spec.revision),))
+    before = {**status_of(spec, observed), "lastProgressTime": edited}
+    assert condition(status_of(spec, observed, before), "Ready") == (
+        "False",
+        "ProgressDeadlineExceeded" if edited else "Scaling",
+    )
 
 
 def test_a_transition_is_told_once() -> None:
