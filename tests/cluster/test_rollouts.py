@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
 from tests.cluster.operating import HOLD, Operator, pod_uids
 from tests.unit.operator.test_revisions import BASE, MEANINGLESS, edit
@@ -176,17 +177,24 @@ def test_sixty_kinds_of_edits_without_meaning_replace_no_pod(operator: Operator)
     operator.wait_for(lambda: len(operator.pods("chat")) == 1, "the pod")
     before, pods = operator.require("td", "chat"), pod_uids(operator)
     kept = [(path, value) for path, value in MEANINGLESS if path not in ("suspend", "replicas")]
-    assert len(kept) >= 60
     operator.num_edits = len(kept)
+    num_accepted = 0
 
     def is_seen() -> bool:
         found = operator.require("td", "chat")
         return found.get("status", {}).get("observedGeneration") == found["metadata"]["generation"]
 
     for path, value in kept:
-        operator.apply("chat", **_without_nulls(edit(BASE, path, value)))
+        try:
+            operator.apply("chat", **_without_nulls(edit(BASE, path, value)))
+        except CommandFailed as error:  # an older CRD accepted it
+            if error.returncode != 422:
+                raise
+            continue
+        num_accepted += 1
         operator.wait_for(is_seen, f"{path}={value} to be seen")
         assert operator.require("td", "chat")["status"]["currentRevision"] == before["status"]["currentRevision"], path
+    assert num_accepted >= 60
     another = json.loads(json.dumps({k: before[k] for k in ("apiVersion", "kind", "spec")}))
     another["metadata"] = {"name": "chat", "namespace": operator.namespace}
     operator.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(another))
