@@ -44,9 +44,9 @@ ASK_FIRST_S = 2.0
 ASK_LAST_S = 30.0
 LISTS_APART_S = 0.2
 FRONT = 5
-"""So many of those that wait longest may ask: a pass of an object that only time calls for comes once a second."""
+"""The number of those that wait longest, any of which may ask: passes that only time calls for come once a second."""
 COMES_LATE_S = 5.0
-"""Whoever does not come for so long after its turn has no place any more."""
+"""An object that does not come for so long after its turn has no place any more."""
 RETRIED_ANNOTATION = f"{GROUP}/pods-retried-at"
 """On a StatefulSet whose pods were refused: when its controller was last made to try again."""
 

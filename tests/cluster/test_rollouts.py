@@ -173,16 +173,17 @@ def _without_nulls(value: Any) -> Any:
 
 def test_sixty_kinds_of_edits_without_meaning_replace_no_pod(operator: Operator) -> None:
     """Each is applied to the object as it was at first, through the CRD. Its pods need no node to be there."""
-    operator.apply("chat", **BASE)
-    operator.wait_for(lambda: len(operator.pods("chat")) == 1, "the pod")
-    before, pods = operator.require("td", "chat"), pod_uids(operator)
-    kept = [(path, value) for path, value in MEANINGLESS if path not in ("suspend", "replicas")]
-    operator.num_edits = len(kept)
-    num_accepted = 0
 
     def is_seen() -> bool:
         found = operator.require("td", "chat")
         return found.get("status", {}).get("observedGeneration") == found["metadata"]["generation"]
+
+    operator.apply("chat", **BASE)
+    operator.wait_for(lambda: len(operator.pods("chat")) == 1 and is_seen(), "the pod")
+    before, pods = operator.require("td", "chat"), pod_uids(operator)
+    kept = [(path, value) for path, value in MEANINGLESS if path not in ("suspend", "replicas")]
+    operator.num_edits = len(kept)
+    num_accepted = 0
 
     for path, value in kept:
         try:

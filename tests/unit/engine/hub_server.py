@@ -36,7 +36,7 @@ class HubServer:
         self.num_questions = 0
         """Requests for anything but a file."""
         self.retry_after: str | None = None
-        """With which the errors of `statuses` come."""
+        """The header that comes with the errors of `statuses`."""
         self.holds: dict[str, int] = {}
         """Per file: after how many bytes of a body its GETs stop, until `let_go` is set."""
         self.is_holding, self.let_go = threading.Event(), threading.Event()

@@ -15,7 +15,7 @@ STUB = Path(__file__).with_name("stub.py")
 
 @dataclass
 class World:
-    """What the stand-in for kubectl answers."""
+    """The answers of the stand-in for kubectl."""
 
     folder: Path
     answers: dict[str, Any] = field(default_factory=dict)
