@@ -10,6 +10,7 @@ ADVICE: dict[str, str] = {
     "ChildFailed": "Give the API server what the message says it lacks (addresses, ports); it is tried again by itself",
     "ChildRejected": "Change what the message names, or the policy that refuses it; it is tried again by itself",
     "ClaimMissing": "Create the PersistentVolumeClaim",
+    "ClaimOnOneNode": "Use a storage class with ReadWriteMany, or let all pods run on one node (scheduling.affinity)",
     "ClaimPending": "See why the PersistentVolumeClaim is not bound (kubectl describe pvc)",
     "ConfigInvalid": "Correct the engine setting that the message names",
     "ConfigMapMissing": "Create the ConfigMap: nothing needs to be restarted",

@@ -10,13 +10,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from toka_operator.advice import add_advice
-from toka_operator.failures import DISRUPTION_REASONS, NOT_READY, NOT_READY_S, Failure, name_refusal
+from toka_operator.downloads import downloads_from_hub, explain_cached
+from toka_operator.failures import (
+    CLAIM_ON_ONE_NODE,
+    DISRUPTION_REASONS,
+    NOT_READY,
+    NOT_READY_S,
+    Failure,
+    name_refusal,
+)
 from toka_operator.fields import Json
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
+MODEL_CACHED = "ModelCached"
+CLAIM_CONFLICT_S = 10.0
+"""Seconds that a pod may be created on another node than the one that mounted its claim: some drivers allow it."""
 READY, AVAILABLE, PROGRESSING = "Ready", "Available", "Progressing"
 DEGRADED, CONFIG_VALID = "Degraded", "ConfigValid"
 
@@ -29,6 +40,7 @@ _PRIORITY = (
     "SecretMissing",
     "ConfigMapMissing",
     "ClaimMissing",
+    "ClaimOnOneNode",
     "ImagePullFailed",
     "ModelNotFound",
     "ModelAuthFailed",
@@ -115,12 +127,14 @@ def decide_conditions(
     """Every condition. `is_late`: the rollout made no progress within its deadline."""
     degraded = _decide_degraded(spec, observed, counts, outcome, is_late, now)
     progressing = _decide_progressing(spec, observed, plan, counts, is_late)
+    cached = [Condition(MODEL_CACHED, *explain_cached(spec, observed))] if downloads_from_hub(spec) else []
     return [
         _decide_ready(spec, counts, degraded, progressing),
         _decide_available(spec, counts),
         progressing,
         degraded,
         _decide_config_valid(outcome),
+        *cached,
     ]
 
 
@@ -197,6 +211,8 @@ def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> floa
         return None
     if failure.reason == NOT_READY:
         return failure.since + NOT_READY_S
+    if failure.reason == CLAIM_ON_ONE_NODE:
+        return failure.since + CLAIM_CONFLICT_S
     return failure.since + spec.scheduling.patience_s if failure.is_waiting_for_capacity else None
 
 

@@ -84,8 +84,8 @@ def data_labels(name: str) -> dict[str, str]:
     return {DATA_LABEL: claim_name(name)}
 
 
-def keep_on_one_node(affinity: Json, name: str) -> Json:
-    """The affinity, with the demand that a pod runs on the node of the others that mount the claim.
+def keep_on_one_node(affinity: Json, labels: dict[str, str]) -> Json:
+    """The affinity, with the demand that a pod runs on the node of those with these labels: they mount its claim.
 
     A ReadWriteOnce volume is attached to one node: anywhere else a successor would wait without end for a predecessor
     that waits for it. What the user wrote in another shape than Kubernetes' is handed on: the API server names what is
@@ -94,5 +94,5 @@ def keep_on_one_node(affinity: Json, name: str) -> Json:
     together, required = affinity.get("podAffinity") or {}, "requiredDuringSchedulingIgnoredDuringExecution"
     if not isinstance(together, dict) or not isinstance(together.get(required) or [], list):
         return affinity
-    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": data_labels(name)}}
+    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}
     return {**affinity, "podAffinity": {**together, required: [*(together.get(required) or []), term]}}

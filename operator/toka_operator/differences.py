@@ -169,7 +169,7 @@ def _is_same(key: str, expected: Any, found: Any, is_own: bool) -> bool:
 
 
 def find_owner_correction(desired: Json, live: Json) -> Json:
-    """A merge patch that gives a claim its owner, or takes it away, as spec.data.retention says; no other child's owner
+    """A merge patch that gives a claim its owner, or takes it away, as its retention says; no other child's owner
     ever changes."""
     if desired["kind"] != "PersistentVolumeClaim":
         return {}

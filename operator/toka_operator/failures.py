@@ -19,6 +19,8 @@ CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
 """Reasons for which a pod has no node yet, though nothing that the spec names is missing."""
 DISRUPTION_REASONS = ("NodeLost", "Evicted", "Preempted", "NodeRejected")
 """Reasons for which a pod that goes was not told to go by the operator."""
+CLAIM_ON_ONE_NODE = "ClaimOnOneNode"
+"""The pod waits for a claim that another node has mounted."""
 NOT_READY = "NotReady"
 NOT_READY_S = 10.0
 """Seconds that a pod that served may be unready before that is a failure: a readiness probe may fail once or twice."""
@@ -118,6 +120,8 @@ def explain_waiting_pod(pod_name: str, events: Sequence[Json]) -> Failure | None
         reason = "SecretMissing"
     elif re.search(r'configmap "?[^" ]+"? not found', message):
         reason = "ConfigMapMissing"
+    elif "Multi-Attach error" in message:
+        reason = CLAIM_ON_ONE_NODE
     elif word in ("FailedMount", "FailedAttachVolume", "FailedMapVolume"):
         reason = "VolumeFailed"
     elif word == "FailedCreatePodSandBox":

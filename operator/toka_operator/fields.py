@@ -66,6 +66,9 @@ class Fields:
     def choice(self, name: str, options: tuple[str, ...]) -> str:
         return self._typed(name, str, lambda v: v in options, f"one of {', '.join(options)}", options[0])
 
+    def optional_choice(self, name: str, options: tuple[str, ...]) -> str | None:
+        return None if self.get(name) is None else self.choice(name, options)
+
     def quantity(self, name: str) -> str | None:
         value = self.get(name)
         if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):

@@ -25,6 +25,8 @@ NOT_POD_SCHEDULING_FIELDS = ("patienceSeconds",)
 STARTUP_STEP_S = 2
 """The start-up timeout is a whole number of probes this far apart."""
 
+_CLAIM_FIELDS = ("size", "storageClassName", "retention")
+"""Fields of `cache` that, with a claim of the operator's own, alter the claim and not the pod."""
 _SHARED_MEMORY = "8Gi"
 _QUANTITIES = ("cpu", "memory", "sharedMemory", "size")
 _MEANINGFUL_IF_EMPTY = ("topologySpread",)
@@ -115,6 +117,12 @@ def _leave_out_implied(parts: Json) -> None:
     model, resources, startup, auth = parts["model"], parts["resources"], parts["startup"], parts["auth"]
     if model.get("servedName") == str(model.get("source", "")).rstrip("/").rsplit("/", 1)[-1]:
         del model["servedName"]
+    cache = parts["cache"]
+    if cache.get("type") == "SharedPVC":
+        for name in _CLAIM_FIELDS:
+            cache.pop(name, None)
+        if cache.get("accessMode") == "ReadWriteMany":
+            del cache["accessMode"]
     is_gpu = resources.get("device") != "cpu"
     if not is_gpu or read_quantity(resources.get("sharedMemory")) == read_quantity(_SHARED_MEMORY):
         resources.pop("sharedMemory", None)

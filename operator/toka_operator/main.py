@@ -28,6 +28,7 @@ Settings are environment variables:
   TOKA_WATCH_SECONDS                 25: how soon each watch is renewed; one that is silent for 5 longer is given up
   TOKA_TAKEN_NAME_RETRY_SECONDS      30: how soon a child's name that another object holds is tried again
   TOKA_ALLOW_HOST_PATH               false: whether podTemplate may mount folders of the node
+  TOKA_READ_DOWNLOADS                false: whether engines that load are asked how far their download is
   TOKA_WORKERS                       8: objects that are worked on at once
   TOKA_HEALTH_PORT                   8080: /livez, /readyz and /metrics
   TOKA_LOG_LEVEL                     INFO, or DEBUG, WARNING, ERROR

@@ -7,10 +7,11 @@ decides on these values, so no other module knows the shape of a pod's status.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from toka_operator.caches import cache_claim_name
 from toka_operator.data import claim_name
-from toka_operator.failures import Failure, find_failure, is_on_lost_node
+from toka_operator.failures import Failure, find_failure, is_creating, is_on_lost_node
 from toka_operator.fields import Json
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import CLAIM
@@ -34,6 +35,20 @@ class Startup:
 
 
 @dataclass(frozen=True, slots=True)
+class Download:
+    """The state of one pod's download, as its engine tells it."""
+
+    num_bytes: int
+    total_bytes: int
+    bytes_per_s: int
+
+    def __str__(self) -> str:
+        unit, size = ("GB", 1e9) if self.total_bytes >= 1e8 else ("MB", 1e6)
+        done, total = self.num_bytes / size, self.total_bytes / size
+        return f"{done:.2f} of {total:.2f} {unit}, {self.bytes_per_s / 1e6:.0f} MB/s"
+
+
+@dataclass(frozen=True, slots=True)
 class PodView:
     """One engine pod. `ready_since`: since when (Unix time) it is, or is not, ready. `has_served`: it has been ready
     since it was made. `failure`: its latest, also when it runs again. `startup`: None unless it is ready and its times
@@ -51,6 +66,13 @@ class PodView:
     terminating_until: float | None
     failure: Failure | None
     startup: Startup | None
+    node: str = ""
+    """The node that it is bound to, if any."""
+    scheduled_at: float = 0.0
+    is_creating: bool = False
+    """Bound to a node, where none of its containers began."""
+    loading_address: str = ""
+    """Its IP address, while its engine runs and is not ready."""
 
     @property
     def is_terminating(self) -> bool:
@@ -86,6 +108,8 @@ class Observed:
     """Names of pods labelled as ours that no StatefulSet of ours controls: a new pod cannot have such a name."""
     missing_pods: tuple[Failure, ...] = ()
     """Why StatefulSets have fewer pods than they ask for."""
+    downloads: Mapping[str, Download] = field(default_factory=dict)
+    """By name of a pod of the current revision that downloads the model."""
 
     def of_kind(self, kind: str) -> list[Json]:
         return [child for (k, _), child in sorted(self.children.items()) if k == kind]
@@ -103,11 +127,14 @@ def is_orphaned(child: Json) -> bool:
 
 
 def is_kept_claim(child: Json, name: str) -> bool:
-    """Whether `child` is the claim of a TokaDeployment `name` that stays when that goes: one that an operator made and
+    """Whether `child` is a claim of a TokaDeployment `name` that stays when that goes: one that an operator made and
     nobody controls. A TokaDeployment of the same name takes it over."""
     metadata = child["metadata"]
     labels = metadata.get("labels") or {}
-    is_ours = labels.get("app.kubernetes.io/managed-by") == MANAGED_BY and metadata["name"] == claim_name(name)
+    is_ours = labels.get("app.kubernetes.io/managed-by") == MANAGED_BY and metadata["name"] in (
+        claim_name(name),
+        cache_claim_name(name),
+    )
     owners = metadata.get("ownerReferences") or []
     return child.get("kind") == CLAIM and is_ours and not any(owner.get("controller") for owner in owners)
 
@@ -157,7 +184,18 @@ def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
         terminating_until=parse_time(deletion) if deletion else None,
         failure=find_failure(pod),
         startup=find_startup(metadata, status, conditions),
+        node=(pod.get("spec") or {}).get("nodeName") or "",
+        scheduled_at=parse_time(conditions.get("PodScheduled", {}).get("lastTransitionTime")),
+        is_creating=is_creating(pod),
+        loading_address=find_loading_address(status, ready),
     )
+
+
+def find_loading_address(status: Json, ready: Json) -> str:
+    """Return the address of a pod whose engine runs and is not ready."""
+    states = [s.get("state") or {} for s in status.get("containerStatuses") or [] if s.get("name") == ENGINE_CONTAINER]
+    is_loading = ready.get("status") != "True" and any("running" in state for state in states)
+    return str(status.get("podIP") or "") if is_loading else ""
 
 
 def has_been_ready(status: Json, ready: Json) -> bool:

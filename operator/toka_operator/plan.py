@@ -21,6 +21,7 @@ from toka_operator.resources import (
     STATEFUL_SET,
     Owner,
     pod_labels,
+    render_cache_claim,
     render_claim,
     render_disruption_budget,
     render_peers_service,
@@ -211,6 +212,8 @@ def _render_children(
     children = [render_service_account(owner), render_service(owner, spec)]
     if spec.data is not None:
         children += [render_claim(owner, spec.data), render_peers_service(owner, spec)]
+    if cache_claim := render_cache_claim(owner, spec):
+        children.append(cache_claim)
     newest = max(numbers.values(), default=0)
     order = sorted(set(targets) - set(finished), key=lambda r: (r == spec.revision, numbers.get(r, 0), r))
     for revision in order:

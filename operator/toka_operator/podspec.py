@@ -20,6 +20,7 @@ from toka_operator.data import (
 )
 from toka_operator.fields import Json
 from toka_operator.fingerprint import STARTUP_STEP_S
+from toka_operator.settings import REVISION_LABEL
 from toka_operator.spec import SecretKey, TokaDeploymentSpec
 
 ENGINE_CONTAINER = "engine"
@@ -186,8 +187,8 @@ def _resources(spec: TokaDeploymentSpec) -> Json:
 
 def _volumes(spec: TokaDeploymentSpec, name: str) -> list[Json]:
     volumes: list[Json] = [{"name": "tmp", "emptyDir": {}}]
-    if spec.cache.type == "ExistingPVC":
-        volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": spec.cache.claim_name}})
+    if (cache_claim := spec.cache.claim_of(name)) is not None:
+        volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": cache_claim}})
     else:
         size = {"sizeLimit": spec.cache.size} if spec.cache.size else {}
         volumes.append({"name": "cache", "emptyDir": size})
@@ -260,7 +261,9 @@ def _affinity(spec: TokaDeploymentSpec, labels: dict[str, str], name: str) -> Js
     """
     affinity = spec.scheduling.affinity
     if spec.data and spec.data.access_mode == "ReadWriteOnce":
-        affinity = keep_on_one_node(affinity, name)
+        affinity = keep_on_one_node(affinity, data_labels(name))
+    if spec.cache.is_of_one_node:
+        affinity = keep_on_one_node(affinity, {k: v for k, v in labels.items() if k != REVISION_LABEL})
     apart = affinity.get("podAntiAffinity") or {}
     if spec.scheduling.topology_spread is not None or not isinstance(apart, dict):
         return affinity

@@ -14,10 +14,12 @@ from dataclasses import replace
 
 from toka_operator.children import ChildWriter, Memory
 from toka_operator.cluster import Cluster
+from toka_operator.downloads import downloads_from_hub, explain_claim_conflicts
 from toka_operator.errors import ConflictError, FieldError, NamespaceEndsError, NotFoundError, TransientError
 from toka_operator.escapes import find_escapes
 from toka_operator.events import Recorder, Warnings
 from toka_operator.fields import Json
+from toka_operator.loading import Engine, LoadingEngines
 from toka_operator.metrics import WRITES
 from toka_operator.observed import (
     Observed,
@@ -47,8 +49,16 @@ logger = logging.getLogger("toka.reconcile")
 class Reconciler:
     """Works on any key in any thread, but on each key in one at a time."""
 
-    def __init__(self, cluster: Cluster, deployments: Store, stores: Mapping[str, Store], settings: Settings) -> None:
-        self._cluster, self._settings = cluster, settings
+    def __init__(
+        self,
+        cluster: Cluster,
+        deployments: Store,
+        stores: Mapping[str, Store],
+        settings: Settings,
+        loading: LoadingEngines | None = None,
+    ) -> None:
+        """`loading` None: engines are not asked for their downloads."""
+        self._cluster, self._settings, self._loading = cluster, settings, loading
         self._deployments, self._stores = deployments, stores
         self._children = ChildWriter(cluster, stores, settings)
         self._memories: dict[Key, Memory] = {}
@@ -64,6 +74,8 @@ class Reconciler:
         deployment = self._deployments.get(key)
         if deployment is None or deployment["metadata"].get("deletionTimestamp"):
             self._memories.pop(key, None)
+            if self._loading is not None:
+                self._loading.expect(key, ())
             return None
         metadata = deployment["metadata"]
         owner = Owner(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata.get("generation", 1)))
@@ -100,6 +112,7 @@ class Reconciler:
         self._children.adopt_orphans(owner, memory)
         observed = self._observe(owner, memory)
         spec = with_stored_revision(owner, spec, observed)
+        observed = self._add_downloads(owner, spec, explain_claim_conflicts(owner.name, spec, observed))
         plan = make_plan(owner, spec, observed, self._settings.engine_image, time.time())
         self._confirm_owner(owner, plan, observed, previous)
         try:
@@ -144,6 +157,17 @@ class Reconciler:
         views = tuple(view_pod(pod, endpoints) for pod in ours)
         observed = Observed(children, views, frozenset(memory.taken_names), names)
         return memory.suspects.explain(self._warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
+
+    def _add_downloads(self, owner: Owner, spec: TokaDeploymentSpec, observed: Observed) -> Observed:
+        """The same, with what engines that load say of their downloads; a thread of its own asks them."""
+        if self._loading is None or not downloads_from_hub(spec):
+            return observed
+        engines = tuple(
+            Engine(pod.name, pod.loading_address, spec.engine.port)
+            for pod in observed.pods
+            if pod.loading_address and pod.revision == spec.revision and not pod.is_terminating
+        )
+        return replace(observed, downloads=self._loading.expect((owner.namespace, owner.name), engines))
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
         """Before children are made *again*: the object itself may be gone, and another watch saw that of them first.

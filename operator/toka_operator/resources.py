@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toka_operator import __version__
+from toka_operator.caches import SHARED_PVC, cache_claim_name
 from toka_operator.data import Data, claim_name, peers_name
 from toka_operator.fields import Json
 from toka_operator.settings import (
@@ -117,13 +118,27 @@ def render_peers_service(owner: Owner, spec: TokaDeploymentSpec) -> Json:
 
 
 def render_claim(owner: Owner, data: Data) -> Json:
-    """The claim of all ordinals. One that is to stay has no owner, so that nothing deletes it."""
-    claim = _child(owner, CLAIM, claim_name(owner.name), "data")
-    if data.retention == "Retain":
+    """The claim of all ordinals."""
+    return _claim(owner, claim_name(owner.name), "data", data)
+
+
+def render_cache_claim(owner: Owner, spec: TokaDeploymentSpec) -> Json | None:
+    """The claim of the models' cache, if the operator makes it."""
+    if spec.cache.type != SHARED_PVC or spec.cache.size is None:
+        return None
+    cache = spec.cache
+    wanted = Data(spec.cache.size, cache.storage_class, cache.access_mode, cache.retention)
+    return _claim(owner, cache_claim_name(owner.name), "cache", wanted)
+
+
+def _claim(owner: Owner, name: str, component: str, wanted: Data) -> Json:
+    """A claim. One that is to stay has no owner, so that nothing deletes it."""
+    claim = _child(owner, CLAIM, name, component)
+    if wanted.retention == "Retain":
         claim["metadata"]["ownerReferences"] = []
-    claim["spec"] = {"accessModes": [data.access_mode], "resources": {"requests": {"storage": data.size}}}
-    if data.storage_class is not None:
-        claim["spec"]["storageClassName"] = data.storage_class
+    claim["spec"] = {"accessModes": [wanted.access_mode], "resources": {"requests": {"storage": wanted.size}}}
+    if wanted.storage_class is not None:
+        claim["spec"]["storageClassName"] = wanted.storage_class
     return claim
 
 

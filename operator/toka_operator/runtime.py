@@ -14,6 +14,7 @@ from toka_operator.cluster import Cluster, connect
 from toka_operator.errors import NotLeaderError, OperatorError, TransientError
 from toka_operator.health import HealthServer
 from toka_operator.lease import Election
+from toka_operator.loading import LoadingEngines
 from toka_operator.metrics import (
     IS_LEADER,
     QUEUE_DEPTH,
@@ -60,7 +61,8 @@ class Runtime:
             watch_timeout_s=settings.watch_timeout_s,
         )
         self._election.connect(self._cluster)
-        self._reconciler = Reconciler(self._cluster, self._deployments, self._stores, settings)
+        self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
+        self._reconciler = Reconciler(self._cluster, self._deployments, self._stores, settings, self._loading)
         self._watches = {scope: [self._make_watch(kind, scope) for kind in SELECTORS] for scope in scopes}
         self._workers = [
             threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(settings.num_workers)
@@ -82,6 +84,8 @@ class Runtime:
         self._queue.close()
         for watch in self._all_watches():
             watch.stop()
+        if self._loading is not None:
+            self._loading.stop()
         deadline = time.monotonic() + STOP_LIMIT_S
         for worker in filter(threading.Thread.is_alive, self._workers):
             worker.join(timeout=max(0.1, deadline - time.monotonic()))
@@ -121,7 +125,8 @@ class Runtime:
         return is_ready, "\n".join(lacks) or "ok"
 
     def _threads(self) -> list[threading.Thread]:
-        return [*self._all_watches(), self._election, *self._workers]
+        loading = [self._loading] if self._loading is not None else []
+        return [*self._all_watches(), self._election, *self._workers, *loading]
 
     def _all_watches(self) -> list[Watch]:
         return [watch for watches in self._watches.values() for watch in watches]

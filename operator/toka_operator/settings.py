@@ -49,6 +49,8 @@ class Settings:
     """One for each release of the chart: operators that share one are replicas of each other."""
     allow_host_path: bool = False
     """Whether podTemplate may mount folders of the node."""
+    reads_downloads: bool = False
+    """Whether engines that load are asked by HTTP how far their download is."""
     identity: str = ""
     num_workers: int = 8
     """At most half of them work on objects that came in bulk."""
@@ -94,6 +96,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         watch_namespaces=namespaces,
         lease_name=environ.get("TOKA_LEASE_NAME") or "toka-operator",
         allow_host_path=_read_bool(environ, "TOKA_ALLOW_HOST_PATH"),
+        reads_downloads=_read_bool(environ, "TOKA_READ_DOWNLOADS"),
         identity=environ.get("TOKA_IDENTITY") or _make_identity(),
         num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),
         health_port=_read_int(environ, "TOKA_HEALTH_PORT", 8080, 0, 65535),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from toka_operator.caches import Cache, parse_cache
 from toka_operator.data import DATA_DEFAULTS, Data, parse_data
 from toka_operator.errors import FieldError
 from toka_operator.fields import Fields, Json
@@ -140,13 +141,6 @@ class Scheduling:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
-    type: str
-    size: str | None
-    claim_name: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class SecretKey:
     name: str
     key: str
@@ -242,7 +236,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         ),
         parallelism=_parse_parallelism(root.child("parallelism")),
         scheduling=_parse_scheduling(root.child("scheduling")),
-        cache=_parse_cache(root.child("cache")),
+        cache=parse_cache(root.child("cache")),
         data=parse_data(root),
         hf_token=_parse_secret_key(root.child("auth"), "hfTokenSecretRef", "token"),
         api_key=_parse_secret_key(root.child("auth"), "apiKeySecretRef", "key"),
@@ -336,14 +330,6 @@ def _parse_scheduling(fields: Fields) -> Scheduling:
         runtime_class_name=fields.optional_text("runtimeClassName"),
         patience_s=fields.integer("patienceSeconds", 0, 604800),
     )
-
-
-def _parse_cache(fields: Fields) -> Cache:
-    cache_type = fields.choice("type", ("Ephemeral", "ExistingPVC"))
-    claim_name = fields.optional_text("claimName")
-    if (cache_type == "ExistingPVC") != (claim_name is not None):
-        fields.refuse("claimName", "is needed for type ExistingPVC, and only there")
-    return Cache(cache_type, fields.quantity("size"), claim_name)
 
 
 def _parse_secret_key(fields: Fields, name: str, default_key: str) -> SecretKey | None:

@@ -25,6 +25,7 @@ from toka_operator.conditions import (
     find_patience_end,
     merge_conditions,
 )
+from toka_operator.downloads import describe_cache
 from toka_operator.errors import FieldError
 from toka_operator.failures import Failure
 from toka_operator.fields import Json
@@ -99,6 +100,9 @@ def build_status(
     startup = _describe_startup(spec, observed, previous, now)
     if startup is not None:
         status["startup"] = startup
+    cache = describe_cache(owner.name, spec, observed)
+    if cache is not None:
+        status["cache"] = cache
     merged = merge_conditions(conditions, previous.get("conditions", []), owner.generation, now)
     return {**status, "conditions": merged}
 

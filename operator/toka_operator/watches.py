@@ -28,7 +28,7 @@ CHILD_SELECTORS = {
     "ServiceAccount": _OURS,
     "Service": _OURS,
     "StatefulSet": _OURS,
-    "PersistentVolumeClaim": f"{_OURS},app.kubernetes.io/component=data",
+    "PersistentVolumeClaim": f"{_OURS},app.kubernetes.io/component in (cache,data)",
     "PodDisruptionBudget": _OURS,
     "ControllerRevision": f"{_OURS},app.kubernetes.io/component=revision",
     "Pod": f"{_OURS},app.kubernetes.io/component=engine",

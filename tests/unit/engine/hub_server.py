@@ -20,7 +20,7 @@ COMMIT = "a" * 40
 class HubServer:
     """Serves one repository of `files` by name. Attributes may be changed while it runs."""
 
-    def __init__(self, name: str, files: dict[str, bytes]) -> None:
+    def __init__(self, name: str, files: dict[str, bytes], address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.name = name
         self.files = files
         self.token: str | None = None
@@ -41,7 +41,7 @@ class HubServer:
         """Per file: after how many bytes of a body its GETs stop, until `let_go` is set."""
         self.is_holding, self.let_go = threading.Event(), threading.Event()
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(address, _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
 
     @property

@@ -20,6 +20,7 @@ from tests.unit.operator.examples import NOW, OWNER, live, plan_for, pod, seen, 
 Json = dict[str, Any]
 CRD = Path(__file__).parents[3] / "crds" / "tokadeployments.yaml"
 NAMED = {"name": "x"}
+SHARED = {"type": "SharedPVC", "size": "1Gi"}
 
 CHANGES: dict[str, Any] = {
     "model.source": "file:///m",
@@ -61,6 +62,9 @@ CHANGES: dict[str, Any] = {
     "cache.type": {"type": "ExistingPVC", "claimName": "x"},
     "cache.size": "1Gi",
     "cache.claimName": {"type": "ExistingPVC", "claimName": "x"},
+    "cache.storageClassName": {**SHARED, "storageClassName": "x"},
+    "cache.accessMode": {**SHARED, "accessMode": "ReadWriteOnce"},
+    "cache.retention": {**SHARED, "retention": "Delete"},
     "data.size": {"size": "1Gi"},
     "data.storageClassName": {"size": "1Gi", "storageClassName": "x"},
     "data.accessMode": {"size": "1Gi", "accessMode": "ReadWriteMany"},

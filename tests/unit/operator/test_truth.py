@@ -210,7 +210,7 @@ def test_pods_that_may_not_be_made_are_told_in_the_api_servers_words(reason: str
             'MountVolume.SetUp failed for volume "v" : references non-existent secret key: k',
         ),
         ("ConfigMapMissing", "FailedMount", 'MountVolume.SetUp failed for volume "v": configmap "c" not found'),
-        ("VolumeFailed", "FailedAttachVolume", "Multi-Attach error for volume pvc-1"),
+        ("ClaimOnOneNode", "FailedAttachVolume", "Multi-Attach error for volume pvc-1"),
         ("VolumeFailed", "FailedMount", "mount failed: exit status 32"),
         ("SandboxFailed", "FailedCreatePodSandBox", "failed to start sandbox container: memory limit too low"),
         ("PodNotStarted", "NetworkNotReady", "network is not ready: cni plugin not initialized"),
