@@ -245,6 +245,9 @@ class Step(Message, frozen=True):
     group_num_columns: Int32s = _empty(np.int32)  # [g]
     # Output so far of those new slots that have a grammar and `num_sampled` > 0, in the order of `new`
     grammar_outputs: Int32s = _empty(np.int32)  # [sum of these slots' num_sampled]
+    after: int = 0
+    """The last step that samples a token which a decode row reads; 0 where steps take no turns (one lane). The first
+    stage of a pipeline waits for that token."""
 
 
 class Grammar(Message, frozen=True):

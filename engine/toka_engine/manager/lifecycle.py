@@ -61,7 +61,7 @@ def end_slot(state: ManagerState, slot: int) -> None:
 
 def end_slots(state: ManagerState, ended: Int32s) -> None:
     """End several slots at once; see `end_slot`."""
-    state.rows.is_stale = True
+    state.mark_rows_stale()
     state.queue.note_news()
     released = state.slots.retire(ended, state.completed_step)
     if released.size:

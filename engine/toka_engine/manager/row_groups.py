@@ -116,6 +116,8 @@ class DecodeRows:
         self.groups = NO_GROUPS
         self.is_stale = False
         """Some rows' streams no longer decode."""
+        self.is_short = False
+        """Some rows had to sit out the last step for want of pages."""
         self._missed_per_step = 0
         """Tokens of KV read in each step because rows that came or lost their group since the last search have
         none for them."""
@@ -138,9 +140,7 @@ class DecodeRows:
 
     def refresh(self, slots: Slots, refs: Int32s) -> None:
         """Drop the rows that no longer decode, and regroup if that is due. Once per step."""
-        if self.is_stale:
-            self._keep(slots.states[self.slots] == State.DECODE)
-            self.is_stale = False
+        self.drop_ended(slots)
         if self._missed_per_step == 0:
             return
         self._num_missed += self._missed_per_step
@@ -148,6 +148,12 @@ class DecodeRows:
             self._missed_per_step = self._num_missed = 0
             num_shared = count_shared_columns(slots.table, self.slots, self._count_full(slots, self.slots), refs)
             self.slots, self.groups = find_groups(slots.table, self.slots, num_shared, self.policy)
+
+    def drop_ended(self, slots: Slots) -> None:
+        """Drop the rows that no longer decode."""
+        if self.is_stale:
+            self._keep(slots.states[self.slots] == State.DECODE)
+            self.is_stale = False
 
     def _join(self, added: Int32s, slots: Slots) -> Int32s:
         """Put each of `added` behind the rows of the innermost group whose pages it holds; return how many columns

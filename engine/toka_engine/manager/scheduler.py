@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.manager.admission import admit
+from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
 from toka_engine.manager.priorities import limit_background_prefill, make_room
 from toka_engine.manager.prompt_logprobs import score_chunk, scored_fields
@@ -33,13 +34,34 @@ def plan_step(state: ManagerState) -> Step | None:
         misfit, state.misfit = state.misfit, None
         if state.has_background:
             make_room(state, misfit)
+    if state.lanes is None:
+        return _plan_rows(state)
+    return _plan_lanes(state, state.lanes)
+
+
+def _plan_lanes(state: ManagerState, lanes: Lanes) -> Step | None:
+    """Plan the lane whose turn it is, or the next one of which some rows can run."""
+    lanes.drop_ended(state.slots)
+    num_idle = state.sizes.num_lanes - max(1, lanes.num_busy)
+    if not state.prefills and not state.queue and len(state.in_flight) >= max(2, state.sizes.steps_ahead - num_idle):
+        return None  # steps of few rows would only wait for each other, and what comes meanwhile behind them
+    for lane in lanes.in_turn():
+        state.rows = lane
+        if step := _plan_rows(state):
+            lanes.end_turn(lane)
+            return step
+    return None
+
+
+def _plan_rows(state: ManagerState) -> Step | None:
+    """Plan a step of `state.rows` and prefill chunks."""
     step = StepBuilder(state.next_step)
-    rows, groups, is_short = _plan_decode(state, step)
+    rows, groups = _plan_decode(state, step)
     sizes = state.sizes
     most = sizes.max_prefill_tokens if rows.size else sizes.max_lone_prefill_tokens
     budget = min(sizes.max_tokens_per_forward - rows.size, most)
     copies = _take_live_copies(state)
-    if not is_short:
+    if not state.is_short:
         admit(state, step, budget)
     _plan_chunks(state, step, rows, budget)
     if rows.size == 0 and not step.chunk_slots:
@@ -49,18 +71,19 @@ def plan_step(state: ManagerState) -> Step | None:
     return _finish_step(state, step, rows, groups)
 
 
-def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups, bool]:
-    """Give each decode row the page that it needs; return (rows, groups, whether some had to sit out)."""
+def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups]:
+    """Give each decode row the page that it needs; return the rows that take part, and their groups."""
     slots, rows = state.slots, state.rows
     rows.refresh(slots, state.pages.allocator.refs)
     active, groups = rows.slots, rows.groups
     if active.size == 0:
-        return EMPTY32, NO_GROUPS, False
+        rows.is_short = False
+        return EMPTY32, NO_GROUPS
     lengths = slots.lengths[active]
     needs = lengths >= slots.num_pages[active] * state.sizes.page_size
     num_needed = int(np.count_nonzero(needs))
-    is_short = num_needed > state.pages.allocator.num_available
-    if is_short:
+    rows.is_short = num_needed > state.pages.allocator.num_available
+    if rows.is_short:
         is_kept = _cope_with_shortage(state)
         active, groups = rows.slots[is_kept], rows.groups.keep(is_kept)
         lengths = slots.lengths[active]
@@ -71,12 +94,14 @@ def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups
     slots.lengths[active] = lengths + 1
     num_planned = slots.num_planned[active] + 1
     slots.num_planned[active] = num_planned
+    if state.lanes is not None:
+        step.after = int(slots.last_steps[active].max(initial=0))
     slots.last_steps[active] = step.number
     is_full = num_planned >= slots.limits[active]
     if is_full.any():
         slots.states[active[is_full]] = State.FULL
         rows.is_stale = True
-    return active, groups, is_short
+    return active, groups
 
 
 def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None:
@@ -168,7 +193,7 @@ def _plan_chunks(state: ManagerState, step: StepBuilder, rows: Int32s, budget: i
         if prefill.position == prefill.tokens.size:
             begun.append(_fan_out(state, step, prefill))
     if begun:
-        _begin_decode(state, np.concatenate(begun), step.number)
+        _begin_decode(state, begun, step.number)
 
 
 def _enter_tree(state: ManagerState, prefill: Prefill) -> None:
@@ -238,13 +263,19 @@ def schedule_copies(state: ManagerState, step: StepBuilder, prefill: Prefill, si
     state.copies.append(PendingCopy(source, pages, siblings, slots.generations[siblings]))
 
 
-def _begin_decode(state: ManagerState, members: Int32s, number: int) -> None:
-    slots = state.slots
+def _begin_decode(state: ManagerState, begun: list[Int32s], number: int) -> None:
+    """Let the choices of each prompt of `begun`, whose first tokens step `number` samples, be decode rows."""
+    slots, members = state.slots, np.concatenate(begun)
     slots.num_planned[members] += 1
     slots.last_steps[members] = number
     is_full = slots.num_planned[members] >= slots.limits[members]
     slots.states[members] = np.where(is_full, State.FULL, State.DECODE)
-    state.rows.add(members[~is_full], slots, state.pages.allocator.refs)
+    if state.lanes is None:
+        state.rows.add(members[~is_full], slots, state.pages.allocator.refs)
+        return
+    for choices in begun:
+        if (live := choices[slots.states[choices] == State.DECODE]).size:
+            state.lanes.add(live, slots, state.pages.allocator.refs)
 
 
 def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: Groups) -> Step:
@@ -284,7 +315,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
         fields["edits"] = _batch_edits(state, step)
     if step.grammar_outputs:
         fields["grammar_outputs"] = np.concatenate(step.grammar_outputs)
-    return Step(number=step.number, decode_slots=rows, **fields)
+    return Step(number=step.number, decode_slots=rows, after=step.after, **fields)
 
 
 def _batch_new_slots(state: ManagerState, step: StepBuilder) -> SlotBatch:

@@ -36,6 +36,8 @@ class Sizes:
     """Steps in flight. On a GPU one runs, one waits in its queue, and one is being planned."""
     max_pages_per_seq: int
     max_request_tokens: int
+    num_lanes: int = 1
+    """Sets of decode rows that take turns (see `lanes`)."""
 
 
 _SMALLEST = ("num_pages", "max_seqs", "max_tokens_per_forward", "max_pages_per_seq")

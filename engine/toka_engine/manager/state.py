@@ -13,6 +13,7 @@ import numpy as np
 
 from toka_engine.config import EngineConfig
 from toka_engine.manager.grammars import Grammars
+from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.pages import Pages
 from toka_engine.manager.prefix_tree import Key
 from toka_engine.manager.queue import Queue
@@ -70,7 +71,8 @@ class ManagerState:
         self.queue = Queue()
         self.pages = Pages(config, sizes)
         self.slots = Slots(sizes.num_slots, sizes.max_pages_per_seq)
-        self.rows = DecodeRows(config, sizes.page_size)
+        self.lanes = Lanes(config, sizes.page_size, sizes.num_lanes) if sizes.num_lanes > 1 else None
+        self.rows = self.lanes.every[0] if self.lanes else DecodeRows(config, sizes.page_size)  # of the next step
         self.predictor = StopPredictor(config.track_early_stopping)
         self.prefills: list[Prefill] = []  # in order of admission
         self.pending_pages: dict[Key, Prefill] = {}  # next page that a prefill will put into the prefix tree
@@ -92,6 +94,17 @@ class ManagerState:
         if request.grammar is not None:
             self.grammars.release(request.grammar)
 
+    @property
+    def is_short(self) -> bool:
+        """Some decode rows wait for pages: nothing is admitted meanwhile."""
+        return self.rows.is_short if self.lanes is None else self.lanes.is_short
+
+    def mark_rows_stale(self) -> None:
+        """Note that some streams have left their slots."""
+        self.rows.is_stale = True
+        if self.lanes is not None:
+            self.lanes.mark_stale()
+
     def enqueue(self, entry: Waiting, *, at_front: bool) -> None:
         """Let the choices of `entry` wait."""
         self.queue.add(entry, at_front=at_front)
@@ -105,6 +118,7 @@ class StepBuilder:
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.after = 0
         self.new_slots: list[int] = []
         self.new_lengths: list[int] = []
         self.appends: list[tuple[Int32s, Int32s, Int32s]] = []  # slots, columns, pages

@@ -142,6 +142,7 @@ class SimulatedWorker:
         self.seeds = [-1] * sizes.num_slots
         self.num_logprobs = [-1] * sizes.num_slots
         self.penalties = [NO_PENALTIES] * sizes.num_slots
+        self.sampled_in = [0] * sizes.num_slots  # the step that sampled the slot's last token
         self.next_number = 1
         self.num_shared_rows = 0
 
@@ -155,6 +156,8 @@ class SimulatedWorker:
         assert len(set(step.decode_slots.tolist()) | set(step.prefill_slots.tolist())) == (
             step.decode_slots.size + step.prefill_slots.size
         ), "a slot appears twice"
+        newest = max((self.sampled_in[slot] for slot in step.decode_slots.tolist()), default=0)
+        assert step.after == (newest if self.sizes.num_lanes > 1 else 0), "a first stage would wait for another token"
         rows = []
         writes = [(slot, [self.last_tokens[slot]]) for slot in step.decode_slots.tolist()]
         offset = 0
@@ -248,6 +251,7 @@ class SimulatedWorker:
             token, logprob = self.model.sample(context, self.seeds[slot], self.num_sampled[slot], self.penalties[slot])
             self.num_sampled[slot] += 1
             self.last_tokens[slot] = token
+            self.sampled_in[slot] = number
             ids.append(token)
             logprobs.append(logprob)
             if self.num_logprobs[slot] > 0:
@@ -333,10 +337,11 @@ class Harness:
         if self.config.scheduling_steps_ahead:
             self.sizes = replace(self.sizes, steps_ahead=self.config.scheduling_steps_ahead)
         self.manager = Manager(self.config, self.sizes)
-        rows = self.manager.state.rows
-        rows.policy = replace(
-            rows.policy, row_cost=0, group_cost=0, regroup_cost=0, regroup_row_cost=0
-        )  # so that small groups pay
+        lanes = self.manager.state.lanes
+        for rows in [self.manager.state.rows] if lanes is None else lanes.every:
+            rows.policy = replace(
+                rows.policy, row_cost=0, group_cost=0, regroup_cost=0, regroup_row_cost=0
+            )  # so that small groups pay
         self.worker = SimulatedWorker(self.sizes, self.model)
         self.sent: deque[Step] = deque()
         self.writes: deque[set[tuple[int, int]]] = deque()  # per step in flight: (page, slot)

@@ -54,7 +54,7 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
 @given(
     random_seed=st.integers(0, 1 << 32),
     num_pages=st.sampled_from([8, 12, 20, 64]),
-    steps_ahead=st.integers(1, 3),
+    steps_ahead=st.integers(1, 7),
     max_tokens_per_forward=st.sampled_from([9, 24, 64]),
     max_prefill_tokens=st.sampled_from([3, 24, 64]),
     max_lone_prefill_tokens=st.sampled_from([3, 24, 64]),
@@ -62,6 +62,7 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
     use_hydragen=st.booleans(),
     cancel_rate=st.sampled_from([0.0, 0.1]),
     failure_period=st.sampled_from([0, 60]),
+    num_lanes=st.sampled_from([1, 1, 2, 3, 5]),
 )
 def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
     random_seed: int,
@@ -74,6 +75,7 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
     use_hydragen: bool,
     cancel_rate: float,
     failure_period: int,
+    num_lanes: int,
 ) -> None:
     sizes = small_sizes(
         num_pages=num_pages,
@@ -81,6 +83,7 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
         max_tokens_per_forward=max_tokens_per_forward,
         max_prefill_tokens=max_prefill_tokens,
         max_lone_prefill_tokens=max_lone_prefill_tokens,
+        num_lanes=num_lanes,
     )
     config = EngineConfig(
         scheduling_steps_ahead=steps_ahead,
