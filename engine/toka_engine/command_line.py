@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from toka_engine.config import MAX_RANKS, UNSUPPORTED_KEYS, EngineConfig, UnsupportedKey
+from toka_engine.config import MAX_RANKS, UNSUPPORTED_KEYS, EngineConfig, UnsupportedKey, describe_sizes
 from toka_engine.errors import ConfigError
 
 _BOOLEANS = {"T": True, "True": True, "true": True, "F": False, "False": False, "false": False}
@@ -43,15 +43,26 @@ def parse_config(arguments: Iterable[str]) -> EngineConfig:
     config = parse_struct(EngineConfig, arguments, "toka", UNSUPPORTED_KEYS)
     if config.torch_compile_config != "default" and not config.torch_compile:
         raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
-    if config.torch_compile and config.tp_size > 1:
-        raise ConfigError(f"torch_compile=T does not work with tp_size={config.tp_size} yet: it needs tp_size=1")
+    _check_parallelism(config)
+    return config
+
+
+def _check_parallelism(config: EngineConfig) -> None:
+    """Raise ConfigError for sizes that exclude each other. What depends on the model or the device is found there."""
+    for name, size in (("tp_size", config.tp_size), ("pp_size", config.pp_size)):
+        if config.torch_compile and size > 1:
+            raise ConfigError(f"torch_compile=T does not work with {name}={size} yet: it needs {name}=1")
     if config.dp_min_size is not None and config.dp_min_size > config.dp_size:
         raise ConfigError(f"dp_min_size={config.dp_min_size} is more than dp_size={config.dp_size}")
     if config.num_ranks > MAX_RANKS:
-        raise ConfigError(
-            f"dp_size={config.dp_size} x tp_size={config.tp_size} are more than {MAX_RANKS} model workers"
-        )
-    return config
+        sizes = describe_sizes(config)
+        raise ConfigError(f"{sizes} are more than {MAX_RANKS} model workers")
+    split = config.pp_layer_split
+    if split is not None and len(split) != config.pp_size:
+        text = ",".join(map(str, split))
+        raise ConfigError(f"pp_layer_split={text} has the layers of {len(split)} stages, pp_size={config.pp_size}")
+    if config.pp_size == 1 and config.pp_num_buffer_stages != 1:
+        raise ConfigError(f"pp_num_buffer_stages={config.pp_num_buffer_stages} has no effect with pp_size=1")
 
 
 def parse_struct(
@@ -192,7 +203,7 @@ def _parse_value(text: str, kind: inspect.Type) -> Any:
                 raise ValueError("not a finite number")
             return number
         case inspect.VarTupleType():
-            return _parse_list(text)
+            return tuple(_parse_value(item, kind.item_type) for item in _parse_list(text))
         case _:
             return text
 

@@ -137,7 +137,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     scheduling_steps_ahead: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | None,
-        doc("steps sent to the worker before the first one's tokens are back; default: 3 on a GPU, 2 on a CPU"),
+        doc("steps sent before the first one's tokens are back; default: 3 on a GPU, 2 on a CPU, more with pp_size"),
     ] = None
     use_prefix_cache: Annotated[bool, doc("keep the KV pages of prompts and share them by content")] = True
     use_hydragen: Annotated[bool, doc("compute attention over shared prefixes once, where that pays")] = True
@@ -163,6 +163,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     tp_size: Annotated[
         int, Meta(ge=1, le=8), doc("ranks that hold the model together, each with a part of every layer and a GPU")
+    ] = 1
+    pp_size: Annotated[
+        int, Meta(ge=1, le=8), doc("pipeline stages, each with some of the layers; on CPUs alone in this version")
+    ] = 1
+    pp_layer_split: Annotated[
+        tuple[PositiveInt, ...] | None, doc("layers of each stage, as 17,15; default: stages of equal work")
+    ] = None
+    pp_num_buffer_stages: Annotated[
+        int,
+        Meta(ge=0, le=8),
+        doc("sets of sequences beside one for each stage, so that no stage waits for tokens on their way"),
     ] = 1
 
     # torch.compile
@@ -192,7 +203,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def num_ranks(self) -> int:
         """Model workers, each with a GPU of its own or a share of the CPUs."""
-        return self.dp_size * self.tp_size
+        return self.dp_size * self.pp_size * self.tp_size
+
+    @property
+    def num_lanes(self) -> int:
+        """Sets of running sequences that take turns, so that each pipeline stage has a step of another one."""
+        return self.pp_size + self.pp_num_buffer_stages if self.pp_size > 1 else 1
+
+    def choose_steps_ahead(self, is_cpu: bool) -> int:
+        """Return how many steps are sent before the first one's tokens are back."""
+        return self.scheduling_steps_ahead or self.num_lanes + (1 if is_cpu else 2)
+
+
+def describe_sizes(config: EngineConfig) -> str:
+    """Return the numbers of replicas, stages and ranks as a sentence has them; the stages where there are several."""
+    stages = f" x pp_size={config.pp_size}" if config.pp_size > 1 else ""
+    return f"dp_size={config.dp_size}{stages} x tp_size={config.tp_size}"
 
 
 class UnsupportedKey(NamedTuple):
@@ -211,8 +237,6 @@ UNSUPPORTED_KEYS: dict[str, UnsupportedKey] = {
     "statsd_addr": UnsupportedKey(None, "statistics are read from /metrics"),
     "statsd_server_url": UnsupportedKey(None, "statistics are read from /metrics"),
     "async_tp_threshold": UnsupportedKey(None, "sums over ranks are not overlapped with products yet"),
-    "pp_size": UnsupportedKey(1, "pipeline parallelism is not built yet"),
-    "pp_num_buffer_stages": UnsupportedKey(1, "pipeline parallelism is not built yet"),
     "prefill_round_up_multiple": UnsupportedKey(None, "prefill chunks are cut by max_tokens_per_forward alone"),
     "stop_string_num_token_lookback": UnsupportedKey(None, "stop strings are found in the whole text"),
     "early_stopping_buffer_size": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),

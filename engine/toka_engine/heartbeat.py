@@ -7,7 +7,7 @@ nothing: what a finding means is the supervisor's business.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from toka_engine.control_messages import RankReport
@@ -18,7 +18,7 @@ from toka_engine.processes import (
     SILENT_PINGS_UNSURE,
     ChildProcess,
 )
-from toka_engine.rank_watch import RankWatch
+from toka_engine.rank_watch import Place, RankWatch, Stages, find_holdup
 from toka_engine.topology import Role
 
 SILENT_PINGS_STARTING = 240
@@ -50,8 +50,12 @@ class Heartbeat:
         for child in children:
             child.beat()
         for child in children:
-            if words := _find_start_stall(child) if is_starting else _find_stall(child):
+            if words := _find_start_stall(child) if is_starting else _find_silence(child):
                 return Finding(child, words)
+        for child in children:
+            if not is_starting and child.busy_pongs >= BUSY_PONGS_STALLED:
+                child = _find_held_up(child, children)
+                return Finding(child, f"{child.name} has been in one step for {child.busy_s:.0f} s")
         silent = [child.name for child in children if child.silent_pings >= SILENT_PINGS_UNSURE]
         self.silent_process = "" if is_starting or not silent else silent[-1]
         return None if is_starting else self._compare_ranks(children)
@@ -64,24 +68,37 @@ class Heartbeat:
         return tuple(RankReport(one.rank, one.place.done, one.cpu_s, one.memory_bytes) for one in ranks)
 
     def _compare_ranks(self, children: Collection[ChildProcess]) -> Finding | None:
-        replicas: defaultdict[int, dict[str, ChildProcess]] = defaultdict(dict)
-        for child in children:
-            if child.role is Role.MODEL and child.rank.tp_size * child.rank.pp_size > 1:
-                replicas[child.rank.dp_rank][child.name] = child
-        for number, ranks in replicas.items():
-            places = {name: child.place for name, child in ranks.items()}
+        for number in sorted({child.rank.dp_rank for child in children if child.role is Role.MODEL}):
+            ranks = _find_ranks(number, children)
             is_gpu = all(child.device == "cuda" for child in ranks.values())
-            if blame := self._watches[number].beat(places, is_gpu):
+            if len(ranks) > 1 and (blame := self._watches[number].beat(_place_stages(ranks), is_gpu)):
                 return Finding(ranks[blame.name], blame.words)
         return None
 
 
-def _find_stall(child: ChildProcess) -> str:
+def _find_ranks(replica: int, children: Collection[ChildProcess]) -> dict[str, ChildProcess]:
+    return {child.name: child for child in children if child.role is Role.MODEL and child.rank.dp_rank == replica}
+
+
+def _place_stages(ranks: Mapping[str, ChildProcess]) -> Stages:
+    stages: defaultdict[int, dict[str, Place]] = defaultdict(dict)
+    for name, child in ranks.items():
+        stages[child.rank.pp_rank][name] = child.place
+    return [stages[number] for number in sorted(stages)]
+
+
+def _find_silence(child: ChildProcess) -> str:
     if child.silent_pings >= SILENT_PINGS_STALLED:
         return f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
-    if child.busy_pongs >= BUSY_PONGS_STALLED:
-        return f"{child.name} has been in one step for {child.busy_s:.0f} s"
     return ""
+
+
+def _find_held_up(busy: ChildProcess, children: Collection[ChildProcess]) -> ChildProcess:
+    """Return the rank for which `busy`, one of several stages, waits in its step; else `busy` itself."""
+    if busy.role is not Role.MODEL or busy.rank.pp_size == 1:
+        return busy
+    ranks = _find_ranks(busy.rank.dp_rank, children)
+    return ranks[find_holdup(_place_stages(ranks)) or busy.name]
 
 
 def _find_start_stall(child: ChildProcess) -> str:

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def count_resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_shared_memory(num_bytes: int) -> int:
+    """Return the descriptor of zeroed memory that processes share by passing it on; nothing else can find it."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("toka")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, num_bytes)
+    return fd
 
 
 def is_stopped(pid: int) -> bool:

@@ -275,9 +275,11 @@ class Supervisor:
             start = msgspec.structs.replace(start, rendezvous=self._rendezvous.folder)
         link_fds: dict[str, list[int]] = {process.name: [] for process in topology.processes}
         with contextlib.ExitStack() as ends:
-            for link in topology.links:
-                for name, end in zip((link.first, link.second), socket_pair(), strict=True):
-                    link_fds[name].append(ends.enter_context(end).fileno())
+            pairs = [socket_pair() for _ in topology.links]
+            for link, (_, second) in zip(topology.links, pairs, strict=True):
+                link_fds[link.second].append(ends.enter_context(second).fileno())
+            for link, (first, _) in zip(topology.links, pairs, strict=True):
+                link_fds[link.first].append(ends.enter_context(first).fileno())
             link_fds[SERVER.name].append(ends.enter_context(self._listener).fileno())
             for process in topology.processes:
                 own = msgspec.structs.replace(start, config=for_replica(self._config, process.rank.dp_rank))

@@ -95,6 +95,7 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "use_cudagraphs": engine.cuda_graphs,
         # Said only where it is not the default: arguments of pods that run already stay what they are.
         "tp_size": None if spec.parallelism.tensor == 1 else spec.parallelism.tensor,
+        "pp_size": None if spec.parallelism.pipeline == 1 else spec.parallelism.pipeline,
         "dp_size": None if spec.parallelism.data == 1 else spec.parallelism.data,
         "dp_min_size": spec.parallelism.minimum_data,
         "data_dir": render_data_argument() if spec.data else None,

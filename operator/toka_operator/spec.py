@@ -29,7 +29,7 @@ DEFAULTS: Json = {
     },
     "replicas": 1,
     "resources": {"device": "gpu", "gpuResource": "nvidia.com/gpu"},
-    "parallelism": {"tensor": 1, "data": 1},
+    "parallelism": {"tensor": 1, "pipeline": 1, "data": 1},
     "scheduling": {"patienceSeconds": 300},
     "cache": {"type": "Ephemeral"},
     "data": DATA_DEFAULTS,
@@ -115,7 +115,9 @@ class Parallelism:
     """The parallelism inside each pod."""
 
     tensor: int
-    """Model workers that hold one replica together."""
+    """Model workers that hold the layers of a stage together."""
+    pipeline: int
+    """Stages of one replica, each with some of the layers."""
     data: int
     """Replicas of the model."""
     minimum_data: int | None
@@ -124,7 +126,7 @@ class Parallelism:
     @property
     def num_gpus(self) -> int:
         """GPUs of each pod that runs on GPUs."""
-        return self.tensor * self.data
+        return self.tensor * self.pipeline * self.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,10 +312,10 @@ def _parse_engine(fields: Fields) -> Engine:
 
 
 def _parse_parallelism(fields: Fields) -> Parallelism:
-    tensor, data = fields.integer("tensor", 1, 8), fields.integer("data", 1, 8)
-    parallelism = Parallelism(tensor, data, fields.optional_integer("minimumData", 1, 8))
-    if tensor * data > MAX_RANKS:
-        fields.refuse("tensor", f"times data may not be more than {MAX_RANKS}")
+    tensor, pipeline, data = (fields.integer(name, 1, 8) for name in ("tensor", "pipeline", "data"))
+    parallelism = Parallelism(tensor, pipeline, data, fields.optional_integer("minimumData", 1, 8))
+    if parallelism.num_gpus > MAX_RANKS:
+        fields.refuse("tensor", f"times pipeline times data may not be more than {MAX_RANKS}")
     if parallelism.minimum_data is not None and parallelism.minimum_data > parallelism.data:
         fields.refuse("minimumData", "may not be more than data")
     return parallelism

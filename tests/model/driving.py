@@ -10,15 +10,17 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.messages import Step, Tokens
 from toka_engine.model.backend import Launched
+from toka_engine.model.cpu.stage_runner import StageRunner
 from toka_engine.model.ranks import Ranks
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
+from toka_engine.model.stage_links import StageLinks
 from toka_engine.model.worker import Worker, load_worker
 from toka_engine.slot_parameters import SlotBatch
 
 
-def load(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Worker:
-    """A worker on the CPU, in fp32 unless told; one of `ranks`, if given."""
+def load(folder: Path, ranks: Ranks | None = None, links: StageLinks | None = None, **settings: Any) -> Worker:
+    """A worker on the CPU, in fp32 unless told; one of `ranks` and of the stages of `links`, if given."""
     defaults: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
@@ -26,7 +28,7 @@ def load(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Worker:
         "num_threads": 1,
         "seed": 0,
     }
-    return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None, ranks)
+    return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None, ranks, links=links)
 
 
 def ints(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -43,10 +45,12 @@ class Driver:
         self.pages: dict[int, list[int]] = {}
         self._next_page = 0
         self._number = 0
+        self._last_sampled = 0
         self.logits = torch.empty(0)
         """The logits that the last step's sampler was given, one row per sampled token, fp32."""
-        self._sample = worker.runner.sample
-        worker.runner.sample = self._record
+        if not isinstance(worker.runner, StageRunner):
+            self._sample = worker.runner.sample
+            worker.runner.sample = self._record
 
     def _record(self, logits: torch.Tensor, rows: torch.Tensor | None, plan: SamplePlan, state: HostSlots) -> Sampled:
         self.logits = (logits if rows is None else logits[rows]).float().clone()
@@ -59,7 +63,10 @@ class Driver:
 
     def launch(self, **fields: Any) -> Launched:
         self._number += 1
-        return self.worker.runner.launch(Step(number=self._number, **fields))
+        step = Step(number=self._number, after=self._last_sampled, **fields)
+        if step.decode_slots.size or step.fanout_slots.size:
+            self._last_sampled = step.number
+        return self.worker.runner.launch(step)
 
     def run(self, **fields: Any) -> Tokens:
         return self.worker.runner.finish(self.launch(**fields))

@@ -21,6 +21,7 @@ from toka_engine.errors import ModelInvalidError
 from toka_engine.model.builder import ModelBuilder
 from toka_engine.model.model_config import read_model_config
 from toka_engine.model.ranks import SingleRank
+from toka_engine.model.stages import Stage
 from tokenizers import Tokenizer
 
 from tests.engine_process import EngineProcess
@@ -101,5 +102,7 @@ def test_a_window_that_the_engine_has_not_is_refused_by_the_documents_mistral(
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    config = read_model_config(folder)
+    build = ModelBuilder(config, None, None, SingleRank(), Stage.whole(config.num_layers))  # type: ignore[arg-type]
     with pytest.raises(ModelInvalidError, match=r"sliding_window=16 is not supported \(null is\)"):
-        module.Mistral(ModelBuilder(read_model_config(folder), None, None, SingleRank()))  # before it takes any weight
+        module.Mistral(build)  # before it takes any weight

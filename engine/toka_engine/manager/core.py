@@ -33,6 +33,7 @@ class Manager:
     """Turns requests into steps and tokens into deltas."""
 
     def __init__(self, config: EngineConfig, sizes: Sizes, num_workers: int = 1) -> None:
+        """`num_workers`: those that sample, and compile grammars."""
         self.state = ManagerState(config, sizes)
         self.state.grammars.num_workers = num_workers
 

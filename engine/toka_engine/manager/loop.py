@@ -42,7 +42,10 @@ class Loop:
         self._child = child
         self._server = server
         self._workers = workers
-        self._output = workers[find_output_rank(child.start.rank)]
+        output = find_output_rank(child.start.rank)
+        self._output = workers[output]
+        self._samplers = workers[output:]
+        """The ranks of the last stage."""
         self._config = child.start.config
         self._next_stats = 0.0
         self._next_report = 0.0
@@ -64,7 +67,7 @@ class Loop:
         readies = [self._receive_ready(worker) for worker in self._workers]
         ready = agree_on(readies)
         sizes = choose_sizes(self._config, ready)
-        manager = Manager(self._config, sizes, len(self._workers))
+        manager = Manager(self._config, sizes, len(self._samplers))
         self._server.send(engine_info(sizes, ready))
         self._child.ready()
         logger.info(
@@ -97,7 +100,7 @@ class Loop:
             for request in self._server.receive_ready():
                 outbox += manager.handle(request)
         for grammar in manager.take_grammars():
-            broadcast(self._workers, grammar)
+            broadcast(self._samplers, grammar)
         while step := manager.plan():
             broadcast(self._workers, step)
         if started := manager.take_started():

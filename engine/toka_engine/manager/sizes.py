@@ -75,9 +75,10 @@ def choose_sizes(config: EngineConfig, ready: WorkerReady) -> Sizes:
         max_tokens_per_forward=ready.max_tokens_per_forward,
         max_prefill_tokens=config.max_prefill_tokens_per_forward or beside_rows,
         max_lone_prefill_tokens=config.max_prefill_tokens_per_forward or ready.max_tokens_per_forward,
-        steps_ahead=config.scheduling_steps_ahead or (2 if is_cpu else 3),
+        steps_ahead=config.choose_steps_ahead(is_cpu),
         max_pages_per_seq=ready.max_pages_per_seq,
         max_request_tokens=max_request_tokens,
+        num_lanes=config.num_lanes,
     )
 
 

@@ -32,12 +32,20 @@ class AttentionShape:
 
     @classmethod
     def of(
-        cls, model: ModelConfig, dtype: torch.dtype, device: torch.device, sharding: Sharding | None = None
+        cls,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        sharding: Sharding | None = None,
+        num_layers: int | None = None,
     ) -> AttentionShape:
-        """The shape of `model`, or of a rank's heads. Raises ConfigError if these cannot be split over the ranks."""
+        """The shape of `model`, or of a rank's heads and a stage's `num_layers`.
+
+        Raises ConfigError if the heads cannot be split over the ranks.
+        """
         heads = (sharding or Sharding(0, 1)).split_heads(model.num_heads, model.num_kv_heads)
         return cls(
-            num_layers=model.num_layers,
+            num_layers=num_layers or model.num_layers,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=model.head_dim,

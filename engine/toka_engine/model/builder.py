@@ -1,7 +1,8 @@
 """Makes a model's layers: their weights by name, this rank's part of them, as the device implements them.
 
-A model's file says which layers it has; nothing in it knows ranks or devices. Weights that are missing or misshapen are
-refused by name (see `loader`), sizes that cannot be split over the ranks with both numbers (see `sharding`).
+A model's file says which layers it has; nothing in it knows ranks, stages or devices. Weights that are missing or
+misshapen are refused by name (see `loader`), sizes that cannot be split over the ranks with both numbers (see
+`sharding`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
 from toka_engine.model.ranks import Ranks
-from toka_engine.model.residual import Embedding, Norm
+from toka_engine.model.residual import Embedding, Norm, StreamEnd
 from toka_engine.model.sharding import HeadRange, Shard, Sharding
+from toka_engine.model.stages import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,12 @@ class ModelBuilder:
     weights: Weights
     ops: Ops
     ranks: Ranks
+    stage: Stage
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the layers to build: all, or those of this rank's pipeline stage."""
+        return self.stage.layers
 
     @property
     def sharding(self) -> Sharding:
@@ -73,6 +81,10 @@ class ModelBuilder:
         weight = self.weights.take(f"{name}.weight", (self.config.hidden_size,))
         return Norm(self.ops, weight + offset if offset else weight, self.config.rms_norm_eps, self.ranks)
 
+    def final_norm(self, name: str, offset: float = 0.0) -> Norm | StreamEnd:
+        """The norm behind the last layer; where other stages follow, what hands the residual stream over to them."""
+        return self.norm(name, offset) if self.stage.is_last else StreamEnd(self.ranks)
+
     def head_norm(self, name: str) -> torch.Tensor:
         """The weight [head_dim] of an RMSNorm that all heads of the queries, or of the keys, share."""
         return self.weights.take(f"{name}.weight", (self.config.head_dim,))
@@ -80,11 +92,19 @@ class ModelBuilder:
     def embedding(self, name: str = "model.embed_tokens") -> Embedding:
         """The token embedding. Split by vocabulary."""
         first, _ = self.sharding.split_vocabulary(self.config.vocab_size)
-        return Embedding(self._take_vocabulary(name), first if self.ranks.size > 1 else None)
+        weight = self._take_vocabulary(name) if self.stage.is_first else None
+        return Embedding(name, weight, first if self.ranks.size > 1 else None)
 
-    def lm_head(self, tied_to: Embedding | None, name: str = "lm_head") -> LmHead:
-        """The layer that makes logits, with the embedding's weight if it is tied to one. Split by vocabulary."""
-        return LmHead(self.ops, self._take_vocabulary(name) if tied_to is None else tied_to.weight)
+    def lm_head(self, tied_to: Embedding | None, name: str = "lm_head") -> LmHead | None:
+        """The layer that makes logits, with the embedding's weight if it is tied to one. Split by vocabulary.
+
+        The last stage alone has it. It reads the weight of an embedding that the first stage holds once more.
+        """
+        if not self.stage.is_last:
+            return None
+        if tied_to is None:
+            return LmHead(self.ops, self._take_vocabulary(name))
+        return LmHead(self.ops, self._take_vocabulary(tied_to.name) if tied_to.weight is None else tied_to.weight)
 
     def _take_vocabulary(self, name: str) -> torch.Tensor:
         vocab_size = self.config.vocab_size

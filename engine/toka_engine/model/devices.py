@@ -9,11 +9,13 @@ import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.control_messages import RankInfo
-from toka_engine.errors import DeviceUnavailableError
+from toka_engine.errors import ConfigError, DeviceUnavailableError
 from toka_engine.model.backend import Backend
 from toka_engine.model.gpus import Gpu, check_free, choose_gpu, count_foreign_bytes, list_unlike
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ranks import Ranks, SingleRank
+from toka_engine.model.sizing import choose_dtype
+from toka_engine.model.stage_links import StageLinks
 
 logger = logging.getLogger("toka.model")
 
@@ -21,11 +23,16 @@ logger = logging.getLogger("toka.model")
 def find_device(config: EngineConfig, index: int = 0) -> torch.device:
     """Return the device that `config.device` means; of several GPUs `index`, which becomes the process's current one.
 
-    Raises DeviceUnavailableError, also for GPUs that cannot serve: too few, too old, or unlike in one replica.
+    Raises DeviceUnavailableError, also for GPUs that cannot serve: too few, too old, or unlike in one replica, and
+    ConfigError for what does not run on GPUs.
     """
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
+        if config.pp_size > 1:
+            raise ConfigError(
+                f"pp_size={config.pp_size}: pipeline parallel runs on CPUs in this version, with device=cpu"
+            )
         is_one_of_several = config.num_ranks > 1
         if is_one_of_several and index < torch.cuda.device_count():
             # Before anything else touches CUDA, or this rank would hold memory on the first GPU, too.
@@ -67,13 +74,13 @@ def probe_gpus() -> list[Gpu]:
 
 
 def connect_ranks(rank: RankInfo, rendezvous: Path, device: torch.device) -> Ranks:
-    """Return the tensor parallel ranks that share a replica with `rank`, once they have met in `rendezvous`.
+    """Return the tensor parallel ranks that share a stage with `rank`, once they have met in `rendezvous`.
 
     Raises PeerClosedError.
     """
     if rank.tp_size == 1:
         return SingleRank()
-    meeting = rendezvous / f"dp{rank.dp_rank}"
+    meeting = rendezvous / f"dp{rank.dp_rank}_pp{rank.pp_rank}"
     if device.type == "cuda":
         from toka_engine.model.cuda.gpu_ranks import GpuRanks
 
@@ -84,16 +91,22 @@ def connect_ranks(rank: RankInfo, rendezvous: Path, device: torch.device) -> Ran
 
 
 def select_backend(
-    device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig | None = None
+    device: torch.device,
+    config: EngineConfig,
+    ranks: Ranks,
+    model: ModelConfig | None = None,
+    links: StageLinks | None = None,
 ) -> Backend:
     """Make the backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
-    Several ranks on GPUs connect here, to exchange rows of `model`.
+    Several ranks on GPUs connect here, to exchange rows of `model`; pipeline stages on CPUs do, too, by `links`.
 
     Raises ConfigError, StorageError, DeviceUnavailableError (GPU ranks that cannot reach each other).
     """
     is_gpu = device.type == "cuda"
-    backend = _make_cuda_backend(device, config, ranks, model) if is_gpu else _make_cpu_backend(ranks)
+    backend = (
+        _make_cuda_backend(device, config, ranks, model) if is_gpu else _make_cpu_backend(config, ranks, model, links)
+    )
     if not config.torch_compile:
         return backend
     from toka_engine.model.torch_compile.inductor_cache import choose_compile_cache
@@ -104,10 +117,18 @@ def select_backend(
     return CompiledBackend(backend, device, config.torch_compile_config)
 
 
-def _make_cpu_backend(ranks: Ranks) -> Backend:
+def _make_cpu_backend(
+    config: EngineConfig, ranks: Ranks, model: ModelConfig | None, links: StageLinks | None
+) -> Backend:
     from toka_engine.model.cpu.backend import CpuBackend
 
-    return CpuBackend(ranks)
+    if links is None:
+        return CpuBackend(ranks)
+    from toka_engine.model.cpu.stage_exchange import StageExchange
+
+    assert model is not None, "stages exchange rows of a model"
+    dtype = choose_dtype(config, torch.device("cpu"))
+    return CpuBackend(ranks, StageExchange.connect(links, config, model, dtype))
 
 
 def _make_cuda_backend(device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig | None) -> Backend:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toka_engine.config import EngineConfig
+from toka_engine.config import EngineConfig, describe_sizes
 from toka_engine.errors import DeviceUnavailableError
 
 _FIRST_WITH_BFLOAT16 = (8, 0)
@@ -50,7 +50,7 @@ def choose_gpu(gpus: Sequence[Gpu], config: EngineConfig, index: int) -> Gpu:
     if len(gpus) < num_ranks:
         sees_slice = any(gpu.is_slice for gpu in gpus)
         raise DeviceUnavailableError(
-            f"dp_size={config.dp_size} x tp_size={config.tp_size} needs {num_ranks} GPUs, "
+            f"{describe_sizes(config)} needs {num_ranks} GPUs, "
             f"{len(gpus)} can be used on this machine"
             + (" (a process can use one MIG slice, so several ranks need whole GPUs)" if sees_slice else "")
         )

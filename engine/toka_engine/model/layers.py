@@ -15,7 +15,7 @@ import torch
 from toka_engine.model.attention_backend import AttentionBackend
 from toka_engine.model.builder import ModelBuilder
 from toka_engine.model.linear import Activation, LmHead
-from toka_engine.model.residual import Embedding, Norm
+from toka_engine.model.residual import Embedding, Norm, StreamEnd
 from toka_engine.model.rope_tables import build_cos_sin
 
 
@@ -43,7 +43,7 @@ class Attention:
 
     def __init__(self, build: ModelBuilder, index: int, traits: AttentionTraits) -> None:
         config, prefix = build.config, f"model.layers.{index}.self_attn"
-        self._index, self._heads, self._head_dim = index, build.heads, config.head_dim
+        self._index, self._heads, self._head_dim = index - build.layers.start, build.heads, config.head_dim
         self._qkv = build.qkv_linear(prefix, traits.has_qkv_bias)
         self._out = build.residual_linear(f"{prefix}.o_proj", config.num_heads * config.head_dim, traits.has_out_bias)
         self._rms_norm, self._eps = build.ops.rms_norm, config.rms_norm_eps
@@ -95,12 +95,18 @@ class DecoderLayer(Protocol):
 
 
 class Decoder:
-    """Runs a stack of decoder layers: a causal.CausalModel, which a model's file gives its parts."""
+    """Runs a stack of decoder layers: a causal.CausalModel, which a model's file gives its parts, or a stage's."""
 
     def __init__(
-        self, build: ModelBuilder, embedding: Embedding, layers: Sequence[DecoderLayer], norm: Norm, head: LmHead
+        self,
+        build: ModelBuilder,
+        embedding: Embedding,
+        layers: Sequence[DecoderLayer],
+        norm: Norm | StreamEnd,
+        head: LmHead | None,
     ) -> None:
         self.config = build.config
+        self._is_first = build.stage.is_first
         self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
         config = build.config
         self._cos_sin = build_cos_sin(config.rope, config.head_dim, config.max_positions).to(build.weights.device)
@@ -110,11 +116,11 @@ class Decoder:
         return self._embedding(ids)
 
     def forward(
-        self, ids: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
+        self, inputs: torch.Tensor, attention: AttentionBackend, wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See causal.CausalModel. Behind its attention the last layer goes on with the wanted rows alone."""
         context = ForwardContext(attention, self._cos_sin, wanted=None)
-        x: Activation = self.embed(ids)
+        x: Activation = self.embed(inputs) if self._is_first else inputs
         residual: torch.Tensor | None = None
         *others, last = self._layers
         for layer in others:
@@ -124,4 +130,5 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> [n, vocab_size]."""
+        assert self._head is not None, "only the last stage makes logits"
         return self._head(hidden)

@@ -3,6 +3,8 @@
 The adds are fused into the norms, so a block's output travels to the next norm before it is in the stream. For one row,
 where the device has GEMV kernels, the add and the norm are fused into the GEMVs instead (see `linear`).
 
+A pipeline stage that is not the last one ends with the add alone, and the next one begins with the sum.
+
 On several ranks a block's output is each rank's part of a sum, and so is an embedding, of which a rank has the rows of
 its own tokens: the norm adds the parts up first. The stream itself is the same on every rank.
 """
@@ -20,13 +22,15 @@ from toka_engine.model.ranks import Ranks
 class Embedding:
     """The vectors of token ids."""
 
-    def __init__(self, weight: torch.Tensor, first: int | None) -> None:
-        """`weight` has the rows of the tokens from `first` on; None: of all."""
+    def __init__(self, name: str, weight: torch.Tensor | None, first: int | None) -> None:
+        """`weight` has the rows of the tokens from `first` on; None: of all. Only the first stage holds it."""
+        self.name = name
         self.weight = weight  # [tokens, width]
         self._first = first
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [n] int32 -> [n, width], new memory: the stream grows in it. Zeros for other ranks' tokens."""
+        assert self.weight is not None, "only the first stage looks tokens up"
         if self._first is None:
             return F.embedding(ids, self.weight)
         local, num_tokens = ids - self._first, self.weight.shape[0]
@@ -67,18 +71,41 @@ class Norm:
 
     def _enter(self, x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return what is still to be added (None: nothing) and the stream, both cut to the wanted rows."""
-        if isinstance(x, DeferredAdd):
+        pending, residual = _settle(x, residual)
+        if pending is None:
             assert residual is not None, "only an embedding starts a stream"
-            if x.wanted is not None:
-                residual = residual.index_select(0, x.wanted)
-            if x.gemv is not None:
-                x.gemv.add(x.x, residual)
-                return None, residual
-            x = x.x
-        if isinstance(x, DeferredNorm):
-            raise AssertionError("a norm reads a block's output, not another norm")
-        if self._all_reduce is not None:
-            x = self._all_reduce(x)
+            return None, residual
+        x = pending if self._all_reduce is None else self._all_reduce(pending)
         if self._is_fused and residual is None:
             residual = torch.zeros_like(x)  # `x` is a part of the sum that becomes the stream
         return (None, x) if residual is None else (x, residual)
+
+
+class StreamEnd:
+    """The end of the stream in a stage that hands it over to the next one."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._all_reduce = ranks.all_reduce if ranks.size > 1 else None
+
+    def finish(self, x: Activation, residual: torch.Tensor | None) -> torch.Tensor:
+        """Add the last block's output `x` [n, width] to the stream, in place, and return it, the same on all ranks."""
+        pending, residual = _settle(x, residual)
+        assert residual is not None, "a stage has layers"
+        if pending is None:
+            return residual
+        return residual.add_(pending if self._all_reduce is None else self._all_reduce(pending))
+
+
+def _settle(x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return what is still to be added (None: nothing) and the stream (None: there is none yet), of the wanted rows."""
+    if isinstance(x, DeferredAdd):
+        assert residual is not None, "only an embedding starts a stream"
+        if x.wanted is not None:
+            residual = residual.index_select(0, x.wanted)
+        if x.gemv is not None:
+            x.gemv.add(x.x, residual)
+            return None, residual
+        x = x.x
+    if isinstance(x, DeferredNorm):
+        raise AssertionError("a norm reads a block's output, not another norm")
+    return x, residual

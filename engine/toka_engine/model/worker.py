@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -34,6 +34,8 @@ from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.ranks import Ranks, SingleRank
 from toka_engine.model.sharding import Sharding
 from toka_engine.model.sizing import Sizes, choose_dtype, read_available_bytes
+from toka_engine.model.stage_links import StageLinks
+from toka_engine.model.stages import choose_stage
 from toka_engine.slot_parameters import SlotBatch
 
 logger = logging.getLogger("toka.model")
@@ -113,31 +115,39 @@ def load_worker(
     report: Report,
     ranks: Ranks | None = None,
     device: torch.device | None = None,
+    links: StageLinks | None = None,
 ) -> Worker:
     """Load the model of `model_dir`, or this rank's part of it, and allocate everything.
 
-    Without `ranks` there is one, without `device` it is the one that `config` means.
+    Without `ranks` there is one, without `links` there is one pipeline stage; without `device` it is the one that
+    `config` means.
     Raises errors of the tree, OutOfMemoryError among them.
     """
     ranks = ranks or SingleRank()
     device = device or find_device(config)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or max(1, count_threads() // (ranks.size * config.dp_size)))
+        torch.set_num_threads(config.num_threads or max(1, count_threads() // config.num_ranks))
     model_config = read_model_config(model_dir)
     dtype, sharding = choose_dtype(config, device), Sharding(ranks.rank, ranks.size)
     sharding.check(
         model_config.num_heads, model_config.num_kv_heads, model_config.intermediate_size, model_config.vocab_size
     )
-    shape = AttentionShape.of(model_config, dtype, device, sharding)
-    backend = select_backend(device, config, ranks, model_config)
+    stage = choose_stage(config, model_config, 0 if links is None else links.rank.pp_rank)
+    shape = AttentionShape.of(model_config, dtype, device, sharding, len(stage.layers))
+    backend = select_backend(device, config, ranks, model_config, links)
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
-        available = ranks.agree_min(read_available_bytes(device)) // (ranks.size if device.type == "cpu" else 1)
+        available = ranks.agree_min(read_available_bytes(device))
+        if device.type == "cpu":
+            available //= ranks.size * config.pp_size
         quantization = model_config.quantization
         with torch.inference_mode(), Weights(model_dir, device, dtype, available, quantization) as weights:
-            model = build_model(model_config, weights, backend.ops, ranks)
+            model = build_model(model_config, weights, backend.ops, ranks, stage)
+            untaken = tuple(weights.list_untaken())
+            if links is not None:
+                untaken = links.find_untaken(untaken)
             if ranks.rank == 0:
-                _report_weights(weights)
+                _report_weights(weights, untaken)
         gc.collect()
         sizes = backend.choose_sizes(config, model_config, shape)
         if config.torch_compile:
@@ -148,9 +158,9 @@ def load_worker(
     return Worker(runner, describe(model_config, sizes, shape))
 
 
-def _report_weights(weights: Weights) -> None:
+def _report_weights(weights: Weights, untaken: Sequence[str]) -> None:
     """Log what the folder holds and the model does not compute with; alike tensors of all layers in one line."""
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in weights.list_untaken())
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in untaken)
     for name, count in counts.items():
         logger.warning("event=unused_tensor name=%s count=%d", name, count)
     if weights.num_dequantised:
@@ -207,7 +217,8 @@ def run_worker(child: Child, link_fds: list[int]) -> None:
     start = child.start
     device = take_device(start.config, start.rank)
     ranks = connect_ranks(start.rank, Path(start.rendezvous), device)
-    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks, device)
+    links = StageLinks.from_fds(start.rank, *link_fds[1:]) if start.rank.pp_size > 1 else None
+    worker = load_worker(start.config, Path(start.model_dir), child.progress, ranks, device, links)
     child.progress("warm-up", "the largest steps")
     worker.warm_up()
     gc.collect()

@@ -176,8 +176,8 @@ def test_every_key_of_tokasaurus_has_an_effect_or_a_sentence(key: str) -> None:
 
 
 def test_an_unbuilt_key_is_refused_with_its_sentence() -> None:
-    with pytest.raises(ConfigError, match="pp_size has no effect here and is refused: pipeline parallelism"):
-        parse_config(["pp_size=2"])
+    with pytest.raises(ConfigError, match="async_tp_threshold has no effect here and is refused: sums over ranks"):
+        parse_config(["async_tp_threshold=2"])
 
 
 def test_an_unbuilt_key_may_say_what_is_done_anyway() -> None:
@@ -191,6 +191,25 @@ def test_what_does_not_work_with_several_ranks_is_refused_by_name() -> None:
     for refused in ("tp_size=0", "tp_size=9"):
         with pytest.raises(ConfigError, match=refused):
             parse_config([refused])
+
+
+def test_the_sizes_of_a_pipeline_fit_each_other() -> None:
+    config = parse_config(["pp_size=2", "tp_size=2", "pp_layer_split=17,15", "pp_num_buffer_stages=0"])
+    assert (config.pp_layer_split, config.num_ranks, config.num_lanes) == ((17, 15), 4, 2)
+    assert parse_config(["pp_size=3"]).num_lanes == 4
+    assert (EngineConfig().num_lanes, EngineConfig().pp_layer_split) == (1, None)
+    for arguments, words in (
+        (["pp_size=2", "torch_compile=T"], "torch_compile=T does not work with pp_size=2 yet: it needs pp_size=1"),
+        (["pp_size=3", "pp_layer_split=17,15"], "pp_layer_split=17,15 has the layers of 2 stages, pp_size=3"),
+        (["pp_layer_split=17,15"], "pp_layer_split=17,15 has the layers of 2 stages, pp_size=1"),
+        (["pp_size=2", "pp_layer_split=17,x"], "pp_layer_split=17,x: not a number"),
+        (["pp_size=2", "pp_layer_split=17,0"], "pp_layer_split=17,0"),
+        (["pp_num_buffer_stages=2"], "pp_num_buffer_stages=2 has no effect with pp_size=1"),
+        (["dp_size=2", "pp_size=5"], "dp_size=2 x pp_size=5 x tp_size=1 are more than 8 model workers"),
+        (["pp_size=9"], "pp_size=9"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_config(arguments)
 
 
 def test_a_minimum_of_replicas_is_at_most_their_number() -> None:

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from toka_engine.config import EngineConfig
 from toka_engine.control_messages import RankInfo
 from toka_engine.errors import ExitCode
-from toka_engine.topology import Role, Topology, choose_topology, find_output_rank, make_topology, place_ranks
+from toka_engine.topology import (
+    Role,
+    Topology,
+    choose_topology,
+    find_next,
+    find_output_rank,
+    find_previous,
+    make_topology,
+    place_ranks,
+)
 
 from tests.engine_process import is_alive
 from tests.unit.engine.conftest import StartEngine
@@ -50,10 +59,22 @@ def test_each_rank_has_a_name_a_device_and_one_manager_of_its_replica(dp: int, p
     ranks = {process.name: process.rank for process in topology.processes}
     models = [process for process in topology.processes if process.role is Role.MODEL]
     assert [process.rank.device_index for process in models] == list(range(dp * pp * tp))
-    to_models = [(link.first, link.second) for link in topology.links if link.first != "server"]
+    to_models = [(link.first, link.second) for link in topology.links if link.first.startswith("manager")]
     assert sorted(model for _, model in to_models) == sorted(process.name for process in models)
     assert all(ranks[manager].dp_rank == ranks[model].dp_rank for manager, model in to_models)
     assert {link.second for link in topology.links if link.first == "server"} == set(names[1 : 1 + dp])
+
+
+@given(SIZES, SIZES, SIZES)
+def test_ranks_of_several_stages_form_rings_of_which_the_last_leads_to_the_first(dp: int, pp: int, tp: int) -> None:
+    topology = make_topology(RankInfo(dp_size=dp, pp_size=pp, tp_size=tp))
+    ranks = {process.name: process.rank for process in topology.processes}
+    following = {link.first: link.second for link in topology.links if link.first.startswith("model")}
+    assert len(following) == (dp * pp * tp if pp > 1 else 0)
+    for first, second in following.items():
+        assert ranks[second] == find_next(ranks[first])
+        assert ranks[first] == find_previous(ranks[second])
+        assert (ranks[second].dp_rank, ranks[second].tp_rank) == (ranks[first].dp_rank, ranks[first].tp_rank)
 
 
 @given(SIZES, SIZES)
@@ -79,7 +100,7 @@ def test_all_processes_of_a_larger_topology_start_are_named_and_end(start_engine
     num_links = dict(re.findall(r"event=given process=(\w+) .*links=(\d+)", engine.log))
     assert num_links["server"] == "3", "two managers and the port"
     assert num_links["manager_dp1"] == "5", "the server and four ranks"
-    assert num_links["model_dp1_pp0_tp1"] == "1"
+    assert num_links["model_dp1_pp0_tp1"] == "3", "its manager, and the ranks of its ring before and behind it"
     engine.signal(signal.SIGKILL, "model_dp1_pp0_tp1")
     assert engine.wait_end() == ExitCode.PROCESS_DIED
     assert engine.last_words() == "EngineProcessDied: model_dp1_pp0_tp1 was ended by SIGKILL"

@@ -50,6 +50,7 @@ CHANGES: dict[str, Any] = {
     "resources.memory": "2Gi",
     "resources.sharedMemory": "1Gi",
     "parallelism.tensor": 2,
+    "parallelism.pipeline": 2,
     "parallelism.data": 2,
     "parallelism.minimumData": 1,
     "scheduling.nodeSelector": {"a": "b"},

@@ -139,7 +139,7 @@ def test_a_complete_rollout_is_ready() -> None:
     assert condition(status, "Progressing") == ("False", "Complete")
     assert (status["ready"], status["phase"], status["gpus"]) == ("2/2", "Running", 2)
     assert status_of(valid(replicas=2, parallelism={"data": 4}), seen(plan_for(spec), pods))["gpus"] == 8
-    parallelism = {"tensor": 4, "data": 2}
+    parallelism = {"tensor": 2, "pipeline": 2, "data": 2}
     assert status_of(valid(replicas=2, parallelism=parallelism), seen(plan_for(spec), pods))["gpus"] == 16
 
 

@@ -80,13 +80,16 @@ def test_a_pod_takes_a_gpu_for_each_replica_of_the_model() -> None:
     container = engine_of(parallelism={"data": 4, "minimumData": 3})
     assert container["resources"] == {"limits": {"nvidia.com/gpu": "4"}, "requests": {"nvidia.com/gpu": "4"}}
     assert {"dp_size=4", "dp_min_size=3"} <= set(container["args"])
-    assert not [argument for argument in engine_of()["args"] if argument.startswith(("dp_", "tp_"))]
+    assert not [argument for argument in engine_of()["args"] if argument.startswith(("dp_", "pp_", "tp_"))]
 
 
 def test_a_pod_takes_a_gpu_for_each_model_worker() -> None:
     container = engine_of(parallelism={"tensor": 2, "data": 3})
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "6"}
     assert {"tp_size=2", "dp_size=3"} <= set(container["args"])
+    container = engine_of(parallelism={"tensor": 2, "pipeline": 2, "data": 2})
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert {"tp_size=2", "pp_size=2", "dp_size=2"} <= set(container["args"])
 
 
 def test_model_workers_on_cpus_take_no_gpus() -> None:

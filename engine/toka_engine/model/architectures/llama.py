@@ -34,6 +34,6 @@ class Llama(Decoder):
         config, has_bias = build.config, build.config.has_attention_bias
         traits = traits or AttentionTraits(has_qkv_bias=has_bias, has_out_bias=has_bias)
         embedding = build.embedding()
-        layers = [Layer(build, index, traits) for index in range(config.num_layers)]
+        layers = [Layer(build, index, traits) for index in build.layers]
         head = build.lm_head(tied_to=embedding if config.has_tied_embeddings else None)
-        super().__init__(build, embedding, layers, build.norm("model.norm"), head)
+        super().__init__(build, embedding, layers, build.final_norm("model.norm"), head)

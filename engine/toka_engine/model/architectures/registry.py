@@ -14,6 +14,7 @@ from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
 from toka_engine.model.ranks import Ranks
+from toka_engine.model.stages import Stage
 
 MODELS: dict[str, Callable[[ModelBuilder], CausalModel]] = {
     "LlamaForCausalLM": Llama,
@@ -22,8 +23,10 @@ MODELS: dict[str, Callable[[ModelBuilder], CausalModel]] = {
 }
 
 
-def build_model(config: ModelConfig, weights: Weights, ops: Ops, ranks: Ranks) -> CausalModel:
-    """Build the model with its weights, or this rank's part of them, on their device.
+def build_model(
+    config: ModelConfig, weights: Weights, ops: Ops, ranks: Ranks, stage: Stage | None = None
+) -> CausalModel:
+    """Build the model with its weights, or this rank's part of them, on their device. Without `stage` there is one.
 
     Raises ModelInvalidError, and ConfigError where the model cannot be split over the ranks.
     """
@@ -31,4 +34,4 @@ def build_model(config: ModelConfig, weights: Weights, ops: Ops, ranks: Ranks) -
     if make is None:
         known = ", ".join(MODELS)
         raise ModelInvalidError(f"architecture {config.architecture} is not supported ({known} are)")
-    return make(ModelBuilder(config, weights, ops, ranks))
+    return make(ModelBuilder(config, weights, ops, ranks, stage or Stage.whole(config.num_layers)))

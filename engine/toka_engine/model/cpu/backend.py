@@ -13,18 +13,22 @@ pod has reserved. `make_ops` keeps fewer; making one again takes 0.3 ms, and ste
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from toka_engine.config import EngineConfig
+from toka_engine.control_messages import RankInfo
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.agreement import check_step
 from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.cpu.runner import CpuRunner
 from toka_engine.model.cpu.sampler import CpuSampler
+from toka_engine.model.cpu.stage_exchange import StageExchange
+from toka_engine.model.cpu.stage_runner import StageRunner
 from toka_engine.model.cpu.vocabulary import ShardedVocabulary, WholeVocabulary
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Gemm, Ops
@@ -33,6 +37,7 @@ from toka_engine.model.sizing import Sizes, choose_sizes, read_available_bytes
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.torch_norms import add_rms_norm, rms_norm
 from toka_engine.noise import settled_seed
+from toka_engine.topology import Role, find_stage_ranks, name_process
 
 _PACKED_FOR_ROWS = 32
 _MAX_EXACT_SINGLE_ROW = 1024
@@ -105,22 +110,37 @@ class CpuBackend:
 
     has_packed_linears = True
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, exchange: StageExchange | None = None) -> None:
+        """`exchange`: with the other pipeline stages; None: there is one."""
         self.ops = make_ops()
-        self._ranks = ranks
+        self._ranks, self._exchange = ranks, exchange
+        self._links = None if exchange is None else exchange.links
+        self._rank = RankInfo(tp_rank=ranks.rank, tp_size=ranks.size) if exchange is None else exchange.links.rank
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
         """See backend.Backend."""
         # Ranks share the machine's memory, and what they choose must be equal.
+        if self._links is not None:
+            self._links.agree_min(0)  # all have their weights before anybody looks at what is left
         available = self._ranks.agree_min(read_available_bytes(shape.device)) // self._ranks.size
-        return choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, available)
+        if self._links is None:
+            return choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, available)
+        available = self._links.agree_min(available) // self._links.rank.pp_size
+        sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, available)
+        num_pages = self._links.agree_min(sizes.num_pages)
+        return replace(sizes, num_pages=num_pages, max_pages_per_seq=min(sizes.max_pages_per_seq, num_pages))
 
-    def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CpuRunner:
+    def make_runner(
+        self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig
+    ) -> CpuRunner | StageRunner:
         """See backend.Backend."""
         attention = CpuAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
-        is_whole = self._ranks.size == 1
+        state, is_whole = HostSlots(sizes.max_seqs), self._ranks.size == 1
+        names = [name_process(Role.MODEL, each) for each in find_stage_ranks(self._rank)]
+        check = None if is_whole else partial(check_step, self._ranks, names)
+        if self._exchange is not None and not self._exchange.is_last:
+            return StageRunner(model, attention, state, self._exchange, check)
         vocabulary = WholeVocabulary() if is_whole else ShardedVocabulary(self._ranks, model.config.vocab_size)
         sample = CpuSampler(settled_seed(config), attention.read_tokens, vocabulary)
-        check = None if is_whole else partial(check_step, self._ranks)
-        return CpuRunner(model, attention, HostSlots(sizes.max_seqs), sample, vocabulary, check)
+        return CpuRunner(model, attention, state, sample, vocabulary, check, self._exchange)

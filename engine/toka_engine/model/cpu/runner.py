@@ -14,6 +14,7 @@ from toka_engine.messages import Step, Tokens, WorkerReady
 from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.attention import CpuAttention
+from toka_engine.model.cpu.stage_exchange import StageExchange
 from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
 from toka_engine.model.prompt_scores import PromptScores, ScorePlan, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
@@ -38,11 +39,12 @@ class CpuRunner:
         sample: Sample,
         vocabulary: Vocabulary | None = None,
         check: Callable[[Step], None] | None = None,
+        exchange: StageExchange | None = None,
     ) -> None:
         """`vocabulary`: this rank's part of it; None: there is one rank. `check` raises where ranks are at different
-        steps.
+        steps. `exchange`: this is the last of several pipeline stages.
         """
-        self._check = check
+        self._check, self._exchange = check, exchange
         self.grammars = SlotGrammars(state.max_seqs, model.config.vocab_size)
         self.model = model
         self.attention = attention
@@ -105,7 +107,10 @@ class CpuRunner:
         self._follow(plan, sampled.ids)
         slots = _to_tensor(plan.slots).long()
         # The next step may be planned before anybody has seen a -1: its row must stay a valid token.
-        self.state.last_tokens.index_copy_(0, slots, sampled.ids.clamp(min=0))
+        last_tokens = sampled.ids.clamp(min=0)
+        self.state.last_tokens.index_copy_(0, slots, last_tokens)
+        if self._exchange is not None:
+            self._exchange.send_tokens(step.number, plan.slots, last_tokens)
         return sampled, scores
 
     def _fill_masks(self, plan: SamplePlan) -> SamplePlan:
@@ -129,16 +134,20 @@ class CpuRunner:
         ids = self.state.last_tokens[_to_tensor(step.decode_slots).long()]
         if not step.prefill_slots.size:
             self.attention.write_tokens(ids)
-            return self.model.logits(self.model.forward(ids, self.attention)), None, None
+            return self.model.logits(self.model.forward(self._find_inputs(step, ids), self.attention)), None, None
         ids = torch.cat((ids, _to_tensor(step.prefill_tokens)))
         self.attention.write_tokens(ids)
         rows, logit_rows = find_sampled_rows(step)
         score_plan = plan_scores(step)
         wanted = rows if score_plan is None else np.concatenate((rows, score_plan.rows))
-        hidden = self.model.forward(ids, self.attention, _to_tensor(wanted).long())
+        hidden = self.model.forward(self._find_inputs(step, ids), self.attention, _to_tensor(wanted).long())
         logits = self.model.logits(hidden[: rows.size])
         scores = None if score_plan is None else self._score(hidden[rows.size :], score_plan)
         return logits, None if logit_rows is None else _to_tensor(logit_rows).long(), scores
+
+    def _find_inputs(self, step: Step, ids: torch.Tensor) -> torch.Tensor:
+        """Return the inputs of the step's forward: its token ids [T], or the rows of the stage before."""
+        return ids if self._exchange is None else self._exchange.receive_rows(step)
 
     def _score(self, hidden: torch.Tensor, plan: ScorePlan) -> PromptScores:
         targets, counts = torch.from_numpy(plan.targets), torch.from_numpy(plan.counts)

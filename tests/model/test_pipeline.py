@@ -1,0 +1,159 @@
+"""Pipeline stages say what one stage says: logits, tokens, logprobs, for every sampling parameter.
+
+The stages are threads here, over the links and the shared memory of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from toka_engine.config import EngineConfig
+from toka_engine.errors import ConfigError, RanksDisagreeError
+from toka_engine.messages import Tokens
+from toka_engine.model.loader import Weights
+from toka_engine.model.ranks import Ranks
+from toka_engine.model.stage_links import StageLinks
+
+from tests.model.driving import Driver, load
+from tests.model.test_logits import IDS, TOLERANCE
+from tests.model.test_tensor_parallel import check_equal, play, play_on
+from tests.model.thread_stages import run_stages
+
+MakeTiny = Callable[..., tuple[Any, Path]]
+
+
+def play_in_stages(folder: Path, pp_size: int, tp_size: int = 1, **settings: Any) -> list[Any]:
+    """What the ranks of the last stage give."""
+
+    def work(ranks: Ranks, links: StageLinks) -> tuple[list[torch.Tensor], list[Tokens]]:
+        return play(Driver(load(folder, ranks, links, pp_size=pp_size, tp_size=tp_size, **settings)))
+
+    return run_stages(pp_size, tp_size, work)[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "pp_size", "tp_size", "overrides"),
+    [
+        ("Llama", 2, 1, {"num_hidden_layers": 3, "attention_bias": True, "mlp_bias": True}),
+        ("Llama", 2, 1, {"tie_word_embeddings": True, "vocab_size": 261}),
+        ("Qwen2", 4, 1, {"num_hidden_layers": 5}),
+        ("Qwen3", 2, 2, {"head_dim": 32}),
+        ("Llama", 3, 2, {"num_hidden_layers": 3, "tie_word_embeddings": True}),
+    ],
+)
+def test_stages_give_the_logits_and_the_tokens_of_one(
+    family: str, pp_size: int, tp_size: int, overrides: dict[str, Any], make_tiny: MakeTiny
+) -> None:
+    _, folder = make_tiny(family, **overrides)
+    [(expected_logits, expected)] = play_on(folder, 1)
+    every = play_in_stages(folder, pp_size, tp_size)
+    for step, whole in enumerate(expected_logits):
+        joined = torch.cat([logits[step] for logits, _ in every], dim=1)
+        assert (joined - whole).abs().max() <= (TOLERANCE if tp_size > 1 else 0), "a hand-over rounds nothing"
+        for _, tokens in every:
+            check_equal(tokens[step], expected[step])
+
+
+@pytest.mark.parametrize("settings", [{"page_size": 1}, {"use_hydragen": False, "page_size": 64}])
+def test_the_size_of_pages_and_hydragen_change_nothing(make_tiny: MakeTiny, settings: dict[str, Any]) -> None:
+    _, folder = make_tiny()
+    [(_, expected)] = play_on(folder, 1, **settings)
+    [(_, found)] = play_in_stages(folder, 2, **settings)
+    for ours, theirs in zip(found, expected, strict=True):
+        check_equal(ours, theirs)
+
+
+def test_a_stage_reads_the_tensors_of_its_layers_alone_and_all_are_read(
+    make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: dict[int, set[str]] = {}
+    take = Weights.take
+
+    def note(self: Weights, name: str, *arguments: Any) -> torch.Tensor:
+        taken.setdefault(id(self), set()).add(name)
+        return take(self, name, *arguments)
+
+    monkeypatch.setattr(Weights, "take", note)
+    _, folder = make_tiny(num_hidden_layers=5, tie_word_embeddings=True)
+    run_stages(3, 1, lambda ranks, links: load(folder, ranks, links, pp_size=3, pp_layer_split=(2, 1, 2)))
+    by_stage = sorted(taken.values(), key=lambda names: min(name for name in names if ".layers." in name))
+    layers = [{name.split(".")[2] for name in names if ".layers." in name} for names in by_stage]
+    assert layers == [{"0", "1"}, {"2"}, {"3", "4"}]
+    assert ["model.embed_tokens.weight" in names for names in by_stage] == [True, False, True]
+    assert ["model.norm.weight" in names for names in by_stage] == [False, False, True]
+    assert "unused_tensor" not in caplog.text
+
+
+def test_a_tensor_that_no_stage_reads_is_named_once(make_tiny: MakeTiny, caplog: pytest.LogCaptureFixture) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _, folder = make_tiny()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.0.extra.weight": torch.zeros(2)}, folder / "model.safetensors")
+    run_stages(2, 1, lambda ranks, links: load(folder, ranks, links, pp_size=2))
+    assert [each.getMessage() for each in caplog.records if "unused_tensor" in each.getMessage()] == [
+        "event=unused_tensor name=model.layers.*.extra.weight count=1"
+    ]
+
+
+def test_stages_have_equal_sizes_although_one_has_less_memory(
+    make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = make_tiny(num_hidden_layers=3)
+    left = iter([3 << 30, 2 << 30] * 10)
+    for module in ("toka_engine.model.cpu.backend", "toka_engine.model.worker"):
+        monkeypatch.setattr(f"{module}.read_available_bytes", lambda device: next(left))
+
+    def work(ranks: Ranks, links: StageLinks) -> Any:
+        worker = load(folder, ranks, links, pp_size=2, kv_cache_num_tokens=None)
+        worker.warm_up()
+        return msgspec.structs.replace(worker.ready, num_layers=0)
+
+    [[first], [second]] = run_stages(2, 1, work)
+    assert first == second
+
+
+def test_stages_at_different_steps_end_with_both_values(make_tiny: MakeTiny) -> None:
+    _, folder = make_tiny()
+
+    def work(ranks: Ranks, links: StageLinks) -> None:
+        driver = Driver(load(folder, ranks, links, pp_size=2))
+        prompt = IDS[: 5 + links.rank.pp_rank]
+        driver.prefill({0: prompt})
+
+    words = (
+        r"the ranks disagree on a step: model_pp0 has number=1 decode_rows=0 prefill_tokens=5 samples=1, "
+        r"model_pp1 has number=1 decode_rows=0 prefill_tokens=6 samples=1"
+    )
+    with pytest.raises(RanksDisagreeError, match=words):
+        run_stages(2, 1, work)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pp_size": 3}, "pp_size=3 is more than num_hidden_layers=2 of the model"),
+        (
+            {"pp_size": 2, "pp_layer_split": (1, 2)},
+            "pp_layer_split=1,2 adds up to 3, num_hidden_layers=2 of the model",
+        ),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused_with_both_numbers_before_weights_are_read(
+    settings: dict[str, Any], message: str, make_tiny: MakeTiny
+) -> None:
+    _, folder = make_tiny()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=message):
+        load(folder, None, None, **settings)
+
+
+def test_steps_ahead_follow_the_stages() -> None:
+    assert EngineConfig().choose_steps_ahead(is_cpu=True) == 2
+    assert EngineConfig().choose_steps_ahead(is_cpu=False) == 3
+    assert EngineConfig(pp_size=2).choose_steps_ahead(is_cpu=True) == 4
