@@ -76,8 +76,9 @@ def _suspect_stages(stages: Stages, is_gpu: bool) -> tuple[Blame | None, int]:
         blame, limit = _suspect(stage, is_gpu=False)
         if blame is not None:
             return blame, limit
-    if is_gpu and (first := find_holdup(stages)) is not None:
-        return Blame(first, f"all ranks of {first} are in step {every[first].begun}, and none ends it"), ENDLESS_BEATS
+    holdup = find_holdup(stages) if is_gpu else None
+    if holdup is not None:
+        return Blame(holdup, f"all ranks of {holdup} are in step {every[holdup].begun}, and none ends it"), ENDLESS_BEATS
     return None, ENDLESS_BEATS
 
 

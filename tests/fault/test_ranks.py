@@ -1,8 +1,11 @@
-"""Real tensor parallel ranks on CPUs: killed, stopped, late and astray, while they start and while they serve."""
+"""Real tensor parallel ranks and pipeline stages on CPUs: killed, stopped, late and astray, while they start and while
+they serve.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -37,52 +40,69 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running_ranks(root: Path, folder: Path, fault: str = "", *settings: str) -> Iterator[EngineProcess]:
+def running_ranks(root: Path, folder: Path, fault: str = "", size: str = "tp_size=2") -> Iterator[EngineProcess]:
     temporary = root / "temporary"
     temporary.mkdir()
     common = ("device=cpu", "dtype=float32", "served_model_name=m", "kv_cache_num_tokens=16384", "num_threads=1")
     env = {"TMPDIR": str(temporary), "TOKA_TEST_FAULT": fault}
     module = "tests.fault.wayward" if fault else "toka_engine"
-    with EngineProcess(root, f"model={folder}", "tp_size=2", *common, *settings, module=module, env=env) as engine:
+    with EngineProcess(root, f"model={folder}", size, *common, module=module, env=env) as engine:
         yield engine
         assert not list(temporary.iterdir()), "the ranks' folder is left"
 
 
-def test_a_killed_or_stopped_rank_ends_streams_with_an_error_and_is_named(tmp_path: Path, folder: Path) -> None:
-    for number, (signum, code) in enumerate(
-        [(signal.SIGKILL, ExitCode.PROCESS_DIED), (signal.SIGSTOP, ExitCode.PROCESS_STALLED)]
+@pytest.mark.parametrize(
+    ("size", "killed", "stopped"),
+    [
+        ("tp_size=2", VICTIM, VICTIM),
+        ("pp_size=2", "model_pp1", "model_pp0"),
+        ("pp_size=2", "model_pp0", "model_pp1"),
+    ],
+)
+def test_a_killed_or_stopped_rank_ends_streams_with_an_error_and_is_named(
+    tmp_path: Path, folder: Path, size: str, killed: str, stopped: str
+) -> None:
+    for number, (signum, victim, code) in enumerate(
+        [(signal.SIGKILL, killed, ExitCode.PROCESS_DIED), (signal.SIGSTOP, stopped, ExitCode.PROCESS_STALLED)]
     ):
         root = tmp_path / str(number)
         root.mkdir()
-        with running_ranks(root, folder) as engine:
+        with running_ranks(root, folder, size=size) as engine:
             engine.wait_ready()
             request = Request(engine, stream=True)
             assert request.first_chunk.wait(60.0)
-            engine.signal(signum, VICTIM)
+            engine.signal(signum, victim)
             began_s = time.monotonic()
             wait_not_ready(engine)
             request.wait()
             assert b'"error"' in request.body.strip().rpartition(b"data:")[2]
-            assert_ended(engine, code, VICTIM)
+            assert_ended(engine, code, victim)
             print(f"{signum.name}: ended after {time.monotonic() - began_s:.2f} s")
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "words"),
+    ("size", "fault", "code", "words"),
     [
-        ("late", ExitCode.PROCESS_STALLED, "model_tp1 has not begun step 8; model_tp0 waits for it"),
-        ("stuck", ExitCode.PROCESS_STALLED, "model_tp1 is still in step 8; model_tp0 is in step 9 and waits for it"),
-        ("disagreeing", ExitCode.PROCESS_DIED, "the ranks disagree on a step: model_tp0 has number="),
+        ("tp_size=2", "late", ExitCode.PROCESS_STALLED, "model_tp1 has not begun step 8; model_tp0 waits for it"),
+        (
+            "tp_size=2",
+            "stuck",
+            ExitCode.PROCESS_STALLED,
+            "model_tp1 is still in step 8; model_tp0 is in step 9 and waits for it",
+        ),
+        ("tp_size=2", "disagreeing", ExitCode.PROCESS_DIED, "the ranks disagree on a step: model_tp0 has number="),
+        ("pp_size=2", "late", ExitCode.PROCESS_STALLED, "model_pp1 has not begun step 8; model_pp0 waits for it"),
+        ("pp_size=2", "disagreeing", ExitCode.PROCESS_DIED, "the ranks disagree on a step: model_pp0 has number="),
     ],
 )
 def test_a_rank_that_goes_astray_is_named_and_waiting_requests_get_503(
-    tmp_path: Path, folder: Path, fault: str, code: ExitCode, words: str
+    tmp_path: Path, folder: Path, size: str, fault: str, code: ExitCode, words: str
 ) -> None:
-    with running_ranks(tmp_path, folder, fault) as engine:
+    with running_ranks(tmp_path, folder, fault, size) as engine:
         engine.wait_ready()
         assert Request(engine, max_tokens=200).wait() == 503
         assert_ended(engine, code, words)
-        assert fault != "disagreeing" or "model_tp1 has number=10" in engine.last_words()
+        assert fault != "disagreeing" or re.search(r"model_(tp|pp)1 has number=10", engine.last_words())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The real model worker, but as rank 1 it does TOKA_TEST_FAULT at its eighth step of serving.
+"""The real model worker, but as rank or stage 1 it does TOKA_TEST_FAULT at its eighth step of serving.
 
 late: it never begins the step, and answers. disagreeing: it takes the step for another one. stuck: it stays in the step
 after the last exchange, which its peer ends.
@@ -20,7 +20,7 @@ STEP = 8
 
 def go_astray(child: Child, link_fds: list[int]) -> None:
     fault = os.environ["TOKA_TEST_FAULT"]
-    if child.start.rank.tp_rank == 1:
+    if child.start.rank.tp_rank + child.start.rank.pp_rank == 1:
         begin, launch = child.begin_step, CpuRunner.launch
         steps = count(1)
 

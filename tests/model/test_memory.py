@@ -14,7 +14,7 @@ import pytest
 import torch
 from toka_engine.config import EngineConfig
 from toka_engine.control_messages import RankInfo
-from toka_engine.errors import DeviceUnavailableError, OutOfMemoryError
+from toka_engine.errors import ConfigError, DeviceUnavailableError, OutOfMemoryError
 from toka_engine.model.devices import find_device, take_device
 from toka_engine.model.memory import choose_num_pages, count_threads, read_limit_bytes
 from toka_engine.model.model_config import read_model_config
@@ -162,6 +162,15 @@ def test_fewer_gpus_than_ranks_are_refused_by_every_rank(gpus: Callable[..., lis
     gpus((9, 0))
     with pytest.raises(DeviceUnavailableError, match=r"needs 2 GPUs, 1 can be used on this machine$"):
         find_device(EngineConfig(dp_size=2), index)
+
+
+def test_pipeline_stages_run_on_cpus_alone_and_the_start_says_so(gpus: Callable[..., list[int]]) -> None:
+    current = gpus((9, 0), (9, 0))
+    words = "^pp_size=2: pipeline parallel runs on CPUs in this version, with device=cpu$"
+    with pytest.raises(ConfigError, match=words):
+        take_device(EngineConfig(pp_size=2), RankInfo(pp_rank=1, pp_size=2))
+    assert current == []
+    assert find_device(EngineConfig(pp_size=2, device="cpu")).type == "cpu"
 
 
 def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_it() -> None:

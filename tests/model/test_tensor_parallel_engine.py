@@ -1,4 +1,6 @@
-"""`toka tp_size=2` on a CPU: two model workers say what one model says, listen to nobody else, and end together."""
+"""`toka tp_size=2`, and `pp_size=2`, on a CPU: model workers say what one model says, listen to nobody else, and end
+together.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,9 @@ def temporary(tmp_path: Path) -> Path:
     return folder
 
 
-def start(folder: Path, temporary: Path, *settings: str) -> EngineProcess:
+def start(folder: Path, temporary: Path, *settings: str, size: str = "tp_size=2") -> EngineProcess:
     common = (f"model={folder}", "device=cpu", "dtype=float32", "kv_cache_num_tokens=4096", "num_threads=1")
-    return EngineProcess(temporary.parent, *common, "tp_size=2", *settings, env={"TMPDIR": str(temporary)})
+    return EngineProcess(temporary.parent, *common, size, *settings, env={"TMPDIR": str(temporary)})
 
 
 def listening_addresses(engine: EngineProcess) -> Iterator[tuple[str, str]]:
@@ -76,6 +79,50 @@ def test_two_ranks_serve_what_one_model_says_and_end_together(
         engine.signal(signal.SIGKILL, RANKS[1])
         assert engine.wait_end() == ExitCode.PROCESS_DIED
         assert RANKS[1] in engine.last_words()
+        assert not any(is_alive(pid) for pid in engine.children.values())
+
+
+def test_two_stages_serve_what_one_model_says_listen_to_nobody_and_end_together(
+    make_tiny: Callable[..., tuple[Any, Path]], smollm2: Path, temporary: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    model, folder = make_tiny("Qwen2", vocab_size=49152, num_hidden_layers=3, tie_word_embeddings=True)
+    shutil.copy(smollm2 / "tokenizer.json", folder)
+    model.generation_config.eos_token_id = None
+    prompts = [PROMPT, "One", "The lanes of a pipeline take turns, so each stage has a step of its own. " * 3]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        found = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)
+        expected.append(tokenizer.decode(found[0, ids.shape[1] :].tolist()))
+    with start(folder, temporary, size="pp_size=2") as engine:
+        engine.wait_ready()
+        assert [name for name in engine.children if name.startswith("model")] == ["model_pp0", "model_pp1"]
+        assert not list(temporary.iterdir()), "stages need no folder to meet in"
+        assert set(listening_addresses(engine)) == set()
+        with (
+            openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0, timeout=120.0) as client,
+            ThreadPoolExecutor(len(prompts)) as pool,
+        ):
+
+            def complete(prompt: str, **fields: Any) -> list[str]:
+                answer = client.completions.create(
+                    model=folder.name, prompt=prompt, max_tokens=NUM_TOKENS, extra_body={"ignore_eos": True}, **fields
+                )
+                return [choice.text for choice in answer.choices]
+
+            assert list(pool.map(lambda prompt: complete(prompt, temperature=0, n=2), prompts)) == [
+                [text] * 2 for text in expected
+            ]
+            seeded = complete(PROMPT, seed=7, n=3)
+            among_others = pool.map(lambda prompt: complete(prompt, seed=7, n=3), [PROMPT, "One", PROMPT])
+            assert list(among_others)[::2] == [seeded] * 2
+            choices = {"structured_outputs": {"choice": ["yes", "no"]}}
+            answer = client.completions.create(model=folder.name, prompt="?", max_tokens=20, extra_body=choices)
+            assert answer.choices[0].text in ("yes", "no")
+        engine.signal(signal.SIGKILL, "model_pp0")
+        assert engine.wait_end() == ExitCode.PROCESS_DIED
+        assert "model_pp0" in engine.last_words()
         assert not any(is_alive(pid) for pid in engine.children.values())
 
 
