@@ -87,8 +87,12 @@ class Channel(Generic[T]):
             raise PeerClosedError("the peer closed the channel")
         return messages
 
-    def receive(self, timeout_s: float | None = None) -> list[T]:
-        """Wait until at least one message is here and return all; [] after `timeout_s`. Raises PeerClosedError."""
+    def receive(self, timeout_s: float | None = None, beside: Sequence[Channel[Any]] = ()) -> list[T]:
+        """Wait until at least one message is here and return all; [] after `timeout_s`.
+
+        Meanwhile unsent bytes of the channels `beside`, on which nothing arrives, go out. Raises PeerClosedError, also
+        when a peer of these has gone.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if messages := self.receive_ready():
@@ -96,7 +100,9 @@ class Channel(Generic[T]):
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 return []
-            wait([self], remaining)
+            for channel in wait([self, *beside], remaining):
+                if channel is not self:
+                    channel.receive_ready()
 
     def close(self) -> None:
         self._socket.close()

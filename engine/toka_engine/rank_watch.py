@@ -78,7 +78,8 @@ def _suspect_stages(stages: Stages, is_gpu: bool) -> tuple[Blame | None, int]:
             return blame, limit
     holdup = find_holdup(stages) if is_gpu else None
     if holdup is not None:
-        return Blame(holdup, f"all ranks of {holdup} are in step {every[holdup].begun}, and none ends it"), ENDLESS_BEATS
+        words = f"all ranks of {holdup} are in step {every[holdup].begun}, and none ends it"
+        return Blame(holdup, words), ENDLESS_BEATS
     return None, ENDLESS_BEATS
 
 

@@ -6,6 +6,7 @@ The stages are threads here, over the links and the shared memory of processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ import msgspec
 import pytest
 import torch
 from toka_engine.config import EngineConfig
-from toka_engine.errors import ConfigError, RanksDisagreeError
+from toka_engine.errors import ConfigError, PeerClosedError, RanksDisagreeError
 from toka_engine.messages import Tokens
+from toka_engine.model.cpu.stage_exchange import StageExchange
 from toka_engine.model.loader import Weights
 from toka_engine.model.ranks import Ranks, SingleRank
+from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.stage_links import StageLinks
 
-from tests.model.driving import Driver, load
+from tests.model.driving import Driver, ints, load
 from tests.model.test_logits import IDS, TOLERANCE
 from tests.model.test_tensor_parallel import check_equal, play, play_on
-from tests.model.thread_stages import run_stages
+from tests.model.thread_stages import link_stages, run_stages
 
 MakeTiny = Callable[..., tuple[Any, Path]]
 
@@ -120,6 +123,32 @@ def test_stages_have_equal_sizes_although_one_has_less_memory(
 
     [[first], [second]] = run_stages(2, 1, work)
     assert first == second
+
+
+def test_tokens_that_no_step_waits_for_are_taken_all_the_same() -> None:
+    """Prompts whose outputs have one token: no step has decode rows for long, and one comes in the end."""
+    first_links, last_links = link_stages(2).values()
+    with ThreadPoolExecutor() as pool:
+        connecting = pool.submit(StageExchange, first_links, 4, 8, 16, torch.float32)
+        last = StageExchange(last_links, 4, 8, 16, torch.float32)
+        first = connecting.result()
+    state, num_steps = HostSlots(2), 3000
+    for number in range(1, num_steps + 1):
+        last.send_tokens(number, ints(0, 1), torch.tensor([number, 7], dtype=torch.int32))
+        if number % 4 == 0:
+            first.receive_tokens(0, state)
+    assert not last_links.following.has_unsent
+    assert state.last_tokens.tolist() == [num_steps, 7]
+    first.receive_tokens(num_steps, state)
+
+
+def test_a_stage_notices_that_a_neighbour_is_gone() -> None:
+    for gone, left in ((0, 1), (1, 0)):
+        links = list(link_stages(2).values())
+        for end in links[gone].sockets:
+            end.close()
+        with pytest.raises(PeerClosedError):
+            links[left].agree_min(1)
 
 
 def test_stages_at_different_steps_end_with_both_values(make_tiny: MakeTiny) -> None:

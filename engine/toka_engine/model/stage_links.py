@@ -89,6 +89,12 @@ class StageLinks:
             )
         return message
 
+    def has_arrived(self) -> bool:
+        """Whether a message of the stage before is here already. Raises PeerClosedError."""
+        if not self._arrived:
+            self._arrived.extend(self._previous.receive_ready())
+        return bool(self._arrived)
+
     def agree_min(self, value: int) -> int:
         """Return the smallest of all stages' values; each of them asks."""
         if self.rank.pp_rank == 0:

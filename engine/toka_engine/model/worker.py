@@ -47,10 +47,11 @@ Report: TypeAlias = Callable[[str, str], None]
 class Worker:
     """A loaded model with its sizes; made by `load_worker`."""
 
-    def __init__(self, runner: Runner, ready: WorkerReady) -> None:
-        """`ready` is final after `warm_up`."""
+    def __init__(self, runner: Runner, ready: WorkerReady, links: StageLinks | None = None) -> None:
+        """`ready` is final after `warm_up`. `links`: to the other pipeline stages."""
         self.runner = runner
         self.ready = ready
+        self._beside = () if links is None else (links.following,)
 
     def warm_up(self) -> None:
         """Run the largest prefill and some decode steps on slot 0, whose pages nobody owns yet; settle the memory.
@@ -76,7 +77,7 @@ class Worker:
         launched: deque[Launched] = deque()
         while True:
             if not waiting and not launched:
-                waiting.extend(link.receive())
+                waiting.extend(link.receive(beside=self._beside))
             else:
                 waiting.extend(_receive_ready(link, bool(waiting) or bool(launched)))
             with child.busy():
@@ -155,7 +156,7 @@ def load_worker(
         runner = backend.make_runner(model, shape, sizes, config)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"not enough memory for the model: {str(error).splitlines()[0]}") from error
-    return Worker(runner, describe(model_config, sizes, shape))
+    return Worker(runner, describe(model_config, sizes, shape), links)
 
 
 def _report_weights(weights: Weights, untaken: Sequence[str]) -> None:
