@@ -135,14 +135,15 @@ class Driver:
     def generate(
         self, prompts: list[list[int]], num_tokens: int, first_slot: int = 0, **sampling: Any
     ) -> list[list[int]]:
-        """Run all prompts at once; prefill in one step each, decode together."""
+        """Run all prompts at once; prefill in one step each, decode together. Stages but the last give no tokens."""
         slots = list(range(first_slot, first_slot + len(prompts)))
         outputs: list[list[int]] = []
         setup = self.add_slots(slots, **sampling)
         for index, (slot, ids) in enumerate(zip(slots, prompts, strict=True)):
             new = setup if index == 0 else {"new": SlotBatch()}
-            outputs.append([int(self.prefill({slot: ids}, **new).ids[0])])
+            outputs.append(self.prefill({slot: ids}, **new).ids.tolist())
         for _ in range(num_tokens - 1):
-            for output, token in zip(outputs, self.decode(slots).ids.tolist(), strict=True):
+            tokens = self.decode(slots).ids.tolist()
+            for output, token in zip(outputs, tokens, strict=bool(tokens)):
                 output.append(token)
         return outputs

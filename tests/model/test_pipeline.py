@@ -23,6 +23,8 @@ from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.stage_links import StageLinks
 
 from tests.model.driving import Driver, ints, load
+from tests.model.test_grammars import REGEX, add_grammar
+from tests.model.test_grammars import generate as follow_grammar
 from tests.model.test_logits import IDS, TOLERANCE
 from tests.model.test_tensor_parallel import check_equal, play, play_on
 from tests.model.thread_stages import link_stages, run_stages
@@ -73,6 +75,19 @@ def test_the_size_of_pages_and_hydragen_change_nothing(make_tiny: MakeTiny, sett
 
     [[found]] = run_stages(2, 1, generate)[-1:]
     assert found == generate(SingleRank())
+
+
+def test_stages_follow_a_grammar_as_one_does_and_only_the_last_knows_it(make_tiny: MakeTiny) -> None:
+    _, folder = make_tiny()
+
+    def run(ranks: Ranks, links: StageLinks | None = None) -> list[list[int]]:
+        driver = Driver(load(folder, ranks, links, pp_size=2 if links else 1, seed=3))
+        if links is None or links.rank.is_output_rank:
+            add_grammar(driver, 3, "regex", REGEX)
+        return follow_grammar(driver, [3, 3, 3, 3, 0, 3])
+
+    [[found]] = run_stages(2, 1, run)[-1:]
+    assert found == run(SingleRank())
 
 
 def test_a_stage_reads_the_tensors_of_its_layers_alone_and_all_are_read(

@@ -117,9 +117,6 @@ def test_two_stages_serve_what_one_model_says_listen_to_nobody_and_end_together(
             seeded = complete(PROMPT, seed=7, n=3)
             among_others = pool.map(lambda prompt: complete(prompt, seed=7, n=3), [PROMPT, "One", PROMPT])
             assert list(among_others)[::2] == [seeded] * 2
-            choices = {"structured_outputs": {"choice": ["yes", "no"]}}
-            answer = client.completions.create(model=folder.name, prompt="?", max_tokens=20, extra_body=choices)
-            assert answer.choices[0].text in ("yes", "no")
         engine.signal(signal.SIGKILL, "model_pp0")
         assert engine.wait_end() == ExitCode.PROCESS_DIED
         assert "model_pp0" in engine.last_words()
