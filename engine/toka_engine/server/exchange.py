@@ -93,12 +93,7 @@ class Exchange:
     async def read_json(self, budget: BodyBudget) -> bytes:
         """Return the raw body. Raises 415, 413 or ClientGoneError."""
         first = dict(reversed(self.headers)).get  # of a name's values, the first
-        encoding = first(b"content-encoding", b"").strip().lower()
-        if encoding not in (b"", b"identity"):
-            shown = encoding[:50].decode("latin-1")
-            message = f"The content-encoding '{shown}' is not supported: send the body uncompressed."
-            wanted = ((b"accept-encoding", b"identity"),)
-            raise ApiError(415, message, code="unsupported_content_encoding", headers=wanted)
+        _check_encoding(first(b"content-encoding", b""))
         kind = first(b"content-type", b"")
         if kind != JSON and kind.partition(b";")[0].strip().lower() != JSON:
             raise ApiError(415, "The content-type must be application/json.", code="unsupported_media_type")
@@ -127,8 +122,9 @@ class Exchange:
 
     async def read_parts(self, progress_bytes: int) -> AsyncIterator[bytes]:
         """Yield the parts of a body of any size as they come; the deadline moves on with each `progress_bytes`. Raises
-        ClientGoneError.
+        415 and ClientGoneError.
         """
+        _check_encoding(self.header(b"content-encoding") or b"")
         held = 0
         try:
             while True:
@@ -209,6 +205,16 @@ class Exchange:
             if self._is_stream:
                 await self.end_events(self.error_event(error))
             self.connection.transport.close()
+
+
+def _check_encoding(encoding: bytes) -> None:
+    """Raise a 415 for a compressed body."""
+    encoding = encoding.strip().lower()
+    if encoding not in (b"", b"identity"):
+        shown = encoding[:50].decode("latin-1")
+        message = f"The content-encoding '{shown}' is not supported: send the body uncompressed."
+        wanted = ((b"accept-encoding", b"identity"),)
+        raise ApiError(415, message, code="unsupported_content_encoding", headers=wanted)
 
 
 def _error_event(error: ApiError) -> bytes:

@@ -4,6 +4,7 @@ data_dir/lock       held by the one engine that uses the folder
 data_dir/toka.db    what there is (database.py)
 data_dir/files/ID   the bytes of a file, under an id of ours: a client's name for it is never part of a path
 data_dir/files/ID.part   an upload that is not complete
+data_dir/lost/ID    bytes that the database does not know: what a crash left, or a damaged database has forgotten
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import errno
 import fcntl
 import os
 import shutil
+import sqlite3
+import time
 from pathlib import Path
 
 _PART = ".part"
+_LOST_S = 7 * 86400
+_MIN_DATABASE_BYTES = 100
+"""SQLite takes a smaller file for a new database, or for none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -77,9 +83,27 @@ class Folder:
         self.path_of(file_id).unlink(missing_ok=True)
         self.part_of(file_id).unlink(missing_ok=True)
 
+    def check_database(self) -> None:
+        """Raise DatabaseError where the database has been emptied: it would open as a new one, without any file."""
+        is_empty = self.database.is_file() and self.database.stat().st_size < _MIN_DATABASE_BYTES
+        if is_empty and any(path.suffix != _PART for path in (self._root / "files").iterdir()):
+            raise sqlite3.DatabaseError("toka.db is empty, though there are files")
+
     def sweep(self, known: set[str]) -> int:
-        """Remove what belongs to no id in `known`: uploads and deletions that a crash cut short. Return how many."""
+        """Take away what belongs to no id in `known`: uploads and deletions that a crash cut short. Return how many.
+
+        Whole files are kept for a week in the folder `lost`: a database that was damaged may have forgotten them.
+        """
+        lost = self._root / "lost"
+        lost.mkdir(exist_ok=True)
         strays = [path for path in (self._root / "files").iterdir() if path.name not in known]
         for path in strays:
-            path.unlink(missing_ok=True)
+            if path.suffix == _PART:
+                path.unlink(missing_ok=True)
+            else:
+                path.rename(lost / path.name)
+                os.utime(lost / path.name)
+        for path in lost.iterdir():
+            if path.stat().st_mtime < time.time() - _LOST_S:
+                path.unlink(missing_ok=True)
         return len(strays)

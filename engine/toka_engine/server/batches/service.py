@@ -103,6 +103,7 @@ class Batches:
             await self._wait_for_drain(_LOCK_RETRY_S)
             if self._draining.is_set():
                 return
+        await asyncio.to_thread(folder.check_database)
         database = await DatabaseThread.open(folder.database)
         num_strays = await asyncio.to_thread(folder.sweep, await database.run(Database.list_file_ids))
         unfinished = await database.run(Database.list_unfinished)
