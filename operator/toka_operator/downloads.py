@@ -1,4 +1,4 @@
-"""What engines say of their downloads, and what follows for a TokaDeployment: its cache's status and ModelCached.
+"""Engines tell how far their downloads are; this makes the status of a cache and the condition ModelCached of it.
 
 Owns: the shape of the engine's answer, the words, and the one thing that the spec and the pods' nodes tell together: a
 claim that only one node can mount. Pure.

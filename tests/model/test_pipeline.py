@@ -33,7 +33,7 @@ MakeTiny = Callable[..., tuple[Any, Path]]
 
 
 def play_in_stages(folder: Path, pp_size: int, tp_size: int = 1, **settings: Any) -> list[Any]:
-    """What the ranks of the last stage give."""
+    """Return what the ranks of the last stage give."""
 
     def work(ranks: Ranks, links: StageLinks) -> tuple[list[torch.Tensor], list[Tokens]]:
         return play(Driver(load(folder, ranks, links, pp_size=pp_size, tp_size=tp_size, **settings)))

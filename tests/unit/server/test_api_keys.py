@@ -519,7 +519,7 @@ def test_files_belong_to_the_keys_name_whatever_its_key(keyed: KeyedServer) -> N
 
 
 def test_files_belong_to_the_owner_that_a_key_names(keyed: KeyedServer) -> None:
-    """So a key is renamed, and two keys of one owner overlap while clients change from one to the other."""
+    """A key is renamed so, and two keys of one owner overlap while clients change from one to the other."""
     file_id = _upload(keyed, "sk-alice")
     new = {"name": "alice-2027", "key": "sk-new", "owner": "alice"}
     keyed.put(_document(_ALICE, _BOB, new))
