@@ -2,7 +2,7 @@
 
 A file is written under its blob's name with `.part` behind it, from where a killed process left off; its size and its
 hash are compared with the hub's before it gets its name. So a file with its name is right, and no reader sees part of
-one. Without a lock that all nodes respect (an NFS mount with `nolock`), two processes write the same bytes to the same
+one. Without a lock that all nodes respect (an NFS mount with nolock), two processes write the same bytes to the same
 places of a part, and the first to be done renames it: bandwidth is lost, never a file.
 """
 

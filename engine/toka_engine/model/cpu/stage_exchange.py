@@ -83,7 +83,7 @@ class StageExchange:
         self.links.send(LastTokens(number, slots, ids.numpy()))
 
     def receive_tokens(self, until: int, state: HostSlots) -> None:
-        """Wait until the tokens of step `until` and of those before it are `state.last_tokens`.
+        """Wait until the tokens of step `until` and of those before it are in `last_tokens` of the state.
 
         Takes what else is here: steps without decode rows wait for nothing, however many there are.
         """
