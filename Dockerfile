@@ -77,6 +77,10 @@ ENV TOKA_KERNELS_DIR=/opt/toka/kernels
 
 # Libraries (kopf, torch) look the user up by name: uid 65532 has an entry.
 FROM engine-${EXTRAS:-cpu} AS engine
+COPY --from=uv /requirements/traces.txt /requirements/
+RUN --mount=type=bind,from=uv,source=/uv,target=/uv \
+    /uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/toka/bin/python \
+    --constraint /requirements/constraints.txt -r /requirements/traces.txt
 COPY --from=engine-model /opt/toka/models /opt/toka/models
 ENV TOKA_BUILTIN_DIR=/opt/toka/models
 RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.entry import main\nsys.exit(main())\n' >/opt/toka/bin/toka \

@@ -7,7 +7,6 @@ the one place where any exception becomes an exit code. A child dies with its pa
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import signal
@@ -36,6 +35,7 @@ from toka_engine.control_messages import (
     Unresponsive,
 )
 from toka_engine.errors import ExitCode, PeerClosedError, TokaError
+from toka_engine.logs import set_up_logging
 from toka_engine.output import outlive_reader
 from toka_engine.portable import count_resident_bytes, end_with_parent
 
@@ -160,11 +160,7 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     if not isinstance(start, Start):
         raise AssertionError(f"{name}: the first message was not Start")
     name = start.process or name
-    logging.basicConfig(
-        level=start.config.log_level,
-        stream=sys.stderr,
-        format=f"%(asctime)s level=%(levelname)s component={name} logger=%(name)s %(message)s",
-    )
+    set_up_logging(start.config, name)
     child = Child(name, control, start, early)
     code, words, is_consequence = ExitCode.OK, "", False
     try:

@@ -17,8 +17,17 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from toka_engine.config import MAX_RANKS, UNSUPPORTED_KEYS, EngineConfig, UnsupportedKey, describe_sizes
+from toka_engine.addresses import parse_udp_address
+from toka_engine.config import (
+    ALIASES,
+    MAX_RANKS,
+    UNSUPPORTED_KEYS,
+    EngineConfig,
+    UnsupportedKey,
+    describe_sizes,
+)
 from toka_engine.errors import ConfigError
+from toka_engine.logs import COMPONENTS
 
 _BOOLEANS = {"T": True, "True": True, "true": True, "F": False, "False": False, "false": False}
 _MAX_ARITHMETIC_CHARS = 200
@@ -40,10 +49,15 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 def parse_config(arguments: Iterable[str]) -> EngineConfig:
     """Return the settings of `key=value` arguments. Raises ConfigError that names the first bad key."""
-    config = parse_struct(EngineConfig, arguments, "toka", UNSUPPORTED_KEYS)
+    config = parse_struct(EngineConfig, map(_without_alias, arguments), "toka", UNSUPPORTED_KEYS)
     if config.torch_compile_config != "default" and not config.torch_compile:
         raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
     _check_parallelism(config)
+    if config.statsd_addr is not None:
+        parse_udp_address(config.statsd_addr, "statsd_addr")
+    for name in config.log_procs:
+        if name.partition("_")[0] not in COMPONENTS:
+            raise ConfigError(f"log_procs={name[:100]}: there is no such process; there are {', '.join(COMPONENTS)}")
     return config
 
 
@@ -63,6 +77,11 @@ def _check_parallelism(config: EngineConfig) -> None:
         raise ConfigError(f"pp_layer_split={text} has the layers of {len(split)} stages, pp_size={config.pp_size}")
     if config.pp_size == 1 and config.pp_num_buffer_stages != 1:
         raise ConfigError(f"pp_num_buffer_stages={config.pp_num_buffer_stages} has no effect with pp_size=1")
+
+
+def _without_alias(argument: str) -> str:
+    key, equals, text = argument.partition("=")
+    return f"{ALIASES.get(key, key)}{equals}{text}"
 
 
 def parse_struct(

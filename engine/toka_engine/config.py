@@ -187,7 +187,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     # reporting
     log_level: Annotated[LogLevel, doc("level of every component's log")] = "INFO"
+    log_procs: Annotated[
+        tuple[Name, ...], doc("processes that log more than warnings, as server,manager,model; default: all of them")
+    ] = ()
     stats_report_seconds: Annotated[PositiveSeconds, doc("seconds between two lines of statistics")] = 10.0
+    statsd_addr: Annotated[
+        Name | None, doc("host:port of a statsd server that gets the statistics by UDP; also statsd_server_url")
+    ] = None
+    vllm_metric_names: Annotated[
+        bool, doc("/metrics also has vLLM's names, for its dashboards, scalers and routers; docs/observability.md")
+    ] = True
     termination_log: Annotated[
         Name | None, doc("file for the exit message; default: /dev/termination-log where it can be written")
     ] = None
@@ -228,14 +237,17 @@ class UnsupportedKey(NamedTuple):
     sentence: str
 
 
+ALIASES = {"statsd_server_url": "statsd_addr"}
+"""Other names of keys, as Tokasaurus has them."""
+
 UNSUPPORTED_KEYS: dict[str, UnsupportedKey] = {
     "trust_remote_code": UnsupportedKey(False, "code from a model folder is never run; architectures are built in"),
     "rope_scaling": UnsupportedKey(None, "RoPE scaling is read from the model's own config.json"),
     "enable_chosen_logprobs": UnsupportedKey(True, "each request asks for logprobs itself"),
-    "log_procs": UnsupportedKey(None, "every process logs under its own component name; filter the log by it"),
-    "local_proc_name": UnsupportedKey("server", "the processes always run beside each other"),
-    "statsd_addr": UnsupportedKey(None, "statistics are read from /metrics"),
-    "statsd_server_url": UnsupportedKey(None, "statistics are read from /metrics"),
+    "local_proc_name": UnsupportedKey("server", "the supervisor runs in the foreground; attach a debugger by pid"),
+    "dmanager": UnsupportedKey(False, "the supervisor runs in the foreground; attach a debugger by pid"),
+    "dmodel": UnsupportedKey(False, "the supervisor runs in the foreground; attach a debugger by pid"),
+    "uvsh": UnsupportedKey(False, "set uvicorn_log_level=warning"),
     "async_tp_threshold": UnsupportedKey(None, "sums over ranks are not overlapped with products yet"),
     "prefill_round_up_multiple": UnsupportedKey(None, "prefill chunks are cut by max_tokens_per_forward alone"),
     "stop_string_num_token_lookback": UnsupportedKey(None, "stop strings are found in the whole text"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import socket
 import sys
 import traceback
@@ -18,6 +17,7 @@ from pathlib import Path
 from toka_engine.command_line import format_help, parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.errors import REASONS, ConfigError, ExitCode, PortInUseError, TokaError
+from toka_engine.logs import set_up_logging
 from toka_engine.output import outlive_reader, run_command
 from toka_engine.supervisor import MODULES, Outcome, Supervisor
 from toka_engine.version import __version__
@@ -54,11 +54,7 @@ def run(
     try:
         config = parse_config(arguments)
         termination_log = config.termination_log or _TERMINATION_LOG
-        logging.basicConfig(
-            level=config.log_level,
-            stream=sys.stderr,
-            format="%(asctime)s level=%(levelname)s component=supervisor logger=%(name)s %(message)s",
-        )
+        set_up_logging(config, "supervisor")
         outcome = Supervisor(config, listener or listen(config), modules, on_ready).run()
     except TokaError as error:
         outcome = Outcome(error.exit_code, str(error))

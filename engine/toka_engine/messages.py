@@ -1,7 +1,8 @@
 """The messages of the way of a request: between server, manager and model workers.
 
 Arrays are one-dimensional, contiguous numpy arrays; the comment behind each gives dtype and length. Imports nothing of
-ours but `slot_parameters` and `grammar.source`. `codec` has the wire form, docs/structure.md the walk of one request.
+ours but `slot_parameters`, `histogram` and `grammar.source`. `codec` has the wire form, docs/structure.md the walk of
+one request.
 
 Links: server <-> manager, manager <-> each model worker; `control_messages` has those of supervisor and children.
 A *stream* is one output sequence (one of a request's n choices); the server numbers streams, never reusing a number.
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.grammar.source import GrammarSource
+from toka_engine.histogram import Buckets
 from toka_engine.slot_parameters import Sampling, SlotBatch
 
 Int32s: TypeAlias = NDArray[np.int32]
@@ -73,6 +75,8 @@ class Submit(Message, frozen=True):
     """The outputs are texts of this grammar."""
     priority: int = 0
     """From -100 to 100; lower ones go first. Above 0 it is background work, which others may interrupt."""
+    timeout_s: float = 0.0
+    """Refused at once if it will probably not start by then; 0: it may wait. The server cancels it when it is over."""
 
 
 class Cancel(Message, frozen=True):
@@ -110,10 +114,12 @@ class EngineInfo(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """The queue is full: 429 for this request."""
+    """The queue is full, or so long that the request cannot start in time: 429 for this request."""
 
     first_stream: int
     message: str
+    code: str = "queue_full"
+    retry_after_s: int = 1
 
 
 class Started(Message, frozen=True):
@@ -163,6 +169,21 @@ class PromptLogprobs(Message, frozen=True):
     top_width: int
 
 
+class Durations(msgspec.Struct, frozen=True, array_like=True):
+    """Durations in the lives of streams. One that is preempted counts in `queue`, `prefill` and `first_token` once."""
+
+    queue: Buckets = Buckets()
+    """From its arrival at the manager to its start."""
+    prefill: Buckets = Buckets()
+    """From its start to its first token."""
+    first_token: Buckets = Buckets()
+    """From its arrival to its first token."""
+    decode: Buckets = Buckets()
+    """From its first token to its end, if it was not preempted in between."""
+    between_tokens: Buckets = Buckets()
+    """From a token to the next one, for each token but the first."""
+
+
 class Stats(Message, frozen=True):
     """For /metrics, a few times a second while there is work. Totals only grow."""
 
@@ -185,6 +206,7 @@ class Stats(Message, frozen=True):
     """While at least one step was under way."""
     model_cpu_s_total: float
     """CPU time of the model worker, to launch the steps."""
+    durations: Durations = Durations()
 
 
 ManagerToServer: TypeAlias = EngineInfo | Refused | Started | Deltas | PromptLogprobs | Stats

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
@@ -70,6 +71,19 @@ def test_a_bad_value_is_refused_by_name(server: ApiServer, setting: str, sentenc
     with pytest.raises(CommandFailed) as refusal:
         server.helm("template", "toka", str(CHART), "--set", setting)
     assert sentence in refusal.value.stderr
+
+
+def test_the_dashboard_comes_where_grafanas_sidecar_looks_and_only_if_asked_for(server: ApiServer) -> None:
+    assert "dashboard" not in server.helm("template", "toka", str(CHART))
+    values = ("--set", "grafana.dashboard=true,grafana.namespace=monitoring")
+    rendered = server.helm("template", "toka", str(CHART), *values, "--show-only", "templates/dashboard.yaml")
+    found = yaml.safe_load(rendered)
+    assert found["metadata"]["namespace"] == "monitoring"
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert found["metadata"]["labels"]["app.kubernetes.io/part-of"] == "toka"
+    (text,) = found["data"].values()
+    assert json.loads(text) == json.loads((CHART / "files" / "dashboard.json").read_text())
+    server.kubectl("apply", "--dry-run=server", "-f", "-", stdin=rendered.replace("monitoring", SYSTEM))
 
 
 def test_with_namespaces_to_watch_there_is_no_cluster_role(server: ApiServer) -> None:

@@ -135,7 +135,7 @@ class Turns:
 def run_unshared(worker: Worker, config: EngineConfig, rows: int, num_steps: int) -> Turns:
     """Manager and worker in one process: `rows` prompts that share nothing, all of them decoding."""
     sizes = choose_sizes(config, worker.ready)
-    manager, flight = Manager(config, sizes), deque[Launched]()
+    manager, flight = Manager(config, sizes, time.monotonic), deque[Launched]()
     vocab_size = worker.ready.vocab_size
     length = _UNSHARED_PROMPT_TOKENS
     prompts = np.random.default_rng(1).integers(0, vocab_size, (rows, length), np.int32)

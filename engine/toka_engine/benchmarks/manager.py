@@ -69,7 +69,7 @@ class Bench:
     def __init__(self, num_streams: int, num_pages: int, num_logprobs: int = -1) -> None:
         config = EngineConfig()
         self.sampling = Sampling(num_logprobs=num_logprobs)
-        self.manager = Manager(config, choose_sizes(config, worker_ready(num_streams, num_pages)))
+        self.manager = Manager(config, choose_sizes(config, worker_ready(num_streams, num_pages)), time.monotonic)
         self.rng = np.random.default_rng(1)
         self.frames: deque[bytes] = deque()
         self.steps: Decoder[ManagerToWorker] = Decoder(ManagerToWorker)

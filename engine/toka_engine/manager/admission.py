@@ -96,6 +96,8 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)
         state.queue.note_news()  # perhaps more in the next step
+    if chosen and state.queue:
+        state.start_rate.note(state.queue.busy_s, sum(chosen.values()))
 
 
 def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:

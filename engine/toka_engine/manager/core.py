@@ -3,6 +3,9 @@ one class."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import msgspec
 import numpy as np
 
@@ -28,13 +31,16 @@ from toka_engine.messages import (
     Tokens,
 )
 
+_MAX_RETRY_AFTER_S = 60
+"""OpenAI's clients do not heed a longer one."""
+
 
 class Manager:
     """Turns requests into steps and tokens into deltas."""
 
-    def __init__(self, config: EngineConfig, sizes: Sizes, num_workers: int = 1) -> None:
-        """`num_workers`: those that sample, and compile grammars."""
-        self.state = ManagerState(config, sizes)
+    def __init__(self, config: EngineConfig, sizes: Sizes, clock: Callable[[], float], num_workers: int = 1) -> None:
+        """`clock` returns seconds; `num_workers`: those that sample, and compile grammars."""
+        self.state = ManagerState(config, sizes, clock)
         self.state.grammars.num_workers = num_workers
 
     @property
@@ -99,6 +105,7 @@ class Manager:
             step_wall_s_total=counters.step_wall_s,
             step_busy_s_total=step_busy_s,
             model_cpu_s_total=counters.model_cpu_s,
+            durations=state.times.report(),
         )
 
     def _submit(self, submit: Submit) -> list[msgspec.Struct]:
@@ -106,6 +113,8 @@ class Manager:
         may_start = max(0, state.sizes.max_running - state.slots.num_running)
         if state.queue.num_choices + submit.num_choices > state.config.max_queued_requests + may_start:
             return [Refused(submit.first_stream, "the queue is full")]
+        if submit.timeout_s and (refused := self._refuse_late(submit)):
+            return [refused]
         request = Request(
             first_stream=submit.first_stream,
             num_choices=submit.num_choices,
@@ -120,9 +129,20 @@ class Manager:
             delivers_stop=submit.delivers_stop,
             scoring=Scoring(submit.prompt_logprobs) if submit.prompt_logprobs >= 0 else None,
             priority=submit.priority,
+            submitted_s=state.clock(),
             grammar=None if submit.grammar is None else state.grammars.use(submit.grammar, submit.num_choices),
         )
         state.counters.prompt_tokens += request.prompt_length
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)
         state.enqueue(entry, at_front=False)
         return []
+
+    def _refuse_late(self, submit: Submit) -> Refused | None:
+        """Return the refusal of a request that will probably not start before its time is over; None: it may wait."""
+        queue = self.state.queue
+        wait_s = self.state.start_rate.predict_wait_s(queue.busy_s, queue.count_ahead(submit.priority))
+        if wait_s <= submit.timeout_s:
+            return None
+        retry_after_s = min(_MAX_RETRY_AFTER_S, math.ceil(wait_s - submit.timeout_s))
+        message = f"the request would start in about {wait_s:.1f} s, after its 'timeout_s'"
+        return Refused(submit.first_stream, message, "deadline_unreachable", retry_after_s)

@@ -1,10 +1,13 @@
 """Background streams give way: they are preempted when another request does not fit, and leave it part of each step.
 
 A request with a priority above 0 is background work. What it has computed stays in the prefix tree, so that it goes on
-from there when there is room again.
+from there when there is room again. One that has waited very long goes first, so that it starts however busy the engine
+is: one at a time, which takes little from others.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +20,25 @@ RESERVE = 10
 """Background streams leave one page in this many, and one slot, to others, who then start without a preemption."""
 PREFILL_SHARE = 4
 """The prompts of background streams take one in this many of a step's prefill tokens beside other streams."""
+
+MAX_BACKGROUND_WAIT_S = 600.0
+"""The age at which a background request that waits may go first."""
+
+
+def promote_oldest(state: ManagerState) -> None:
+    """Let the background request that came first go before all others, once it is old enough, if none does already."""
+    entry = state.queue.oldest_background
+    if entry is None or state.clock() - entry.request.submitted_s < MAX_BACKGROUND_WAIT_S:
+        return
+    if state.promoted is not None and any(
+        state.promoted.first_stream + choice in state.where for choice in range(state.promoted.num_choices)
+    ):
+        return
+    head = state.queue.head
+    assert head is not None
+    state.queue.remove(entry)
+    entry.request = state.promoted = replace(entry.request, priority=min(0, head.request.priority))
+    state.queue.add(entry, at_front=True)
 
 
 def make_room(state: ManagerState, entry: Waiting) -> None:

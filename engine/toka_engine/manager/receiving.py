@@ -48,6 +48,8 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[PromptLogprobs |
     logprobs = tokens.logprobs[places] if tokens.logprobs.size else EMPTYF
     failed = ids < 0
     _store(state, tokens, places, live, ids, logprobs)
+    num_decoded, now = int(np.searchsorted(places, flight.num_decoded)), state.clock()
+    state.times.note_tokens(live, num_decoded, now)
     stopped = _find_stops(state, live, ids)
     num_received = slots.num_received[live] + ~failed
     slots.num_received[live] = num_received
@@ -67,6 +69,7 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[PromptLogprobs |
     messages.extend(tops)
     release_completed(state)
     if over.size:
+        state.times.note_ends(live[over], now)
         _end(state, live[over])
     return messages
 

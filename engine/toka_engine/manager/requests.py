@@ -67,6 +67,8 @@ class Request:
     scoring: Scoring | None = None
     grammar: KnownGrammar | None = None
     priority: int = 0
+    submitted_s: float = 0.0
+    """The time of its arrival, by the manager's clock."""
 
     @property
     def is_background(self) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from toka_engine.manager.admission import admit
 from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
-from toka_engine.manager.priorities import limit_background_prefill, make_room
+from toka_engine.manager.priorities import limit_background_prefill, make_room, promote_oldest
 from toka_engine.manager.prompt_logprobs import score_chunk, scored_fields
 from toka_engine.manager.requests import PendingCopy, Prefill, Request
 from toka_engine.manager.row_groups import NO_GROUPS, Groups
@@ -30,6 +30,8 @@ def plan_step(state: ManagerState) -> Step | None:
     """Return the next step to send, or None where nothing can run before more tokens are back."""
     if len(state.in_flight) >= state.sizes.steps_ahead:
         return None
+    if state.has_background and state.queue:
+        promote_oldest(state)
     if state.misfit is not None:
         misfit, state.misfit = state.misfit, None
         if state.has_background:
@@ -282,7 +284,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     slots = state.slots
     fanout_slots = np.concatenate([EMPTY32, *step.fanout_slots])
     sampled = np.concatenate((rows, fanout_slots))
-    state.in_flight.append(InFlight(step.number, sampled, slots.generations[sampled], step.scored))
+    state.in_flight.append(InFlight(step.number, sampled, rows.size, slots.generations[sampled], step.scored))
     state.next_step += 1
     state.counters.steps += 1
     state.counters.hydragen_rows += int(groups.num_rows[groups.first_columns == 0].sum())

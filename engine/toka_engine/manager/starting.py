@@ -27,6 +27,7 @@ def start_entry(state: ManagerState, step: StepBuilder, entry: Waiting, num_choi
     for choice in choices:
         state.queue.drop_choice(entry, choice)
         members.append(_take_slot(state, entry, choice))
+    state.times.note_start(members, entry.request.submitted_s, state.clock(), is_again=bool(entry.num_kept))
     leader = members[0]
     slots.states[leader] = State.PREFILL
     slots.table[leader, :num_columns] = pages

@@ -7,11 +7,14 @@ over it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from toka_engine.config import EngineConfig
+from toka_engine.manager.deadlines import StartRate
+from toka_engine.manager.durations import StreamTimes
 from toka_engine.manager.grammars import Grammars
 from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.pages import Pages
@@ -44,6 +47,8 @@ class InFlight:
 
     number: int
     slots: Int32s
+    num_decoded: int
+    """The first so many of them had tokens before."""
     generations: Int64s
     scored: list[ScoredChunk]
 
@@ -65,10 +70,13 @@ class Counters:
 class ManagerState:
     """Live state. One per process."""
 
-    def __init__(self, config: EngineConfig, sizes: Sizes) -> None:
+    def __init__(self, config: EngineConfig, sizes: Sizes, clock: Callable[[], float]) -> None:
         self.config = config
         self.sizes = sizes
-        self.queue = Queue()
+        self.clock = clock
+        self.queue = Queue(clock)
+        self.start_rate = StartRate()
+        self.times = StreamTimes(sizes.num_slots)
         self.pages = Pages(config, sizes)
         self.slots = Slots(sizes.num_slots, sizes.max_pages_per_seq)
         self.lanes = Lanes(config, sizes.page_size, sizes.num_lanes) if sizes.num_lanes > 1 else None
@@ -84,6 +92,7 @@ class ManagerState:
         self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
         self.has_background = False  # a background request has ever come
+        self.promoted: Request | None = None  # the background request that goes first, because it has waited long
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
         self.grammars = Grammars()

@@ -12,7 +12,13 @@ import msgspec
 
 from toka_engine.errors import TokaError
 
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
 _NO_RETRY = (b"x-should-retry", b"false")
 """Tells OpenAI's clients, which try every 5xx again, that the same request would fail the same way."""
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from toka_engine.portable import trim_heap
 from toka_engine.server.connection import Connection, Cycle, JoinedWrites, UnsizedBody, close_if_body_is_unasked
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
+from toka_engine.server.generation_times import GenerationTimes
 from toka_engine.server.headers import IGNORED, REQUEST_ID, choose_request_id, date, list_ignored
 from toka_engine.server.keys.use import KeyUse
 from toka_engine.server.request import Usage
@@ -63,6 +64,8 @@ class Exchange:
         self.min_priority: int | None = None
         """The lowest number that the request's priority may be; None: its own counts."""
         self.usage: Usage | None = None
+        self.times: GenerationTimes | None = None
+        """The moments of its generation, once that has begun."""
         self.first_token_s: float | None = None
         """Seconds from the request's head to the first event of a stream."""
         self.status = 0

@@ -21,6 +21,7 @@ from toka_engine.server.exchange import Exchange, Handler
 from toka_engine.server.failures import answer_failure
 from toka_engine.server.keys.check import KeyCheck
 from toka_engine.server.metrics import Metrics
+from toka_engine.server.tracing import Tracing
 
 
 class Front:
@@ -36,6 +37,7 @@ class Front:
         origins: Origins,
         metrics: Metrics,
         logs_requests: bool,
+        tracing: Tracing | None = None,
     ) -> None:
         """`fast_paths`: the POSTs that pass `application` by; `known_paths`: those that metrics name."""
         self._application = application
@@ -47,6 +49,7 @@ class Front:
         self._logs_requests = logs_requests
         self._counters: dict[tuple[str, int], Counter] = {}
         """The counters found so far: looking one up by its labels costs ten times as much as here."""
+        self._tracing = tracing
         self._num_running = 0
         self._idle: asyncio.Event | None = None
 
@@ -77,6 +80,8 @@ class Front:
                 self._count(exchange)
             if self._logs_requests:
                 log_request(exchange)
+            if self._tracing is not None:
+                self._tracing.record(exchange)
 
     async def wait_idle(self) -> None:
         """Return when no request is being answered."""

@@ -11,7 +11,8 @@ import msgspec
 
 from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat, FinishedChoice
-from toka_engine.server.errors import ClientGoneError
+from toka_engine.server.deadlines import deduct_elapsed, start_timer
+from toka_engine.server.errors import ApiError, ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.keys.use import KeyUse
@@ -60,21 +61,32 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
     spec = job.spec
     if exchange.min_priority is not None and spec.priority < exchange.min_priority:
         spec = msgspec.structs.replace(spec, priority=exchange.min_priority)
+    spec = deduct_elapsed(spec, exchange.started_s)
     key, usage = exchange.key, None
     with Generation(streams, job.prompts, spec, blocks) as generation:
         connection.gone_callbacks.add(generation.abandon)
+        exchange.times = generation.times
         if key is not None:
             key.take(sum(map(len, job.prompts)))
+        timer = start_timer(generation)
         try:
             renderers = [job.new_renderer() for _ in generation.choices]
             if job.is_streamed:
                 usage = await _answer_in_events(job, exchange, generation, renderers, metrics)
             else:
                 usage = await _answer_whole(job, exchange, generation, renderers)
+        except (ApiError, ClientGoneError) as error:
+            if metrics.vllm is not None:
+                metrics.vllm.note_failure(error, len(generation.choices))
+            raise
         finally:
             connection.gone_callbacks.discard(generation.abandon)
+            if timer is not None:
+                timer.cancel()
             if key is not None:
                 _charge(key, generation, usage, is_client_gone=connection.is_gone)
+    if metrics.vllm is not None:
+        metrics.vllm.note_end((renderer.finish_reason for renderer in renderers), exchange.started_s)
     exchange.usage = usage
     metrics.request_prompt_tokens.inc(usage.prompt_tokens)
     metrics.request_completion_tokens.inc(usage.completion_tokens)

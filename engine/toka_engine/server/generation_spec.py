@@ -20,6 +20,8 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     deliver_each: bool
     grammar: GrammarSource | None = None
     priority: int = 0
+    timeout_s: float = 0.0
+    """Seconds until it ends unfinished; 0: never."""
     edits: LogitEdits | None = None
     delivers_stop: bool = False
     prompt_logprobs: int = -1

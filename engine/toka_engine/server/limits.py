@@ -52,6 +52,7 @@ class GenerationOptions(msgspec.Struct, frozen=True):
     """A prompt keeps so many of its last tokens; None: all."""
     grammar: AskedGrammar | None = None
     priority: int = 0
+    timeout_s: float = 0.0
     rules: TokenRules = NO_RULES
     keeps_stop: bool = False
     """Whether the text keeps what has stopped it."""
@@ -190,6 +191,7 @@ class Limits:
             stop_ids=stop_ids,
             deliver_each=options.is_streamed or options.stops is not None,
             priority=options.priority,
+            timeout_s=options.timeout_s,
             grammar=None if options.grammar is None else self.complete_grammar(options.grammar).source,
             edits=None if options.rules is NO_RULES else options.rules.make_edits(stop_ids),
             delivers_stop=options.keeps_stop,

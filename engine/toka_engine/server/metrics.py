@@ -14,20 +14,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from toka_engine.control_messages import RankInfo, RankReport
+from toka_engine.histogram import add_up
 from toka_engine.messages import EngineInfo
+from toka_engine.server.metric_families import make_histogram
 from toka_engine.server.replicas import Replicas
+from toka_engine.server.vllm_metrics import VllmMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
-_GAUGES = {
+GAUGES = {
     "running": "Output sequences that have a slot: being prefilled or decoded.",
     "waiting": "Output sequences in the queue.",
     "kv_pages_total": "Pages of the KV cache, of `page_size` tokens each.",
     "kv_pages_used": "KV pages held by running sequences.",
     "kv_pages_cached": "KV pages held by the prefix cache alone; they are evicted when needed.",
 }
-_TOTALS = {
+TOTALS = {
     "prompt_tokens_total": "Prompt tokens of admitted requests.",
     "prefix_hit_tokens_total": "Prompt tokens of admitted requests that were found in the prefix cache.",
     "output_tokens_total": "Output tokens sampled.",
@@ -39,7 +42,14 @@ _TOTALS = {
     "step_busy_s_total": "Wall seconds in which at least one forward pass was under way.",
     "model_cpu_s_total": "CPU seconds of the model worker's thread to launch forward passes.",
 }
-_UNITS = {name: name.replace("_s_total", "_seconds_total") for name in _TOTALS if name.endswith("_s_total")}
+_DURATIONS = {
+    "queue_seconds": ("queue", "Seconds that output sequences waited in the queue."),
+    "prefill_seconds": ("prefill", "Seconds from an output sequence's start to its first token."),
+    "decode_seconds": ("decode", "Seconds from an output sequence's first token to its last."),
+    "inter_token_seconds": ("between_tokens", "Seconds from an output token to the next one."),
+}
+"""Each name, the field of `Durations`, and the help."""
+_UNITS = {name: name.replace("_s_total", "_seconds_total") for name in TOTALS if name.endswith("_s_total")}
 
 
 class Metrics(Collector):
@@ -94,6 +104,12 @@ class Metrics(Collector):
             registry=registry,
         )
         registry.register(self)
+        self.vllm: VllmMetrics | None = None
+
+    def add_vllm_names(self, names: VllmMetrics) -> None:
+        """Serve these, too."""
+        self.vllm = names
+        self._registry.register(names)
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -111,6 +127,7 @@ class Metrics(Collector):
         yield from _router_metrics(self._replicas)
         if any(replica.stats for replica in self._replicas.all):
             yield from _manager_metrics(self._replicas)
+            yield from _duration_metrics(self._replicas)
         yield from _rank_metrics(self.ranks.values(), {replica.index for replica in self._replicas.live})
 
     def add(self, collector: Collector) -> None:
@@ -157,18 +174,25 @@ def _router_metrics(replicas: Replicas) -> Iterable[Metric]:
 
 
 def _manager_metrics(replicas: Replicas) -> Iterable[Metric]:
-    for name, text in _GAUGES.items():
+    for name, text in GAUGES.items():
         each = GaugeMetricFamily(f"toka_replica_{name}", text, labels=["replica"])
         values = {one.index: getattr(one.stats, name) for one in replicas.live if one.stats}
         yield GaugeMetricFamily(f"toka_{name}", text, value=sum(values.values()))
         yield _add_values(each, values)
-    for name, text in _TOTALS.items():
+    for name, text in TOTALS.items():
         title = _UNITS.get(name, name)
         total = CounterMetricFamily(f"toka_replica_{title}", text, labels=["replica"])
         # With those of lost replicas: a counter never falls.
         values = {one.index: getattr(one.stats, name) for one in replicas.all if one.stats}
         yield CounterMetricFamily(f"toka_{title}", text, value=sum(values.values()))
         yield _add_values(total, values)
+
+
+def _duration_metrics(replicas: Replicas) -> Iterable[Metric]:
+    ever = [replica.stats.durations for replica in replicas.all if replica.stats]
+    for name, (field, text) in _DURATIONS.items():
+        buckets = add_up([getattr(durations, field) for durations in ever])
+        yield make_histogram(f"toka_{name}", text, buckets)
 
 
 def _rank_metrics(reports: Collection[RankReport], live: Collection[int]) -> Iterable[Metric]:

@@ -13,9 +13,10 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -47,8 +48,10 @@ from toka_engine.server.link import ManagerLink
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replicas
 from toka_engine.server.service import Engine, Service, fingerprint_of
+from toka_engine.server.statsd import StatsdReporter
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
+from toka_engine.server.tracing import make_tracing
 
 logger = logging.getLogger("toka.server")
 
@@ -102,6 +105,7 @@ class Server:
         handlers = generating_handlers(self._service)
         peers = Peers.read(os.environ, self._config.port) if self._config.data_dir else None
         self._batches = Batches(self._config, handlers, self._service.metrics, peers)
+        self._tracing = make_tracing()
         application = make_application(self._service, key_check, handlers, self._batches)
         return Front(
             application,
@@ -111,6 +115,7 @@ class Server:
             origins=Origins(self._config.cors_origins),
             metrics=self._service.metrics,
             logs_requests=self._config.access_log,
+            tracing=self._tracing,
         )
 
     def _from_thread(self, action: Callable[[], None]) -> None:
@@ -120,18 +125,24 @@ class Server:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
         listener = await self._listen()
         drain = asyncio.create_task(self._drain(listener))
-        others = (
+        others: tuple[Coroutine[Any, Any, None], ...] = (
             self._start(),
             *(link.run() for link in self._links),
             self._beat(),
             self._batches.run(),
             self._keys.run(),
+            *self._make_reporters(),
         )
         running = {drain, *map(asyncio.create_task, others)}
         while not drain.done():
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # whatever ends one of them in error ends the process
+
+    def _make_reporters(self) -> Iterator[Coroutine[Any, Any, None]]:
+        address, interval_s = self._config.statsd_addr, self._config.stats_report_seconds
+        if address is not None:
+            yield StatsdReporter(address, interval_s, self._replicas, lambda: self._streams.num_generations).run()
 
     async def _beat(self) -> None:
         """Mark the loop as busy since its last turn, so that a loop that hangs shows as a turn that never
@@ -294,6 +305,8 @@ class Server:
             await asyncio.wait_for(self._connections.close_all(), _ERROR_WRITE_S)
         except TimeoutError:
             logger.warning("event=connections_left_unread count=%d", len(self._connections.connections))
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.flush)
         self._child.send(Drained())
         logger.info("event=drained")
 

@@ -98,6 +98,11 @@ FLEX_PRIORITY = 10
 ServiceTier: TypeAlias = Annotated[
     str | None, doc(f"`flex` is background work, as `priority` {FLEX_PRIORITY}; others are a hint without effect.")
 ]
+MAX_TIMEOUT_S = 86400
+Timeout: TypeAlias = Annotated[
+    Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)] | None,
+    doc("Seconds for the whole answer; then 504, in a stream as its last event. 429 if it cannot start by then."),
+]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -129,6 +134,7 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
         Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None,
         doc("Lower goes first; default 0. Above 0 is background work, which gives way to other requests."),
     ] = None
+    timeout_s: Timeout = None
     stream: Annotated[bool | None, doc("Server-sent events, token by token.")] = None
     stream_options: Annotated[StreamOptions | None, doc("Only together with `stream`.")] = None
     n: Annotated[

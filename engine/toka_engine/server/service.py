@@ -31,6 +31,7 @@ from toka_engine.server.render import EmptyRenderer, Renderer, TrackingRenderer
 from toka_engine.server.responses.store import ResponseStore
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
+from toka_engine.server.vllm_metrics import VllmMetrics
 from toka_engine.version import __version__
 
 R = TypeVar("R")
@@ -133,6 +134,9 @@ class Service:
         self.health = health
         self.streams = streams
         self.metrics = Metrics(lambda: health.is_ready, lambda: streams.num_generations, streams.replicas)
+        if config.vllm_metric_names:
+            vllm = VllmMetrics(names[0], streams.replicas, config.page_size, has_prefix_cache=config.use_prefix_cache)
+            self.metrics.add_vllm_names(vllm)
         self.budget = BodyBudget(config.max_body_bytes, _TOTAL_BODIES * config.max_body_bytes)
         self.created_s = int(time.time())
         self.responses = ResponseStore(config.response_store_bytes)

@@ -66,6 +66,7 @@ def check_shared(
         truncation=truncation,
         grammar=read_grammar(request),
         priority=_check_priority(request),
+        timeout_s=request.timeout_s or 0.0,
         rules=check_token_rules(request, limits.vocab_size, limits.encode_word),
         keeps_stop=bool(request.include_stop_str_in_output),
         shows_special=request.skip_special_tokens is False,

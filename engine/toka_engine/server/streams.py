@@ -8,6 +8,7 @@ run. Choices only collect token ids here; text is made in `render`, by the reque
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -16,8 +17,6 @@ from typing import TypeAlias
 import numpy as np
 
 from toka_engine.messages import (
-    FINISH_ERROR,
-    FINISH_GRAMMAR,
     Cancel,
     Deltas,
     Int32s,
@@ -27,7 +26,9 @@ from toka_engine.messages import (
     Submit,
 )
 from toka_engine.server.errors import ApiError, ClientGoneError
+from toka_engine.server.generation_failures import FAILURES
 from toka_engine.server.generation_spec import GenerationSpec
+from toka_engine.server.generation_times import GenerationTimes
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replica, Replicas, Submission
 
@@ -96,6 +97,7 @@ class Generation:
         self.prompt_logprobs: list[list[PromptLogprobs]] = [[] for _ in prompts]
         """The messages that have come of each prompt, all of them by the first token of a choice."""
         self.dirty: list[Choice] = []
+        self.times = GenerationTimes()
         self._streams = streams
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -143,6 +145,12 @@ class Generation:
     def abandon(self) -> None:
         """End the generation, because its client is gone."""
         self.fail(ClientGoneError("the client closed the connection"))
+
+    def expire(self, error: Exception) -> None:
+        """End the generation with `error` and stop its streams now, even if its client does not read."""
+        if any(not choice.is_closed for choice in self.choices):
+            self._streams.cancel(self)
+            self.fail(error)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -200,6 +208,7 @@ class Streams:
                 prompt_logprobs=spec.prompt_logprobs,
                 grammar=spec.grammar,
                 priority=spec.priority,
+                timeout_s=spec.timeout_s,
             )
             for submission in self.replicas.place(submit, generation.blocks[number] if generation.blocks else ()):
                 self._submit(generation, submission)
@@ -216,9 +225,14 @@ class Streams:
     def end(self, generation: Generation) -> None:
         """Remove every trace of `generation`; cancel what still runs."""
         self._generations.discard(generation)
-        running: dict[Replica, list[int]] = {}
         for choice in generation.choices:
             self._choices.pop(choice.stream, None)
+        self.cancel(generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop the streams of `generation` that still run."""
+        running: dict[Replica, list[int]] = {}
+        for choice in generation.choices:
             if not choice.is_closed:
                 running.setdefault(choice.submission.replica, []).append(choice.stream)
                 self._close(choice)
@@ -257,12 +271,16 @@ class Streams:
                 choice.submission.replica.send(choice.submission.submit)
                 return
             # Its streams are unknown to the manager now; the cancellation at the end ignores them.
-            choice.generation.fail(ApiError(429, message.message, code="queue_full", headers=((b"retry-after", b"1"),)))
+            retry_after = ((b"retry-after", b"%d" % message.retry_after_s),)
+            choice.generation.fail(ApiError(429, message.message, code=message.code, headers=retry_after))
 
     def on_started(self, message: Started) -> None:
         for stream, num_cached in zip(message.streams.tolist(), message.num_cached.tolist(), strict=True):
             if choice := self._choices.get(stream):
                 self.replicas.start(choice.submission, num_cached)
+                times = choice.generation.times
+                if times.admitted_s is None:
+                    times.admitted_s = time.monotonic()
 
     def on_prompt_logprobs(self, message: PromptLogprobs) -> None:
         """Keep them for the request's answer."""
@@ -332,9 +350,9 @@ class Streams:
             if choice is None or choice.is_closed:
                 continue
             self.replicas.learn_end(num_tokens, choice.generation.spec.max_tokens)
-            if reason in _FAILURES:
+            if reason in FAILURES:
                 self._close(choice)
-                choice.generation.fail(_FAILURES[reason]())
+                choice.generation.fail(FAILURES[reason]())
                 continue
             if not choice.tokens:
                 _mark_dirty(choice, touched)
@@ -371,15 +389,3 @@ def _top_tokens(deltas: Deltas) -> dict[int, TopTokens]:
         row: [(token, logprob) for token, logprob in zip(*pair, strict=True) if token >= 0]
         for row, *pair in zip(deltas.top_rows.tolist(), tokens, logprobs, strict=True)
     }
-
-
-def _not_finite() -> ApiError:
-    return ApiError(500, "The model produced non-finite values (NaN or infinity) for this request.", code="not_finite")
-
-
-def _grammar_failed() -> ApiError:
-    message = "The output could not be made to follow the request's grammar: it takes too much work, or has a dead end."
-    return ApiError(500, message, code="grammar_failed", headers=((b"x-should-retry", b"false"),))
-
-
-_FAILURES = {FINISH_ERROR: _not_finite, FINISH_GRAMMAR: _grammar_failed}

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_engine.command_line import format_help, parse_config, parse_number
-from toka_engine.config import UNSUPPORTED_KEYS, EngineConfig
+from toka_engine.config import ALIASES, UNSUPPORTED_KEYS, EngineConfig
 from toka_engine.errors import ConfigError, ExitCode
+from toka_engine.logs import level_of
 
 from tests.engine_process import ROOT
 
@@ -37,6 +38,10 @@ KEYS_OF_TOKASAURUS = [
     "stats_report_seconds",
     "statsd_addr",
     "statsd_server_url",
+    "local_proc_name",
+    "dmanager",
+    "dmodel",
+    "uvsh",
     "page_size",
     "kv_cache_num_tokens",
     "torch_compile",
@@ -172,12 +177,37 @@ def test_a_word_without_a_value_is_refused() -> None:
 
 @pytest.mark.parametrize("key", KEYS_OF_TOKASAURUS)
 def test_every_key_of_tokasaurus_has_an_effect_or_a_sentence(key: str) -> None:
-    assert (key in EngineConfig.__struct_fields__) != (key in UNSUPPORTED_KEYS)
+    assert (ALIASES.get(key, key) in EngineConfig.__struct_fields__) != (key in UNSUPPORTED_KEYS)
 
 
 def test_an_unbuilt_key_is_refused_with_its_sentence() -> None:
     with pytest.raises(ConfigError, match="async_tp_threshold has no effect here and is refused: sums over ranks"):
         parse_config(["async_tp_threshold=2"])
+
+
+def test_the_other_name_of_a_key_is_that_key() -> None:
+    assert parse_config(["statsd_server_url=udp://statsd:8125"]).statsd_addr == "udp://statsd:8125"
+    with pytest.raises(ConfigError, match="statsd_addr is given twice"):
+        parse_config(["statsd_server_url=a:1", "statsd_addr=b:2"])
+    for wrong in ("statsd", "statsd:", ":8125", "statsd:0", "statsd:x", "statsd:70000", "http://statsd:8125", "a:1/b"):
+        with pytest.raises(ConfigError, match=r"statsd_addr=.*host:port"):
+            parse_config([f"statsd_addr={wrong}"])
+
+
+def test_the_processes_that_log_are_named() -> None:
+    assert parse_config(["log_procs=server,model_tp1"]).log_procs == ("server", "model_tp1")
+    with pytest.raises(ConfigError, match="log_procs=servr: there is no such process; there are supervisor, resolve"):
+        parse_config(["log_procs=servr"])
+
+
+def test_processes_that_are_not_named_only_warn() -> None:
+    config = EngineConfig(log_procs=("server", "model_tp1"), log_level="DEBUG")
+    levels = {name: level_of(config, name) for name in ("server", "manager", "model_tp1", "model_tp0", "server_x")}
+    assert levels == {
+        "server": "DEBUG", "manager": "WARNING", "model_tp1": "DEBUG", "model_tp0": "WARNING", "server_x": "DEBUG",
+    }  # fmt: skip
+    assert level_of(EngineConfig(log_procs=("server",), log_level="ERROR"), "manager") == "ERROR"
+    assert level_of(EngineConfig(), "manager") == "INFO"
 
 
 def test_an_unbuilt_key_may_say_what_is_done_anyway() -> None:

@@ -336,7 +336,8 @@ class Harness:
         self.sizes = sizes or small_sizes()
         if self.config.scheduling_steps_ahead:
             self.sizes = replace(self.sizes, steps_ahead=self.config.scheduling_steps_ahead)
-        self.manager = Manager(self.config, self.sizes)
+        self.now = 0.0
+        self.manager = Manager(self.config, self.sizes, lambda: self.now)
         lanes = self.manager.state.lanes
         for rows in [self.manager.state.rows] if lanes is None else lanes.every:
             rows.policy = replace(
@@ -349,6 +350,7 @@ class Harness:
         self.results: dict[int, Result] = {}
         self.submits: dict[int, tuple[Submit, int]] = {}
         self.refused: set[int] = set()
+        self.refusals: list[Refused] = []
         self.cancelled: set[int] = set()
         self.num_streams = 0
         self.num_steps = 0
@@ -368,6 +370,7 @@ class Harness:
         delivers_stop: bool = False,
         prompt_logprobs: int = -1,
         priority: int = 0,
+        timeout_s: float = 0.0,
         **penalties: float,
     ) -> list[int]:
         sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
@@ -376,6 +379,7 @@ class Harness:
         submit = Submit(
             first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice,
             edits=edits, delivers_stop=delivers_stop, prompt_logprobs=prompt_logprobs, priority=priority,
+            timeout_s=timeout_s,
         )  # fmt: skip
         self.num_streams += n
         answers = self.manager.handle(submit)
@@ -383,6 +387,7 @@ class Harness:
         if answers:
             assert isinstance(answers[0], Refused)
             self.refused.update(streams)
+            self.refusals.append(answers[0])
             return []
         for choice, stream in enumerate(streams):
             self.submits[stream] = submit, first_choice + choice

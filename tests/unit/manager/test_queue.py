@@ -30,7 +30,7 @@ def waiting(first_stream: int, num_choices: int) -> Waiting:
 
 
 def test_choices_are_counted_as_they_come_and_go() -> None:
-    queue, first, second = Queue(), waiting(0, 3), waiting(3, 2)
+    queue, first, second = Queue(lambda: 0.0), waiting(0, 3), waiting(3, 2)
     queue.add(first, at_front=False)
     queue.add(second, at_front=True)
     assert (list(queue.entries), queue.num_choices) == ([second, first], 5)
@@ -43,7 +43,7 @@ def test_choices_are_counted_as_they_come_and_go() -> None:
 
 
 def test_what_arrives_is_news_until_admission_has_looked() -> None:
-    queue = Queue()
+    queue = Queue(lambda: 0.0)
     queue.settle()
     assert not queue.has_news
     queue.add(waiting(0, 1), at_front=False)
@@ -51,7 +51,11 @@ def test_what_arrives_is_news_until_admission_has_looked() -> None:
 
 
 def test_counters_cannot_be_set_from_outside() -> None:
-    for owner, name in ((Queue(), "num_choices"), (Slots(2, 4), "num_running"), (Queue(), "has_news")):
+    for owner, name in (
+        (Queue(lambda: 0.0), "num_choices"),
+        (Slots(2, 4), "num_running"),
+        (Queue(lambda: 0.0), "has_news"),
+    ):
         with pytest.raises(AttributeError):
             setattr(owner, name, 1)
 

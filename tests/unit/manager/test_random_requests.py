@@ -39,11 +39,13 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
                 delivers_stop=bool(rng.random() < 0.3),
                 prompt_logprobs=int(rng.choice([-1, -1, 0, 2])),
                 priority=int(rng.choice([-1, 0, 0, 10, 100])),
+                timeout_s=float(rng.choice([0.0, 0.0, 0.5, 100.0])),
                 frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
                 repetition_penalty=float(rng.choice([1.0, 1.0, 1.25])),
             )
         if live and rng.random() < cancel_rate:
             harness.cancel(*rng.choice(live, min(len(live), 3)).tolist())
+        harness.now += float(rng.choice([0.0, 0.1, 400.0], p=[0.5, 0.4, 0.1]))
         harness.plan()
         for _ in range(int(rng.integers(0, len(harness.sent) + 1))):
             harness.return_one()

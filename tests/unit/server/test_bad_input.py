@@ -35,6 +35,7 @@ _BOUNDS: dict[str, list[Any]] = {
     "frequency_penalty": [-2.01, 2.01],
     "presence_penalty": [-2.01, 2.01],
     "repetition_penalty": [-1, 0, 0.001, 100.1],
+    "timeout_s": [-1, 0, 86400.1],
     "logprobs": [-1, 21, 1.5],
     "seed": [2**63 + 1, -(2**63) - 1, 1.5],
 }

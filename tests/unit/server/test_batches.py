@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-from toka_engine.messages import Submit
+from toka_engine.messages import Refused, Submit
 from toka_engine.server.batches.database import Database
 from toka_engine.server.keys.check import owner_by_digest
 
@@ -328,7 +328,6 @@ def test_a_cancelled_batch_keeps_what_is_answered_and_names_the_rest(
 
 
 def test_a_full_queue_is_waited_out(start: Callable[..., RunningServer], sentence_ids: list[int]) -> None:
-    from toka_engine.messages import Refused
 
     refused: set[int] = set()
 
@@ -345,6 +344,27 @@ def test_a_full_queue_is_waited_out(start: Callable[..., RunningServer], sentenc
     batch = wait_until(client, batch.id, "completed")
     assert len(results_of(client, batch.output_file_id)) == 10
     assert batch.error_file_id is None
+
+
+def test_a_line_of_a_batch_whose_time_is_over_has_its_504(
+    start: Callable[..., RunningServer], sentence_ids: list[int]
+) -> None:
+    """The time counts from the first attempt: refusals are tried again until it is over."""
+
+    def answer(manager: ScriptedManager, submit: Submit) -> None:
+        if not submit.timeout_s:
+            speak(manager, submit, sentence_ids)
+        else:
+            manager.send(Refused(submit.first_stream, "late", "deadline_unreachable", 9))
+
+    client = client_of(server := start(answer=answer))
+    batch = start_batch(client, [line_of("late", timeout_s=0.6), line_of("plain")])
+    batch = wait_until(client, batch.id, "completed")
+    assert results_of(client, batch.output_file_id).keys() == {"plain"}
+    late = results_of(client, batch.error_file_id)["late"]
+    assert late["response"]["status_code"] == 504
+    assert late["response"]["body"]["error"]["code"] == "deadline_exceeded"
+    assert len([submit for submit in server.manager.submits if submit.timeout_s]) >= 2
 
 
 def test_a_drain_finishes_lines_in_flight_and_the_next_start_does_the_rest(

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -181,8 +182,9 @@ class BatchRun:
     async def _answer_line(self, line: Numbered) -> None:
         request = decode_line(line.data)
         delay_s = _FIRST_DELAY_S
+        started_s = time.monotonic()
         while True:
-            exchange = await self._ask(request.url, bytes(request.body))
+            exchange = await self._ask(request.url, bytes(request.body), started_s)
             if exchange.connection.is_gone:
                 return
             if exchange.status not in _TRY_AGAIN:
@@ -207,12 +209,14 @@ class BatchRun:
         )
         await self._recorder.add(result)
 
-    async def _ask(self, url: str, body: bytes) -> LineExchange:
+    async def _ask(self, url: str, body: bytes, started_s: float) -> LineExchange:
+        """Return the answered line; its `timeout_s` began at `started_s`, with the first of its attempts."""
         connection = LineConnection()
         if self._stop_reason in _REST:
             connection.lose()
         self._connections.add(connection)
         exchange = LineExchange(url, body, connection, self.stored.owner, MAX_PRIORITY)
+        exchange.started_s = started_s
         try:
             if not connection.is_gone:
                 await self._parts.handlers[url](exchange)

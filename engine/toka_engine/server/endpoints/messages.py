@@ -15,7 +15,7 @@ from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.message_input import read_choice, read_messages, read_tools
-from toka_engine.server.request import MAX_STOP_STRINGS, ServiceTier, Share, doc
+from toka_engine.server.request import MAX_STOP_STRINGS, ServiceTier, Share, Timeout, doc
 from toka_engine.server.service import Engine, Service
 
 PATH = "/v1/messages"
@@ -39,6 +39,7 @@ class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     thinking: Annotated[dict[str, Any] | None, doc("Without effect: the chat template decides.")] = None
     metadata: Annotated[dict[str, Any] | None, doc("A hint without effect, named in `x-toka-ignored`.")] = None
     service_tier: ServiceTier = None
+    timeout_s: Timeout = None
 
 
 class TokenCount(msgspec.Struct):
@@ -92,6 +93,7 @@ class Messages:
             tools=tools or None,
             tool_choice=read_choice(request.tool_choice),
             service_tier=request.service_tier,
+            timeout_s=request.timeout_s,
             parallel_tool_calls=False if choice.get("disable_parallel_tool_use") is True else None,
         )
         try:

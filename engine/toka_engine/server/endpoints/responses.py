@@ -19,7 +19,7 @@ from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.keys.check import owner_of
 from toka_engine.server.paging import read_page
-from toka_engine.server.request import Hints, Penalty, RepetitionPenalty, Seed, Share, Temperature, doc
+from toka_engine.server.request import Hints, Penalty, RepetitionPenalty, Seed, Share, Temperature, Timeout, doc
 from toka_engine.server.responses.input import read_items
 from toka_engine.server.responses.items import new_id
 from toka_engine.server.responses.store import StoredResponse
@@ -82,6 +82,7 @@ class ResponsesRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=T
     ] = None
     previous_response_id: Annotated[str | None, doc("The response that this one continues.")] = None
     store: Annotated[bool | None, doc("False: the response is not kept.")] = None
+    timeout_s: Timeout = None
     stream: Annotated[bool | None, doc("Server-sent events.")] = None
     stream_options: Annotated[ResponsesStreamOptions | None, doc("Only together with `stream`.")] = None
 
@@ -226,6 +227,7 @@ def _as_chat(request: ResponsesRequest, earlier: list[Any], tools: ResponseTools
         reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         stream=request.stream,
         service_tier=request.service_tier,
+        timeout_s=request.timeout_s,
     )
 
 

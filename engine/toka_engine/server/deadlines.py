@@ -1,0 +1,36 @@
+"""Ends a generation whose request gave it less time than it takes (`timeout_s`)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+
+from toka_engine.server.errors import ApiError
+from toka_engine.server.generation_spec import GenerationSpec
+from toka_engine.server.streams import Generation
+
+
+def deduct_elapsed(spec: GenerationSpec, started_s: float) -> GenerationSpec:
+    """Return `spec` with the time that is left to a request of `started_s`. Raises a 504 if there is none."""
+    if not spec.timeout_s:
+        return spec
+    left_s = spec.timeout_s - (time.monotonic() - started_s)
+    if left_s <= 0:
+        raise _deadline_exceeded()
+    return msgspec.structs.replace(spec, timeout_s=left_s)
+
+
+def start_timer(generation: Generation) -> asyncio.TimerHandle | None:
+    """End `generation` when its time is over, unless the timer is cancelled before; None: it has all the time."""
+    timeout_s = generation.spec.timeout_s
+    if not timeout_s:
+        return None
+    return asyncio.get_running_loop().call_later(timeout_s, generation.expire, _deadline_exceeded())
+
+
+def _deadline_exceeded() -> ApiError:
+    message = "The request was not answered within its 'timeout_s'."
+    no_retry = ((b"x-should-retry", b"false"),)
+    return ApiError(504, message, param="timeout_s", code="deadline_exceeded", headers=no_retry)
