@@ -84,6 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     api_keys_file: Annotated[
         Name | None, doc("file of API keys with names and limits, read again when it changes; see docs/security.md")
     ] = None
+    status_page: Annotated[bool, doc("a page at / with readiness, load, batches and a playground")] = True
     receive_timeout_s: Annotated[PositiveSeconds, doc("a request's header and body must be here by then")] = 10.0
     send_timeout_s: Annotated[
         PositiveSeconds, doc("a connection whose client leaves its answer unread so long is dropped")

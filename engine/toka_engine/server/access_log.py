@@ -7,15 +7,17 @@ from __future__ import annotations
 import logging
 import time
 
-from toka_engine.server.endpoints.probes import PATHS as PROBES
+from toka_engine.server.endpoints.probes import PAGE_CONTENT_PATH, PATHS
 from toka_engine.server.exchange import Exchange
 
 logger = logging.getLogger("toka.server.access")
 
+_FREQUENT = PATHS | {PAGE_CONTENT_PATH}
+
 
 def log_request(exchange: Exchange) -> None:
-    """Log one request that has ended; probes, which come every few seconds, at level DEBUG."""
-    level = logging.DEBUG if exchange.path in PROBES else logging.INFO
+    """Log one request that has ended; those that come every few seconds, at level DEBUG."""
+    level = logging.DEBUG if exchange.path in _FREQUENT else logging.INFO
     if not logger.isEnabledFor(level):
         return
     fields = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -84,9 +84,15 @@ def generating_handlers(service: Service) -> dict[str, Handler]:
 
 
 def make_application(
-    service: Service, key_check: KeyCheck, handlers: Mapping[str, Handler], batches: Batches
+    service: Service,
+    key_check: KeyCheck,
+    handlers: Mapping[str, Handler],
+    batches: Batches,
+    further: Sequence[APIRouter] = (),
 ) -> FastAPI:
-    """Return the application; `handlers` answer the POSTs that generate."""
+    """Return the application; `handlers` answer the POSTs that generate. The routes of `further` check keys
+    themselves.
+    """
     application = FastAPI(
         title="toka",
         description="OpenAI-compatible completions and chat of a throughput-first LLM engine.",
@@ -100,6 +106,8 @@ def make_application(
     application.include_router(_v1_router(service, key_check, handlers, batches))
     application.include_router(_open_router(service))
     application.include_router(_documents_router(application))
+    for router in further:
+        application.include_router(router)
     _handle_errors(application, service, key_check)
     return application
 

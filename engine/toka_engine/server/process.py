@@ -49,6 +49,8 @@ from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replicas
 from toka_engine.server.service import Engine, Service, fingerprint_of
 from toka_engine.server.statsd import StatsdReporter
+from toka_engine.server.status_page.routes import page_router
+from toka_engine.server.status_page.samples import LoadSamples
 from toka_engine.server.streams import Streams
 from toka_engine.server.tokenization import Tokenizer
 from toka_engine.server.tracing import make_tracing
@@ -89,6 +91,7 @@ class Server:
         self._service = Service(self._config, names, self._health, self._streams)
         self._keys = Keys(self._config.api_keys_file, os.environ.get(KEY_VARIABLE), LIMITED_PATHS)
         self._service.metrics.add(self._keys)
+        self._samples = LoadSamples(self._replicas)
         self._front = self._make_front(self._keys.check)
         self._names = names
         self._connections = Connections()
@@ -106,7 +109,10 @@ class Server:
         peers = Peers.read(os.environ, self._config.port) if self._config.data_dir else None
         self._batches = Batches(self._config, handlers, self._service.metrics, peers)
         self._tracing = make_tracing()
-        application = make_application(self._service, key_check, handlers, self._batches)
+        further = []
+        if self._config.status_page:
+            further.append(page_router(self._service, key_check, self._batches, self._samples))
+        application = make_application(self._service, key_check, handlers, self._batches, further)
         return Front(
             application,
             fast_paths=handlers if self._config.http_fast_path else {},
@@ -132,6 +138,7 @@ class Server:
             self._batches.run(),
             self._keys.run(),
             *self._make_reporters(),
+            self._samples.run(),
         )
         running = {drain, *map(asyncio.create_task, others)}
         while not drain.done():

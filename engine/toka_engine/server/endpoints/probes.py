@@ -9,6 +9,8 @@ from toka_engine.version import __version__
 
 PATHS = frozenset(("/ping", "/livez", "/readyz", "/health", "/metrics"))
 VERSION_PATH = "/version"
+PAGE_CONTENT_PATH = "/status"
+"""The path that an open status page asks for again and again."""
 
 
 class Version(msgspec.Struct):

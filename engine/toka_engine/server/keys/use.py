@@ -79,6 +79,12 @@ class KeyUse:
         self.prompt_tokens += num_prompt
         self.completion_tokens += num_completion
 
+    @property
+    def tokens_left(self) -> int:
+        """Return the tokens in the bucket; 0 without a limit, and while there is a debt."""
+        self._fill()
+        return max(0, math.floor(self._level))
+
     def _fill(self) -> None:
         now = self._clock()
         limit = self.entry.max_tokens_per_minute
