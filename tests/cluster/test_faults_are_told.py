@@ -132,7 +132,7 @@ def report(operator: Operator, reason: str, pod: Json, status: Any) -> None:
 def test_every_fault_is_told_within_10_s_and_none_is_called_completed(operator: Operator) -> None:
     told = [*make_faults(), *EVENTS]
     assert len(set(told)) >= 28
-    operator.num_edits = 3 * len(told)
+    operator.num_edits = 6 * len(told)  # of each: the object, its children, its pod, two edits of that, and questions
     names = {reason: reason.lower() for reason in told}
     for name in names.values():
         operator.apply(name, **HOLD, scheduling={"patienceSeconds": 0})
