@@ -46,7 +46,7 @@ class LoadingEngines(threading.Thread):
         self._lock = threading.Lock()
         self._engines: dict[Key, tuple[Engine, ...]] = {}
         self._downloads: dict[Key, dict[str, Download]] = {}
-        self._has_work, self._is_stopped = threading.Event(), threading.Event()
+        self._has_work, self._stop_event = threading.Event(), threading.Event()
 
     def expect(self, key: Key, engines: tuple[Engine, ...]) -> Mapping[str, Download]:
         """Ask these engines of a TokaDeployment from now on, and no others; return what they said last."""
@@ -63,14 +63,14 @@ class LoadingEngines(threading.Thread):
             return dict(kept)
 
     def stop(self) -> None:
-        self._is_stopped.set()
+        self._stop_event.set()
         self._has_work.set()
 
     def run(self) -> None:
         with ThreadPoolExecutor(_NUM_ASKERS, "ask-engine") as pool:
-            while not self._is_stopped.wait(self._interval_s):
+            while not self._stop_event.wait(self._interval_s):
                 self._has_work.wait()
-                if self._is_leader() and not self._is_stopped.is_set():
+                if self._is_leader() and not self._stop_event.is_set():
                     self._ask_all(pool)
 
     def _ask_all(self, pool: ThreadPoolExecutor) -> None:

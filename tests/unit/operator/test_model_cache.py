@@ -221,6 +221,7 @@ def test_engines_that_load_are_asked_and_each_news_asks_for_a_pass(engine: tuple
     bodies.append(b'{"ready": true}')
     assert news.acquire(timeout=60.0)
     assert asker.expect(key, ()) == {}
+    assert asker.is_alive(), "the operator's liveness goes by it"
     asker.stop()
     asker.join(timeout=60.0)
     assert not asker.is_alive()

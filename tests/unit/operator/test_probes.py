@@ -65,6 +65,15 @@ def test_a_replica_is_ready_once_its_caches_are_filled_and_somebody_leads(ca_fil
     assert running.describe_readiness() == (True, "ok")
 
 
+def test_no_thread_hides_an_attribute_by_which_python_knows_whether_it_lives(ca_file: Path) -> None:
+    threads = Runtime(Settings(engine_image="e", health_port=0, reads_downloads=True))._threads()
+    plain = {name: type(value) for name, value in vars(threading.Thread()).items() if name != "_target"}
+    assert "loading-engines" in {thread.name for thread in threads}
+    for thread in threads:
+        found = {name: type(vars(thread)[name]) for name in plain}
+        assert found == plain, thread.name
+
+
 def test_a_namespace_that_is_gone_is_named_and_the_others_are_served(ca_file: Path) -> None:
     running = make_runtime("a", "b")
     running._election._alive_at = time.monotonic()
