@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 from toka_engine.control_messages import Progress
@@ -73,7 +74,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 
 def _stats(**values: Any) -> Stats:
-    return Stats(**(dict.fromkeys(Stats.__struct_fields__, 0) | values))
+    return Stats(**({field.name: 0 for field in msgspec.structs.fields(Stats) if field.required} | values))
 
 
 # ---------------------------------------------------------------- page and headers
