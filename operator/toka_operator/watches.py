@@ -97,7 +97,7 @@ class Watch(threading.Thread):
         self.trouble = ""
         """The error that the last attempt met; empty while the watch works."""
         self.is_refused = False
-        """Whether that error was a refusal: the namespace, the CRD or the right to see them is gone."""
+        """Whether the watch was refused since it last worked: namespace, CRD or the right to see them is gone."""
 
     def stop(self) -> None:
         self._stop_event.set()
@@ -136,7 +136,8 @@ class Watch(threading.Thread):
     def _fail(self, error: ApiError | TransientError | None) -> float:
         """Counts a failure (None: one that is not worth a line in the log) and returns its backoff."""
         self._num_failures += 1
-        self.is_refused = is_refusal = isinstance(error, ApiError)
+        is_refusal = isinstance(error, ApiError)
+        self.is_refused = self.is_refused or is_refusal
         if is_refusal or self._num_failures % MAX_RESUMES == 0:
             self._version = ""
         if error is None and self._num_failures == 1:

@@ -270,6 +270,29 @@ def test_an_error_that_comes_again_with_a_version_ends_with_a_list() -> None:
     assert stream.asked == ["list", "watch 5", "watch 5", "watch 5", "list", "watch 5"]
 
 
+def test_what_was_dropped_while_a_watch_was_refused_is_asked_for_whatever_error_came_last() -> None:
+    """An API server that starts refuses everybody, is gone for a moment, and answers: keys were dropped meanwhile."""
+    refusal, broken, gone = ApiError(403, "Forbidden", "no Role"), TransientError("refused"), GoneError(410, "", "")
+    stream = Stream([[deployment("a", 1)], broken, gone, [deployment("a", 1)]], [[refusal]])
+    synced: list[str] = []
+    watch = Watch(stream, KIND, None, Store(own_key), lambda *_: None, lambda: synced.append("all"))  # type: ignore[arg-type]
+    watch._stop_event.wait = lambda timeout=None: False  # type: ignore[method-assign]
+    refused: list[bool] = []
+    original = stream.list_all
+
+    def list_all(*arguments: Any) -> Page:
+        refused.append(watch.is_refused)
+        return original(*arguments)
+
+    stream.list_all = list_all  # type: ignore[method-assign]
+    watch.start()
+    assert stream.is_over.wait(timeout=60)
+    watch.stop()
+    assert refused == [False, True, True, True], "until it is allowed, not until another error"
+    assert synced == ["all", "all"]
+    assert not watch.is_refused
+
+
 # ---- the queue
 
 
