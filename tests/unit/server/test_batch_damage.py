@@ -1,4 +1,4 @@
-"""What is damaged, too large or ill-meant: clear errors, and nothing that was stored is destroyed."""
+"""Input that is damaged, too large or ill-meant: clear errors, and nothing that was stored is destroyed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the status page shows, gathered from the parts of the server; its text is made by `pages`."""
+"""The content of the status page, gathered from the parts of the server; `pages` makes text of it."""
 
 from __future__ import annotations
 
