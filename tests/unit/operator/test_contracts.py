@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from toka_engine.command_line import parse_config
 from toka_engine.errors import REASONS
+from toka_engine.hub import Transfer
+from toka_engine.waiting_room import WaitingRoom
+from toka_operator.downloads import parse_download
 from toka_operator.errors import EXIT_REASONS
+from toka_operator.observed import Download
 from toka_operator.podspec import render_arguments
 
 from tests.unit.operator.examples import valid
@@ -18,6 +23,14 @@ ROOT = Path(__file__).parents[3]
 
 def test_the_operator_knows_the_engines_exit_codes() -> None:
     assert {int(code): reason for code, reason in REASONS.items()} == EXIT_REASONS
+
+
+def test_the_operator_reads_the_download_that_an_engine_tells() -> None:
+    room = WaitingRoom(None)
+    room.note("download", "org/name")
+    assert parse_download(json.dumps(room.answer("/readyz")[1]).encode()) is None
+    room.note_transfer(Transfer(3_000, 10_000, 250.4))
+    assert parse_download(json.dumps(room.answer("/readyz")[1]).encode()) == Download(3_000, 10_000, 250)
 
 
 def test_the_chart_holds_the_crd() -> None:
