@@ -108,7 +108,7 @@ def test_the_plugin_and_the_operator_use_the_same_names() -> None:
 
 
 def test_the_columns_of_top_are_metrics_of_the_engine() -> None:
-    assert {metric.removeprefix("toka_") for metric in top.COLUMNS.values()} <= metrics._GAUGES.keys()
+    assert {metric.removeprefix("toka_") for metric in top.COLUMNS.values()} <= metrics.GAUGES.keys()
 
 
 METRICS = """\
