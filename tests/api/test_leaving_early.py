@@ -60,6 +60,19 @@ def test_a_client_that_leaves_in_the_queue_is_forgotten(engine: EngineProcess) -
     wait_idle(engine)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_time_is_over_frees_its_blocks(engine: EngineProcess, stream: bool) -> None:
+    before = read_metrics(engine)["toka_output_tokens_total"]
+    connection = start(engine, n=4, stream=stream, timeout_s=1.5)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    assert answer.status in ((200, 504) if stream else (504,))  # 504, too, where no token came in time
+    assert json.loads(text.strip().rpartition("data: ")[2])["error"]["code"] == "deadline_exceeded"
+    wait_idle(engine)
+    assert read_metrics(engine)["toka_output_tokens_total"] - before < 2000 * 4
+
+
 def test_many_that_leave_and_one_that_stays(engine: EngineProcess, client: openai.OpenAI) -> None:
     alone = client.completions.create(model="m", prompt="The sky is", max_tokens=20, temperature=0)
     leavers = [start(engine, stream=bool(i % 2), n=1 + i % 3, max_tokens=500) for i in range(12)]
