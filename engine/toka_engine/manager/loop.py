@@ -49,7 +49,7 @@ class Loop:
         self._config = child.start.config
         self._next_stats = 0.0
         self._next_report = 0.0
-        self._is_reported = True
+        self._is_reported = False  # so that /metrics has every figure before the first request
         self._busy_time = BusyTime()
         self._manager = self._set_up()
 
@@ -110,7 +110,7 @@ class Loop:
         self._report()
 
     def _report(self) -> None:
-        """Send the totals a few times a second while there is work, and once more when it ends."""
+        """Send the totals at the start, a few times a second while there is work, and once more when it ends."""
         now = time.monotonic()
         has_work = self._manager.has_work
         if now >= self._next_stats and (has_work or not self._is_reported):
