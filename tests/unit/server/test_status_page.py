@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,8 +15,9 @@ import openai
 import pytest
 from toka_engine.control_messages import Progress
 from toka_engine.messages import Stats
+from toka_engine.server.batches.database import Database, DatabaseThread
 from toka_engine.server.replicas import Replicas
-from toka_engine.server.status_page.content import format_age
+from toka_engine.server.status_page.content import format_age, list_batches
 from toka_engine.server.status_page.plots import WIDTH, draw, format_number, round_up
 from toka_engine.server.status_page.samples import NUM_SAMPLES, SAMPLE_S, LoadSamples, Series
 
@@ -294,6 +296,15 @@ def test_with_keys_the_page_shows_no_more_than_the_probes_without_one(
         assert "There is none." in others.text
         for hidden in (done, failed, "alice"):
             assert hidden not in others.text
+
+
+async def test_a_database_that_fails_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
+    database = await DatabaseThread.open(tmp_path / "toka.db")
+    await database.run(Database.close)
+    opened = SimpleNamespace(database=database)
+    batches: Any = SimpleNamespace(config=SimpleNamespace(data_dir="x"), opened=lambda: opened)
+    rows, reason = await list_batches(batches, "")
+    assert (rows, "cannot be read" in reason) == ([], True)
 
 
 def test_without_a_data_dir_the_page_says_so(server: RunningServer) -> None:

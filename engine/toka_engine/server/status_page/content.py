@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 
 import msgspec
@@ -85,7 +86,7 @@ def read_state(service: Service) -> State:
 
 async def gather(service: Service, samples: LoadSamples, batches: Batches, exchange: Exchange) -> Content:
     """Return what the page shows to the sender of `exchange`."""
-    rows, reason = await _list_batches(batches, exchange)
+    rows, reason = await list_batches(batches, owner_of(exchange))
     return Content(
         read_state(service),
         service.names,
@@ -153,14 +154,16 @@ def _describe_key(exchange: Exchange) -> list[Fact]:
     return facts
 
 
-async def _list_batches(batches: Batches, exchange: Exchange) -> tuple[list[BatchRow], str]:
+async def list_batches(batches: Batches, owner: str) -> tuple[list[BatchRow], str]:
+    """Return the owner's latest batches, or why there is no list."""
     if batches.config.data_dir is None:
         return [], "This engine keeps no batches: its key data_dir is not set."
-    owner = owner_of(exchange)
     try:
         stored = await batches.opened().database.run(Database.list_batches, owner, after=None, limit=_MAX_BATCHES)
     except ApiError as error:
         return [], error.message
+    except sqlite3.Error as error:  # the rest of the page is what helps then
+        return [], f"The batches cannot be read: {error}."
     runs = [batches.find_run(owner, one.batch.id) for one in stored]
     newest = [run.stored.batch if run else one.batch for run, one in zip(runs, stored, strict=True)]
     return [_describe_batch(batch, time.time()) for batch in newest], "" if newest else "There is none."
