@@ -1,4 +1,4 @@
-"""Uses dspy: its language model, and a prediction in its default format where the small model manages it."""
+"""Uses dspy: its language model, over chat and over completions."""
 
 import sys
 
@@ -6,14 +6,17 @@ import dspy
 
 lm = dspy.LM("openai/smollm2", api_base=sys.argv[1] + "/v1", api_key="none", max_tokens=32, temperature=0, cache=False)
 dspy.configure(lm=lm)
-assert lm("Say hello.")
-assert len(lm("Say hello.", n=2, temperature=1.0)) == 2
+(answer,) = lm("What is the capital of France?")
+assert answer.strip()
+assert lm("What is the capital of France?") == [answer]
+assert all(text.strip() for text in lm("Say hello.", n=2, temperature=1.0))
 text = dspy.LM(
     "text-completion-openai/smollm2",
     api_base=sys.argv[1] + "/v1",
     api_key="none",
     model_type="text",
     max_tokens=8,
+    temperature=0,
     cache=False,
 )
-assert text("One, two,")
+assert "three" in text("One, two,")[0]

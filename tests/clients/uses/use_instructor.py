@@ -4,12 +4,12 @@ import sys
 
 import instructor
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class Capital(BaseModel):
-    country: str
-    city: str
+    country: str = Field(max_length=16)
+    city: str = Field(max_length=16)
 
 
 plain = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", timeout=240)

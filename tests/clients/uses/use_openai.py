@@ -1,10 +1,12 @@
 """Uses openai-python, sync and async, with its stream and parse helpers, tools and responses."""
 
 import asyncio
+import json
 import sys
+import uuid
 
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 URL = sys.argv[1] + "/v1"
 MODEL = "smollm2"
@@ -15,14 +17,14 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "The weather of a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
     },
 }
 
 
 class Capital(BaseModel):
-    country: str
-    city: str
+    country: str = Field(max_length=16)
+    city: str = Field(max_length=16)
 
 
 def whole() -> None:
@@ -30,7 +32,6 @@ def whole() -> None:
     assert raw.headers["x-request-id"]
     answer = raw.parse()
     assert answer._request_id == raw.headers["x-request-id"]
-    assert answer.usage.prompt_tokens_details.cached_tokens >= 0
     assert answer.system_fingerprint
     history = [*HI, answer.choices[0].message, {"role": "user", "content": "Again.", "name": "Bob"}]
     hints = {"metadata": {"run": "1"}, "service_tier": "auto", "safety_identifier": "a", "prompt_cache_key": "b"}
@@ -39,19 +40,40 @@ def whole() -> None:
     )
     assert len(again.choices) == 2
     assert len(again.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert again.choices[0].message.content != again.choices[1].message.content
     assert client.completions.create(model=MODEL, prompt=["One", "Two"], max_tokens=4).choices[1].text
+
+
+def cached() -> None:
+    """A prompt that came before is in the prefix cache, but for its last tokens."""
+    text = f"{uuid.uuid4()}: " + ", ".join(str(number) for number in range(200))
+    ask = [{"role": "user", "content": text}]
+    usages = [client.chat.completions.create(model=MODEL, messages=ask, max_tokens=1).usage for _ in range(2)]
+    first, second = (usage.prompt_tokens_details.cached_tokens for usage in usages)
+    assert first < second, usages
+    assert usages[1].prompt_tokens - 64 <= second < usages[1].prompt_tokens, usages
+
+
+def seeded() -> None:
+    """A seed fixes the text of each choice; another seed gives another."""
+    ask = {"model": MODEL, "messages": HI, "max_tokens": 8, "n": 2}
+    first, second, other = (client.chat.completions.create(**ask, seed=seed) for seed in (7, 7, 8))
+    texts = [[choice.message.content for choice in answer.choices] for answer in (first, second, other)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
 
 
 def streams() -> None:
     ask = [{"role": "user", "content": "What is the capital of France?"}]
     with client.chat.completions.stream(
-        model=MODEL, messages=ask, temperature=0, max_tokens=64, stream_options={"include_usage": True}
+        model=MODEL, messages=ask, temperature=0, max_tokens=16, stream_options={"include_usage": True}
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= set(kinds)
     assert final.usage.completion_tokens >= 1
-    assert final.choices[0].message.content
+    whole = client.chat.completions.create(model=MODEL, messages=ask, temperature=0, max_tokens=16)
+    assert final.choices[0].message.content == whole.choices[0].message.content
 
 
 def parsed() -> None:
@@ -60,28 +82,47 @@ def parsed() -> None:
     )
     assert isinstance(answer.choices[0].message.parsed, Capital)
     answer = client.chat.completions.create(
-        model=MODEL, messages=HI, response_format={"type": "json_object"}, max_tokens=200, temperature=0
+        model=MODEL, messages=HI, response_format={"type": "json_object"}, max_tokens=64, temperature=0
     )
-    assert answer.choices[0].message.content.lstrip().startswith("{")
+    choice = answer.choices[0]
+    assert choice.message.content.lstrip().startswith("{")
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
 
 
 def tools() -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=HI, tools=[WEATHER], max_tokens=32)
-    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+    answer = client.chat.completions.create(model=MODEL, messages=HI, tools=[WEATHER], max_tokens=8)
+    message = answer.choices[0].message
+    assert message.content or message.tool_calls
+    ask = [{"role": "user", "content": "What is the weather in Paris?"}]
+    forced = client.chat.completions.create(
+        model=MODEL,
+        messages=ask,
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=128,
+        temperature=0,
+    )
+    assert forced.choices[0].finish_reason == "tool_calls"
+    (made,) = forced.choices[0].message.tool_calls
+    assert made.function.name == "weather"
+    assert json.loads(made.function.arguments)["city"] in ("Paris", "Rome")
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Paris"}'}}
     history = [
         *HI,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "Sunny"},
     ]
-    assert client.chat.completions.create(model=MODEL, messages=history, tools=[WEATHER], max_tokens=8).choices
+    told = client.chat.completions.create(model=MODEL, messages=history, tools=[WEATHER], max_tokens=8)
+    untold = client.chat.completions.create(model=MODEL, messages=HI, tools=[WEATHER], max_tokens=8)
+    assert told.usage.prompt_tokens > untold.usage.prompt_tokens  # the template writes the call and its result
 
 
 def responses() -> None:
     answer = client.responses.create(model=MODEL, input="Say hello.", max_output_tokens=16)
     assert answer.output_text
     ask = "What is the capital of France?"
-    with client.responses.stream(model=MODEL, input=ask, temperature=0, max_output_tokens=64) as stream:
+    with client.responses.stream(model=MODEL, input=ask, temperature=0, max_output_tokens=16) as stream:
         kinds = {event.type for event in stream}
         assert stream.get_final_response().output_text
     assert {"response.created", "response.output_text.delta"} <= kinds
@@ -103,6 +144,8 @@ async def asynchronous() -> None:
 
 assert [model.id for model in client.models.list()] == [MODEL]
 whole()
+cached()
+seeded()
 streams()
 parsed()
 tools()

@@ -3,15 +3,15 @@
 import asyncio
 import sys
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 
 class Capital(BaseModel):
-    country: str
-    city: str
+    country: str = Field(max_length=16)
+    city: str = Field(max_length=16)
 
 
 model = OpenAIChatModel("smollm2", provider=OpenAIProvider(base_url=sys.argv[1] + "/v1", api_key="none"))
