@@ -68,10 +68,18 @@ class _Checker:
             raise
         return checker
 
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the process is gone: the end of its answers has come, or nobody reads its sources."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        return stdin is None or stdout is None or stdin.is_closing() or stdout.at_eof()
+
     async def ask(self, message: msgspec.Struct, timeout_s: float) -> Verdict:
         """Send `message` and return the answer. Raises CheckerDiedError."""
         if self._process.stdin is None or self._process.stdout is None:
             raise AssertionError("started with pipes")
+        if self.has_ended:  # whose pipe takes no more
+            raise CheckerDiedError
         body = msgspec.msgpack.encode(message)
         try:
             async with asyncio.timeout(timeout_s):
@@ -178,7 +186,7 @@ class GrammarChecks:
             raise ApiError(429, message, code="grammars_busy", headers=((b"retry-after", b"1"),)) from error
         try:
             try:
-                checker = self._idle.pop() if self._idle else await _Checker.start(self._setup)
+                checker = await self._take_idle() or await _Checker.start(self._setup)
             except (CheckerDiedError, OSError) as error:
                 logger.error("event=grammar_checker_not_started error=%s", type(error).__name__)
                 raise unavailable("Grammars cannot be compiled now.") from error
@@ -193,6 +201,18 @@ class GrammarChecks:
                 self._idle.append(checker)
         finally:
             self._room.release()
+
+    async def _take_idle(self) -> _Checker | None:
+        """Return a process that waits for work. One that ended meanwhile (the kernel was short of memory, somebody
+        killed it) is no fault of the next source, which gets another one.
+        """
+        while self._idle:
+            checker = self._idle.pop()
+            if not checker.has_ended:
+                return checker
+            logger.warning("event=grammar_checker_lost")
+            await checker.end()
+        return None
 
 
 def _too_complex(param: str) -> ApiError:

@@ -107,7 +107,7 @@ def test_a_bomb_is_answered_soon_and_the_server_lives_on(server: RunningServer, 
     assert ask(server, guided_regex="[ab]")[0] == 200
 
 
-def test_a_process_that_is_killed_or_stands_still_is_replaced_and_its_grammar_refused_for_a_while(
+def test_a_process_that_stands_still_is_replaced_and_its_grammar_refused_for_a_while(
     server: RunningServer,
 ) -> None:
     assert ask(server, guided_regex="x+")[0] == 200
@@ -125,10 +125,16 @@ def test_a_process_that_is_killed_or_stands_still_is_replaced_and_its_grammar_re
     assert ask(server, guided_regex="y+")[1]["error"]["code"] == "grammar_too_complex"
     assert time.monotonic() - begin < 2.5  # not tried again
     assert ask(server, guided_regex="z+")[0] == 200
-    (checker,) = checkers(server)
-    os.kill(checker.pid, signal.SIGKILL)
-    assert ask(server, guided_regex="zz+")[1]["error"]["code"] == "grammar_too_complex"
-    assert ask(server, guided_regex="zzz+")[0] == 200
+
+
+def test_a_process_that_is_killed_while_it_waits_costs_no_grammar_anything(server: RunningServer) -> None:
+    assert ask(server, guided_regex="lost")[0] == 200
+    for regex in ("lost again", "and again"):
+        (checker,) = checkers(server)
+        os.kill(checker.pid, signal.SIGKILL)
+        psutil.wait_procs([checker], timeout=30)
+        assert ask(server, guided_regex=regex)[0] == 200
+        assert checker.pid not in [process.pid for process in checkers(server)]
 
 
 def test_a_grammar_that_fails_while_it_is_followed_is_a_500_that_nobody_retries(server: RunningServer) -> None:
