@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from toka_engine.builtin import ensure_builtin
@@ -31,13 +31,27 @@ from toka_engine.builtin import ensure_builtin
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import RunningServer, running_server, speak
-from tests.unit.server.test_grammar_checks import BOMBS, checkers
+from tests.unit.server.test_grammar_checks import BOMBS
 
 NUM_SENDERS = 4
 _IDS = [504, 3575, 282, 4649]
 _JSON = {"content-type": "application/json"}
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
-_numbers = itertools.count()
+_SPAWN = multiprocessing.get_context("spawn")
+"""Clients are processes of their own: the scripted manager, which answers them, is a thread of this one."""
+_numbers = itertools.count(os.getpid() << 20)
+
+
+class Target(NamedTuple):
+    """A server, as another process reaches it."""
+
+    port: int
+    pid: int
+
+    def checkers(self) -> list[psutil.Process]:
+        """Return the server's grammar processes."""
+        children = psutil.Process(self.pid).children()
+        return [child for child in children if "toka_engine.grammar" in child.cmdline()]
 
 
 class Asked:
@@ -60,36 +74,39 @@ class Asked:
         )
 
 
-Kind = Callable[[RunningServer, Asked], None]
+Kind = Callable[[Target, Asked], None]
 
 
-def _post(server: RunningServer, asked: Asked, path: str, body: dict[str, Any]) -> None:
-    status, _, raw = server.request("POST", path, json.dumps(body).encode(), _JSON)
-    asked.count(status, raw)
+def _post(target: Target, asked: Asked, path: str, body: dict[str, Any]) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=WAIT_S)
+    with contextlib.closing(connection):
+        connection.request("POST", path, json.dumps(body), _JSON)
+        answer = connection.getresponse()
+        asked.count(answer.status, answer.read())
 
 
 def _bomb(name: str) -> Kind:
     """A bomb that no earlier answer is known for."""
     ((field, source),) = BOMBS[name].items()
 
-    def send(server: RunningServer, asked: Asked) -> None:
+    def send(target: Target, asked: Asked) -> None:
         number = next(_numbers)
         if isinstance(source, dict):
             fresh: Any = {**source, "title": f"n{number}"}
         else:
             fresh = f"{source}\n// {number}" if field == "guided_grammar" else f"{source}x{number}"
-        _post(server, asked, _COMPLETIONS, completion_body(**{field: fresh}))
+        _post(target, asked, _COMPLETIONS, completion_body(**{field: fresh}))
 
     return send
 
 
-def _refer_without_end(server: RunningServer, asked: Asked) -> None:
+def _refer_without_end(target: Target, asked: Asked) -> None:
     names = [f"a{next(_numbers)}" for _ in range(200)]
     links = {name: {"allOf": [{"$ref": f"#/$defs/{after}"}]} for name, after in itertools.pairwise([*names, names[0]])}
-    _post(server, asked, _COMPLETIONS, completion_body(guided_json={"$ref": f"#/$defs/{names[0]}", "$defs": links}))
+    _post(target, asked, _COMPLETIONS, completion_body(guided_json={"$ref": f"#/$defs/{names[0]}", "$defs": links}))
 
 
-def _send_many_tools(server: RunningServer, asked: Asked) -> None:
+def _send_many_tools(target: Target, asked: Asked) -> None:
     number = next(_numbers)
     tools = [
         {
@@ -102,16 +119,16 @@ def _send_many_tools(server: RunningServer, asked: Asked) -> None:
         }
         for each in range(128)
     ]
-    _post(server, asked, _CHAT, chat_body(tools=tools, tool_choice="required"))
+    _post(target, asked, _CHAT, chat_body(tools=tools, tool_choice="required"))
 
 
-def _leave_in_a_call(server: RunningServer, asked: Asked) -> None:
+def _leave_in_a_call(target: Target, asked: Asked) -> None:
     """Leave a streamed answer, which is a call, behind its first bytes."""
     function = {"name": "now", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}
     body = chat_body(
         tools=[{"type": "function", "function": function}], tool_choice="required", stream=True, max_tokens=64
     )
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S)
+    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=WAIT_S)
     with contextlib.closing(connection):
         connection.request("POST", _CHAT, json.dumps(body), _JSON)
         answer = connection.getresponse()
@@ -121,11 +138,11 @@ def _leave_in_a_call(server: RunningServer, asked: Asked) -> None:
 def _lose_checkers(number: signal.Signals) -> Kind:
     """Ask for a new grammar while its process, whatever it does, gets a signal."""
 
-    def send(server: RunningServer, asked: Asked) -> None:
-        for checker in checkers(server):
+    def send(target: Target, asked: Asked) -> None:
+        for checker in target.checkers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(checker.pid, number)
-        _post(server, asked, _COMPLETIONS, completion_body(guided_regex=f"lost{next(_numbers)}"))
+        _post(target, asked, _COMPLETIONS, completion_body(guided_regex=f"lost{next(_numbers)}"))
 
     return send
 
@@ -166,9 +183,8 @@ def ask_plainly(port: int, end: Connection) -> None:
 
 @contextlib.contextmanager
 def plain_clients(port: int) -> Iterator[Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=ask_plainly, args=(port, theirs), daemon=True)
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=ask_plainly, args=(port, theirs), daemon=True)
     process.start()
     try:
         yield ours
@@ -188,20 +204,36 @@ def p99_ms(took_s: list[float]) -> float:
     return round(1e3 * statistics.quantiles(took_s, n=100)[-1], 1) if len(took_s) > 1 else float("nan")
 
 
-def press(server: RunningServer, kind: Kind, seconds: float) -> Asked:
-    """Send requests of one kind from several clients for so long."""
-    asked, until_s = Asked(), time.monotonic() + seconds
+def press(target: Target, name: str, seconds: float, end: Connection) -> None:
+    """Send requests of the kind `name` from several threads for so long, and say what came of them."""
+    kind, asked = KINDS[name], Asked()
+    kind(target, Asked())  # the first use of anything is in no figure
+    end.send(None)
+    end.recv()
+    until_s = time.monotonic() + seconds
 
     def send() -> None:
         while time.monotonic() < until_s:
-            kind(server, asked)
+            kind(target, asked)
 
     senders = [threading.Thread(target=send) for _ in range(NUM_SENDERS)]
     for sender in senders:
         sender.start()
     for sender in senders:
         sender.join()
-    return asked
+    end.send(asked.statuses)
+
+
+@contextlib.contextmanager
+def hostile_clients(target: Target, name: str, seconds: float) -> Iterator[Connection]:
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=press, args=(target, name, seconds, theirs), daemon=True)
+    process.start()
+    ours.recv()
+    try:
+        yield ours
+    finally:
+        process.join(WAIT_S)
 
 
 def memory_mb(server: RunningServer) -> float:
@@ -213,15 +245,18 @@ def run(server: RunningServer, seconds: float) -> bool:
     server.manager.on_submit = lambda submit: speak(server.manager, submit, _IDS * 16)
     report: dict[str, Any] = {}
     is_well = True
+    target = Target(server.port, server.process.pid)
     with plain_clients(server.port) as plain:
-        for name, kind in KINDS.items():
-            kind(server, Asked())  # the first use of anything is in neither figure
-            measure(plain)
-            before_mb = memory_mb(server)
-            time.sleep(seconds / 2)
-            calm, num_failed = measure(plain)
-            asked = press(server, kind, seconds)
-            pressed, num_more_failed = measure(plain)
+        for name in KINDS:
+            with hostile_clients(target, name, seconds) as hostile:
+                measure(plain)
+                before_mb = memory_mb(server)
+                time.sleep(seconds / 2)
+                calm, num_failed = measure(plain)
+                hostile.send(True)
+                asked = Asked()
+                asked.statuses = hostile.recv()
+                pressed, num_more_failed = measure(plain)
             is_well &= asked.is_clear and not num_failed + num_more_failed
             report[name] = {
                 "answers": dict(asked.statuses),

@@ -194,7 +194,8 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     def release(self) -> None:
-        """Return the memory of a large body to the system; the allocator would keep it."""
+        """Let go of the request, and return the memory of a large body to the system; the allocator would keep it."""
+        self.failure = None  # its traceback holds the body, and in a circle this exchange
         if self.body_bytes > _LARGE_BODY_BYTES:
             trim_heap()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from toka_engine.messages import Submit
 from toka_engine.server.tokenization import Tokenizer
@@ -454,3 +455,18 @@ def test_reasoning_that_never_ends_leaves_no_content(thinking_server: RunningSer
     assert answer.usage
     assert answer.usage.completion_tokens_details
     assert answer.usage.completion_tokens_details.reasoning_tokens == answer.usage.completion_tokens - 1
+
+
+def test_large_tools_that_are_refused_leave_no_memory_behind(server: RunningServer) -> None:
+    def refuse() -> int:
+        """Return the server's memory once it has answered another request, so that it is done with the first."""
+        function = {"description": "x" * 60_000, "parameters": {"properties": {f"p{n}": {} for n in range(100)}}}
+        tools = [{"type": "function", "function": {"name": f"f{number}", **function}} for number in range(128)]
+        status, answer = server.post("/v1/chat/completions", chat_body(tools=tools))
+        assert (status, answer["error"]["param"]) == (400, "tools")
+        assert server.post("/v1/chat/completions", chat_body())[0] == 200
+        return int(psutil.Process(server.process.pid).memory_info().rss)
+
+    first = refuse()
+    later = [refuse() for _ in range(5)]
+    assert later[-1] - first < 20e6, [first, *later]
