@@ -106,6 +106,7 @@ def test_a_file_of_one_replica_becomes_a_batch_through_another_and_any_answers_f
     pair: tuple[RunningServer, RunningServer],
 ) -> None:
     first, second = clients_of(*pair)
+    num_before = len(pair[0].manager.submits)
     lines = [line_of(f"line-{number}") for number in range(40)]
     data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     file = second.files.create(file=("../requests.jsonl", data), purpose="batch")
@@ -119,7 +120,7 @@ def test_a_file_of_one_replica_becomes_a_batch_through_another_and_any_answers_f
     for client in (first, second):
         done = wait_until(client, batch.id, "completed")
         assert set(results_of(client, done.output_file_id)) == {line["custom_id"] for line in lines}
-    assert len(pair[0].manager.submits) == 0, "the replica that has the file does the work"
+    assert len(pair[0].manager.submits) == num_before, "the replica that has the file does the work"
     with pytest.raises(openai.ConflictError):
         first.batches.cancel(batch.id)
     assert first.files.delete(file.id).deleted

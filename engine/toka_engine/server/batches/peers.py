@@ -34,7 +34,7 @@ _NOBODY = "-"
 _OPEN = "open"
 _PASSED_ON = (b"authorization", b"x-api-key", b"content-type", b"accept")
 _PASSED_BACK = ("content-type", "content-length", "content-disposition", "x-content-type-options", "retry-after")
-_CONNECT_S, _READ_S, _FIND_S = 2.0, 30.0, 10.0
+_CONNECT_S, _READ_S, _FIND_S = 5.0, 30.0, 10.0
 """A peer that is gone takes no connection; one that has taken it may be busy."""
 FIND_AGAIN_S = 1.0
 """Peers are looked for no more often, however many requests ask for one that is gone."""
