@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 
 import msgspec
@@ -13,8 +14,6 @@ BOUNDS_S = (
     0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0,
 )  # fmt: skip
 """The upper bounds of the buckets; one more bucket has what is longer."""
-
-_BOUNDS = np.asarray(BOUNDS_S)
 
 
 class Buckets(msgspec.Struct, frozen=True, array_like=True):
@@ -41,10 +40,9 @@ class Histogram:
 
     def add_all(self, seconds: NDArray[np.float64]) -> None:
         """Count durations, without those that are NaN."""
-        known = seconds[~np.isnan(seconds)]
-        for place, count in zip(*np.unique(np.searchsorted(_BOUNDS, known), return_counts=True), strict=True):
-            self._counts[place] += int(count)
-        self._sum_s += float(known.sum())
+        for each in seconds.tolist():
+            if not math.isnan(each):
+                self.add(each)
 
     def report(self) -> Buckets:
         """Return what has been counted so far."""

@@ -113,6 +113,9 @@ class EngineInfo(Message, frozen=True):
     dtype: str
 
 
+DEADLINE_UNREACHABLE = "deadline_unreachable"
+
+
 class Refused(Message, frozen=True):
     """The queue is full, or so long that the request cannot start in time: 429 for this request."""
 

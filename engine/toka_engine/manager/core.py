@@ -17,6 +17,7 @@ from toka_engine.manager.scheduler import plan_step
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.state import ManagerState
 from toka_engine.messages import (
+    DEADLINE_UNREACHABLE,
     Cancel,
     Deltas,
     Grammar,
@@ -145,4 +146,4 @@ class Manager:
             return None
         retry_after_s = min(_MAX_RETRY_AFTER_S, math.ceil(wait_s - submit.timeout_s))
         message = f"the request would start in about {wait_s:.1f} s, after its 'timeout_s'"
-        return Refused(submit.first_stream, message, "deadline_unreachable", retry_after_s)
+        return Refused(submit.first_stream, message, DEADLINE_UNREACHABLE, retry_after_s)

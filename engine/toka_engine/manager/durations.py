@@ -36,15 +36,11 @@ class StreamTimes:
     def note_tokens(self, slots: Int32s, num_decoded: int, now: float) -> None:
         """Note a step's tokens: the streams of the first `num_decoded` of `slots` had some before."""
         if num_decoded:
-            gaps = now - self._last_token_s[slots[:num_decoded]]
-            shortest = float(gaps.min())
-            if shortest == gaps.max():  # as in most steps
-                self._between_tokens.add(shortest, num_decoded)
-            else:
-                self._between_tokens.add_all(gaps)
+            # The rows of a step were in the same one before, but for those that sat it out while pages were short.
+            self._between_tokens.add(now - self._last_token_s.item(slots.item(0)), num_decoded)
         self._last_token_s[slots] = now
-        first = slots[num_decoded:]
-        if first.size:
+        if num_decoded < slots.size:
+            first = slots[num_decoded:]
             self._prefill.add_all(now - self._started_s[first])
             self._first_token.add_all(now - self._submitted_s[first])
             self._first_token_s[first] = np.where(np.isnan(self._started_s[first]), np.nan, now)

@@ -48,7 +48,9 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[PromptLogprobs |
     logprobs = tokens.logprobs[places] if tokens.logprobs.size else EMPTYF
     failed = ids < 0
     _store(state, tokens, places, live, ids, logprobs)
-    num_decoded, now = int(np.searchsorted(places, flight.num_decoded)), state.clock()
+    num_decoded, now = flight.num_decoded, state.clock()
+    if live.size < flight.slots.size:
+        num_decoded = int(np.searchsorted(places, num_decoded))
     state.times.note_tokens(live, num_decoded, now)
     stopped = _find_stops(state, live, ids)
     num_received = slots.num_received[live] + ~failed

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from toka_engine.messages import (
+    DEADLINE_UNREACHABLE,
     Cancel,
     Deltas,
     Int32s,
@@ -272,7 +273,8 @@ class Streams:
                 return
             # Its streams are unknown to the manager now; the cancellation at the end ignores them.
             retry_after = ((b"retry-after", b"%d" % message.retry_after_s),)
-            choice.generation.fail(ApiError(429, message.message, code=message.code, headers=retry_after))
+            param = "timeout_s" if message.code == DEADLINE_UNREACHABLE else None
+            choice.generation.fail(ApiError(429, message.message, param=param, code=message.code, headers=retry_after))
 
     def on_started(self, message: Started) -> None:
         for stream, num_cached in zip(message.streams.tolist(), message.num_cached.tolist(), strict=True):

@@ -110,6 +110,7 @@ def test_what_cannot_start_in_time_is_a_429_that_says_when_to_come_again(server:
     status, headers, answer = server.request("POST", "/v1/chat/completions", raw, {"content-type": "application/json"})
     assert (status, headers["retry-after"]) == (429, "31")
     assert json.loads(answer)["error"]["code"] == "deadline_unreachable"
+    assert json.loads(answer)["error"]["param"] == "timeout_s"
     assert json.loads(answer)["error"]["message"] == refusal
 
 
