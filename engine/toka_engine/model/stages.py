@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, and what else of a model: pure arithmetic.
+"""Decides which layers each pipeline stage holds, and what else of a model. Pure arithmetic.
 
 A stage is a run of layers. The first one begins with the token embedding, the last one ends with the final norm, the LM
 head and the sampler. Stages work at the same time, so the slowest one decides: layers are dealt out by what each stage
