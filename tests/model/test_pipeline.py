@@ -26,6 +26,7 @@ from tests.model.driving import Driver, ints, load
 from tests.model.test_grammars import REGEX, add_grammar
 from tests.model.test_grammars import generate as follow_grammar
 from tests.model.test_logits import IDS, TOLERANCE
+from tests.model.test_prompt_logprobs import score_in_chunks
 from tests.model.test_tensor_parallel import check_equal, play, play_on
 from tests.model.thread_stages import link_stages, run_stages
 
@@ -88,6 +89,20 @@ def test_stages_follow_a_grammar_as_one_does_and_only_the_last_knows_it(make_tin
 
     [[found]] = run_stages(2, 1, run)[-1:]
     assert found == run(SingleRank())
+
+
+def test_a_prompt_in_chunks_is_scored_in_stages_as_in_one(make_tiny: MakeTiny) -> None:
+    _, folder = make_tiny(num_hidden_layers=3)
+
+    def score(ranks: Ranks, links: StageLinks | None = None) -> list[Tokens]:
+        driver = Driver(load(folder, ranks, links, pp_size=3 if links else 1))
+        return score_in_chunks(driver, IDS[:20], [7, 1, 12], 3)
+
+    [[found]] = run_stages(3, 1, score)[-1:]
+    for ours, theirs in zip(found, score(SingleRank()), strict=True):
+        assert ours.scored_logprobs.size > 0
+        for name in ("scored_logprobs", "scored_ranks", "scored_top_tokens", "scored_top_logprobs"):
+            assert getattr(ours, name).tolist() == getattr(theirs, name).tolist()
 
 
 def test_a_stage_reads_the_tensors_of_its_layers_alone_and_all_are_read(
