@@ -224,6 +224,16 @@ def _exec(program: str, arguments: tuple[str, ...]) -> list[str]:
     return [*argv, *arguments]
 
 
+def container_security() -> Object:
+    """The securityContext of a container that Pod Security `restricted` lets pass."""
+    return dict(_SECURITY)
+
+
+def pod_security() -> Object:
+    """The same, of a pod."""
+    return dict(_POD_SECURITY)
+
+
 def _client_pod(image: str) -> Object:
     container = {
         "name": "client",
