@@ -23,7 +23,8 @@ _EXTENSION_OF_DTYPE: dict[np.dtype[Any], int] = {
 }
 _DTYPE_OF_EXTENSION = {code: dtype for dtype, code in _EXTENSION_OF_DTYPE.items()}
 _EMPTY = {code: msgspec.msgpack.Ext(code, b"") for code in _DTYPE_OF_EXTENSION}
-"""Most arrays of most steps are empty."""
+"""Most arrays of most steps are empty, and neither sent nor received ones are made anew."""
+_NO_ITEMS = {code: np.frombuffer(b"", dtype) for code, dtype in _DTYPE_OF_EXTENSION.items()}
 
 
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:
@@ -33,7 +34,7 @@ def _encode_array(value: Any) -> msgspec.msgpack.Ext:
 
 
 def _decode_array(code: int, data: memoryview) -> np.ndarray[Any, Any]:
-    return np.frombuffer(data, _DTYPE_OF_EXTENSION[code])
+    return np.frombuffer(data, _DTYPE_OF_EXTENSION[code]) if len(data) else _NO_ITEMS[code]
 
 
 def _accept_array(kind: Any, value: Any) -> Any:

@@ -50,8 +50,12 @@ class Target(NamedTuple):
 
     def checkers(self) -> list[psutil.Process]:
         """Return the server's grammar processes."""
-        children = psutil.Process(self.pid).children()
-        return [child for child in children if "toka_engine.grammar" in child.cmdline()]
+        found = []
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended, and perhaps not yet waited for
+                if "toka_engine.grammar" in child.cmdline():
+                    found.append(child)
+        return found
 
 
 class Asked:
