@@ -102,23 +102,6 @@ def make_faults() -> dict[str, tuple[str, Json]]:
     }  # fmt: skip
 
 
-EVENTS = {
-    "VolumeFailed": ("FailedAttachVolume", "Multi-Attach error for volume pvc-1"),
-    "SandboxFailed": ("FailedCreatePodSandBox", "memory limit too low"),
-    "PodNotStarted": ("NetworkNotReady", "cni plugin not initialized"),
-}
-"""Reason -> the kubelet's warning, which the pod's status does not tell."""
-
-
-def warn(operator: Operator, pod: Json, word: str, message: str) -> None:
-    metadata = pod["metadata"]
-    involved = {"kind": "Pod", "apiVersion": "v1", "uid": metadata["uid"], "name": metadata["name"]}
-    event: Json = {"metadata": {"generateName": "warning-", "namespace": operator.namespace}, "type": "Warning"}
-    event |= {"involvedObject": {**involved, "namespace": operator.namespace}, "reason": word, "message": message}
-    event |= {"lastTimestamp": ago(0), "firstTimestamp": ago(0), "count": 1}
-    operator.server.request("POST", f"/api/v1/namespaces/{operator.namespace}/events", event)
-
-
 def report(operator: Operator, reason: str, pod: Json, status: Any) -> None:
     """Write what is reported of the pod; one that is evicted is told to go."""
     name = pod["metadata"]["name"]
@@ -130,7 +113,7 @@ def report(operator: Operator, reason: str, pod: Json, status: Any) -> None:
 
 @pytest.mark.timeout(240)
 def test_every_fault_is_told_within_10_s_and_none_is_called_completed(operator: Operator) -> None:
-    told = [*make_faults(), *EVENTS]
+    told = list(make_faults())
     assert len(set(told)) >= 28
     operator.num_edits = 6 * len(told)  # of each: the object, its children, its pod, two edits of that, and questions
     names = {reason: reason.lower() for reason in told}
@@ -142,10 +125,7 @@ def test_every_fault_is_told_within_10_s_and_none_is_called_completed(operator: 
     }
     reported, faults = {}, make_faults()
     for reason, pod in pods.items():
-        if reason in EVENTS:
-            warn(operator, pod, *EVENTS[reason])
-        else:
-            report(operator, reason, pod, faults[reason][1])
+        report(operator, reason, pod, faults[reason][1])
         reported[reason] = time.monotonic()
     seconds: dict[str, float] = {}
 
@@ -156,7 +136,7 @@ def test_every_fault_is_told_within_10_s_and_none_is_called_completed(operator: 
             assert degraded.get("reason") != "Completed"
             if (degraded.get("status"), degraded.get("reason")) == ("True", reason) and reason not in seconds:
                 seconds[reason] = time.monotonic() - reported[reason]
-                assert (EVENTS[reason][1] if reason in EVENTS else faults[reason][0]) in degraded["message"]
+                assert faults[reason][0] in degraded["message"]
                 assert degraded["message"].endswith(f"{ADVICE[reason]}.")
         return len(seconds) == len(names)
 
