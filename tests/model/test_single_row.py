@@ -19,7 +19,6 @@ from toka_engine.model import worker
 from toka_engine.model.cpu import backend
 from toka_engine.model.devices import select_backend
 from toka_engine.model.linear import Linear, LinearParameters, LmHead, ResidualLinear
-from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
 from toka_engine.model.ranks import Ranks, SingleRank
 from toka_engine.model.residual import Norm
@@ -164,7 +163,7 @@ def test_a_step_of_one_row_on_two_ranks_uses_the_kernels_and_adds_the_stream_onc
     _, folder = make_tiny("Llama", attention_bias=True, mlp_bias=True)
     kernels = [PlainGemv(), PlainGemv()]
 
-    def select(device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig) -> backend.CpuBackend:
+    def select(device: torch.device, config: EngineConfig, ranks: Ranks, *others: Any) -> backend.CpuBackend:
         def all_reduce_add_rms_norm(
             x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
         ) -> torch.Tensor:
