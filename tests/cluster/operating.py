@@ -357,7 +357,9 @@ def check_passes(process: ProcessHandle, since: float, passes_then: float, num_t
 
 
 def pod_uids(operator: Operator) -> set[str]:
-    return {pod["metadata"]["uid"] for pod in operator.pods("chat")}
+    """The pods of `chat` that nobody told to go."""
+    metadata = (pod["metadata"] for pod in operator.pods("chat"))
+    return {each["uid"] for each in metadata if "deletionTimestamp" not in each}
 
 
 def probe(port: int, path: str) -> tuple[int, str]:
