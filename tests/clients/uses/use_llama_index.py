@@ -12,7 +12,7 @@ options |= {"temperature": 0}
 hi = [ChatMessage(role="user", content="Say hello.")]
 completions = OpenAILike(**options)
 text = completions.complete("One, two,").text
-assert "three" in text
+assert "three" in text.lower()
 assert "".join(piece.delta for piece in completions.stream_complete("One, two,")) == text
 chat = OpenAILike(**options, is_chat_model=True, is_function_calling_model=True)
 text = chat.chat(hi).message.content
