@@ -15,6 +15,7 @@ from toka_engine.processes import (
     BUSY_PONGS_STALLED,
     PING_INTERVAL_S,
     SILENT_PINGS_STALLED,
+    SILENT_PINGS_STARVED,
     SILENT_PINGS_UNSURE,
     ChildProcess,
 )
@@ -88,9 +89,11 @@ def _place_stages(ranks: Mapping[str, ChildProcess]) -> Stages:
 
 
 def _find_silence(child: ChildProcess) -> str:
-    if child.silent_pings >= SILENT_PINGS_STALLED:
-        return f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
-    return ""
+    if child.silent_pings < SILENT_PINGS_STALLED:
+        return ""
+    if child.silent_pings < SILENT_PINGS_STARVED and child.is_at_work:
+        return ""
+    return f"{child.name} has not answered for {child.silent_pings * PING_INTERVAL_S:.1f} s"
 
 
 def _find_held_up(busy: ChildProcess, children: Collection[ChildProcess]) -> ChildProcess:

@@ -53,6 +53,15 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
+def is_running(pid: int) -> bool:
+    """Whether a thread of a process runs, waits for a CPU, or for a disk; False where the system does not tell."""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            if path.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
+
+
 def open_pipe() -> tuple[int, int]:
     """Return a pipe whose ends do not block and are not inherited."""
     if hasattr(os, "pipe2"):

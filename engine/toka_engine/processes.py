@@ -20,7 +20,7 @@ import msgspec
 from toka_engine.channel import Channel, socket_pair
 from toka_engine.control_messages import ChildReady, Failed, FromChild, Ping, Pong, Start, ToChild
 from toka_engine.errors import PeerClosedError
-from toka_engine.portable import is_stopped
+from toka_engine.portable import is_running, is_stopped
 from toka_engine.rank_watch import Place
 from toka_engine.topology import Process, Role
 
@@ -29,6 +29,9 @@ SILENT_PINGS_UNSURE = 2
 """Silence of 0.5 to 0.75 s: readiness off, and on again when the process answers."""
 SILENT_PINGS_STALLED = 12
 """Silence of about 3 s: the process is stuck. With the grace below the engine has ended within 5 s."""
+SILENT_PINGS_STARVED = 60
+"""The same for one that gets too little of the CPU to answer, or that computes without giving up Python's lock: 15 s.
+Where more programs than CPUs run, or a quota throttles the container, it would have answered in the end."""
 MAX_BUSY_S = {Role.SERVER: 20.0, Role.MANAGER: 30.0, Role.MODEL: 120.0}
 """One turn of a main loop, by role. The longest honest step, 8,192 prompt tokens in fp32 on two cores, takes 13 s."""
 BUSY_PONGS_STALLED = 4
@@ -145,6 +148,11 @@ class ChildProcess:
     def is_stopped(self) -> bool:
         """Stopped by a signal, as a debugger or a person does it."""
         return is_stopped(self.pid)
+
+    @property
+    def is_at_work(self) -> bool:
+        """It runs, or would if it got a CPU: a silent one is not locked up, or not yet known to be."""
+        return is_running(self.pid)
 
     @property
     def is_end_a_consequence(self) -> bool:

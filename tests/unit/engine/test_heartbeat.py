@@ -68,6 +68,13 @@ def test_a_process_that_answers_no_more_while_the_engine_starts_is_named(start_e
     assert re.fullmatch(r"EngineProcessStalled: model has not answered for \d+ s", engine.last_words())
 
 
+def test_a_process_that_computes_has_more_time_to_answer_than_one_that_is_locked_up(start_engine: StartEngine) -> None:
+    engine = start_engine(model="hog", starved_beats="20")
+    assert engine.wait_end(60.0) == ExitCode.PROCESS_STALLED
+    assert engine.last_words() == "EngineProcessStalled: model has not answered for 5.0 s"
+    assert "event=told what=silent process=model" in engine.log
+
+
 def test_a_silence_that_only_a_start_may_have_is_forgotten_when_all_are_ready(start_engine: StartEngine) -> None:
     engine = start_engine(model="slow")
     engine.wait_ready()

@@ -3,6 +3,7 @@
 ready (default): wait for ever. hold: never become ready. memory, crash: end with an error of ours, with a defect.
 busy: one turn that never ends. peer: end when the other end of the last link is gone. orphan: leave a process behind.
 late, deserter: on SIGUSR1 close the last link, and after the other end has gone be killed, or live on.
+hog: compute for minutes without giving up Python's lock.
 deaf, slow: hold Python's lock before being ready, so that no thread answers, for ever or for a while.
 ahead, in_step: be in the first step, which the others are in, too, or have not begun. done: have ended it.
 """
@@ -54,6 +55,8 @@ def behave(child: Child, link_fds: list[int]) -> None:
         child.end_step()
     if behaviour == "peer":
         Channel[Stop].from_fd(link_fds[-1], Stop).receive()
+    if behaviour == "hog":
+        pow(3, 4 * 10**8)
     if behaviour in ("late", "deserter"):
         link = socket.socket(fileno=link_fds[-1])
         is_time.wait()

@@ -18,6 +18,8 @@ if limit := os.environ.get("TOKA_TEST_MAX_BUSY_S"):
     MAX_BUSY_S.update(dict.fromkeys(MAX_BUSY_S, float(limit)))
 if beats := os.environ.get("TOKA_TEST_BEATS"):
     heartbeat.SILENT_PINGS_STARTING = rank_watch.UNEVEN_BEATS = rank_watch.ENDLESS_BEATS = int(beats)
+if beats := os.environ.get("TOKA_TEST_STARVED_BEATS"):
+    heartbeat.SILENT_PINGS_STARVED = int(beats)
 if sizes := os.environ.get("TOKA_TEST_TOPOLOGY"):
     dp_size, pp_size, tp_size = map(int, sizes.split(","))
     larger = make_topology(RankInfo(dp_size=dp_size, pp_size=pp_size, tp_size=tp_size))
