@@ -7,8 +7,10 @@ around reasoning and before calls belongs to neither. Text that turns out to be 
 from __future__ import annotations
 
 from toka_engine.server.calls.formats import CallReader
-from toka_engine.server.calls.source import MAX_CALLS, Marks, Part, Parts, Source, Steps
+from toka_engine.server.calls.source import MAX_CALLS, MAX_NAME, Marks, Part, Parts, Source, Steps
 
+_MAX_CUT_MARKUP = 3 * MAX_NAME
+"""The longest text, in characters, that stands between two calls, or in a call before its name ends."""
 REASONING_BEGIN = "<think>"
 REASONING_END = "</think>"
 _REASONING_ENDS = Marks((REASONING_END,))
@@ -88,7 +90,16 @@ class Splitter:
                 return
             if mark in calls.marks and (yield from calls.read(self._source, self._parts, mark)):
                 continue
+            if self._is_cut_markup():
+                return
             self._parts.content(blanks if mark in calls.hidden else blanks + mark)
+
+    def _is_cut_markup(self) -> bool:
+        """Whether what is left belongs to calls: it stands behind one, and has been held to the end because it may be
+        the rest of that one or the beginning of another.
+        """
+        source = self._source
+        return source.is_ended and self._parts.follows_call and len(source.text) <= _MAX_CUT_MARKUP
 
     def _read_plain(self) -> Steps[None]:
         source = self._source
@@ -104,7 +115,7 @@ class Splitter:
         while True:
             found = self._marks.search(source.text)
             if found is None and source.is_ended:
-                if not (parts.follows_call and self._marks.is_beginning(source.text.strip())):
+                if not self._is_cut_markup():
                     parts.content(source.text)
                 source.text = ""
                 return "", ""

@@ -180,6 +180,15 @@ def test_what_is_cut_off_before_the_next_call_is_not_content() -> None:
     assert text_of(read(splitter("hermes"), ["Hi\n<tool_ca"]), "content") == "Hi\n<tool_ca"
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_further_call_is_nowhere_content_wherever_it_is_cut_off(name: str) -> None:
+    arguments = {"path": "a", "text": "b"}
+    one = len(FORMATS[name].write([("write_file", arguments)]))
+    both = FORMATS[name].write([("write_file", arguments), ("write_file", arguments)])
+    shown = {end: text_of(read(splitter(name), [both[:end]]), "content") for end in range(one, len(both))}
+    assert {end: text for end, text in shown.items() if text} == {}
+
+
 def test_nothing_follows_the_last_call_that_is_wanted() -> None:
     subject = splitter("hermes", max_calls=1)
     text = FORMATS["hermes"].write([("now", {}), ("now", {})])

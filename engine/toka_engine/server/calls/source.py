@@ -126,10 +126,6 @@ class Marks:
     def search(self, text: str) -> re.Match[str] | None:
         return self._pattern.search(text)
 
-    def is_beginning(self, text: str) -> bool:
-        """Return whether `text` is empty, or the beginning of a mark that was cut off."""
-        return not text or text in self._beginnings
-
     def num_held(self, text: str) -> int:
         """Return how many of the last characters may begin a mark."""
         if self._firsts.isdisjoint(text[1 - self._longest :]):
