@@ -62,6 +62,14 @@ def is_running(pid: int) -> bool:
     return False
 
 
+def read_cpu_s(pid: int) -> float | None:
+    """Return the CPU time of a process, of all its threads; None where the system does not tell, or it is gone."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
 def open_pipe() -> tuple[int, int]:
     """Return a pipe whose ends do not block and are not inherited."""
     if hasattr(os, "pipe2"):

@@ -1,8 +1,9 @@
 """Has each grammar compiled by a disposable process before a worker sees it.
 
 Owns: the checker processes, which sources are known to be good, and which have taken too much. A process works on one
-source at a time; a source that it does not survive, or that it does not answer in time, is refused for a while without
-another try. The library that compiles is never loaded here.
+source at a time; a source that it does not survive, or on which it spends its time without an answer, is refused for a
+while without another try. Where it had no time to spend, because others had the CPUs or somebody stopped it, that is
+no fault of the source. The library that compiles is never loaded here.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import msgspec
 
 from toka_engine.grammar.protocol import LENGTH, Setup, Verdict
 from toka_engine.grammar.source import GrammarSource
+from toka_engine.portable import read_cpu_s
 from toka_engine.server.errors import ApiError, invalid, unavailable
 from toka_engine.server.grammar_requests import AskedGrammar
 
 logger = logging.getLogger("toka.server")
 
+COMMAND = (sys.executable, "-m", "toka_engine.grammar")
 MAX_PROCESSES = 2
 ANSWER_S = 3.0
 """Wall time for one source. The process's own limit of CPU time is below it."""
@@ -33,6 +36,8 @@ WAIT_S = 1.0
 """Time that a source waits for a process; then 429."""
 REFUSE_S = 600.0
 """Time for which a source that has taken too much is refused without another try."""
+_MIN_BLAMED_S = 1.0
+"""CPU time of a process that does not answer, from which on its source is to blame."""
 _START_S = 60.0
 _MAX_KNOWN = 1024
 _MAX_ANSWER_BYTES = 1 << 20
@@ -43,6 +48,10 @@ V = TypeVar("V")
 
 class CheckerDiedError(Exception):
     """The process has ended, or did not answer in time."""
+
+
+class CheckerStarvedError(CheckerDiedError):
+    """It did not answer in time, and has not worked much."""
 
 
 class _Checker:
@@ -57,9 +66,7 @@ class _Checker:
     async def start(cls, setup: Setup) -> _Checker:
         """Start a process and wait until it takes sources. Raises CheckerDiedError."""
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "toka_engine.grammar", stdin=pipe, stdout=pipe
-        )
+        process = await asyncio.create_subprocess_exec(*COMMAND, stdin=pipe, stdout=pipe)
         checker = cls(process)
         try:
             await checker.ask(setup, _START_S)
@@ -80,7 +87,7 @@ class _Checker:
             raise AssertionError("started with pipes")
         if self.has_ended:  # whose pipe takes no more
             raise CheckerDiedError
-        body = msgspec.msgpack.encode(message)
+        body, cpu_s = msgspec.msgpack.encode(message), read_cpu_s(self._process.pid)
         try:
             async with asyncio.timeout(timeout_s):
                 self._process.stdin.write(LENGTH.pack(len(body)) + body)
@@ -91,7 +98,12 @@ class _Checker:
                 verdict = msgspec.msgpack.decode(await self._process.stdout.readexactly(length), type=Verdict)
                 self.is_spent = verdict.is_last
                 return verdict
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
+        except TimeoutError as error:
+            now_s = read_cpu_s(self._process.pid)
+            if cpu_s is not None and now_s is not None and now_s - cpu_s < _MIN_BLAMED_S:
+                raise CheckerStarvedError from error
+            raise CheckerDiedError from error
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
             raise CheckerDiedError from error
 
     async def end(self) -> None:
@@ -161,6 +173,8 @@ class GrammarChecks:
             task.add_done_callback(lambda _: self._running.pop(source, None))
         try:
             return await asyncio.shield(task)
+        except CheckerStarvedError as error:
+            raise unavailable("The grammar could not be compiled in time: the server is overloaded.") from error
         except CheckerDiedError as error:
             raise _too_complex(asked.param) from error
 
@@ -168,6 +182,9 @@ class GrammarChecks:
         async with self._one_checker() as checker:
             try:
                 verdict = await checker.ask(source, ANSWER_S)
+            except CheckerStarvedError:
+                logger.warning("event=grammar_checker_starved kind=%s bytes=%d", source.kind, len(source.text))
+                raise
             except CheckerDiedError:
                 self._refused.put(digest, time.monotonic() + REFUSE_S)
                 logger.warning("event=grammar_refused kind=%s bytes=%d", source.kind, len(source.text))
