@@ -28,14 +28,19 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 
 
+_NOTHING = {dtype: np.frombuffer(b"", dtype) for dtype in (np.int32, np.int64, np.uint8, np.float32)}
+
+
 def _empty(dtype: Any) -> Any:
-    array = np.empty(0, dtype)
-    array.setflags(write=False)
-    return msgspec.field(default_factory=lambda: array)
+    """Return the default of an array. One object for each dtype: a default is known by identity, and not sent."""
+    return msgspec.field(default=_NOTHING[dtype])
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Base of every message: tagged with its class name, fields on the wire by position."""
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of every message: tagged with its class name; fields on the wire by name, without those left at defaults.
+
+    Most arrays of most steps are empty. To write and read them cost a small step as much as all its planning.
+    """
 
 
 # ---------------------------------------------------------------- server -> manager
