@@ -13,6 +13,7 @@ from typing import TextIO
 from kubectl_toka.kubectl import Kubectl, KubectlError
 from kubectl_toka.names import ENGINE_CONTAINER, pod_selector
 
+_LOOK_S = 0.2
 _WATCH_FORMAT = '--output=jsonpath={.metadata.name}{"\\n"}'
 
 
@@ -44,25 +45,40 @@ class Follower:
         self._lock = threading.Lock()
         self._readers: dict[str, subprocess.Popen[str]] = {}
         self._seen: set[str] = set()
+        self._error: OSError | None = None
+        self._is_over = False
 
     def run(self) -> None:
         """Follow; returns when the watch ends. A KeyboardInterrupt ends all that was started."""
         watch = self._kubectl.start("get", "pods", f"--selector={pod_selector(self._name)}", "--watch", _WATCH_FORMAT)
-        assert watch.stdout is not None
         assert watch.stderr is not None
+        following = threading.Thread(target=self._follow_all, args=(watch,), daemon=True)
         try:
-            for line in watch.stdout:
-                self._follow(line.strip())
+            following.start()
+            while following.is_alive():  # this thread looks for Ctrl-C: one that comes just before a read would be lost
+                following.join(_LOOK_S)
+            if self._error is not None:
+                raise self._error
             if watch.wait() != 0:
                 raise KubectlError(watch.stderr.read().strip())
         finally:
-            for process in (watch, *self._readers.values()):
-                process.terminate()
+            with self._lock:
+                self._is_over = True
+                for process in (watch, *self._readers.values()):
+                    process.terminate()
+
+    def _follow_all(self, watch: subprocess.Popen[str]) -> None:
+        assert watch.stdout is not None
+        try:
+            for line in watch.stdout:
+                self._follow(line.strip())
+        except OSError as error:  # raised in the main thread
+            self._error = error
 
     def _follow(self, pod: str) -> None:
         """Begin to follow a pod that nobody follows: it is new, or its container ended, or has only now begun."""
         with self._lock:
-            if not pod or pod in self._readers:
+            if not pod or pod in self._readers or self._is_over:
                 return
             tail = "--tail=0" if pod in self._seen else f"--tail={self._tail}"
             flags = (f"--container={ENGINE_CONTAINER}", "--follow", tail)

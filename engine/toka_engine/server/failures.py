@@ -22,6 +22,7 @@ async def answer_failure(exchange: Exchange, error: Exception, metrics: Metrics)
     if exchange.failure is error:
         return
     exchange.failure = error
+    exchange.failure_code = getattr(error, "code", None) or ""
     if isinstance(error, ApiError):
         await exchange.fail(error)
     elif isinstance(error, ClientGoneError):

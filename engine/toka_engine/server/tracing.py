@@ -89,8 +89,8 @@ class Tracing:
             attributes=_attributes_of(exchange, operation),
             start_time=epoch_ns + int(exchange.started_s * 1e9),
         )
-        if exchange.status >= 500 or exchange.failure is not None:
-            span.set_status(self._error_status, getattr(exchange.failure, "code", None) or "")
+        if exchange.status >= 500 or exchange.failure_code is not None:
+            span.set_status(self._error_status, exchange.failure_code)
         if span.is_recording():
             context = self._in_context(span)
             for name, start_s, end_s in _phases_of(exchange, now_s):

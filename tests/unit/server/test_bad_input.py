@@ -316,7 +316,9 @@ def test_a_content_type_with_a_charset_is_taken(server: RunningServer) -> None:
     server.manager.submits.clear()
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/completions/", "/v1/embeddings", "/v2/models", "/%00", "/é"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/v1", "/v1/", "/v1/completions/", "/v1/embeddings", "/v2/models", "/%00", "/é"]
+)
 def test_another_path_is_a_404(server: RunningServer, path: str) -> None:
     import urllib.parse
 
@@ -412,7 +414,7 @@ def test_a_mistaken_path_names_the_right_one(server: RunningServer, path: str, r
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/embeddings", "/v1/completions/x", "/" + "a" * 5000, "/v1/completion"]
+    "path", ["/nothing", "/v1", "/v1/embeddings", "/v1/completions/x", "/" + "a" * 5000, "/v1/completion"]
 )
 def test_a_path_like_no_other_suggests_nothing(server: RunningServer, path: str) -> None:
     status, _, answer = server.request("GET", path)
