@@ -76,5 +76,9 @@ def test_a_batch_lives_through_a_rollout_an_operators_restart_and_a_killed_pod(
     assert (end["status"], end["lost"], end["repeated"], end["errors"]) == ("completed", 0, 0, None), client.log(4000)
     assert end["is_listed"]
     batches.wait_until_ready(900)
-    ordinals = sorted(pod["metadata"]["name"].rsplit("-", 1)[1] for pod in batches.pods())
-    assert ordinals == ["0", "1"]
+
+    def ordinals() -> list[str]:
+        return sorted(pod["metadata"]["name"].rsplit("-", 1)[1] for pod in batches.pods())
+
+    # The last pod of the old revision may still drain.
+    cluster.wait_for(lambda: ordinals() == ["0", "1"], f"pods of two ordinals: {batches.explain}", 300)
