@@ -94,7 +94,7 @@ def _check_prompt_logprobs(request: GenerationRequest, limits: Limits) -> int:
 
 def _check_sampling(request: GenerationRequest, limits: Limits, num_logprobs: int) -> Sampling:
     """Return the sampling parameters; the model's own where a field is left out."""
-    # Written out and by position: each call, and each name, would be a part of every request.
+    # Written out: each call would be a part of every request.
     defaults = limits.defaults
     temperature = defaults.temperature if request.temperature is None else request.temperature
     top_p = defaults.top_p if request.top_p is None else request.top_p
@@ -104,15 +104,17 @@ def _check_sampling(request: GenerationRequest, limits: Limits, num_logprobs: in
     if top_p == 0.0:  # the smallest nucleus is the most likely token
         top_p, temperature = 1.0, 0.0
     return Sampling(
-        temperature,
-        top_p,
-        top_k,
-        defaults.min_p if request.min_p is None else request.min_p,
-        -1 if request.seed is None else request.seed & (2**63 - 1),
-        num_logprobs,
-        0.0 if request.presence_penalty is None else request.presence_penalty,
-        0.0 if request.frequency_penalty is None else request.frequency_penalty,
-        defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=defaults.min_p if request.min_p is None else request.min_p,
+        seed=-1 if request.seed is None else request.seed & (2**63 - 1),
+        num_logprobs=num_logprobs,
+        presence_penalty=0.0 if request.presence_penalty is None else request.presence_penalty,
+        frequency_penalty=0.0 if request.frequency_penalty is None else request.frequency_penalty,
+        repetition_penalty=(
+            defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
+        ),
     )
 
 
