@@ -16,6 +16,8 @@ from typing import Any
 import aiohttp
 
 _READY_TIMEOUT_S = 600.0
+_REPORT_S = 0.4
+"""Longer than the manager takes from one report to the next."""
 _IDLE_TIMEOUT_S = 60.0
 _HELD = ("toka_running", "toka_waiting", "toka_kv_pages_used", "toka_requests_running")
 _PEAK_PERIOD_S = 0.1
@@ -89,14 +91,16 @@ async def _read_metrics(session: aiohttp.ClientSession) -> dict[str, float]:
 
 
 async def wait_idle(base_url: str) -> dict[str, float]:
-    """Wait until nothing is held; return whatever still is after too long."""
+    """Wait until nothing is held, and all of it is reported; return whatever still is held after too long."""
     until = time.monotonic() + _IDLE_TIMEOUT_S
+    was_idle = False
     while True:
         metrics = await read_metrics(base_url)
         held = {name: metrics[name] for name in _HELD if metrics.get(name)}
-        if not held or time.monotonic() > until:
+        if (not held and was_idle) or time.monotonic() > until:
             return held
-        await asyncio.sleep(0.2)  # the manager reports a few times a second
+        was_idle = not held
+        await asyncio.sleep(_REPORT_S)  # what began and ended since the last report is in the next one
 
 
 class PeakWatch:
