@@ -100,13 +100,24 @@ def environment(world: World, **more: str) -> dict[str, str]:
     return {**kept, **world.environment, "PYTHONPATH": str(ROOT / "operator"), **more}
 
 
+def heed_interrupts() -> None:
+    """Take SIGINT as a terminal's programs do: a shell lets what runs in its background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A command with a terminal of its own."""
 
     def __init__(self, world: World, *arguments: str) -> None:
         self._master, end = pty.openpty()
         self.process = subprocess.Popen(
-            command(*arguments), env=environment(world), stdin=end, stdout=end, stderr=end, start_new_session=True
+            command(*arguments),
+            env=environment(world),
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
         os.close(end)
         self.screen = ""
