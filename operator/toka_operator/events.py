@@ -43,8 +43,6 @@ SUSPECT_AFTER_S = 2.0
 ASK_FIRST_S = 2.0
 ASK_LAST_S = 8.0
 """However long it has not come: what an event tells is told within 10 s. `LISTS_APART_S` bounds the cost of many."""
-RETRY_LAST_S = 30.0
-"""The longest time between two retries that the controller of refused pods is made to do."""
 LISTS_APART_S = 0.2
 FRONT = 5
 """The number of those that wait longest, any of which may ask: passes that only time calls for come once a second."""
@@ -153,8 +151,6 @@ class _Suspect:
     next_ask: float
     delay_s: float = ASK_FIRST_S
     failure: Failure | None = None
-    next_retry: float = 0.0
-    retry_delay_s: float = ASK_FIRST_S
 
 
 class Suspects:
@@ -204,9 +200,7 @@ class Suspects:
         if events is None:
             return suspect.failure
         suspect.failure = explain(name, events)
-        if suspect.failure is not None and obj.get("kind") == STATEFUL_SET and now >= suspect.next_retry:
-            suspect.next_retry = now + suspect.retry_delay_s
-            suspect.retry_delay_s = min(RETRY_LAST_S, suspect.retry_delay_s * 2)
+        if suspect.failure is not None and obj.get("kind") == STATEFUL_SET:
             self._nudge(warnings.cluster, obj)
         return suspect.failure
 

@@ -95,30 +95,6 @@ def test_missing_pods_are_asked_about_after_a_while_and_less_and_less_often(cloc
     assert set(world.cluster.asked) == {f"involvedObject.uid={uid},type=Warning"}
 
 
-def test_a_controller_is_made_to_try_again_less_often_than_events_are_asked_for(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = world_without_pods()
-    uid = stateful_set(world)["metadata"]["uid"]
-    event = {"kind": "Event", "metadata": {"namespace": "apps", "name": "e"}, "involvedObject": {"uid": uid}}
-    world.cluster.store(event | {"reason": "FailedCreate", "message": "exceeded quota: few"})
-    retried_at: list[float] = []
-    merge = world.cluster.merge
-
-    def merge_noted(kind: str, live: Json, patch: Json) -> Json:
-        if RETRIED_ANNOTATION in (patch.get("metadata", {}).get("annotations") or {}):
-            retried_at.append(clock.now)
-        return merge(kind, live, patch)
-
-    monkeypatch.setattr(world.cluster, "merge", merge_noted)
-    for _ in range(240):
-        clock.now += 1.0
-        world.show()
-        world.reconcile()
-    gaps = [b - a for a, b in itertools.pairwise(retried_at)]
-    assert gaps[-1] >= events.RETRY_LAST_S
-
-
 def test_refused_pods_are_reported_and_their_controller_is_made_to_try_again(clock: Clock) -> None:
     world = world_without_pods()
     uid = stateful_set(world)["metadata"]["uid"]
