@@ -41,8 +41,7 @@ MAX_SERIES = 4096
 SUSPECT_AFTER_S = 2.0
 """A pod that does not come within so long is asked about."""
 ASK_FIRST_S = 2.0
-ASK_LAST_S = 8.0
-"""However long it has not come: what an event tells is told within 10 s. `LISTS_APART_S` bounds the cost of many."""
+ASK_LAST_S = 30.0
 LISTS_APART_S = 0.2
 FRONT = 5
 """The number of those that wait longest, any of which may ask: passes that only time calls for come once a second."""
