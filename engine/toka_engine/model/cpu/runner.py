@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toka_engine.messages import Step, Tokens, WorkerReady
+from toka_engine.messages import Step, Tokens
 from toka_engine.model.backend import Launched
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cpu.attention import CpuAttention
 from toka_engine.model.cpu.stage_exchange import StageExchange
+from toka_engine.model.cpu.step_runner import StepRunner
 from toka_engine.model.cpu.vocabulary import Vocabulary, WholeVocabulary
 from toka_engine.model.prompt_scores import PromptScores, ScorePlan, message_fields, plan_scores, score_prompt
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
@@ -26,10 +27,8 @@ _PIECE_ROWS = 32
 """Rows of prompts that are scored at a time: as fast as more, and their logits stay in the caches."""
 
 
-class CpuRunner:
+class CpuRunner(StepRunner):
     """A backend.Runner. Its rows do not depend on the rows beside them: seeded requests are repeatable."""
-
-    max_steps_in_flight = 1
 
     def __init__(
         self,
@@ -44,33 +43,18 @@ class CpuRunner:
         """`vocabulary`: this rank's part of it; None: there is one rank. `check` raises where ranks are at different
         steps. `exchange`: this is the last of several pipeline stages.
         """
-        self._check, self._exchange = check, exchange
+        super().__init__(model, attention, state, check)
+        self._exchange = exchange
         self.grammars = SlotGrammars(state.max_seqs, model.config.vocab_size)
-        self.model = model
-        self.attention = attention
-        self.state = state
         self.sample = sample
         self._vocabulary = WholeVocabulary() if vocabulary is None else vocabulary
-
-    def prepare(self, ready: WorkerReady) -> WorkerReady:
-        """Change nothing: sizes are final from the start."""
-        return ready
-
-    def capture_graphs(self) -> None:
-        """Do nothing: there are no graphs."""
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """See backend.Runner."""
         started_s, cpu_s = time.monotonic(), time.thread_time()
-        if self._check is not None:
-            self._check(step)
-        self.state.set_up(step)
+        self._begin(step)
         self.grammars.set_up(step)
-        if step.append_slots.size:
-            self.attention.append_pages(step.append_slots, step.append_indices, step.append_pages)
-        if step.copy_from.size:
-            self.attention.copy_pages(step.copy_from, step.copy_to)
         plan = plan_sampling(step, self.state)
         sampled, scores = self._forward_and_sample(step, plan)
         self.state.advance(step)
