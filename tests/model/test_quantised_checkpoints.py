@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from toka_engine.model import quantization
+from toka_engine.model.quantization import StoredWeight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.driving import Driver, load
 from tests.model.test_loader import edit_config, edit_weights, refuse
@@ -149,6 +152,30 @@ def test_ranks_scale_the_parts_that_they_hold(
 
     parts = run_ranks(2, first_token)
     torch.testing.assert_close(torch.cat(parts, 1), expected_logits(model), rtol=1e-4, atol=1e-4)
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Notes the largest tensor of fp32 that is made."""
+
+    num_values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        made = function(*arguments, **(keywords or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.num_values = max(self.num_values, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_a_large_weight_is_never_whole_in_fp32(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_PIECE_VALUES", 1000)
+    weight = torch.randn(100, 70)
+    scale = find_scale(weight, strategy)
+    stored = (weight / spread(scale, weight.shape)).to(torch.float8_e4m3fn)
+    with LargestFloat32() as largest:
+        values = StoredWeight("scale", (100, 70), scale, BLOCK).dequantise(stored, None, torch.bfloat16)
+    assert torch.equal(values, (stored.float() * spread(scale, weight.shape)).bfloat16())
+    assert largest.num_values <= 1000
 
 
 # ---------------------------------------------------------------- what is refused

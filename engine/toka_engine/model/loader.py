@@ -111,7 +111,7 @@ class Weights(AbstractContextManager["Weights"]):
         stored = StoredWeight(scale_name, (shape[0], shape[1]), scale, self._quantization.block)
         stored.check(self._folder)
         self.num_dequantised += 1
-        return stored.dequantise(part, shard).to(self.dtype)
+        return stored.dequantise(part, shard, self.dtype)
 
     def list_untaken(self) -> Iterator[str]:
         """Names that no layer has asked for."""

@@ -19,6 +19,8 @@ from toka_engine.model.sharding import Shard
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 """Endings that make the name of a weight's scale of the weight's own. Both are factors, whatever the first one says."""
+_PIECE_VALUES = 1 << 22
+"""Values that are dequantised at a time."""
 _SUPPORTED = "8-bit floats of fp8, compressed-tensors, fbgemm_fp8 and modelopt are"
 
 
@@ -112,21 +114,29 @@ class StoredWeight:
         if not bool((values.isfinite() & (values > 0)).all()):
             raise ModelInvalidError(f"{found} has values that are not positive and finite")
 
-    def dequantise(self, part: torch.Tensor, shard: Shard | None) -> torch.Tensor:
-        """The `shard` of the weight [rows, columns], as 8-bit floats, -> the values that it stands for, in fp32."""
-        return part.float() * self._expand(shard).to(part.device)
+    def dequantise(self, part: torch.Tensor, shard: Shard | None, dtype: torch.dtype) -> torch.Tensor:
+        """The `shard` of the weight [rows, columns], as 8-bit floats, -> the values that it stands for.
 
-    def _expand(self, shard: Shard | None) -> torch.Tensor:
-        """Return the scales of the part, to be multiplied with its values by broadcasting."""
-        scale = self.scale.float()
-        if scale.numel() == 1:
-            return scale.reshape(())
-        rows, columns = (torch.arange(size) for size in self.shape)
+        Some rows at a time: products and scales in fp32 would take several times the memory of the values.
+        """
+        rows, columns = (torch.arange(size, device=part.device) for size in self.shape)
         if shard is not None:
             rows, columns = (
                 places[shard.begin : shard.end] if dim == shard.dim else places
                 for dim, places in enumerate((rows, columns))
             )
+        scale = self.scale.to(part.device, torch.float32)
+        values = torch.empty(part.shape, dtype=dtype, device=part.device)
+        num_rows = max(1, _PIECE_VALUES // columns.numel())
+        pieces = zip(values.split(num_rows), part.split(num_rows), rows.split(num_rows), strict=True)
+        for piece, stored, places in pieces:
+            piece.copy_(stored.float().mul_(self._expand(scale, places, columns)))
+        return values
+
+    def _expand(self, scale: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return the scales of these rows and columns, to be multiplied with their values by broadcasting."""
+        if scale.numel() == 1:
+            return scale.reshape(())
         if self.block is not None and tuple(scale.shape) == _count_blocks(self.shape, self.block):
             return scale[rows // self.block[0]][:, columns // self.block[1]]
         return scale.reshape(-1)[rows].unsqueeze(1)
