@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from toka_engine.server.batches.cursor import Cursor, read_cursor
-from toka_engine.server.batches.peers import Peers, headers_of, read_answer
+from toka_engine.server.batches.peers import Peers, headers_of, read_answer, read_whole
 from toka_engine.server.batches.records import ordinal_of
 from toka_engine.server.batches.service import Batches
 from toka_engine.server.errors import ApiError, unavailable
@@ -93,7 +93,7 @@ async def _find_cursor(exchange: Exchange, peers: Peers, batches: Batches, page:
         return None if created_at is None else Cursor(created_at, peers.ordinal)
     kind = "files" if page.after.startswith("file-") else "batches"
     answer = await peers.ask(exchange, f"/v1/{kind}/{page.after}", page.after)
-    body = await answer.aread()
+    body = await read_whole(answer)
     if answer.status_code == 404:
         raise ApiError(404, f"There is no '{page.after[:100]}'.", param="after", code="not_found")
     if answer.status_code != 200:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from toka_engine.control_messages import Drained
 from toka_engine.errors import ConfigError
+from toka_engine.server.batches import peers
 from toka_engine.server.batches.cursor import Cursor
 from toka_engine.server.batches.peers import FIND_AGAIN_S, Peers
 from toka_engine.server.batches.records import new_batch_id, new_file_id, ordinal_of
+from toka_engine.server.errors import ApiError
 
 from tests.engine_process import WAIT_S, hold_port
 from tests.unit.server.harness import RunningServer, speak
@@ -215,6 +219,37 @@ def test_a_client_that_leaves_a_long_answer_of_a_peer_leaves_nothing_open(
     answer.read(1000)
     connection.close()
     assert len(first.files.content(file.id).content) == 8_000_000
+
+
+class CutBody(httpx.AsyncByteStream):
+    """A body that breaks off, and knows whether it was closed."""
+
+    is_closed = False
+
+    def __init__(self, *parts: bytes) -> None:
+        self._parts = parts
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self._parts:
+            yield part
+        raise httpx.ReadError("cut")
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"), [(1000, "has stopped answering"), (7, "too many bytes")], ids=["cut", "endless"]
+)
+def test_an_answer_of_a_peer_that_is_cut_or_does_not_end_is_a_503(
+    monkeypatch: pytest.MonkeyPatch, limit: int, words: str
+) -> None:
+    monkeypatch.setattr(peers, "_MAX_ANSWER_BYTES", limit)
+    body = CutBody(b"1234", b"5678")
+    with pytest.raises(ApiError, match=words) as refusal:
+        asyncio.run(peers.read_whole(httpx.Response(200, stream=body)))
+    assert refusal.value.status == 503
+    assert body.is_closed
 
 
 # ---------------------------------------------------------------- replicas that come and go

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from toka_engine.errors import ConfigError
@@ -36,6 +37,8 @@ _PASSED_ON = (b"authorization", b"x-api-key", b"content-type", b"accept")
 _PASSED_BACK = ("content-type", "content-length", "content-disposition", "x-content-type-options", "retry-after")
 _CONNECT_S, _READ_S, _FIND_S = 5.0, 30.0, 10.0
 """A peer that is gone takes no connection; one that has taken it may be busy."""
+_MAX_ANSWER_BYTES = 64 << 20
+"""More than a page of a list has: 10,000 files, with the longest names."""
 FIND_AGAIN_S = 1.0
 """Peers are looked for no more often, however many requests ask for one that is gone."""
 _NAME = re.compile(r"[A-Za-z0-9]([-.A-Za-z0-9]*[A-Za-z0-9])?(:[0-9]{1,5})?")
@@ -137,7 +140,7 @@ class Peers:
             if answer is not None:
                 await answer.aclose()
             raise unavailable(f"The replica with ordinal {ordinal} does not answer, so the list is not whole.")
-        return await answer.aread()
+        return await read_whole(answer)
 
     async def _send(
         self,
@@ -236,7 +239,7 @@ def headers_of(answer: httpx.Response) -> dict[str, str]:
     return {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
 
 
-async def read_answer(answer: httpx.Response) -> AsyncIterator[bytes]:
+async def read_answer(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Yield the body of a peer's answer. Raises a 503, which cuts the client's answer, where the peer's is cut."""
     import httpx
 
@@ -247,6 +250,17 @@ async def read_answer(answer: httpx.Response) -> AsyncIterator[bytes]:
         raise unavailable("The replica that was asked has stopped answering.") from error
     finally:
         await answer.aclose()
+
+
+async def read_whole(answer: httpx.Response) -> bytes:
+    """Return the body of a peer's answer. Raises a 503 where it is cut, and where it is longer than any of ours."""
+    body = bytearray()
+    async with aclosing(read_answer(answer)) as parts:
+        async for part in parts:
+            body += part
+            if len(body) > _MAX_ANSWER_BYTES:
+                raise unavailable("The replica that was asked has answered with too many bytes.")
+    return bytes(body)
 
 
 def _keys_of(exchange: Exchange) -> list[tuple[bytes, bytes]]:
