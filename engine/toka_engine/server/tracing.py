@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ logger = logging.getLogger("toka.server")
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_FLUSH_MS = 2000
+_FLUSH_S = 2.0
 _OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/chat/completions": "chat",
@@ -39,8 +40,11 @@ def make_tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
     """Return what sends spans; None where `environment` does not ask for it. Raises ConfigError."""
     endpoint = next((name for name in _ENDPOINTS if environment.get(name)), None)
     is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if endpoint is None or is_off or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    exporter = environment.get("OTEL_TRACES_EXPORTER") or "otlp"
+    if endpoint is None or is_off or exporter == "none":
         return None
+    if exporter != "otlp":
+        raise ConfigError(f"OTEL_TRACES_EXPORTER={exporter[:100]} is not supported: it must be otlp or none")
     protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name)), "http/protobuf")
     if protocol != "http/protobuf":
         raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol[:100]} is not supported: it must be http/protobuf")
@@ -54,7 +58,8 @@ def make_tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
             f"{endpoint} asks for traces, which need the extra `traces` (pip install 'toka[traces]'): {error}"
         ) from error
     named = {} if environment.get("OTEL_SERVICE_NAME") else {"service.name": "toka"}
-    provider = TracerProvider(resource=Resource.create({**named, "service.version": __version__}))
+    resource = Resource.create({**named, "service.version": __version__})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # that waits as long as `flush` may not
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     logger.info("event=tracing endpoint=%s", endpoint)
     return Tracing(provider)
@@ -99,8 +104,12 @@ class Tracing:
         span.end(epoch_ns + int(now_s * 1e9))
 
     def flush(self) -> None:
-        """Send what is left; blocks for a moment at most."""
-        self._provider.force_flush(_FLUSH_MS)
+        """Send what is left; blocks for a moment at most. The SDK's own limit of time is without effect: where nobody
+        answers, it would try for ten seconds with each batch of spans.
+        """
+        sender = threading.Thread(target=self._provider.force_flush, name="traces", daemon=True)
+        sender.start()
+        sender.join(_FLUSH_S)
 
 
 def _attributes_of(exchange: Exchange, operation: str) -> dict[str, Any]:

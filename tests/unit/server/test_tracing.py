@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -219,6 +220,18 @@ def test_a_collector_that_is_not_there_stops_nothing(tokenizer_dir: Path, senten
             assert server.post("/v1/completions", completion_body())[0] == 200
 
 
+def test_a_collector_that_never_answers_holds_up_no_drain(tokenizer_dir: Path, sentence_ids: list[int]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_EXPORTER_OTLP_TIMEOUT": "3600"}
+        with running_server(tokenizer_dir, env=environment, drain_endpoint_delay_s=0.0) as server:
+            server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
+            assert server.post("/v1/completions", completion_body())[0] == 200
+            server.drain()
+            server.wait_control(Drained)
+            assert server.process.wait(WAIT_S) == 0
+
+
 @pytest.mark.parametrize(
     "environment",
     [
@@ -246,3 +259,12 @@ def test_without_the_extra_the_start_says_what_is_missing(monkeypatch: pytest.Mo
 def test_another_protocol_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_PROTOCOL=grpc is not supported"):
         make_tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+
+
+def test_another_exporter_is_refused_by_name_and_an_empty_one_is_none_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318"}
+    with pytest.raises(ConfigError, match="OTEL_TRACES_EXPORTER=console is not supported"):
+        make_tracing({**asked, "OTEL_TRACES_EXPORTER": "console"})
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
+    with pytest.raises(ConfigError, match=r"toka\[traces\]"):  # as without the variable
+        make_tracing({**asked, "OTEL_TRACES_EXPORTER": ""})
