@@ -13,6 +13,7 @@ def parse_udp_address(text: str, key: str) -> tuple[str, int]:
         parts = urlsplit(text if "://" in text else f"udp://{text}")
         host, port = parts.hostname, parts.port
         is_bare = parts.scheme == "udp" and parts.path in ("", "/") and not parts.query and parts.username is None
+        (host or "").encode("idna")  # as who looks the name up will
     except ValueError:
         host, port, is_bare = None, None, False
     if not host or not port or not is_bare:

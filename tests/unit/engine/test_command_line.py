@@ -189,7 +189,8 @@ def test_the_other_name_of_a_key_is_that_key() -> None:
     assert parse_config(["statsd_server_url=udp://statsd:8125"]).statsd_addr == "udp://statsd:8125"
     with pytest.raises(ConfigError, match="statsd_addr is given twice"):
         parse_config(["statsd_server_url=a:1", "statsd_addr=b:2"])
-    for wrong in ("statsd", "statsd:", ":8125", "statsd:0", "statsd:x", "statsd:70000", "http://statsd:8125", "a:1/b"):
+    wrong_ones = ["statsd", "statsd:", ":8125", "statsd:0", "statsd:x", "statsd:70000", "http://statsd:8125", "a:1/b"]
+    for wrong in (*wrong_ones, "stats..d:8125", f"{'s' * 64}:8125"):
         with pytest.raises(ConfigError, match=r"statsd_addr=.*host:port"):
             parse_config([f"statsd_addr={wrong}"])
 
