@@ -76,6 +76,7 @@ def _bearer(key: str) -> dict[str, str]:
         (b'{"keys": [{"name": "a", "key": "k"}, {"name": "b", "key": "k"}]}', "keys[1].key: it is the key of keys[0]"),
         (_document(*({"name": f"n{n}", "key": f"k{n}"} for n in range(MAX_KEYS + 1))).encode(), "more than 1000"),
         (b" " * (1024 * 1024 + 1), "has more than 1048576 bytes"),
+        (json.dumps(dict.fromkeys(map(str, range(50_000)))).encode(), "has an unknown field; its fields are keys"),
     ],
 )
 def test_a_wrong_file_is_one_error_that_names_the_place_and_no_key(data: bytes, words: str) -> None:

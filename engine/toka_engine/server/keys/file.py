@@ -150,11 +150,12 @@ class _RepeatedFieldError(Exception):
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
             raise _RepeatedFieldError(f"the field {name!r}" if name in ApiKey.__struct_fields__ else "a field")
-    return dict(pairs)
+        fields[name] = value
+    return fields
 
 
 def _check_keys(keys: list[ApiKey], path: str) -> tuple[ApiKey, ...]:
