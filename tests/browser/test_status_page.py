@@ -97,6 +97,31 @@ def test_an_answer_can_be_stopped_and_an_error_is_shown(
     assert "max_tokens" in tab.value_of("document.querySelector('.turn.failed .text').textContent")
 
 
+def test_a_new_chat_has_nothing_of_the_one_that_was_still_streaming(
+    tab: Tab, server: RunningServer, sentence_ids: list[int]
+) -> None:
+    manager = server.manager
+    before = manager.on_submit
+    manager.on_submit = lambda submit: manager.send(*(each(streams_of(submit), [token]) for token in sentence_ids[:3]))
+    try:
+        tab.open(server.url + "/")
+        _ask(tab, "Speak")
+        tab.wait_for("document.querySelector('.turn.assistant .text').textContent")
+        tab.value_of("document.getElementById('clear').click()")
+        tab.wait_for("!document.getElementById('send').disabled")
+    finally:
+        manager.on_submit = before
+    tab.value_of("window.sent = []")
+    tab.value_of(
+        "{ const inner = window.fetch;"
+        " window.fetch = (url, how) => { if (how.body) sent.push(how.body); return inner(url, how); } }"
+    )
+    _ask(tab, "Anew")
+    tab.wait_for(_IS_DONE)
+    (body,) = tab.value_of("window.sent")
+    assert json.loads(body)["messages"] == [{"role": "user", "content": "Anew"}]
+
+
 def test_the_page_is_used_with_the_keyboard_alone(tab: Tab, server: RunningServer) -> None:
     tab.open(server.url + "/")
     seen: list[str] = []

@@ -154,6 +154,7 @@ SCRIPT = """
   async function ask() {
     const began = performance.now();
     const shown = addTurn("assistant");
+    const asked = turns;  // "New chat" puts others in their place
     let text = "", first = 0, usage = null;
     try {
       const headers = withKey({ "content-type": "application/json" });
@@ -178,7 +179,7 @@ SCRIPT = """
         append(shown.text, (text ? "\\n" : "") + error.message);
       }
     }
-    if (text) turns.push({ role: "assistant", content: text }); else turns.pop();
+    if (text) asked.push({ role: "assistant", content: text }); else asked.pop();
     append(shown.cost, describe(began, first, usage));
   }
 
