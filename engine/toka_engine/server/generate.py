@@ -12,7 +12,7 @@ import msgspec
 from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat, FinishedChoice
 from toka_engine.server.deadlines import deduct_elapsed, start_timer
-from toka_engine.server.errors import ApiError, ClientGoneError
+from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.keys.use import KeyUse
@@ -75,7 +75,7 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
                 usage = await _answer_in_events(job, exchange, generation, renderers, metrics)
             else:
                 usage = await _answer_whole(job, exchange, generation, renderers)
-        except (ApiError, ClientGoneError) as error:
+        except Exception as error:
             if metrics.vllm is not None:
                 metrics.vllm.note_failure(error, len(generation.choices))
             raise

@@ -65,7 +65,7 @@ class VllmMetrics(Collector):
         """Count a request that ended early."""
         if isinstance(error, ClientGoneError) or (isinstance(error, ApiError) and error.status == 504):
             self._ends["abort"] += num_choices
-        elif isinstance(error, ApiError) and error.status >= 500:
+        elif not isinstance(error, ApiError) or error.status >= 500:
             self._ends["error"] += num_choices
 
     def collect(self) -> Iterator[Metric]:

@@ -123,6 +123,8 @@ def test_each_choice_counts_by_the_reason_of_its_end(server: RunningServer) -> N
     assert count("/v1/completions", completion_body(timeout_s=0.1)) == {"abort": 1.0}
     server.manager.on_submit = fail
     assert count("/v1/completions", completion_body()) == {"error": 1.0}
+    server.manager.on_submit = lambda submit: speak(server.manager, submit, [10**7])  # no token: a defect of ours
+    assert count("/v1/completions", completion_body()) == {"error": 1.0}
     assert count("/v1/completions", completion_body(temperature=9)) == {}
 
 
