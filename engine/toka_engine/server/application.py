@@ -57,7 +57,7 @@ _ELSEWHERE = {
     "/v1/fine_tuning": "this server does not train",
     "/v1/assistants": "send messages to /v1/chat/completions",
     "/v1/threads": "send messages to /v1/chat/completions",
-    "/v1/vector_stores": "this server keeps no files",
+    "/v1/vector_stores": "this server searches no files",
     "/v1/engines": "name the model in the body of /v1/completions",
 }
 """Paths of OpenAI's API, and of servers like this one, that are not served: what to do instead."""

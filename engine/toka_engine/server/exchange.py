@@ -82,9 +82,9 @@ class Exchange:
         self.error_event: Callable[[ApiError], bytes] = _error_event
         """Writes the last event of a stream that fails."""
         self.failure: Exception | None = None
+        """The exception that has been answered."""
         self.failure_code: str | None = None
         """The code of an answer that is an error, "" for one without; None: it is none. It outlives `failure`."""
-        """The exception that has been answered."""
         self._receive = receive
         self._send = send
 

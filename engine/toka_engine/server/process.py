@@ -138,7 +138,6 @@ class Server:
             self._batches.run(),
             self._keys.run(),
             *self._make_reporters(),
-            self._samples.run(),
         )
         running = {drain, *map(asyncio.create_task, others)}
         while not drain.done():
@@ -150,6 +149,8 @@ class Server:
         address, interval_s = self._config.statsd_addr, self._config.stats_report_seconds
         if address is not None:
             yield StatsdReporter(address, interval_s, self._replicas, lambda: self._streams.num_generations).run()
+        if self._config.status_page:
+            yield self._samples.run()
 
     async def _beat(self) -> None:
         """Mark the loop as busy since its last turn, so that a loop that hangs shows as a turn that never
