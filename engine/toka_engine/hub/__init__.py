@@ -16,7 +16,7 @@ from pathlib import Path
 
 from toka_engine.errors import ConfigError, HubUnavailableError
 from toka_engine.hub.cache import Attempts, ModelCache, Snapshot
-from toka_engine.hub.failures import TransientError, storage_errors, translated_errors
+from toka_engine.hub.failures import TransientError, is_offline, storage_errors, translated_errors
 from toka_engine.hub.files import check_space, fetch_files, list_files
 from toka_engine.hub.progress import Report, TakeTransfer, Transfer, reporting
 
@@ -52,7 +52,7 @@ def download(
         if folder := cache.find_recent(wanted, max_age_s):
             return folder
         attempts = cache.read_attempts()
-        if (pause_s := attempts.pause_s(time.time())) and not os.environ.get("HF_HUB_OFFLINE"):
+        if (pause_s := attempts.pause_s(time.time())) and not is_offline():
             report(f"the hub gave no answer, {attempts.num_failed} starts in a row; again in {pause_s:.0f} s")
             time.sleep(pause_s)
         try:

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from toka_engine.errors import (
     ConfigError,
@@ -15,6 +16,9 @@ from toka_engine.errors import (
     StorageError,
     TokaError,
 )
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _MAX_RETRY_AFTER_S = 300.0
@@ -26,6 +30,21 @@ class TransientError(Exception):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+def client_error() -> type[Exception]:
+    """Return the base of what the library's HTTP client raises, whichever client its version uses."""
+    from huggingface_hub import errors
+
+    found: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # imported there, exported nowhere
+    return found
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE says that the hub must not be asked."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
 
 
 @contextmanager
@@ -45,7 +64,7 @@ def translated_errors(name: str, revision: str | None) -> Iterator[None]:
         _raise_for_unreachable(name, error)
     except errors.HfHubHTTPError as error:
         _raise_for_answer(name, error)
-    except errors.HTTPError as error:  # type: ignore[attr-defined]  # of whichever HTTP client the library uses
+    except client_error() as error:
         raise TransientError(f"the hub cannot be reached: {type(error).__name__}") from error
     except OSError as error:
         _raise_for_os_error(error)
@@ -62,19 +81,19 @@ def storage_errors() -> Iterator[None]:
 
 def _raise_for_unreachable(name: str, error: Exception) -> None:
     """The library looked into the cache because the hub could not be asked, and the cache has not all of it."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     cause = error.__cause__
-    if constants.is_offline_mode():
+    if is_offline():
         raise ModelNotFoundError(f"{name} is not (wholly) in the cache, and HF_HUB_OFFLINE is set") from error
     if isinstance(cause, errors.HfHubHTTPError):
         _raise_for_answer(name, cause)
     raise TransientError(f"the hub cannot be reached: {type(cause or error).__name__}") from error
 
 
-def _raise_for_answer(name: str, error: Exception) -> None:
-    response = error.response  # type: ignore[attr-defined]
-    status = int(response.status_code)
+def _raise_for_answer(name: str, error: HfHubHTTPError) -> None:
+    response = error.response
+    status = response.status_code
     if status in (401, 403):
         token = "HF_TOKEN was refused" if os.environ.get("HF_TOKEN") else "no HF_TOKEN is set"
         raise ModelAuthError(f"the hub answers {status} for {name}: not public or not there, and {token}") from error

@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toka_engine.errors import StorageError
 from toka_engine.hub.cache import ModelCache, Snapshot
-from toka_engine.hub.failures import TransientError
+from toka_engine.hub.failures import TransientError, client_error, is_offline
 from toka_engine.hub.progress import spell_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 _MAX_CONNECTIONS = 8
 _CHUNK_BYTES = 4 << 20
@@ -36,13 +40,12 @@ class HubFile:
 def list_files(wanted: Snapshot, *, may_be_cached: bool) -> tuple[str | None, list[HubFile]]:
     """Return the commit and the files that are wanted. None and nothing where the hub cannot be asked, if the cache may
     do; else the library's error."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
-    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils._paths import filter_repo_objects
 
-    if constants.is_offline_mode():
+    if is_offline():
         return None, []
     api = HfApi()
     try:
@@ -50,7 +53,7 @@ def list_files(wanted: Snapshot, *, may_be_cached: bool) -> tuple[str | None, li
         tree = [one for one in api.list_repo_tree(wanted.name, revision=commit) if isinstance(one, RepoFile)]
     except RevisionNotFoundError:
         raise
-    except (HfHubHTTPError, ClientError):
+    except (HfHubHTTPError, client_error()):
         if not may_be_cached:
             raise
         return None, []
@@ -59,11 +62,10 @@ def list_files(wanted: Snapshot, *, may_be_cached: bool) -> tuple[str | None, li
     return commit, [_view(by_name[name]) for name in names]
 
 
-def _view(entry: object) -> HubFile:
-    lfs = entry.lfs  # type: ignore[attr-defined]
-    if lfs is not None:
-        return HubFile(entry.path, lfs.size, lfs.sha256)  # type: ignore[attr-defined]
-    return HubFile(entry.path, entry.size, entry.blob_id)  # type: ignore[attr-defined]
+def _view(entry: RepoFile) -> HubFile:
+    if entry.lfs is not None:
+        return HubFile(entry.path, entry.lfs.size, entry.lfs.sha256)
+    return HubFile(entry.path, entry.size, entry.blob_id)
 
 
 def check_space(num_bytes: int, cache: Path) -> None:

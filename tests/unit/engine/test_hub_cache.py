@@ -129,7 +129,9 @@ def test_a_hub_that_asks_for_patience_gets_it() -> None:
 
 def test_restarts_wait_ever_longer_before_they_ask_a_hub_that_is_away(hub: HubServer, tmp_path: Path) -> None:
     hub.statuses = [503] * 1000
-    asleep = "import time; time.sleep = lambda s: None"
+    pauses = "cache._FIRST_BACKOFF_S = cache._MAX_BACKOFF_S = 3600.0"  # not over before the next start
+    online = "import os; os.environ['HF_HUB_OFFLINE'] = '0'"
+    asleep = f"import time; time.sleep = lambda s: None\nfrom toka_engine.hub import cache; {pauses}\n{online}"
     for number in range(2):
         process = start(tmp_path, hub, asleep)
         _, err = process.communicate(timeout=LIMIT_S)
