@@ -28,6 +28,7 @@ from toka_engine.config import (
 )
 from toka_engine.errors import ConfigError
 from toka_engine.logs import COMPONENTS
+from toka_engine.topology import choose_topology
 
 _BOOLEANS = {"T": True, "True": True, "true": True, "F": False, "False": False, "false": False}
 _MAX_ARITHMETIC_CHARS = 200
@@ -55,10 +56,16 @@ def parse_config(arguments: Iterable[str]) -> EngineConfig:
     _check_parallelism(config)
     if config.statsd_addr is not None:
         parse_udp_address(config.statsd_addr, "statsd_addr")
-    for name in config.log_procs:
-        if name.partition("_")[0] not in COMPONENTS:
-            raise ConfigError(f"log_procs={name[:100]}: there is no such process; there are {', '.join(COMPONENTS)}")
+    _check_log_procs(config)
     return config
+
+
+def _check_log_procs(config: EngineConfig) -> None:
+    """Raise ConfigError for a name that no process of this engine has."""
+    names = list(dict.fromkeys((*COMPONENTS, *(process.name for process in choose_topology(config).processes))))
+    for name in config.log_procs:
+        if name not in names:
+            raise ConfigError(f"log_procs={name[:100]}: there is no such process; there are {', '.join(names)}")
 
 
 def _check_parallelism(config: EngineConfig) -> None:

@@ -196,9 +196,12 @@ def test_the_other_name_of_a_key_is_that_key() -> None:
 
 
 def test_the_processes_that_log_are_named() -> None:
-    assert parse_config(["log_procs=server,model_tp1"]).log_procs == ("server", "model_tp1")
+    assert parse_config(["tp_size=2", "log_procs=server,model_tp1"]).log_procs == ("server", "model_tp1")
     with pytest.raises(ConfigError, match="log_procs=servr: there is no such process; there are supervisor, resolve"):
         parse_config(["log_procs=servr"])
+    for name in ("model_tp2", "model_tp1_dp0", "manager_dp0", "server_x", "model_"):
+        with pytest.raises(ConfigError, match=f"log_procs={name}: .* manager, model, model_tp0, model_tp1$"):
+            parse_config(["tp_size=2", f"log_procs={name}"])
 
 
 def test_processes_that_are_not_named_only_warn() -> None:
