@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from toka_engine.errors import MessageError
+from toka_engine.messages import NO_ITEMS
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ _EXTENSION_OF_DTYPE: dict[np.dtype[Any], int] = {
 _DTYPE_OF_EXTENSION = {code: dtype for dtype, code in _EXTENSION_OF_DTYPE.items()}
 _EMPTY = {code: msgspec.msgpack.Ext(code, b"") for code in _DTYPE_OF_EXTENSION}
 """Most arrays of most steps are empty, and neither sent nor received ones are made anew."""
-_NO_ITEMS = {code: np.frombuffer(b"", dtype) for code, dtype in _DTYPE_OF_EXTENSION.items()}
+_NO_ITEMS = {code: NO_ITEMS[dtype] for code, dtype in _DTYPE_OF_EXTENSION.items()}
 
 
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:

@@ -28,12 +28,15 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 
 
-_NOTHING = {dtype: np.frombuffer(b"", dtype) for dtype in (np.int32, np.int64, np.uint8, np.float32)}
+NO_ITEMS: dict[np.dtype[Any], NDArray[Any]] = {
+    np.dtype(kind): np.frombuffer(b"", kind) for kind in (np.int32, np.int64, np.uint8, np.float32)
+}
+"""The empty arrays, which nobody can write to. One for each dtype that is sent: defaults are known by identity."""
 
 
 def _empty(dtype: Any) -> Any:
-    """Return the default of an array. One object for each dtype: a default is known by identity, and not sent."""
-    return msgspec.field(default=_NOTHING[dtype])
+    """Return the default of an array, which is not sent."""
+    return msgspec.field(default=NO_ITEMS[np.dtype(dtype)])
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

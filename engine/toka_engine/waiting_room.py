@@ -11,6 +11,8 @@ import contextlib
 import json
 import socket
 import threading
+import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +22,8 @@ from toka_engine.hub import Transfer
 from toka_engine.version import __version__
 
 _READ_TIMEOUT_S = 5.0
+_POLL_S = 0.05
+"""The server of the standard library looks so often whether it is to end, and the engine's start waits for that."""
 _MAX_CONNECTIONS = 32
 _MAX_BODY_BYTES = 1 << 20
 
@@ -41,7 +45,8 @@ class WaitingRoom:
 
     def __enter__(self) -> Self:
         if self._server is not None:
-            threading.Thread(target=self._server.serve_forever, name="waiting-room", daemon=True).start()
+            serve = partial(self._server.serve_forever, _POLL_S)
+            threading.Thread(target=serve, name="waiting-room", daemon=True).start()
         return self
 
     def __exit__(
@@ -106,9 +111,10 @@ class _Server(ThreadingHTTPServer):
             self._places.release()
 
     def wait_idle(self) -> None:
-        """Wait for the answers under way, as long as one may take."""
+        """Wait for the answers under way, all together as long as one may take: the engine's start waits for this."""
+        deadline = time.monotonic() + _READ_TIMEOUT_S
         for _ in range(_MAX_CONNECTIONS):
-            if not self._places.acquire(timeout=_READ_TIMEOUT_S):
+            if not self._places.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 return
 
     def handle_error(self, request: Any, client_address: Any) -> None:
