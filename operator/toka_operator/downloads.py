@@ -17,16 +17,19 @@ from toka_operator.resources import CLAIM
 from toka_operator.spec import TokaDeploymentSpec
 
 _ONE_NODE_MODES = {"ReadWriteOnce", "ReadWriteOncePod"}
+_MAX_NUMBER = 2**63 - 1
+"""The largest integer that a status may have."""
 DONE = "done"
 
 
 def parse_download(answer: bytes) -> Download | None:
-    """The download in an engine's answer to /readyz, if it tells of one."""
+    """The download in an engine's answer to /readyz, if it tells of one. Any program may answer in its place."""
     try:
         found = json.loads(answer).get("download")
-        return Download(int(found["bytes"]), int(found["total_bytes"]), int(found["bytes_per_second"]))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        numbers = [int(found[name]) for name in ("bytes", "total_bytes", "bytes_per_second")]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+    return Download(*numbers) if all(0 <= number <= _MAX_NUMBER for number in numbers) else None
 
 
 def downloads_from_hub(spec: TokaDeploymentSpec) -> bool:

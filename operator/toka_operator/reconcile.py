@@ -74,8 +74,7 @@ class Reconciler:
         deployment = self._deployments.get(key)
         if deployment is None or deployment["metadata"].get("deletionTimestamp"):
             self._memories.pop(key, None)
-            if self._loading is not None:
-                self._loading.expect(key, ())
+            self._ask_no_engines(key)
             return None
         metadata = deployment["metadata"]
         owner = Owner(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata.get("generation", 1)))
@@ -102,6 +101,7 @@ class Reconciler:
     def _report_invalid(self, owner: Owner, errors: list[FieldError], deployment: Json) -> float | None:
         """Tells what is wrong with the spec, and how its pods are, which stay as they are."""
         memory = self._memories.setdefault((owner.namespace, owner.name), Memory())
+        self._ask_no_engines((owner.namespace, owner.name))
         observed, previous = self._observe(owner, memory), deployment.get("status") or {}
         self._write_status(owner, deployment, build_invalid_status(owner, errors, observed, previous, time.time()))
         return memory.suspects.next_ask_s()
@@ -160,14 +160,19 @@ class Reconciler:
 
     def _add_downloads(self, owner: Owner, spec: TokaDeploymentSpec, observed: Observed) -> Observed:
         """The same, with what engines that load say of their downloads; a thread of its own asks them."""
-        if self._loading is None or not downloads_from_hub(spec):
+        if self._loading is None:
             return observed
+        is_hubs = downloads_from_hub(spec)
         engines = tuple(
             Engine(pod.name, pod.loading_address, spec.engine.port)
             for pod in observed.pods
-            if pod.loading_address and pod.revision == spec.revision and not pod.is_terminating
+            if is_hubs and pod.loading_address and pod.revision == spec.revision and not pod.is_terminating
         )
         return replace(observed, downloads=self._loading.expect((owner.namespace, owner.name), engines))
+
+    def _ask_no_engines(self, key: Key) -> None:
+        if self._loading is not None:
+            self._loading.expect(key, ())
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
         """Before children are made *again*: the object itself may be gone, and another watch saw that of them first.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +14,14 @@ from typing import Any
 import pytest
 from toka_operator.conditions import Outcome
 from toka_operator.downloads import explain_claim_conflicts, parse_download
-from toka_operator.loading import Engine, LoadingEngines
+from toka_operator.loading import Engine, LoadingEngines, ask
 from toka_operator.observed import Download, Observed, PodView
 from toka_operator.podspec import render_pod_template
+from toka_operator.reconcile import Reconciler
+from toka_operator.settings import Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import build_status
+from toka_operator.store import Key
 
 from tests.unit.operator.examples import IMAGE, NOW, OWNER, body, child, plan_for, pod, seen, valid
 from tests.unit.operator.fakes import World
@@ -181,8 +186,47 @@ def test_pods_on_the_node_that_has_the_claim_are_well() -> None:
 
 
 def test_an_answer_without_a_download_is_none() -> None:
-    for answer in (b"", b"[]", b"null", b'{"ready": true}', b'{"download": {"bytes": "x"}}', b"\xff"):
+    for answer in (b"", b"[]", b"null", b'{"ready": true}', b'{"download": {"bytes": "x"}}', b"\xff", b"[" * 4096):
         assert parse_download(answer) is None
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e999", "NaN", "-1", "9" * 100])
+def test_a_number_that_no_status_may_have_is_none(number: str) -> None:
+    assert (
+        parse_download(f'{{"download": {{"bytes": 1, "total_bytes": {number}, "bytes_per_second": 1}}}}'.encode())
+        is None
+    )
+
+
+class Expectations:
+    """In place of LoadingEngines: what it was told to ask."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Key, tuple[Engine, ...]]] = []
+
+    def expect(self, key: Key, engines: tuple[Engine, ...]) -> dict[str, Download]:
+        self.told.append((key, engines))
+        return {}
+
+
+@pytest.mark.parametrize("spec", [{"model": {"source": "builtin://smollm2"}}, {"model": HUB, "replicas": -1}])
+def test_nobody_is_asked_any_more_once_nothing_is_downloaded_or_the_spec_is_invalid(spec: Json) -> None:
+    world, told = World(), Expectations()
+    world.reconciler = Reconciler(
+        world.cluster,  # type: ignore[arg-type]
+        world.deployments,
+        world.stores,
+        Settings(engine_image=IMAGE),
+        told,  # type: ignore[arg-type]
+    )
+    world.put(model=HUB)
+    world.show()
+    world.reconcile()
+    told.told.clear()
+    world.put(**spec)
+    world.show()
+    world.reconcile()
+    assert told.told == [(("apps", "chat"), ())]
 
 
 @pytest.fixture
@@ -225,6 +269,23 @@ def test_engines_that_load_are_asked_and_each_news_asks_for_a_pass(engine: tuple
     asker.stop()
     asker.join(timeout=60.0)
     assert not asker.is_alive()
+
+
+def test_an_answer_that_comes_byte_by_byte_without_end_is_given_up() -> None:
+    is_over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                while not is_over.wait(0.02):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        assert ask(Engine("chat-0", "127.0.0.1", listener.getsockname()[1]), timeout_s=0.2) is None
+        is_over.set()
+        thread.join()
 
 
 def test_an_existing_claim_is_mounted_and_never_made() -> None:
