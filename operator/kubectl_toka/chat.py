@@ -1,7 +1,8 @@
 """`kubectl toka chat`: a conversation with a model, streamed, through kubectl's port-forward to the Service.
 
 Not through the API server's proxy: that takes the Authorization header for its own, so that an engine with keys would
-refuse. The key comes from TOKA_API_KEY, else from the Secret that the object names, if the user may read it.
+refuse. The key comes from TOKA_API_KEY, else from the Secret that the object names, if the user may read it. It is
+never printed.
 """
 
 from __future__ import annotations
@@ -47,43 +48,47 @@ def _read_port(process: subprocess.Popen[str]) -> int:
 class Conversation:
     """Asks a model and keeps what was said."""
 
-    def __init__(self, port: int, model: str, key: str | None) -> None:
-        self._port, self._model, self._key = port, model, key
+    def __init__(self, model: str, key: str | None) -> None:
+        self._model, self._key = model, key
         self._messages: list[Json] = []
 
-    def ask(self, text: str, max_tokens: int | None, out: TextIO) -> None:
-        """Send a message and write the answer as it comes. Raises KubectlError with the engine's own sentence."""
-        self._messages.append({"role": "user", "content": text})
-        body: Json = {"model": self._model, "messages": self._messages, "stream": True}
+    def ask(self, port: int, text: str, max_tokens: int | None, out: TextIO) -> None:
+        """Send a message to a local port and write the answer as it comes. Raises KubectlError with the engine's words.
+
+        Of an answer that is stopped, what came of it is kept; a question without any is forgotten, because many models
+        take no two in a row.
+        """
+        question, said = {"role": "user", "content": text}, list[str]()
+        body: Json = {"model": self._model, "messages": [*self._messages, question], "stream": True}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        connection = http.client.HTTPConnection("127.0.0.1", port)
         with contextlib.closing(connection):
             try:
                 connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise KubectlError(f"the engine answers {response.status}: {_error(response.read())}")
-                answer = self._write(response, out)
+                self._write(response, said, out)
             except (OSError, http.client.HTTPException) as error:
                 raise KubectlError(f"the connection broke: {type(error).__name__}: {error}") from error
-        self._messages.append({"role": "assistant", "content": answer})
+            finally:
+                if answer := "".join(said):
+                    self._messages += [question, {"role": "assistant", "content": answer}]
 
-    def _write(self, response: http.client.HTTPResponse, out: TextIO) -> str:
-        parts = []
+    def _write(self, response: http.client.HTTPResponse, said: list[str], out: TextIO) -> None:
         for event in read_events(response):
             if "error" in event:
                 raise KubectlError(str(event["error"].get("message", event["error"])))
             for choice in event.get("choices") or []:
                 text = (choice.get("delta") or {}).get("content") or ""
-                parts.append(text)
+                said.append(text)
                 out.write(text)
                 out.flush()
         out.write("\n")
-        return "".join(parts)
 
 
 def read_events(response: http.client.HTTPResponse) -> Iterator[Json]:
@@ -102,16 +107,25 @@ def run(kubectl: Kubectl, name: str, message: str | None, max_tokens: int | None
     found = kubectl.deployment(name)
     model = (found.get("status") or {}).get("model") or name
     port = (found["spec"].get("service") or {}).get("port", 80)
-    with forwarded(kubectl, name, port) as local:
-        conversation = Conversation(local, model, find_key(kubectl, found["spec"]))
-        if message is not None:
-            conversation.ask(message, max_tokens, sys.stdout)
-            return
-        for line in _lines(model):
-            try:
-                conversation.ask(line, max_tokens, sys.stdout)
-            except KeyboardInterrupt:
-                print(" (stopped)")
+    conversation, lines = Conversation(model, find_key(kubectl, found["spec"])), _lines(model)
+    is_stopped = True
+    while is_stopped:
+        with forwarded(kubectl, name, port) as local:
+            if message is not None:
+                conversation.ask(local, message, max_tokens, sys.stdout)
+                return
+            is_stopped = _talk(conversation, local, lines, max_tokens)
+
+
+def _talk(conversation: Conversation, port: int, lines: Iterator[str], max_tokens: int | None) -> bool:
+    """Ask line by line, up to an answer that is stopped; whether one was: Ctrl-C ends the port-forward with it."""
+    for line in lines:
+        try:
+            conversation.ask(port, line, max_tokens, sys.stdout)
+        except KeyboardInterrupt:
+            print(" (stopped)")
+            return True
+    return False
 
 
 def _lines(model: str) -> Iterator[str]:
@@ -129,17 +143,36 @@ def _lines(model: str) -> Iterator[str]:
 
 
 def find_key(kubectl: Kubectl, spec: Json) -> str | None:
-    """The API key, if the engine asks for one. Raises KubectlError if it cannot be had."""
+    """The API key, if the engine asks for one; of several, the first. Raises KubectlError if it cannot be had."""
     reference = (spec.get("auth") or {}).get("apiKeySecretRef")
     if key := os.environ.get("TOKA_API_KEY"):
-        return key
+        return _check_key(key.strip(), "TOKA_API_KEY")
     if not reference:
         return None
+    entry = reference.get("key", "key")
     secret = kubectl.get("secret", reference["name"])
-    value = (secret.get("data") or {}).get(reference.get("key", "key"))
+    value = (secret.get("data") or {}).get(entry)
     if value is None:
-        raise KubectlError(f"secret {reference['name']} has no key {reference.get('key', 'key')}: set TOKA_API_KEY")
-    return base64.b64decode(value).decode().strip()
+        raise KubectlError(f"secret {reference['name']} has no key {entry}: set TOKA_API_KEY")
+    return _check_key(_first_key(base64.b64decode(value)), f"entry {entry} of secret {reference['name']}")
+
+
+def _first_key(file: bytes) -> str:
+    """The key of a file of keys (docs/security.md): it has one alone, or JSON with several. Empty if it has none."""
+    text = file.decode("utf-8-sig", errors="replace").strip()
+    if not text.startswith("{"):
+        return text
+    try:
+        return str(json.loads(text)["keys"][0]["key"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _check_key(key: str, where: str) -> str:
+    """The key, if it may stand in a header. What is wrong with one is told without it."""
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise KubectlError(f"{where} is no API key: set TOKA_API_KEY to one")
+    return key
 
 
 def _error(body: bytes) -> str:

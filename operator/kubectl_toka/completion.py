@@ -27,7 +27,7 @@ def suggest(words: Sequence[str]) -> list[str]:
     *before, last = words or [""]
     flags, plain = _take_flags(before)
     if before and before[-1] in ("-n", "--namespace"):
-        found = _names(Kubectl([]), "namespaces", "")
+        found = _names(Kubectl(flags), "namespaces", "")
     elif before and before[-1] == "--to" and len(plain) > 1:
         found = _revisions(Kubectl(flags), plain[1])
     elif before and before[-1] in _WITH_VALUE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "history": "the revisions that are remembered",
     "top": "requests and KV cache of each pod",
 }
+_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 
 
 def main() -> None:
@@ -52,16 +54,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kubectl toka", description="TokaDeployments at a glance.", parents=[common])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {name: commands.add_parser(name, help=words, parents=[common]) for name, words in COMMANDS.items()}
-    made["status"].add_argument("name", nargs="?", help="of the TokaDeployment; default: all of the namespace")
+    made["status"].add_argument(
+        "name", nargs="?", type=_name, help="of the TokaDeployment; default: all of the namespace"
+    )
     for name in COMMANDS.keys() - {"status"}:
-        made[name].add_argument("name", help="of the TokaDeployment")
-    made["logs"].add_argument("-f", "--follow", action="store_true", help="go on, with pods that come later too")
-    made["logs"].add_argument("-p", "--previous", action="store_true", help="of the containers before their restart")
+        made[name].add_argument("name", type=_name, help="of the TokaDeployment")
+    which = made["logs"].add_mutually_exclusive_group()
+    which.add_argument("-f", "--follow", action="store_true", help="go on, with pods that come later too")
+    which.add_argument("-p", "--previous", action="store_true", help="of the containers before their restart")
     made["logs"].add_argument("--tail", type=int, default=100, help="lines of each pod to begin with (100)")
     made["chat"].add_argument("-m", "--message", help="ask this, and end; default: line by line from the terminal")
     made["chat"].add_argument("--max-tokens", type=int, help="longest answer")
     made["rollback"].add_argument("--to", help="name or number of the revision; default: the last one that served")
     return parser
+
+
+def _name(text: str) -> str:
+    """A name as Kubernetes has them, so that kubectl takes none for a flag of its own or for a selector."""
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of an object")
+    return text
 
 
 def global_flags(options: argparse.Namespace) -> list[str]:

@@ -10,6 +10,10 @@ RESTARTED_ANNOTATION = "toka.dev/restarted-at"
 ENGINE_CONTAINER = "engine"
 POD_FIELDS = ("model", "engine", "resources", "parallelism", "scheduling", "cache", "auth", "startup", "podTemplate")
 POD_ROLLOUT_FIELDS = ("drainDelaySeconds", "drainTimeoutSeconds")
+NOT_POD_SCHEDULING_FIELDS = ("patienceSeconds",)
+SHARED_PVC = "SharedPVC"
+CLAIM_FIELDS = ("size", "storageClassName", "retention")
+"""Fields of `cache` that, with a claim of the operator's own, alter the claim and not the pod."""
 
 
 def pod_selector(name: str) -> str:

@@ -1,8 +1,8 @@
 """`kubectl toka restart`, `rollback` and `history`: changes of a spec that the operator then rolls out.
 
-A rollback gives the parts of the spec that alter the pod the values that they had; replicas, the Service and the rules
-of rollouts stay as they are. The operator keeps these parts on each revision, and recognises the revision: pods of it
-that still live are used again.
+A rollback gives the parts of the spec that alter the pod the values that they had; replicas, the Service, claims (which
+cannot shrink) and the rules of rollouts stay as they are. The operator keeps these parts on each revision, and
+recognises the revision: pods of it that still live are used again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import Any
 
 from kubectl_toka.kubectl import Kubectl, KubectlError
 from kubectl_toka.names import (
+    CLAIM_FIELDS,
+    NOT_POD_SCHEDULING_FIELDS,
     POD_FIELDS,
     POD_ROLLOUT_FIELDS,
     RESTARTED_ANNOTATION,
     REVISION_LABEL,
     SERVED_ANNOTATION,
+    SHARED_PVC,
     SPEC_ANNOTATION,
     revision_selector,
 )
@@ -67,6 +70,14 @@ def restore(spec: Json, kept: Json) -> Json:
     """The spec with the parts that alter the pod as they were."""
     restored = {group: value for group, value in spec.items() if group not in POD_FIELDS}
     restored |= {group: kept[group] for group in POD_FIELDS if group in kept}
+    staying = {"scheduling": NOT_POD_SCHEDULING_FIELDS}
+    if (spec.get("cache") or {}).get("type") == SHARED_PVC:
+        staying["cache"] = CLAIM_FIELDS
+    for group, fields in staying.items():
+        now, then = spec.get(group) or {}, restored.get(group) or {}
+        merged = {k: v for k, v in then.items() if k not in fields} | {k: now[k] for k in fields if k in now}
+        if merged or group in restored:
+            restored[group] = merged
     rollout = {k: v for k, v in (spec.get("rollout") or {}).items() if k not in POD_ROLLOUT_FIELDS}
     return {**restored, "rollout": {**rollout, **(kept.get("rollout") or {})}}
 

@@ -25,7 +25,7 @@ NOT_POD_SCHEDULING_FIELDS = ("patienceSeconds",)
 STARTUP_STEP_S = 2
 """The start-up timeout is a whole number of probes this far apart."""
 
-_CLAIM_FIELDS = ("size", "storageClassName", "retention")
+CLAIM_FIELDS = ("size", "storageClassName", "retention")
 """Fields of `cache` that, with a claim of the operator's own, alter the claim and not the pod."""
 _SHARED_MEMORY = "8Gi"
 _QUANTITIES = ("cpu", "memory", "sharedMemory", "size")
@@ -119,7 +119,7 @@ def _leave_out_implied(parts: Json) -> None:
         del model["servedName"]
     cache = parts["cache"]
     if cache.get("type") == "SharedPVC":
-        for name in _CLAIM_FIELDS:
+        for name in CLAIM_FIELDS:
             cache.pop(name, None)
         if cache.get("accessMode") == "ReadWriteMany":
             del cache["accessMode"]

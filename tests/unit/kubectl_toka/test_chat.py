@@ -3,6 +3,7 @@ they started."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pty
@@ -18,6 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
+from kubectl_toka.chat import find_key
+from kubectl_toka.kubectl import Kubectl, KubectlError
 
 from tests.engine_process import ROOT
 from tests.unit.kubectl_toka.conftest import World
@@ -156,6 +159,55 @@ def test_a_chat_in_a_terminal_streams_and_remembers(cluster: World, engine: Engi
     assert not psutil.wait_procs(children, LIMIT_S)[1], "the port-forward outlives the chat"
     assert [message["content"] for message in engine.bodies[1]["messages"]] == ["Hi", "Hello you", "And?"]
     assert engine.bodies[0]["model"] == "tiny"
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(cluster: World, engine: Engine) -> None:
+    terminal = Terminal(cluster, "chat", "chat")
+    terminal.wait_for("tiny> ")
+    terminal.type("Hi\n")
+    terminal.wait_for("Hello ")
+    os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal does: to all of its foreground
+    terminal.wait_for("(stopped)")
+    terminal.wait_for("tiny> ")
+    engine.go_on.set()
+    terminal.type("And?\n")
+    terminal.wait_for("Hello you")
+    terminal.wait_for("tiny> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(LIMIT_S) == 0
+    terminal.close()
+    assert sum("port-forward" in call for call in cluster.calls()) == 2, "the first one got the Ctrl-C too"
+    assert [(m["role"], m["content"]) for m in engine.bodies[1]["messages"]] == [
+        ("user", "Hi"),
+        ("assistant", "Hello "),
+        ("user", "And?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("sk-1\n", "sk-1"),
+        ('{"keys": [\n {"name": "a", "key": "sk-2"},\n {"name": "b", "key": "sk-3"}]}', "sk-2"),
+        ('{"keys": []}', None),
+        ("sk-4\nsk-5", None),
+        ("sk-6 \u00e4", None),
+    ],
+)
+def test_a_file_of_keys_gives_its_first_and_a_broken_one_is_not_quoted(
+    world: World, monkeypatch: pytest.MonkeyPatch, file: str, key: str | None
+) -> None:
+    world.answers["get secret keys"] = {"data": {"key": base64.b64encode(file.encode()).decode()}}
+    for name, value in world.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TOKA_API_KEY", raising=False)
+    spec = {"auth": {"apiKeySecretRef": {"name": "keys"}}}
+    if key is not None:
+        assert find_key(Kubectl([]), spec) == key
+        return
+    with pytest.raises(KubectlError, match="entry key of secret keys is no API key") as raised:
+        find_key(Kubectl([]), spec)
+    assert "sk-" not in str(raised.value)
 
 
 def test_one_question_is_answered_on_stdout(cluster: World, engine: Engine) -> None:

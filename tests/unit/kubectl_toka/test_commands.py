@@ -12,7 +12,7 @@ from kubectl_toka.main import run
 from kubectl_toka.rollouts import restore
 from kubectl_toka.tree import make_tree
 from toka_engine.server import metrics
-from toka_operator import fingerprint, podspec, resources, settings
+from toka_operator import caches, fingerprint, podspec, resources, settings
 
 from tests.unit.kubectl_toka.conftest import World
 
@@ -96,6 +96,23 @@ def test_a_rollback_restores_what_alters_the_pod_and_nothing_else() -> None:
     }
 
 
+def test_a_rollback_shrinks_no_claim_and_leaves_what_alters_no_pod() -> None:
+    shared = {"type": "SharedPVC", "accessMode": "ReadWriteMany"}
+    now = {
+        "model": {"source": "hf://org/new"},
+        "cache": {**shared, "size": "200Gi"},
+        "scheduling": {"patienceSeconds": 60, "nodeSelector": {"a": "b"}},
+    }
+    kept = {"model": {"source": "hf://org/old"}, "cache": {**shared, "size": "100Gi", "retention": "Delete"}}
+    restored = restore(now, {**kept, "scheduling": {"patienceSeconds": 300}})
+    assert restored["cache"] == {**shared, "size": "200Gi"}
+    assert restored["scheduling"] == {"patienceSeconds": 60}
+    assert restore(now, kept)["scheduling"] == {"patienceSeconds": 60}
+    assert (
+        restore({"cache": {"type": "Ephemeral", "size": "2Gi"}}, {"cache": {"size": "1Gi"}})["cache"]["size"] == "1Gi"
+    )
+
+
 def test_the_plugin_and_the_operator_use_the_same_names() -> None:
     assert f"{settings.PLURAL}.{settings.GROUP}" == names.RESOURCE
     ours = (names.REVISION_LABEL, names.SPEC_ANNOTATION, names.SERVED_ANNOTATION)
@@ -103,6 +120,8 @@ def test_the_plugin_and_the_operator_use_the_same_names() -> None:
     assert names.ENGINE_CONTAINER == podspec.ENGINE_CONTAINER
     assert names.POD_FIELDS == fingerprint.POD_FIELDS
     assert names.POD_ROLLOUT_FIELDS == fingerprint.POD_ROLLOUT_FIELDS
+    assert names.NOT_POD_SCHEDULING_FIELDS == fingerprint.NOT_POD_SCHEDULING_FIELDS
+    assert (names.SHARED_PVC, names.CLAIM_FIELDS) == (caches.SHARED_PVC, fingerprint.CLAIM_FIELDS)
     labels = resources.selector_labels("chat")
     assert dict(pair.split("=") for pair in names.pod_selector("chat").split(",")) == labels
 
@@ -161,6 +180,20 @@ def test_an_object_that_is_not_there_is_an_error_in_kubectls_words(
     assert capsys.readouterr().err.startswith("error: Error from server (NotFound)")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["status", "--", "--all-namespaces"], ["history", "a,b"], ["top", "Chat"], ["logs", "chat", "-f", "-p"]],
+)
+def test_what_kubectl_would_take_for_something_else_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    set_environment(world, monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    assert ended.value.code == 2
+    assert not (world.folder / "calls").exists(), "nothing is asked"
+
+
 def test_without_kubectl_the_error_says_what_to_set(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +213,8 @@ def test_the_tab_key_knows_commands_objects_and_revisions(world: World, monkeypa
     assert suggest(["-n", "apps", "status", ""]) == ["chat", "other"]
     assert suggest(["status", "-n", "apps", "c"]) == ["chat"]
     assert suggest(["status", "-n", "a"]) == ["apps"]
+    assert suggest(["--context", "far", "-n", "a"]) == ["apps"]
+    assert world.calls()[-1].startswith("--context far get namespaces")
     assert suggest(["rollback", "chat", "--to", ""]) == ["old1\tnumber 3"]
     assert suggest(["logs", "chat", "--tail", ""]) == []
     assert suggest(["status", "chat", ""]) == []
