@@ -70,7 +70,7 @@ def restore(spec: Json, kept: Json) -> Json:
     """The spec with the parts that alter the pod as they were."""
     restored = {group: value for group, value in spec.items() if group not in POD_FIELDS}
     restored |= {group: kept[group] for group in POD_FIELDS if group in kept}
-    staying = {"scheduling": NOT_POD_SCHEDULING_FIELDS}
+    staying: dict[str, tuple[str, ...]] = {"scheduling": NOT_POD_SCHEDULING_FIELDS}
     if (spec.get("cache") or {}).get("type") == SHARED_PVC:
         staying["cache"] = CLAIM_FIELDS
     for group, fields in staying.items():

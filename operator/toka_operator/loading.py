@@ -26,7 +26,7 @@ _MAX_ASKED = 64
 """Pods asked at a time; of more, others the next time."""
 _MAX_ANSWER_BYTES = 4096
 _REQUEST = b"GET /readyz HTTP/1.0\r\nHost: engine\r\n\r\n"
-"""Of HTTP/1.0, which has neither chunks nor connections that stay."""
+"""HTTP/1.0 has neither chunks nor connections that stay."""
 
 
 @dataclass(frozen=True, slots=True)
