@@ -261,10 +261,10 @@ def _affinity(spec: TokaDeploymentSpec, labels: dict[str, str], name: str) -> Js
     What the user wrote in another shape than Kubernetes' is handed on: the API server names what is wrong with it.
     """
     affinity = spec.scheduling.affinity
-    if spec.data and spec.data.access_mode == "ReadWriteOnce":
-        affinity = keep_on_one_node(affinity, data_labels(name))
-    if spec.cache.is_of_one_node:
+    if spec.cache.is_of_one_node:  # then every pod mounts the cache, those too that were made before there was data
         affinity = keep_on_one_node(affinity, {k: v for k, v in labels.items() if k != REVISION_LABEL})
+    elif spec.data and spec.data.access_mode == "ReadWriteOnce":
+        affinity = keep_on_one_node(affinity, data_labels(name))
     apart = affinity.get("podAntiAffinity") or {}
     if spec.scheduling.topology_spread is not None or not isinstance(apart, dict):
         return affinity

@@ -34,21 +34,8 @@ class Store:
     def put(self, obj: Json) -> set[Key]:
         """Keeps `obj` if it is newer than what is known. Returns the keys concerned: its own, and the one
         it left."""
-        obj.get("metadata", {}).pop("managedFields", None)
         with self._lock:
-            name = _name(obj)
-            known = self._objects.get(name)
-            if known is not None and _version(known) >= _version(obj):
-                return set()
-            if self._deleted.get(name, -1) >= _version(obj):
-                return set()
-            self._deleted.pop(name, None)
-            left = self._discard(name)
-            key = self._index(obj)
-            if key is not None:
-                self._objects[name] = self._trim(obj)
-                self._members.setdefault(key, set()).add(name)
-            return {k for k in (left, key) if k is not None}
+            return self._put(obj)
 
     def remove(self, obj: Json) -> set[Key]:
         """Forgets an object, unless a newer one of that name is known. Returns the keys concerned.
@@ -77,7 +64,8 @@ class Store:
     def replace_all(
         self, objects: Iterable[Json], version: int, namespace: str | None = None, is_anew: bool = False
     ) -> set[Key]:
-        """Takes over a complete list of a namespace (None: of the whole cluster) made at `version`.
+        """Takes over a complete list of a namespace (None: of the whole cluster) made at `version`, all at once: nobody
+        may see pods as missing that are only about to be listed.
 
         Returns the keys of everything that changed. Other namespaces' objects stay as they are. `is_anew`: versions
         count anew, so that nothing known is newer than the list.
@@ -89,7 +77,7 @@ class Store:
             changed = {key for key in (self._discard(name) for name in gone) if key is not None}
             if is_anew:
                 self._deleted.clear()
-        return changed.union(*map(self.put, listed.values()))
+            return changed.union(*map(self._put, listed.values()))
 
     def get(self, name: Key) -> Json | None:
         with self._lock:
@@ -104,6 +92,22 @@ class Store:
         """Every key with an object, of one namespace or (None) of all."""
         with self._lock:
             return [key for key in self._members if namespace in (None, key[0])]
+
+    def _put(self, obj: Json) -> set[Key]:
+        obj.get("metadata", {}).pop("managedFields", None)
+        name = _name(obj)
+        known = self._objects.get(name)
+        if known is not None and _version(known) >= _version(obj):
+            return set()
+        if self._deleted.get(name, -1) >= _version(obj):
+            return set()
+        self._deleted.pop(name, None)
+        left = self._discard(name)
+        key = self._index(obj)
+        if key is not None:
+            self._objects[name] = self._trim(obj)
+            self._members.setdefault(key, set()).add(name)
+        return {k for k in (left, key) if k is not None}
 
     def _discard(self, name: Key) -> Key | None:
         known = self._objects.pop(name, None)

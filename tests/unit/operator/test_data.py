@@ -86,6 +86,16 @@ def test_pods_that_share_a_volume_of_one_node_are_kept_on_it_beside_the_users_ow
     assert odd["podAffinity"] == "x", "the API server names what is wrong with it"
 
 
+def test_data_beside_a_cache_of_one_node_asks_for_the_node_of_the_pods_that_have_the_cache() -> None:
+    """The scheduler counts only pods that match all terms: those made before there was data would match one of two, and
+    count for nothing."""
+    cache = {"type": "SharedPVC", "size": "1Gi", "accessMode": "ReadWriteOnce"}
+    before, after = template(cache=cache), template(cache=cache, data=DATA)
+    terms = after["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    for pod in (before, after):
+        assert all(term["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items() for term in terms)
+
+
 @pytest.mark.parametrize(
     ("spec", "path"),
     [

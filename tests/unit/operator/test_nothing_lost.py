@@ -74,6 +74,26 @@ def test_a_list_of_one_namespace_leaves_the_others_alone() -> None:
     assert store.replace_all([], 9) == {("a", "x"), ("b", "z")}
 
 
+def test_what_is_listed_anew_is_missing_at_no_moment() -> None:
+    """A pod that a pass does not see would be taken for one that never served."""
+    store = Store(lambda obj: ("apps", "chat"))
+    pods = [{"metadata": {"namespace": "apps", "name": f"p{n}", "resourceVersion": "1"}} for n in range(100)]
+    store.replace_all(pods, 1)
+    numbers, is_over = set(), threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            numbers.add(len(store.members(("apps", "chat"))))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for _ in range(300):
+        store.replace_all(pods, 1, is_anew=True)
+    is_over.set()
+    reader.join()
+    assert numbers <= {100}
+
+
 # ---- the Lease
 
 
