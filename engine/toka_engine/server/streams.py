@@ -267,7 +267,8 @@ class Streams:
 
     def on_refused(self, message: Refused) -> None:
         """Try another replica; else answer 429."""
-        if choice := self._choices.get(message.first_stream):
+        choice = self._choices.get(message.first_stream)
+        if choice is not None and not choice.is_closed:
             if self.replicas.move(choice.submission):
                 choice.submission.replica.send(choice.submission.submit)
                 return

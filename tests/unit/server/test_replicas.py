@@ -255,6 +255,19 @@ def test_a_refused_prompt_tries_one_other_replica_and_then_gets_429() -> None:
     assert (managers.replicas.num_retries, len(managers.sent[2])) == (1, 0)
 
 
+def test_what_has_expired_tries_no_other_replica() -> None:
+    """Its request may still wait for a client that does not read, so that its streams are known here."""
+    managers = Managers(2)
+    streams = Streams(managers.replicas)
+    generation = begin(streams, spec_of(n=2))
+    generation.expire(unavailable("late"))
+    streams.on_refused(Refused(0, "full"))
+    assert [type(message) for message in managers.sent[0]] == [Submit, Cancel]
+    assert managers.sent[1] == []
+    streams.end(generation)
+    assert (managers.outstanding, managers.num_open) == ([0, 0], [0, 0])
+
+
 def test_one_replica_refuses_at_once() -> None:
     managers = Managers(1)
     streams = Streams(managers.replicas)
