@@ -12,7 +12,9 @@ from toka_engine.messages import Durations, Int32s
 
 
 class StreamTimes:
-    """Stamps and histograms. A stream that was preempted has no stamps: its queue and prefill were counted before."""
+    """Stamps and histograms. Queue and prefill count with the first token: a stream that was preempted behind it has no
+    stamps.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self._submitted_s = np.full(num_slots, np.nan)
@@ -26,12 +28,10 @@ class StreamTimes:
         self._between_tokens = Histogram()
 
     def note_start(self, slots: list[int], submitted_s: float, now: float, *, is_again: bool) -> None:
-        """Note that streams have taken `slots`, perhaps after a preemption."""
+        """Note that streams have taken `slots`; `is_again`: they had tokens before a preemption."""
         self._first_token_s[slots] = np.nan
         self._submitted_s[slots] = np.nan if is_again else submitted_s
         self._started_s[slots] = np.nan if is_again else now
-        if not is_again:
-            self._queue.add(now - submitted_s, len(slots))
 
     def note_tokens(self, slots: Int32s, num_decoded: int, now: float) -> None:
         """Note a step's tokens: the streams of the first `num_decoded` of `slots` had some before."""
@@ -41,6 +41,7 @@ class StreamTimes:
         self._last_token_s[slots] = now
         if num_decoded < slots.size:
             first = slots[num_decoded:]
+            self._queue.add_all(self._started_s[first] - self._submitted_s[first])
             self._prefill.add_all(now - self._started_s[first])
             self._first_token.add_all(now - self._submitted_s[first])
             self._first_token_s[first] = np.where(np.isnan(self._started_s[first]), np.nan, now)

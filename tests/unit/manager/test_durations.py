@@ -63,6 +63,18 @@ def test_preempted_streams_count_their_start_once() -> None:
     assert sum(found.decode.counts) < 3
 
 
+def test_streams_preempted_before_their_first_token_count_their_start_once() -> None:
+    harness = Harness(small_sizes(num_pages=24, max_prefill_tokens=8, max_lone_prefill_tokens=8))
+    harness.submit([7] * 60, max_tokens=8, priority=1)
+    harness.turn(2)
+    harness.submit(list(range(60)), max_tokens=8)
+    found = run(harness)
+    assert harness.manager.state.counters.preemptions >= 1
+    for buckets in (found.queue, found.prefill, found.first_token, found.decode):
+        assert sum(buckets.counts) == 2
+    assert found.first_token.sum_s == pytest.approx(found.queue.sum_s + found.prefill.sum_s)
+
+
 def test_idle_time_counts_nowhere() -> None:
     harness = Harness(small_sizes(steps_ahead=1))
     for _ in range(2):
