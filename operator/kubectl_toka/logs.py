@@ -14,6 +14,7 @@ from kubectl_toka.kubectl import Kubectl, KubectlError
 from kubectl_toka.names import ENGINE_CONTAINER, pod_selector
 
 _LOOK_S = 0.2
+_AGAIN_S = 1.0
 _WATCH_FORMAT = '--output=jsonpath={.metadata.name}{"\\n"}'
 
 
@@ -38,47 +39,60 @@ def print_logs(kubectl: Kubectl, name: str, tail: int, *, previous: bool) -> Non
 
 
 class Follower:
-    """Follows every pod of an object until it is stopped or the watch of pods ends."""
+    """Follows every pod of an object until it is stopped or a watch of pods fails."""
 
     def __init__(self, kubectl: Kubectl, name: str, tail: int, out: TextIO) -> None:
         self._kubectl, self._name, self._tail, self._out = kubectl, name, tail, out
         self._lock = threading.Lock()
+        self._watch: subprocess.Popen[str] | None = None
         self._readers: dict[str, subprocess.Popen[str]] = {}
         self._seen: set[str] = set()
-        self._error: OSError | None = None
-        self._is_over = False
+        self._error: Exception | None = None
+        self._is_over = threading.Event()
 
     def run(self) -> None:
-        """Follow; returns when the watch ends. A KeyboardInterrupt ends all that was started."""
-        watch = self._kubectl.start("get", "pods", f"--selector={pod_selector(self._name)}", "--watch", _WATCH_FORMAT)
-        assert watch.stderr is not None
-        following = threading.Thread(target=self._follow_all, args=(watch,), daemon=True)
+        """Follow; raises KubectlError when a watch fails. A KeyboardInterrupt ends all that was started."""
+        following = threading.Thread(target=self._follow_all, daemon=True)
         try:
             following.start()
             while following.is_alive():  # this thread looks for Ctrl-C: one that comes just before a read would be lost
                 following.join(_LOOK_S)
             if self._error is not None:
                 raise self._error
-            if watch.wait() != 0:
-                raise KubectlError(watch.stderr.read().strip())
         finally:
             with self._lock:
-                self._is_over = True
-                for process in (watch, *self._readers.values()):
-                    process.terminate()
+                self._is_over.set()
+                for process in (self._watch, *self._readers.values()):
+                    if process is not None:
+                        process.terminate()
 
-    def _follow_all(self, watch: subprocess.Popen[str]) -> None:
-        assert watch.stdout is not None
+    def _follow_all(self) -> None:
+        """Watch again and again: the API server ends each watch within an hour."""
         try:
+            while not self._is_over.is_set():
+                self._follow_watch()
+                self._is_over.wait(_AGAIN_S)
+        except (OSError, KubectlError) as error:  # raised in the main thread
+            self._error = error
+
+    def _follow_watch(self) -> None:
+        selector = f"--selector={pod_selector(self._name)}"
+        with self._lock:
+            if self._is_over.is_set():
+                return
+            self._watch = watch = self._kubectl.start("get", "pods", selector, "--watch", _WATCH_FORMAT)
+        assert watch.stdout is not None
+        assert watch.stderr is not None
+        with watch.stdout, watch.stderr:
             for line in watch.stdout:
                 self._follow(line.strip())
-        except OSError as error:  # raised in the main thread
-            self._error = error
+            if watch.wait() != 0:
+                raise KubectlError(watch.stderr.read().strip() or "kubectl get --watch ended")
 
     def _follow(self, pod: str) -> None:
         """Begin to follow a pod that nobody follows: it is new, or its container ended, or has only now begun."""
         with self._lock:
-            if not pod or pod in self._readers or self._is_over:
+            if not pod or pod in self._readers or self._is_over.is_set():
                 return
             tail = "--tail=0" if pod in self._seen else f"--tail={self._tail}"
             flags = (f"--container={ENGINE_CONTAINER}", "--follow", tail)

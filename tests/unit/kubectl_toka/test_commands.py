@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kubectl_toka import names, top
+from kubectl_toka import logs, names, top
 from kubectl_toka.completion import suggest
+from kubectl_toka.kubectl import Kubectl, KubectlError
 from kubectl_toka.main import run
 from kubectl_toka.rollouts import restore
 from kubectl_toka.tree import make_tree
@@ -170,6 +172,29 @@ def test_logs_of_all_pods_have_their_names(
     assert "chat-new1-1: Error from server" in printed.err
     assert all(call.startswith("--namespace=apps ") for call in world.calls())
     assert "--namespace=apps logs chat-new1-0 --container=engine --tail=5" in world.calls()
+
+
+class EndingWatches(Kubectl):
+    """A cluster that ends each watch of pods in order, and refuses the third."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.asked: list[str] = []
+
+    def argv(self, *arguments: str) -> list[str]:
+        self.asked.append(" ".join(arguments[:2]))
+        number = self.asked.count("get pods")
+        if arguments[0] == "logs":
+            return ["true"]
+        return ["sh", "-c", f"echo chat-{number}" if number < 3 else "echo gone >&2; exit 1"]
+
+
+def test_followed_logs_go_on_when_the_api_server_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_AGAIN_S", 0.0)
+    kubectl = EndingWatches()
+    with pytest.raises(KubectlError, match="gone"):
+        logs.Follower(kubectl, "chat", 10, io.StringIO()).run()
+    assert kubectl.asked == ["get pods", "logs chat-1", "get pods", "logs chat-2", "get pods"]
 
 
 def test_an_object_that_is_not_there_is_an_error_in_kubectls_words(
