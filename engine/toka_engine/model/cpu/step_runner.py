@@ -1,4 +1,4 @@
-"""What all runners on CPUs have in common, whichever pipeline stage they run: no graphs, and how a step begins."""
+"""The common part of runners on CPUs, whichever pipeline stage they run: no graphs, and how a step begins."""
 
 from __future__ import annotations
 
