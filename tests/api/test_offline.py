@@ -177,6 +177,8 @@ def test_a_wrong_option_is_named_and_the_engine_goes_on(llm: LLM) -> None:
         (ConfigError, "unknown key 'page_sizes' .did you mean 'page_size'", {"page_sizes": 3}),
         (ConfigError, "page_size=0", {"page_size": 0}),
         (ConfigError, "port has no effect in a script", {"port": 8000}),
+        (ConfigError, "status_page has no effect in a script", {"status_page": True}),
+        (ConfigError, "vllm_metric_names has no effect in a script", {"vllm_metric_names": False}),
         (ModelNotFoundError, "there is no folder /nowhere", {"model": "/nowhere"}),
         (ModelInvalidError, r"docs/(config|tokenizer)\.json is missing|config\.json", {"model": str(ROOT / "docs")}),
     ],

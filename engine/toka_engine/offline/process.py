@@ -26,12 +26,14 @@ _BACKLOG = 2048
 _END_S = 10.0
 """Longest wait for an engine to end that was told to, or whose connection broke."""
 _DEFAULTS = {"log_level": "WARNING", "uvicorn_log_level": "warning"}
-_FIXED = {"drain_timeout_s": 0.1, "drain_endpoint_delay_s": 0}
+_FIXED = {"drain_timeout_s": 0.1, "drain_endpoint_delay_s": 0, "status_page": False}
 _MEANINGLESS = {
     "host": "there is no port to listen on",
     "port": "there is no port to listen on",
     "termination_log": "the error is raised",
     "api_keys_file": "nobody but the script can ask",
+    "status_page": "nobody but the script can ask",
+    "vllm_metric_names": "nobody but the script can ask",
     "drain_timeout_s": "closing ends what still runs",
     "drain_endpoint_delay_s": "closing ends what still runs",
 }
