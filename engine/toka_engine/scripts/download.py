@@ -6,9 +6,12 @@ Progress goes to stderr; the last line on stdout is the folder, ready for `toka 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import msgspec
 
@@ -29,7 +32,14 @@ class DownloadConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     """Entry point of the command `toka-download`."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end_at_once)
     run_command(lambda: run(sys.argv[1:]))
+
+
+def _end_at_once(signum: int, frame: FrameType | None) -> NoReturn:
+    """End without waiting for connections, also as process 1 of a container. What has been fetched is gone on with."""
+    os._exit(128 + signum)
 
 
 def run(arguments: Sequence[str]) -> int:

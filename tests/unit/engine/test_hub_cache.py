@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,24 @@ def test_a_download_killed_half_way_goes_on_where_it_was(hub: HubServer, tmp_pat
     assert hub.ranges == [(LARGE, f"bytes={num_kept}-")]
     assert f"download: {num_kept / 1e6:.2f} MB of {NUM_BYTES / 1e6:.2f} MB" in log
     assert parts_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_download_that_is_told_to_end_does_so_amid_its_bytes(
+    hub: HubServer, tmp_path: Path, signum: signal.Signals
+) -> None:
+    hub.holds[LARGE] = len(WEIGHTS) // 2
+    command = [sys.executable, "-m", "toka_engine.scripts.download", "model=org/tiny"]
+    with subprocess.Popen(command, env=environment(tmp_path, hub), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert hub.is_holding.wait(LIMIT_S)
+            process.send_signal(signum)
+            _, err = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in err
+    assert not hub.let_go.is_set()
 
 
 def test_bytes_that_are_not_what_the_hub_lists_are_fetched_again(hub: HubServer, tmp_path: Path) -> None:
