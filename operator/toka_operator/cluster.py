@@ -111,11 +111,18 @@ class Cluster:
             if not token:
                 return Page(items, version)
 
-    def watch(self, kind: str, namespace: str | None, selector: str, resource_version: str) -> Iterator[Json]:
+    def read_version(self, kind: str, namespace: str | None) -> str:
+        """The version to watch a kind from, for whoever needs nothing of what is there already."""
+        return _read_version(self._request("GET", _path(kind, namespace), [("limit", 1)]))
+
+    def watch(
+        self, kind: str, namespace: str | None, resource_version: str, selector: str = "", field_selector: str = ""
+    ) -> Iterator[Json]:
         """Watch events until the server ends the stream. Raises GoneError when the version is too old."""
         query = [
             ("watch", "true"),
             ("labelSelector", selector),
+            ("fieldSelector", field_selector),
             ("resourceVersion", resource_version),
             ("allowWatchBookmarks", "true"),
             ("timeoutSeconds", self._watch_timeout_s),

@@ -1,8 +1,9 @@
 """Events: those that we post about TokaDeployments, and those of others that explain missing pods.
 
 Owns: every request about Events. An Event that is posted again within a while is counted up instead of made anew.
-Others' events are listed only for a pod or StatefulSet that does not come, by its uid, with a backoff: watching them
-would cost more than everything else.
+Others' events are listed only for a pod, StatefulSet or claim that does not come, by its uid, with a backoff. A watch
+of Warnings tells when there is news of one. What it brings is not kept, nor needed: without the right to it, news comes
+later.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from toka_operator import __version__
@@ -31,6 +32,7 @@ from toka_operator.observed import Observed
 from toka_operator.resources import CLAIM, STATEFUL_SET, Owner
 from toka_operator.settings import API_VERSION, GROUP, KIND, MANAGED_BY
 from toka_operator.status import Event
+from toka_operator.store import Key
 from toka_operator.times import format_time
 
 logger = logging.getLogger("toka.events")
@@ -107,7 +109,9 @@ class Recorder:
 
 class Warnings:
     """Lists of others' Warning events: no more than a few a second, however many objects wait for pods, because the API
-    server reads all events of a namespace for each. Those that wait for their turn keep their place."""
+    server reads all events of a namespace for each. Those that wait for their turn keep their place.
+
+    Passes ask, a watch's thread brings news."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -115,6 +119,34 @@ class Warnings:
         self._next_list = 0.0
         self._waiting: OrderedDict[str, float] = OrderedDict()
         """uid of an object whose turn is yet to come -> when it was told to come again (monotonic)."""
+        self._expected: dict[str, Key] = {}
+        """uid of a child that does not come -> its TokaDeployment."""
+        self._news: set[str] = set()
+        """uids of expected children of which a Warning came since they were last asked about."""
+
+    def expect(self, uid: str, key: Key) -> None:
+        """Heed Warnings about the object with this uid from now on."""
+        with self._lock:
+            self._expected[uid] = key
+
+    def forget(self, uids: Iterable[str]) -> None:
+        with self._lock:
+            for uid in uids:
+                self._expected.pop(uid, None)
+                self._news.discard(uid)
+
+    def note(self, uid: str) -> Key | None:
+        """Take in that there is a new Warning about an object; the TokaDeployment to work on, if it is news to any."""
+        with self._lock:
+            key = self._expected.get(uid)
+            if key is None or uid in self._news:
+                return None
+            self._news.add(uid)
+            return key
+
+    def has_news(self, uid: str) -> bool:
+        with self._lock:
+            return uid in self._news
 
     def turn_in_s(self, uid: str) -> float:
         """Seconds until events about the object with this uid may be asked for; 0.0: now, once."""
@@ -126,6 +158,7 @@ class Warnings:
             place = next(number for number, waiting in enumerate(self._waiting) if waiting == uid)
             if place < FRONT and now >= self._next_list:
                 del self._waiting[uid]
+                self._news.discard(uid)
                 self._next_list = now + LISTS_APART_S
                 return 0.0
             self._waiting[uid] = max(now, self._next_list) + place * LISTS_APART_S
@@ -146,8 +179,9 @@ class Warnings:
 class _Suspect:
     """A pod, or a StatefulSet with too few pods, that does not come."""
 
-    since: float
     next_ask: float
+    asked: float
+    """The monotonic time at which its events were last listed, or it was first missed."""
     delay_s: float = ASK_FIRST_S
     failure: Failure | None = None
 
@@ -165,7 +199,9 @@ class Suspects:
         unscheduled = {name for name, pod in pods.items() if is_unscheduled(pod)}
         claims = [c for c in observed.of_kind(CLAIM) if unscheduled and _is_pending(c)]
         asked = lacking.keys() | creating.keys() | {claim["metadata"]["uid"] for claim in claims}
-        for uid in self._suspects.keys() - asked:
+        gone = self._suspects.keys() - asked
+        warnings.forget(gone)
+        for uid in gone:
             del self._suspects[uid]
         missing = [self._ask(warnings, owner, child, explain_missing_pods) for child in lacking.values()]
         waiting = [self._ask(warnings, owner, pod, explain_waiting_pod) for pod in creating.values()]
@@ -177,6 +213,11 @@ class Suspects:
         found = tuple(failure for failure in missing if failure is not None)
         return replace(observed, pods=tuple(views), missing_pods=found)
 
+    def forget(self, warnings: Warnings) -> None:
+        """Wait for nothing any more: the TokaDeployment is gone."""
+        warnings.forget(self._suspects)
+        self._suspects.clear()
+
     def next_ask_s(self) -> float | None:
         """Seconds until events are to be asked for again; None if nothing is waited for."""
         moment = min((suspect.next_ask for suspect in self._suspects.values()), default=None)
@@ -187,13 +228,19 @@ class Suspects:
     ) -> Failure | None:
         now = time.monotonic()
         uid, name = obj["metadata"]["uid"], obj["metadata"]["name"]
-        suspect = self._suspects.setdefault(uid, _Suspect(now, now + SUSPECT_AFTER_S))
+        suspect = self._suspects.get(uid)
+        if suspect is None:
+            suspect = self._suspects[uid] = _Suspect(now + SUSPECT_AFTER_S, now)
+            warnings.expect(uid, (owner.namespace, owner.name))
+        if warnings.has_news(uid):
+            suspect.next_ask = min(suspect.next_ask, suspect.asked + ASK_FIRST_S)
         if now < suspect.next_ask:
             return suspect.failure
         turn_in_s = warnings.turn_in_s(uid)
         suspect.next_ask = now + (turn_in_s or suspect.delay_s)
         if turn_in_s > 0.0:
             return suspect.failure
+        suspect.asked = now
         suspect.delay_s = min(ASK_LAST_S, suspect.delay_s * 2)
         events = warnings.list_about(owner.namespace, uid)
         if events is None:

@@ -63,7 +63,7 @@ class Reconciler:
         self._children = ChildWriter(cluster, stores, settings)
         self._memories: dict[Key, Memory] = {}
         self._recorder = Recorder(cluster, settings.identity)
-        self._warnings = Warnings(cluster)
+        self.warnings = Warnings(cluster)
 
     def reconcile(self, key: Key) -> float | None:
         """One pass; returns in how many seconds time alone may call for another.
@@ -73,7 +73,8 @@ class Reconciler:
         """
         deployment = self._deployments.get(key)
         if deployment is None or deployment["metadata"].get("deletionTimestamp"):
-            self._memories.pop(key, None)
+            if (memory := self._memories.pop(key, None)) is not None:
+                memory.suspects.forget(self.warnings)
             self._ask_no_engines(key)
             return None
         metadata = deployment["metadata"]
@@ -156,7 +157,7 @@ class Reconciler:
         names = frozenset(pod["metadata"]["name"] for pod in pods) - {pod["metadata"]["name"] for pod in ours}
         views = tuple(view_pod(pod, endpoints) for pod in ours)
         observed = Observed(children, views, frozenset(memory.taken_names), names)
-        return memory.suspects.explain(self._warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
+        return memory.suspects.explain(self.warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
 
     def _add_downloads(self, owner: Owner, spec: TokaDeploymentSpec, observed: Observed) -> Observed:
         """The same, with what engines that load say of their downloads; a thread of its own asks them."""

@@ -26,6 +26,8 @@ from toka_operator.metrics import (
 from toka_operator.reconcile import Reconciler
 from toka_operator.settings import KIND, Settings
 from toka_operator.store import Key, Store
+from toka_operator.warning_watch import WarningWatch
+from toka_operator.watch_stream import WatchStream
 from toka_operator.watches import SELECTORS, Watch, make_stores, own_key
 from toka_operator.workqueue import WorkQueue
 
@@ -54,7 +56,7 @@ class Runtime:
         self._election = Election(settings, self._on_elected, self._on_restored)
         scopes = settings.watch_namespaces or (None,)
         self._cluster: Cluster = connect(
-            len(SELECTORS) * len(scopes),
+            (len(SELECTORS) + 1) * len(scopes),
             settings.num_workers,
             self._election.write_window_s,
             lease_timeout_s=settings.lease_renew_deadline_s / 2,
@@ -63,6 +65,9 @@ class Runtime:
         self._election.connect(self._cluster)
         self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
         self._reconciler = Reconciler(self._cluster, self._deployments, self._stores, settings, self._loading)
+        self._warning_watches = [
+            WarningWatch(self._cluster, scope, self._reconciler.warnings, self._note_warning) for scope in scopes
+        ]
         self._watches = {scope: [self._make_watch(kind, scope) for kind in SELECTORS] for scope in scopes}
         self._workers = [
             threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(settings.num_workers)
@@ -82,7 +87,7 @@ class Runtime:
             return
         self._is_stopped = True
         self._queue.close()
-        for watch in self._all_watches():
+        for watch in self._streams():
             watch.stop()
         if self._loading is not None:
             self._loading.stop()
@@ -103,7 +108,7 @@ class Runtime:
         """Why this process should be restarted; empty if that would not help."""
         now = time.monotonic()
         dead = [f"thread {t.name} ended" for t in self._threads() if t.ident is not None and not t.is_alive()]
-        stuck = [f"{w.name} hangs" for w in self._all_watches() if now - w.last_contact > WATCH_STUCK_S]
+        stuck = [f"{w.name} hangs" for w in self._streams() if now - w.last_contact > WATCH_STUCK_S]
         _, oldest_s = self._queue.measure()
         if oldest_s > QUEUE_STUCK_S and self._election.is_held():
             stuck.append(f"queue waits {oldest_s:.0f} s")
@@ -126,7 +131,10 @@ class Runtime:
 
     def _threads(self) -> list[threading.Thread]:
         loading = [self._loading] if self._loading is not None else []
-        return [*self._all_watches(), self._election, *self._workers, *loading]
+        return [*self._streams(), self._election, *self._workers, *loading]
+
+    def _streams(self) -> list[WatchStream]:
+        return [*self._all_watches(), *self._warning_watches]
 
     def _all_watches(self) -> list[Watch]:
         return [watch for watches in self._watches.values() for watch in watches]
@@ -145,13 +153,17 @@ class Runtime:
     def _note_child(self, key: Key, is_new: bool) -> None:
         self._queue.add_after(key, CHILD_SETTLE_S)
 
+    def _note_warning(self, key: Key) -> None:
+        """Asks for a pass as time alone does: whoever may write Events calls for no more than one a second."""
+        self._queue.add_timed(key, CHILD_SETTLE_S)
+
     def _on_synced(self, scope: str | None) -> None:
         """The passes dropped while not everything in the scope was seen are asked for."""
         if self._is_seen(scope):
             self._add_all(scope)
 
     def _on_restored(self) -> None:
-        for watch in self._all_watches():
+        for watch in self._streams():
             watch.begin_anew()
 
     def _on_elected(self) -> None:

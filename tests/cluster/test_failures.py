@@ -151,18 +151,25 @@ def test_pods_that_are_refused_are_told_and_made_soon_after_they_may(
     print(f"{reason}: ready {time.monotonic() - began:.1f} s after the obstacle went")
 
 
-def test_a_kubelets_warning_about_a_volume_is_told(operator: Operator) -> None:
+@pytest.mark.parametrize("late_s", [0.0, 33.0])
+def test_a_kubelets_warning_about_a_volume_is_told(operator: Operator, late_s: float) -> None:
+    """A watch tells that there is news also when the pod's events are listed but once in half a minute."""
     operator.apply("chat", **HOLD)
     operator.wait_for(lambda: operator.pods("chat"), "the pod")
     (pod,) = operator.pods("chat")
+    time.sleep(late_s)
     involved = {"kind": "Pod", "namespace": operator.namespace}
     involved |= {key: pod["metadata"][key] for key in ("name", "uid")}
     message = 'MountVolume.SetUp failed for volume "data": secret "certificates" not found'
     event = {"apiVersion": "v1", "kind": "Event", "metadata": {"name": "mount"}, "involvedObject": involved}
     event |= {"type": "Warning", "reason": "FailedMount", "message": message, "source": {"component": "kubelet"}}
     operator.server.apply(event, namespace=operator.namespace)
+    began = time.monotonic()
     degraded = operator.wait_for_condition("chat", "Degraded", "True", "SecretMissing")
+    took_s = time.monotonic() - began
+    print(f"a Warning {late_s:.0f} s after the pod: told after {took_s:.1f} s")
     assert message in degraded["message"]
+    assert took_s < 20.0
 
 
 def test_transitions_are_told_as_events_once(operator: Operator) -> None:

@@ -59,7 +59,7 @@ seccompProfile:
   verbs: [list, watch, delete]
 - apiGroups: [""]
   resources: [events]
-  verbs: [list, create, patch]
+  verbs: [list, watch, create, patch]
 - apiGroups: [apps]
   resources: [statefulsets, controllerrevisions]
   verbs: [get, list, watch, create, patch, delete]

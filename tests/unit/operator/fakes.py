@@ -84,7 +84,12 @@ class FakeCluster:
         del self.objects[kind, namespace, name]
         self.writes.append(("delete", kind))
 
-    def watch(self, kind: str, namespace: str | None, selector: str, resource_version: str) -> Iterator[Json]:
+    def read_version(self, kind: str, namespace: str | None) -> str:
+        return str(next(self._versions))
+
+    def watch(
+        self, kind: str, namespace: str | None, resource_version: str, selector: str = "", field_selector: str = ""
+    ) -> Iterator[Json]:
         yield from ()
 
     def _ask(self, verb: str, body: Json) -> None:

@@ -119,4 +119,4 @@ def test_an_event_that_is_none_breaks_the_stream_and_ends_no_watch(
     cluster: Cluster, answers: Answers, event: bytes
 ) -> None:
     answers.body = event + b"\n"
-    assert isinstance(error_of(list, cluster.watch("Service", None, "", "5")), TransientError)
+    assert isinstance(error_of(list, cluster.watch("Service", None, "5")), TransientError)

@@ -95,6 +95,47 @@ def test_missing_pods_are_asked_about_after_a_while_and_less_and_less_often(cloc
     assert set(world.cluster.asked) == {f"involvedObject.uid={uid},type=Warning"}
 
 
+def test_a_warning_makes_its_child_be_asked_about_at_once_and_no_sooner_than_the_backoffs_beginning(
+    clock: Clock,
+) -> None:
+    world = world_without_pods()
+    uid, warnings = stateful_set(world)["metadata"]["uid"], world.reconciler.warnings
+    for _ in range(30):
+        clock.now += 2.0
+        world.reconcile()
+    num_asked = len(world.cluster.asked)
+    while len(world.cluster.asked) == num_asked:
+        clock.now += 1.0
+        world.reconcile()
+    num_asked += 1
+    assert warnings.note("another") is None
+    assert warnings.note(uid) == ("apps", "chat")
+    assert warnings.note(uid) is None, "the pass was called for already"
+    world.reconcile()
+    assert len(world.cluster.asked) == num_asked, "events were listed just now"
+    clock.now += events.ASK_FIRST_S
+    world.reconcile()
+    assert len(world.cluster.asked) == num_asked + 1
+    clock.now += events.ASK_FIRST_S
+    world.reconcile()
+    assert len(world.cluster.asked) == num_asked + 1, "it is no news any more"
+    assert warnings.note(uid) == ("apps", "chat")
+
+
+def test_children_that_came_and_those_of_a_deleted_object_are_no_longer_heeded(clock: Clock) -> None:
+    world = world_without_pods()
+    uid, warnings = stateful_set(world)["metadata"]["uid"], world.reconciler.warnings
+    world.cluster.store({**stateful_set(world), "status": {"observedGeneration": 1, "replicas": 1}})
+    world.show()
+    world.reconcile()
+    assert warnings.note(uid) is None
+    world = world_without_pods()
+    uid, warnings = stateful_set(world)["metadata"]["uid"], world.reconciler.warnings
+    world.deployments.forget(("apps", "chat"))
+    world.reconcile()
+    assert warnings.note(uid) is None
+
+
 def test_refused_pods_are_reported_and_their_controller_is_made_to_try_again(clock: Clock) -> None:
     world = world_without_pods()
     uid = stateful_set(world)["metadata"]["uid"]

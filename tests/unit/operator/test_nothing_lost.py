@@ -221,7 +221,7 @@ class Stream:
             raise found
         return Page(found, "5")
 
-    def watch(self, kind: str, namespace: str | None, selector: str, resource_version: str) -> Iterator[Json]:
+    def watch(self, kind: str, namespace: str | None, resource_version: str, *selectors: str) -> Iterator[Json]:
         self.asked.append(f"watch {resource_version}")
         if not self.watches:
             self.is_over.set()
@@ -255,7 +255,7 @@ def added(name: str, version: int) -> Json:
 )
 @pytest.mark.parametrize("where", ["list", "watch"])
 def test_a_watch_outlives_every_error(error: Exception, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toka_operator.watches.BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr("toka_operator.watch_stream.BACKOFF_FIRST_S", 0.001)
     broken: list[Any] = [error] if where == "list" else []
     stream = Stream([*broken, [deployment("a", 1)], [deployment("a", 1)]], [[added("b", 6), error], [added("c", 7)]])
     store, seen = Store(own_key), set()

@@ -132,7 +132,7 @@ def test_nothing_is_done_on_a_view_that_may_be_outdated_and_all_of_it_once_it_is
     refuse([pods])
     running._work_on(("n", "chat"))
     assert passes == []
-    pods._list()
+    pods._begin(False)
     assert running._queue.measure()[0] == 1, "asked for again"
     running._work_on(("n", "chat"))
     assert passes == [("n", "chat")]
