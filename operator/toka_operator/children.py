@@ -35,7 +35,7 @@ from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, is_kept_claim, is_orphaned, is_owned_by, is_predecessors
 from toka_operator.plan import Plan
 from toka_operator.refusals import Refusals
-from toka_operator.resources import CLAIM, POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
+from toka_operator.resources import CLAIM, NETWORK_POLICY, POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
 from toka_operator.settings import FIELD_MANAGER, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.store import Key, Store
 
@@ -120,8 +120,8 @@ class ChildWriter:
             kind, name = desired["kind"], desired["metadata"]["name"]
             live = observed.children.get((kind, name))
             taken = {child for child, _ in memory.taken_names}
-            if kind == STATEFUL_SET and live is None and taken & {SERVICE_ACCOUNT, CLAIM}:
-                continue  # its pods would run as somebody else's account, or write into somebody else's volume
+            if kind == STATEFUL_SET and live is None and taken & {SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY}:
+                continue  # its pods would run as somebody else's account, write into somebody else's volume, or be open
             attempt(f"{kind} {name}", desired, partial(self._write_child, owner, desired, live, memory))
         for kind, name, uid in plan.deletions:
             attempt(f"deletion of {kind} {name}", uid, partial(self._delete, owner, kind, name, uid))

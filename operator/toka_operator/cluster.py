@@ -52,6 +52,7 @@ _PATHS = {
     "StatefulSet": ("apis/apps/v1", "statefulsets"),
     "ControllerRevision": ("apis/apps/v1", "controllerrevisions"),
     "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
+    "NetworkPolicy": ("apis/networking.k8s.io/v1", "networkpolicies"),
     "EndpointSlice": ("apis/discovery.k8s.io/v1", "endpointslices"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),
     "TokaDeployment": (f"apis/{GROUP}/{VERSION}", PLURAL),

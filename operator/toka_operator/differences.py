@@ -20,6 +20,7 @@ OWN_PARTS: dict[str, set[tuple[str, ...]]] = {
     "Service": {("spec", "selector")},
     "PodDisruptionBudget": {("spec", "selector")},
     "StatefulSet": {("spec", "template")},
+    "NetworkPolicy": {("spec",)},
 }
 """Parts of a child that hold nothing but what the operator wrote and the API server's defaults."""
 

@@ -17,13 +17,15 @@ from toka_operator.observed import Observed, PodView
 from toka_operator.podspec import render_pod_template
 from toka_operator.resources import (
     CONTROLLER_REVISION,
-    POD_DISRUPTION_BUDGET,
+    NETWORK_POLICY,
+    OPTIONAL_KINDS,
     STATEFUL_SET,
     Owner,
     pod_labels,
     render_cache_claim,
     render_claim,
     render_disruption_budget,
+    render_network_policy,
     render_peers_service,
     render_revision,
     render_service,
@@ -33,7 +35,7 @@ from toka_operator.resources import (
 )
 from toka_operator.revisions import by_revision
 from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
-from toka_operator.settings import SERVED_ANNOTATION, SPEC_ANNOTATION
+from toka_operator.settings import SERVED_ANNOTATION, SPEC_ANNOTATION, Settings
 from toka_operator.spec import TokaDeploymentSpec
 
 MIN_RESTARTS_OF_UNRECOVERABLE = 3
@@ -61,7 +63,7 @@ class Plan:
     requeue_s: float | None
 
 
-def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, default_image: str, now: float) -> Plan:
+def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settings: Settings, now: float) -> Plan:
     """The one next step towards `spec`. `now` is a Unix time; `requeue_s` says when time alone changes the
     answer."""
     sets = by_revision(owner, observed.of_kind(STATEFUL_SET))
@@ -82,13 +84,16 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, defaul
     unmade = RevisionPods(leaving=_find_other_pods(set_name(owner.name, spec.revision), observed))
     targets = decide_windows(budgets, spec.revision, revisions, unmade)
     finished = _find_finished_sets(spec, sets, targets, observed)
-    templates = _find_templates(owner, spec, sets, stored, targets, default_image)
+    templates = _find_templates(owner, spec, sets, stored, targets, settings.engine_image)
     replaced = {name for name, pods in revisions.items() if name != spec.revision and pods.served | pods.available}
     kept_specs = _find_kept_specs(spec, stored)
+    optional = _render_optional_children(owner, spec, templates, settings)
     desired = _render_children(owner, spec, templates, numbers, targets, finished, replaced, kept_specs)
+    first = [child for child in optional if child["kind"] == NETWORK_POLICY]  # before the pods that it shuts off
+    desired = [*first, *desired, *(child for child in optional if child not in first)]
     return Plan(
         desired=tuple(m for m in desired if (m["kind"], m["metadata"]["name"]) not in observed.taken_names),
-        deletions=(*finished.values(), *_find_surplus(spec, owner, observed, stored, sets)),
+        deletions=(*finished.values(), *_find_surplus(spec, optional, observed, stored, sets)),
         dead_pods=tuple((pod.name, pod.uid) for pod in observed.pods if _is_dead(pod, spec, now)),
         revisions=revisions,
         targets=targets,
@@ -227,8 +232,18 @@ def _render_children(
         )
         window = targets[revision]
         children.append(render_stateful_set(owner, revision, templates[revision], window.replicas, window.start))
-    budget = render_disruption_budget(owner, spec)
-    return [*children, budget] if budget else children
+    return children
+
+
+def _render_optional_children(
+    owner: Owner, spec: TokaDeploymentSpec, templates: Mapping[str, Json], settings: Settings
+) -> list[Json]:
+    """Children of kinds that not every spec asks for."""
+    found = [
+        render_network_policy(owner, spec, templates.values(), settings.asking_namespace),
+        render_disruption_budget(owner, spec),
+    ]
+    return [child for child in found if child is not None]
 
 
 def _find_kept_specs(spec: TokaDeploymentSpec, stored: Mapping[str, Json]) -> dict[str, str | None]:
@@ -246,17 +261,16 @@ def describe_pod_fields(spec: TokaDeploymentSpec) -> str | None:
 
 def _find_surplus(
     spec: TokaDeploymentSpec,
-    owner: Owner,
+    optional: list[Json],
     observed: Observed,
     stored: Mapping[str, Json],
     sets: Mapping[str, Json],
 ) -> list[tuple[str, str, str]]:
-    """A disruption budget that is no longer desired, and revisions beyond the history's limit: those that never served
+    """Optional children that are no longer desired, and revisions beyond the history's limit: those that never served
     go first, so that a few edits in a row do not leave out the last one that did."""
-    surplus = []
-    budget = observed.children.get((POD_DISRUPTION_BUDGET, owner.name))
-    if budget is not None and render_disruption_budget(owner, spec) is None:
-        surplus.append(budget)
+    wanted = {(child["kind"], child["metadata"]["name"]) for child in optional}
+    kinds = OPTIONAL_KINDS
+    surplus = [child for key, child in sorted(observed.children.items()) if key[0] in kinds and key not in wanted]
     old = [child for revision, child in stored.items() if revision != spec.revision and revision not in sets]
     old.sort(key=lambda child: (not _has_served(child), -int(child.get("revision", 0))))
     surplus += old[spec.rollout.revision_history_limit :]

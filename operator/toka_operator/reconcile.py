@@ -114,7 +114,7 @@ class Reconciler:
         observed = self._observe(owner, memory)
         spec = with_stored_revision(owner, spec, observed)
         observed = self._add_downloads(owner, spec, explain_claim_conflicts(owner.name, spec, observed))
-        plan = make_plan(owner, spec, observed, self._settings.engine_image, time.time())
+        plan = make_plan(owner, spec, observed, self._settings, time.time())
         self._confirm_owner(owner, plan, observed, previous)
         try:
             outcome = self._children.write(owner, plan, observed, memory)

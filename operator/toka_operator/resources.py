@@ -7,12 +7,14 @@ made from them fits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from toka_operator import __version__
 from toka_operator.caches import SHARED_PVC, cache_claim_name
 from toka_operator.data import Data, claim_name, peers_name
 from toka_operator.fields import Json
+from toka_operator.network_policy import render_ingress
 from toka_operator.settings import (
     API_VERSION,
     FINGERPRINT_ANNOTATION,
@@ -27,7 +29,7 @@ from toka_operator.spec import TokaDeploymentSpec
 
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
 POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerRevision"
-CLAIM = "PersistentVolumeClaim"
+CLAIM, NETWORK_POLICY = "PersistentVolumeClaim", "NetworkPolicy"
 POD = "Pod"
 API_VERSIONS = {
     SERVICE_ACCOUNT: "v1",
@@ -36,7 +38,10 @@ API_VERSIONS = {
     STATEFUL_SET: "apps/v1",
     CONTROLLER_REVISION: "apps/v1",
     POD_DISRUPTION_BUDGET: "policy/v1",
+    NETWORK_POLICY: "networking.k8s.io/v1",
 }
+OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY)
+"""Children that go when the spec no longer asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,23 @@ def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | N
         "unhealthyPodEvictionPolicy": "AlwaysAllow",
     }
     return budget
+
+
+def render_network_policy(
+    owner: Owner, spec: TokaDeploymentSpec, templates: Iterable[Json], operator_namespace: str | None
+) -> Json | None:
+    """The policy that lets in whom the spec names, and what the product needs. `templates`: of all live revisions."""
+    if not spec.network_policy.is_ingress:
+        return None
+    labels = selector_labels(owner.name)
+    siblings = labels if spec.data is not None else None
+    policy = _child(owner, NETWORK_POLICY, owner.name, "endpoint")
+    policy["spec"] = {
+        "podSelector": {"matchLabels": labels},
+        "policyTypes": ["Ingress"],
+        "ingress": render_ingress(spec.network_policy, templates, siblings, operator_namespace),
+    }
+    return policy
 
 
 def render_revision(

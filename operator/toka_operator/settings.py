@@ -66,6 +66,11 @@ class Settings:
     """Seconds until a child's name that a foreign object holds is tried again: no watch of ours can see that it was
     freed."""
 
+    @property
+    def asking_namespace(self) -> str | None:
+        """The namespace whose pods, the operator's, ask engines by HTTP; None if they do not."""
+        return self.namespace if self.reads_downloads else None
+
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from TOKA_* variables. Raises SettingsError naming the first variable that is missing or

@@ -23,6 +23,7 @@ CHILD_SELECTORS = {
     "StatefulSet": _OURS,
     "PersistentVolumeClaim": f"{_OURS},app.kubernetes.io/component in (cache,data)",
     "PodDisruptionBudget": _OURS,
+    "NetworkPolicy": _OURS,
     "ControllerRevision": f"{_OURS},app.kubernetes.io/component=revision",
     "Pod": f"{_OURS},app.kubernetes.io/component=engine",
     "EndpointSlice": _OURS,

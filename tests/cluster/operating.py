@@ -41,6 +41,7 @@ PATHS = {
     "controllerrevision": "/apis/apps/v1/namespaces/{}/controllerrevisions",
     "persistentvolumeclaim": "/api/v1/namespaces/{}/persistentvolumeclaims",
     "pdb": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
+    "networkpolicy": "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }
 WRITING_VERBS = ("create", "update", "patch", "delete")
@@ -257,7 +258,7 @@ _UNRELATED_POD = {
 
 
 def unrelated_objects(name: str, revision: str) -> dict[tuple[str, str], Json]:
-    """(kind, name) of each child of a TokaDeployment -> an object of that name that a user made, without any label."""
+    """(kind, name) of each child of a TokaDeployment with networkPolicy -> a user's object of that name, unlabelled."""
     set_name = f"{name}-{revision}"
     set_spec = {
         "serviceName": "x",
@@ -269,6 +270,7 @@ def unrelated_objects(name: str, revision: str) -> dict[tuple[str, str], Json]:
         ("serviceaccount", name, "v1", "ServiceAccount", {}),
         ("service", name, "v1", "Service", {"spec": {"ports": [{"port": 1}]}}),
         ("pdb", name, "policy/v1", "PodDisruptionBudget", {"spec": {}}),
+        ("networkpolicy", name, "networking.k8s.io/v1", "NetworkPolicy", {"spec": {"podSelector": {}}}),
         ("statefulset", set_name, "apps/v1", "StatefulSet", {"spec": set_spec}),
         ("controllerrevision", set_name, "apps/v1", "ControllerRevision", {"revision": 1, "data": {"theirs": True}}),
     ]

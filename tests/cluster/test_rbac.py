@@ -68,7 +68,7 @@ def use_every_right(operator: Operator) -> None:
     taken = unrelated_objects("chat", revision_of(spec))
     operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
-    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0})
+    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0}, networkPolicy={"mode": "Ingress"})
     operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     for kind, child in taken:
         operator.delete_and_wait(kind, child)
@@ -84,8 +84,9 @@ def use_every_right(operator: Operator) -> None:
     operator.delete_and_wait("service", "chat")
     lose_node_of_a_pod(operator)
     exceed_quota_twice(operator)
-    operator.patch("chat", replicas=1, engine={"pageSize": 32})
-    operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
+    operator.patch("chat", replicas=1, engine={"pageSize": 32}, networkPolicy=None)
+    for kind in ("pdb", "networkpolicy"):
+        operator.wait_for(lambda kind=kind: operator.get(kind, "chat") is None, f"the {kind} to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
     operator.wait_until_ready("chat")
     keep_data_in_a_claim(operator)

@@ -72,6 +72,10 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("data excludes engine.extraArgs data_dir=", "chat",
      {"data": {"size": "1Gi"}, "engine": {"extraArgs": ["data_dir=/x"]}}),
     ("may not set HF_TOKEN", "chat", {"engine": {"env": [{"name": "TOKA_ORDINAL", "value": "0"}]}}),
+    ("networkPolicy.from is only for mode Ingress", "chat", {"networkPolicy": {"from": [{"podSelector": {}}]}}),
+    ("networkPolicy.from entries need an ipBlock, or", "chat", {"networkPolicy": {"mode": "Ingress", "from": [{}]}}),
+    ("networkPolicy.from entries need an ipBlock, or", "chat",
+     {"networkPolicy": {"mode": "Ingress", "from": [{"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}]}}),
     ("must be greater than rollout.minReadySeconds", "chat",
      {"rollout": {"progressDeadlineSeconds": 20, "minReadySeconds": 20}, "startup": {"timeoutSeconds": 10}}),
 ]  # fmt: skip
@@ -156,6 +160,10 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None
                     "paused": True, "revisionHistoryLimit": 5},
         "disruption": {"podDisruptionBudget": "Off"},
         "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"a": "b"}},
+        "networkPolicy": {"mode": "Ingress", "from": [
+            {"podSelector": {"matchLabels": {"a": "b"}},
+             "namespaceSelector": {"matchExpressions": [{"key": "k", "operator": "In", "values": ["v"]}]}},
+            {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]},
         "podTemplate": {"labels": {"team": "x"}, "annotations": {"n": "v"},
                         "volumes": [{"name": "data", "emptyDir": {}}],
                         "volumeMounts": [{"name": "data", "mountPath": "/data"}],

@@ -7,6 +7,7 @@ from typing import Any
 from toka_operator.observed import Observed, PodView, view_pod
 from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import Owner
+from toka_operator.settings import Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 
 Json = dict[str, Any]
@@ -32,7 +33,7 @@ def nothing() -> Observed:
 
 
 def plan_for(spec: TokaDeploymentSpec, observed: Observed | None = None, image: str = IMAGE) -> Plan:
-    return make_plan(OWNER, spec, observed or nothing(), image, NOW)
+    return make_plan(OWNER, spec, observed or nothing(), Settings(engine_image=image), NOW)
 
 
 def child(plan: Plan, kind: str) -> Json:

@@ -86,6 +86,8 @@ CHANGES: dict[str, Any] = {
     "service.type": "NodePort",
     "service.port": 8080,
     "service.annotations": {"a": "b"},
+    "networkPolicy.mode": "Ingress",
+    "networkPolicy.from": {"mode": "Ingress", "from": [{"podSelector": {}}]},
     "podTemplate.labels": {"a": "b"},
     "podTemplate.annotations": {"a": "b"},
     "podTemplate.volumes": [NAMED],

@@ -8,6 +8,7 @@ import pytest
 from toka_operator.observed import Observed, PodView, is_adoptable, view_pod
 from toka_operator.plan import Plan, make_plan
 from toka_operator.rollout import Window
+from toka_operator.settings import Settings
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
@@ -45,7 +46,7 @@ def a_pod(
 
 
 def plan_at(spec: TokaDeploymentSpec, observed: Observed, now: float = NOW) -> Plan:
-    return make_plan(OWNER, spec, observed, IMAGE, now)
+    return make_plan(OWNER, spec, observed, Settings(engine_image=IMAGE), now)
 
 
 def both_sets(old: TokaDeploymentSpec, new: TokaDeploymentSpec, *pods: PodView) -> Observed:
