@@ -1,4 +1,4 @@
-"""Which tiers a plain `pytest tests/` collects: those without cluster, GPU or rights to inject faults.
+"""Which tiers a plain `pytest tests/` collects: those that need no more than Python.
 
 The others are collected when they are named on the command line (`pytest tests/cluster`, `scripts/test e2e`).
 Where tests run in several processes, the long files begin first, and each process has its share of the cores.
@@ -22,7 +22,10 @@ process, which costs a sixth of the time."""
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)  # before anything imports torch
 
-_TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault", "codegen", "combinations")
+for _name in [name for name in os.environ if name.startswith(("OTEL_", "TOKA_API_KEY", "TOKA_ORDINAL", "TOKA_PEERS"))]:
+    del os.environ[_name]  # engines and the plugin would take them from the shell that runs the tests
+
+_TIERS_TO_NAME = ("cluster", "e2e", "gpu", "fault", "codegen", "combinations", "clients", "browser")
 _TESTS = Path(__file__).resolve().parent
 LONG_FILES = (
     "api/test_greedy_policies.py",

@@ -27,7 +27,7 @@ from tests.model.test_grammars import REGEX, add_grammar
 from tests.model.test_grammars import generate as follow_grammar
 from tests.model.test_logits import IDS, TOLERANCE
 from tests.model.test_prompt_logprobs import score_in_chunks
-from tests.model.test_tensor_parallel import check_equal, play, play_on
+from tests.model.test_tensor_parallel import PAGES_AND_HYDRAGEN, check_equal, generate_three, play, play_on
 from tests.model.thread_stages import link_stages, run_stages
 
 MakeTiny = Callable[..., tuple[Any, Path]]
@@ -65,14 +65,12 @@ def test_stages_give_the_logits_and_the_tokens_of_one(
             check_equal(tokens[step], expected[step])
 
 
-@pytest.mark.parametrize("settings", [{"page_size": 1}, {"use_hydragen": False, "page_size": 64}])
+@pytest.mark.parametrize("settings", PAGES_AND_HYDRAGEN)
 def test_the_size_of_pages_and_hydragen_change_nothing(make_tiny: MakeTiny, settings: dict[str, Any]) -> None:
     _, folder = make_tiny()
-    sampling = {"temperature": [0, 1, 1], "seed": [-1, 3, 4], "top_k": [0, 0, 7]}
 
     def generate(ranks: Ranks, links: StageLinks | None = None) -> list[list[int]]:
-        driver = Driver(load(folder, ranks, links, pp_size=2 if links else 1, **settings))
-        return driver.generate([IDS[:33], IDS[4:9], IDS[:1]], 8, **sampling)
+        return generate_three(Driver(load(folder, ranks, links, pp_size=2 if links else 1, **settings)))
 
     [[found]] = run_stages(2, 1, generate)[-1:]
     assert found == generate(SingleRank())

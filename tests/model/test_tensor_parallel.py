@@ -91,14 +91,21 @@ def test_ranks_give_the_logits_and_the_tokens_of_one(
             check_equal(tokens[step], expected[step])
 
 
-@pytest.mark.parametrize("settings", [{"page_size": 1}, {"use_hydragen": False, "page_size": 64}])
+PAGES_AND_HYDRAGEN: list[dict[str, Any]] = [{"page_size": 1}, {"use_hydragen": False, "page_size": 64}]
+
+
+def generate_three(driver: Driver) -> list[list[int]]:
+    """Return the tokens of a greedy and two seeded sequences."""
+    sampling = {"temperature": [0, 1, 1], "seed": [-1, 3, 4], "top_k": [0, 0, 7]}
+    return driver.generate([IDS[:33], IDS[4:9], IDS[:1]], 8, **sampling)
+
+
+@pytest.mark.parametrize("settings", PAGES_AND_HYDRAGEN)
 def test_the_size_of_pages_and_hydragen_change_nothing(make_tiny: MakeTiny, settings: dict[str, Any]) -> None:
     _, folder = make_tiny()
-    sampling = {"temperature": [0, 1, 1], "seed": [-1, 3, 4], "top_k": [0, 0, 7]}
 
     def generate(ranks: Ranks) -> list[list[int]]:
-        driver = Driver(load(folder, ranks, **settings))
-        return driver.generate([IDS[:33], IDS[4:9], IDS[:1]], 8, **sampling)
+        return generate_three(Driver(load(folder, ranks, **settings)))
 
     [expected] = run_ranks(1, generate)
     assert run_ranks(2, generate) == [expected, expected]

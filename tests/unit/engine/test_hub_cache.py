@@ -30,6 +30,7 @@ FILES = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "tokenizer.j
 NUM_BYTES = sum(map(len, FILES.values()))
 LIMIT_S = 120.0
 """It only ends a hang."""
+_STARTED: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture
@@ -38,16 +39,30 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def no_settings_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def no_downloads_left_behind(hub: HubServer) -> Iterator[None]:
+    yield
+    for process in _STARTED:
+        process.kill()
+        process.communicate()
+    _STARTED.clear()
+
+
 def environment(home: Path, hub: HubServer) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     ours = {"PYTHONPATH": str(ROOT / "engine"), "HF_HOME": str(home), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
-    return {**clean, **ours, "HF_HUB_DOWNLOAD_TIMEOUT": f"{LIMIT_S:.0f}"}  # a hub that holds is no hub that hangs
+    return {**os.environ, **ours, "HF_HUB_DOWNLOAD_TIMEOUT": f"{LIMIT_S:.0f}"}  # a hub that holds is no hub that hangs
 
 
 def start(home: Path, hub: HubServer, program: str = "") -> subprocess.Popen[str]:
     """`toka-download` of the model, after the lines of `program`."""
     call = "import sys; from toka_engine.scripts.download import run; sys.exit(run(['model=org/tiny']))"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", f"{program}\n{call}"],
         env=environment(home, hub),
         cwd=home,
@@ -55,6 +70,8 @@ def start(home: Path, hub: HubServer, program: str = "") -> subprocess.Popen[str
         stderr=subprocess.PIPE,
         text=True,
     )
+    _STARTED.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str]) -> str:

@@ -4,6 +4,7 @@ they started."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import pty
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -99,8 +100,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(world: World, **more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key != "TOKA_API_KEY"}
-    return {**kept, **world.environment, "PYTHONPATH": str(ROOT / "operator"), **more}
+    return {**os.environ, **world.environment, "PYTHONPATH": str(ROOT / "operator"), **more}
 
 
 def heed_interrupts() -> None:
@@ -108,8 +108,15 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def end_session(process: subprocess.Popen[Any]) -> None:
+    """Kill a command that leads a session, and whatever of it outlives the command."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(LIMIT_S)
+
+
 class Terminal:
-    """A command with a terminal of its own."""
+    """A command with a terminal of its own; ended with everything it started on exit."""
 
     def __init__(self, world: World, *arguments: str) -> None:
         self._master, end = pty.openpty()
@@ -125,57 +132,85 @@ class Terminal:
         os.close(end)
         self.screen = ""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end_session(self.process)
+        os.close(self._master)
+
     def wait_for(self, text: str) -> None:
         """Wait until `text` stands on the screen behind what was waited for before."""
+        self.read_until(text)
+        self.screen = self.screen.partition(text)[2]
+
+    def read_until(self, text: str) -> None:
+        """Wait until `text` stands on the screen, and leave all of it there."""
         deadline = time.monotonic() + LIMIT_S
         while text not in self.screen:
             assert select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0], self.screen
             self.screen += os.read(self._master, 4096).decode()
-        self.screen = self.screen.partition(text)[2]
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def close(self) -> None:
-        os.close(self._master)
+    def children(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return found
+
+
+def ask(world: World, *arguments: str, **more: str) -> tuple[int, str, str]:
+    """The exit code of a command without a terminal, and what it wrote."""
+    asked = subprocess.Popen(
+        command(*arguments),
+        env=environment(world, **more),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, errors = asked.communicate(timeout=LIMIT_S)
+    finally:
+        end_session(asked)
+    return asked.returncode, out, errors
 
 
 def test_a_chat_in_a_terminal_streams_and_remembers(cluster: World, engine: Engine) -> None:
-    terminal = Terminal(cluster, "chat", "chat")
-    terminal.wait_for("tiny> ")
-    terminal.type("Hi\n")
-    terminal.wait_for("Hello ")  # the rest is not said before it is let
-    engine.go_on.set()
-    terminal.wait_for("you")
-    terminal.wait_for("tiny> ")
-    terminal.type("And?\n")
-    terminal.wait_for("Hello you")
-    terminal.wait_for("tiny> ")
-    children = psutil.Process(terminal.process.pid).children(recursive=True)
-    assert children
-    terminal.type("\x04")
-    assert terminal.process.wait(LIMIT_S) == 0
-    terminal.close()
-    assert not psutil.wait_procs(children, LIMIT_S)[1], "the port-forward outlives the chat"
+    with Terminal(cluster, "chat", "chat") as terminal:
+        terminal.wait_for("tiny> ")
+        terminal.type("Hi\n")
+        terminal.wait_for("Hello ")  # the rest is not said before it is let
+        engine.go_on.set()
+        terminal.wait_for("you")
+        terminal.wait_for("tiny> ")
+        terminal.type("And?\n")
+        terminal.wait_for("Hello you")
+        terminal.wait_for("tiny> ")
+        children = terminal.children()
+        assert children
+        terminal.type("\x04")
+        assert terminal.process.wait(LIMIT_S) == 0
+        assert not psutil.wait_procs(children, LIMIT_S)[1], "the port-forward outlives the chat"
     assert [message["content"] for message in engine.bodies[1]["messages"]] == ["Hi", "Hello you", "And?"]
     assert engine.bodies[0]["model"] == "tiny"
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(cluster: World, engine: Engine) -> None:
-    terminal = Terminal(cluster, "chat", "chat")
-    terminal.wait_for("tiny> ")
-    terminal.type("Hi\n")
-    terminal.wait_for("Hello ")
-    os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal does: to all of its foreground
-    terminal.wait_for("(stopped)")
-    terminal.wait_for("tiny> ")
-    engine.go_on.set()
-    terminal.type("And?\n")
-    terminal.wait_for("Hello you")
-    terminal.wait_for("tiny> ")
-    terminal.type("\x04")
-    assert terminal.process.wait(LIMIT_S) == 0
-    terminal.close()
+    with Terminal(cluster, "chat", "chat") as terminal:
+        terminal.wait_for("tiny> ")
+        terminal.type("Hi\n")
+        terminal.wait_for("Hello ")
+        os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal does: to all of its foreground
+        terminal.wait_for("(stopped)")
+        terminal.wait_for("tiny> ")
+        engine.go_on.set()
+        terminal.type("And?\n")
+        terminal.wait_for("Hello you")
+        terminal.wait_for("tiny> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(LIMIT_S) == 0
     assert sum("port-forward" in call for call in cluster.calls()) == 2, "the first one got the Ctrl-C too"
     assert [(m["role"], m["content"]) for m in engine.bodies[1]["messages"]] == [
         ("user", "Hi"),
@@ -212,27 +247,14 @@ def test_a_file_of_keys_gives_its_first_and_a_broken_one_is_not_quoted(
 
 def test_one_question_is_answered_on_stdout(cluster: World, engine: Engine) -> None:
     engine.go_on.set()
-    asked = subprocess.run(
-        command("chat", "chat", "-m", "Hi", "--max-tokens", "5"),
-        env=environment(cluster),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert (asked.returncode, asked.stdout) == (0, "Hello you\n"), asked.stderr
+    code, out, errors = ask(cluster, "chat", "chat", "-m", "Hi", "--max-tokens", "5")
+    assert (code, out) == (0, "Hello you\n"), errors
     assert engine.bodies[0]["max_tokens"] == 5
 
 
 def test_a_key_that_is_refused_is_told_in_the_engines_words(cluster: World, engine: Engine) -> None:
-    asked = subprocess.run(
-        command("chat", "chat", "-m", "Hi"),
-        env=environment(cluster, TOKA_API_KEY="wrong"),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert asked.returncode == 1
-    assert asked.stderr == "error: the engine answers 401: Incorrect API key.\n"
+    code, _, errors = ask(cluster, "chat", "chat", "-m", "Hi", TOKA_API_KEY="wrong")
+    assert (code, errors) == (1, "error: the engine answers 401: Incorrect API key.\n")
 
 
 def test_followed_logs_end_with_ctrl_c_and_leave_nothing(world: World) -> None:
@@ -240,21 +262,20 @@ def test_followed_logs_end_with_ctrl_c_and_leave_nothing(world: World) -> None:
     world.answers["--watch"] = "chat-0\nchat-1\nchat-0"
     world.answers["logs chat-0"] = "first"
     world.answers["logs chat-1"] = "second"
-    terminal = Terminal(world, "logs", "chat", "-f")
-    seen = {"chat-0 first", "chat-1 second"}
-    while seen:
-        terminal.wait_for("chat-")
-        seen -= {line for line in seen if terminal_has(terminal, line.removeprefix("chat-"))}
-    children = psutil.Process(terminal.process.pid).children(recursive=True)
-    terminal.process.send_signal(signal.SIGINT)
-    assert terminal.process.wait(LIMIT_S) == 130
-    terminal.close()
+    with Terminal(world, "logs", "chat", "-f") as terminal:
+        terminal.read_until("chat-0 first")
+        terminal.read_until("chat-1 second")
+        children = terminal.children()
+        assert children
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(LIMIT_S) == 130
+        assert not psutil.wait_procs(children, LIMIT_S)[1]
+
+
+def test_a_test_that_ends_early_leaves_no_process_behind(cluster: World) -> None:
+    with Terminal(cluster, "chat", "chat") as terminal:
+        terminal.wait_for("tiny> ")
+        children = terminal.children()
+        assert children
+    assert terminal.process.returncode == -signal.SIGKILL
     assert not psutil.wait_procs(children, LIMIT_S)[1]
-
-
-def terminal_has(terminal: Terminal, rest: str) -> bool:
-    """Whether the line that began just now goes on with `rest`."""
-    while "\n" not in terminal.screen:
-        before = terminal.screen
-        terminal.screen = before + os.read(terminal._master, 4096).decode()
-    return terminal.screen.startswith(rest)

@@ -47,7 +47,7 @@ def cluster(answers: Answers) -> Iterator[Cluster]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     configuration = client.Configuration(host=f"http://127.0.0.1:{server.server_address[1]}")
     configuration.retries = False
     yield Cluster(client.ApiClient(configuration), lambda: 30.0)

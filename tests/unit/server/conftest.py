@@ -70,6 +70,13 @@ def server(shared_server: RunningServer, sentence_ids: list[int]) -> RunningServ
     return shared_server
 
 
+@pytest.fixture(scope="module")
+def pair(tokenizer_dir: Path) -> Iterator[RunningServer]:
+    """A server of two replicas."""
+    with running_server(tokenizer_dir, dp_size=2) as server:
+        yield server
+
+
 @pytest.fixture
 def client(server: RunningServer) -> openai.OpenAI:
     return client_of(server)

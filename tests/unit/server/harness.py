@@ -205,6 +205,14 @@ class RunningServer:
         return status, json.loads(answer)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what a server does by itself, of which nothing but an answer of it tells."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "what was expected did not come"
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def running_server(tokenizer_dir: Path, **settings: Any) -> Iterator[RunningServer]:
     server = RunningServer(tokenizer_dir, **settings)

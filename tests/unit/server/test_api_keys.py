@@ -6,8 +6,7 @@ import json
 import os
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from toka_engine.server.keys.use import KeyUse
 
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import chat_body, completion_body
-from tests.unit.server.harness import MODEL, RunningServer, each, end, running_server, speak, streams_of
+from tests.unit.server.harness import MODEL, RunningServer, each, end, running_server, speak, streams_of, wait_until
 
 _COMPLETIONS = "/v1/completions"
 _ALICE = {"name": "alice", "key": "sk-alice"}
@@ -265,13 +264,6 @@ class KeyedServer:
         body = chat_body(**fields) if "chat" in path else completion_body(**fields)
         status, headers, answer = self.server.request("POST", path, json.dumps(body).encode(), _bearer(key))
         return status, headers, json.loads(answer)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "what was expected did not come"
-        time.sleep(0.02)
 
 
 def _start(tokenizer_dir: Path, folder: Path, sentence_ids: list[int], **settings: Any) -> Iterator[KeyedServer]:

@@ -12,7 +12,7 @@ from toka_engine.messages import Stats
 
 from tests.engine_process import ROOT
 from tests.unit.server.conftest import completion_body
-from tests.unit.server.harness import RunningServer
+from tests.unit.server.harness import RunningServer, wait_until
 
 DASHBOARD = json.loads((ROOT / "charts" / "toka" / "files" / "dashboard.json").read_text())
 _OF_PROMETHEUS = {"namespace", "pod", "le"}
@@ -36,8 +36,8 @@ def test_each_metric_of_the_dashboard_is_served_with_its_labels(server: RunningS
     server.post("/v1/completions", completion_body())
     server.manager.send(Stats(*[3] * 15))
     server.control.send(RankReports((RankReport(RankInfo(), 1, 1.0, 1),)))
-    while not {"toka_running", "toka_rank_memory_bytes"} <= (served := labels_by_sample(server)).keys():
-        pass
+    wait_until(lambda: {"toka_running", "toka_rank_memory_bytes"} <= labels_by_sample(server).keys())
+    served = labels_by_sample(server)
     asked = {name for expression in expressions() for name in re.findall(r"toka_\w+", expression)}
     assert len(asked) > 20
     assert asked - served.keys() == set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,6 @@ from tests.unit.server.harness import (
 
 PREFIX = list(range(1000, 1500))
 STATS = Stats(*[3] * 15)
-
-
-@pytest.fixture(scope="module")
-def pair(tokenizer_dir: Path) -> Iterator[RunningServer]:
-    with running_server(tokenizer_dir, dp_size=2) as server:
-        yield server
 
 
 @pytest.fixture

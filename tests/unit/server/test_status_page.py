@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ from toka_engine.server.status_page.samples import NUM_SAMPLES, SAMPLE_S, LoadSa
 
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import completion_body
-from tests.unit.server.harness import MODEL, RunningServer, running_server, speak
+from tests.unit.server.harness import MODEL, RunningServer, running_server, speak, wait_until
 
 _VOID = {"meta", "link", "input", "br", "line", "polygon", "polyline"}
 _EVIL = "</script><script>alert(1)</script>\"'&<b onload=x>"
@@ -66,13 +64,6 @@ def _get(server: RunningServer, path: str = "/", key: str | None = None) -> tupl
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     status, sent, body = server.request("GET", path, None, headers)
     return status, sent, Page(body.decode())
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "what was expected did not come"
-        time.sleep(0.02)
 
 
 def _stats(**values: Any) -> Stats:
@@ -167,7 +158,7 @@ def test_refreshes_leave_no_lines_in_the_log(tokenizer_dir: Path, tmp_path: Path
     with log.open("wb") as file, running_server(tokenizer_dir, stderr=file) as server:
         server.request("GET", "/status")
         server.request("GET", "/", None, {"x-request-id": "last"})
-        _wait_for(lambda: "request_id=last " in log.read_text())
+        wait_until(lambda: "request_id=last " in log.read_text())
         assert "path='/status'" not in log.read_text()
 
 
@@ -178,7 +169,7 @@ def test_the_load_is_that_of_the_managers_last_report(tokenizer_dir: Path) -> No
     with running_server(tokenizer_dir) as server:
         report = _stats(running=28, waiting=12345, kv_pages_used=3, kv_pages_total=4, output_tokens_total=1_200_000)
         server.manager.send(report)
-        _wait_for(lambda: "12,345" in _get(server, "/status")[2].text)
+        wait_until(lambda: "12,345" in _get(server, "/status")[2].text)
         text = _get(server, "/status")[2].text
         assert "Running28" in text
         assert "KV cache in use75 %" in text
@@ -259,7 +250,7 @@ def _batch(server: RunningServer, key: str, body: dict[str, Any]) -> str:
     client = _client(server, key)
     file = client.files.create(file=("f.jsonl", line), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    _wait_for(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"))
+    wait_until(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"))
     return batch.id
 
 
@@ -273,7 +264,7 @@ def test_with_keys_the_page_shows_no_more_than_the_probes_without_one(
     settings: dict[str, Any] = {"api_keys_file": str(keys), "data_dir": str(data), "served_model_name": MODEL}
     with running_server(tokenizer_dir, answer=lambda m, submit: speak(m, submit, sentence_ids), **settings) as server:
         alice = {"authorization": "Bearer sk-a"}
-        _wait_for(lambda: server.request("GET", "/v1/files", None, alice)[0] == 200)
+        wait_until(lambda: server.request("GET", "/v1/files", None, alice)[0] == 200)
         done, failed = (
             _batch(server, "sk-a", completion_body()),
             _batch(server, "sk-a", {"model": _EVIL, "stream": True}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from toka_engine.messages import FINISH_ERROR, FINISH_LENGTH, Durations, Stats, 
 
 from tests.engine_process import ROOT
 from tests.unit.server.conftest import chat_body, completion_body
-from tests.unit.server.harness import MODEL, RunningServer, end, running_server, speak, streams_of
+from tests.unit.server.harness import MODEL, RunningServer, end, running_server, speak, streams_of, wait_until
 
 _ROW = re.compile(r"^\| `(vllm:\w+)` \| (\w+) \| (.+) \|$", re.MULTILINE)
 _OWN = {"le"}
@@ -33,18 +32,12 @@ def value_of(server: RunningServer, sample_name: str, **labels: str) -> float:
     return float(found.value)
 
 
-@pytest.fixture(scope="module")
-def own_process(tokenizer_dir: Path) -> Iterator[RunningServer]:
-    with running_server(tokenizer_dir, dp_size=2) as process:
-        yield process
-
-
 @pytest.fixture
-def pair(own_process: RunningServer, sentence_ids: list[int]) -> RunningServer:
-    """A server of two replicas."""
-    for manager in own_process.managers:
+def pair(pair: RunningServer, sentence_ids: list[int]) -> RunningServer:
+    """Both managers answer at once."""
+    for manager in pair.managers:
         manager.on_submit = lambda submit, manager=manager: speak(manager, submit, sentence_ids)
-    return own_process
+    return pair
 
 
 def durations_of(seconds: float, count: int) -> Durations:
@@ -74,8 +67,7 @@ def test_names_types_and_labels_are_those_of_the_document(server: RunningServer)
 def test_the_replicas_figures_are_one(pair: RunningServer) -> None:
     for manager, used in zip(pair.managers, (60, 20), strict=True):
         manager.send(stats_of(used, durations_of(0.04, 5)))
-    while "toka_waiting 8.0" not in pair.request("GET", "/metrics")[2].decode():
-        pass  # both have come
+    wait_until(lambda: "toka_waiting 8.0" in pair.request("GET", "/metrics")[2].decode())  # both have come
     expected = {
         "vllm:num_requests_running": 6.0,
         "vllm:num_requests_waiting": 8.0,
