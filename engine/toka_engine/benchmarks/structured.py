@@ -1,16 +1,18 @@
 """Structured output held to its promise: every answer that is not cut validates. A folder of JSON schemas, some seeds.
 
-    python -m toka_engine.benchmarks.structured URL MODEL FOLDER [seeds=3] [max_tokens=192] [at_once=16]
+    python -m toka_engine.benchmarks.structured URL MODEL FOLDER [schemas=300] [seeds=3] [max_tokens=192] [at_once=16]
 
-FOLDER has one schema a file, as it is or under the key "schema" (guidance-ai/jsonschemabench has thousands). Each is
-asked for with `strict: true` at temperature 1. The answers are validated by jsonschema, in the schema's own draft or
-2020-12. Prints one JSON object, whose `invalid` must be empty.
+FOLDER has one schema a file, as it is or under the key "schema" (maskbench/data of guidance-ai/jsonschemabench has
+thousands); `schemas` of them are drawn, always the same ones. Each is asked for with `strict: true` at temperature 1. The
+answers are validated by jsonschema, formats included, in the schema's own draft or 2020-12. Prints one JSON object. The
+exit code is 1 where an answer that was not cut does not validate, or one is no 200, 400 or 429.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import time
 from collections import Counter
@@ -23,6 +25,9 @@ from toka_engine.output import run_command
 
 _TIMEOUT_S = 600
 _MAX_SHOWN = 10
+_DRAW_SEED = 1
+_BUSY_S = 0.5
+"""The pause before a request is repeated that found the checker of grammars busy."""
 
 
 class Suite:
@@ -32,7 +37,8 @@ class Suite:
         self._url, self._model, self._max_tokens = f"{url.rstrip('/')}/v1/chat/completions", model, max_tokens
         self._room = asyncio.Semaphore(at_once)
         self.counts: Counter[str] = Counter()
-        self.refusals: Counter[str] = Counter()
+        self.refusals: dict[str, str] = {}
+        """Why a schema was refused, by its name."""
         self.invalid: list[dict[str, str]] = []
         self.num_tokens = 0
 
@@ -47,14 +53,26 @@ class Suite:
             "seed": seed,
             "max_tokens": self._max_tokens,
         }
-        async with self._room, session.post(self._url, json=body) as response:
-            answer = await response.json()
-        self._take(path, schema, response.status, answer)
+        async with self._room:
+            status, answer = await self._post(session, body)
+            while status == 429:
+                self.counts["asked again"] += 1
+                await asyncio.sleep(_BUSY_S)
+                status, answer = await self._post(session, body)
+        self._take(path, schema, status, answer)
+
+    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, Any]:
+        async with session.post(self._url, json=body) as response:
+            return response.status, await response.json()
+
+    @property
+    def is_well(self) -> bool:
+        return not self.invalid and not any(name.startswith("status 5") for name in self.counts)
 
     def _take(self, path: Path, schema: Any, status: int, answer: Any) -> None:
         if status != 200:
-            self.counts[f"status {status}"] += 1
-            self.refusals[answer["error"]["message"].partition(": ")[2][:80]] += 1
+            self.counts[f"status {status} {answer['error'].get('code')}"] += 1
+            self.refusals[path.name] = answer["error"]["message"].partition(": ")[2][:80]
             return
         choice = answer["choices"][0]
         self.num_tokens += answer["usage"]["completion_tokens"]
@@ -77,46 +95,61 @@ def find_error(schema: Any, text: str) -> str:
         return str(error)
     validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     try:
-        validator(schema).validate(value)
+        validator(schema, format_checker=validator.FORMAT_CHECKER).validate(value)
     except jsonschema.ValidationError as error:
         return error.message
     return ""
 
 
-async def run(url: str, model: str, folder: Path, seeds: int = 3, max_tokens: int = 192, at_once: int = 16) -> None:
-    """Ask for every schema and print what came of it."""
+async def run(
+    url: str,
+    model: str,
+    folder: Path,
+    *,
+    schemas: int = 300,
+    seeds: int = 3,
+    max_tokens: int = 192,
+    at_once: int = 16,
+) -> bool:
+    """Ask for every drawn schema, print what came of it, and return whether all was well."""
     suite = Suite(url, model, max_tokens, at_once)
-    schemas = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    drawn = draw(sorted(folder.glob("*.json")), schemas)
     began_s = time.monotonic()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
-        calls = [
-            suite.ask(session, path, schema.get("schema", schema), seed)
-            for path, schema in schemas.items()
-            for seed in range(seeds)
-        ]
+        calls = [suite.ask(session, path, schema, seed) for path, schema in drawn.items() for seed in range(seeds)]
         await asyncio.gather(*calls)
     report = {
-        "schemas": len(schemas),
+        "schemas": len(drawn),
         "seeds": seeds,
         **dict(suite.counts),
+        "schemas_refused": len(suite.refusals),
         "num_invalid": len(suite.invalid),
-        "tokens_per_s": round(suite.num_tokens / (time.monotonic() - began_s), 1),
-        "refusals": dict(suite.refusals.most_common(_MAX_SHOWN)),
+        "tokens": suite.num_tokens,
+        "seconds": round(time.monotonic() - began_s),
+        "refusals": dict(Counter(suite.refusals.values()).most_common(_MAX_SHOWN)),
         "invalid": suite.invalid[:_MAX_SHOWN],
     }
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    return suite.is_well
+
+
+def draw(paths: list[Path], count: int) -> dict[Path, Any]:
+    """Return `count` of the schemas, or all if there are no more; always the same ones of the same files."""
+    chosen = paths if len(paths) <= count else random.Random(_DRAW_SEED).sample(paths, count)
+    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in chosen}
+    return {path: found.get("schema", found) for path, found in read.items()}
 
 
 def main() -> int:
     """Run with the arguments of the command line."""
     positional = [argument for argument in sys.argv[1:] if "=" not in argument]
     options = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    if len(positional) != 3 or not set(options) <= {"seeds", "max_tokens", "at_once"}:
+    if len(positional) != 3 or not set(options) <= {"schemas", "seeds", "max_tokens", "at_once"}:
         print((__doc__ or "").strip(), file=sys.stderr)
         return 2
     url, model, folder = positional
-    asyncio.run(run(url, model, Path(folder), **{name: int(value) for name, value in options.items()}))
-    return 0
+    counts = {name: int(value) for name, value in options.items()}
+    return 0 if asyncio.run(run(url, model, Path(folder), **counts)) else 1
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ from toka_engine.version import __version__
 
 DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
-_GENERATING_PATHS = (completions.PATH, chat.PATH, responses.PATH, messages.PATH, messages.COUNT_PATH)
+_GENERATING_PATHS = (
+    *(completions.PATH, chat.PATH, responses.PATH, responses.COUNT_PATH),
+    *(messages.PATH, messages.COUNT_PATH),
+)
 KNOWN_PATHS = (
     *(*_GENERATING_PATHS, models.PATH, *tokenize.PATHS, files.PATH, batch_endpoint.PATH, synchronous.PATH),
     *(*sorted(probes.PATHS), probes.VERSION_PATH, DOCUMENT_PATH, PAGE_PATH),
@@ -73,11 +76,12 @@ class Answered(Response):
 
 def generating_handlers(service: Service) -> dict[str, Handler]:
     """Return the handlers of the POSTs that generate, by path."""
-    anthropic = messages.Messages(service)
+    anthropic, items = messages.Messages(service), responses.Responses(service)
     return {
         completions.PATH: completions.Completions(service).answer,
         chat.PATH: chat.ChatCompletions(service).answer,
-        responses.PATH: responses.Responses(service).answer,
+        responses.PATH: items.answer,
+        responses.COUNT_PATH: items.count,
         messages.PATH: anthropic.answer,
         messages.COUNT_PATH: anthropic.count,
     }
@@ -128,6 +132,7 @@ def _v1_router(service: Service, key_check: KeyCheck, handlers: Mapping[str, Han
     add_generating(completions.PATH, openapi.COMPLETIONS)
     add_generating(chat.PATH, openapi.CHAT)
     add_generating(responses.PATH, openapi.RESPONSES)
+    add_generating(responses.COUNT_PATH, openapi.INPUT_TOKENS)
     add_generating(messages.PATH, openapi.MESSAGES)
     add_generating(messages.COUNT_PATH, openapi.COUNT_TOKENS)
     _add_kept_responses(router, service)

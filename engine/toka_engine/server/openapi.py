@@ -49,6 +49,8 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     chat_answers.ChatCompletion,
     responses.ResponsesRequest,
     responses_answers.Response,
+    responses.InputTokensRequest,
+    responses.InputTokens,
     responses.ItemList,
     responses.Deleted,
     messages.MessagesRequest,
@@ -121,7 +123,12 @@ RESPONSES = _generating(
 MESSAGES = _generating(
     "createMessage", messages.MessagesRequest, messages_answers.AnthropicMessage, "Answer in Anthropic's form"
 )
-COUNT_TOKENS = _generating("countTokens", messages.MessagesRequest, messages.TokenCount, "Count a prompt's tokens")
+COUNT_TOKENS = _posting(
+    "countTokens", messages.MessagesRequest, messages.TokenCount, "Count a prompt's tokens", *_ERRORS
+)
+INPUT_TOKENS = _posting(
+    "countInputTokens", responses.InputTokensRequest, responses.InputTokens, "Count a prompt's tokens", *_ERRORS
+)
 RESPONSE = {
     **_reading("retrieveResponse", responses_answers.Response, "A response that is kept", "401", "404"),
     "security": [{"key": []}],

@@ -167,6 +167,7 @@ def test_the_document_names_every_route_and_its_routes_are_served(
         *("/version", "/tokenize", "/detokenize", "/tokenizer_info"),
         *("/v1/messages", "/v1/messages/count_tokens"),
         *(_RESPONSES, f"{_RESPONSES}/{{response_id}}", f"{_RESPONSES}/{{response_id}}/input_items"),
+        f"{_RESPONSES}/input_tokens",
         *("/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"),
         "/custom/synchronous-batch-completions",
         *("/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel"),

@@ -293,6 +293,53 @@ def test_a_custom_tool_gets_free_text(server: RunningServer, client: openai.Open
     assert "<tool_response>\ndone\n</tool_response>" in prompt_of(server, tokenizer)
 
 
+# ---------------------------------------------------------------- counting
+
+
+def test_tokens_can_be_counted_without_an_answer(server: RunningServer, client: openai.OpenAI) -> None:
+    """What is counted is the prompt: of texts and items, with instructions, tools, and what is continued."""
+    first = client.responses.create(model=MODEL, input="Hello", instructions="Be brief.")
+    asked: list[dict[str, Any]] = [
+        {"input": "Hello"},
+        {"input": [{"role": "user", "content": "Hello"}], "instructions": "Be brief."},
+        {"input": "Hello", "tools": [WEATHER], "tool_choice": "required", "reasoning": {"effort": "low"}},
+        {"input": "And now?", "previous_response_id": first.id},
+    ]
+    counts = []
+    for fields in asked:
+        wanted = client.responses.create(model=MODEL, **fields).usage
+        num_submits = len(server.manager.submits)
+        count = client.responses.input_tokens.count(**fields)
+        assert (count.object, count.input_tokens) == ("response.input_tokens", wanted.input_tokens if wanted else 0)
+        assert client.responses.input_tokens.count(model=MODEL, **fields) == count
+        assert len(server.manager.submits) == num_submits
+        counts.append(count.input_tokens)
+    assert len(set(counts)) == len(counts)
+
+
+_BAD_COUNTS: list[tuple[dict[str, Any], str]] = [
+    ({}, "input"),
+    ({"input": None}, "input"),
+    ({"input": [1]}, "input[0]"),
+    ({"input": "x", "model": "other"}, "model"),
+    ({"input": "x", "conversation": "c"}, "conversation"),
+    ({"input": "x", "temperature": 1}, "temperature"),
+    ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),
+    ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+    ({"input": "x", "previous_response_id": "resp_none"}, "previous_response_id"),
+    ({"input": "word " * 100_000}, "input"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"), _BAD_COUNTS, ids=[f"{param}{n}" for n, (_, param) in enumerate(_BAD_COUNTS)]
+)
+def test_a_wrong_field_of_a_count_is_named(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+    status, answer = server.post(f"{_PATH}/input_tokens", fields)
+    assert status in (400, 404)
+    assert answer["error"]["param"] == param, answer
+
+
 # ---------------------------------------------------------------- what is refused
 
 _BAD: list[tuple[dict[str, Any], str]] = [

@@ -27,6 +27,7 @@ from toka_engine.server.responses.tools import ResponseTools, read_tools
 from toka_engine.server.service import Engine, Service
 
 PATH = "/v1/responses"
+COUNT_PATH = "/v1/responses/input_tokens"
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")
 
@@ -87,12 +88,35 @@ class ResponsesRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=T
     stream_options: Annotated[ResponsesStreamOptions | None, doc("Only together with `stream`.")] = None
 
 
+class InputTokensRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The body of a request for the number of a response's input tokens: the fields that make the prompt."""
+
+    model: Annotated[str | None, doc("The served name or an alias; may be left out.")] = None
+    input: Annotated[str | list[Any] | None, doc("As for a response.")] = None
+    instructions: Annotated[str | None, doc("As for a response.")] = None
+    previous_response_id: Annotated[str | None, doc("As for a response.")] = None
+    text: Annotated[TextOptions | None, doc("Checked as for a response; it adds nothing to the prompt.")] = None
+    reasoning: Annotated[ReasoningOptions | None, doc("As for a response.")] = None
+    tools: Annotated[list[Any] | None, doc("As for a response.")] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, doc("As for a response.")] = None
+    parallel_tool_calls: Annotated[bool | None, doc("Checked as for a response.")] = None
+    truncation: Annotated[Literal["auto", "disabled"] | None, doc("`auto`: what is left out is not counted.")] = None
+
+
+class InputTokens(msgspec.Struct):
+    """The number of tokens of a response's prompt."""
+
+    input_tokens: int
+    object: str = "response.input_tokens"
+
+
 class Responses:
-    """Answers requests for responses, and reads those that are kept."""
+    """Answers requests for responses, and counts their tokens."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._decoder = BodyDecoder(ResponsesRequest, effective=("metadata",))
+        self._count_decoder = BodyDecoder(InputTokensRequest)
 
     async def answer(self, exchange: Exchange) -> None:
         """Answer one request. Raises ApiError and ClientGoneError."""
@@ -100,11 +124,7 @@ class Responses:
         engine = service.serving_engine()
         request = await service.read(exchange, self._decoder)
         tools = read_tools(request.tools or (), request.tool_choice)
-        service.note_ignored(exchange, [*tools.ignored, *_find_ignored(request)])
-        earlier: list[Any] = []
-        if request.previous_response_id is not None:
-            earlier = service.responses.items_until(owner_of(exchange), request.previous_response_id)
-        plan = await self._prepare(request, _as_chat(request, earlier, tools), engine, exchange)
+        plan = await self._plan(request, tools, engine, exchange)
         sampling = plan.options.sampling
         form = partial(
             ResponsesFormat,
@@ -115,6 +135,27 @@ class Responses:
         job = plan.make_job(engine, request.model, None, form)
         job = msgspec.structs.replace(job, includes_usage=True)
         await run_job(job, exchange, service.streams, service.metrics)
+
+    async def count(self, exchange: Exchange) -> None:
+        """Answer with the number of a prompt's tokens. Raises ApiError and ClientGoneError."""
+        engine = self._service.serving_engine()
+        asked = await self._service.read(exchange, self._count_decoder)
+        fields = {name: getattr(asked, name) for name in asked.__struct_fields__}
+        fields |= {"model": asked.model or self._service.names[0], "input": [] if asked.input is None else asked.input}
+        request = ResponsesRequest(**fields, max_output_tokens=1)
+        plan = await self._plan(request, read_tools(request.tools or (), request.tool_choice), engine, exchange)
+        await exchange.answer(200, encode(InputTokens(len(plan.prompts[0]))))
+
+    async def _plan(
+        self, request: ResponsesRequest, tools: ResponseTools, engine: Engine, exchange: Exchange
+    ) -> ChatPlan:
+        """Check and encode the request, with what it continues; the answer will name what has no effect."""
+        service = self._service
+        service.note_ignored(exchange, [*tools.ignored, *_find_ignored(request)])
+        earlier: list[Any] = []
+        if request.previous_response_id is not None:
+            earlier = service.responses.items_until(owner_of(exchange), request.previous_response_id)
+        return await self._prepare(request, _as_chat(request, earlier, tools), engine, exchange)
 
     async def _prepare(
         self, request: ResponsesRequest, chat: ChatRequest, engine: Engine, exchange: Exchange
