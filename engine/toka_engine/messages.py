@@ -49,6 +49,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 # ---------------------------------------------------------------- server -> manager
 
 
+class WordList(msgspec.Struct, frozen=True, array_like=True):
+    """Words of several tokens: the last token of each is not sampled where the others have just been."""
+
+    ids: Int32s = _empty(np.int32)  # [w]  the last tokens
+    lengths: Int32s = _empty(np.int32)  # [w]  how many tokens stand before each
+    tokens: Int32s = _empty(np.int32)  # [sum(lengths)]  these tokens
+
+
 class LogitEdits(msgspec.Struct, frozen=True, array_like=True):
     """Changes to a request's logits by token id, before penalties. The ids of an array are distinct."""
 
@@ -57,6 +65,7 @@ class LogitEdits(msgspec.Struct, frozen=True, array_like=True):
     allowed_ids: Int32s = _empty(np.int32)  # [a]  no other token is sampled; empty: all may be
     end_ids: Int32s = _empty(np.int32)  # [e]  not sampled before `min_tokens` tokens
     min_tokens: int = 0
+    words: WordList = WordList()
 
 
 class Submit(Message, frozen=True):

@@ -9,12 +9,18 @@ from tests.model.edited import make_edits, slot_edits
 from tests.model.penalized import Asked, Follower, sampling_of
 
 BIAS = {5: 3.0, 6: -2.5, 7: float("-inf"), 9: -100.0, 11: -8.0}
+PAIRS = [[token, other] for token in range(64) for other in range(token % 2, 64, 2)]
+"""Words that leave a token of the other parity alone behind each token."""
+TRIPLES = [[token, other, token] for token in range(64) for other in range(1, 64, 2)]
 CASES = {
     "plain": Asked(),
     "bias": Asked(edits=make_edits(BIAS)),
     "allowed": Asked(edits=make_edits(allowed=[3, 4, 30])),
     "min_tokens": Asked(edits=make_edits(ends=[5, 8, 11], min_tokens=5)),
     "all": Asked(0.4, 0.3, 1.15, make_edits(BIAS, [*range(4, 11), *range(12, 30)], [5, 12], 3)),
+    "words": Asked(edits=make_edits(words=PAIRS)),
+    "longer words": Asked(edits=make_edits({5: 1.0}, words=[*TRIPLES, *PAIRS[:80]], ends=[5], min_tokens=2)),
+    "words and penalties": Asked(frequency=0.7, edits=make_edits(words=PAIRS)),
     "penalties": Asked(frequency=0.7),
     "bias and repetition": Asked(repetition=2.0, edits=make_edits({5: -6.0, 8: -4.0, 9: 5.0})),
 }

@@ -39,7 +39,7 @@ CASES = {
 
 def penalize(logits: torch.Tensor, prompt: list[int], generated: list[int], asked: Asked) -> torch.Tensor:
     """A changed copy of logits [vocab], in fp32."""
-    changed = edit(logits.float().clone(), asked.edits, len(generated)) if asked.edits else logits.float().clone()
+    changed = edit(logits.float().clone(), asked.edits, generated) if asked.edits else logits.float().clone()
     for token in {*prompt, *generated}:
         value = changed[token]
         changed[token] = value / asked.repetition if value > 0 else value * asked.repetition

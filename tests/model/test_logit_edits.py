@@ -19,7 +19,7 @@ from toka_engine.slot_parameters import SlotBatch
 
 from tests.model.driving import Driver, ints
 from tests.model.edited import edit, make_edits, slot_edits
-from tests.model.following_edits import follow_edited_choices, follow_edits
+from tests.model.following_edits import CASES, follow_edited_choices, follow_edits
 from tests.model.penalized import Asked, Follower
 from tests.model.test_sampler import check_frequencies, expected_probabilities, make_logits, read_nothing
 from tests.model.thread_ranks import run_ranks
@@ -52,6 +52,35 @@ def test_a_sequence_that_was_preempted_counts_the_tokens_that_it_had(driver: Dri
     follower.decode([1], 6)
 
 
+def test_words_count_the_tokens_before_a_preemption_and_none_of_the_prompt(driver: Driver) -> None:
+    """Those that stand in the prompt are no part of a word; those that the sequence had before are."""
+    asked = Asked(edits=make_edits(words=[[token, other] for token in (9, 21) for other in range(0, 60, 2)]))
+    follower = Follower(driver)
+    follower.begin(1, PROMPT, asked, [30, 31, 9])
+    setup = driver.add_slots([1], num_sampled=3) | {"edits": slot_edits({1: asked.edits})}
+    follower.prefill(1, [*PROMPT, 30, 31, 9], **setup)
+    follower.decode([1], 6)
+    driver.reset()
+    follower.begin(1, PROMPT, asked)
+    follower.prefill(1, PROMPT, **driver.add_slots([1]), edits=slot_edits({1: asked.edits}))
+    follower.decode([1], 6)
+
+
+def test_slots_that_change_hands_have_the_words_of_their_owner_alone(driver: Driver) -> None:
+    follower = Follower(driver)
+    no_pairs, no_repeats = CASES["words"].edits, make_edits(words=[[token, token] for token in range(64)])
+    for slot, edits in ((0, no_pairs), (1, no_repeats), (2, no_pairs)):
+        follower.begin(slot, PROMPT[slot:], Asked(edits=edits))
+        follower.prefill(slot, PROMPT[slot:], **driver.add_slots([slot]), edits=slot_edits({slot: edits}))
+    follower.decode([0, 1, 2], 4)
+    for slot in (0, 1):
+        follower.begin(slot, PROMPT[3:], Asked(edits=no_repeats if slot == 0 else None))
+        setup = driver.add_slots([slot]) | {"edits": slot_edits({slot: follower.asked[slot].edits})}
+        follower.prefill(slot, PROMPT[3:], **setup)
+    follower.decode([2, 0, 1], 8)
+    assert follower.num_changed > 0
+
+
 def test_a_slot_whose_next_owner_asks_for_nothing_is_not_edited(driver: Driver) -> None:
     expected = driver.generate([PROMPT], 8)[0]
     driver.reset()
@@ -71,8 +100,8 @@ def test_draws_follow_the_edited_distribution(parameters: dict[str, float], has_
     state.set_up(Step(number=1, new=new, edits=slot_edits(dict.fromkeys(slots.tolist(), edits))))
     plan = plan_sampling(Step(number=2, decode_slots=slots), state)
     rows = torch.zeros(NUM_DRAWS, dtype=torch.int64)
-    ids = CpuSampler(0, read_nothing)(logits[None, :], rows, plan, state).ids.numpy()
-    check_frequencies(ids, expected_probabilities(edit(logits.clone(), edits, 0), **parameters))
+    ids = CpuSampler(0, read_nothing, read_nothing)(logits[None, :], rows, plan, state).ids.numpy()
+    check_frequencies(ids, expected_probabilities(edit(logits.clone(), edits, []), **parameters))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -96,7 +125,7 @@ def test_ranks_that_share_the_vocabulary_edit_it_as_one_does(size: int) -> None:
             return np.concatenate([np.arange(source, source + 1) for source in sources.tolist()])
 
         plan = plan_sampling(Step(number=2, decode_slots=slots), state)
-        sampled = CpuSampler(0, read, vocabulary)(part, None, plan, state)
+        sampled = CpuSampler(0, read, read_nothing, vocabulary)(part, None, plan, state)
         return sampled.ids.tolist()
 
     assert run_ranks(size, sample) == [sample(None)] * size
@@ -107,7 +136,7 @@ def test_where_no_token_is_left_nothing_is_sampled() -> None:
     edits = make_edits({3: float("-inf")}, allowed=[3])
     state.set_up(Step(number=1, new=SlotBatch.of([0, 1]), edits=slot_edits({1: edits})))
     plan = plan_sampling(Step(number=2, decode_slots=ints(0, 1)), state)
-    ids = CpuSampler(0, read_nothing)(torch.zeros(2, 10), None, plan, state).ids.tolist()
+    ids = CpuSampler(0, read_nothing, read_nothing)(torch.zeros(2, 10), None, plan, state).ids.tolist()
     assert ids[0] >= 0
     assert ids[1] == -1
 

@@ -40,7 +40,7 @@ def read_nothing(slots: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> 
 
 def sample(logits: torch.Tensor, state: HostSlots, rows: torch.Tensor | None = None, seed: int = 0) -> Sampled:
     step = Step(number=2, decode_slots=np.arange(state.max_seqs, dtype=np.int32))
-    return CpuSampler(seed, read_nothing)(logits, rows, plan_sampling(step, state), state)
+    return CpuSampler(seed, read_nothing, read_nothing)(logits, rows, plan_sampling(step, state), state)
 
 
 def draw_many(logits: torch.Tensor, **sampling: Any) -> np.ndarray[Any, Any]:
@@ -225,7 +225,9 @@ def sample_on(size: int, logits: torch.Tensor, state: HostSlots, rows: torch.Ten
         vocabulary = ShardedVocabulary(ranks, logits.shape[1])
         begin, end = Sharding(ranks.rank, size).split_vocabulary(logits.shape[1])
         plan = plan_sampling(step, state)
-        return CpuSampler(5, read_nothing, vocabulary)(logits[:, begin:end].contiguous(), rows, plan, state)
+        return CpuSampler(5, read_nothing, read_nothing, vocabulary)(
+            logits[:, begin:end].contiguous(), rows, plan, state
+        )
 
     return run_ranks(size, work)
 

@@ -3,9 +3,9 @@
     python -m toka_engine.benchmarks.structured URL MODEL FOLDER [schemas=300] [seeds=3] [max_tokens=192] [at_once=16]
 
 FOLDER has one schema a file, as it is or under the key "schema" (maskbench/data of guidance-ai/jsonschemabench has
-thousands); `schemas` of them are drawn, always the same ones. Each is asked for with `strict: true` at temperature 1. The
-answers are validated by jsonschema, formats included, in the schema's own draft or 2020-12. Prints one JSON object. The
-exit code is 1 where an answer that was not cut does not validate, or one is no 200, 400 or 429.
+thousands); `schemas` of them are drawn, always the same ones. Each is asked for with `strict: true` at temperature 1.
+The answers are validated by jsonschema, formats included, in the schema's own draft or 2020-12. Prints one JSON object.
+The exit code is 1 where an answer that was not cut does not validate, or one has a status of 5xx.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Step
+from toka_engine.model.barred_words import WordPlan
 from toka_engine.model.logit_edits import EditPlan, plan_edits
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows
@@ -68,6 +69,8 @@ class SamplePlan:
     """None if no row asks."""
     edits: EditPlan | None = None
     """None if no row asks."""
+    words: WordPlan | None = None
+    """None if no row's slot has any."""
     grammatical: NDArray[np.int64] = field(default_factory=lambda: _NO_ROWS)
     """Rows whose output follows a grammar, ascending."""
     masks: NDArray[np.int32] | None = None
@@ -79,17 +82,19 @@ class SamplePlan:
         rows = _NO_ROWS if self.penalties is None else self.penalties.rows
         if self.edits is not None:
             rows = np.union1d(rows, self.edits.rows)
+        if self.words is not None:
+            rows = np.union1d(rows, self.words.rows)
         return np.union1d(rows, self.grammatical) if self.grammatical.size else rows
 
     @property
     def is_plain(self) -> bool:
         """Whether no row asks for more than temperature."""
-        is_changed = self.penalties is not None or self.edits is not None or self.grammatical.size > 0
-        return not (self.seeded.size or self.filtered.size or self.has_logprobs or is_changed)
+        is_changed = self.penalties is not None or self.edits is not None or self.words is not None
+        return not (self.seeded.size or self.filtered.size or self.has_logprobs or is_changed or self.grammatical.size)
 
     def holds(self, host: HostSlots) -> bool:
         """Return whether the next step, of the same slots, may use this plan again."""
-        if self.penalties is not None or self.grammatical.size:
+        if self.penalties is not None or self.words is not None or self.grammatical.size:
             return False
         edits = self.edits
         return edits is None or bool((host["num_sampled"][self.slots[edits.rows]] < edits.until).all())
@@ -117,6 +122,7 @@ class SamplePlan:
             top_width=self.top_width,
             penalties=None if self.penalties is None else self.penalties.select(rows),
             edits=None if self.edits is None else self.edits.select(rows),
+            words=None if self.words is None else self.words.select(rows),
             grammatical=renumber(self.grammatical),
             masks=None if self.masks is None else self.masks[np.isin(self.grammatical, rows, assume_unique=True)],
         )
@@ -140,6 +146,7 @@ def plan_sampling(step: Step, host: HostSlots) -> SamplePlan:
         top_width=max(0, int(num_logprobs.max(initial=0))),
         penalties=_plan_penalties(step, slots, host),
         edits=_plan_edits(step, slots, host) if host.edits else None,
+        words=_plan_words(step, slots, host) if host.words else None,
         grammatical=np.flatnonzero(host["grammar"][slots]),
     )
 
@@ -162,20 +169,31 @@ def _plan_penalties(step: Step, slots: NDArray[np.int32], host: HostSlots) -> Pe
     rows = np.flatnonzero(host.has_penalties[slots])
     if not rows.size:
         return None
-    # Choices of one prompt are first sampled from its chunk, before they have a copy of its last page.
-    chunk_ends = step.prefill_starts + step.prefill_lengths
-    sources = np.concatenate((step.decode_slots, step.prefill_slots[step.fanout_chunks]))
-    lengths = np.concatenate((host["length"][step.decode_slots] + 1, chunk_ends[step.fanout_chunks]))
+    sources, lengths = _find_tokens(step, host)
     asking = slots[rows]
     return Penalties(
         rows=rows,
         sources=sources[rows],
-        lengths=lengths[rows].astype(np.int32),
+        lengths=lengths[rows],
         num_generated=host["num_sampled"][asking],
         presence=host["presence_penalty"][asking],
         frequency=host["frequency_penalty"][asking],
         repetition=host["repetition_penalty"][asking],
     )
+
+
+def _plan_words(step: Step, slots: NDArray[np.int32], host: HostSlots) -> WordPlan | None:
+    logit_rows = find_sampled_rows(step)[1] if step.prefill_slots.size else None
+    return host.words.plan(slots, logit_rows, *_find_tokens(step, host), host["num_sampled"][slots])
+
+
+def _find_tokens(step: Step, host: HostSlots) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return, for each sample, the slot whose pages hold its tokens so far, and how many these are."""
+    # Choices of one prompt are first sampled from its chunk, before they have a copy of its last page.
+    chunk_ends = step.prefill_starts + step.prefill_lengths
+    sources = np.concatenate((step.decode_slots, step.prefill_slots[step.fanout_chunks]))
+    lengths = np.concatenate((host["length"][step.decode_slots] + 1, chunk_ends[step.fanout_chunks]))
+    return sources, lengths.astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)

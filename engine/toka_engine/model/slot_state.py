@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.messages import Step
+from toka_engine.model.barred_words import BarredWords
 from toka_engine.model.logit_edits import TokenEdits
 from toka_engine.slot_parameters import FILTER, PENALTY, SLOT_COLUMNS
 
@@ -30,6 +31,7 @@ class HostSlots:
         """By slot, of those that have been set up with edits."""
         self.edited_until: NDArray[np.int32] = np.zeros(max_seqs, np.int32)
         """Logits of a slot are edited while it has sampled fewer tokens; 0: never."""
+        self.words = BarredWords(max_seqs)
         self.last_tokens = torch.zeros(max_seqs, dtype=torch.int32)
         """The last sampled token, 0 where a row's logits were not finite. On a GPU `DeviceSlots` has it."""
 
@@ -53,6 +55,8 @@ class HostSlots:
         self.has_penalties[slots] = new.asks_for(PENALTY)
         if self.edits or step.edits:
             self._set_up_edits(step)
+        if self.words or step.edits:
+            self.words.set_up(step)
 
     def _set_up_edits(self, step: Step) -> None:
         self.edited_until[step.new.slots] = 0

@@ -12,12 +12,14 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from toka_engine.messages import LogitEdits
+from toka_engine.messages import LogitEdits, WordList
 from toka_engine.server.errors import ApiError, invalid
-from toka_engine.server.request import MAX_BIAS, MAX_EDITED_TOKENS, GenerationRequest
+from toka_engine.server.request import MAX_BIAS, MAX_EDITED_TOKENS, MAX_WORD_CHARACTERS, GenerationRequest
 
 EncodeWord: TypeAlias = Callable[[str], Sequence[int]]
 """Gives the token ids of a text as it stands within another text."""
+
+Tokens: TypeAlias = tuple[int, ...]
 
 _BARRED = float("-inf")
 
@@ -31,13 +33,15 @@ class TokenRules(msgspec.Struct, frozen=True):
     """No other token is sampled; empty: all may be."""
     min_tokens: int
     stop_ids: tuple[int, ...]
+    words: tuple[Tokens, ...] = ()
+    """The last token of each, of which all have two or more, is never sampled behind the others."""
 
     def make_edits(self, stop_ids: Sequence[int]) -> LogitEdits | None:
         """Return the edits for a stream that ends at `stop_ids`; None if there are none. Raises a 400 where they leave
         no token.
         """
         end_ids = tuple(stop_ids) if self.min_tokens else ()
-        if not (self.bias or self.allowed_ids or end_ids):
+        if not (self.bias or self.allowed_ids or end_ids or self.words):
             return None
         barred = {token for token, value in self.bias.items() if value == _BARRED}.union(end_ids)
         if self.allowed_ids and barred.issuperset(self.allowed_ids):
@@ -50,6 +54,11 @@ class TokenRules(msgspec.Struct, frozen=True):
             allowed_ids=np.array(self.allowed_ids, np.int32),
             end_ids=np.array(end_ids, np.int32),
             min_tokens=self.min_tokens if end_ids else 0,
+            words=WordList(
+                ids=np.array([word[-1] for word in self.words], np.int32),
+                lengths=np.array([len(word) - 1 for word in self.words], np.int32),
+                tokens=np.array([token for word in self.words for token in word[:-1]], np.int32),
+            ),
         )
 
 
@@ -64,13 +73,14 @@ def check_token_rules(request: GenerationRequest, vocab_size: int, encode_word: 
     if request.allowed_token_ids == []:
         raise invalid("allowed_token_ids", "'allowed_token_ids' is empty: no token is left.", "invalid_value")
     bias = _check_bias(request.logit_bias or {}, vocab_size)
-    for token in _find_barred(request.bad_words or [], encode_word):
-        bias[token] = _BARRED
+    barred, words = _find_barred(request.bad_words or [], encode_word)
+    bias |= dict.fromkeys(barred, _BARRED)
     return TokenRules(
         bias=bias,
         allowed_ids=_check_ids("allowed_token_ids", request.allowed_token_ids or [], vocab_size),
         min_tokens=request.min_tokens or 0,
         stop_ids=_check_ids("stop_token_ids", request.stop_token_ids or [], vocab_size),
+        words=words,
     )
 
 
@@ -98,18 +108,26 @@ def _check_ids(field: str, given: list[int], vocab_size: int) -> tuple[int, ...]
     return tuple(dict.fromkeys(given))
 
 
-def _find_barred(words: list[str], encode_word: EncodeWord) -> list[int]:
-    """Return the tokens of `words`: of each, its own token and the one with a space before it, where it is one."""
+def _find_barred(words: list[str], encode_word: EncodeWord) -> tuple[list[int], tuple[Tokens, ...]]:
+    """Return the tokens that are words by themselves, and the words of several tokens; of each word as it stands, and
+    with a space before it.
+    """
     if len(words) > MAX_EDITED_TOKENS:
         raise _too_many("bad_words", len(words))
-    barred = []
+    if sum(map(len, words)) > MAX_WORD_CHARACTERS:
+        message = f"'bad_words' has more than {MAX_WORD_CHARACTERS} characters."
+        raise invalid("bad_words", message, "invalid_value")
+    found: dict[Tokens, None] = {}
     for index, word in enumerate(words):
-        found = [ids[0] for text in (word, f" {word}") if len(ids := encode_word(text)) == 1] if word else []
-        if not found:
-            message = f"'bad_words[{index}]' is not one token; words of several tokens are not supported."
-            raise invalid("bad_words", message, "unsupported_parameter")
-        barred += found
-    return barred
+        if not word:
+            raise invalid("bad_words", f"'bad_words[{index}]' is empty.", "invalid_value")
+        plain, spaced = (tuple(encode_word(text)) for text in (word, f" {word}"))
+        if not plain:
+            raise invalid("bad_words", f"'bad_words[{index}]' has no tokens.", "invalid_value")
+        found[plain] = None
+        if spaced[-len(plain) :] != plain:  # else it is barred with the other
+            found[spaced] = None
+    return [ids[0] for ids in found if len(ids) == 1], tuple(ids for ids in found if len(ids) > 1)
 
 
 def _too_many(field: str, count: int) -> ApiError:

@@ -22,6 +22,8 @@ MAX_BIAS = 100.0
 """The largest bias of a logit, of either sign."""
 MAX_EDITED_TOKENS = 1024
 """The most tokens that one field may bias, allow, bar or stop at."""
+MAX_WORD_CHARACTERS = 16384
+"""The most characters of all words together that one request may bar."""
 
 _STOP: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
@@ -184,7 +186,9 @@ class GenerationRequest(Hints, forbid_unknown_fields=True, frozen=True, kw_only=
     ] = None
     bad_words: Annotated[
         list[str] | None,
-        doc("Words never sampled: each one token by itself or with a space before it; both are barred."),
+        doc(
+            "Words never sampled, by themselves and with a space before: no token may end one that was sampled so far."
+        ),
     ] = None
     min_tokens: Annotated[
         MinTokens | None, doc("No end, stop token or stop string before so many tokens; up to `max_tokens`.")

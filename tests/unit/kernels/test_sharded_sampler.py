@@ -10,6 +10,7 @@ import pytest
 import torch
 from toka_engine.errors import RanksDisagreeError
 from toka_engine.messages import LogitEdits
+from toka_engine.model.barred_words import WordArrays, WordPlan
 from toka_engine.model.logit_edits import TokenEdits, plan_edits
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
 from toka_engine.model.sharding import Sharding
@@ -83,6 +84,59 @@ def make_edits() -> Any:
     ids = np.array([3, 80], np.int32)
     edits = TokenEdits(LogitEdits(ids, np.array([9.0, -np.inf], np.float32), ids[:0], ids[:0], 0))
     return plan_edits(rows(0, 5), np.array([0, 5], np.int32), [edits, edits], np.zeros(2, np.int32))
+
+
+def make_words(best: list[int], second: list[int]) -> WordPlan:
+    """Bars the best token of rows 0, 2 and 5, whose sequences end as the words begin; of rows 2 and 5 another word does
+    not fit, which ends with the second best. Slot s has token 8 * s + p at position p.
+    """
+    parts = [  # row, last token, tokens before it, the position of the first of them
+        (0, best[0], [4, 5], 4),
+        (2, second[2], [21, 5], 5),
+        (2, best[2], [22], 6),
+        (2, best[2], [20, 21, 22], 4),
+        (5, second[5], [40, 42], 0),
+        (5, best[5], [41], 1),
+    ]
+    place = {0: 0, 2: 1, 5: 2}
+    sizes = np.array([len(tokens) for _, _, tokens, _ in parts], np.int32)
+
+    def joined(lists: list[list[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return np.array([each for some in lists for each in some], np.int32)
+
+    arrays = WordArrays(
+        np.array([place[row] for row, *_ in parts], np.int32),
+        np.array([last for _, last, _, _ in parts], np.int32),
+        sizes,
+        np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
+        joined([tokens for _, _, tokens, _ in parts]),
+        joined([[row] * len(tokens) for row, _, tokens, _ in parts]),
+        joined([[*range(first, first + len(tokens))] for _, _, tokens, first in parts]),
+    )
+    return WordPlan(rows(0, 2, 5), np.array([0, 2, 5], np.int32), arrays)
+
+
+@pytest.mark.parametrize("has_logprobs", [False, True])
+@pytest.mark.parametrize("has_penalties", [False, True])
+def test_words_are_barred_in_place_and_in_copies(device, generator, has_logprobs, has_penalties) -> None:
+    both = Both(device)
+    logits = torch.randn(len(SEEDS), VOCAB, generator=generator, device=device) * 2
+    first, second, third = logits.topk(3, dim=1).indices.T.tolist()
+    for row in (0, 2, 5):
+        logits[row, [first[row], second[row], third[row]]] = torch.tensor([60.0, 50.0, 40.0], device=device)
+    plan = make_plan(
+        has_logprobs=has_logprobs,
+        words=make_words(first, second),
+        penalties=make_penalties() if has_penalties else None,
+    )
+    plain = Both(device).single(logits.clone(), None, make_plan(), None).ids.tolist()
+    for sampled in both.sample(logits, plan):
+        ids = sampled.ids.tolist()
+        assert [ids[row] for row in (0, 2, 5)] == [second[row] for row in (0, 2, 5)]
+        assert [ids[row] for row in (1, 3)] == [plain[row] for row in (1, 3)]
+        if sampled.logprobs is not None:
+            own = torch.log_softmax(logits, dim=1)[[0, 2, 5], [second[row] for row in (0, 2, 5)]]
+            torch.testing.assert_close(sampled.logprobs[[0, 2, 5]], own, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("has_logprobs", [False, True])

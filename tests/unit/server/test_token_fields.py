@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from toka_engine.messages import Submit
+from toka_engine.server.tokenization import Tokenizer
 
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import INFO, RunningServer
@@ -24,7 +25,7 @@ _WRONG: dict[str, list[Any]] = {
     ],
     "allowed_token_ids": [*_IDS, []],
     "stop_token_ids": _IDS,
-    "bad_words": ["a", [1], [""], ["two words"], ["\ud83d\ude00\ud83d\ude00"], ["a"] * 1025, {}],
+    "bad_words": ["a", [1], [""], ["a"] * 1025, ["a" * 16385], ["a", None], {}],
     "min_tokens": [-1, 1.5, "1", True, [], 65, 2**63],
     "best_of": [0, -1, 1025, 1.5, "2", True, []],
     "prompt_logprobs": [-1, 21, 1.5, "2", True, []],
@@ -62,6 +63,25 @@ def test_neutral_values_ask_for_nothing(server: RunningServer, path: str) -> Non
         include_stop_str_in_output=False, best_of=1, spaces_between_special_tokens=True, allowed_token_ids=None,
     )  # fmt: skip
     assert (submit.edits, submit.delivers_stop, submit.prompt_logprobs) == (None, False, -1)
+
+
+def test_a_bad_word_of_several_tokens_is_barred_by_itself_and_behind_a_space(
+    server: RunningServer, tokenizer: Tokenizer
+) -> None:
+    words = ["Paris", " New York", "unbelievable", "\U0001f600\U0001f600", "unbelievable"]
+    edits = submitted(server, bad_words=words).edits
+    assert edits is not None
+    found = set(zip(edits.bias_ids.tolist()))
+    begin = 0
+    for last, length in zip(edits.words.ids.tolist(), edits.words.lengths.tolist(), strict=True):
+        assert length > 0
+        found.add((*edits.words.tokens[begin : begin + length].tolist(), last))
+        begin += length
+    asked = {tuple(tokenizer.encode_word(text)) for word in words for text in (word, f" {word}")}
+    assert found <= asked
+    for word in asked:
+        assert any(word[-len(barred) :] == barred for barred in found), "each is barred, or ends with one that is"
+    assert len(edits.words.ids) + len(edits.bias_ids) == len(found), "none twice"
 
 
 @pytest.mark.parametrize("path", [_COMPLETIONS, _CHAT])

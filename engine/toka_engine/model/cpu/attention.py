@@ -98,6 +98,11 @@ class CpuAttention:
         columns, offsets = np.divmod(positions, self._page_size)
         return self._page_tokens[self._table[owners, columns], offsets].astype(np.int64)
 
+    def find_tokens(self, slots: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the tokens of `slots` [k] at `positions` [k]."""
+        columns, offsets = np.divmod(positions, self._page_size)
+        return self._page_tokens[self._table[slots, columns], offsets]
+
     def forward(
         self,
         layer: int,

@@ -142,5 +142,5 @@ class CpuBackend:
         if self._exchange is not None and not self._exchange.is_last:
             return StageRunner(model, attention, state, self._exchange, check)
         vocabulary = WholeVocabulary() if is_whole else ShardedVocabulary(self._ranks, model.config.vocab_size)
-        sample = CpuSampler(settled_seed(config), attention.read_tokens, vocabulary)
+        sample = CpuSampler(settled_seed(config), attention.read_tokens, attention.find_tokens, vocabulary)
         return CpuRunner(model, attention, state, sample, vocabulary, check, self._exchange)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from toka_engine.model.barred_words import apply_words
 from toka_engine.model.cpu.gumbel import gumbel_noise
 from toka_engine.model.cpu.masks import apply_masks
 from toka_engine.model.cpu.penalties import apply_penalties
@@ -27,6 +28,8 @@ from toka_engine.model.slot_state import HostSlots
 
 ReadTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int64]]
 """Maps slots and lengths [k] to the first tokens of each slot, concatenated [sum(lengths)]."""
+FindTokens: TypeAlias = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.int32]]
+"""Maps slots and positions [k] to the tokens there [k]."""
 
 _BLOCK = 256
 _FIRST_CANDIDATES = 1024
@@ -36,11 +39,13 @@ _NEGATIVE = float("-inf")
 class CpuSampler:
     """A sample_plan.Sample. On several ranks, each is given the logits of its part of the vocabulary."""
 
-    def __init__(self, seed: int, read_tokens: ReadTokens, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self, seed: int, read_tokens: ReadTokens, find_tokens: FindTokens, vocabulary: Vocabulary | None = None
+    ) -> None:
         """`seed` is the same on all ranks, and they sample the same. Without `vocabulary`, there is one rank."""
         # Not torch's generator: it keeps the lower half of a seed alone, so that one engine in 2**32 repeats another.
         self._generator = np.random.Generator(np.random.PCG64(seed))
-        self._read_tokens = read_tokens
+        self._read_tokens, self._find_tokens = read_tokens, find_tokens
         self._vocabulary = WholeVocabulary() if vocabulary is None else vocabulary
 
     def __call__(
@@ -97,6 +102,11 @@ class CpuSampler:
             at = np.searchsorted(plan.changed_rows, plan.edits.rows).astype(np.int32)
             arrays = plan.edits.place(at, self._vocabulary.first, changed.shape[1])
             apply_edits(changed, to_tensors(arrays.to_words()))
+        if plan.words is not None:
+            at = np.searchsorted(plan.changed_rows, plan.words.rows).astype(np.int32)
+            words = plan.words.arrays.place(at, self._vocabulary.first, changed.shape[1])
+            found = torch.from_numpy(self._find_tokens(words.sources, words.positions))
+            apply_words(changed, to_tensors(list(words)), found)
         if plan.penalties is not None:
             tokens = self._read_tokens(plan.penalties.sources, plan.penalties.lengths)
             places = np.searchsorted(plan.changed_rows, plan.penalties.rows)

@@ -1,7 +1,8 @@
 """Which samples of a step get a copy of their logits, changed, and which have theirs changed in place; the host's part.
 
-Edits are made in place, which costs what they touch. Where the model's own logits are needed afterwards, for logprobs,
-and where penalties change a row, the row is copied first, as many at a time as the sampler has room for.
+Edits are made in place, which costs what they touch; so are words barred. Where the model's own logits are needed
+afterwards, for logprobs, and where penalties change a row, the row is copied first, as many at a time as the sampler
+has room for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toka_engine.messages import Int32s
+from toka_engine.model.barred_words import NO_WORDS, WordArrays
 from toka_engine.model.logit_edits import EditArrays
 from toka_engine.model.sample_plan import Penalties, SamplePlan
 
@@ -58,6 +60,26 @@ def place_edits_in_copies(plan: SamplePlan, chosen: NDArray[np.int64]) -> list[I
     is_chosen = np.isin(edits.rows, chosen, assume_unique=True)
     at[is_chosen] = np.searchsorted(chosen, edits.rows[is_chosen])
     return edits.place(at).to_words()
+
+
+def place_words_in_place(plan: SamplePlan, copied: NDArray[np.int64]) -> WordArrays | None:
+    """Return the words that are barred in the model's own logits; None if there are none."""
+    words = plan.words
+    if words is None:
+        return None
+    at = np.where(np.isin(words.rows, copied, assume_unique=True), np.int32(-1), words.logit_rows)
+    placed = words.arrays.place(at)
+    return placed if placed.ids.size else None
+
+
+def place_words_in_copies(plan: SamplePlan, chosen: NDArray[np.int64]) -> WordArrays:
+    """Return the words that are barred in copies of the rows `chosen`, ascending."""
+    words = plan.words
+    if words is None:
+        return NO_WORDS
+    is_chosen = np.isin(words.rows, chosen, assume_unique=True)
+    at = np.where(is_chosen, np.searchsorted(chosen, words.rows), -1).astype(np.int32)
+    return words.arrays.place(at)
 
 
 def pack_penalties(plan: SamplePlan, chosen: NDArray[np.int64]) -> list[Int32s]:

@@ -17,6 +17,7 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.messages import LogitEdits, Step, Tokens, WorkerReady
 from toka_engine.model.backend import Launched
+from toka_engine.model.barred_words import WordArrays, WordPlan
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.decode_graphs import DecodeGraphs
@@ -156,19 +157,21 @@ class CudaRunner:
         edits = plan_edits(
             row, slot * 0, [TokenEdits(LogitEdits(slot * 0, np.zeros(1, np.float32), slot * 0))], slot * 0
         )
+        words = WordPlan(row, slot * 0, WordArrays(slot * 0, slot * 0, slot * 0 + 1, *[slot * 0] * 2, slot, slot * 0))
         # On several ranks, rows without filters and top logprobs are sampled by other kernels.
         filters = (row,) if self._parallel is None else (row, none)
         all_allowed = np.full((1, self.grammars.num_words), -1, np.int32)
         changes = (
-            (none, None, None, None),
-            (row, None, None, None),
-            (row, penalties, None, None),
-            (none, None, edits, None),
-            (none, None, None, all_allowed),
-            (row, penalties, edits, all_allowed),
+            (none, None, None, None, None),
+            (row, None, None, None, None),
+            (row, penalties, None, None, None),
+            (none, None, edits, None, None),
+            (none, None, None, words, None),
+            (none, None, None, None, all_allowed),
+            (row, penalties, edits, words, all_allowed),
         )
         for filtered, has_logprobs, change in itertools.product(filters, (False, True), changes):
-            seeded, penalized, edited, masks = change
+            seeded, penalized, edited, barred, masks = change
             asked = filtered if has_logprobs else none
             plan = SamplePlan(
                 slots=slot,
@@ -182,6 +185,7 @@ class CudaRunner:
                 top_width=asked.size,
                 penalties=penalized,
                 edits=edited,
+                words=barred,
                 grammatical=none if masks is None else row,
                 masks=masks,
             )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from toka_engine.model.barred_words import apply_words
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.changed_rows import (
     find_copied_rows,
@@ -16,6 +17,8 @@ from toka_engine.model.cuda.changed_rows import (
     place_edits_in_place,
     place_masks_in_copies,
     place_masks_in_place,
+    place_words_in_copies,
+    place_words_in_place,
 )
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.in_flight import RING_SIZE
@@ -27,7 +30,7 @@ from toka_engine.model.kernels.sampling import Samples, Workspace, block_stats, 
 from toka_engine.model.kernels.seeded_sampling import add_noise
 from toka_engine.model.kernels.top_k_gathering import gather_best
 from toka_engine.model.kernels.top_p_rejection import sample_by_rejection
-from toka_engine.model.logit_edits import apply_edits
+from toka_engine.model.logit_edits import EditArrays, apply_edits
 from toka_engine.model.prompt_scores import PIECE_ROWS, score_logits
 from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
@@ -93,6 +96,7 @@ class CudaSampler:
         num_masks = min(max_samples, MAX_GRAMMAR_STREAMS)
         self._mask_buffer = torch.zeros((num_masks, -(-vocab_size // 32)), dtype=torch.int32, device=device)
         self._mask_inputs = Staging(device)
+        self._word_inputs = Staging(device)
         self._masks: torch.Tensor | None = None
         """The masks of this step's plan, on the device."""
 
@@ -108,6 +112,8 @@ class CudaSampler:
         copied = find_copied_rows(plan)
         if plan.edits is not None:
             self._edit_in_place(logits, plan, copied)
+        if (words := place_words_in_place(plan, copied)) is not None:
+            self._bar_words(logits, self._word_inputs.upload(*words))
         self._masks = None
         if plan.masks is not None:
             # Pinned memory, as the runner fills it, is copied without waiting for the device.
@@ -189,6 +195,14 @@ class CudaSampler:
         if self._edit_words:
             apply_edits(logits, self._edit_words)
 
+    def _bar_words(self, logits: torch.Tensor, words: list[torch.Tensor]) -> None:
+        """Bar words, uploaded as `WordArrays`, in `logits`, which they change in place."""
+        if words[0].shape[0]:
+            table, page_tokens = self._attention.table, self._attention.page_tokens
+            sources, positions = words[-2].long(), words[-1].long()
+            pages = table[sources, positions // page_tokens.shape[1]].long()
+            apply_words(logits, words, page_tokens[pages, positions % page_tokens.shape[1]])
+
     def _sample_in_parts(
         self,
         logits: torch.Tensor,
@@ -217,7 +231,8 @@ class CudaSampler:
             if index >= num_plain:
                 penalty_arrays = pack_penalties(plan, chosen)
                 max_lengths.append(int(penalty_arrays[1].max()))
-                arrays += [*penalty_arrays, place_masks_in_copies(plan, chosen), *place_edits_in_copies(plan, chosen)]
+                arrays += [*penalty_arrays, place_masks_in_copies(plan, chosen)]
+                arrays += [*place_edits_in_copies(plan, chosen), *place_words_in_copies(plan, chosen)]
             bounds.append(slice(begin, len(arrays)))
         uploaded = self._inputs.upload(*arrays)
         for index, bound in enumerate(bounds):
@@ -270,14 +285,16 @@ class CudaSampler:
     def _change(
         self, logits: torch.Tensor, logit_rows: torch.Tensor, changes: list[torch.Tensor], max_length: int
     ) -> torch.Tensor:
-        """Return changed logits [m, vocab] fp32 of `logit_rows` [m]: edits, penalties, masks."""
+        """Return changed logits [m, vocab] fp32 of `logit_rows` [m]: edits, words, penalties, masks."""
         sources, lengths, num_generated, *factors = changes[:_NUM_PENALTY_ARRAYS]
-        masked, *words = changes[_NUM_PENALTY_ARRAYS:]
+        masked, *others = changes[_NUM_PENALTY_ARRAYS:]
+        edits, words = others[: len(EditArrays._fields)], others[len(EditArrays._fields) :]
         count = sources.shape[0]
-        if any(each.shape[0] for each in words):
+        if any(each.shape[0] for each in others):
             logits = torch.index_select(logits, 0, logit_rows, out=self._penalty_work.logits[:count])
             logit_rows = self._in_order[:count]
-            apply_edits(logits, words)
+            apply_edits(logits, edits)
+            self._bar_words(logits, words)
         changed = apply_penalties(
             logits,
             PenaltyInputs(logit_rows, sources, lengths, num_generated, *(each.view(torch.float32) for each in factors)),
