@@ -157,7 +157,8 @@ class CudaRunner:
         edits = plan_edits(
             row, slot * 0, [TokenEdits(LogitEdits(slot * 0, np.zeros(1, np.float32), slot * 0))], slot * 0
         )
-        words = WordPlan(row, slot * 0, WordArrays(slot * 0, slot * 0, slot * 0 + 1, *[slot * 0] * 2, slot, slot * 0))
+        zero = slot * 0
+        words = WordPlan(row, zero, WordArrays(zero, zero, zero + 1, zero, zero, slot, zero))
         # On several ranks, rows without filters and top logprobs are sampled by other kernels.
         filters = (row,) if self._parallel is None else (row, none)
         all_allowed = np.full((1, self.grammars.num_words), -1, np.int32)
