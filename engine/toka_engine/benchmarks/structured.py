@@ -23,9 +23,10 @@ import aiohttp
 
 from toka_engine.output import run_command
 
-_TIMEOUT_S = 600
+_TIMEOUT_S = 7200
 _MAX_SHOWN = 10
 _DRAW_SEED = 1
+_PROGRESS_EVERY = 50
 _BUSY_S = 0.5
 """The pause before a request is repeated that found the checker of grammars busy."""
 
@@ -41,6 +42,7 @@ class Suite:
         """Why a schema was refused, by its name."""
         self.invalid: list[dict[str, str]] = []
         self.num_tokens = 0
+        self._num_taken = 0
 
     async def ask(self, session: aiohttp.ClientSession, path: Path, schema: Any, seed: int) -> None:
         """Ask for one text of `schema`."""
@@ -60,6 +62,9 @@ class Suite:
                 await asyncio.sleep(_BUSY_S)
                 status, answer = await self._post(session, body)
         self._take(path, schema, status, answer)
+        self._num_taken += 1
+        if self._num_taken % _PROGRESS_EVERY == 0:
+            print(self._num_taken, dict(self.counts), f"invalid: {len(self.invalid)}", file=sys.stderr, flush=True)
 
     async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, Any]:
         async with session.post(self._url, json=body) as response:

@@ -297,7 +297,7 @@ def test_a_custom_tool_gets_free_text(server: RunningServer, client: openai.Open
 
 
 def test_tokens_can_be_counted_without_an_answer(server: RunningServer, client: openai.OpenAI) -> None:
-    """What is counted is the prompt: of texts and items, with instructions, tools, and what is continued."""
+    """The prompt is counted: texts and items, instructions, tools, and what is continued."""
     first = client.responses.create(model=MODEL, input="Hello", instructions="Be brief.")
     asked: list[dict[str, Any]] = [
         {"input": "Hello"},
