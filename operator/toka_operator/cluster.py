@@ -53,6 +53,7 @@ _PATHS = {
     "ControllerRevision": ("apis/apps/v1", "controllerrevisions"),
     "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
     "NetworkPolicy": ("apis/networking.k8s.io/v1", "networkpolicies"),
+    "PodMonitor": ("apis/monitoring.coreos.com/v1", "podmonitors"),
     "EndpointSlice": ("apis/discovery.k8s.io/v1", "endpointslices"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),
     "TokaDeployment": (f"apis/{GROUP}/{VERSION}", PLURAL),

@@ -20,12 +20,13 @@ from toka_operator.failures import (
     name_refusal,
 )
 from toka_operator.fields import Json
+from toka_operator.monitoring import explain_monitored
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
-MODEL_CACHED = "ModelCached"
+MODEL_CACHED, MONITORED = "ModelCached", "Monitored"
 CLAIM_CONFLICT_S = 10.0
 """Seconds that a pod may be created on another node than the one that mounted its claim: some drivers allow it."""
 READY, AVAILABLE, PROGRESSING = "Ready", "Available", "Progressing"
@@ -135,6 +136,7 @@ def decide_conditions(
         degraded,
         _decide_config_valid(outcome),
         *cached,
+        *([Condition(MONITORED, *explain_monitored(observed.pod_monitors))] if spec.pod_monitor == "On" else []),
     ]
 
 

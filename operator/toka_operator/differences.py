@@ -21,6 +21,7 @@ OWN_PARTS: dict[str, set[tuple[str, ...]]] = {
     "PodDisruptionBudget": {("spec", "selector")},
     "StatefulSet": {("spec", "template")},
     "NetworkPolicy": {("spec",)},
+    "PodMonitor": {("spec", "selector")},
 }
 """Parts of a child that hold nothing but what the operator wrote and the API server's defaults."""
 

@@ -29,6 +29,8 @@ Settings are environment variables:
   TOKA_TAKEN_NAME_RETRY_SECONDS      30: how soon a child's name that another object holds is tried again
   TOKA_ALLOW_HOST_PATH               false: whether podTemplate may mount folders of the node
   TOKA_READ_DOWNLOADS                false: whether engines that load are asked how far their download is
+  TOKA_POD_MONITORS                  false: whether a PodMonitor is made for each object, where the cluster has them
+  TOKA_POD_MONITOR_LABELS            as a=b,c=d: labels of PodMonitors, by which a Prometheus selects them
   TOKA_WORKERS                       8: objects that are worked on at once
   TOKA_HEALTH_PORT                   8080: /livez, /readyz and /metrics
   TOKA_LOG_LEVEL                     INFO, or DEBUG, WARNING, ERROR

@@ -13,6 +13,7 @@ from toka_operator.caches import cache_claim_name
 from toka_operator.data import claim_name
 from toka_operator.failures import Failure, find_failure, is_creating, is_on_lost_node
 from toka_operator.fields import Json
+from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import CLAIM
 from toka_operator.settings import KIND, MANAGED_BY, REVISION_LABEL
@@ -108,6 +109,8 @@ class Observed:
     """Names of pods labelled as ours that no StatefulSet of ours controls: a new pod cannot have such a name."""
     missing_pods: tuple[Failure, ...] = ()
     """Why StatefulSets have fewer pods than they ask for."""
+    pod_monitors: str = NOT_ALLOWED
+    """Whether PodMonitors can be seen, and so made."""
     downloads: Mapping[str, Download] = field(default_factory=dict)
     """By name of a pod of the current revision that downloads the model."""
 

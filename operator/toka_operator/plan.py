@@ -27,6 +27,7 @@ from toka_operator.resources import (
     render_disruption_budget,
     render_network_policy,
     render_peers_service,
+    render_pod_monitor,
     render_revision,
     render_service,
     render_service_account,
@@ -87,7 +88,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
     templates = _find_templates(owner, spec, sets, stored, targets, settings.engine_image)
     replaced = {name for name, pods in revisions.items() if name != spec.revision and pods.served | pods.available}
     kept_specs = _find_kept_specs(spec, stored)
-    optional = _render_optional_children(owner, spec, templates, settings)
+    optional = _render_optional_children(owner, spec, observed, templates, settings)
     desired = _render_children(owner, spec, templates, numbers, targets, finished, replaced, kept_specs)
     first = [child for child in optional if child["kind"] == NETWORK_POLICY]  # before the pods that it shuts off
     desired = [*first, *desired, *(child for child in optional if child not in first)]
@@ -236,12 +237,13 @@ def _render_children(
 
 
 def _render_optional_children(
-    owner: Owner, spec: TokaDeploymentSpec, templates: Mapping[str, Json], settings: Settings
+    owner: Owner, spec: TokaDeploymentSpec, observed: Observed, templates: Mapping[str, Json], settings: Settings
 ) -> list[Json]:
     """Children of kinds that not every spec asks for."""
     found = [
         render_network_policy(owner, spec, templates.values(), settings.asking_namespace),
         render_disruption_budget(owner, spec),
+        render_pod_monitor(owner, spec, observed.pod_monitors, settings.pod_monitor_labels),
     ]
     return [child for child in found if child is not None]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from toka_operator.children import ChildWriter, Memory
@@ -21,6 +21,7 @@ from toka_operator.events import Recorder, Warnings
 from toka_operator.fields import Json
 from toka_operator.loading import Engine, LoadingEngines
 from toka_operator.metrics import WRITES
+from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.observed import (
     Observed,
     is_adoptable,
@@ -56,10 +57,13 @@ class Reconciler:
         stores: Mapping[str, Store],
         settings: Settings,
         loading: LoadingEngines | None = None,
+        see_pod_monitors: Callable[[str], str] = lambda namespace: NOT_ALLOWED,
     ) -> None:
-        """`loading` None: engines are not asked for their downloads."""
+        """`loading` None: engines are not asked for their downloads. `see_pod_monitors` tells of a namespace whether
+        PodMonitors can be seen there."""
         self._cluster, self._settings, self._loading = cluster, settings, loading
         self._deployments, self._stores = deployments, stores
+        self._see_pod_monitors = see_pod_monitors
         self._children = ChildWriter(cluster, stores, settings)
         self._memories: dict[Key, Memory] = {}
         self._recorder = Recorder(cluster, settings.identity)
@@ -156,7 +160,13 @@ class Reconciler:
         ours = [pod for pod in pods if is_adoptable(pod, owner.name) or any(is_owned_by(pod, uid) for uid in sets)]
         names = frozenset(pod["metadata"]["name"] for pod in pods) - {pod["metadata"]["name"] for pod in ours}
         views = tuple(view_pod(pod, endpoints) for pod in ours)
-        observed = Observed(children, views, frozenset(memory.taken_names), names)
+        observed = Observed(
+            children,
+            views,
+            frozenset(memory.taken_names),
+            names,
+            pod_monitors=self._see_pod_monitors(owner.namespace),
+        )
         return memory.suspects.explain(self.warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
 
     def _add_downloads(self, owner: Owner, spec: TokaDeploymentSpec, observed: Observed) -> Observed:

@@ -7,13 +7,14 @@ made from them fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from toka_operator import __version__
 from toka_operator.caches import SHARED_PVC, cache_claim_name
 from toka_operator.data import Data, claim_name, peers_name
 from toka_operator.fields import Json
+from toka_operator.monitoring import render_pod_monitor_spec, wants_pod_monitor
 from toka_operator.network_policy import render_ingress
 from toka_operator.settings import (
     API_VERSION,
@@ -30,7 +31,7 @@ from toka_operator.spec import TokaDeploymentSpec
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
 POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerRevision"
 CLAIM, NETWORK_POLICY = "PersistentVolumeClaim", "NetworkPolicy"
-POD = "Pod"
+POD, POD_MONITOR = "Pod", "PodMonitor"
 API_VERSIONS = {
     SERVICE_ACCOUNT: "v1",
     SERVICE: "v1",
@@ -39,8 +40,9 @@ API_VERSIONS = {
     CONTROLLER_REVISION: "apps/v1",
     POD_DISRUPTION_BUDGET: "policy/v1",
     NETWORK_POLICY: "networking.k8s.io/v1",
+    POD_MONITOR: "monitoring.coreos.com/v1",
 }
-OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY)
+OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY, POD_MONITOR)
 """Children that go when the spec no longer asks for them."""
 
 
@@ -176,6 +178,16 @@ def render_network_policy(
         "ingress": render_ingress(spec.network_policy, templates, siblings, operator_namespace),
     }
     return policy
+
+
+def render_pod_monitor(owner: Owner, spec: TokaDeploymentSpec, sight: str, labels: Mapping[str, str]) -> Json | None:
+    """The PodMonitor, where there is to be one. `labels`: those by which a Prometheus selects it."""
+    if not wants_pod_monitor(spec.pod_monitor, sight):
+        return None
+    monitor = _child(owner, POD_MONITOR, owner.name, "endpoint")
+    monitor["metadata"]["labels"] = {**labels, **monitor["metadata"]["labels"]}
+    monitor["spec"] = render_pod_monitor_spec(selector_labels(owner.name))
+    return monitor
 
 
 def render_revision(

@@ -23,12 +23,14 @@ from toka_operator.metrics import (
     RECONCILES,
     UNWATCHED_NAMESPACES,
 )
+from toka_operator.monitoring import KNOWN, NOT_ALLOWED, UNKNOWN
 from toka_operator.reconcile import Reconciler
+from toka_operator.resources import POD_MONITOR
 from toka_operator.settings import KIND, Settings
 from toka_operator.store import Key, Store
 from toka_operator.warning_watch import WarningWatch
 from toka_operator.watch_stream import WatchStream
-from toka_operator.watches import SELECTORS, Watch, make_stores, own_key
+from toka_operator.watches import SELECTORS, OptionalWatch, Watch, make_stores, own_key
 from toka_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("toka.operator")
@@ -56,7 +58,7 @@ class Runtime:
         self._election = Election(settings, self._on_elected, self._on_restored)
         scopes = settings.watch_namespaces or (None,)
         self._cluster: Cluster = connect(
-            (len(SELECTORS) + 1) * len(scopes),
+            (len(SELECTORS) + 1 + settings.makes_pod_monitors) * len(scopes),
             settings.num_workers,
             self._election.write_window_s,
             lease_timeout_s=settings.lease_renew_deadline_s / 2,
@@ -64,7 +66,10 @@ class Runtime:
         )
         self._election.connect(self._cluster)
         self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
-        self._reconciler = Reconciler(self._cluster, self._deployments, self._stores, settings, self._loading)
+        self._pod_monitors = {scope: self._watch_pod_monitors(scope) for scope in scopes if settings.makes_pod_monitors}
+        self._reconciler = Reconciler(
+            self._cluster, self._deployments, self._stores, settings, self._loading, self._see_pod_monitors
+        )
         self._warning_watches = [
             WarningWatch(self._cluster, scope, self._reconciler.warnings, self._note_warning) for scope in scopes
         ]
@@ -134,7 +139,7 @@ class Runtime:
         return [*self._streams(), self._election, *self._workers, *loading]
 
     def _streams(self) -> list[WatchStream]:
-        return [*self._all_watches(), *self._warning_watches]
+        return [*self._all_watches(), *self._warning_watches, *self._pod_monitors.values()]
 
     def _all_watches(self) -> list[Watch]:
         return [watch for watches in self._watches.values() for watch in watches]
@@ -144,6 +149,17 @@ class Runtime:
         store = self._stores[kind] if is_child else self._deployments
         on_change = self._note_child if is_child else self._note_deployment
         return Watch(self._cluster, kind, scope, store, on_change, lambda: self._on_synced(scope))
+
+    def _watch_pod_monitors(self, scope: str | None) -> OptionalWatch:
+        store, on_change = self._stores[POD_MONITOR], self._note_child
+        return OptionalWatch(self._cluster, POD_MONITOR, scope, store, on_change, lambda: self._on_synced(scope))
+
+    def _see_pod_monitors(self, namespace: str) -> str:
+        """Whether PodMonitors of a namespace can be seen."""
+        if not self._settings.makes_pod_monitors:
+            return NOT_ALLOWED
+        watch = self._pod_monitors.get(namespace) or self._pod_monitors.get(None)
+        return KNOWN if watch is not None and watch.sees else UNKNOWN
 
     def _note_deployment(self, key: Key, is_new: bool) -> None:
         """Asks for a pass. New objects may come by the thousand, and to make their children takes many writes, of
@@ -176,7 +192,9 @@ class Runtime:
     def _is_seen(self, scope: str | None) -> bool:
         """Whether every kind of a scope was listed, and may be watched now: a pass neither takes what is there for
         missing, nor pods for available of which nothing was heard since the right to see them is gone."""
-        return all(watch.is_synced.is_set() and not watch.is_refused for watch in self._watches[scope])
+        optional = self._pod_monitors.get(scope)
+        is_known = optional is None or optional.is_answered
+        return is_known and all(watch.is_synced.is_set() and not watch.is_refused for watch in self._watches[scope])
 
     def _find_unwatched(self) -> dict[str, str]:
         """Each scope that cannot be watched now -> the API server's words."""

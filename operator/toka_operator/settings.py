@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from toka_operator.errors import SettingsError
 
@@ -51,6 +51,10 @@ class Settings:
     """Whether podTemplate may mount folders of the node."""
     reads_downloads: bool = False
     """Whether engines that load are asked by HTTP how far their download is."""
+    makes_pod_monitors: bool = False
+    """Whether PodMonitors are watched and made, where the cluster has them."""
+    pod_monitor_labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels of each PodMonitor, by which a Prometheus selects it."""
     identity: str = ""
     num_workers: int = 8
     """At most half of them work on objects that came in bulk."""
@@ -102,6 +106,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         lease_name=environ.get("TOKA_LEASE_NAME") or "toka-operator",
         allow_host_path=_read_bool(environ, "TOKA_ALLOW_HOST_PATH"),
         reads_downloads=_read_bool(environ, "TOKA_READ_DOWNLOADS"),
+        makes_pod_monitors=_read_bool(environ, "TOKA_POD_MONITORS"),
+        pod_monitor_labels=_read_labels(environ, "TOKA_POD_MONITOR_LABELS"),
         identity=environ.get("TOKA_IDENTITY") or _make_identity(),
         num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),
         health_port=_read_int(environ, "TOKA_HEALTH_PORT", 8080, 0, 65535),
@@ -128,6 +134,15 @@ def _read_int(environ: Mapping[str, str], name: str, default: int, low: int, hig
     if not low <= value <= high:
         raise SettingsError(f"{name}={text}: must be between {low} and {high}")
     return value
+
+
+def _read_labels(environ: Mapping[str, str], name: str) -> dict[str, str]:
+    """Labels as a=b,c=d."""
+    text = environ.get(name, "")
+    pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]
+    if any(not key or not is_pair for key, is_pair, _ in pairs):
+        raise SettingsError(f"{name}={text}: must be labels as a=b,c=d")
+    return {key: value for key, _, value in pairs}
 
 
 def _read_bool(environ: Mapping[str, str], name: str) -> bool:

@@ -17,6 +17,7 @@ from toka_operator.data import DATA_DEFAULTS, Data, parse_data
 from toka_operator.errors import FieldError
 from toka_operator.fields import Fields, Json
 from toka_operator.fingerprint import compute_fingerprint, compute_former_revision, pick_pod_fields
+from toka_operator.monitoring import MONITORING_DEFAULTS, POD_MONITOR_CHOICES
 from toka_operator.network_policy import NETWORK_POLICY_DEFAULTS, NetworkPolicy, parse_network_policy
 
 DEFAULTS: Json = {
@@ -50,6 +51,7 @@ DEFAULTS: Json = {
     "disruption": {"podDisruptionBudget": "Auto"},
     "service": {"type": "ClusterIP", "port": 80},
     "networkPolicy": NETWORK_POLICY_DEFAULTS,
+    "monitoring": MONITORING_DEFAULTS,
     "podTemplate": {},
     "suspend": False,
 }
@@ -209,6 +211,7 @@ class TokaDeploymentSpec:
     has_disruption_budget: bool
     service: Service
     network_policy: NetworkPolicy
+    pod_monitor: str
     pod_additions: PodAdditions
     suspend: bool
 
@@ -250,6 +253,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off")) == "Auto",
         service=_parse_service(root.child("service")),
         network_policy=parse_network_policy(root.child("networkPolicy")),
+        pod_monitor=root.child("monitoring").choice("podMonitor", POD_MONITOR_CHOICES),
         pod_additions=_parse_pod_additions(root.child("podTemplate")),
         suspend=root.boolean("suspend"),
     )

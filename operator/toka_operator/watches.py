@@ -7,15 +7,22 @@ handed to `on_change`; nothing is decided here.
 
 from __future__ import annotations
 
+import logging
+import random
 import threading
 from collections.abc import Callable
 
 from toka_operator.cluster import Cluster
+from toka_operator.errors import ApiError, NotFoundError, TransientError
 from toka_operator.fields import Json
 from toka_operator.settings import KIND, MANAGED_BY
 from toka_operator.store import Key, Store
 from toka_operator.watch_stream import WatchStream
 
+logger = logging.getLogger("toka.watches")
+
+ABSENT_RETRY_S = 30.0
+"""Seconds until a kind that the cluster does not have is looked for again."""
 _OURS = f"app.kubernetes.io/managed-by={MANAGED_BY}"
 CHILD_SELECTORS = {
     "ServiceAccount": _OURS,
@@ -28,6 +35,8 @@ CHILD_SELECTORS = {
     "Pod": f"{_OURS},app.kubernetes.io/component=engine",
     "EndpointSlice": _OURS,
 }
+OPTIONAL_SELECTORS = {"PodMonitor": _OURS}
+"""The same of kinds that a cluster need not have."""
 SELECTORS = {KIND: "", **CHILD_SELECTORS}
 """Label selector of each watched kind, applied by the API server."""
 
@@ -51,7 +60,7 @@ def trim_child(obj: Json) -> Json:
 
 
 def make_stores() -> dict[str, Store]:
-    return {kind: Store(child_key, trim_child) for kind in CHILD_SELECTORS}
+    return {kind: Store(child_key, trim_child) for kind in (*CHILD_SELECTORS, *OPTIONAL_SELECTORS)}
 
 
 class Watch(WatchStream):
@@ -70,7 +79,7 @@ class Watch(WatchStream):
         on_change: Callable[[Key, bool], None],
         on_synced: Callable[[], None],
     ) -> None:
-        super().__init__(cluster, kind, namespace, SELECTORS[kind])
+        super().__init__(cluster, kind, namespace, {**SELECTORS, **OPTIONAL_SELECTORS}[kind])
         self._store = store
         self._on_change, self._on_synced = on_change, on_synced
         self.is_synced = threading.Event()
@@ -93,3 +102,39 @@ class Watch(WatchStream):
         change = self._store.remove if event_type == "DELETED" else self._store.put
         for key in change(obj):
             self._on_change(key, event_type == "ADDED")
+
+
+class OptionalWatch(Watch):
+    """Watches a kind that the cluster need not have. While it is away, the store is empty, and nothing is wrong.
+
+    `on_synced` is called when the kind comes, when it goes, and when it is first known to be away.
+    """
+
+    _was_refused = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it is known that the kind is there, or that it is not."""
+        return self._was_refused or self.is_synced.is_set()
+
+    @property
+    def sees(self) -> bool:
+        """Whether the kind is there, and may be watched."""
+        return self.is_synced.is_set() and not self.is_refused
+
+    def _fail(self, error: ApiError | TransientError | None) -> float:
+        is_news = isinstance(error, ApiError) and (self.is_synced.is_set() or not self._was_refused)
+        self._was_refused = self._was_refused or isinstance(error, ApiError)
+        if not isinstance(error, NotFoundError):
+            delay_s = super()._fail(error)
+            if is_news:
+                self._on_synced()
+            return delay_s
+        self._version = ""
+        self._note_recovery()
+        self._store.replace_all([], 0, self._namespace, is_anew=True)
+        self.is_synced.clear()
+        if is_news:
+            logger.info("watch=%s event=kind_is_away", self.name)
+            self._on_synced()
+        return ABSENT_RETRY_S * random.uniform(0.75, 1.0)

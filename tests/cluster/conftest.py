@@ -1,6 +1,7 @@
 """Fixtures of the cluster tier."""
 
 from tests.cluster.harness.fixtures import api_server, namespace
+from tests.cluster.monitors import pod_monitors
 from tests.cluster.operating import crd, installation, operator, own_operator, shared_process, without_operator
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "namespace",
     "operator",
     "own_operator",
+    "pod_monitors",
     "shared_process",
     "without_operator",
 ]

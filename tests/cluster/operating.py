@@ -42,6 +42,7 @@ PATHS = {
     "persistentvolumeclaim": "/api/v1/namespaces/{}/persistentvolumeclaims",
     "pdb": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "networkpolicy": "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
+    "podmonitor": "/apis/monitoring.coreos.com/v1/namespaces/{}/podmonitors",
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }
 WRITING_VERBS = ("create", "update", "patch", "delete")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -12,9 +13,11 @@ from tests.cluster.operating import CHART, SYSTEM, Operator, revision_of, unrela
 
 
 @pytest.fixture
-def operator(own_operator: Operator) -> Operator:
+def operator(without_operator: Operator, pod_monitors: None) -> Iterator[Operator]:
     """The test reads what its operator did when that has ended, so it has its own."""
-    return own_operator
+    without_operator.start(TOKA_POD_MONITORS="true")
+    yield without_operator
+    without_operator.stop()
 
 
 NEVER_REQUESTED = {("update", "tokadeployments/finalizers")}
@@ -65,7 +68,11 @@ def use_every_right(operator: Operator) -> None:
     """Does to one TokaDeployment all that an operator does in its life."""
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{revision_of(spec)}"
-    taken = unrelated_objects("chat", revision_of(spec))
+    metadata = {"name": "chat"}
+    monitor = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor", "metadata": metadata}
+    taken = unrelated_objects("chat", revision_of(spec)) | {
+        ("podmonitor", "chat"): {**monitor, "spec": {"selector": {}}}
+    }
     operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
     operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0}, networkPolicy={"mode": "Ingress"})
@@ -84,8 +91,8 @@ def use_every_right(operator: Operator) -> None:
     operator.delete_and_wait("service", "chat")
     lose_node_of_a_pod(operator)
     exceed_quota_twice(operator)
-    operator.patch("chat", replicas=1, engine={"pageSize": 32}, networkPolicy=None)
-    for kind in ("pdb", "networkpolicy"):
+    operator.patch("chat", replicas=1, engine={"pageSize": 32}, networkPolicy=None, monitoring={"podMonitor": "Off"})
+    for kind in ("pdb", "networkpolicy", "podmonitor"):
         operator.wait_for(lambda kind=kind: operator.get(kind, "chat") is None, f"the {kind} to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
     operator.wait_until_ready("chat")
@@ -122,7 +129,9 @@ def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: 
     check_rights(operator, granted(operator, "ClusterRole"))
 
 
-def test_in_single_namespaces_too_every_verb_is_used_and_none_is_missing(without_operator: Operator) -> None:
+def test_in_single_namespaces_too_every_verb_is_used_and_none_is_missing(
+    without_operator: Operator, pod_monitors: None
+) -> None:
     operator = without_operator
     release = f"tenant-{operator.namespace[-6:]}"
     only = ("--set", f"watchNamespaces={{{operator.namespace}}}")
@@ -130,7 +139,7 @@ def test_in_single_namespaces_too_every_verb_is_used_and_none_is_missing(without
     operator.server.helm("install", release, str(CHART), "--namespace", SYSTEM, *switches, *only)
     operator.user = f"system:serviceaccount:{SYSTEM}:{release}-operator"
     operator.kubeconfig = operator.server.service_account_kubeconfig(SYSTEM, f"{release}-operator")
-    operator.start(TOKA_LEASE_NAME=f"{release}-operator")
+    operator.start(TOKA_LEASE_NAME=f"{release}-operator", TOKA_POD_MONITORS="true")
     use_every_right(operator)
     check_rights(operator, granted(operator, "Role", *only))
     operator.check_log()

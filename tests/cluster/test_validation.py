@@ -164,6 +164,7 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None
             {"podSelector": {"matchLabels": {"a": "b"}},
              "namespaceSelector": {"matchExpressions": [{"key": "k", "operator": "In", "values": ["v"]}]}},
             {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]},
+        "monitoring": {"podMonitor": "On"},
         "podTemplate": {"labels": {"team": "x"}, "annotations": {"n": "v"},
                         "volumes": [{"name": "data", "emptyDir": {}}],
                         "volumeMounts": [{"name": "data", "mountPath": "/data"}],

@@ -69,9 +69,21 @@ seccompProfile:
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
   verbs: [get, list, watch, create, patch, delete]
+{{- if .Values.monitoring.engines }}
+- apiGroups: [monitoring.coreos.com]
+  resources: [podmonitors]
+  verbs: [get, list, watch, create, patch, delete]
+{{- end }}
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
   verbs: [list, watch]
+{{- end -}}
+
+{{/* Labels of PodMonitors, as a=b,c=d. */}}
+{{- define "toka.monitorLabels" -}}
+{{- $pairs := list -}}
+{{- range $key, $value := .Values.monitoring.labels }}{{- $pairs = append $pairs (printf "%s=%s" $key $value) }}{{- end -}}
+{{- join "," $pairs -}}
 {{- end -}}
 
 {{/* "true" for a role that gives another release's operator its rights. */}}

@@ -88,6 +88,7 @@ CHANGES: dict[str, Any] = {
     "service.annotations": {"a": "b"},
     "networkPolicy.mode": "Ingress",
     "networkPolicy.from": {"mode": "Ingress", "from": [{"podSelector": {}}]},
+    "monitoring.podMonitor": "On",
     "podTemplate.labels": {"a": "b"},
     "podTemplate.annotations": {"a": "b"},
     "podTemplate.volumes": [NAMED],
