@@ -25,8 +25,12 @@ POLICIES = {
     "another_page_size": ("page_size=32", "hydragen_min_group_size=2"),
 }
 
+IN_EVERY_RUN = "hydragen_without_prefix_cache_in_small_steps"
 
-@pytest.mark.parametrize("name", POLICIES)
+
+@pytest.mark.parametrize(
+    "name", [name if name == IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
+)
 def test_twenty_prompts_at_once_equal_transformers_under(
     name: str, model_dir: Path, expected_half: list[str], tmp_path: Path
 ) -> None:

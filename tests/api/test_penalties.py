@@ -125,6 +125,7 @@ def test_penalized_answers_equal_the_definition_with_shared_prefixes_choices_and
         assert read_metrics(engine)["toka_prefix_hit_tokens_total"] > before
 
 
+@pytest.mark.slow
 def test_penalized_answers_that_are_preempted_equal_the_definition(model: Model, tmp_path: Path) -> None:
     """The cache holds a part of the answers, and what finished before leads to the belief that answers are short."""
     with serving(model, tmp_path, "kv_cache_num_tokens=448") as engine:

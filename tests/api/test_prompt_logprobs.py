@@ -160,6 +160,7 @@ def small_engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield engine
 
 
+@pytest.mark.slow
 def test_ranks_small_chunks_and_preemptions_change_nothing(small_engine: EngineProcess, truth: Truth) -> None:
     with client_of(small_engine) as client:
         answer = client.completions.create(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.api.conftest import client_of, running_engine
 
 
@@ -16,6 +18,7 @@ def sample_like_everybody(folder: Path, model: Path, *arguments: str) -> list[st
         return [choice.text for answer in answers for choice in answer.choices]
 
 
+@pytest.mark.slow
 def test_engines_without_a_seed_share_no_sample_and_with_one_all_of_them(tiny: Path, tmp_path: Path) -> None:
     free = [sample_like_everybody(tmp_path / f"free{run}", tiny) for run in range(2)]
     assert not {*free[0]} & {*free[1]}

@@ -23,6 +23,7 @@ from tests.api.conftest import client_of, running_engine
 from tests.engine_process import ROOT, hold_port
 
 
+@pytest.mark.slow
 def test_a_healthy_engine_passes(tiny: Path) -> None:
     options = ("minutes=0.15", "clients=24", "tie=0.001", "growth=1000", "checkers=4")
     held, port = hold_port()

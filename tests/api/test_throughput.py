@@ -37,6 +37,7 @@ def report(tiny: Path) -> dict[str, Any]:
     return whole
 
 
+@pytest.mark.slow
 def test_every_token_of_every_client_is_counted(report: dict[str, Any]) -> None:
     chat, monkeys = report["workloads"][CHAT], report["workloads"][MONKEYS]
     assert (chat["errors"], monkeys["errors"]) == (0, 0), (chat["first_errors"], monkeys["first_errors"])
@@ -48,6 +49,7 @@ def test_every_token_of_every_client_is_counted(report: dict[str, Any]) -> None:
     assert monkeys["first_token_ms"] is None, "it is not streamed"
 
 
+@pytest.mark.slow
 def test_the_engines_own_figures_are_of_the_run(report: dict[str, Any]) -> None:
     chat, monkeys = (report["workloads"][name]["engine"] for name in (CHAT, MONKEYS))
     assert chat["steps"] >= 2 * 9, "six requests, four at a time, take two rounds at least"
@@ -60,12 +62,14 @@ def test_the_engines_own_figures_are_of_the_run(report: dict[str, Any]) -> None:
     assert report["kv_cache_tokens"] == 4096
 
 
+@pytest.mark.slow
 def test_the_prefix_cache_serves_what_a_workload_shares_and_nothing_of_earlier_runs(report: dict[str, Any]) -> None:
     assert report["workloads"][CHAT]["engine"]["prefix_hit_tokens"] == 0
     # The second prompt may find the 96 tokens that both share; nothing else has been seen before.
     assert report["workloads"][MONKEYS]["engine"]["prefix_hit_tokens"] <= 96
 
 
+@pytest.mark.slow
 def test_limits_are_measured_where_they_are_not_given_and_bound_the_speed(report: dict[str, Any]) -> None:
     assert report["limits"]["flops_per_s"] == 1e11
     assert report["limits"]["bytes_per_s"] == report["machine"]["copy_bytes_per_s"] > 1e7

@@ -37,6 +37,7 @@ def batches(installation: Installation, namespace: str, tmp_path: Path) -> Itera
     cluster.kubectl("delete", "persistentvolume", volume, "--wait=false")
 
 
+@pytest.mark.slow
 def test_a_batch_lives_through_a_rollout_an_operators_restart_and_a_killed_pod(
     installation: Installation, batches: Deployment
 ) -> None:

@@ -13,6 +13,7 @@ from tests.e2e.model_hub import offer_shared_volume, start_hub
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.slow
 def test_replicas_that_share_a_cache_download_once_and_the_status_tells_how_far_it_is(
     installation: Installation, namespace: str, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def count_steps(deployment: Deployment) -> dict[tuple[str, str], float]:
     return {(replica, rank): float(steps) for rank, replica, steps in found}
 
 
+@pytest.mark.slow
 def test_two_replicas_of_two_ranks_serve_and_roll_without_a_broken_stream(
     installation: Installation, namespace: str, tmp_path: Path
 ) -> None:

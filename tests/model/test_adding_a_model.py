@@ -52,6 +52,7 @@ def test_each_file_of_the_document_is_short_and_passes_the_linter(tree: Path) ->
         subprocess.run([sys.executable, "-m", "ruff", *command, *files], cwd=tree, check=True)
 
 
+@pytest.mark.slow
 def test_the_documents_proof_passes_for_both_models(tree: Path) -> None:
     files = ["tests/model/test_logits.py", "tests/model/test_single_row.py"]
     output = run_tests(tree, "gemma or mistral", *files)

@@ -42,12 +42,14 @@ def test_the_table_the_request_and_the_samplers_are_all_that_changes(changed: li
         subprocess.run([sys.executable, "-m", "ruff", *command, *changed], cwd=tree, check=True)
 
 
+@pytest.mark.slow
 def test_the_documents_proof_passes_for_every_sampler_and_endpoint(changed: list[str], tree: Path) -> None:
     output = run_tests(tree, NAME, *(path for path in changed if path.startswith("tests/")))
     for file in ("tests/model/test_sampler.py", "tests/unit/kernels/", "tests/unit/server/"):
         assert any(line.startswith(file) and "PASSED" in line for line in output.splitlines()), output
 
 
+@pytest.mark.slow
 def test_the_parameter_of_the_document_is_served(changed: list[str], tree: Path, smollm2: Path, tmp_path: Path) -> None:
     settings = (f"model={smollm2}", "device=cpu", "dtype=float32", "kv_cache_num_tokens=4096", "num_threads=1")
     with EngineProcess(tmp_path, *settings, env={"PYTHONPATH": str(tree / "engine")}) as engine:

@@ -100,6 +100,7 @@ def test_the_roofline_counts_the_numbers_that_a_models_matrices_have(make_tiny: 
     assert costs.head_weights == matrices["lm_head.weight"]
 
 
+@pytest.mark.slow
 def test_the_sweep_measures_every_point_and_where_nothing_is_shared(
     make_tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:

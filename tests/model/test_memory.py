@@ -202,6 +202,7 @@ print(int(resident_mib() - before))
 """
 
 
+@pytest.mark.slow
 def test_products_of_ever_new_sizes_do_not_pile_up_in_onednns_caches() -> None:
     done = subprocess.run([sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100

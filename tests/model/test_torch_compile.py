@@ -63,6 +63,7 @@ def test_a_compiled_model_in_bfloat16_is_as_close_to_fp32_as_transformers_bfloat
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
+@pytest.mark.slow
 def test_compiled_smollm2_gives_the_greedy_text_of_the_plain_one(smollm2: Path, smollm2_fp32: Driver) -> None:
     tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     texts = ("The capital of France is", "def fibonacci(n):", "1, 1, 2, 3, 5, 8,", "Water boils at")

@@ -149,6 +149,7 @@ def test_engine_seeds_that_differ_in_any_bit_draw_other_tokens(device, generator
     assert [torch.equal(first, other) for other in others] == [False] * 4
 
 
+@pytest.mark.slow
 @settings(max_examples=400 if ON_GPU else 12, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),

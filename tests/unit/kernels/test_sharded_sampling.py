@@ -95,6 +95,7 @@ def test_greedy_and_seeded_rows_give_the_tokens_and_logprobs_of_one_gpu(device, 
         assert torch.equal(rank.bench.state.last_token, every[0].ids)
 
 
+@pytest.mark.slow
 def test_frequencies_match_the_distribution_over_the_whole_vocabulary(device, generator) -> None:
     vocab, steps = (4000, 1500) if ON_GPU else (34, 6)
     logits = torch.randn(1, vocab, generator=generator, device=device) * 1.5

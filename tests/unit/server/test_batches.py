@@ -387,6 +387,7 @@ def test_a_drain_finishes_lines_in_flight_and_the_next_start_does_the_rest(
     assert len(second.manager.submits) == 100
 
 
+@pytest.mark.slow
 def test_lines_are_neither_lost_nor_repeated_however_often_the_server_is_killed(
     start: Callable[..., RunningServer], sentence_ids: list[int]
 ) -> None:
