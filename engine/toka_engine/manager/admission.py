@@ -69,21 +69,45 @@ class Running:
     ends: Int32s  # [num_pages]
 
 
-def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
+@dataclass(slots=True)
+class Budget:
+    """Prefill tokens of a step that no prefill under way will take."""
+
+    all_tokens: int
+    background_tokens: int
+    """The part of them that background prompts may have."""
+
+    def take(self, num_tokens: int) -> None:
+        self.all_tokens -= num_tokens
+        self.background_tokens -= num_tokens
+
+
+def _measure_budget(state: ManagerState, budget: int, background: int) -> Budget:
+    """Return what is left of `budget` tokens, of which background prompts may take `background`. Prefills of background
+    work that are under way keep no other request from starting: it goes before them.
+    """
+    taken = {True: 0, False: 0}
+    for prefill in state.prefills:
+        taken[prefill.request.is_background] += prefill.tokens.size - prefill.position
+    left = budget - taken[False]
+    return Budget(left, min(left, background) - taken[True])
+
+
+def admit(state: ManagerState, step: StepBuilder, budget: int, background: int) -> None:
     """Start waiting requests whose prefill can begin in this step; `budget` tokens of its forward are
-    left."""
-    budget -= sum(prefill.tokens.size - prefill.position for prefill in state.prefills)
+    left, of which background prompts may take `background`."""
     num_free = state.sizes.max_running - (state.sizes.num_slots - state.slots.num_free)
     if not state.queue or not state.queue.has_news:
         return
     if num_free <= 0:
         state.misfit = state.queue.head
-    if budget <= 0 or num_free <= 0:
+    left = _measure_budget(state, budget, background)
+    if left.all_tokens <= 0 or num_free <= 0:
         return
     if step.number < state.next_admission and state.slots.num_running:
         return
     state.queue.settle()
-    candidates = _collect(state, state.queue.entries, step.number, budget, num_free)
+    candidates = _collect(state, state.queue.entries, step.number, left, num_free)
     if not candidates:
         return
     chosen = _choose(state, candidates)
@@ -92,7 +116,8 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
         state.next_admission = step.number + PAGE_LIMITED_INTERVAL
     if not chosen:
         state.misfit = candidates[0].entry
-        chosen = _skip_ahead(state, candidates[0].entry, step.number, budget, num_free)
+        left = _measure_budget(state, budget, background)
+        chosen = _skip_ahead(state, candidates[0].entry, step.number, left, num_free)
     for candidate, num_streams in chosen.items():
         start_entry(state, step, candidate.entry, num_streams, candidate.matched)
         state.queue.note_news()  # perhaps more in the next step
@@ -100,16 +125,18 @@ def admit(state: ManagerState, step: StepBuilder, budget: int) -> None:
         state.start_rate.note(state.queue.busy_s, sum(chosen.values()))
 
 
-def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget: int, num_free: int) -> list[Candidate]:
+def _collect(
+    state: ManagerState, entries: Iterable[Waiting], tick: int, budget: Budget, num_free: int
+) -> list[Candidate]:
     """Return the first of `entries` that the slots and the forward's tokens allow, their prefixes
-    retained."""
+    retained. Uses up `budget`."""
     candidates: list[Candidate] = []
     claimed = set()
     num_deferred = 0
     is_background = False
     num_grammars = MAX_GRAMMAR_STREAMS - (_count_grammars(state) if len(state.grammars) else 0)
     for entry in entries:
-        if budget <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
+        if budget.all_tokens <= 0 or num_free <= 0 or num_deferred > MAX_DEFERRED:
             break
         if entry.prefill is not None:
             continue
@@ -120,6 +147,9 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             num_free -= state.sizes.max_running // RESERVE if state.slots.num_running else 0
             if num_free <= 0:
                 break
+        if is_background and budget.background_tokens <= 0:
+            state.queue.note_news()  # perhaps some in the next step
+            break
         pages, missing = state.pages.tree.match(entry.tokens)
         num_reusable = num_reusable_pages(entry, state.sizes.page_size)
         if num_reusable is not None:  # waits for nobody's pages
@@ -137,7 +167,7 @@ def _collect(state: ManagerState, entries: Iterable[Waiting], tick: int, budget:
             num_streams = min(num_streams, num_grammars)
             num_grammars -= num_streams
         candidates.append(Candidate(entry, pages, num_streams))
-        budget -= entry.tokens.size - pages.size * state.sizes.page_size
+        budget.take(entry.tokens.size - pages.size * state.sizes.page_size)
         num_free -= num_streams
     if num_deferred:
         state.queue.note_news()
@@ -192,7 +222,7 @@ def _reserved_pages(state: ManagerState, candidates: list[Candidate]) -> int:
     return state.sizes.num_pages // RESERVE if has_background else 0
 
 
-def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: int, num_free: int) -> dict[Candidate, int]:
+def _skip_ahead(state: ManagerState, head: Waiting, tick: int, budget: Budget, num_free: int) -> dict[Candidate, int]:
     """`head` does not fit: return one stream of the first of the next few that does."""
     if head.num_skipped >= MAX_SKIPS:
         return {}

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from toka_engine.config import EngineConfig
+from toka_engine.manager.lateness import predict_lateness
 from toka_engine.manager.lifecycle import cancel, fail_waiting
 from toka_engine.manager.receiving import receive_tokens
 from toka_engine.manager.requests import Request, Scoring, Waiting
@@ -114,8 +115,10 @@ class Manager:
         may_start = max(0, state.sizes.max_running - state.slots.num_running)
         if state.queue.num_choices + submit.num_choices > state.config.max_queued_requests + may_start:
             return [Refused(submit.first_stream, "the queue is full")]
-        if submit.timeout_s and (refused := self._refuse_late(submit)):
-            return [refused]
+        if submit.timeout_s:
+            state.has_deadlines = True
+            if refused := self._refuse_late(submit):
+                return [refused]
         request = Request(
             first_stream=submit.first_stream,
             num_choices=submit.num_choices,
@@ -139,11 +142,11 @@ class Manager:
         return []
 
     def _refuse_late(self, submit: Submit) -> Refused | None:
-        """Return the refusal of a request that will probably not start before its time is over; None: it may wait."""
-        queue = self.state.queue
-        wait_s = self.state.start_rate.predict_wait_s(queue.busy_s, queue.count_ahead(submit.priority))
-        if wait_s <= submit.timeout_s:
+        """Return the refusal of a request that will probably be late; None: it may wait."""
+        late = predict_lateness(self.state, submit)
+        if late is None:
             return None
-        retry_after_s = min(_MAX_RETRY_AFTER_S, math.ceil(wait_s - submit.timeout_s))
-        message = f"the request would start in about {wait_s:.1f} s, after its 'timeout_s'"
+        retry_after_s = min(_MAX_RETRY_AFTER_S, math.ceil(late.seconds))
+        event = "start" if late.is_start else "be answered"
+        message = f"the request would {event} about {late.seconds:.1f} s after its 'timeout_s'"
         return Refused(submit.first_stream, message, DEADLINE_UNREACHABLE, retry_after_s)

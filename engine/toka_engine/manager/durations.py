@@ -36,8 +36,12 @@ class StreamTimes:
     def note_tokens(self, slots: Int32s, num_decoded: int, now: float) -> None:
         """Note a step's tokens: the streams of the first `num_decoded` of `slots` had some before."""
         if num_decoded:
-            # The rows of a step were in the same one before, but for those that sat it out while pages were short.
-            self._between_tokens.add(now - self._last_token_s.item(slots.item(0)), num_decoded)
+            before_s = self._last_token_s[slots[:num_decoded]]
+            if (before_s == before_s[0]).all():  # all were in the same step
+                self._between_tokens.add(now - before_s.item(0), num_decoded)
+            else:
+                for each_s, count in zip(*np.unique(before_s, return_counts=True), strict=True):
+                    self._between_tokens.add(now - float(each_s), int(count))
         self._last_token_s[slots] = now
         if num_decoded < slots.size:
             first = slots[num_decoded:]

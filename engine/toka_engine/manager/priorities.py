@@ -1,4 +1,5 @@
-"""Background streams give way: they are preempted when another request does not fit, and leave it part of each step.
+"""Background streams give way: they are preempted when another request does not fit, and leave it room. How much of a
+step they have is decided in `step_share`.
 
 A request with a priority above 0 is background work. What it has computed stays in the prefix tree, so that it goes on
 from there when there is room again. One that has waited very long goes first, so that it starts however busy the engine
@@ -14,12 +15,9 @@ import numpy as np
 from toka_engine.manager.lifecycle import preempt_newest
 from toka_engine.manager.requests import FIRST_BACKGROUND_ORDER, Waiting
 from toka_engine.manager.state import ManagerState
-from toka_engine.messages import Int32s
 
 RESERVE = 10
 """Background streams leave one page in this many, and one slot, to others, who then start without a preemption."""
-PREFILL_SHARE = 4
-"""The prompts of background streams take one in this many of a step's prefill tokens beside other streams."""
 
 MAX_BACKGROUND_WAIT_S = 600.0
 """The age at which a background request that waits may go first."""
@@ -60,10 +58,3 @@ def make_room(state: ManagerState, entry: Waiting) -> None:
             return
         num_preempted += 1
         num_promised += num_later
-
-
-def limit_background_prefill(state: ManagerState, rows: Int32s, budget: int) -> int:
-    """Return how many of `budget` prefill tokens background prompts may take beside the decode rows `rows`."""
-    if (state.slots.orders[rows] < FIRST_BACKGROUND_ORDER).any():
-        return budget // PREFILL_SHARE
-    return budget

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from toka_engine.manager.admission import admit
 from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
-from toka_engine.manager.priorities import limit_background_prefill, make_room, promote_oldest
+from toka_engine.manager.priorities import make_room, promote_oldest
 from toka_engine.manager.prompt_logprobs import score_chunk, scored_fields
 from toka_engine.manager.requests import PendingCopy, Prefill, Request
 from toka_engine.manager.row_groups import NO_GROUPS, Groups
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import EMPTY32, InFlight, ManagerState, StepBuilder
+from toka_engine.manager.step_share import WHOLE, expects_online, note_planned, share_step
 from toka_engine.messages import Int32s, SlotEdits, Step
 from toka_engine.slot_parameters import SlotBatch
 
@@ -29,6 +30,8 @@ from toka_engine.slot_parameters import SlotBatch
 def plan_step(state: ManagerState) -> Step | None:
     """Return the next step to send, or None where nothing can run before more tokens are back."""
     if len(state.in_flight) >= state.sizes.steps_ahead:
+        return None
+    if state.has_background and len(state.in_flight) >= max(1, state.sizes.steps_ahead - 1) and _may_wait(state):
         return None
     if state.has_background and state.queue:
         promote_oldest(state)
@@ -39,6 +42,11 @@ def plan_step(state: ManagerState) -> Step | None:
     if state.lanes is None:
         return _plan_rows(state)
     return _plan_lanes(state, state.lanes)
+
+
+def _may_wait(state: ManagerState) -> bool:
+    """Return whether the next step had better not be sent yet, because a request that comes now would wait for it."""
+    return state.lanes is None and expects_online(state)
 
 
 def _plan_lanes(state: ManagerState, lanes: Lanes) -> Step | None:
@@ -58,14 +66,16 @@ def _plan_lanes(state: ManagerState, lanes: Lanes) -> Step | None:
 def _plan_rows(state: ManagerState) -> Step | None:
     """Plan a step of `state.rows` and prefill chunks."""
     step = StepBuilder(state.next_step)
-    rows, groups = _plan_decode(state, step)
     sizes = state.sizes
+    state.rows.refresh(state.slots, state.pages.allocator.refs)
+    share = share_step(state, sizes.max_tokens_per_forward) if state.has_background else WHOLE
+    rows, groups = _plan_decode(state, step, share.last_order)
     most = sizes.max_prefill_tokens if rows.size else sizes.max_lone_prefill_tokens
     budget = min(sizes.max_tokens_per_forward - rows.size, most)
     copies = _take_live_copies(state)
     if not state.is_short:
-        admit(state, step, budget)
-    _plan_chunks(state, step, rows, budget)
+        admit(state, step, budget, share.num_prefill)
+    _plan_chunks(state, step, budget, share.num_prefill)
     if rows.size == 0 and not step.chunk_slots:
         state.copies = copies  # this step is not sent
         return None
@@ -73,11 +83,12 @@ def _plan_rows(state: ManagerState) -> Step | None:
     return _finish_step(state, step, rows, groups)
 
 
-def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups]:
-    """Give each decode row the page that it needs; return the rows that take part, and their groups."""
+def _plan_decode(state: ManagerState, step: StepBuilder, last_order: int) -> tuple[Int32s, Groups]:
+    """Give each decode row the page that it needs; return the rows that take part, and their groups. Rows with an order
+    higher than `last_order` do not.
+    """
     slots, rows = state.slots, state.rows
-    rows.refresh(slots, state.pages.allocator.refs)
-    active, groups = rows.slots, rows.groups
+    active, groups = _choose_rows(state, last_order)
     if active.size == 0:
         rows.is_short = False
         return EMPTY32, NO_GROUPS
@@ -86,7 +97,7 @@ def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups
     num_needed = int(np.count_nonzero(needs))
     rows.is_short = num_needed > state.pages.allocator.num_available
     if rows.is_short:
-        is_kept = _cope_with_shortage(state)
+        is_kept = _cope_with_shortage(state, last_order)
         active, groups = rows.slots[is_kept], rows.groups.keep(is_kept)
         lengths = slots.lengths[active]
         needs = lengths >= slots.num_pages[active] * state.sizes.page_size
@@ -106,6 +117,14 @@ def _plan_decode(state: ManagerState, step: StepBuilder) -> tuple[Int32s, Groups
     return active, groups
 
 
+def _choose_rows(state: ManagerState, last_order: int) -> tuple[Int32s, Groups]:
+    rows = state.rows
+    is_kept = state.slots.orders[rows.slots] <= last_order
+    if is_kept.all():
+        return rows.slots, rows.groups
+    return rows.slots[is_kept], rows.groups.keep(is_kept)
+
+
 def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None:
     slots = state.slots
     pages, columns = state.pages.take(needy.size), slots.num_pages[needy]
@@ -122,14 +141,15 @@ def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None
         state.pages.tops.place_newest(known, known_pages * state.sizes.page_size, width)
 
 
-def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
+def _cope_with_shortage(state: ManagerState, last_order: int) -> NDArray[np.bool_]:
     """Preempt where nothing else will bring pages; return which of the rows then left take part in this
-    step."""
+    step, of those with an order up to `last_order`."""
     slots, rows = state.slots, state.rows
     page_size = state.sizes.page_size
 
     def find_needy() -> NDArray[np.bool_]:
-        return slots.lengths[rows.slots] >= slots.num_pages[rows.slots] * page_size
+        needs: NDArray[np.bool_] = slots.lengths[rows.slots] >= slots.num_pages[rows.slots] * page_size
+        return needs & (slots.orders[rows.slots] <= last_order)
 
     promised = 0
     if not slots.has_retiring and not state.pages.has_held and not (slots.states == State.FULL).any():
@@ -142,7 +162,7 @@ def _cope_with_shortage(state: ManagerState) -> NDArray[np.bool_]:
     needs = find_needy()
     needy = np.flatnonzero(needs)
     needy = needy[np.argsort(slots.orders[rows.slots[needy]])]
-    is_kept = ~needs
+    is_kept = ~needs & (slots.orders[rows.slots] <= last_order)
     is_kept[needy[: state.pages.allocator.num_available]] = True
     return is_kept
 
@@ -168,17 +188,16 @@ def emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCopy
         state.pages.hold(step.number, np.asarray([copy.source], np.int32))
 
 
-def _plan_chunks(state: ManagerState, step: StepBuilder, rows: Int32s, budget: int) -> None:
+def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int, background: int) -> None:
+    """Plan chunks of `budget` tokens, of which background prompts may take `background`."""
     slots = state.slots
     begun: list[Int32s] = []
-    background = None
     for prefill in sorted(state.prefills, key=lambda prefill: prefill.request.is_background):
         if budget <= 0:
             break
         start = prefill.position
         length = min(budget, prefill.tokens.size - start)
         if prefill.request.is_background:
-            background = limit_background_prefill(state, rows, budget) if background is None else background
             length = min(length, background)
             if length <= 0:
                 break
@@ -284,7 +303,8 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     slots = state.slots
     fanout_slots = np.concatenate([EMPTY32, *step.fanout_slots])
     sampled = np.concatenate((rows, fanout_slots))
-    state.in_flight.append(InFlight(step.number, sampled, rows.size, slots.generations[sampled], step.scored))
+    size = note_planned(state, rows, step) if state.has_background or state.has_deadlines else None
+    state.in_flight.append(InFlight(step.number, sampled, rows.size, slots.generations[sampled], step.scored, size))
     state.next_step += 1
     state.counters.steps += 1
     state.counters.hydragen_rows += int(groups.num_rows[groups.first_columns == 0].sum())

@@ -24,6 +24,7 @@ from toka_engine.manager.requests import PendingCopy, Prefill, Request, Waiting
 from toka_engine.manager.row_groups import DecodeRows
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.slots import Slots
+from toka_engine.manager.step_time import OnlineSteps, StepSize, StepTimes
 from toka_engine.manager.stopping import StopPredictor
 from toka_engine.messages import Floats, Int32s, Int64s
 
@@ -51,6 +52,8 @@ class InFlight:
     """The first so many of them had tokens before."""
     generations: Int64s
     scored: list[ScoredChunk]
+    size: StepSize | None = None
+    """None: nobody asks how long it took."""
 
 
 @dataclass(slots=True)
@@ -92,7 +95,11 @@ class ManagerState:
         self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
         self.has_background = False  # a background request has ever come
+        self.has_deadlines = False  # a request with a deadline has ever come
         self.promoted: Request | None = None  # the background request that goes first, because it has waited long
+        self.step_times = StepTimes()  # learns where somebody asks: for background work, deadlines
+        self.online_steps = OnlineSteps()
+        self.last_tokens_s = float("-inf")  # when a step came back last
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()
         self.grammars = Grammars()

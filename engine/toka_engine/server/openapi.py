@@ -37,7 +37,7 @@ _ERRORS = {
     "408": "The request did not arrive in time.",
     "413": "The body is too large.",
     "415": "The body is no JSON, or is compressed.",
-    "429": "The queue is full, or too long for `timeout_s`: `retry-after` says when to come again.",
+    "429": "The queue is full, or the engine too busy for `timeout_s`: `retry-after` says when to come again.",
     "500": "The request failed in the engine.",
     "503": "The engine takes no requests now: `retry-after` says when to come again.",
     "504": "The request's `timeout_s` is over.",

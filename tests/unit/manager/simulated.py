@@ -10,6 +10,7 @@ should have been.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -337,6 +338,8 @@ class Harness:
         if self.config.scheduling_steps_ahead:
             self.sizes = replace(self.sizes, steps_ahead=self.config.scheduling_steps_ahead)
         self.now = 0.0
+        self.seconds_of: Callable[[Step], float] = lambda step: 0.0
+        """The time of a step."""
         self.manager = Manager(self.config, self.sizes, lambda: self.now)
         lanes = self.manager.state.lanes
         for rows in [self.manager.state.rows] if lanes is None else lanes.every:
@@ -413,7 +416,9 @@ class Harness:
         step = self.sent.popleft()
         self.writes.popleft()
         self.copied.popleft()
-        for deltas in self.manager.receive(self.worker.run(step)):
+        seconds = self.seconds_of(step)
+        self.now += seconds
+        for deltas in self.manager.receive(replace_fields(self.worker.run(step), step_wall_s=seconds)):
             if isinstance(deltas, PromptLogprobs):
                 self._take_scores(deltas)
             else:

@@ -1,4 +1,4 @@
-"""Requests that cannot start in time are refused at once; background work starts in the end, under any load."""
+"""Requests that would be late are refused at once; background work starts in the end, under any load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from toka_engine.manager.deadlines import StartRate
 from toka_engine.manager.priorities import MAX_BACKGROUND_WAIT_S
 
 from tests.unit.manager.simulated import Harness, small_sizes
+from tests.unit.manager.timed import CALM, Machine, TimedEngine
 
 
 def crowded(num_started: int = 12) -> Harness:
@@ -130,4 +131,62 @@ def test_a_background_request_with_several_choices_starts_whole() -> None:
         step_of(harness)
         harness.now += 10.0
         assert harness.now < MAX_BACKGROUND_WAIT_S + 1000.0
+    finish(harness)
+
+
+@pytest.mark.parametrize(("machine", "timeout_s", "seconds"), [(CALM, 10.0, 60.0), (Machine(), 40.0, 240.0)])
+def test_in_an_overload_requests_with_a_deadline_are_answered_whole_or_refused(
+    machine: Machine, timeout_s: float, seconds: float
+) -> None:
+    peak = TimedEngine(machine, rate=100.0, num_lines=0)
+    peak.run(seconds, settle_s=30.0)
+    num_most = peak.times[False].num_ended
+    pressed = TimedEngine(machine, rate=5 * num_most / seconds, num_lines=224, timeout_s=timeout_s)
+    pressed.run(seconds, settle_s=3 * timeout_s)
+    times = pressed.times[False]
+    assert times.num_ended >= 0.9 * num_most
+    assert times.num_expired <= 0.03 * times.num_ended
+    assert times.num_refused >= 3 * num_most
+    assert pressed.times[True].num_tokens <= 0.05 * times.num_tokens
+
+
+def taught(max_running: int = 8) -> Harness:
+    """Return an engine that knows its steps to take 20 ms, and 10 ms for each row."""
+    harness = Harness(small_sizes(max_running=max_running, num_slots=max_running, num_pages=200))
+    harness.seconds_of = lambda step: 0.02 + 0.01 * step.decode_slots.size + 0.001 * int(step.prefill_lengths.sum())
+    for index in range(6):
+        harness.submit([7, index], max_tokens=40 + 5 * index, timeout_s=1000.0)
+    harness.run()
+    assert harness.manager.state.step_times.costs is not None
+    return harness
+
+
+def test_a_request_that_would_end_too_late_beside_others_is_refused_and_alone_it_is_not() -> None:
+    harness = taught()
+    for index in range(6):
+        harness.submit([index, 1], max_tokens=100)
+    harness.turn(3)
+    assert harness.submit([1, 2], max_tokens=50, timeout_s=3.0) == []  # 50 steps of 90 ms
+    (refused,) = harness.refusals
+    assert refused.code == "deadline_unreachable"
+    assert "answered" in refused.message
+    assert 1 <= refused.retry_after_s <= 4
+    assert harness.submit([1, 2], max_tokens=10, timeout_s=3.0)
+    finish(harness)
+    assert harness.submit([1, 2], max_tokens=50, timeout_s=3.0)
+    finish(harness)
+
+
+def test_a_request_that_is_too_slow_for_its_time_on_an_idle_engine_gets_what_it_can() -> None:
+    harness = taught()
+    assert harness.submit([1, 2], max_tokens=100, timeout_s=1.0)
+    finish(harness)
+
+
+def test_background_streams_do_not_make_a_request_late() -> None:
+    harness = taught()
+    for index in range(6):
+        harness.submit([index, 1], max_tokens=100, priority=100)
+    harness.turn(3)
+    assert harness.submit([1, 2], max_tokens=50, timeout_s=3.0)
     finish(harness)

@@ -57,6 +57,7 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
     random_seed=st.integers(0, 1 << 32),
     num_pages=st.sampled_from([8, 12, 20, 64]),
     steps_ahead=st.integers(1, 7),
+    step_s=st.sampled_from([0.0, 0.05]),
     max_tokens_per_forward=st.sampled_from([9, 24, 64]),
     max_prefill_tokens=st.sampled_from([3, 24, 64]),
     max_lone_prefill_tokens=st.sampled_from([3, 24, 64]),
@@ -70,6 +71,7 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
     random_seed: int,
     num_pages: int,
     steps_ahead: int,
+    step_s: float,
     max_tokens_per_forward: int,
     max_prefill_tokens: int,
     max_lone_prefill_tokens: int,
@@ -95,6 +97,8 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
         hydragen_min_prefix_len=4,
     )
     harness = Harness(sizes, HashModel(failure_period=failure_period), config)
+    if step_s:
+        harness.seconds_of = lambda step: step_s + step_s / 8 * (step.decode_slots.size + step.prefill_tokens.size)
     play(harness, np.random.default_rng(random_seed), 12, cancel_rate)
     harness.check_results()
     harness.check_nothing_held()

@@ -1,0 +1,128 @@
+"""Decides how much of each step background streams get, so that the slowest tokens of other streams come no later.
+
+Those others are the online streams. What a step takes is predicted from its size (`step_time`). A step with a chunk of
+an online prompt is among the longest that online streams see: there background work gets next to nothing. Other steps
+are filled up, though not beyond the longer ones of the online steps. While online streams have been there lately, a
+step of background work alone is no longer than one with an online prompt: that is how long the next request waits for
+it. Rows that do not fit sit the step out, those that came last first; at least one goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice, takewhile
+
+import numpy as np
+
+from toka_engine.manager.requests import FIRST_BACKGROUND_ORDER
+from toka_engine.manager.state import ManagerState, StepBuilder
+from toka_engine.manager.step_time import StepCosts, StepSize
+from toka_engine.messages import Int32s
+
+SLACK = 1.15
+"""A step of online rows may take this many times as long as without background work;"""
+FILL = 1.6
+"""this many times where it then is no longer than the longer ones of the online steps."""
+PREFILL_SHARE = 4
+"""The prompts of background streams take one in this many of a step's prefill tokens beside online streams."""
+MIN_CHUNK = 8
+"""Prefill tokens that a step has for background prompts, unless background rows sit it out."""
+RECENT_S = 60.0
+"""For so long after an online stream the next one is expected at any moment."""
+
+_NO_LIMIT = np.iinfo(np.int64).max
+_HEADS = 8
+"""Waiting requests whose prompts are counted into the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackgroundShare:
+    """The part of a step that background work may have."""
+
+    last_order: int = _NO_LIMIT
+    """Rows with a higher order sit the step out."""
+    num_prefill: int = _NO_LIMIT
+    """Tokens of chunks."""
+
+
+WHOLE = BackgroundShare()
+
+
+def share_step(state: ManagerState, budget: int) -> BackgroundShare:
+    """Return the share of background work in the next step of `state.rows`, which has `budget` tokens in all."""
+    slots, rows = state.slots, state.rows.slots
+    is_background = slots.orders[rows] >= FIRST_BACKGROUND_ORDER
+    online, background = rows[~is_background], rows[is_background]
+    num_prompt = _count_online_prompts(state, budget - online.size)
+    has_online = bool(online.size or num_prompt)
+    now, steps = state.clock(), state.online_steps
+    if has_online:
+        steps.seen_s = now
+    quarter = budget // PREFILL_SHARE if online.size else _NO_LIMIT
+    costs = state.step_times.costs
+    if costs is None:
+        return BackgroundShare(num_prefill=quarter)
+    if not has_online and now - steps.seen_s > RECENT_S:
+        return WHOLE
+    if has_online:
+        online_s = costs.predict_s(StepSize(online.size, int(slots.lengths[online].sum()), num_prompt))
+        least_s = online_s if num_prompt else SLACK * online_s
+        rest_s = min(max(least_s, steps.long_step_s), FILL * online_s) - online_s
+    else:
+        rest_s = _limit_lone_step(state, costs) - costs.step_s
+    return _share_rest(state, background, costs, rest_s, quarter)
+
+
+def _share_rest(
+    state: ManagerState, background: Int32s, costs: StepCosts, rest_s: float, most_prefill: int
+) -> BackgroundShare:
+    """Let the first of the rows `background`, by order, run that fit into `rest_s`, and prefill in what is left."""
+    orders = state.slots.orders[background]
+    by_order = np.argsort(orders)
+    ends_s = np.cumsum(costs.row_s + costs.context_s * state.slots.lengths[background[by_order]])
+    num_fitting = max(1, int(np.searchsorted(ends_s, rest_s, side="right")))
+    if num_fitting < background.size:
+        return BackgroundShare(int(orders[by_order[num_fitting - 1]]), 0)
+    if background.size:
+        rest_s -= float(ends_s[-1])
+    num_prefill = int(min(max(rest_s, 0.0) / costs.prefill_s, most_prefill)) if costs.prefill_s else most_prefill
+    return BackgroundShare(num_prefill=max(MIN_CHUNK, num_prefill))
+
+
+def _limit_lone_step(state: ManagerState, costs: StepCosts) -> float:
+    """Return how long a step may be that has no online part, while an online request is expected."""
+    return state.online_steps.prompt_step_s or costs.predict_s(StepSize(0, 0, state.sizes.max_prefill_tokens))
+
+
+def _count_online_prompts(state: ManagerState, budget: int) -> int:
+    """Return how many tokens of online prompts the next step will have, if those that wait are admitted."""
+    num_tokens = sum(
+        prefill.tokens.size - prefill.position for prefill in state.prefills if not prefill.request.is_background
+    )
+    if state.queue.has_news:
+        waiting = takewhile(lambda entry: not entry.request.is_background, state.queue.entries)
+        num_tokens += sum(entry.tokens.size for entry in islice(waiting, _HEADS) if entry.prefill is None)
+    return max(0, min(num_tokens, budget))
+
+
+def expects_online(state: ManagerState) -> bool:
+    """Return whether there is background work alone, and an online request is expected."""
+    head = state.queue.head
+    if state.clock() - state.online_steps.seen_s > RECENT_S or (head is not None and not head.request.is_background):
+        return False
+    if any(not prefill.request.is_background for prefill in state.prefills):
+        return False
+    return bool((state.slots.orders[state.rows.slots] >= FIRST_BACKGROUND_ORDER).all())
+
+
+def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSize:
+    """Note the online part of a step that has been planned; return the size of the whole step."""
+    slots = state.slots
+    chunk_slots = np.asarray(step.chunk_slots, np.int32)
+    chunk_sizes = np.asarray([tokens.size for tokens in step.chunk_tokens], np.int64)
+    online = rows[slots.orders[rows] < FIRST_BACKGROUND_ORDER]
+    num_prompt = int(chunk_sizes[slots.orders[chunk_slots] < FIRST_BACKGROUND_ORDER].sum())
+    if state.step_times.costs is not None and (online.size or num_prompt):
+        size = StepSize(online.size, int(slots.lengths[online].sum()), num_prompt)
+        state.online_steps.note(size, state.step_times.costs)
+    return StepSize(rows.size, int(slots.lengths[rows].sum()), int(chunk_sizes.sum()))

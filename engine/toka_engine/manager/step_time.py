@@ -1,0 +1,128 @@
+"""Learns from the steps that have come back how long one takes: a constant, and so much for each row and token. Pure.
+
+The four costs are fitted by least squares; a step counts half as much as one that came `_HALF_LIFE` steps later. A cost
+that comes out below zero is zero: rows and their contexts often grow together, and then the fit cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+_HALF_LIFE = 200
+_DECAY = 0.5 ** (1 / _HALF_LIFE)
+_MIN_STEPS = 32
+"""Before so many steps nothing is predicted."""
+_FIT_INTERVAL = 8
+_MAX_SURPRISE = 3.0
+"""A step counts as this many times its prediction at most: one that the machine held up says little of the others."""
+_SCALES = np.asarray([1.0, 32.0, 16_384.0, 128.0])
+"""Usual sizes, so that all costs are alike in size where they are fitted."""
+_RIDGE = 1e-5
+"""Keeps the fit solvable where a size has not changed."""
+
+_NUM_KEPT = 256
+_LONG_SHARE = 14
+_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """The work of a step."""
+
+    num_rows: int
+    """Decode rows."""
+    num_context: int
+    """Tokens in the contexts of those."""
+    num_prefill: int
+    """Tokens of chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds of a step as such, and of each unit of its size."""
+
+    step_s: float
+    row_s: float
+    context_s: float
+    prefill_s: float
+
+    def predict_s(self, size: StepSize) -> float:
+        return (
+            self.step_s
+            + self.row_s * size.num_rows
+            + self.context_s * size.num_context
+            + self.prefill_s * size.num_prefill
+        )
+
+
+class StepTimes:
+    """The steps seen so far, as sums."""
+
+    def __init__(self) -> None:
+        self.costs: StepCosts | None = None
+        """None: too few steps have come back."""
+        self.mean_prefill = 0.0
+        """Tokens of chunks in a step, over the last ones."""
+        self._squares = np.zeros((4, 4))
+        self._products = np.zeros(4)
+        self._weight = 0.0
+        self._num_steps = 0
+
+    def note(self, size: StepSize, seconds: float) -> None:
+        """Note that a step has taken `seconds`."""
+        if self.costs is not None:
+            seconds = min(seconds, _MAX_SURPRISE * self.costs.predict_s(size))
+        self.mean_prefill += (size.num_prefill - self.mean_prefill) * _SMOOTHING
+        sizes = np.asarray([1, size.num_rows, size.num_context, size.num_prefill]) / _SCALES
+        self._squares = _DECAY * self._squares + np.outer(sizes, sizes)
+        self._products = _DECAY * self._products + seconds * sizes
+        self._weight = _DECAY * self._weight + 1.0
+        self._num_steps += 1
+        if self._num_steps >= _MIN_STEPS and self._num_steps % _FIT_INTERVAL == 0:
+            self.costs = self._fit()
+
+    def _fit(self) -> StepCosts | None:
+        """Return the costs, none below zero; None where steps have taken no time at all."""
+        squares, products = self._squares / self._weight, self._products / self._weight
+        used = np.arange(4)
+        while used.size:
+            part = squares[np.ix_(used, used)] + _RIDGE * np.eye(used.size)
+            found = np.linalg.solve(part, products[used])
+            if found.min() >= 0.0:
+                break
+            used = np.delete(used, found.argmin())
+        costs = np.zeros(4)
+        if used.size:
+            costs[used] = found
+        if not costs.any():
+            return None
+        return StepCosts(*(costs / _SCALES).tolist())
+
+
+class OnlineSteps:
+    """The times of steps with online streams, which are those that are not background work."""
+
+    def __init__(self) -> None:
+        self.seen_s = float("-inf")
+        """The last moment at which there was an online stream."""
+        self.prompt_step_s = 0.0
+        """The usual length of a step with a chunk of an online prompt; 0 before the first."""
+        self.long_step_s = 0.0
+        """One step in `_LONG_SHARE` with online rows is longer; 0 before the first."""
+        self._steps_s: deque[float] = deque(maxlen=_NUM_KEPT)
+        self._num_steps = 0
+
+    def note(self, size: StepSize, costs: StepCosts) -> None:
+        """Note the online part of a step that has one."""
+        seconds = costs.predict_s(size)
+        if size.num_prefill:
+            self.prompt_step_s += (seconds - self.prompt_step_s) * (_SMOOTHING if self.prompt_step_s else 1.0)
+        if size.num_rows:
+            self._steps_s.append(seconds)
+            self._num_steps += 1
+            if self._num_steps % _FIT_INTERVAL == 1:
+                longest = sorted(self._steps_s)
+                self.long_step_s = longest[len(longest) - 1 - len(longest) // _LONG_SHARE]
