@@ -128,6 +128,9 @@ class ChildWriter:
         for name, uid in plan.dead_pods:
             logger.info("object=%s/%s pod=%s event=deleted_for_good", owner.namespace, owner.name, name)
             attempt(f"deletion of {POD} {name}", uid, partial(self._delete, owner, POD, name, uid, grace_s=0))
+        for name, uid in plan.moved_pods:
+            logger.info("object=%s/%s pod=%s event=moved_from_cordoned_node", owner.namespace, owner.name, name)
+            attempt(f"deletion of {POD} {name}", uid, partial(self._delete, owner, POD, name, uid))
         rejected = {target: why for target, why in rejected.items() if why}
         memory.refusals.keep_only(set(rejected))
         return Outcome(rejected, memory.refusals.find_failed())
@@ -241,8 +244,10 @@ class ChildWriter:
 
     def _delete(self, owner: Owner, kind: str, name: str, uid: str, grace_s: int | None = None) -> None:
         try:
-            self._cluster.delete(kind, owner.namespace, name, uid, grace_s)
+            left = self._cluster.delete(kind, owner.namespace, name, uid, grace_s)
             WRITES.labels(kind=kind, verb="delete").inc()
+            if kind == POD and left.get("kind") == POD:
+                self._stores[kind].put(left)  # so that the next pass knows that it goes, and moves no other yet
         except (NotFoundError, ConflictError):
             self._stores[kind].forget((owner.namespace, name))
 

@@ -47,6 +47,7 @@ _PATHS = {
     "ServiceAccount": ("api/v1", "serviceaccounts"),
     "Service": ("api/v1", "services"),
     "Pod": ("api/v1", "pods"),
+    "Node": ("api/v1", "nodes"),
     "PersistentVolumeClaim": ("api/v1", "persistentvolumeclaims"),
     "Event": ("api/v1", "events"),
     "StatefulSet": ("apis/apps/v1", "statefulsets"),
@@ -169,8 +170,9 @@ class Cluster:
         body = {**patch, "metadata": {**patch.get("metadata", {}), **identity}}
         return self._write("PATCH", _path(kind, namespace, name), body, _MERGE)
 
-    def delete(self, kind: str, namespace: str, name: str, uid: str, grace_s: int | None = None) -> None:
-        """Deletes in the background; ConflictError if the object is not the one with this uid.
+    def delete(self, kind: str, namespace: str, name: str, uid: str, grace_s: int | None = None) -> Json:
+        """Deletes in the background; ConflictError if the object is not the one with this uid. Returns the object, if
+        that is still there for a while, else a Status.
 
         `grace_s` None: the object's own grace period; 0: at once, without waiting for a kubelet.
         """
@@ -182,7 +184,7 @@ class Cluster:
         }
         if grace_s is not None:
             body["gracePeriodSeconds"] = grace_s
-        self._write("DELETE", _path(kind, namespace, name), body, _JSON)
+        return self._write("DELETE", _path(kind, namespace, name), body, _JSON)
 
     def _write(self, method: str, path: str, body: Json, content_type: str) -> Json:
         window_s = self._lease_timeout_s if "/leases" in path else self._write_window_s()

@@ -21,12 +21,16 @@ from toka_operator.failures import (
 )
 from toka_operator.fields import Json
 from toka_operator.monitoring import explain_monitored
+from toka_operator.moves import find_displaced, find_hold_end
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
+from toka_operator.rollout import Window
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
 MODEL_CACHED, MONITORED = "ModelCached", "Monitored"
+MOVING = "NodeCordoned"
+_NO_PODS = Window()
 CLAIM_CONFLICT_S = 10.0
 """Seconds that a pod may be created on another node than the one that mounted its claim: some drivers allow it."""
 READY, AVAILABLE, PROGRESSING = "Ready", "Available", "Progressing"
@@ -91,6 +95,8 @@ class Counts:
     num_updated_available: int
     num_old: int
     """Pods of other revisions, those that go included."""
+    num_extra: int = 0
+    """Pods of the current revision that are kept beyond those wanted, while some of them move."""
 
     @property
     def is_underway(self) -> bool:
@@ -101,7 +107,7 @@ class Counts:
         )
 
 
-def count_pods(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Counts:
+def count_pods(spec: TokaDeploymentSpec, observed: Observed, plan: Plan, now: float) -> Counts:
     staying = [pod for pod in observed.pods if not pod.is_terminating]
     current = [pod for pod in staying if pod.revision == spec.revision]
     min_ready_s = spec.rollout.min_ready_s
@@ -113,6 +119,7 @@ def count_pods(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Coun
         num_updated=len(current),
         num_updated_available=sum(pod.is_available(now, min_ready_s) for pod in current),
         num_old=sum(pod.revision != spec.revision for pod in observed.pods),
+        num_extra=max(0, plan.targets.get(spec.revision, _NO_PODS).replicas - spec.num_wanted),
     )
 
 
@@ -127,7 +134,7 @@ def decide_conditions(
 ) -> list[Condition]:
     """Every condition. `is_late`: the rollout made no progress within its deadline."""
     degraded = _decide_degraded(spec, observed, counts, outcome, is_late, now)
-    progressing = _decide_progressing(spec, observed, plan, counts, is_late)
+    progressing = _decide_progressing(spec, observed, plan, counts, is_late, now)
     cached = [Condition(MODEL_CACHED, *explain_cached(spec, observed))] if downloads_from_hub(spec) else []
     return [
         _decide_ready(spec, counts, degraded, progressing),
@@ -141,9 +148,11 @@ def decide_conditions(
 
 
 def _is_complete(counts: Counts) -> bool:
-    """Whether every wanted pod is of the current revision and available. Old ones may still finish their streams."""
+    """Whether every wanted pod is of the current revision and available. Old ones may still finish their streams, and
+    pods beyond those wanted may move."""
     has_old = counts.num_pods > counts.num_updated
-    return not has_old and counts.num_updated == counts.num_updated_available == counts.num_wanted
+    is_in_number = counts.num_wanted <= counts.num_updated <= counts.num_wanted + counts.num_extra
+    return not has_old and is_in_number and counts.num_updated_available >= counts.num_wanted
 
 
 def _idle_reason(spec: TokaDeploymentSpec) -> str:
@@ -172,12 +181,14 @@ def _decide_available(spec: TokaDeploymentSpec, counts: Counts) -> Condition:
 
 
 def _decide_progressing(
-    spec: TokaDeploymentSpec, observed: Observed, plan: Plan, counts: Counts, is_late: bool
+    spec: TokaDeploymentSpec, observed: Observed, plan: Plan, counts: Counts, is_late: bool, now: float
 ) -> Condition:
     if counts.num_wanted == 0 and not observed.pods:
         return Condition(PROGRESSING, False, _idle_reason(spec), "no pods are wanted")
     if _is_complete(counts) and counts.num_old:
         return Condition(PROGRESSING, True, "Draining", f"{counts.num_old} old pods finish their streams")
+    if _is_complete(counts) and counts.num_extra:
+        return Condition(PROGRESSING, True, MOVING, _explain_move(spec, observed, now))
     if _is_complete(counts):
         return Condition(PROGRESSING, False, "Complete", f"revision {spec.revision} is rolled out")
     if spec.rollout.paused:
@@ -197,6 +208,21 @@ def _decide_progressing(
     if len(plan.targets) > 1 or counts.num_old:
         return Condition(PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods")
     return Condition(PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods")
+
+
+def _explain_move(spec: TokaDeploymentSpec, observed: Observed, now: float) -> str:
+    """The pods that leave a cordoned node, and what their successors wait for."""
+    displaced, end = find_displaced(spec, observed), find_hold_end(spec, observed, now)
+    if not displaced:
+        return "a pod was moved from a cordoned node; one more than wanted stays until its successor is available"
+    pods = ", ".join(f"{pod.name} ({pod.node})" for pod in displaced)
+    text = f"a pod goes from a cordoned node when another serves in its place: {pods}"
+    waiting = _find_waiting(spec, observed)
+    if waiting is not None:
+        text += f"; the new pod {waiting.pod} waits: {waiting.message}"
+    if spec.num_wanted == 1 and end is not None and end <= now:
+        text += "; it waited for too long, so evictions are no longer held up"
+    return text
 
 
 def _find_waiting(spec: TokaDeploymentSpec, observed: Observed) -> Failure | None:
@@ -234,7 +260,7 @@ def _decide_degraded(
     is_short = counts.num_available < counts.num_wanted
     failing += [f for f in _find_leaving(spec, observed, now) if is_short or f.reason == "PodStuckTerminating"]
     failing = [failure for failure in failing if now >= (find_patience_end(spec, failure) or 0.0)]
-    if counts.num_old and counts.num_available >= counts.num_wanted:
+    if (counts.num_old or counts.num_extra) and counts.num_available >= counts.num_wanted:
         failing = [failure for failure in failing if not _is_want_of_room(failure)]
     if failing:
         worst = min(failing, key=_rank)

@@ -74,6 +74,7 @@ class PodView:
     """Bound to a node, where none of its containers began."""
     loading_address: str = ""
     """Its IP address, while its engine runs and is not ready."""
+    created_at: float = 0.0
 
     @property
     def is_terminating(self) -> bool:
@@ -113,6 +114,8 @@ class Observed:
     """Whether PodMonitors can be seen, and so made."""
     downloads: Mapping[str, Download] = field(default_factory=dict)
     """By name of a pod of the current revision that downloads the model."""
+    cordoned: frozenset[str] | None = None
+    """Names of the nodes that are cordoned; None: the operator cannot see nodes."""
 
     def of_kind(self, kind: str) -> list[Json]:
         return [child for (k, _), child in sorted(self.children.items()) if k == kind]
@@ -191,6 +194,7 @@ def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
         scheduled_at=parse_time(conditions.get("PodScheduled", {}).get("lastTransitionTime")),
         is_creating=is_creating(pod),
         loading_address=find_loading_address(status, ready),
+        created_at=parse_time(metadata.get("creationTimestamp")),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from toka_operator.failures import NOT_READY
 from toka_operator.fields import Json
+from toka_operator.moves import find_displaced, find_hold_end, holds_only_pod
 from toka_operator.observed import Observed, PodView
 from toka_operator.podspec import render_pod_template
 from toka_operator.resources import (
@@ -35,7 +36,7 @@ from toka_operator.resources import (
     set_name,
 )
 from toka_operator.revisions import by_revision
-from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
+from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows, find_moves
 from toka_operator.settings import SERVED_ANNOTATION, SPEC_ANNOTATION, Settings
 from toka_operator.spec import TokaDeploymentSpec
 
@@ -57,6 +58,8 @@ class Plan:
     deletions: tuple[tuple[str, str, str], ...]
     dead_pods: tuple[tuple[str, str], ...]
     """(name, uid) of pods to be deleted without waiting for a kubelet, which does not answer."""
+    moved_pods: tuple[tuple[str, str], ...]
+    """(name, uid) of pods to be deleted because their node is cordoned, and others serve in their place."""
     revisions: Mapping[str, RevisionPods]
     """The revisions that have a StatefulSet, or lost it without their pods, as seen, oldest first."""
     targets: Mapping[str, Window]
@@ -88,7 +91,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
     templates = _find_templates(owner, spec, sets, stored, targets, settings.engine_image)
     replaced = {name for name, pods in revisions.items() if name != spec.revision and pods.served | pods.available}
     kept_specs = _find_kept_specs(spec, stored)
-    optional = _render_optional_children(owner, spec, observed, templates, settings)
+    optional = _render_optional_children(owner, spec, observed, templates, settings, now)
     desired = _render_children(owner, spec, templates, numbers, targets, finished, replaced, kept_specs)
     first = [child for child in optional if child["kind"] == NETWORK_POLICY]  # before the pods that it shuts off
     desired = [*first, *desired, *(child for child in optional if child not in first)]
@@ -96,6 +99,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
         desired=tuple(m for m in desired if (m["kind"], m["metadata"]["name"]) not in observed.taken_names),
         deletions=(*finished.values(), *_find_surplus(spec, optional, observed, stored, sets)),
         dead_pods=tuple((pod.name, pod.uid) for pod in observed.pods if _is_dead(pod, spec, now)),
+        moved_pods=_find_moved(observed, find_moves(budgets, spec.revision, revisions, targets)),
         revisions=revisions,
         targets=targets,
         templates=templates,
@@ -126,10 +130,12 @@ def _view_revision(
 ) -> RevisionPods:
     pods = [pod for pod in observed.pods if pod.revision == revision]
     leaving = frozenset(pod.ordinal for pod in pods if pod.is_terminating)
+    displaced = frozenset(pod.ordinal for pod in find_displaced(spec, observed) if pod.revision == revision)
     seen = RevisionPods(
         window=window,
         available=frozenset(p.ordinal for p in pods if p.is_available(now, spec.rollout.min_ready_s)),
         served=frozenset(p.ordinal for p in pods if p.has_served and not p.is_terminating),
+        displaced=displaced,
         unrecoverable=frozenset(p.ordinal for p in pods if _is_unrecoverable(p, now)),
         leaving=leaving | _find_other_pods(set_name(owner.name, revision), observed),
         keeps_ordinals=spec.data is not None,
@@ -154,6 +160,11 @@ def _is_unrecoverable(pod: PodView, now: float) -> bool:
     if pod.failure is None or not pod.is_failing or pod.failure.reason == NOT_READY:
         return False
     return pod.failure.exit_code is None or pod.failure.restarts >= MIN_RESTARTS_OF_UNRECOVERABLE
+
+
+def _find_moved(observed: Observed, moves: list[tuple[str, int]]) -> tuple[tuple[str, str], ...]:
+    pods = (pod for pod in observed.pods if (pod.revision, pod.ordinal) in moves and not pod.is_terminating)
+    return tuple((pod.name, pod.uid) for pod in pods)
 
 
 def _is_dead(pod: PodView, spec: TokaDeploymentSpec, now: float) -> bool:
@@ -214,7 +225,8 @@ def _render_children(
     replaced: Set[str],
     kept_specs: Mapping[str, str | None],
 ) -> list[Json]:
-    """Every child, in the order of writing. `replaced`: old revisions whose pods have served."""
+    """Every child but the disruption budget, in the order of writing. `replaced`: old revisions whose pods have
+    served."""
     children = [render_service_account(owner), render_service(owner, spec)]
     if spec.data is not None:
         children += [render_claim(owner, spec.data), render_peers_service(owner, spec)]
@@ -237,12 +249,17 @@ def _render_children(
 
 
 def _render_optional_children(
-    owner: Owner, spec: TokaDeploymentSpec, observed: Observed, templates: Mapping[str, Json], settings: Settings
+    owner: Owner,
+    spec: TokaDeploymentSpec,
+    observed: Observed,
+    templates: Mapping[str, Json],
+    settings: Settings,
+    now: float,
 ) -> list[Json]:
     """Children of kinds that not every spec asks for."""
     found = [
         render_network_policy(owner, spec, templates.values(), settings.asking_namespace),
-        render_disruption_budget(owner, spec),
+        render_disruption_budget(owner, spec, holds_only_pod(spec, observed, now)),
         render_pod_monitor(owner, spec, observed.pod_monitors, settings.pod_monitor_labels),
     ]
     return [child for child in found if child is not None]
@@ -284,8 +301,10 @@ def _has_served(stored: Json) -> bool:
 
 
 def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> float | None:
-    """Seconds until a pod has been ready for long enough, or is given up as unrecoverable or dead."""
-    moments = []
+    """Seconds until a pod has been ready for long enough, or is given up as unrecoverable or dead, or no longer holds
+    up a drain."""
+    hold_end = find_hold_end(spec, observed, now)
+    moments = [] if hold_end is None else [hold_end]
     for pod in observed.pods:
         if pod.terminating_until is not None:
             moments.append(pod.terminating_until + spec.rollout.stuck_s)

@@ -58,12 +58,13 @@ class Reconciler:
         settings: Settings,
         loading: LoadingEngines | None = None,
         see_pod_monitors: Callable[[str], str] = lambda namespace: NOT_ALLOWED,
+        find_cordoned: Callable[[], frozenset[str] | None] = lambda: None,
     ) -> None:
         """`loading` None: engines are not asked for their downloads. `see_pod_monitors` tells of a namespace whether
-        PodMonitors can be seen there."""
+        PodMonitors can be seen there; `find_cordoned` which nodes are cordoned, or None if that cannot be seen."""
         self._cluster, self._settings, self._loading = cluster, settings, loading
         self._deployments, self._stores = deployments, stores
-        self._see_pod_monitors = see_pod_monitors
+        self._see_pod_monitors, self._find_cordoned = see_pod_monitors, find_cordoned
         self._children = ChildWriter(cluster, stores, settings)
         self._memories: dict[Key, Memory] = {}
         self._recorder = Recorder(cluster, settings.identity)
@@ -166,6 +167,7 @@ class Reconciler:
             frozenset(memory.taken_names),
             names,
             pod_monitors=self._see_pod_monitors(owner.namespace),
+            cordoned=self._find_cordoned(),
         )
         return memory.suspects.explain(self.warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})
 

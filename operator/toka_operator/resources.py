@@ -149,10 +149,10 @@ def _claim(owner: Owner, name: str, component: str, wanted: Data) -> Json:
     return claim
 
 
-def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec) -> Json | None:
-    """One pod (or maxUnavailable) at a time may be evicted; none of a single replica, so there it is left
-    out."""
-    if not spec.has_disruption_budget or spec.num_wanted < 2:
+def render_disruption_budget(owner: Owner, spec: TokaDeploymentSpec, holds_only_pod: bool) -> Json | None:
+    """One pod (or maxUnavailable) at a time may be evicted. `holds_only_pod`: none of a single replica, which has no
+    budget else."""
+    if not spec.has_disruption_budget or spec.num_wanted < (1 if holds_only_pod else 2):
         return None
     budget = _child(owner, POD_DISRUPTION_BUDGET, owner.name, "endpoint")
     budget["spec"] = {

@@ -10,7 +10,9 @@ that is still leaving. These rules hold at every step, over all revisions togeth
   unrecoverable ones do not, or one of them could block a rollout for ever;
 - an available pod goes only if desired - maxUnavailable available pods are left;
 - an old pod that is not available, but served before, goes only if desired - maxUnavailable other old or available
-  pods are left: it may come back, and a new revision that never serves must not replace it.
+  pods are left: it may come back, and a new revision that never serves must not replace it;
+- a displaced pod (its node is cordoned) counts as none of the desired ones, and goes when as many as desired are
+  available without it. In the midst of a window it is deleted (`find_moves`), and its successor takes its name.
 
 Where ordinals have data (`keeps_ordinals`), the pods of the current revision are those from 0 on, whatever goes or
 comes: a pod's successor waits for its name, and a smaller number of pods is without the highest.
@@ -57,6 +59,8 @@ class RevisionPods:
     """Pods outside the window, or leaving, that still hold what they use."""
     keeps_ordinals: bool = False
     """Whether a successor takes its predecessor's ordinal, and waits for it."""
+    displaced: frozenset[int] = frozenset()
+    """Pods that stay, but on a node from which they are wanted away."""
 
     def trim(self) -> Window:
         """The window without pods at its ends that leave anyway: their successors need not wait for their names."""
@@ -104,10 +108,30 @@ def decide_windows(
         return _Step(budgets, current, revisions).follow_scale() if revisions else {}
     step = _Step(budgets, current, {**revisions, current: revisions.get(current, unmade)})
     step.shrink_current()
+    step.move_displaced()
     step.retire_old()
     step.grow_serving_old()
     step.grow_current()
     return step.windows
+
+
+def find_moves(
+    budgets: Budgets, current: str, revisions: Mapping[str, RevisionPods], windows: Mapping[str, Window]
+) -> list[tuple[str, int]]:
+    """The (revision, ordinal) of displaced pods that are to be deleted now. `windows`: as decided.
+
+    One at a time: what an end of a window can do without is taken there, and costs no successor.
+    """
+    names = windows.keys() & revisions.keys() if budgets.is_paused else windows.keys() & revisions.keys() & {current}
+    available = {
+        (name, ordinal)
+        for name in windows.keys() & revisions.keys()
+        for ordinal in revisions[name].available - revisions[name].leaving
+        if ordinal in windows[name]
+    }
+    displaced = [(name, n) for name in sorted(names) for n in sorted(revisions[name].displaced) if n in windows[name]]
+    movable = [pod for pod in displaced if len(available - {pod}) >= budgets.num_desired]
+    return movable[:1] if budgets.num_desired else []
 
 
 class _Step:
@@ -119,6 +143,8 @@ class _Step:
         self._old = [name for name in revisions if name != current]
         self._is_replaced: Container[str] = () if budgets.is_paused else self._old
         """Revisions whose ordinals the current one takes over."""
+        self._movable = [*revisions] if budgets.is_paused else [current]
+        """Revisions whose displaced pods get successors."""
 
     # ---- counts
 
@@ -146,12 +172,19 @@ class _Step:
             held += max(before.replicas, self.windows[name].replicas) - unrecoverable + pods.num_draining
         return held
 
+    def _num_displaced(self, names: list[str]) -> int:
+        return sum(ordinal in self.windows[name] for name in names for ordinal in self._revisions[name].displaced)
+
+    def _num_to_keep(self) -> int:
+        """The pods desired, and one for each that is to be replaced, within the surge."""
+        return self._budgets.num_desired + min(self._budgets.max_surge, self._num_displaced(self._movable))
+
     # ---- taking away
 
     def shrink_current(self) -> None:
         """Takes current pods that are too many, or whose ordinals are too high where those have data."""
         if not self._budgets.keeps_ordinals:
-            self.shrink([self._current], self._budgets.num_desired)
+            self.shrink([self._current], self._num_to_keep())
             return
         while self.windows[self._current].end > self._budgets.num_desired and self._total([self._current]):
             if not (self._take_waiting([self._current]) or self._take_available(self._current)):
@@ -163,6 +196,15 @@ class _Step:
         while self._total(names) > num_left:
             if not (self._take_waiting(names) or any(map(self._take_available, names))):
                 break
+
+    def move_displaced(self) -> None:
+        """Takes displaced pods at the ends of windows, once as many as desired are available without them."""
+        for name in self._movable:
+            while displaced := [ordinal for ordinal in self._ends(name) if ordinal in self._revisions[name].displaced]:
+                is_available = displaced[0] in self._revisions[name].available
+                if sum(map(self._num_available, self.windows)) - is_available < self._budgets.num_desired:
+                    break
+                self._take(name, displaced[0])
 
     def retire_old(self) -> None:
         """Takes old pods while the budgets allow it: first those that never served, last those that do."""
@@ -185,19 +227,20 @@ class _Step:
             for ordinal in self._ends(name):
                 is_lost = ordinal in pods.unrecoverable and ordinal not in pods.served
                 if ordinal not in pods.available and (is_lost or not is_free):
-                    found.append((ordinal in pods.served, place, -ordinal))
+                    found.append((ordinal in pods.served, ordinal not in pods.displaced, place, -ordinal))
         if not found:
             return False
-        _, place, ordinal = min(found)
+        _, _, place, ordinal = min(found)
         self._take(names[place], -ordinal)
         return True
 
     def _take_available(self, name: str) -> bool:
-        """Takes the lowest pod, the longest there, so that the names above it stay free for new pods."""
+        """Takes a displaced pod, else the lowest, the longest there, so that the names above it stay free for new
+        pods."""
         ends = self._ends(name)
         if self._spare_available <= 0 or not ends:
             return False
-        self._take(name, ends[0])
+        self._take(name, min(ends, key=lambda ordinal: (ordinal not in self._revisions[name].displaced, ordinal)))
         return True
 
     def _ends(self, name: str) -> list[int]:
@@ -242,27 +285,31 @@ class _Step:
         window, num_desired = self.windows[self._current], self._budgets.num_desired
         room = self._budgets.max_total - self._num_old_held() - window.replicas
         num_right = (
-            sum(ordinal < num_desired for ordinal in window) if self._budgets.keeps_ordinals else window.replicas
+            sum(ordinal < num_desired for ordinal in window)
+            if self._budgets.keeps_ordinals
+            else window.replicas - self._num_displaced([self._current])
         )
         self._add(self._current, min(room, num_desired - num_right))
 
     def _add(self, name: str, count: int) -> None:
         """Adds pods where their names are free, if they are anywhere; where ordinals have data, below all others."""
-        keeps = self._budgets.keeps_ordinals
+        keeps, displaced = self._budgets.keeps_ordinals, self._revisions[name].displaced
         leaving = self._revisions[name].leaving if not keeps else frozenset()
         for _ in range(count):
             window = self.windows[name]
             if window.replicas == 0:
                 window = Window(max(leaving, default=-1) + 1)
-            is_below = window.start > 0 and (keeps or (window.end in leaving and window.start - 1 not in leaving))
+            is_better_below = window.end in leaving or (window.end - 1 in displaced and window.start not in displaced)
+            is_below = window.start > 0 and (keeps or (is_better_below and window.start - 1 not in leaving))
             self.windows[name] = Window(window.start - is_below, window.replicas + 1)
 
     # ---- paused
 
     def follow_scale(self) -> dict[str, Window]:
         """A paused rollout only follows a change of the desired number, in the revision that serves most."""
+        self.move_displaced()
         names = sorted(self.windows, key=lambda name: (self._num_available(name), self.windows[name].replicas))
-        self._add(names[-1], self._budgets.num_desired - self._total(names))
-        limit = self._budgets.num_desired if len(names) == 1 else self._budgets.max_total
+        self._add(names[-1], self._num_to_keep() - self._total(names))
+        limit = self._num_to_keep() if len(names) == 1 else self._budgets.max_total
         self.shrink(names, limit)
         return self.windows

@@ -24,6 +24,7 @@ from toka_operator.metrics import (
     UNWATCHED_NAMESPACES,
 )
 from toka_operator.monitoring import KNOWN, NOT_ALLOWED, UNKNOWN
+from toka_operator.nodes import CordonedNodes
 from toka_operator.reconcile import Reconciler
 from toka_operator.resources import POD_MONITOR
 from toka_operator.settings import KIND, Settings
@@ -58,7 +59,7 @@ class Runtime:
         self._election = Election(settings, self._on_elected, self._on_restored)
         scopes = settings.watch_namespaces or (None,)
         self._cluster: Cluster = connect(
-            (len(SELECTORS) + 1 + settings.makes_pod_monitors) * len(scopes),
+            (len(SELECTORS) + 1 + settings.makes_pod_monitors) * len(scopes) + settings.watches_nodes,
             settings.num_workers,
             self._election.write_window_s,
             lease_timeout_s=settings.lease_renew_deadline_s / 2,
@@ -67,8 +68,15 @@ class Runtime:
         self._election.connect(self._cluster)
         self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
         self._pod_monitors = {scope: self._watch_pod_monitors(scope) for scope in scopes if settings.makes_pod_monitors}
+        self._nodes = self._make_node_watch() if settings.watches_nodes else None
         self._reconciler = Reconciler(
-            self._cluster, self._deployments, self._stores, settings, self._loading, self._see_pod_monitors
+            self._cluster,
+            self._deployments,
+            self._stores,
+            settings,
+            self._loading,
+            self._see_pod_monitors,
+            self._find_cordoned,
         )
         self._warning_watches = [
             WarningWatch(self._cluster, scope, self._reconciler.warnings, self._note_warning) for scope in scopes
@@ -131,6 +139,8 @@ class Runtime:
         lacks = [silence] if silence else []
         lacks += [f"not watched: {scope}: {why}" for scope, why in unwatched.items()]
         lacks += [f"{name} is filling its cache" for name in filling]
+        if self._nodes is not None and self._nodes.is_refused:
+            lacks.append(f"cordoned nodes are not seen: {self._nodes.trouble}")
         is_ready = not silence and not filling and len(unwatched) < len(self._watches)
         return is_ready, "\n".join(lacks) or "ok"
 
@@ -139,7 +149,8 @@ class Runtime:
         return [*self._streams(), self._election, *self._workers, *loading]
 
     def _streams(self) -> list[WatchStream]:
-        return [*self._all_watches(), *self._warning_watches, *self._pod_monitors.values()]
+        nodes = [self._nodes] if self._nodes is not None else []
+        return [*self._all_watches(), *self._warning_watches, *self._pod_monitors.values(), *nodes]
 
     def _all_watches(self) -> list[Watch]:
         return [watch for watches in self._watches.values() for watch in watches]
@@ -160,6 +171,21 @@ class Runtime:
             return NOT_ALLOWED
         watch = self._pod_monitors.get(namespace) or self._pod_monitors.get(None)
         return KNOWN if watch is not None and watch.sees else UNKNOWN
+
+    def _make_node_watch(self) -> CordonedNodes:
+        return CordonedNodes(self._cluster, self._note_nodes, self._on_nodes_settled)
+
+    def _on_nodes_settled(self) -> None:
+        for scope in self._watches:
+            self._on_synced(scope)
+
+    def _find_cordoned(self) -> frozenset[str] | None:
+        return self._nodes.find() if self._nodes is not None else None
+
+    def _note_nodes(self, names: frozenset[str]) -> None:
+        """Asks for a pass over every object that has a pod on one of these nodes."""
+        for key in self._stores["Pod"].list_keys_of(lambda pod: pod["spec"].get("nodeName") in names):
+            self._queue.add(key)
 
     def _note_deployment(self, key: Key, is_new: bool) -> None:
         """Asks for a pass. New objects may come by the thousand, and to make their children takes many writes, of
@@ -193,7 +219,7 @@ class Runtime:
         """Whether every kind of a scope was listed, and may be watched now: a pass neither takes what is there for
         missing, nor pods for available of which nothing was heard since the right to see them is gone."""
         optional = self._pod_monitors.get(scope)
-        is_known = optional is None or optional.is_answered
+        is_known = (optional is None or optional.is_answered) and (self._nodes is None or self._nodes.is_settled)
         return is_known and all(watch.is_synced.is_set() and not watch.is_refused for watch in self._watches[scope])
 
     def _find_unwatched(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from toka_operator.conditions import (
     AVAILABLE,
     CONFIG_VALID,
     DEGRADED,
+    MOVING,
     PROGRESSING,
     READY,
     Condition,
@@ -71,7 +72,7 @@ def build_status(
 ) -> Json:
     """The whole status. `previous` gives what cannot be seen twice, and nothing else: the times of transitions
     and of the last progress, and how the revision's first pod came up."""
-    counts = count_pods(spec, observed, now)
+    counts = count_pods(spec, observed, plan, now)
     revisions = _describe_revisions(spec, observed, plan, now)
     last_progress = _find_last_progress(owner, spec, revisions, previous, now)
     is_overdue = now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
@@ -174,7 +175,8 @@ def _readiness(status: Json) -> dict[str, tuple[int, int]]:
 
 
 def find_events(previous: Json, status: Json) -> list[Event]:
-    """The transitions to report: of Ready, Available, Degraded and ConfigValid and of the current revision."""
+    """The transitions to report: of Ready, Available, Degraded and ConfigValid and of the current revision, and
+    that pods leave a cordoned node."""
     before = {c["type"]: c for c in previous.get("conditions", [])}
     events = []
     old, new = previous.get("currentRevision"), status.get("currentRevision")
@@ -187,6 +189,8 @@ def find_events(previous: Json, status: Json) -> list[Event]:
         is_new_reason = was.get("reason", "") != condition["reason"]
         if kind == AVAILABLE and not is_true and was.get("status") == "True":
             events.append(Event(bool(condition["reason"] == "MinimumUnavailable"), "Unavailable", condition["message"]))
+        if kind == PROGRESSING and condition["reason"] == MOVING and is_new_reason:
+            events.append(Event(False, MOVING, condition["message"]))
         if kind == READY and is_true and is_new_status:
             events.append(Event(False, "Ready", condition["message"]))
         if kind == DEGRADED and is_true and (is_new_status or is_new_reason):
@@ -274,7 +278,7 @@ def _was_over(previous: Json) -> bool:
     """Whether nothing was under way, so that whatever starts now has its whole deadline."""
     conditions = {c["type"]: c for c in previous.get("conditions", [])}
     reason = conditions.get(PROGRESSING, {}).get("reason")
-    return reason in ("Complete", "Paused", "Suspended", "ScaledToZero")
+    return reason in ("Complete", MOVING, "Paused", "Suspended", "ScaledToZero")
 
 
 def _number(revisions: dict[str, Json], name: str, key: str) -> int:

@@ -93,6 +93,12 @@ class Store:
         with self._lock:
             return [key for key in self._members if namespace in (None, key[0])]
 
+    def list_keys_of(self, is_meant: Callable[[Json], bool]) -> set[Key]:
+        """The keys of the objects that `is_meant` is true of."""
+        with self._lock:
+            meant = (self._index(obj) for obj in self._objects.values() if is_meant(obj))
+            return {key for key in meant if key is not None}
+
     def _put(self, obj: Json) -> set[Key]:
         obj.get("metadata", {}).pop("managedFields", None)
         name = _name(obj)

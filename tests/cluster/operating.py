@@ -334,6 +334,7 @@ def start_operator(server: ApiServer, kubeconfig: Path, name: str, **environment
         "TOKA_LEASE_RETRY_SECONDS": "1",
         "TOKA_TAKEN_NAME_RETRY_SECONDS": "1",
         "TOKA_LOG_LEVEL": "INFO",
+        "TOKA_WATCH_NODES": "false" if "TOKA_WATCH_NAMESPACES" in environment else "true",  # as the chart says
         **environment,
     }
     return server.spawn_python(name, ["-m", "toka_operator"], env)

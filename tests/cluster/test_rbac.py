@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import pytest
 import yaml
 
 from tests.cluster.harness.errors import WaitTimeout
-from tests.cluster.operating import CHART, SYSTEM, Operator, revision_of, unrelated_objects
+from tests.cluster.operating import CHART, SYSTEM, Operator, probe, revision_of, unrelated_objects
 
 
 @pytest.fixture
 def operator(without_operator: Operator, pod_monitors: None) -> Iterator[Operator]:
     """The test reads what its operator did when that has ended, so it has its own."""
-    without_operator.start(TOKA_POD_MONITORS="true")
+    without_operator.start(TOKA_POD_MONITORS="true", TOKA_WATCH_NODES="true")
     yield without_operator
     without_operator.stop()
 
@@ -25,21 +26,25 @@ NEVER_REQUESTED = {("update", "tokadeployments/finalizers")}
 
 
 def granted(operator: Operator, kind: str, *values: str) -> set[tuple[str, str]]:
-    """(verb, resource) of the chart's role for the operator's work."""
+    """(verb, resource) of the chart's role for the operator's work, and of the one for nodes."""
     manifests = yaml.safe_load_all(operator.server.helm("template", "toka", str(CHART), *values))
     roles = [m for m in manifests if m and m["kind"] == kind]
-    (role,) = [
+    ours = [
         role
         for role in roles
         if role["metadata"]["labels"]["app.kubernetes.io/component"] == "operator"
         and not role["metadata"]["name"].endswith("-lease")
     ]
-    rules = role["rules"]
+    assert len([role for role in ours if not role["metadata"]["name"].endswith("-nodes")]) == 1
+    rules = [rule for role in ours for rule in role["rules"]]
     return {(verb, resource) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
 
 
 def used(operator: Operator) -> set[tuple[str, str]]:
-    events = [e["objectRef"] | {"verb": e["verb"]} for e in operator.audit_events()]
+    about_nodes = [
+        e for e in operator.server.audit_events(operator.user) if e.get("objectRef", {}).get("resource") == "nodes"
+    ]
+    events = [e["objectRef"] | {"verb": e["verb"]} for e in [*operator.audit_events(), *about_nodes]]
     found = {(e["verb"], "/".join(filter(None, (e["resource"], e.get("subresource"))))) for e in events}
     return {(verb, resource) for verb, resource in found if resource != "leases"}
 
@@ -91,7 +96,9 @@ def use_every_right(operator: Operator) -> None:
     operator.delete_and_wait("service", "chat")
     lose_node_of_a_pod(operator)
     exceed_quota_twice(operator)
-    operator.patch("chat", replicas=1, engine={"pageSize": 32}, networkPolicy=None, monitoring={"podMonitor": "Off"})
+    off = {"podDisruptionBudget": "Off"}
+    gone = {"networkPolicy": None, "monitoring": {"podMonitor": "Off"}, "disruption": off}
+    operator.patch("chat", replicas=1, engine={"pageSize": 32}, **gone)
     for kind in ("pdb", "networkpolicy", "podmonitor"):
         operator.wait_for(lambda kind=kind: operator.get(kind, "chat") is None, f"the {kind} to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
@@ -129,19 +136,47 @@ def test_every_verb_that_the_chart_grants_is_used_and_none_is_missing(operator: 
     check_rights(operator, granted(operator, "ClusterRole"))
 
 
+def only_namespace(operator: Operator) -> tuple[str, str]:
+    return ("--set", f"watchNamespaces={{{operator.namespace}}}")
+
+
+def install_for_namespace(operator: Operator) -> str:
+    """Install one more release of the chart that serves the test's namespace alone, whose account the test's operators
+    then have. Return the release's name."""
+    release = f"tenant-{operator.namespace[-6:]}"
+    switches = ("--set", "replicas=0,crds.install=false,rbac.allowOverlap=true")
+    only = only_namespace(operator)
+    operator.server.helm("install", release, str(CHART), "--namespace", SYSTEM, *switches, *only)
+    operator.user = f"system:serviceaccount:{SYSTEM}:{release}-operator"
+    operator.kubeconfig = operator.server.service_account_kubeconfig(SYSTEM, f"{release}-operator")
+    return release
+
+
 def test_in_single_namespaces_too_every_verb_is_used_and_none_is_missing(
     without_operator: Operator, pod_monitors: None
 ) -> None:
     operator = without_operator
-    release = f"tenant-{operator.namespace[-6:]}"
-    only = ("--set", f"watchNamespaces={{{operator.namespace}}}")
-    switches = ("--set", "replicas=0,crds.install=false,rbac.allowOverlap=true")
-    operator.server.helm("install", release, str(CHART), "--namespace", SYSTEM, *switches, *only)
-    operator.user = f"system:serviceaccount:{SYSTEM}:{release}-operator"
-    operator.kubeconfig = operator.server.service_account_kubeconfig(SYSTEM, f"{release}-operator")
+    release, only = install_for_namespace(operator), only_namespace(operator)
     operator.start(TOKA_LEASE_NAME=f"{release}-operator", TOKA_POD_MONITORS="true")
     use_every_right(operator)
     check_rights(operator, granted(operator, "Role", *only))
     operator.check_log()
     operator.server.helm("uninstall", release, "--namespace", SYSTEM)
     assert operator.server.get("lease", f"{release}-operator", SYSTEM) is None
+
+
+def test_an_operator_that_may_not_see_nodes_works_as_if_none_was_cordoned(without_operator: Operator) -> None:
+    operator = without_operator
+    release = install_for_namespace(operator)
+    operator.expected.append("watch=watch-Node-all event=broken .*403")
+    process = operator.start(TOKA_LEASE_NAME=f"{release}-operator", TOKA_WATCH_NODES="true")
+    operator.apply("chat")
+    operator.wait_until_ready("chat")
+    assert operator.get("pdb", "chat") is None
+    assert operator.require("td", "chat")["status"]["reason"] == "Complete"
+    port = int(re.search(r"health_port=(\d+)", process.log())[1])  # type: ignore[index]
+    status, text = probe(port, "/readyz")
+    assert (status, "cordoned nodes are not seen: 403" in text) == (200, True), text
+    assert process.terminate() == 0
+    operator.check_log()
+    operator.server.helm("uninstall", release, "--namespace", SYSTEM)

@@ -122,7 +122,9 @@ def test_the_scale_subresource_scales(operator: Operator) -> None:
     assert operator.require("pdb", "chat")["spec"]["minAvailable"] == 2
     operator.kubectl("scale", "td/chat", "--replicas=1")
     operator.wait_for(lambda: operator.require("td", "chat")["status"]["replicas"] == 1, "one pod")
-    operator.wait_for(lambda: operator.get("pdb", "chat") is None, "the disruption budget to go")
+    operator.wait_for(
+        lambda: operator.require("pdb", "chat")["spec"]["minAvailable"] == 1, "the budget to hold the only pod"
+    )
     selector = operator.require("td", "chat")["status"]["selector"]
     assert len(operator.list("pod", selector)) == 1
 

@@ -86,11 +86,16 @@ seccompProfile:
 {{- join "," $pairs -}}
 {{- end -}}
 
+{{/* "true" if the operator may watch nodes. */}}
+{{- define "toka.watchesNodes" -}}
+{{- or (eq .Values.watchNodes "On") (and (eq .Values.watchNodes "Auto") (not .Values.watchNamespaces)) -}}
+{{- end -}}
+
 {{/* "true" for a role that gives another release's operator its rights. */}}
 {{- define "toka.isOthersRole" -}}
 {{- $labels := .role.metadata.labels | default dict -}}
 {{- $annotations := .role.metadata.annotations | default dict -}}
-{{- $isOperator := and (eq (index $labels "app.kubernetes.io/name" | default "") "toka-operator") (eq (index $labels "app.kubernetes.io/component" | default "") "operator") (not (hasSuffix "-lease" .role.metadata.name)) -}}
+{{- $isOperator := and (eq (index $labels "app.kubernetes.io/name" | default "") "toka-operator") (eq (index $labels "app.kubernetes.io/component" | default "") "operator") (not (hasSuffix "-lease" .role.metadata.name)) (not (hasSuffix "-nodes" .role.metadata.name)) -}}
 {{- $isOurs := and (eq (index $annotations "meta.helm.sh/release-name" | default "") .root.Release.Name) (eq (index $annotations "meta.helm.sh/release-namespace" | default "") .root.Release.Namespace) -}}
 {{- and $isOperator (not $isOurs) -}}
 {{- end -}}

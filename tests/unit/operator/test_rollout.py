@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
+from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows, find_moves
 
 
 def pods(
@@ -23,13 +23,14 @@ def pods(
 
 def states(word: str, start: int = 0, leaving: frozenset[int] = frozenset()) -> RevisionPods:
     """One pod a letter: a available, s and u unready after it served (s for long), n failing before it ever served,
-    . starting, x leaving."""
+    . starting, x leaving, d available and on a cordoned node."""
 
     def where(letters: str) -> frozenset[int]:
         return frozenset(start + n for n, letter in enumerate(word) if letter in letters)
 
     window = Window(start, len(word))
-    return RevisionPods(window, where("a"), where("asu"), where("sn"), leaving=where("x") | leaving)
+    leaving = where("x") | leaving
+    return RevisionPods(window, where("ad"), where("adsu"), where("sn"), leaving=leaving, displaced=where("d"))
 
 
 def decide(budgets: Budgets, current: str, revisions: dict[str, RevisionPods]) -> dict[str, int]:
@@ -197,3 +198,44 @@ def test_a_rollout_whose_new_pods_never_come_up_keeps_the_old_ones(
         old = "".join(old[ordinal] for ordinal in windows["a"])
         new = "n" * windows["b"].replicas
         assert len(old) >= budgets.min_available
+
+
+@pytest.mark.parametrize(
+    ("seen", "desired", "becomes"),
+    [
+        ("d", 1, Window(0, 2)),
+        ("d.", 1, Window(0, 2)),
+        ("da", 1, Window(1, 1)),
+        ("dda", 2, Window(1, 3)),
+        ("ada", 3, Window(0, 4)),
+        ("adaa", 3, Window(0, 4)),
+        ("axaa", 3, Window(0, 4)),
+        ("ad.", 3, Window(0, 4)),
+        ("dn", 1, Window(0, 2)),
+    ],
+)
+def test_a_pod_on_a_cordoned_node_goes_once_another_serves_in_its_place(
+    seen: str, desired: int, becomes: Window
+) -> None:
+    for is_paused in (False, True):
+        budgets = Budgets(desired, 1, 0, is_paused)
+        assert decide_windows(budgets, "a", {"a": states(seen)})["a"] == becomes
+
+
+def test_a_pod_between_two_that_serve_is_deleted_when_it_is_to_leave_its_node() -> None:
+    def moves(seen: str) -> list[tuple[str, int]]:
+        view = {"a": states(seen)}
+        return find_moves(Budgets(3, 1, 0), "a", view, decide_windows(Budgets(3, 1, 0), "a", view))
+
+    assert moves("ada") == moves("ada.") == moves("axaa") == []
+    assert moves("adaa") == [("a", 1)]
+    assert find_moves(Budgets(3, 2, 0), "a", {"a": states("addaa")}, {"a": Window(0, 5)}) == [("a", 1)]
+
+
+def test_without_surge_a_cordoned_nodes_pods_wait_for_their_eviction() -> None:
+    assert decide_windows(Budgets(2, 0, 1), "a", {"a": states("ad")})["a"] == Window(0, 2)
+
+
+def test_of_old_pods_those_on_a_cordoned_node_go_first() -> None:
+    both = {"a": states("ad"), "b": states("a")}
+    assert decide_windows(Budgets(2, 1, 0), "b", both)["a"] == Window(0, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows
+from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows, find_moves
 
 NUM_EXAMPLES = int(os.environ.get("TOKA_ROLLOUT_EXAMPLES", "300"))
 BUDGETS = [(1, 0), (0, 1), (2, 1), (1, 1), (3, 0)]
@@ -22,6 +22,8 @@ class FakePod:
     state: str = "starting"
     """starting, available, unready, unrecoverable or leaving."""
     has_served: bool = False
+    is_displaced: bool = False
+    """Whether its node is cordoned."""
 
 
 @dataclass
@@ -49,6 +51,7 @@ class FakeSet:
             window=self.asked,
             available=self.where("available"),
             served=frozenset(ordinal for ordinal in here if self.pods[ordinal].has_served),
+            displaced=frozenset(n for n in here if self.pods[n].is_displaced and not self.keeps_ordinals),
             unrecoverable=self.where("unrecoverable"),
             leaving=self.where("leaving"),
             keeps_ordinals=self.keeps_ordinals,
@@ -109,6 +112,17 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             if pod.state != "leaving":
                 pod.state = "leaving" if number % 2 else "unrecoverable"
 
+    @rule(number=st.integers(0, 2))
+    def a_node_is_cordoned(self, number: int) -> None:
+        """Every third pod is on it."""
+        for pod in [pod for s in self.sets.values() for _, pod in sorted(s.pods.items())][number::3]:
+            pod.is_displaced = True
+
+    @rule()
+    def nodes_are_uncordoned(self) -> None:
+        for pod in [pod for s in self.sets.values() for pod in s.pods.values()]:
+            pod.is_displaced = False
+
     @precondition(lambda self: self.sets)
     @rule(data=st.data())
     def a_controller_acts(self, data: st.DataObject) -> None:
@@ -130,7 +144,17 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         for name, window in windows.items():
             assert window.start >= 0 <= window.replicas
             self.sets.setdefault(name, FakeSet(keeps_ordinals=self.keeps_ordinals)).asked = window
-        return is_changed
+        return self._move(views, windows) or is_changed
+
+    def _move(self, views: dict[str, RevisionPods], windows: dict[str, Window]) -> bool:
+        """Deletes the displaced pods that are to go, of which none may leave fewer than desired."""
+        moves = find_moves(self.budgets, self.current, views, windows)
+        for name, ordinal in moves:
+            assert ordinal in views[name].displaced & frozenset(windows[name])
+            self.sets[name].pods[ordinal].state = "leaving"
+        left = sum(s.pods[n].state == "available" for s in self.sets.values() for n in s.pods if n in s.asked)
+        assert not moves or left >= self.budgets.num_desired, (views, windows, moves)
+        return bool(moves)
 
     def _check_available(self, views: dict[str, RevisionPods], windows: dict[str, Window]) -> None:
         """No available pod goes, but with enough of them left."""
@@ -168,12 +192,16 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             num_calm = 0 if self._step() else num_calm + 1
             for fake in self.sets.values():
                 fake.act()
-                fake.pods = {n: FakePod("available", True) for n, p in fake.pods.items() if p.state != "leaving"}
+                fake.pods = {
+                    n: FakePod("available", True, p.is_displaced) for n, p in fake.pods.items() if p.state != "leaving"
+                }
                 fake.act()
             if num_calm == 3:  # by then what a controller made last is available, too
                 break
         windows = {name: s.asked for name, s in self.sets.items() if s.asked.replicas}
         assert {name: window.replicas for name, window in windows.items()} == {self.current: desired}
+        left = [pod for pod in self.sets[self.current].pods.values() if pod.is_displaced]
+        assert not left or self.budgets.max_surge == 0 or self.keeps_ordinals
         if self.keeps_ordinals:
             assert windows[self.current].start == 0
 
