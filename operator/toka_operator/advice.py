@@ -43,6 +43,7 @@ ADVICE: dict[str, str] = {
     "Preempted": "Give the pods a higher scheduling.priorityClassName, or more nodes",
     "ProgressDeadlineExceeded": "See status.failures and the engine's log, or raise rollout.progressDeadlineSeconds",
     "QuotaExceeded": "Raise the namespace's quota, or lower replicas or resources",
+    "RolledBack": "Correct what failed, and change the pods or spec.rollout: then it is tried again",
     "SandboxFailed": "Check resources.memory and the node's network (kubectl describe pod)",
     "SchedulingGated": "Whoever gated the pod (a queue) lets it go, or does not",
     "SecretMissing": "Create the Secret: nothing needs to be restarted",

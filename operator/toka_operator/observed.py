@@ -114,6 +114,8 @@ class Observed:
     """Whether PodMonitors can be seen, and so made."""
     downloads: Mapping[str, Download] = field(default_factory=dict)
     """By name of a pod of the current revision that downloads the model."""
+    complete_revision: str = ""
+    """The last revision of which every wanted pod was available."""
     cordoned: frozenset[str] | None = None
     """Names of the nodes that are cordoned; None: the operator cannot see nodes."""
 

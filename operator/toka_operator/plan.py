@@ -286,11 +286,12 @@ def _find_surplus(
     sets: Mapping[str, Json],
 ) -> list[tuple[str, str, str]]:
     """Optional children that are no longer desired, and revisions beyond the history's limit: those that never served
-    go first, so that a few edits in a row do not leave out the last one that did."""
+    go first, so that a few edits in a row do not leave out the last one that did. The last complete one stays."""
     wanted = {(child["kind"], child["metadata"]["name"]) for child in optional}
     kinds = OPTIONAL_KINDS
     surplus = [child for key, child in sorted(observed.children.items()) if key[0] in kinds and key not in wanted]
-    old = [child for revision, child in stored.items() if revision != spec.revision and revision not in sets]
+    kept = {spec.revision, observed.complete_revision, *sets}
+    old = [child for revision, child in stored.items() if revision not in kept]
     old.sort(key=lambda child: (not _has_served(child), -int(child.get("revision", 0))))
     surplus += old[spec.rollout.revision_history_limit :]
     return [(c["kind"], c["metadata"]["name"], c["metadata"]["uid"]) for c in surplus]

@@ -33,6 +33,7 @@ from toka_operator.observed import (
 from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import STATEFUL_SET, Owner
 from toka_operator.revisions import with_stored_revision
+from toka_operator.rollback import find_resort
 from toka_operator.settings import API_VERSION, KIND, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import (
@@ -117,7 +118,11 @@ class Reconciler:
         memory = self._memories.setdefault((owner.namespace, owner.name), Memory())
         self._children.adopt_orphans(owner, memory)
         observed = self._observe(owner, memory)
+        observed = replace(observed, complete_revision=previous.get("completeRevision", ""))
         spec = with_stored_revision(owner, spec, observed)
+        resort = find_resort(owner, deployment, spec, observed)
+        if resort.failed is not None and resort.spec is not None:
+            spec = resort.spec
         observed = self._add_downloads(owner, spec, explain_claim_conflicts(owner.name, spec, observed))
         plan = make_plan(owner, spec, observed, self._settings, time.time())
         self._confirm_owner(owner, plan, observed, previous)
@@ -127,8 +132,9 @@ class Reconciler:
             return None
         observed = replace(observed, taken_names=frozenset(memory.taken_names))
         now = time.time()
-        status = build_status(owner, spec, observed, plan, outcome, previous, now)
+        status = build_status(owner, spec, observed, plan, outcome, previous, now, resort)
         delays = [
+            0.0 if status.get("rollback", resort.failed) != resort.failed else None,  # a rollout was given up
             plan.requeue_s,
             find_next_moment_s(spec, observed, status, now),
             _delay_status(memory, previous, status),

@@ -46,6 +46,7 @@ DEFAULTS: Json = {
         "drainTimeoutSeconds": 120,
         "stuckSeconds": 30,
         "paused": False,
+        "onFailure": "Hold",
         "revisionHistoryLimit": 3,
     },
     "disruption": {"podDisruptionBudget": "Auto"},
@@ -164,6 +165,8 @@ class Rollout:
     stuck_s: int
     """Seconds after its grace period from which a pod that goes counts as stuck."""
     paused: bool
+    on_failure: str
+    """Hold or Rollback: what becomes of a rollout that makes no progress within its deadline."""
     revision_history_limit: int
 
 
@@ -359,6 +362,7 @@ def _parse_rollout(fields: Fields) -> Rollout:
         drain_timeout_s=fields.integer("drainTimeoutSeconds", 0, 86400),
         stuck_s=fields.integer("stuckSeconds", 0, 86400),
         paused=fields.boolean("paused"),
+        on_failure=fields.choice("onFailure", ("Hold", "Rollback")),
         revision_history_limit=fields.integer("revisionHistoryLimit", 0, 50),
     )
     if rollout.progress_deadline_s <= rollout.min_ready_s:

@@ -34,10 +34,12 @@ from toka_operator.observed import Observed
 from toka_operator.plan import Plan
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import Owner, selector_labels
+from toka_operator.rollback import ROLLED_BACK, Resort, give_up, tell_rollback
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time, parse_time
 
 INVALID = "InvalidSpec"
+_NO_RESORT = Resort()
 MAX_FAILURES = 20
 STARTUP_SEEN_WITHIN_S = 30.0
 """A pod that became ready longer ago may have been ready before that: its last transition is not its start."""
@@ -69,15 +71,23 @@ def build_status(
     outcome: Outcome,
     previous: Json,
     now: float,
+    resort: Resort = _NO_RESORT,
 ) -> Json:
     """The whole status. `previous` gives what cannot be seen twice, and nothing else: the times of transitions
-    and of the last progress, and how the revision's first pod came up."""
+    and of the last progress, how the revision's first pod came up, and the last revision that was complete. `resort`:
+    the way back from a rollout that fails, or was taken from one that did."""
     counts = count_pods(spec, observed, plan, now)
     revisions = _describe_revisions(spec, observed, plan, now)
     last_progress = _find_last_progress(owner, spec, revisions, previous, now)
     is_overdue = now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
     is_late = counts.is_underway and is_overdue and not spec.rollout.paused
     conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late, now)
+    rollback = resort.failed
+    is_complete = next(c.is_true for c in conditions if c.type == READY) and rollback is None
+    if rollback is not None:
+        conditions = tell_rollback(conditions, rollback, spec.revision)
+    elif is_late:
+        rollback = give_up(resort, spec, next(c for c in conditions if c.type == DEGRADED), now)
     phase, reason = _decide_phase(spec, counts, {c.type: c for c in conditions})
     status: Json = {
         "observedGeneration": owner.generation,
@@ -98,6 +108,9 @@ def build_status(
         "revisions": revisions,
         "failures": _describe_failures(find_failures(spec, observed, now)),
     }
+    complete = spec.revision if is_complete else observed.complete_revision
+    status |= {"completeRevision": complete} if complete else {}
+    status |= {"rollback": rollback} if rollback is not None else {}
     startup = _describe_startup(spec, observed, previous, now)
     if startup is not None:
         status["startup"] = startup
@@ -278,7 +291,7 @@ def _was_over(previous: Json) -> bool:
     """Whether nothing was under way, so that whatever starts now has its whole deadline."""
     conditions = {c["type"]: c for c in previous.get("conditions", [])}
     reason = conditions.get(PROGRESSING, {}).get("reason")
-    return reason in ("Complete", MOVING, "Paused", "Suspended", "ScaledToZero")
+    return reason in ("Complete", MOVING, ROLLED_BACK, "Paused", "Suspended", "ScaledToZero")
 
 
 def _number(revisions: dict[str, Json], name: str, key: str) -> int:

@@ -166,6 +166,33 @@ def test_the_progress_deadline_is_told(operator: Operator) -> None:
     operator.wait_for_condition("chat", "Degraded", "True", "ProgressDeadlineExceeded")
 
 
+def test_a_rollout_that_fails_goes_back_to_the_pods_that_serve_and_a_change_is_tried_again(operator: Operator) -> None:
+    rollout = {"progressDeadlineSeconds": 11, "onFailure": "Rollback"}
+    operator.apply("chat", replicas=2, startup={"timeoutSeconds": 10}, rollout=rollout)
+    old = operator.wait_until_ready("chat")["status"]["currentRevision"]
+    before = pod_uids(operator)
+    operator.patch("chat", podTemplate={"annotations": {NEVER_READY_ANNOTATION: "true"}})
+    told = operator.wait_for_condition("chat", "Degraded", "True", "RolledBack")
+    status = operator.require("td", "chat")["status"]
+    failed = status["rollback"]["revision"]
+    assert failed in told["message"]
+    assert status["currentRevision"] == old != failed
+    operator.wait_for_condition("chat", "Ready", "False", "RolledBack")
+    operator.wait_for(lambda: set(operator.sets("chat")) == {old}, "the failed revision to go")
+    assert pod_uids(operator) == before
+    operator.wait_for_condition("chat", "Progressing", "False", "RolledBack")
+    operator.scale("chat", 3)
+    operator.wait_for(lambda: operator.require("td", "chat")["status"]["availableReplicas"] == 3, "a third pod")
+    assert set(operator.sets("chat")) == {old}
+    assert before < pod_uids(operator)
+    reasons = {e["reason"] for e in operator.server.list_objects("events", operator.namespace)}
+    assert {"RolledBack", "RolloutStarted"} <= reasons
+    operator.patch("chat", podTemplate={"annotations": {NEVER_READY_ANNOTATION: "false"}})
+    after = operator.wait_until_ready("chat")["status"]
+    assert after["currentRevision"] not in (old, failed)
+    assert "rollback" not in after
+
+
 def _without_nulls(value: Any) -> Any:
     """A spec without the fields that are taken away, whose types admit no null."""
     if isinstance(value, dict):

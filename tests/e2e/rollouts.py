@@ -126,11 +126,11 @@ class Load:
         return self.lines()
 
 
-def deploy(installation: Installation, model: str, drain_delay_s: int) -> Deployment:
-    """Three replicas of the model in the image, or of the random one, which costs next to no computing."""
+def deploy(installation: Installation, model: str, drain_delay_s: int, replicas: int = REPLICAS) -> Deployment:
+    """Replicas of the model in the image, or of the random one, which costs next to no computing."""
     namespace = installation.new_namespace("rollouts")
     spec: dict[str, Any] = {
-        "replicas": REPLICAS,
+        "replicas": replicas,
         "resources": {"device": "cpu", "memory": "2Gi"},
         "engine": {"extraArgs": ["num_threads=1"], "kvCacheNumTokens": 16384},
         "rollout": {"drainDelaySeconds": drain_delay_s, "drainTimeoutSeconds": 300, "minReadySeconds": 2},

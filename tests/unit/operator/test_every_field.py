@@ -11,11 +11,12 @@ import pytest
 import yaml
 from toka_operator.conditions import Outcome
 from toka_operator.observed import Observed, PodView, view_pod
+from toka_operator.rollback import find_resort
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.status import build_status
 from toka_operator.times import format_time
 
-from tests.unit.operator.examples import NOW, OWNER, live, plan_for, pod, seen, valid
+from tests.unit.operator.examples import NOW, OWNER, body, live, plan_for, pod, seen, valid
 
 Json = dict[str, Any]
 CRD = Path(__file__).parents[3] / "crds" / "tokadeployments.yaml"
@@ -81,6 +82,7 @@ CHANGES: dict[str, Any] = {
     "rollout.drainTimeoutSeconds": 60,
     "rollout.stuckSeconds": 60,
     "rollout.paused": True,
+    "rollout.onFailure": "Rollback",
     "rollout.revisionHistoryLimit": 1,
     "disruption.podDisruptionBudget": "Off",
     "service.type": "NodePort",
@@ -127,7 +129,8 @@ def look(spec: TokaDeploymentSpec) -> str:
     """The next plan of a rollout from two older revisions to `spec`, and its status, as one text.
 
     Half way: one old pod serves, a further one outlived its grace period by 45 s, the new revision's first pod was
-    ready 7 s ago, its second has waited for a node for 90 s, the last progress was 2,000 s ago.
+    ready 7 s ago, its second has waited for a node for 90 s, the last progress was 2,000 s ago. Then 4,000 s later,
+    when that rollout may be given up.
     """
     older, old = valid(replicas=3, engine={"pageSize": 8}), valid(replicas=3, engine={"pageSize": 4})
     children = {**seen(plan_for(older)).children, **seen(plan_for(old)).children}
@@ -145,7 +148,11 @@ def look(spec: TokaDeploymentSpec) -> str:
     status = build_status(OWNER, spec, observed, plan, Outcome(), previous, NOW)
     for key in ("currentRevision", "revisions"):
         status.pop(key)
-    text = json.dumps([plan.desired, plan.deletions, status], sort_keys=True, default=str)
+    observed = replace(observed, complete_revision=old.revision)
+    resort = find_resort(OWNER, body(replicas=3), spec, observed)
+    late = build_status(OWNER, spec, observed, plan, Outcome(), previous, NOW + 4000, resort)
+    given_up = late.get("rollback", {}).get("reason")
+    text = json.dumps([plan.desired, plan.deletions, status, given_up], sort_keys=True, default=str)
     return text.replace(spec.revision, "REVISION")
 
 

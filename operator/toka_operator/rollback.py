@@ -1,0 +1,98 @@
+"""Going back from a revision that failed to the last one that was complete.
+
+Owns: when that is done, for how long it holds, and how the status tells it. Pure. The status itself remembers the
+failed revision, so that another leader goes on with it; another spec, in its pods or in `rollout`, is tried anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from toka_operator.advice import add_advice
+from toka_operator.conditions import AVAILABLE, DEGRADED, PROGRESSING, READY, Condition
+from toka_operator.fields import Json
+from toka_operator.fingerprint import POD_FIELDS, POD_ROLLOUT_FIELDS
+from toka_operator.observed import Observed
+from toka_operator.resources import CONTROLLER_REVISION, Owner, set_name
+from toka_operator.revisions import with_stored_revision
+from toka_operator.settings import SPEC_ANNOTATION
+from toka_operator.spec import DEFAULTS, TokaDeploymentSpec, parse
+from toka_operator.times import format_time
+
+ROLLED_BACK, ROLLING_BACK = "RolledBack", "RollingBack"
+
+
+@dataclass(frozen=True, slots=True)
+class Resort:
+    """The last revision that was complete, beside the one that is asked for. `failed`: the entry of the status about
+    the rollout that was given up, while that holds."""
+
+    wish: str = ""
+    """The same as long as the same is asked for."""
+    spec: TokaDeploymentSpec | None = None
+    """The spec of that revision; None if there is none to go back to."""
+    failed: Json | None = None
+
+
+def find_resort(owner: Owner, body: Mapping[str, Any], spec: TokaDeploymentSpec, observed: Observed) -> Resort:
+    """The way back from `spec`, and whether it was taken. `observed.complete_revision` says where it leads to."""
+    wish = _describe_wish(body["spec"], spec)
+    failed = (body.get("status") or {}).get("rollback")
+    former = observed.complete_revision
+    if spec.rollout.on_failure != "Rollback" or not former or former == spec.revision:
+        return Resort(wish)
+    back = _restore(owner, body, former, observed)
+    is_in_force = back is not None and failed is not None and failed.get("wish") == wish
+    return Resort(wish, back, failed if is_in_force else None)
+
+
+def give_up(resort: Resort, spec: TokaDeploymentSpec, degraded: Condition, now: float) -> Json | None:
+    """The status's entry about a rollout that ran out of time; None if there is nothing to go back to."""
+    if resort.spec is None:
+        return None
+    entry: Json = {"revision": spec.revision, "wish": resort.wish, "time": format_time(now)}
+    return {**entry, "reason": degraded.reason, "message": degraded.message[:1024]}
+
+
+def tell_rollback(conditions: list[Condition], failed: Json, revision: str) -> list[Condition]:
+    """The conditions while the pods are of another revision than was asked for."""
+    found = {condition.type: condition for condition in conditions}
+    why = f"revision {failed['revision']} was given up ({failed['reason']}: {failed['message'].rstrip('.')})"
+    text = add_advice(ROLLED_BACK, f"{why}; the pods are of revision {revision} again")
+    is_going = found[PROGRESSING].is_true
+    progressing = Condition(PROGRESSING, is_going, ROLLING_BACK if is_going else ROLLED_BACK, text)
+    is_worse = found[DEGRADED].is_true and not found[AVAILABLE].is_true
+    told = {
+        READY: Condition(READY, False, ROLLED_BACK, text),
+        PROGRESSING: progressing,
+        DEGRADED: found[DEGRADED] if is_worse else Condition(DEGRADED, True, ROLLED_BACK, text),
+    }
+    return [told.get(condition.type, condition) for condition in conditions]
+
+
+def _restore(owner: Owner, body: Mapping[str, Any], revision: str, observed: Observed) -> TokaDeploymentSpec | None:
+    """The spec with the pods of an earlier revision, as that keeps them; None if it does not, or they are others."""
+    stored = observed.children.get((CONTROLLER_REVISION, set_name(owner.name, revision)))
+    kept = ((stored or {}).get("metadata", {}).get("annotations") or {}).get(SPEC_ANNOTATION)
+    if not kept:
+        return None
+    pod_fields = json.loads(kept)
+    raw = {name: value for name, value in body["spec"].items() if name not in POD_FIELDS}
+    rollout = {k: v for k, v in (raw.get("rollout") or {}).items() if k not in POD_ROLLOUT_FIELDS}
+    raw = {**raw, **pod_fields, "rollout": {**rollout, **pod_fields.get("rollout", {})}}
+    spec = parse({**body, "spec": raw})
+    if isinstance(spec, list):
+        return None
+    spec = with_stored_revision(owner, spec, observed)
+    return spec if spec.revision == revision else None
+
+
+def _describe_wish(raw: Mapping[str, Any], spec: TokaDeploymentSpec) -> str:
+    defaults = DEFAULTS["rollout"]
+    rollout = {k: v for k, v in (raw.get("rollout") or {}).items() if k not in defaults or defaults[k] != v}
+    text = json.dumps([spec.fingerprint, rollout], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
