@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from toka_operator.advice import add_advice
+from toka_operator.autoscaling import explain_autoscaled
 from toka_operator.downloads import downloads_from_hub, explain_cached
 from toka_operator.failures import (
     CLAIM_ON_ONE_NODE,
@@ -24,11 +25,12 @@ from toka_operator.monitoring import explain_monitored
 from toka_operator.moves import find_displaced, find_hold_end
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan
+from toka_operator.resources import AUTOSCALER
 from toka_operator.rollout import Window
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
-MODEL_CACHED, MONITORED = "ModelCached", "Monitored"
+MODEL_CACHED, MONITORED, AUTOSCALED = "ModelCached", "Monitored", "Autoscaled"
 MOVING = "NodeCordoned"
 _NO_PODS = Window()
 CLAIM_CONFLICT_S = 10.0
@@ -135,15 +137,19 @@ def decide_conditions(
     """Every condition. `is_late`: the rollout made no progress within its deadline."""
     degraded = _decide_degraded(spec, observed, counts, outcome, is_late, now)
     progressing = _decide_progressing(spec, observed, plan, counts, is_late, now)
-    cached = [Condition(MODEL_CACHED, *explain_cached(spec, observed))] if downloads_from_hub(spec) else []
+    optional = [Condition(MODEL_CACHED, *explain_cached(spec, observed))] if downloads_from_hub(spec) else []
+    if spec.pod_monitor == "On":
+        optional.append(Condition(MONITORED, *explain_monitored(observed.pod_monitors)))
+    if spec.autoscaling is not None and not spec.suspend:
+        autoscaler = next(iter(observed.of_kind(AUTOSCALER)), None)
+        optional.append(Condition(AUTOSCALED, *explain_autoscaled(autoscaler)))
     return [
         _decide_ready(spec, counts, degraded, progressing),
         _decide_available(spec, counts),
         progressing,
         degraded,
         _decide_config_valid(outcome),
-        *cached,
-        *([Condition(MONITORED, *explain_monitored(observed.pod_monitors))] if spec.pod_monitor == "On" else []),
+        *optional,
     ]
 
 

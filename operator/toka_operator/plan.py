@@ -23,6 +23,7 @@ from toka_operator.resources import (
     STATEFUL_SET,
     Owner,
     pod_labels,
+    render_autoscaler,
     render_cache_claim,
     render_claim,
     render_disruption_budget,
@@ -260,6 +261,7 @@ def _render_optional_children(
     found = [
         render_network_policy(owner, spec, templates.values(), settings.asking_namespace),
         render_disruption_budget(owner, spec, holds_only_pod(spec, observed, now)),
+        render_autoscaler(owner, spec),
         render_pod_monitor(owner, spec, observed.pod_monitors, settings.pod_monitor_labels),
     ]
     return [child for child in found if child is not None]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from toka_operator import __version__
+from toka_operator.autoscaling import render_autoscaler_spec
 from toka_operator.caches import SHARED_PVC, cache_claim_name
 from toka_operator.data import Data, claim_name, peers_name
 from toka_operator.fields import Json
@@ -31,6 +32,7 @@ from toka_operator.spec import TokaDeploymentSpec
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
 POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerRevision"
 CLAIM, NETWORK_POLICY = "PersistentVolumeClaim", "NetworkPolicy"
+AUTOSCALER = "HorizontalPodAutoscaler"
 POD, POD_MONITOR = "Pod", "PodMonitor"
 API_VERSIONS = {
     SERVICE_ACCOUNT: "v1",
@@ -41,8 +43,9 @@ API_VERSIONS = {
     POD_DISRUPTION_BUDGET: "policy/v1",
     NETWORK_POLICY: "networking.k8s.io/v1",
     POD_MONITOR: "monitoring.coreos.com/v1",
+    AUTOSCALER: "autoscaling/v2",
 }
-OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY, POD_MONITOR)
+OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY, POD_MONITOR, AUTOSCALER)
 """Children that go when the spec no longer asks for them."""
 
 
@@ -188,6 +191,15 @@ def render_pod_monitor(owner: Owner, spec: TokaDeploymentSpec, sight: str, label
     monitor["metadata"]["labels"] = {**labels, **monitor["metadata"]["labels"]}
     monitor["spec"] = render_pod_monitor_spec(selector_labels(owner.name))
     return monitor
+
+
+def render_autoscaler(owner: Owner, spec: TokaDeploymentSpec) -> Json | None:
+    """The autoscaler of the TokaDeployment's replicas. None while suspended: there is nothing to measure."""
+    if spec.autoscaling is None or spec.suspend:
+        return None
+    autoscaler = _child(owner, AUTOSCALER, owner.name, "endpoint")
+    target = {"apiVersion": API_VERSION, "kind": KIND, "name": owner.name}
+    return {**autoscaler, "spec": render_autoscaler_spec(spec.autoscaling, target)}
 
 
 def render_revision(

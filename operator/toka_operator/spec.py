@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from toka_operator.autoscaling import AUTOSCALING_DEFAULTS, Autoscaling, parse_autoscaling
 from toka_operator.caches import Cache, parse_cache
 from toka_operator.data import DATA_DEFAULTS, Data, parse_data
 from toka_operator.errors import FieldError
@@ -53,6 +54,7 @@ DEFAULTS: Json = {
     "service": {"type": "ClusterIP", "port": 80},
     "networkPolicy": NETWORK_POLICY_DEFAULTS,
     "monitoring": MONITORING_DEFAULTS,
+    "autoscaling": AUTOSCALING_DEFAULTS,
     "podTemplate": {},
     "suspend": False,
 }
@@ -215,6 +217,7 @@ class TokaDeploymentSpec:
     service: Service
     network_policy: NetworkPolicy
     pod_monitor: str
+    autoscaling: Autoscaling | None
     pod_additions: PodAdditions
     suspend: bool
 
@@ -256,6 +259,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off")) == "Auto",
         service=_parse_service(root.child("service")),
         network_policy=parse_network_policy(root.child("networkPolicy")),
+        autoscaling=parse_autoscaling(root.child("autoscaling")),
         pod_monitor=root.child("monitoring").choice("podMonitor", POD_MONITOR_CHOICES),
         pod_additions=_parse_pod_additions(root.child("podTemplate")),
         suspend=root.boolean("suspend"),

@@ -31,6 +31,7 @@ CHILD_SELECTORS = {
     "PersistentVolumeClaim": f"{_OURS},app.kubernetes.io/component in (cache,data)",
     "PodDisruptionBudget": _OURS,
     "NetworkPolicy": _OURS,
+    "HorizontalPodAutoscaler": _OURS,
     "ControllerRevision": f"{_OURS},app.kubernetes.io/component=revision",
     "Pod": f"{_OURS},app.kubernetes.io/component=engine",
     "EndpointSlice": _OURS,

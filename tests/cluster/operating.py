@@ -42,6 +42,7 @@ PATHS = {
     "persistentvolumeclaim": "/api/v1/namespaces/{}/persistentvolumeclaims",
     "pdb": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "networkpolicy": "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
+    "hpa": "/apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers",
     "podmonitor": "/apis/monitoring.coreos.com/v1/namespaces/{}/podmonitors",
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }
@@ -258,8 +259,15 @@ _UNRELATED_POD = {
 }
 
 
+EVERY_CHILD: Json = {
+    "networkPolicy": {"mode": "Ingress"},
+    "autoscaling": {"enabled": True, "maxReplicas": 4, "target": 1},
+}
+"""Parts of a spec that ask for children which not every object has."""
+
+
 def unrelated_objects(name: str, revision: str) -> dict[tuple[str, str], Json]:
-    """(kind, name) of each child of a TokaDeployment with networkPolicy -> a user's object of that name, unlabelled."""
+    """(kind, name) of each child of a TokaDeployment with `EVERY_CHILD` -> a user's object of that name, unlabelled."""
     set_name = f"{name}-{revision}"
     set_spec = {
         "serviceName": "x",
@@ -267,11 +275,19 @@ def unrelated_objects(name: str, revision: str) -> dict[tuple[str, str], Json]:
         "selector": {"matchLabels": {"app": "theirs"}},
         "template": _UNRELATED_POD,
     }
+    target = {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "theirs"}
     bodies: list[tuple[str, str, str, str, Json]] = [
         ("serviceaccount", name, "v1", "ServiceAccount", {}),
         ("service", name, "v1", "Service", {"spec": {"ports": [{"port": 1}]}}),
         ("pdb", name, "policy/v1", "PodDisruptionBudget", {"spec": {}}),
         ("networkpolicy", name, "networking.k8s.io/v1", "NetworkPolicy", {"spec": {"podSelector": {}}}),
+        (
+            "hpa",
+            name,
+            "autoscaling/v2",
+            "HorizontalPodAutoscaler",
+            {"spec": {"scaleTargetRef": target, "maxReplicas": 1}},
+        ),
         ("statefulset", set_name, "apps/v1", "StatefulSet", {"spec": set_spec}),
         ("controllerrevision", set_name, "apps/v1", "ControllerRevision", {"revision": 1, "data": {"theirs": True}}),
     ]

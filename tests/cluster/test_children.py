@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.cluster.operating import WRITING_VERBS, Json, Operator, deployment, revision_of, unrelated_objects
+from tests.cluster.operating import (
+    EVERY_CHILD,
+    WRITING_VERBS,
+    Json,
+    Operator,
+    deployment,
+    revision_of,
+    unrelated_objects,
+)
 
 KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
 
@@ -152,7 +160,7 @@ def test_objects_of_a_user_under_the_names_of_children_are_never_touched(operato
     theirs = unrelated_objects("chat", revision_of(spec))
     operator.server.apply(*theirs.values(), namespace=operator.namespace)
     before = {child: without_status(operator.require(*child)) for child in theirs}
-    operator.apply("chat", replicas=2, networkPolicy={"mode": "Ingress"})
+    operator.apply("chat", replicas=2, **EVERY_CHILD)
     operator.expected.append("event=name_taken")
     taken = operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     for (kind, name), manifest in theirs.items():  # no set is tried: its pods would run as another's account

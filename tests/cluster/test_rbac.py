@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.harness.errors import WaitTimeout
-from tests.cluster.operating import CHART, SYSTEM, Operator, probe, revision_of, unrelated_objects
+from tests.cluster.operating import CHART, EVERY_CHILD, SYSTEM, Operator, probe, revision_of, unrelated_objects
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def use_every_right(operator: Operator) -> None:
     }
     operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
-    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0}, networkPolicy={"mode": "Ingress"})
+    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0}, **EVERY_CHILD)
     operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     for kind, child in taken:
         operator.delete_and_wait(kind, child)
@@ -97,9 +97,9 @@ def use_every_right(operator: Operator) -> None:
     lose_node_of_a_pod(operator)
     exceed_quota_twice(operator)
     off = {"podDisruptionBudget": "Off"}
-    gone = {"networkPolicy": None, "monitoring": {"podMonitor": "Off"}, "disruption": off}
+    gone = {**dict.fromkeys(EVERY_CHILD), "monitoring": {"podMonitor": "Off"}, "disruption": off}
     operator.patch("chat", replicas=1, engine={"pageSize": 32}, **gone)
-    for kind in ("pdb", "networkpolicy", "podmonitor"):
+    for kind in ("pdb", "networkpolicy", "podmonitor", "hpa"):
         operator.wait_for(lambda kind=kind: operator.get(kind, "chat") is None, f"the {kind} to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
     operator.wait_until_ready("chat")

@@ -75,6 +75,11 @@ class ControlPlane:
             f"--kubelet-certificate-authority={pki.file('ca.crt')}",
             "--kubelet-preferred-address-types=InternalIP",
             f"--requestheader-client-ca-file={pki.file('front.crt')}",
+            "--requestheader-username-headers=X-Remote-User",
+            "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            f"--proxy-client-cert-file={pki.file('aggregator.crt')}",
+            f"--proxy-client-key-file={pki.file('aggregator.key')}",
             "--allow-privileged=true",
             f"--audit-policy-file={self.folder}/audit-policy.yaml",
             f"--audit-log-path={self.folder}/audit.log",
@@ -101,6 +106,7 @@ class ControlPlane:
             "--kube-api-qps=1000",
             "--kube-api-burst=2000",
             "--concurrent-statefulset-syncs=20",
+            "--horizontal-pod-autoscaler-sync-period=1s",
         ]
 
     def scheduler(self, port: int) -> list[str]:

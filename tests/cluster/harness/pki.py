@@ -33,25 +33,26 @@ class Pki:
         _openssl("ec", "-in", self.file("sa.key"), "-pubout", "-out", self.file("sa.pub"))
         self.issue("apiserver", "/CN=kube-apiserver", server_names)
         self.issue("admin", "/O=system:masters/CN=admin")
+        self.issue("aggregator", "/CN=aggregator", authority="front")
 
-    def issue(self, name: str, subject: str, alternative_names: list[str] | None = None) -> Path:
+    def issue(self, name: str, subject: str, alternative_names: list[str] | None = None, authority: str = "ca") -> Path:
         """Make NAME.crt, NAME.key and NAME.kubeconfig for a component; returns the kubeconfig."""
         extension = self.folder / f"{name}.extension"
         names = ",".join(alternative_names or [f"DNS:{name}"])
         extension.write_text(f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n")
         request = self.file(f"{name}.request")
         _openssl("req", *_NEW_KEY, "-keyout", self.file(f"{name}.key"), "-out", request, "-subj", subject)
-        authority = [
+        signer = [
             "-CA",
-            self.file("ca.crt"),
+            self.file(f"{authority}.crt"),
             "-CAkey",
-            self.file("ca.key"),
+            self.file(f"{authority}.key"),
             "-CAcreateserial",
             "-days",
             _DAYS,
         ]
         output = ["-out", self.file(f"{name}.crt"), "-extfile", str(extension)]
-        _openssl("x509", "-req", "-in", request, *authority, *output)
+        _openssl("x509", "-req", "-in", request, *signer, *output)
         user = f"{{client-certificate: {self.file(name + '.crt')}, client-key: {self.file(name + '.key')}}}"
         return self.write_kubeconfig(name, user)
 

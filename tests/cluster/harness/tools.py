@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,8 @@ _COMMANDS_OF_PACKAGES = {
     "sysctl": "procps",
     "gcc": "gcc",
 }
+_UNPACKED_COMMANDS = {"prometheus": "usr/bin/prometheus"}
+"""Commands of Debian packages that would start a daemon if they were installed -> where the package has them."""
 _FILES_OF_PACKAGES = {
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "/usr/include/stdio.h": "libc6-dev",
@@ -106,14 +109,16 @@ TOOL_SETS = (
         ("helm.sh/helm/v4/cmd/helm", "github.com/coredns/coredns", "sigs.k8s.io/kwok/cmd/kwok"),
         ("helm", "coredns", "kwok"),
     ),
+    ToolSet("adapter", ("sigs.k8s.io/prometheus-adapter/cmd/adapter",), ("adapter",)),
     ToolSet("registry", ("github.com/distribution/distribution/v3/cmd/registry",), ("registry",)),
 )
 
 
 def require_tools(*modules: str) -> None:
-    """Raise `ToolsMissing` unless the commands of these sets are there and current."""
+    """Raise `ToolsMissing` unless the commands of these sets (or unpacked packages) are there and current."""
     wanted = [tool_set for tool_set in TOOL_SETS if tool_set.module in modules]
     missing = [tool_set.module for tool_set in wanted if not tool_set.is_current()]
+    missing += [name for name in _UNPACKED_COMMANDS if name in modules and not (bin_folder() / name).exists()]
     if missing:
         raise ToolsMissing(
             f"the cluster's commands are not built or out of date: {', '.join(missing)}; "
@@ -124,6 +129,7 @@ def require_tools(*modules: str) -> None:
 def ensure_tools() -> None:
     """Install and build whatever is missing."""
     install_packages()
+    unpack_packages()
     stale = [tool_set for tool_set in TOOL_SETS if not tool_set.is_current()]
     if not stale:
         return
@@ -150,6 +156,21 @@ def install_packages() -> None:
     subprocess.run(["apt-get", "update", "-qq"], check=True, env=environment)
     install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
     subprocess.run(install, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def unpack_packages() -> None:
+    """Take single commands out of Debian packages, which are not installed."""
+    for name, path in _UNPACKED_COMMANDS.items():
+        if (bin_folder() / name).exists():
+            continue
+        print(f"unpacking {name}", flush=True)
+        subprocess.run(["apt-get", "update", "-qq"], check=True)
+        bin_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=bin_folder()) as folder:
+            subprocess.run(["apt-get", "download", "-qq", name], check=True, cwd=folder, stderr=subprocess.DEVNULL)
+            (package,) = Path(folder).glob("*.deb")
+            subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
+            (Path(folder) / path).replace(bin_folder() / name)
 
 
 def find_go() -> str:

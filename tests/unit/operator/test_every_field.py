@@ -21,6 +21,7 @@ from tests.unit.operator.examples import NOW, OWNER, body, live, plan_for, pod, 
 Json = dict[str, Any]
 CRD = Path(__file__).parents[3] / "crds" / "tokadeployments.yaml"
 NAMED = {"name": "x"}
+SCALED = {"enabled": True, "maxReplicas": 4, "target": 8}
 SHARED = {"type": "SharedPVC", "size": "1Gi"}
 
 CHANGES: dict[str, Any] = {
@@ -91,6 +92,12 @@ CHANGES: dict[str, Any] = {
     "networkPolicy.mode": "Ingress",
     "networkPolicy.from": {"mode": "Ingress", "from": [{"podSelector": {}}]},
     "monitoring.podMonitor": "On",
+    "autoscaling.enabled": SCALED,
+    "autoscaling.minReplicas": {**SCALED, "minReplicas": 2},
+    "autoscaling.maxReplicas": {**SCALED, "maxReplicas": 5},
+    "autoscaling.metric": {**SCALED, "metric": "RunningRequests"},
+    "autoscaling.target": {**SCALED, "target": 9},
+    "autoscaling.scaleDownStabilizationSeconds": {**SCALED, "scaleDownStabilizationSeconds": 60},
     "podTemplate.labels": {"a": "b"},
     "podTemplate.annotations": {"a": "b"},
     "podTemplate.volumes": [NAMED],
