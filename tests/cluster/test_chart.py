@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
+from tests.cluster.monitors import with_pod_monitors
 from tests.cluster.operating import CHART, SYSTEM, USER, deployment
 
 
@@ -65,12 +67,55 @@ def test_where_references_to_owners_are_enforced_the_operator_may_still_make_chi
         ("lease.durationSeconds=7", "lease.renewDeadlineSeconds, and that less than"),
         ("lease.retrySeconds=10", "lease.retrySeconds must be less"),
         ("image=", "image"),
+        ("topologySpread[0].maxSkew=2", "topologyKey"),
+        ("tolerations[0].keys=x", "keys"),
+        ("affinity.podAfinity.a=b", "podAfinity"),
+        ("monitoring.labels.a=b c", "labels"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(server: ApiServer, setting: str, sentence: str) -> None:
     with pytest.raises(CommandFailed) as refusal:
         server.helm("template", "toka", str(CHART), "--set", setting)
     assert sentence in refusal.value.stderr
+
+
+def test_the_chart_is_as_helm_wants_it(server: ApiServer) -> None:
+    assert "0 chart(s) failed" in server.helm("lint", "--strict", str(CHART))
+
+
+def test_the_api_server_takes_every_object_that_the_chart_can_make(server: ApiServer) -> None:
+    """Strictly: a field that it does not know is an error. kubeconform would look in schemas that it downloads."""
+    everything = (
+        "grafana.dashboard=true,monitoring.operator=true,monitoring.labels.a=b,priorityClassName=system-node-critical"
+    )
+    with with_pod_monitors(server):
+        for values in (everything, f"{everything},watchNamespaces={{{SYSTEM}}}"):
+            rendered = server.helm("template", "toka", str(CHART), "--namespace", SYSTEM, "--set", values)
+            server.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=rendered)
+            kinds = {each["kind"] for each in yaml.safe_load_all(rendered) if each}
+            assert {"PodMonitor", "PodDisruptionBudget", "ConfigMap", "Deployment", "Lease"} <= kinds
+
+
+def test_the_operators_own_pods_are_spread_and_one_of_them_stays_in_a_drain(server: ApiServer) -> None:
+    def render(kind: str, *values: str) -> list[dict[str, Any]]:
+        text = server.helm("template", "toka", str(CHART), *(f"--set={value}" for value in values))
+        return [each for each in yaml.safe_load_all(text) if each and each["kind"] == kind]
+
+    (workload,) = render("Deployment")
+    pod = workload["spec"]["template"]
+    (budget,) = render("PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 1
+    assert budget["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (spread,) = pod["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert spread["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert render("PodDisruptionBudget", "replicas=1") == []
+    assert render("PodDisruptionBudget", "podDisruptionBudget.enabled=false") == []
+    key = "topologySpread[0].topologyKey=zone"
+    (workload,) = render("Deployment", key, "topologySpread[0].whenUnsatisfiable=DoNotSchedule")
+    (spread,) = workload["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["maxSkew"]) == ("zone", 1)
+    assert spread["whenUnsatisfiable"] == "DoNotSchedule"
 
 
 def test_the_dashboard_comes_where_grafanas_sidecar_looks_and_only_if_asked_for(server: ApiServer) -> None:

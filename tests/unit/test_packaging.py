@@ -70,6 +70,7 @@ PLACES = {
     "operator/toka_operator/__init__.py": r'^__version__ = "(.+)"$',
     "charts/toka/Chart.yaml": r"^(?:version|appVersion): (.+)$",
     "charts/toka/values.yaml": r"^\w*[iI]mage: toka-\w+:(.+)$",
+    "charts/toka/README.md": r'"toka-\w+:(.+?)"',
     "README.md": r"REGISTRY/toka-\w+:([^\s`]+)",
 }
 """Every place that states the version, beside pyproject.toml; scripts/release writes them all."""
