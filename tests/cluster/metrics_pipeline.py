@@ -44,7 +44,7 @@ class Load:
         return found
 
     def find_targets(self, port: int) -> bytes:
-        """What Prometheus is to scrape: every pod that runs."""
+        """Every pod, as a target of Prometheus."""
         names = [name_of(pod) for pod in self._list_pods()]
         labels = [{"namespace": self._namespace, "pod": name, "__metrics_path__": f"/metrics/{name}"} for name in names]
         return json.dumps([{"targets": [f"127.0.0.1:{port}"], "labels": each} for each in labels]).encode()
@@ -65,7 +65,7 @@ def is_ready(pod: Object) -> bool:
 
 
 def render_metrics(num_waiting: int) -> bytes:
-    """What an engine shows at /metrics that has so many sequences in its queue, and half of its KV cache in use."""
+    """The text at /metrics of an engine with so many sequences in its queue, and half of its KV cache in use."""
     replicas = Replicas([lambda message: None], block_tokens=16)
     totals = {name: 0 for name in Stats.__struct_fields__ if name != "durations"}
     totals |= {"waiting": num_waiting, "running": 2, "kv_pages_total": 100, "kv_pages_used": 50}

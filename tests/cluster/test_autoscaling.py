@@ -48,7 +48,7 @@ def record_replicas(operator: Operator) -> Iterator[list[int]]:
 
 
 def count_reversals(values: list[int]) -> int:
-    """How often a series of different values turns round."""
+    """The number of times that a series of different values turns round."""
     rises = [after > before for before, after in itertools.pairwise(values)]
     return sum(one != other for one, other in itertools.pairwise(rises))
 

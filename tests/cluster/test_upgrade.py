@@ -1,0 +1,120 @@
+"""An upgrade from the first version to this one, and back, restarts nothing: no pod's uid changes.
+
+`former/version-0.1.0.tar.xz` has the chart and the operator of commit 8bba58a, which was the first with a chart, as
+`git archive` writes them: a clone without history can run this, too.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.paths import REPOSITORY
+from tests.cluster.harness.processes import ProcessHandle
+from tests.cluster.operating import ACCOUNT, SYSTEM, deployment, start_operator
+
+FORMER = Path(__file__).parent / "former" / "version-0.1.0.tar.xz"
+SETTLED_S = 6.0
+"""Long enough for many passes: an operator that takes pods for others replaces them in its first one."""
+CPU: dict[str, Any] = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
+QUICK = {"rollout": {"minReadySeconds": 0}}
+OBJECTS: dict[str, dict[str, Any]] = {
+    "plain": {"model": {"source": "builtin://smollm2"}},
+    "cpu": {**CPU, "replicas": 3, **QUICK},
+    "hub": {
+        "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a", "b"]},
+        "auth": {"hfTokenSecretRef": {"name": "hf"}, "apiKeySecretRef": {"name": "keys"}},
+        "resources": {"device": "gpu", "memory": "16Gi", "cpu": 4},
+        "engine": {"extraArgs": ["seed=1"], "env": [{"name": "A", "value": "b"}], "pageSize": 32},
+        "replicas": 2,
+        **QUICK,
+    },
+    "additions": {
+        **CPU,
+        "podTemplate": {
+            "labels": {"team": "x"},
+            "annotations": {"note": "y"},
+            "volumes": [{"name": "more", "emptyDir": {}}],
+            "volumeMounts": [{"name": "more", "mountPath": "/more"}],
+            "sidecars": [{"name": "log", "image": "log:1", "args": ["-v"]}],
+        },
+        "scheduling": {"topologySpread": [{"topologyKey": "kubernetes.io/hostname"}], "tolerations": [{"key": "k"}]},
+        "service": {"port": 8080, "annotations": {"a": "b"}},
+        **QUICK,
+    },
+    "suspended": {**CPU, "suspend": True},
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ApiServer]:
+    """An API server of its own, whose CRD changes."""
+    own = ApiServer.start(f"upgrade-{os.getpid()}")
+    own.create_namespace(SYSTEM, pod_security="restricted")
+    own.create_namespace("apps", pod_security="restricted")
+    own.simulate_nodes(2, gpus_each=8)
+    yield own
+    own.stop()
+
+
+@pytest.fixture
+def former(tmp_path: Path) -> Path:
+    """The folder of the first version."""
+    with tarfile.open(FORMER) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def run_version(server: ApiServer, name: str, folder: Path) -> ProcessHandle:
+    """Installs the chart of a version, and runs its operator until all objects are as they should be."""
+    chart = folder / "charts" / "toka"
+    server.helm("upgrade", "--install", "toka", str(chart), "--namespace", SYSTEM, "--set", "replicas=0")
+    server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
+    kubeconfig = server.service_account_kubeconfig(SYSTEM, ACCOUNT)
+    process = start_operator(server, kubeconfig, name, PYTHONPATH=str(folder / "operator"))
+    server.wait_for(lambda: "held=True" in process.log(), f"{name} to lead")
+    return process
+
+
+def conditions_of(found: dict[str, Any]) -> dict[str, str]:
+    return {each["type"]: each["status"] for each in found.get("status", {}).get("conditions", [])}
+
+
+def are_ready(server: ApiServer) -> bool:
+    found = server.list_objects("tokadeployments", "apps")
+    wanted = {name: "False" if spec.get("suspend") else "True" for name, spec in OBJECTS.items()}
+    seen = all(each.get("status", {}).get("observedGeneration") == each["metadata"]["generation"] for each in found)
+    return seen and {each["metadata"]["name"]: conditions_of(each).get("Ready") for each in found} == wanted
+
+
+def look(server: ApiServer) -> dict[str, set[str]]:
+    """The uids of what may not be made anew."""
+    return {
+        kind: {each["metadata"]["uid"] for each in server.list_objects(kind, "apps")}
+        for kind in ("pods", "statefulsets", "services")
+    }
+
+
+def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiServer, former: Path) -> None:
+    process = run_version(server, "first", former)
+    manifests = [deployment(name, **spec) for name, spec in OBJECTS.items()]
+    server.apply(*manifests, namespace="apps")
+    server.wait_for(lambda: are_ready(server), "all objects to be ready", timeout_s=120)
+    before = look(server)
+    assert len(before["pods"]) == 7
+    assert process.terminate() == 0
+
+    for name, folder in (("this", REPOSITORY), ("first-again", former), ("this-again", REPOSITORY)):
+        process = run_version(server, name, folder)
+        time.sleep(SETTLED_S)
+        server.wait_for(lambda: are_ready(server), f"all objects to be ready under {name}", timeout_s=60)
+        assert look(server) == before, name
+        assert "level=ERROR" not in process.log(), process.log(4000)
+        assert process.terminate() == 0
