@@ -14,7 +14,7 @@ _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 def make_config_map(folder: Path, name: str) -> dict[str, Any]:
     """Return a ConfigMap of the model's files, made in `folder`."""
-    _make_model(folder)
+    make_model(folder)
     files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in folder.iterdir()}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "binaryData": files}
 
@@ -29,7 +29,7 @@ def mount(config_map: dict[str, Any], folder: str) -> dict[str, Any]:
     return {"volumes": [{"name": name, "configMap": {"name": name}}], "volumeMounts": mounts}
 
 
-def _make_model(folder: Path) -> None:
+def make_model(folder: Path) -> None:
     import torch
     import transformers
 

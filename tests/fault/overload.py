@@ -63,8 +63,9 @@ async def ask(session: aiohttp.ClientSession, body: dict[str, Any], outcomes: Ou
                 outcomes.refusals_s.append(time.monotonic() - began)
         async for line in response.content:
             if line.startswith(b"data: {"):
-                if b'"error"' in line:
-                    error = f"in the stream: {json.loads(line[6:])['error']['code']}"
+                event = json.loads(line[6:])
+                if "error" in event:
+                    error = f"in the stream: {event['error']['code']}"
                 else:
                     num_tokens += 1
     outcomes.counts[error or "answered"] += 1

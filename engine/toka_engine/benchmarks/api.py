@@ -7,7 +7,8 @@ The default folder is that of the built-in model, which the first use converts.
 Prints one JSON object. `whole`: completions that are not streamed; `tiny`: the same with one token each, so that
 requests are measured and not tokens; `events`: streams in which every token is an event of its own. For each, output
 tokens per second of wall time and per second of the server's CPU time; the latter is what counts where the machine is
-shared. `rss_mb`: the server's memory once it is ready, and after the measurement. This process, which plays manager and
+shared. `rss_mb`: the server's memory once it is ready, and after the measurement. `metrics`: the CPU time of reading
+/metrics beside such streams, and its share where it is read once a second. This process, which plays manager and
 clients, runs on the other cores. Other keys are the engine's own settings.
 """
 
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ _VOCABULARY = 49152
 _TOKEN = 253
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 """The unit in which the kernel counts CPU time."""
+_NUM_SCRAPES = 100
 _LENGTH = re.compile(rb"content-length: (\d+)")
 
 
@@ -48,7 +51,7 @@ class _Bench:
     def __init__(self, tokenizer_dir: Path, num_connections: int, settings: dict[str, Any]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            port = self._port = probe.getsockname()[1]
         control, theirs = socket_pair()
         manager, manager_theirs = socket_pair()
         cores = sorted(os.sched_getaffinity(0))
@@ -61,7 +64,15 @@ class _Bench:
         self.control: Channel[Any] = Channel(control, FromChild)
         self.manager: Channel[Any] = Channel(manager, ServerToManager)
         config = msgspec.convert(
-            {"log_level": "WARNING", **settings, "host": "127.0.0.1", "port": port}, EngineConfig, strict=False
+            {
+                "log_level": "WARNING",
+                "receive_timeout_s": 600,
+                **settings,
+                "host": "127.0.0.1",
+                "port": port,
+            },
+            EngineConfig,
+            strict=False,
         )
         self.control.send(Start(config, str(tokenizer_dir), str(tokenizer_dir)))
         self.manager.send(EngineInfo(_VOCABULARY, 4096, 1 << 20, num_connections, "cpu", "float32"))
@@ -81,6 +92,15 @@ class _Bench:
     def rss_mb(self) -> float:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+
+    def scrape(self) -> int:
+        """Read /metrics on a connection of its own; return the size of the answer."""
+        with socket.create_connection(("127.0.0.1", self._port)) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n")
+            answer = b"".join(iter(partial(client.recv, 65536), b""))
+        if b"toka_requests_running" not in answer:
+            raise SystemExit(f"/metrics answers {answer[:100]!r}")
+        return len(answer)
 
     def close(self) -> None:
         for client in self.clients:
@@ -147,8 +167,11 @@ def _answer_whole(bench: _Bench, num_tokens: int) -> None:
 
 def _run_events(bench: _Bench, seconds: float) -> int:
     """Two groups of endless streams; a group's next step is sent when all its clients have the last one."""
-    request = _request(3000, is_streamed=True)
-    streams = _start_streams(bench, request)
+    return _send_steps(bench, _start_streams(bench, _request(3000, is_streamed=True)), seconds)
+
+
+def _send_steps(bench: _Bench, streams: np.ndarray[Any, Any], seconds: float) -> int:
+    """Send steps to `streams` for so long and wait for the last events; return the number of events."""
     groups = np.array_split(streams, 2)
     group_of = [int(number >= len(groups[0])) for number in range(len(bench.clients))]
     missing = [0, 0]
@@ -162,7 +185,7 @@ def _run_events(bench: _Bench, seconds: float) -> int:
     step(0)
     step(1)
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while any(missing):
         for key, _ in bench.selector.select():
             if key.data is None:
                 bench.manager.receive_ready()
@@ -171,9 +194,34 @@ def _run_events(bench: _Bench, seconds: float) -> int:
             num_events += count
             group = group_of[key.data]
             missing[group] -= count
-            if missing[group] == 0:
+            if missing[group] == 0 and time.monotonic() < until:
                 step(group)
     return num_events
+
+
+def _measure_metrics(
+    tokenizer_dir: Path, num_connections: int, seconds: float, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Read /metrics between steps of as many streams as there are connections."""
+    bench = _Bench(tokenizer_dir, num_connections, settings)
+    try:
+        streams = _start_streams(bench, _request(3000, is_streamed=True))
+        _send_steps(bench, streams, seconds / 4)
+        start_s, cpu_s = time.monotonic(), bench.server_cpu_s()
+        _send_steps(bench, streams, seconds)
+        wall_s, busy_s = time.monotonic() - start_s, bench.server_cpu_s() - cpu_s
+        cpu_s = bench.server_cpu_s()
+        for _ in range(_NUM_SCRAPES):
+            size = bench.scrape()
+        scrape_s = (bench.server_cpu_s() - cpu_s) / _NUM_SCRAPES
+        return {
+            "scrape_cpu_ms": round(scrape_s * 1e3, 2),
+            "scrape_bytes": size,
+            "streams_cpu_share": round(busy_s / wall_s, 3),
+            "share_of_cpu": round(scrape_s / (busy_s / wall_s), 4),
+        }
+    finally:
+        bench.close()
 
 
 def _start_streams(bench: _Bench, request: bytes) -> np.ndarray[Any, Any]:
@@ -215,6 +263,7 @@ def main() -> None:
     report: dict[str, Any] = {"connections": num_connections}
     for case, count in (("whole", num_tokens), ("tiny", 1), ("events", None)):
         report[case] = _measure(folder, num_connections, seconds, count, settings)
+    report["metrics"] = _measure_metrics(folder, num_connections, seconds, settings)
     print(json.dumps(report))
 
 

@@ -115,10 +115,8 @@ class Manager:
         may_start = max(0, state.sizes.max_running - state.slots.num_running)
         if state.queue.num_choices + submit.num_choices > state.config.max_queued_requests + may_start:
             return [Refused(submit.first_stream, "the queue is full")]
-        if submit.timeout_s:
-            state.has_deadlines = True
-            if refused := self._refuse_late(submit):
-                return [refused]
+        if submit.timeout_s and (refused := self._refuse_late(submit)):
+            return [refused]
         request = Request(
             first_stream=submit.first_stream,
             num_choices=submit.num_choices,

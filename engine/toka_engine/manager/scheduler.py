@@ -303,7 +303,7 @@ def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: G
     slots = state.slots
     fanout_slots = np.concatenate([EMPTY32, *step.fanout_slots])
     sampled = np.concatenate((rows, fanout_slots))
-    size = note_planned(state, rows, step) if state.has_background or state.has_deadlines else None
+    size = note_planned(state, rows, step)
     state.in_flight.append(InFlight(step.number, sampled, rows.size, slots.generations[sampled], step.scored, size))
     state.next_step += 1
     state.counters.steps += 1

@@ -52,8 +52,7 @@ class InFlight:
     """The first so many of them had tokens before."""
     generations: Int64s
     scored: list[ScoredChunk]
-    size: StepSize | None = None
-    """None: nobody asks how long it took."""
+    size: StepSize
 
 
 @dataclass(slots=True)
@@ -95,9 +94,8 @@ class ManagerState:
         self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
         self.has_background = False  # a background request has ever come
-        self.has_deadlines = False  # a request with a deadline has ever come
         self.promoted: Request | None = None  # the background request that goes first, because it has waited long
-        self.step_times = StepTimes()  # learns where somebody asks: for background work, deadlines
+        self.step_times = StepTimes()
         self.online_steps = OnlineSteps()
         self.last_tokens_s = float("-inf")  # when a step came back last
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`

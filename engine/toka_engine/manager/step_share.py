@@ -56,8 +56,6 @@ def share_step(state: ManagerState, budget: int) -> BackgroundShare:
     num_prompt = _count_online_prompts(state, budget - online.size)
     has_online = bool(online.size or num_prompt)
     now, steps = state.clock(), state.online_steps
-    if has_online:
-        steps.seen_s = now
     quarter = budget // PREFILL_SHARE if online.size else _NO_LIMIT
     costs = state.step_times.costs
     if costs is None:
@@ -122,7 +120,7 @@ def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSi
     chunk_sizes = np.asarray([tokens.size for tokens in step.chunk_tokens], np.int64)
     online = rows[slots.orders[rows] < FIRST_BACKGROUND_ORDER]
     num_prompt = int(chunk_sizes[slots.orders[chunk_slots] < FIRST_BACKGROUND_ORDER].sum())
-    if state.step_times.costs is not None and (online.size or num_prompt):
+    if online.size or num_prompt:
         size = StepSize(online.size, int(slots.lengths[online].sum()), num_prompt)
-        state.online_steps.note(size, state.step_times.costs)
+        state.online_steps.note(size, state.step_times.costs, state.clock())
     return StepSize(rows.size, int(slots.lengths[rows].sum()), int(chunk_sizes.sum()))

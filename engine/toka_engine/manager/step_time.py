@@ -13,10 +13,10 @@ import numpy as np
 
 _HALF_LIFE = 200
 _DECAY = 0.5 ** (1 / _HALF_LIFE)
-_MIN_STEPS = 32
+_MIN_STEPS = 16
 """Before so many steps nothing is predicted."""
 _FIT_INTERVAL = 8
-_MAX_SURPRISE = 3.0
+_MAX_SURPRISE = 10.0
 """A step counts as this many times its prediction at most: one that the machine held up says little of the others."""
 _SCALES = np.asarray([1.0, 32.0, 16_384.0, 128.0])
 """Usual sizes, so that all costs are alike in size where they are fitted."""
@@ -81,7 +81,7 @@ class StepTimes:
         self._products = _DECAY * self._products + seconds * sizes
         self._weight = _DECAY * self._weight + 1.0
         self._num_steps += 1
-        if self._num_steps >= _MIN_STEPS and self._num_steps % _FIT_INTERVAL == 0:
+        if self._num_steps >= _MIN_STEPS and (self._num_steps < _HALF_LIFE or self._num_steps % _FIT_INTERVAL == 0):
             self.costs = self._fit()
 
     def _fit(self) -> StepCosts | None:
@@ -115,8 +115,11 @@ class OnlineSteps:
         self._steps_s: deque[float] = deque(maxlen=_NUM_KEPT)
         self._num_steps = 0
 
-    def note(self, size: StepSize, costs: StepCosts) -> None:
+    def note(self, size: StepSize, costs: StepCosts | None, now: float) -> None:
         """Note the online part of a step that has one."""
+        self.seen_s = now
+        if costs is None:
+            return
         seconds = costs.predict_s(size)
         if size.num_prefill:
             self.prompt_step_s += (seconds - self.prompt_step_s) * (_SMOOTHING if self.prompt_step_s else 1.0)

@@ -134,6 +134,7 @@ def test_a_background_request_with_several_choices_starts_whole() -> None:
     finish(harness)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("machine", "timeout_s", "seconds"), [(CALM, 10.0, 60.0), (Machine(), 40.0, 240.0)])
 def test_in_an_overload_requests_with_a_deadline_are_answered_whole_or_refused(
     machine: Machine, timeout_s: float, seconds: float

@@ -15,6 +15,7 @@ def seconds_of(step: Step) -> float:
     return 0.02 + 0.004 * step.decode_slots.size + 0.002 * int(step.prefill_lengths.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("machine", "shape", "seconds"),
     [(CALM, Shape(), 150.0), (CALM, Shape(prompt=(100, 400), output=(40, 120)), 150.0), (Machine(), Shape(), 400.0)],
@@ -123,6 +124,7 @@ def test_steps_that_take_no_time_predict_nothing() -> None:
 def test_the_longer_online_steps_and_those_with_a_prompt_are_known() -> None:
     steps, costs = OnlineSteps(), StepCosts(0.01, 0.001, 0.0, 0.001)
     for number in range(200):
-        steps.note(StepSize(4, 100, 64 if number % 10 == 0 else 0), costs)
+        steps.note(StepSize(4, 100, 64 if number % 10 == 0 else 0), costs, float(number))
     assert steps.long_step_s == pytest.approx(0.078)
     assert steps.prompt_step_s == pytest.approx(0.078)
+    assert steps.seen_s == 199.0

@@ -434,3 +434,5 @@ def test_the_benchmark_of_the_server_reports_its_rates(tokenizer_dir: Path) -> N
     assert all(
         report[kind][rate] > 0 for kind in ("whole", "tiny", "events") for rate in ("tokens_per_s", "tokens_per_cpu_s")
     )
+    assert report["metrics"]["scrape_bytes"] > 1000
+    assert report["metrics"]["share_of_cpu"] > 0
