@@ -24,14 +24,14 @@ from toka_operator.fields import Json
 from toka_operator.monitoring import explain_monitored
 from toka_operator.moves import find_displaced, find_hold_end
 from toka_operator.observed import Observed
-from toka_operator.plan import Plan
+from toka_operator.plan import Plan, find_surge_fallback
 from toka_operator.resources import AUTOSCALER
 from toka_operator.rollout import Window
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
 MODEL_CACHED, MONITORED, AUTOSCALED = "ModelCached", "Monitored", "Autoscaled"
-MOVING = "NodeCordoned"
+MOVING, SURGE_BLOCKED = "NodeCordoned", "SurgeBlocked"
 _NO_PODS = Window()
 CLAIM_CONFLICT_S = 10.0
 """Seconds that a pod may be created on another node than the one that mounted its claim: some drivers allow it."""
@@ -204,16 +204,24 @@ def _decide_progressing(
         return Condition(PROGRESSING, False, "ProgressDeadlineExceeded", deadline)
     waiting = _find_waiting(spec, observed)
     if waiting is not None and counts.num_old:
-        message = (
-            f"no room for the new revision's pod {waiting.pod}: {waiting.message}. Free or add a node, or set "
-            "rollout.maxSurge to 0 and rollout.maxUnavailable to 1, so that an old pod goes first"
-        )
-        return Condition(PROGRESSING, True, "SurgeBlocked", message)
+        return Condition(PROGRESSING, True, SURGE_BLOCKED, _explain_blocked_surge(spec, observed, waiting, now))
     if waiting is not None:
         return Condition(PROGRESSING, True, waiting.reason, f"pod {waiting.pod} waits: {waiting.message}")
     if len(plan.targets) > 1 or counts.num_old:
         return Condition(PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods")
     return Condition(PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods")
+
+
+def _explain_blocked_surge(spec: TokaDeploymentSpec, observed: Observed, waiting: Failure, now: float) -> str:
+    """The new pod that has no room, and what is done about it."""
+    text = f"no room for the new revision's pod {waiting.pod}: {waiting.message.rstrip('.')}. "
+    fallback = find_surge_fallback(spec, observed)
+    if spec.rollout.max_surge == 0:
+        return f"{text}It gets the room of an old pod that goes"
+    if fallback is None:
+        return f"{text}Free or add a node, or set rollout.strategy to InPlace, so that an old pod goes first"
+    after = f"rollout.surgeFallbackSeconds ({spec.rollout.surge_fallback_s} s)"
+    return f"{text}An old pod goes first {'now, since it waited for' if now >= fallback else 'after'} {after}"
 
 
 def _explain_move(spec: TokaDeploymentSpec, observed: Observed, now: float) -> str:

@@ -79,13 +79,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
     )
     by_age = sorted(windows, key=lambda revision: (numbers.get(revision, 0), revision))
     revisions = {name: _view_revision(owner, name, windows[name], spec, observed, now) for name in by_age}
-    budgets = Budgets(
-        num_desired=spec.num_wanted,
-        max_surge=spec.rollout.max_surge,
-        max_unavailable=spec.rollout.max_unavailable,
-        is_paused=spec.rollout.paused,
-        keeps_ordinals=spec.data is not None,
-    )
+    budgets = find_budgets(spec, observed, now)
     unmade = RevisionPods(leaving=_find_other_pods(set_name(owner.name, spec.revision), observed))
     targets = decide_windows(budgets, spec.revision, revisions, unmade)
     finished = _find_finished_sets(spec, sets, targets, observed)
@@ -106,6 +100,32 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
         templates=templates,
         requeue_s=_next_moment(spec, observed, now),
     )
+
+
+def find_budgets(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Budgets:
+    """The pods more and fewer than desired that there may be now."""
+    rollout = spec.rollout
+    fallback = find_surge_fallback(spec, observed)
+    is_in_place = fallback is not None and now >= fallback
+    ends_old_first = rollout.strategy == "Recreate"
+    return Budgets(
+        num_desired=spec.num_wanted,
+        max_surge=0 if is_in_place else rollout.max_surge,
+        max_unavailable=spec.num_wanted if ends_old_first else max(int(is_in_place), rollout.max_unavailable),
+        is_paused=rollout.paused,
+        keeps_ordinals=spec.data is not None,
+        ends_old_first=ends_old_first,
+    )
+
+
+def find_surge_fallback(spec: TokaDeploymentSpec, observed: Observed) -> float | None:
+    """The Unix time from which an old pod goes first, because there is no room for one more; None if nobody asked for
+    that, or there is room."""
+    if spec.rollout.surge_fallback_s is None or all(pod.revision == spec.revision for pod in observed.pods):
+        return None
+    failures = (pod.failure for pod in observed.pods if pod.revision == spec.revision and pod.is_failing)
+    since = [failure.since for failure in failures if failure is not None and failure.reason == "Unschedulable"]
+    return min(since) + spec.rollout.surge_fallback_s if since else None
 
 
 def read_window(live: Json) -> Window:
@@ -305,9 +325,9 @@ def _has_served(stored: Json) -> bool:
 
 def _next_moment(spec: TokaDeploymentSpec, observed: Observed, now: float) -> float | None:
     """Seconds until a pod has been ready for long enough, or is given up as unrecoverable or dead, or no longer holds
-    up a drain."""
+    up a drain, or has waited for room for too long."""
     hold_end = find_hold_end(spec, observed, now)
-    moments = [] if hold_end is None else [hold_end]
+    moments = [moment for moment in (hold_end, find_surge_fallback(spec, observed)) if moment is not None]
     for pod in observed.pods:
         if pod.terminating_until is not None:
             moments.append(pod.terminating_until + spec.rollout.stuck_s)

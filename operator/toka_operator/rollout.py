@@ -14,6 +14,8 @@ that is still leaving. These rules hold at every step, over all revisions togeth
 - a displaced pod (its node is cordoned) counts as none of the desired ones, and goes when as many as desired are
   available without it. In the midst of a window it is deleted (`find_moves`), and its successor takes its name.
 
+With `ends_old_first` no pod of the current revision is added until every old one is gone, those that drain included.
+
 Where ordinals have data (`keeps_ordinals`), the pods of the current revision are those from 0 on, whatever goes or
 comes: a pod's successor waits for its name, and a smaller number of pods is without the highest.
 """
@@ -83,6 +85,7 @@ class Budgets:
     max_unavailable: int
     is_paused: bool = False
     keeps_ordinals: bool = False
+    ends_old_first: bool = False
 
     @property
     def max_total(self) -> int:
@@ -178,6 +181,11 @@ class _Step:
     def _num_to_keep(self) -> int:
         """The pods desired, and one for each that is to be replaced, within the surge."""
         return self._budgets.num_desired + min(self._budgets.max_surge, self._num_displaced(self._movable))
+
+    def _has_old(self) -> bool:
+        """Whether old pods are there; those that are stuck, as on a dead node, are not waited for."""
+        old = [self._revisions[name] for name in self._old]
+        return self._total(self._old) > 0 or any(pods.trim().replicas or pods.num_draining for pods in old)
 
     # ---- taking away
 
@@ -281,7 +289,9 @@ class _Step:
         return any(ordinal in pods.window for ordinal in pods.served | pods.available)
 
     def grow_current(self) -> None:
-        """Adds current pods as far as the surge allows."""
+        """Adds current pods as far as the surge allows, or once the old ones are gone."""
+        if self._budgets.ends_old_first and self._has_old():
+            return
         window, num_desired = self.windows[self._current], self._budgets.num_desired
         room = self._budgets.max_total - self._num_old_held() - window.replicas
         num_right = (

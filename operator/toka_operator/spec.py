@@ -20,6 +20,7 @@ from toka_operator.fields import Fields, Json
 from toka_operator.fingerprint import compute_fingerprint, compute_former_revision, pick_pod_fields
 from toka_operator.monitoring import MONITORING_DEFAULTS, POD_MONITOR_CHOICES
 from toka_operator.network_policy import NETWORK_POLICY_DEFAULTS, NetworkPolicy, parse_network_policy
+from toka_operator.rollout_fields import ROLLOUT_DEFAULTS, Rollout, parse_rollout
 
 DEFAULTS: Json = {
     "model": {"dtype": "auto"},
@@ -38,18 +39,7 @@ DEFAULTS: Json = {
     "data": DATA_DEFAULTS,
     "auth": {},
     "startup": {"timeoutSeconds": 1800},
-    "rollout": {
-        "maxSurge": 1,
-        "maxUnavailable": 0,
-        "minReadySeconds": 5,
-        "progressDeadlineSeconds": 3600,
-        "drainDelaySeconds": 5,
-        "drainTimeoutSeconds": 120,
-        "stuckSeconds": 30,
-        "paused": False,
-        "onFailure": "Hold",
-        "revisionHistoryLimit": 3,
-    },
+    "rollout": ROLLOUT_DEFAULTS,
     "disruption": {"podDisruptionBudget": "Auto"},
     "service": {"type": "ClusterIP", "port": 80},
     "networkPolicy": NETWORK_POLICY_DEFAULTS,
@@ -156,23 +146,6 @@ class SecretKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    max_surge: int
-    max_unavailable: int
-    min_ready_s: int
-    progress_deadline_s: int
-    drain_delay_s: int
-    """Seconds for which a pod that goes still takes requests, while the Service's endpoints and kube-proxy move."""
-    drain_timeout_s: int
-    stuck_s: int
-    """Seconds after its grace period from which a pod that goes counts as stuck."""
-    paused: bool
-    on_failure: str
-    """Hold or Rollback: what becomes of a rollout that makes no progress within its deadline."""
-    revision_history_limit: int
-
-
-@dataclass(frozen=True, slots=True)
 class Service:
     type: str
     port: int
@@ -255,7 +228,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         hf_token=_parse_secret_key(root.child("auth"), "hfTokenSecretRef", "token"),
         api_key=_parse_secret_key(root.child("auth"), "apiKeySecretRef", "key"),
         startup_timeout_s=startup.integer("timeoutSeconds", 10, 86400),
-        rollout=_parse_rollout(rollout),
+        rollout=parse_rollout(rollout),
         has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off")) == "Auto",
         service=_parse_service(root.child("service")),
         network_policy=parse_network_policy(root.child("networkPolicy")),
@@ -354,26 +327,6 @@ def _parse_secret_key(fields: Fields, name: str, default_key: str) -> SecretKey 
         return None
     reference = Fields(fields.mapping(name), {"key": default_key}, f"{fields.path}.{name}", fields.errors)
     return SecretKey(reference.text("name"), reference.text("key"))
-
-
-def _parse_rollout(fields: Fields) -> Rollout:
-    rollout = Rollout(
-        max_surge=fields.integer("maxSurge", 0, 1000),
-        max_unavailable=fields.integer("maxUnavailable", 0, 1000),
-        min_ready_s=fields.integer("minReadySeconds", 0, 3600),
-        progress_deadline_s=fields.integer("progressDeadlineSeconds", 11, 604800),
-        drain_delay_s=fields.integer("drainDelaySeconds", 0, 600),
-        drain_timeout_s=fields.integer("drainTimeoutSeconds", 0, 86400),
-        stuck_s=fields.integer("stuckSeconds", 0, 86400),
-        paused=fields.boolean("paused"),
-        on_failure=fields.choice("onFailure", ("Hold", "Rollback")),
-        revision_history_limit=fields.integer("revisionHistoryLimit", 0, 50),
-    )
-    if rollout.progress_deadline_s <= rollout.min_ready_s:
-        fields.refuse("progressDeadlineSeconds", "must be greater than minReadySeconds")
-    if rollout.max_surge + rollout.max_unavailable == 0:
-        fields.refuse("maxSurge", "may not be 0 together with maxUnavailable: no pod could ever be replaced")
-    return rollout
 
 
 def _parse_service(fields: Fields) -> Service:

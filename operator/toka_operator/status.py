@@ -17,6 +17,7 @@ from toka_operator.conditions import (
     MOVING,
     PROGRESSING,
     READY,
+    SURGE_BLOCKED,
     Condition,
     Counts,
     Outcome,
@@ -189,7 +190,7 @@ def _readiness(status: Json) -> dict[str, tuple[int, int]]:
 
 def find_events(previous: Json, status: Json) -> list[Event]:
     """The transitions to report: of Ready, Available, Degraded and ConfigValid and of the current revision, and
-    that pods leave a cordoned node."""
+    that pods leave a cordoned node, or have no room to be replaced."""
     before = {c["type"]: c for c in previous.get("conditions", [])}
     events = []
     old, new = previous.get("currentRevision"), status.get("currentRevision")
@@ -202,8 +203,8 @@ def find_events(previous: Json, status: Json) -> list[Event]:
         is_new_reason = was.get("reason", "") != condition["reason"]
         if kind == AVAILABLE and not is_true and was.get("status") == "True":
             events.append(Event(bool(condition["reason"] == "MinimumUnavailable"), "Unavailable", condition["message"]))
-        if kind == PROGRESSING and condition["reason"] == MOVING and is_new_reason:
-            events.append(Event(False, MOVING, condition["message"]))
+        if kind == PROGRESSING and condition["reason"] in (MOVING, SURGE_BLOCKED) and is_new_reason:
+            events.append(Event(False, condition["reason"], condition["message"]))
         if kind == READY and is_true and is_new_status:
             events.append(Event(False, "Ready", condition["message"]))
         if kind == DEGRADED and is_true and (is_new_status or is_new_reason):

@@ -75,6 +75,8 @@ CHANGES: dict[str, Any] = {
     "auth.hfTokenSecretRef": NAMED,
     "auth.apiKeySecretRef": NAMED,
     "startup.timeoutSeconds": 60,
+    "rollout.strategy": "Recreate",
+    "rollout.surgeFallbackSeconds": 60,
     "rollout.maxSurge": 2,
     "rollout.maxUnavailable": 1,
     "rollout.minReadySeconds": 10,

@@ -15,6 +15,8 @@ from toka_operator.rollout import Budgets, RevisionPods, Window, decide_windows,
 
 NUM_EXAMPLES = int(os.environ.get("TOKA_ROLLOUT_EXAMPLES", "300"))
 BUDGETS = [(1, 0), (0, 1), (2, 1), (1, 1), (3, 0)]
+RECREATE = (0, 1000)
+"""All old pods end before new ones come."""
 
 
 @dataclass
@@ -72,7 +74,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.budgets = self._budget(1, 1, 0)
 
     def _budget(self, desired: int, surge: int, unavailable: int, is_paused: bool = False) -> Budgets:
-        return Budgets(desired, surge, unavailable, is_paused, self.keeps_ordinals)
+        ends_old_first = (surge, unavailable) == RECREATE
+        return Budgets(desired, surge, unavailable, is_paused, self.keeps_ordinals, ends_old_first)
 
     @initialize(desired=st.integers(1, 4), budget=st.sampled_from(BUDGETS))
     def begin(self, desired: int, budget: tuple[int, int]) -> None:
@@ -86,7 +89,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def change_scale(self, desired: int, is_paused: bool) -> None:
         self.budgets = self._budget(desired, self.budgets.max_surge, self.budgets.max_unavailable, is_paused)
 
-    @rule(budget=st.sampled_from(BUDGETS))
+    @rule(budget=st.sampled_from([*BUDGETS, RECREATE]))
     def change_budgets(self, budget: tuple[int, int]) -> None:
         self.budgets = self._budget(self.budgets.num_desired, *budget, self.budgets.is_paused)
 
@@ -140,6 +143,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             self._check_available(views, windows)
             self._check_served(views, windows)
             self._check_total(views, windows)
+            self._check_recreated(views, windows)
         is_changed = any(self.sets.get(n, FakeSet(Window(-1))).asked != w for n, w in windows.items())
         for name, window in windows.items():
             assert window.start >= 0 <= window.replicas
@@ -182,6 +186,13 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             unrecoverable = sum(ordinal in trimmed[name] for ordinal in views[name].unrecoverable)
             held += max(trimmed[name].replicas, windows[name].replicas) - unrecoverable + views[name].num_draining
         assert held <= self.budgets.max_total, (views, windows)
+
+    def _check_recreated(self, views: dict[str, RevisionPods], windows: dict[str, Window]) -> None:
+        """No new pod is added while there is an old one, if those are to end first."""
+        old = [s for name, s in self.sets.items() if name != self.current and (s.pods or s.asked.replicas)]
+        if self.budgets.ends_old_first and not self.budgets.is_paused and old:
+            before = views.get(self.current, RevisionPods()).trim()
+            assert windows[self.current].replicas <= before.replicas, (views, windows)
 
     def teardown(self) -> None:
         """Left alone, with pods that come up and go, every rollout ends with just what is desired."""

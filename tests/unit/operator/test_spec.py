@@ -117,6 +117,14 @@ def test_other_sources_are_refused(source: str) -> None:
         ("spec.cache.claimName", {"cache": {"claimName": "x"}}),
         ("spec.auth.hfTokenSecretRef.name", {"auth": {"hfTokenSecretRef": {}}}),
         ("spec.rollout.maxSurge", {"rollout": {"maxSurge": 0}}),
+        ("spec.rollout.strategy", {"rollout": {"strategy": "Blue"}}),
+        ("spec.rollout.maxSurge", {"rollout": {"strategy": "InPlace", "maxSurge": 2}}),
+        ("spec.rollout.maxUnavailable", {"rollout": {"strategy": "Recreate", "maxUnavailable": 1}}),
+        ("spec.rollout.surgeFallbackSeconds", {"rollout": {"strategy": "InPlace", "surgeFallbackSeconds": 9}}),
+        (
+            "spec.rollout.surgeFallbackSeconds",
+            {"rollout": {"maxSurge": 0, "maxUnavailable": 1, "surgeFallbackSeconds": 9}},
+        ),
         ("spec.rollout.progressDeadlineSeconds", {"rollout": {"progressDeadlineSeconds": 1800}}),
         (
             "spec.rollout.progressDeadlineSeconds",

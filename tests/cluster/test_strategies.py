@@ -1,0 +1,105 @@
+"""Pods are replaced where there is no room for one more: in place, all at once, or after a surge that found none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.cluster.operating import Json, Operator, pod_uids
+
+SCARCE = {"device": "gpu", "gpuResource": "example.com/scarce"}
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(operator: Operator) -> None:
+    """Only one node has any, and only two."""
+    amount = {"example.com/scarce": "2"}
+    status = {"status": {"capacity": amount, "allocatable": amount}}
+    operator.server.request("PATCH", "/api/v1/nodes/simulated-0/status", status, "merge-patch+json")
+
+
+def begin(operator: Operator, **rollout: Any) -> str:
+    """Two replicas that hold both GPUs. Returns their revision."""
+    operator.apply("chat", replicas=2, resources=SCARCE, rollout=rollout)
+    return str(operator.wait_until_ready("chat")["status"]["currentRevision"])
+
+
+def revision_of_pod(pod: Json) -> str:
+    return str(pod["metadata"]["labels"]["toka.dev/revision"])
+
+
+def num_running(operator: Operator) -> int:
+    pods = operator.pods("chat")
+    return sum("deletionTimestamp" not in p["metadata"] and p.get("status", {}).get("phase") == "Running" for p in pods)
+
+
+def roll(operator: Operator, old: str) -> tuple[int, int]:
+    """Changes the pods and waits for the end. Returns the most pods and the fewest that ran."""
+    operator.patch("chat", engine={"pageSize": 32})
+    seen = [(2, 2)]
+
+    def is_over() -> bool:
+        pods = operator.pods("chat")
+        seen.append((len(pods), num_running(operator)))
+        found = operator.require("td", "chat")["status"]
+        reasons = {c["type"]: c["reason"] for c in found["conditions"]}
+        return reasons["Ready"] == "AllAvailable" and found["currentRevision"] != old
+
+    operator.wait_for(is_over, "the rollout to end")
+    return max(pods for pods, _ in seen), min(running for _, running in seen)
+
+
+def test_in_place_an_old_pod_goes_first_one_at_a_time(operator: Operator) -> None:
+    old = begin(operator, strategy="InPlace")
+    most, fewest = roll(operator, old)
+    assert most <= 3, "with one that goes, whose GPU the next waits for"
+    assert fewest >= 1
+    assert operator.require("pdb", "chat")["spec"]["minAvailable"] == 1
+
+
+def test_recreated_pods_wait_until_every_old_one_is_gone(operator: Operator) -> None:
+    old = begin(operator, strategy="Recreate")
+    kept = operator.pods("chat")[0]["metadata"]["name"]
+    operator.hold_pod(kept)
+    operator.patch("chat", engine={"pageSize": 32})
+    operator.wait_for(lambda: [p["metadata"]["name"] for p in operator.pods("chat")] == [kept], "the other pod to go")
+    operator.wait_for_condition("chat", "Available", "False")
+    assert {revision_of_pod(pod) for pod in operator.pods("chat")} == {old}
+    operator.release_pod(kept)
+    assert operator.wait_until_ready("chat")["status"]["currentRevision"] != old
+    assert num_running(operator) == 2
+
+
+def test_a_surge_that_finds_no_room_for_as_long_as_asked_takes_an_old_pod_first_and_says_so(operator: Operator) -> None:
+    old = begin(operator, surgeFallbackSeconds=4)
+    operator.patch("chat", engine={"pageSize": 32})
+    blocked = operator.wait_for_condition("chat", "Progressing", "True", "SurgeBlocked")
+    assert "An old pod goes first after rollout.surgeFallbackSeconds (4 s)" in blocked["message"]
+    assert num_running(operator) == 2
+    fewest = [2]
+
+    def is_over() -> bool:
+        fewest.append(num_running(operator))
+        found = operator.require("td", "chat")["status"]
+        is_ready = next(c["status"] for c in found["conditions"] if c["type"] == "Ready") == "True"
+        return is_ready and found["currentRevision"] != old
+
+    operator.wait_for(is_over, "the rollout to end")
+    assert min(fewest) == 1
+    events = operator.server.list_objects("events", operator.namespace)
+    assert "SurgeBlocked" in {event["reason"] for event in events}
+
+
+def test_another_strategy_replaces_no_pod(operator: Operator) -> None:
+    begin(operator)
+    before = pod_uids(operator)
+    rollouts: list[Json] = [
+        {"strategy": "InPlace"},
+        {"strategy": "Recreate", "onFailure": "Rollback"},
+        {"strategy": "Surge", "surgeFallbackSeconds": 60},
+    ]
+    for rollout in rollouts:
+        operator.patch("chat", rollout=rollout)
+        operator.wait_until_ready("chat")
+        assert pod_uids(operator) == before
