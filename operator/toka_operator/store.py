@@ -33,7 +33,7 @@ class Store:
 
     def put(self, obj: Json) -> set[Key]:
         """Keeps `obj` if it is newer than what is known. Returns the keys concerned: its own, and the one
-        it left."""
+        it left; none, if nothing that is looked at has changed."""
         with self._lock:
             return self._put(obj)
 
@@ -113,6 +113,8 @@ class Store:
         if key is not None:
             self._objects[name] = self._trim(obj)
             self._members.setdefault(key, set()).add(name)
+            if known is not None and _without_version(known) == _without_version(self._objects[name]):
+                return set()
         return {k for k in (left, key) if k is not None}
 
     def _discard(self, name: Key) -> Key | None:
@@ -130,6 +132,11 @@ class Store:
 
 def _name(obj: Json) -> Key:
     return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
+
+
+def _without_version(obj: Json) -> Json:
+    """The object but for the version that each write gives it."""
+    return {**obj, "metadata": {**obj["metadata"], "resourceVersion": ""}}
 
 
 def _version(obj: Json) -> int:

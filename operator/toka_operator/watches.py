@@ -56,8 +56,12 @@ def child_key(obj: Json) -> Key | None:
 
 def trim_child(obj: Json) -> Json:
     """The object without what is never looked at (a pod's spec but its node): a thousand pods fit in little memory."""
-    spec = obj.get("spec") or {}
-    return {**obj, "spec": {"nodeName": spec.get("nodeName")}} if "containers" in spec else obj
+    spec, status = obj.get("spec") or {}, obj.get("status") or {}
+    if "containers" in spec:
+        return {**obj, "spec": {"nodeName": spec.get("nodeName")}}
+    if "scaleTargetRef" in spec:  # an autoscaler writes what it measures every few seconds
+        return {**obj, "status": {"conditions": status.get("conditions")}}
+    return obj
 
 
 def make_stores() -> dict[str, Store]:

@@ -122,6 +122,7 @@ def test_pods_that_load_count(own_operator: Operator, load: Load) -> None:
     load.num_waiting = 40
     with record_replicas(own_operator) as seen:
         own_operator.wait_for(lambda: replicas_of(own_operator) == 4, "the queue to be followed")
+        own_operator.apply("chat", autoscaling={**SCALED, "minReplicas": 1}, podTemplate=held)  # as a pipeline does
         time.sleep(8)
     assert seen[-1] == 4, seen
     assert count_reversals(seen) == 0, seen

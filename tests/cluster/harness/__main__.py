@@ -1,6 +1,6 @@
 """`python -m tests.cluster.harness COMMAND`: what scripts/setup, scripts/images and scripts/quickstart call.
 
-tools                        install packages and build the cluster's commands
+tools [SET ...]              install packages and build the cluster's commands; without sets, those of all tests
 bases                        make the base images
 up NAME [--nodes N]          boot a cluster that stays until `down NAME`
 down NAME                    end it: every process, mount, address and control group
@@ -37,7 +37,7 @@ def main() -> int:
     try:
         match arguments.command:
             case "tools":
-                ensure_tools()
+                ensure_tools(*arguments.sets)
             case "bases":
                 ensure_pause_image()
                 ensure_base_image()
@@ -60,7 +60,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tools")
+    commands.add_parser("tools").add_argument("sets", nargs="*", metavar="SET")
     commands.add_parser("bases")
     commands.add_parser("purge")
     up = commands.add_parser("up")

@@ -126,11 +126,14 @@ def require_tools(*modules: str) -> None:
         )
 
 
-def ensure_tools() -> None:
-    """Install and build whatever is missing."""
+def ensure_tools(*modules: str) -> None:
+    """Install and build whatever is missing, of these sets and unpacked packages alone if any are named."""
     install_packages()
-    unpack_packages()
-    stale = [tool_set for tool_set in TOOL_SETS if not tool_set.is_current()]
+    for name in _UNPACKED_COMMANDS:
+        if not modules or name in modules:
+            unpack_package(name)
+    wanted = [tool_set for tool_set in TOOL_SETS if not modules or tool_set.module in modules]
+    stale = [tool_set for tool_set in wanted if not tool_set.is_current()]
     if not stale:
         return
     go = find_go()
@@ -158,19 +161,18 @@ def install_packages() -> None:
     subprocess.run(install, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def unpack_packages() -> None:
-    """Take single commands out of Debian packages, which are not installed."""
-    for name, path in _UNPACKED_COMMANDS.items():
-        if (bin_folder() / name).exists():
-            continue
-        print(f"unpacking {name}", flush=True)
-        subprocess.run(["apt-get", "update", "-qq"], check=True)
-        bin_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=bin_folder()) as folder:
-            subprocess.run(["apt-get", "download", "-qq", name], check=True, cwd=folder, stderr=subprocess.DEVNULL)
-            (package,) = Path(folder).glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-            (Path(folder) / path).replace(bin_folder() / name)
+def unpack_package(name: str) -> None:
+    """Take a command out of a Debian package, which is not installed."""
+    if (bin_folder() / name).exists():
+        return
+    print(f"unpacking {name}", flush=True)
+    subprocess.run(["apt-get", "update", "-qq"], check=True)
+    bin_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bin_folder()) as folder:
+        subprocess.run(["apt-get", "download", "-qq", name], check=True, cwd=folder, stderr=subprocess.DEVNULL)
+        (package,) = Path(folder).glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
+        (Path(folder) / _UNPACKED_COMMANDS[name]).replace(bin_folder() / name)
 
 
 def find_go() -> str:
