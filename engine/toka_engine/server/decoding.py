@@ -35,6 +35,8 @@ _STARTS = (
     (b"\x28\xb5\x2f\xfd", "it is compressed (zstd)"),
 )
 """The first bytes of bodies that are often sent in place of JSON in UTF-8, and what they are."""
+MAX_TOOLS_BYTES = 2 * 1024 * 1024
+"""The most bytes that a request's `tools` may have as JSON. Their characters are counted once they are decoded."""
 _EXPLAINED_BODY_BYTES = 64 * 1024
 """The size up to which a body that is not JSON is searched for the field's name."""
 
@@ -47,6 +49,7 @@ class BodyDecoder(Generic[R]):
 
     def __init__(self, request_type: type[R], effective: Collection[str] = ()) -> None:
         """`effective`: the fields that are hints elsewhere, and have an effect at this endpoint."""
+        self._has_tools = "tools" in request_type.__struct_fields__  # type: ignore[attr-defined]
         self._decoder = msgspec.json.Decoder(request_type)
         self._fields = {field.encode_name: field for field in msgspec.inspect.type_info(request_type).fields}  # type: ignore[attr-defined]
         self._hints = tuple(name for name in self._fields if name in HINTS and name not in effective)
@@ -59,6 +62,8 @@ class BodyDecoder(Generic[R]):
         """
         ignored: list[str] = []
         try:
+            if self._has_tools and len(body) > MAX_TOOLS_BYTES:
+                _check_size(_decode_object(body), "tools", MAX_TOOLS_BYTES)
             try:
                 request = self._decoder.decode(body)
             except msgspec.ValidationError as error:
@@ -90,6 +95,13 @@ class BodyDecoder(Generic[R]):
         if field is not None and _BOUND.match(message):
             return invalid(field.name, f"'{field.name}' must be {_range(field.type)}.", "invalid_value")
         return _mistyped(message, known=self._fields if found is None else ())
+
+
+def _check_size(parts: dict[str, msgspec.Raw], name: str, most: int) -> None:
+    """Refuse a field whose JSON is too large before objects are made of it, which takes much more time and memory."""
+    raw = parts.get(name)
+    if raw is not None and memoryview(raw).nbytes > most:
+        raise invalid(name, f"'{name}' has more than {most} bytes of JSON.", "invalid_value")
 
 
 def _range(kind: msgspec.inspect.Type) -> str:

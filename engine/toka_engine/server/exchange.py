@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
@@ -199,6 +200,7 @@ class Exchange:
         """Let go of the request, and return the memory of a large body to the system; the allocator would keep it."""
         self.failure = None  # its traceback holds the body, and in a circle this exchange
         if self.body_bytes > _LARGE_BODY_BYTES:
+            gc.collect()  # empties Python's lists of objects for the next use; the start's objects are frozen
             trim_heap()
 
     async def fail(self, error: ApiError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -457,16 +458,43 @@ def test_reasoning_that_never_ends_leaves_no_content(thinking_server: RunningSer
     assert answer.usage.completion_tokens_details.reasoning_tokens == answer.usage.completion_tokens - 1
 
 
-def test_large_tools_that_are_refused_leave_no_memory_behind(server: RunningServer) -> None:
+@pytest.mark.parametrize("num_properties", [100, 2400], ids=["much text", "many keys"])
+def test_large_tools_that_are_refused_leave_no_memory_behind(server: RunningServer, num_properties: int) -> None:
+    text = "x" * (60_000 if num_properties == 100 else 1)
+
     def refuse() -> int:
         """Return the server's memory once it has answered another request, so that it is done with the first."""
-        function = {"description": "x" * 60_000, "parameters": {"properties": {f"p{n}": {} for n in range(100)}}}
+        properties = {f"p{next(numbers)}": {"type": "string"} for _ in range(num_properties)}
+        function = {"description": text, "parameters": {"properties": properties}}
         tools = [{"type": "function", "function": {"name": f"f{number}", **function}} for number in range(128)]
         status, answer = server.post("/v1/chat/completions", chat_body(tools=tools))
         assert (status, answer["error"]["param"]) == (400, "tools")
         assert server.post("/v1/chat/completions", chat_body())[0] == 200
         return int(psutil.Process(server.process.pid).memory_info().rss)
 
+    numbers = itertools.count()  # no key comes twice
     first = refuse()
     later = [refuse() for _ in range(5)]
     assert later[-1] - first < 20e6, [first, *later]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat_body()),
+        ("/v1/responses", {"model": MODEL, "input": "Hello"}),
+        ("/v1/responses/input_tokens", {"input": "Hello"}),
+        ("/v1/messages", {"model": MODEL, "messages": QUESTION, "max_tokens": 1}),
+        ("/tokenize", {"messages": QUESTION}),
+    ],
+    ids=str,
+)
+def test_tools_of_too_many_bytes_are_refused_before_they_are_read(
+    server: RunningServer, path: str, body: dict[str, Any]
+) -> None:
+    """They may be nonsense: none of it is looked at. Other large fields are not meant."""
+    status, answer = server.post(path, {**body, "tools": [{str(number): 0} for number in range(200_000)]})
+    assert (status, answer["error"]["param"]) == (400, "tools")
+    assert "2097152 bytes" in answer["error"]["message"]
+    status, answer = server.post(path, {**body, "tools": None, "metadata": {"x": "y" * 3_000_000}})
+    assert (status, (answer.get("error") or {}).get("param")) in ((200, None), (400, "metadata"))
