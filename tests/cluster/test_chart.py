@@ -157,7 +157,7 @@ def test_two_releases_share_a_cluster_but_no_namespace(server: ApiServer) -> Non
         with pytest.raises(CommandFailed) as refusal:
             install(release, namespace, *values)
         assert "another release (same in namespace " in refusal.value.stderr
-    server.helm("upgrade", "same", str(CHART), "--namespace", "two-operators", "--reuse-values")
+    server.helm("upgrade", "same", str(CHART), "--namespace", "two-operators", "--reset-then-reuse-values")
     for namespace in ("one-operators", "two-operators"):
         assert server.get("lease", "same-operator", namespace) is not None
         server.helm("uninstall", "same", "--namespace", namespace)

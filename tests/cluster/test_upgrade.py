@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from tests.cluster.harness.api_only import ApiServer
+from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.paths import REPOSITORY
 from tests.cluster.harness.processes import ProcessHandle
-from tests.cluster.operating import ACCOUNT, SYSTEM, deployment, start_operator
+from tests.cluster.operating import ACCOUNT, CHART, SYSTEM, deployment, start_operator
 
 FORMER = Path(__file__).parent / "former" / "version-0.1.0.tar.xz"
 SETTLED_S = 6.0
@@ -72,15 +73,23 @@ def former(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_version(server: ApiServer, name: str, folder: Path) -> ProcessHandle:
-    """Installs the chart of a version, and runs its operator until all objects are as they should be."""
+def run_version(server: ApiServer, name: str, folder: Path, *values: str) -> ProcessHandle:
+    """Installs the chart of a version, with what was set before, and runs its operator."""
     chart = folder / "charts" / "toka"
-    server.helm("upgrade", "--install", "toka", str(chart), "--namespace", SYSTEM, "--set", "replicas=0")
+    keep = ("--reset-then-reuse-values", "--set", "replicas=0")
+    server.helm("upgrade", "--install", "toka", str(chart), "--namespace", SYSTEM, *keep, *values)
     server.kubectl("wait", "--for=condition=Established", "crd/tokadeployments.toka.dev")
     kubeconfig = server.service_account_kubeconfig(SYSTEM, ACCOUNT)
     process = start_operator(server, kubeconfig, name, PYTHONPATH=str(folder / "operator"))
     server.wait_for(lambda: "held=True" in process.log(), f"{name} to lead")
     return process
+
+
+def num_workers(server: ApiServer) -> str:
+    """The value `workers`, as the installed operator gets it."""
+    found = server.get("deployment", ACCOUNT, SYSTEM) or {}
+    env = found["spec"]["template"]["spec"]["containers"][0]["env"]
+    return next(str(each["value"]) for each in env if each["name"] == "TOKA_WORKERS")
 
 
 def conditions_of(found: dict[str, Any]) -> dict[str, str]:
@@ -103,7 +112,7 @@ def look(server: ApiServer) -> dict[str, set[str]]:
 
 
 def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiServer, former: Path) -> None:
-    process = run_version(server, "first", former)
+    process = run_version(server, "first", former, "--set", "workers=5")
     manifests = [deployment(name, **spec) for name, spec in OBJECTS.items()]
     server.apply(*manifests, namespace="apps")
     server.wait_for(lambda: are_ready(server), "all objects to be ready", timeout_s=120)
@@ -111,10 +120,15 @@ def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiS
     assert len(before["pods"]) == 7
     assert process.terminate() == 0
 
+    with pytest.raises(CommandFailed) as refusal:  # the older chart's values lack some of this one's
+        server.helm("upgrade", "toka", str(CHART), "--namespace", SYSTEM, "--reuse-values")
+    assert "missing properties" in refusal.value.stderr
+    assert "monitoring" in refusal.value.stderr
     for name, folder in (("this", REPOSITORY), ("first-again", former), ("this-again", REPOSITORY)):
         process = run_version(server, name, folder)
         time.sleep(SETTLED_S)
         server.wait_for(lambda: are_ready(server), f"all objects to be ready under {name}", timeout_s=60)
         assert look(server) == before, name
+        assert num_workers(server) == "5", name
         assert "level=ERROR" not in process.log(), process.log(4000)
         assert process.terminate() == 0
