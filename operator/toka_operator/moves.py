@@ -57,12 +57,12 @@ def find_hold_end(spec: TokaDeploymentSpec, observed: Observed, now: float) -> f
 
 
 def _find_end_of_hope(spec: TokaDeploymentSpec, pod: PodView) -> float:
-    """The time until which a drain waits for a pod."""
+    """The time until which a drain waits for a pod, which may have served before."""
     failure = pod.failure
     lacks_room = failure is not None and (failure.is_waiting_for_capacity or failure.reason == CLAIM_ON_ONE_NODE)
     if failure is not None and lacks_room and pod.is_failing:
         return (failure.since or pod.created_at) + spec.scheduling.patience_s
-    return pod.created_at + spec.rollout.progress_deadline_s
+    return max(pod.created_at, pod.ready_since) + spec.rollout.progress_deadline_s
 
 
 def _can_move(spec: TokaDeploymentSpec) -> bool:

@@ -77,18 +77,35 @@ def tell_rollback(conditions: list[Condition], failed: Json, revision: str) -> l
 def _restore(owner: Owner, body: Mapping[str, Any], revision: str, observed: Observed) -> TokaDeploymentSpec | None:
     """The spec with the pods of an earlier revision, as that keeps them; None if it does not, or they are others."""
     stored = observed.children.get((CONTROLLER_REVISION, set_name(owner.name, revision)))
-    kept = ((stored or {}).get("metadata", {}).get("annotations") or {}).get(SPEC_ANNOTATION)
-    if not kept:
+    kept = _read_kept_spec(((stored or {}).get("metadata", {}).get("annotations") or {}).get(SPEC_ANNOTATION))
+    if kept is None:
         return None
-    pod_fields = json.loads(kept)
+    pod_fields, pod_rollout = kept
     raw = {name: value for name, value in body["spec"].items() if name not in POD_FIELDS}
     rollout = {k: v for k, v in (raw.get("rollout") or {}).items() if k not in POD_ROLLOUT_FIELDS}
-    raw = {**raw, **pod_fields, "rollout": {**rollout, **pod_fields.get("rollout", {})}}
+    raw = {**raw, **pod_fields, "rollout": {**rollout, **pod_rollout}}
     spec = parse({**body, "spec": raw})
     if isinstance(spec, list):
         return None
     spec = with_stored_revision(owner, spec, observed)
     return spec if spec.revision == revision else None
+
+
+def _read_kept_spec(text: str | None) -> tuple[Json, Json] | None:
+    """The fields of the pods, and those of them in `rollout`; None if there are none, or somebody wrote something
+    else there."""
+    try:
+        kept = json.loads(text or "")
+    except ValueError:
+        return None
+    if not isinstance(kept, Mapping):
+        return None
+    rollout = kept.get("rollout")
+    pod_rollout = rollout if isinstance(rollout, Mapping) else {}
+    return (
+        {name: kept[name] for name in POD_FIELDS if name in kept},
+        {name: pod_rollout[name] for name in POD_ROLLOUT_FIELDS if name in pod_rollout},
+    )
 
 
 def _describe_wish(raw: Mapping[str, Any], spec: TokaDeploymentSpec) -> str:

@@ -89,6 +89,12 @@ def test_a_drain_is_held_for_a_successor_that_loads_but_not_beyond_the_deadline(
     assert find_hold_end(spec, observed(spec, claim), NOW) == NOW - 10 + 300
 
 
+def test_a_successor_that_served_and_is_unready_for_a_moment_is_waited_for() -> None:
+    spec = valid()
+    blip = replace(successor(spec, 90_000), ready_since=NOW - 5, has_served=True)
+    assert has_budget(plan_for(spec, observed(spec, blip)))
+
+
 def test_a_drain_is_not_held_for_a_successor_that_may_not_be_made() -> None:
     spec = valid()
     refused = replace(observed(spec), missing_pods=(Failure("chat", "", "QuotaExceeded", "pods"),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toka_operator.conditions import Outcome
@@ -13,7 +14,7 @@ from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import POD_DISRUPTION_BUDGET
 from toka_operator.revisions import with_stored_revision
 from toka_operator.rollback import find_resort
-from toka_operator.settings import Settings
+from toka_operator.settings import SPEC_ANNOTATION, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import build_status
 
@@ -186,6 +187,18 @@ def test_without_a_complete_revision_or_its_memory_nothing_goes_back() -> None:
     assert ("ControllerRevision", f"chat-{first}") in chat.children, "it is kept, whatever the history's limit"
     chat.wait(DEADLINE_S + 1)
     assert chat.page_sizes() == {16}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"engine": 3}', '{"model": null, "rollout": []}'])
+def test_a_revision_whose_memory_somebody_wrote_over_is_not_gone_back_to(text: str) -> None:
+    chat = begin()
+    first = chat.status["currentRevision"]
+    chat.children["ControllerRevision", f"chat-{first}"]["metadata"]["annotations"][SPEC_ANNOTATION] = text
+    chat.change(engine={"pageSize": 32})
+    chat.wait(DEADLINE_S + 1)
+    assert chat.reason("Degraded") == ("True", "ProgressDeadlineExceeded")
+    assert "rollback" not in chat.status
+    assert chat.page_sizes() == {16, 32}
 
 
 @settings(max_examples=60, deadline=None)
