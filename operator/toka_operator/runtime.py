@@ -170,7 +170,9 @@ class Runtime:
         if not self._settings.makes_pod_monitors:
             return NOT_ALLOWED
         watch = self._pod_monitors.get(namespace) or self._pod_monitors.get(None)
-        return KNOWN if watch is not None and watch.sees else UNKNOWN
+        if watch is None or watch.is_refused:
+            return NOT_ALLOWED
+        return KNOWN if watch.is_synced.is_set() else UNKNOWN
 
     def _make_node_watch(self) -> CordonedNodes:
         return CordonedNodes(self._cluster, self._note_nodes, self._on_nodes_settled)

@@ -122,11 +122,6 @@ class OptionalWatch(Watch):
         """Whether it is known that the kind is there, or that it is not."""
         return self._was_refused or self.is_synced.is_set()
 
-    @property
-    def sees(self) -> bool:
-        """Whether the kind is there, and may be watched."""
-        return self.is_synced.is_set() and not self.is_refused
-
     def _fail(self, error: ApiError | TransientError | None) -> float:
         is_news = isinstance(error, ApiError) and (self.is_synced.is_set() or not self._was_refused)
         self._was_refused = self._was_refused or isinstance(error, ApiError)
