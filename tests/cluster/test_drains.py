@@ -54,10 +54,10 @@ def evict(operator: Operator, pod: str) -> bool:
 class Drain(threading.Thread):
     """`kubectl drain` of a node, of the pods of `chat` alone."""
 
-    def __init__(self, operator: Operator, node: str) -> None:
+    def __init__(self, operator: Operator, node: str, *options: str) -> None:
         super().__init__(daemon=True)
         only_ours = "--pod-selector=app.kubernetes.io/instance=chat"
-        self.words = ("drain", node, only_ours, "--delete-emptydir-data", "--timeout=90s")
+        self.words = ("drain", node, only_ours, "--delete-emptydir-data", "--timeout=90s", *options)
         self.operator = operator
         self.error = ""
 
@@ -136,6 +136,15 @@ def test_a_drain_ends_though_there_is_no_room_for_a_successor(operator: Operator
     assert "NodeCordoned" in {e["reason"] for e in events(operator) if e["involvedObject"]["name"] == "chat"}
     operator.server.kubectl("uncordon", NODES[1])
     operator.wait_for(lambda: operator.get("pdb", "chat"), "the next pod to be guarded again")
+
+
+def test_a_drain_that_asks_no_budget_waits_for_nothing(operator: Operator) -> None:
+    old = begin(operator)
+    uid = operator.require("pod", old)["metadata"]["uid"]
+    drain = Drain(operator, node_of(operator, old), "--disable-eviction")
+    drain.start()
+    drain.finish()
+    assert uid not in {pod["metadata"]["uid"] for pod in operator.pods("chat")}
 
 
 def events(operator: Operator) -> list[Json]:
