@@ -67,6 +67,7 @@ def test_where_references_to_owners_are_enforced_the_operator_may_still_make_chi
         ("lease.durationSeconds=7", "lease.renewDeadlineSeconds, and that less than"),
         ("lease.retrySeconds=10", "lease.retrySeconds must be less"),
         ("image=", "image"),
+        ("watchNodes=maybe", "watchNodes"),
         ("topologySpread[0].maxSkew=2", "topologyKey"),
         ("tolerations[0].keys=x", "keys"),
         ("affinity.podAfinity.a=b", "podAfinity"),
@@ -148,8 +149,11 @@ def test_two_releases_share_a_cluster_but_no_namespace(server: ApiServer) -> Non
     def install(release: str, namespace: str, *values: str) -> None:
         server.helm("install", release, str(CHART), "--namespace", namespace, *switches, *values)
 
-    install("same", "one-operators", "--set", "watchNamespaces={one-models}")
-    install("same", "two-operators", "--set", "watchNamespaces={two-models}")
+    install("same", "one-operators", "--set", "watchNamespaces={one-models},watchNodes=On")
+    install("same", "two-operators", "--set", "watchNamespaces={two-models},watchNodes=On")
+    for namespace in ("one", "two"):
+        account = f"--as=system:serviceaccount:{namespace}-operators:same-operator"
+        assert server.kubectl("auth", "can-i", "watch", "nodes", account).strip() == "yes"
     for release, namespace, values in (
         ("third", "one-operators", ("--set", "watchNamespaces={two-models}")),
         ("third", "one-operators", ()),

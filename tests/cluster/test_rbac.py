@@ -32,7 +32,7 @@ def granted(operator: Operator, kind: str, *values: str) -> set[tuple[str, str]]
     ours = [
         role
         for role in roles
-        if role["metadata"]["labels"]["app.kubernetes.io/component"] == "operator"
+        if role["metadata"]["labels"]["app.kubernetes.io/component"] in ("operator", "nodes")
         and not role["metadata"]["name"].endswith("-lease")
     ]
     assert len([role for role in ours if not role["metadata"]["name"].endswith("-nodes")]) == 1

@@ -89,6 +89,11 @@ seccompProfile:
 {{- join "," $pairs -}}
 {{- end -}}
 
+{{/* The labels of the role for nodes: it says nothing about which namespaces are served. */}}
+{{- define "toka.nodesLabels" -}}
+{{ include "toka.labels" . | replace "app.kubernetes.io/component: operator" "app.kubernetes.io/component: nodes" }}
+{{- end -}}
+
 {{/* "true" if the operator may watch nodes. */}}
 {{- define "toka.watchesNodes" -}}
 {{- or (eq .Values.watchNodes "On") (and (eq .Values.watchNodes "Auto") (not .Values.watchNamespaces)) -}}
@@ -98,7 +103,7 @@ seccompProfile:
 {{- define "toka.isOthersRole" -}}
 {{- $labels := .role.metadata.labels | default dict -}}
 {{- $annotations := .role.metadata.annotations | default dict -}}
-{{- $isOperator := and (eq (index $labels "app.kubernetes.io/name" | default "") "toka-operator") (eq (index $labels "app.kubernetes.io/component" | default "") "operator") (not (hasSuffix "-lease" .role.metadata.name)) (not (hasSuffix "-nodes" .role.metadata.name)) -}}
+{{- $isOperator := and (eq (index $labels "app.kubernetes.io/name" | default "") "toka-operator") (eq (index $labels "app.kubernetes.io/component" | default "") "operator") (not (hasSuffix "-lease" .role.metadata.name)) -}}
 {{- $isOurs := and (eq (index $annotations "meta.helm.sh/release-name" | default "") .root.Release.Name) (eq (index $annotations "meta.helm.sh/release-namespace" | default "") .root.Release.Namespace) -}}
 {{- and $isOperator (not $isOurs) -}}
 {{- end -}}
