@@ -128,6 +128,16 @@ class Memory:
         return {name: [round(sizes[place] / 2**20, 1) for place in places] for name, sizes in self._sizes.items()}
 
 
+def wait_for_files(memory: Memory, before: dict[str, int]) -> dict[str, int]:
+    """Return how many files and sockets more are open than before, once the last clients' ends have arrived."""
+    for _ in range(50):
+        more = {name: count - before[name] for name, count in memory.count_files().items()}
+        if max(more.values()) <= 0:
+            break
+        time.sleep(0.1)
+    return more
+
+
 async def send_all(engine: EngineProcess, memory: Memory, chosen: argparse.Namespace) -> Counter[str]:
     """Send all requests, `chosen.clients` at once."""
     counts: Counter[str] = Counter()
@@ -165,7 +175,7 @@ def main() -> int:
             before, began = memory.count_files(), time.monotonic()
             counts = asyncio.run(send_all(engine, memory, chosen))
             held: dict[str, Any] = asyncio.run(wait_idle(engine.url))
-            more_files = {name: count - before[name] for name, count in memory.count_files().items()}
+            more_files = wait_for_files(memory, before)
             seconds = time.monotonic() - began
     growth = memory.growth_mib()
     figures = {

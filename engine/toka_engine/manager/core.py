@@ -112,10 +112,9 @@ class Manager:
 
     def _submit(self, submit: Submit) -> list[msgspec.Struct]:
         state = self.state
-        may_start = max(0, state.sizes.max_running - state.slots.num_running)
-        if state.queue.num_choices + submit.num_choices > state.config.max_queued_requests + may_start:
-            return [Refused(submit.first_stream, "the queue is full")]
-        if submit.timeout_s and (refused := self._refuse_late(submit)):
+        if refused := self._refuse(submit):
+            if submit.priority <= 0:
+                state.refused_s = state.clock()
             return [refused]
         request = Request(
             first_stream=submit.first_stream,
@@ -138,6 +137,16 @@ class Manager:
         entry = Waiting(request, dict.fromkeys(range(submit.num_choices)), submit.prompt_ids)
         state.enqueue(entry, at_front=False)
         return []
+
+    def _refuse(self, submit: Submit) -> Refused | None:
+        """Return the refusal of a request for which there is no place or no time; None: it may wait."""
+        state = self.state
+        may_start = max(0, state.sizes.max_running - state.slots.num_running)
+        # Background work that waits takes no place from other requests.
+        num_waiting = state.queue.num_choices if submit.priority > 0 else state.queue.count_ahead(0)
+        if num_waiting + submit.num_choices > state.config.max_queued_requests + may_start:
+            return Refused(submit.first_stream, "the queue is full")
+        return self._refuse_late(submit) if submit.timeout_s else None
 
     def _refuse_late(self, submit: Submit) -> Refused | None:
         """Return the refusal of a request that will probably be late; None: it may wait."""

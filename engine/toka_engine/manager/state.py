@@ -97,6 +97,7 @@ class ManagerState:
         self.promoted: Request | None = None  # the background request that goes first, because it has waited long
         self.step_times = StepTimes()
         self.online_steps = OnlineSteps()
+        self.refused_s = float("-inf")  # when an online request was refused last
         self.last_tokens_s = float("-inf")  # when a step came back last
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`
         self.counters = Counters()

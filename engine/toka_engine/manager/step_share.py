@@ -4,7 +4,8 @@ Those others are the online streams. What a step takes is predicted from its siz
 an online prompt is among the longest that online streams see: there background work gets next to nothing. Other steps
 are filled up, though not beyond the longer ones of the online steps. While online streams have been there lately, a
 step of background work alone is no longer than one with an online prompt: that is how long the next request waits for
-it. Rows that do not fit sit the step out, those that came last first; at least one goes on.
+it. Where requests are refused, background work gets next to nothing of any step. Rows that do not fit sit the step out,
+those that came last first; at least one goes on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PREFILL_SHARE = 4
 """The prompts of background streams take one in this many of a step's prefill tokens beside online streams."""
 MIN_CHUNK = 8
 """Prefill tokens that a step has for background prompts, unless background rows sit it out."""
+OVERLOAD_S = 10.0
+"""For so long after a refusal online streams need all there is."""
 RECENT_S = 60.0
 """For so long after an online stream the next one is expected at any moment."""
 
@@ -66,6 +69,8 @@ def share_step(state: ManagerState, budget: int) -> BackgroundShare:
         online_s = costs.predict_s(StepSize(online.size, int(slots.lengths[online].sum()), num_prompt))
         least_s = online_s if num_prompt else SLACK * online_s
         rest_s = min(max(least_s, steps.long_step_s), FILL * online_s) - online_s
+        if now - state.refused_s < OVERLOAD_S:
+            rest_s = 0.0
     else:
         rest_s = _limit_lone_step(state, costs) - costs.step_s
     return _share_rest(state, background, costs, rest_s, quarter)

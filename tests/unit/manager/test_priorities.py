@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from toka_engine.config import EngineConfig
+
 from tests.unit.manager.simulated import Harness, small_sizes
 
 
@@ -107,3 +109,17 @@ def test_an_engine_without_background_requests_never_looks_for_room() -> None:
     assert not harness.manager.state.has_background
     ended_order(harness)
     assert harness.manager.state.counters.preemptions == 0
+
+
+def test_background_requests_that_wait_take_no_place_in_the_queue_from_others() -> None:
+    config = EngineConfig(max_queued_requests=4)
+    harness = Harness(small_sizes(max_running=2, num_slots=4), config=config)
+    for index in range(9):
+        harness.submit([8, index], max_tokens=9, priority=100)
+    harness.turn(2)
+    assert harness.refused == {6, 7, 8}, "two may start, and four wait"
+    for index in range(9):
+        harness.submit([1, index], max_tokens=4)
+    assert len(harness.refused) in (3 + 9 - 4, 3 + 9 - 5, 3 + 9 - 6)
+    assert not harness.refused & {9, 10, 11, 12}
+    ended_order(harness)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from toka_engine.manager.step_time import OnlineSteps, StepCosts, StepSize, StepTimes
@@ -11,8 +13,8 @@ from tests.unit.manager.simulated import Harness, small_sizes
 from tests.unit.manager.timed import CALM, Machine, Shape, TimedEngine
 
 
-def seconds_of(step: Step) -> float:
-    return 0.02 + 0.004 * step.decode_slots.size + 0.002 * int(step.prefill_lengths.sum())
+def seconds_of(step: Step, row_s: float) -> float:
+    return 0.02 + row_s * step.decode_slots.size + 0.002 * int(step.prefill_lengths.sum())
 
 
 @pytest.mark.slow
@@ -56,9 +58,9 @@ def test_a_request_does_not_wait_for_a_long_prompt_of_background_work() -> None:
     harness.check_nothing_held()
 
 
-def learned(harness: Harness) -> Harness:
+def learned(harness: Harness, row_s: float = 0.004) -> Harness:
     """Let the manager see enough background steps of several sizes."""
-    harness.seconds_of = seconds_of
+    harness.seconds_of = partial(seconds_of, row_s=row_s)
     for index in range(6):
         harness.submit([9, index], max_tokens=60 + 3 * index, priority=100)
     harness.run()
@@ -79,6 +81,24 @@ def test_background_rows_sit_out_beside_an_online_stream_and_all_tokens_come() -
     assert all(harness.results[stream].reason is not None for stream in background)
     harness.check_results()
     harness.check_nothing_held()
+
+
+def test_background_rows_get_next_to_nothing_where_requests_are_refused() -> None:
+    harness = learned(Harness(small_sizes(max_running=20, num_slots=20, num_pages=200)), row_s=0.001)
+    for index in range(10):
+        harness.submit([8, index], max_tokens=60, priority=100)
+    harness.submit([1, 2, 3], max_tokens=100)
+    harness.turn(8)
+    assert harness.sent[-1].decode_slots.size > 2
+    harness.submit([1, 2], max_tokens=30, timeout_s=0.75)
+    assert [refused.code for refused in harness.refusals] == ["deadline_unreachable"]
+    harness.turn(3)
+    assert harness.sent[-1].decode_slots.size == 2
+    harness.now += 11.0
+    harness.turn(3)
+    assert harness.sent[-1].decode_slots.size > 2
+    harness.run()
+    harness.check_results()
 
 
 def test_background_work_alone_takes_every_row_once_no_request_is_expected() -> None:
