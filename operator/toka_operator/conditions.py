@@ -32,6 +32,7 @@ from toka_operator.times import format_time
 
 MODEL_CACHED, MONITORED, AUTOSCALED = "ModelCached", "Monitored", "Autoscaled"
 MOVING, SURGE_BLOCKED = "NodeCordoned", "SurgeBlocked"
+DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
 _NO_PODS = Window()
 CLAIM_CONFLICT_S = 10.0
 """Seconds that a pod may be created on another node than the one that mounted its claim: some drivers allow it."""
@@ -201,7 +202,7 @@ def _decide_progressing(
         return Condition(PROGRESSING, False, "Paused", "rollout.paused is set")
     if is_late:
         deadline = f"no progress within {spec.rollout.progress_deadline_s} s"
-        return Condition(PROGRESSING, False, "ProgressDeadlineExceeded", deadline)
+        return Condition(PROGRESSING, False, DEADLINE_EXCEEDED, deadline)
     waiting = _find_waiting(spec, observed)
     if waiting is not None and counts.num_old:
         return Condition(PROGRESSING, True, SURGE_BLOCKED, _explain_blocked_surge(spec, observed, waiting, now))
@@ -281,7 +282,7 @@ def _decide_degraded(
         return _degraded(worst.reason, _describe(worst, len(failing)))
     if is_late:
         deadline = spec.rollout.progress_deadline_s
-        return _degraded("ProgressDeadlineExceeded", f"no progress within {deadline} s")
+        return _degraded(DEADLINE_EXCEEDED, f"no progress within {deadline} s")
     return Condition(DEGRADED, False, "AsExpected")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toka_operator.advice import add_advice
-from toka_operator.conditions import AVAILABLE, DEGRADED, PROGRESSING, READY, Condition
+from toka_operator.conditions import AVAILABLE, DEADLINE_EXCEEDED, DEGRADED, PROGRESSING, READY, Condition
 from toka_operator.fields import Json
 from toka_operator.fingerprint import POD_FIELDS, POD_ROLLOUT_FIELDS
 from toka_operator.observed import Observed
@@ -50,12 +50,22 @@ def find_resort(owner: Owner, body: Mapping[str, Any], spec: TokaDeploymentSpec,
     return Resort(wish, back, failed if is_in_force else None)
 
 
-def give_up(resort: Resort, spec: TokaDeploymentSpec, degraded: Condition, now: float) -> Json | None:
-    """The status's entry about a rollout that ran out of time; None if there is nothing to go back to."""
+def give_up(
+    resort: Resort, spec: TokaDeploymentSpec, observed: Observed, degraded: Condition, now: float
+) -> Json | None:
+    """The status's entry about a rollout that ran out of time; None if there is nothing to go back to.
+
+    An engine that crashes again and again may run at this very moment: then what ended it last is the cause.
+    """
     if resort.spec is None:
         return None
+    new = (pod for pod in observed.pods if pod.revision == spec.revision and not pod.is_ready)
+    last = next((pod.failure for pod in new if pod.failure is not None), None)
+    reason, message = degraded.reason, degraded.message
+    if reason == DEADLINE_EXCEEDED and last is not None:
+        reason, message = last.reason, f"pod {last.pod}: {last.message}"
     entry: Json = {"revision": spec.revision, "wish": resort.wish, "time": format_time(now)}
-    return {**entry, "reason": degraded.reason, "message": degraded.message[:1024]}
+    return {**entry, "reason": reason, "message": message[:1024]}
 
 
 def tell_rollback(conditions: list[Condition], failed: Json, revision: str) -> list[Condition]:

@@ -88,7 +88,7 @@ def build_status(
     if rollback is not None:
         conditions = tell_rollback(conditions, rollback, spec.revision)
     elif is_late:
-        rollback = give_up(resort, spec, next(c for c in conditions if c.type == DEGRADED), now)
+        rollback = give_up(resort, spec, observed, next(c for c in conditions if c.type == DEGRADED), now)
     phase, reason = _decide_phase(spec, counts, {c.type: c for c in conditions})
     status: Json = {
         "observedGeneration": owner.generation,

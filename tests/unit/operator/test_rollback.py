@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toka_operator.conditions import Outcome
+from toka_operator.conditions import Condition, Outcome
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import POD_DISRUPTION_BUDGET
 from toka_operator.revisions import with_stored_revision
-from toka_operator.rollback import find_resort
+from toka_operator.rollback import Resort, find_resort, give_up
 from toka_operator.settings import SPEC_ANNOTATION, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import build_status
+from toka_operator.times import format_time
 
-from tests.unit.operator.examples import IMAGE, NOW, OWNER, Json, body, child, live, pod
+from tests.unit.operator.examples import IMAGE, NOW, OWNER, Json, body, child, engine_status, live, pod, valid
 
 DEADLINE_S = 2000.0
 ROLLBACK = {"onFailure": "Rollback", "progressDeadlineSeconds": int(DEADLINE_S)}
@@ -234,6 +235,20 @@ def test_in_any_order_it_ends_with_what_is_asked_for_or_back_at_what_was_complet
     else:
         assert asked in chat.page_sizes()
         assert chat.reason("Ready")[0] == ("True" if asked in chat.works else "False")
+
+
+def test_the_cause_is_told_though_the_engine_runs_again_at_that_moment() -> None:
+    old, new = valid(), valid(engine={"pageSize": 32}, rollout=ROLLBACK)
+    running = {"restartCount": 3, "state": {"running": {"startedAt": format_time(NOW - 1)}}}
+    ended = {"terminated": {"exitCode": 2, "message": "no_such_key: unknown", "finishedAt": format_time(NOW - 9)}}
+    since = {"type": "Ready", "status": "False", "lastTransitionTime": format_time(NOW - 900)}
+    crashing = pod(new.revision, 0, {**engine_status(**running, lastState=ended), "conditions": [since]})
+    late = Condition("Degraded", True, "ProgressDeadlineExceeded", "no progress")
+    entry = give_up(Resort("w", old), new, Observed({}, (crashing,), frozenset()), late, NOW)
+    assert entry is not None
+    assert entry["reason"] == "ConfigInvalid"
+    assert "no_such_key" in entry["message"]
+    assert give_up(Resort("w"), new, Observed({}, (crashing,), frozenset()), late, NOW) is None
 
 
 def test_the_budget_follows_the_number_while_it_is_back() -> None:
