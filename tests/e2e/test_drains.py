@@ -12,6 +12,7 @@ from tests.e2e.rollouts import Load, deploy
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.slow
 def test_a_drain_under_load_loses_no_request_of_a_single_replica_and_ends(installation: Installation) -> None:
     cluster = installation.cluster
     deployment = deploy(installation, "tiny", drain_delay_s=5, replicas=1)

@@ -12,6 +12,7 @@ from tests.e2e.rollouts import Load, deploy
 pytestmark = pytest.mark.timeout(1200)
 
 
+@pytest.mark.slow
 def test_in_place_and_back_from_a_broken_revision_no_request_is_lost(installation: Installation) -> None:
     cluster = installation.cluster
     deployment = deploy(installation, "tiny", drain_delay_s=5, replicas=2)
