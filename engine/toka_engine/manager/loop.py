@@ -19,6 +19,7 @@ from toka_engine.manager.busy import BusyTime
 from toka_engine.manager.core import Manager
 from toka_engine.manager.sizes import agree_on, choose_sizes, engine_info
 from toka_engine.messages import GrammarReady, ServerToManager, Tokens, WorkerReady, WorkerToManager
+from toka_engine.portable import HeapKeeper
 from toka_engine.topology import find_output_rank
 
 STATS_INTERVAL_S = 0.25
@@ -51,6 +52,7 @@ class Loop:
         self._next_report = 0.0
         self._is_reported = False  # so that /metrics has every figure before the first request
         self._busy_time = BusyTime()
+        self._heap = HeapKeeper()
         self._manager = self._set_up()
 
     def run(self) -> None:
@@ -112,6 +114,7 @@ class Loop:
     def _report(self) -> None:
         """Send the totals at the start, a few times a second while there is work, and once more when it ends."""
         now = time.monotonic()
+        self._heap.look(now)
         has_work = self._manager.has_work
         if now >= self._next_stats and (has_work or not self._is_reported):
             self._next_stats = now + STATS_INTERVAL_S

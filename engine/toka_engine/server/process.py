@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from toka_engine.control_messages import Drained, Failing, Progress
 from toka_engine.errors import PortInUseError
 from toka_engine.grammar.protocol import Setup
 from toka_engine.messages import Deltas, EngineInfo, ManagerToServer, PromptLogprobs, Refused, Started, Stats
+from toka_engine.portable import HeapKeeper
 from toka_engine.server.application import KNOWN_PATHS, LIMITED_PATHS, generating_handlers, make_application
 from toka_engine.server.batches.peers import Peers
 from toka_engine.server.batches.service import Batches
@@ -156,7 +158,9 @@ class Server:
         """Mark the loop as busy since its last turn, so that a loop that hangs shows as a turn that never
         ends.
         """
+        heap = HeapKeeper()
         while True:
+            heap.look(time.monotonic())
             with self._child.busy():
                 await asyncio.sleep(_HEARTBEAT_S)
 
