@@ -6,6 +6,7 @@ CPU time ends this process and nothing else; where it does not answer, the serve
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import sys
@@ -28,6 +29,8 @@ _MAX_GROWTH_BYTES = 384 << 20
 """Memory that one source may take."""
 _MAX_KEPT_BYTES = 48 << 20
 """Growth of the process beyond which it ends after its answer, to give the memory back."""
+_NICENESS = 5
+"""How far this process stands back where the CPU is short: others wait for tokens, and it must not starve either."""
 _NUM_STEPS = 24
 """Tokens of the random walk through each grammar."""
 
@@ -109,5 +112,6 @@ def _limit_cpu() -> None:
 def run() -> None:
     """Run the process on its standard streams."""
     end_with_parent()
+    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -51,6 +51,12 @@ def test_one_process_stays_for_the_next_grammar(server: RunningServer) -> None:
     assert len(checkers(server)) == 1
 
 
+def test_its_process_stands_back_behind_the_servers(server: RunningServer) -> None:
+    assert ask(server, guided_regex="a")[0] == 200
+    (checker,) = checkers(server)
+    assert checker.nice() == min(19, psutil.Process(server.process.pid).nice() + 5)
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
