@@ -30,7 +30,7 @@ _MAX_GROWTH_BYTES = 384 << 20
 _MAX_KEPT_BYTES = 48 << 20
 """Growth of the process beyond which it ends after its answer, to give the memory back."""
 _NICENESS = 5
-"""How far this process stands back where the CPU is short: others wait for tokens, and it must not starve either."""
+"""This process stands back by so much where the CPU is short: others wait for tokens. It must not starve either."""
 _NUM_STEPS = 24
 """Tokens of the random walk through each grammar."""
 
