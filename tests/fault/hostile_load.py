@@ -230,7 +230,7 @@ def describe(turns: list[tuple[list[float], int]]) -> dict[str, float]:
 
 
 def press(target: Target, name: str, seconds: float, end: Connection) -> None:
-    """Send requests of the kind `name`, whenever told to, from several threads for so long, and say what came of all."""
+    """Send, whenever told to, requests of the kind `name` from several threads for so long; say what came of all."""
     kind, asked = KINDS[name], Asked()
     kind(target, Asked())  # the first use of anything is in no figure
     end.send(None)
