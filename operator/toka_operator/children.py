@@ -35,7 +35,15 @@ from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, is_kept_claim, is_orphaned, is_owned_by, is_predecessors
 from toka_operator.plan import Plan
 from toka_operator.refusals import Refusals
-from toka_operator.resources import CLAIM, NETWORK_POLICY, POD, SERVICE_ACCOUNT, STATEFUL_SET, Owner
+from toka_operator.resources import (
+    CLAIM,
+    CONTROLLER_REVISION,
+    NETWORK_POLICY,
+    POD,
+    SERVICE_ACCOUNT,
+    STATEFUL_SET,
+    Owner,
+)
 from toka_operator.settings import FIELD_MANAGER, SERVICE_ANNOTATIONS_KEY, Settings
 from toka_operator.store import Key, Store
 
@@ -166,13 +174,28 @@ class ChildWriter:
             stale = find_stale_annotations(desired, live, SERVICE_ANNOTATIONS_KEY)
             if not stale and (not corrections or memory.settled.get(uid) == (desired, corrections)):
                 return
-            live = self._patch(kind, live, _merge(corrections, stale))
+            try:
+                live = self._patch(kind, live, _merge(corrections, stale))
+            except ApiError as error:
+                if not _keeps_its_bytes(error, desired, live):
+                    raise
+                self._make_anew(owner, desired, live, memory)
+                return
             left = _merge(find_corrections(desired, live), find_owner_correction(desired, live))
             stubborn = find_uncorrected(corrections, left)
             if stubborn:
                 where = (owner.namespace, owner.name, kind, name)
                 logger.warning("object=%s/%s child=%s/%s not_corrected=%s", *where, sorted(stubborn))
                 memory.settled[uid] = (desired, stubborn)
+
+    def _make_anew(self, owner: Owner, desired: Json, live: Json, memory: Memory) -> None:
+        """Replaces a revision's memory by another of the same contents. No pod depends on it."""
+        kept = live["metadata"].get("annotations") or {}
+        metadata = {**desired["metadata"], "annotations": {**kept, **desired["metadata"].get("annotations", {})}}
+        kind, name = desired["kind"], metadata["name"]
+        logger.info("object=%s/%s child=%s/%s event=made_anew", owner.namespace, owner.name, kind, name)
+        self._delete(owner, kind, name, live["metadata"]["uid"])
+        self._create(owner, {**desired, "metadata": metadata}, memory)
 
     def _create(self, owner: Owner, desired: Json, memory: Memory) -> Json | None:
         """The new child; None if another's object holds the name."""
@@ -250,6 +273,13 @@ class ChildWriter:
                 self._stores[kind].put(left)  # so that the next pass knows that it goes, and moves no other yet
         except (NotFoundError, ConflictError):
             self._stores[kind].forget((owner.namespace, name))
+
+
+def _keeps_its_bytes(error: ApiError, desired: Json, live: Json) -> bool:
+    """Whether a patch was refused because the API server wrote the data of a ControllerRevision in other bytes, which
+    count as other data. The first versions made such ones; this one writes bytes that stay as they are."""
+    is_about_data = error.status == 422 and "immutable" in error.message
+    return desired["kind"] == CONTROLLER_REVISION and is_about_data and desired["data"] == live.get("data")
 
 
 def _merge(a: Json, b: Json) -> Json:

@@ -22,6 +22,46 @@ POD_ROLLOUT_FIELDS = ("drainDelaySeconds", "drainTimeoutSeconds")
 """Fields of `rollout` that alter the pod: the engine's arguments and the grace period."""
 NOT_POD_SCHEDULING_FIELDS = ("patienceSeconds",)
 """Fields of `scheduling` that leave the pod as it is."""
+KNOWN_FIELDS: dict[str, frozenset[str]] = {
+    "model": frozenset(["source", "revision", "servedName", "aliases", "tokenizer", "dtype"]),
+    "engine": frozenset(
+        [
+            "image",
+            "pullPolicy",
+            "pullSecrets",
+            "port",
+            "maxTokensPerForward",
+            "maxSeqsPerForward",
+            "kvCacheNumTokens",
+            "pageSize",
+            "hydragen",
+            "cudaGraphs",
+            "logLevel",
+            "extraArgs",
+            "env",
+            "envFrom",
+        ]
+    ),
+    "resources": frozenset(["device", "gpuResource", "cpu", "memory", "sharedMemory"]),
+    "parallelism": frozenset(["tensor", "pipeline", "data", "minimumData"]),
+    "scheduling": frozenset(
+        [
+            "nodeSelector",
+            "tolerations",
+            "affinity",
+            "topologySpread",
+            "priorityClassName",
+            "runtimeClassName",
+            "patienceSeconds",
+        ]
+    ),
+    "cache": frozenset(["type", "size", "storageClassName", "accessMode", "retention", "claimName"]),
+    "auth": frozenset(["hfTokenSecretRef", "apiKeySecretRef"]),
+    "startup": frozenset(["timeoutSeconds"]),
+    "podTemplate": frozenset(["labels", "annotations", "volumes", "volumeMounts", "sidecars"]),
+}
+"""The fields of each part that this version knows. A newer CRD shows others, with defaults, also to an operator that is
+still of this version: they do not alter the pods that it makes."""
 STARTUP_STEP_S = 2
 """The start-up timeout is a whole number of probes this far apart."""
 
@@ -57,7 +97,7 @@ def compute_fingerprint(raw: Mapping[str, Any], defaults: Json) -> str:
     """64 hex digits over what alters the pod. `raw` is a valid spec; values equal to `defaults` are left out."""
     parts: Json = {}
     for group in POD_FIELDS:
-        kept = _canonical_group(raw.get(group), defaults.get(group, {}), lambda name: True)
+        kept = _canonical_group(raw.get(group), defaults.get(group, {}), KNOWN_FIELDS[group].__contains__)
         for name in NOT_POD_SCHEDULING_FIELDS if group == "scheduling" else ():
             kept.pop(name, None)
         parts[group] = kept

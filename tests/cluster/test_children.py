@@ -15,7 +15,7 @@ from tests.cluster.operating import (
     unrelated_objects,
 )
 
-KINDS = "statefulset,service,serviceaccount,pdb,controllerrevision,pod,endpointslice"
+KINDS = "statefulset,service,serviceaccount,pdb,networkpolicy,hpa,controllerrevision,pod,endpointslice"
 
 
 def test_an_applied_object_becomes_ready_with_its_children(operator: Operator) -> None:
@@ -68,7 +68,7 @@ def test_the_table_of_kubectl_get_has_its_columns(operator: Operator) -> None:
 
 
 def test_deleted_children_are_put_back(operator: Operator) -> None:
-    operator.apply("chat", replicas=2)
+    operator.apply("chat", replicas=2, **EVERY_CHILD)
     operator.wait_until_ready("chat")
     (revision,) = operator.sets("chat")
     names = {
@@ -76,6 +76,8 @@ def test_deleted_children_are_put_back(operator: Operator) -> None:
         "service": "chat",
         "serviceaccount": "chat",
         "pdb": "chat",
+        "networkpolicy": "chat",
+        "hpa": "chat",
         "controllerrevision": f"chat-{revision}",
     }
     for kind, name in names.items():
@@ -114,7 +116,7 @@ def without_ordinals(value: Any) -> Any:
 
 
 def test_edited_children_are_put_back(operator: Operator) -> None:
-    operator.apply("chat", replicas=2)
+    operator.apply("chat", replicas=2, **EVERY_CHILD)
     operator.wait_until_ready("chat")
     (revision,) = operator.sets("chat")
     name = f"chat-{revision}"
@@ -126,6 +128,10 @@ def test_edited_children_are_put_back(operator: Operator) -> None:
         ("service", "chat", {"spec": {"selector": {"app.kubernetes.io/instance": "other"}}}),
         ("service", "chat", {"spec": {"ports": [{"port": 80, "targetPort": 1, "protocol": "TCP"}]}}),
         ("pdb", "chat", {"spec": {"minAvailable": 0}}),
+        ("networkpolicy", "chat", {"spec": {"policyTypes": ["Ingress", "Egress"]}}),
+        ("networkpolicy", "chat", {"spec": {"ingress": [{}]}}),
+        ("hpa", "chat", {"spec": {"maxReplicas": 9}}),
+        ("hpa", "chat", {"spec": {"metrics": []}}),
         ("serviceaccount", "chat", {"automountServiceAccountToken": True}),
         ("controllerrevision", name, {"metadata": {"labels": {"app.kubernetes.io/managed-by": None}}}),
     ]
@@ -196,7 +202,7 @@ def test_a_users_stateful_set_is_never_touched_even_with_our_labels(operator: Op
 
 
 def test_deleting_the_object_leaves_nothing(operator: Operator) -> None:
-    operator.apply("chat", replicas=2)
+    operator.apply("chat", replicas=2, **EVERY_CHILD)
     operator.wait_until_ready("chat")
     operator.delete_and_wait("td", "chat")
     selector = "app.kubernetes.io/part-of=toka"

@@ -19,7 +19,7 @@ from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.paths import REPOSITORY
 from tests.cluster.harness.processes import ProcessHandle
-from tests.cluster.operating import ACCOUNT, CHART, SYSTEM, deployment, start_operator
+from tests.cluster.operating import ACCOUNT, CHART, SYSTEM, USER, WRITING_VERBS, deployment, start_operator
 
 FORMER = Path(__file__).parent / "former" / "version-0.1.0.tar.xz"
 SETTLED_S = 6.0
@@ -98,9 +98,11 @@ def conditions_of(found: dict[str, Any]) -> dict[str, str]:
 
 def are_ready(server: ApiServer) -> bool:
     found = server.list_objects("tokadeployments", "apps")
-    wanted = {name: "False" if spec.get("suspend") else "True" for name, spec in OBJECTS.items()}
+    well = {"ConfigValid": "True", "Degraded": "False"}
+    wanted = {name: {**well, "Ready": "False" if spec.get("suspend") else "True"} for name, spec in OBJECTS.items()}
     seen = all(each.get("status", {}).get("observedGeneration") == each["metadata"]["generation"] for each in found)
-    return seen and {each["metadata"]["name"]: conditions_of(each).get("Ready") for each in found} == wanted
+    told = {each["metadata"]["name"]: conditions_of(each) for each in found}
+    return seen and told.keys() == wanted.keys() and all(wanted[name].items() <= told[name].items() for name in wanted)
 
 
 def look(server: ApiServer) -> dict[str, set[str]]:
@@ -131,4 +133,29 @@ def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiS
         assert look(server) == before, name
         assert num_workers(server) == "5", name
         assert "level=ERROR" not in process.log(), process.log(4000)
+        assert "rejected=" not in process.log(), process.log(4000)
         assert process.terminate() == 0
+
+
+def count_writes(server: ApiServer) -> int:
+    """Writes of all operators so far, but those to the Lease."""
+    events = server.audit_events(USER)
+    return sum(e["verb"] in WRITING_VERBS and e["objectRef"]["resource"] != "leases" for e in events)
+
+
+def test_operators_of_two_versions_do_not_write_at_the_same_time(server: ApiServer, former: Path) -> None:
+    """One leads and the other one waits for the Lease: a rollout of the operator's own Deployment has both."""
+    process = run_version(server, "leads", REPOSITORY)
+    server.apply(*[deployment(name, **spec) for name, spec in OBJECTS.items()], namespace="apps")
+    server.wait_for(lambda: are_ready(server), "all objects to be ready", timeout_s=120)
+    before = look(server)
+    kubeconfig = server.service_account_kubeconfig(SYSTEM, ACCOUNT)
+    other = start_operator(server, kubeconfig, "waits", PYTHONPATH=str(former / "operator"))
+    time.sleep(SETTLED_S)
+    num_writes = count_writes(server)
+    time.sleep(SETTLED_S)
+    assert count_writes(server) == num_writes
+    assert "held=True" not in other.log()
+    assert look(server) == before
+    assert other.terminate() == 0
+    assert process.terminate() == 0

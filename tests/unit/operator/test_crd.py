@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from toka_operator.fingerprint import KNOWN_FIELDS, POD_FIELDS, compute_fingerprint
+from toka_operator.spec import DEFAULTS
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[3]
@@ -37,3 +39,13 @@ def test_the_page_of_the_docs_is_made_from_the_crd() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "crd_docs.py"), "--print"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert (ROOT / "docs" / "tokadeployment.md").read_text() == printed, "run scripts/crd_docs.py"
+
+
+def test_a_newer_crds_fields_make_no_other_revision_of_an_operator_that_does_not_know_them() -> None:
+    """While an upgrade is under way, the older operator sees what the newer CRD fills in."""
+    schema = yaml.safe_load(CRD.read_text())["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    groups = schema["properties"]["spec"]["properties"]
+    assert {name: set(groups[name]["properties"]) for name in POD_FIELDS} == KNOWN_FIELDS
+    spec: Json = {"model": {"source": "builtin://smollm2"}, "replicas": 2}
+    newer = {**spec, **{name: {**spec.get(name, {}), "newField": "default"} for name in POD_FIELDS}}
+    assert compute_fingerprint(newer, DEFAULTS) == compute_fingerprint(spec, DEFAULTS)
