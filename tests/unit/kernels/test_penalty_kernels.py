@@ -29,14 +29,16 @@ from tests.model.penalized import (
     sampling_of,
 )
 
-VOCAB, SLOTS, PAGE_SIZE = 37, 8, 4
+VOCAB, SLOTS, PAGE_SIZE = 37, 12, 4
+VOCAB_OF_EDITS = 67
+"""All tokens of the cases of edits are in it."""
 PROMPT = [5, 6, 7, 8, 9, 5, 10, 7, 5, 11, 11]
 
 
 class TableRunner:
     """CudaRunner.launch with a look-up in the place of the forward: a token's logits like itself best."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, vocab: int = VOCAB) -> None:
         from toka_engine.model.cuda.attention import CudaAttention
         from toka_engine.model.cuda.sampler import CudaSampler
         from toka_engine.model.kernels.device_slots import DeviceSlots
@@ -47,9 +49,9 @@ class TableRunner:
         self.attention.allocate(100, PAGE_SIZE, SLOTS, 20)
         self.state = HostSlots(SLOTS)
         self.slots = DeviceSlots(SLOTS + 1, device)
-        self.sample: Any = CudaSampler(3, self.slots, self.attention, SLOTS, VOCAB)
+        self.sample: Any = CudaSampler(3, self.slots, self.attention, SLOTS, vocab)
         random = torch.Generator().manual_seed(4)
-        table = torch.randn(VOCAB, VOCAB, generator=random) + 3 * torch.eye(VOCAB)
+        table = torch.randn(vocab, vocab, generator=random) + 3 * torch.eye(vocab)
         self.logits_of = table.to(device)  # fp32, as heads give them on a GPU
 
     def launch(self, step: Step) -> Any:
@@ -89,7 +91,16 @@ class TableRunner:
 
 @pytest.fixture
 def driver(device) -> Driver:
-    worker: Any = SimpleNamespace(runner=TableRunner(device), ready=SimpleNamespace(page_size=PAGE_SIZE))
+    return make_driver(TableRunner(device))
+
+
+@pytest.fixture
+def edits_driver(device) -> Driver:
+    return make_driver(TableRunner(device, VOCAB_OF_EDITS))
+
+
+def make_driver(runner: TableRunner) -> Driver:
+    worker: Any = SimpleNamespace(runner=runner, ready=SimpleNamespace(page_size=PAGE_SIZE))
     return Driver(worker)
 
 
@@ -202,12 +213,12 @@ def test_a_row_that_is_not_finite_gives_minus_one_and_leaves_the_others(driver: 
 
 
 @pytest.mark.parametrize("num_logprobs", [-1, 0])
-def test_edits_are_those_of_the_definition_in_place_and_in_copies(driver: Driver, num_logprobs: int) -> None:
-    assert follow_edits(driver, [PROMPT, PROMPT[:3]], 6, num_logprobs).num_changed > 3
+def test_edits_are_those_of_the_definition_in_place_and_in_copies(edits_driver: Driver, num_logprobs: int) -> None:
+    assert follow_edits(edits_driver, [PROMPT, PROMPT[:3]], 6, num_logprobs).num_changed > 3
 
 
-def test_edits_of_more_samples_than_there_is_room_for_go_in_parts(driver: Driver, few_at_a_time: None) -> None:
-    assert follow_edits(driver, [PROMPT, PROMPT[:3]], 3, 0).num_changed > 0
+def test_edits_of_more_samples_than_there_is_room_for_go_in_parts(edits_driver: Driver, few_at_a_time: None) -> None:
+    assert follow_edits(edits_driver, [PROMPT, PROMPT[:3]], 3, 0).num_changed > 0
 
 
 def test_edits_of_choices_that_share_their_logits_are_made_once(driver: Driver) -> None:
