@@ -112,6 +112,7 @@ class Manager:
 
     def _submit(self, submit: Submit) -> list[msgspec.Struct]:
         state = self.state
+        state.has_deadlines = state.has_deadlines or submit.timeout_s > 0.0
         if refused := self._refuse(submit):
             if submit.priority <= 0:
                 state.refused_s = state.clock()

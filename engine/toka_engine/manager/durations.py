@@ -33,11 +33,15 @@ class StreamTimes:
         self._submitted_s[slots] = np.nan if is_again else submitted_s
         self._started_s[slots] = np.nan if is_again else now
 
-    def note_tokens(self, slots: Int32s, num_decoded: int, now: float) -> None:
-        """Note a step's tokens: the streams of the first `num_decoded` of `slots` had some before."""
-        if num_decoded:
+    def note_tokens(self, slots: Int32s, num_decoded: int, now: float, *, may_differ: bool) -> None:
+        """Note a step's tokens: the streams of the first `num_decoded` of `slots` had some before, all in the same step
+        unless they `may_differ`, but for those that sat it out while pages were short.
+        """
+        if num_decoded and not may_differ:
+            self._between_tokens.add(now - self._last_token_s.item(slots.item(0)), num_decoded)
+        elif num_decoded:
             before_s = self._last_token_s[slots[:num_decoded]]
-            if (before_s == before_s[0]).all():  # all were in the same step
+            if (before_s == before_s[0]).all():
                 self._between_tokens.add(now - before_s.item(0), num_decoded)
             else:
                 for each_s, count in zip(*np.unique(before_s, return_counts=True), strict=True):

@@ -51,9 +51,10 @@ def receive_tokens(state: ManagerState, tokens: Tokens) -> list[PromptLogprobs |
     num_decoded, now = flight.num_decoded, state.clock()
     if live.size < flight.slots.size:
         num_decoded = int(np.searchsorted(places, num_decoded))
-    state.step_times.note(flight.size, min(tokens.step_wall_s, now - state.last_tokens_s))
+    if flight.size is not None:
+        state.step_times.note(flight.size, min(tokens.step_wall_s, now - state.last_tokens_s))
     state.last_tokens_s = now
-    state.times.note_tokens(live, num_decoded, now)
+    state.times.note_tokens(live, num_decoded, now, may_differ=state.has_background)
     stopped = _find_stops(state, live, ids)
     num_received = slots.num_received[live] + ~failed
     slots.num_received[live] = num_received

@@ -119,6 +119,8 @@ def _plan_decode(state: ManagerState, step: StepBuilder, last_order: int) -> tup
 
 def _choose_rows(state: ManagerState, last_order: int) -> tuple[Int32s, Groups]:
     rows = state.rows
+    if last_order == WHOLE.last_order:
+        return rows.slots, rows.groups
     is_kept = state.slots.orders[rows.slots] <= last_order
     if is_kept.all():
         return rows.slots, rows.groups

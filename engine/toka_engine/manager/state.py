@@ -52,7 +52,8 @@ class InFlight:
     """The first so many of them had tokens before."""
     generations: Int64s
     scored: list[ScoredChunk]
-    size: StepSize
+    size: StepSize | None
+    """None: how long it takes is not noted."""
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ class ManagerState:
         self.next_admission = 0  # step before which nothing is admitted beside running streams
         self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
         self.has_background = False  # a background request has ever come
+        self.has_deadlines = False  # a request with a deadline has ever come
         self.promoted: Request | None = None  # the background request that goes first, because it has waited long
         self.step_times = StepTimes()
         self.online_steps = OnlineSteps()

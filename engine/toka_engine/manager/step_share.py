@@ -118,14 +118,24 @@ def expects_online(state: ManagerState) -> bool:
     return bool((state.slots.orders[state.rows.slots] >= FIRST_BACKGROUND_ORDER).all())
 
 
-def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSize:
-    """Note the online part of a step that has been planned; return the size of the whole step."""
+def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSize | None:
+    """Note the online part of a step that has been planned; return the size of the whole step. None, and nothing is
+    noted, where nobody needs it: without background work and deadlines, a part of the steps is enough to learn from.
+    """
+    if not (state.has_background or state.has_deadlines or state.step_times.wants(step.number)):
+        return None
     slots = state.slots
-    chunk_slots = np.asarray(step.chunk_slots, np.int32)
-    chunk_sizes = np.asarray([tokens.size for tokens in step.chunk_tokens], np.int64)
+    num_context = int(slots.lengths[rows].sum())
+    whole = StepSize(rows.size, num_context, sum(tokens.size for tokens in step.chunk_tokens))
+    online = whole if not state.has_background else _size_online(state, rows, step)
+    if online.num_rows or online.num_prefill:
+        state.online_steps.note(online, state.step_times.costs, state.clock())
+    return whole
+
+
+def _size_online(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSize:
+    slots = state.slots
     online = rows[slots.orders[rows] < FIRST_BACKGROUND_ORDER]
-    num_prompt = int(chunk_sizes[slots.orders[chunk_slots] < FIRST_BACKGROUND_ORDER].sum())
-    if online.size or num_prompt:
-        size = StepSize(online.size, int(slots.lengths[online].sum()), num_prompt)
-        state.online_steps.note(size, state.step_times.costs, state.clock())
-    return StepSize(rows.size, int(slots.lengths[rows].sum()), int(chunk_sizes.sum()))
+    is_online = slots.orders[np.asarray(step.chunk_slots, np.int32)] < FIRST_BACKGROUND_ORDER
+    chunk_sizes = np.asarray([tokens.size for tokens in step.chunk_tokens], np.int64)
+    return StepSize(online.size, int(slots.lengths[online].sum()), int(chunk_sizes[is_online].sum()))

@@ -15,10 +15,14 @@ _HALF_LIFE = 200
 _DECAY = 0.5 ** (1 / _HALF_LIFE)
 _MIN_STEPS = 16
 """Before so many steps nothing is predicted."""
+_MIN_TRUSTED = 64
+"""Up to so many steps the costs are fitted anew with each."""
 _FIT_INTERVAL = 8
+_LOOK_INTERVAL = 8
+"""One in so many steps is noted where nothing is decided by their times: noting costs time."""
 _MAX_SURPRISE = 10.0
 """A step counts as this many times its prediction at most: one that the machine held up says little of the others."""
-_SCALES = np.asarray([1.0, 32.0, 16_384.0, 128.0])
+_SCALES = (1.0, 32.0, 16_384.0, 128.0)
 """Usual sizes, so that all costs are alike in size where they are fitted."""
 _RIDGE = 1e-5
 """Keeps the fit solvable where a size has not changed."""
@@ -66,27 +70,34 @@ class StepTimes:
         """None: too few steps have come back."""
         self.mean_prefill = 0.0
         """Tokens of chunks in a step, over the last ones."""
-        self._squares = np.zeros((4, 4))
-        self._products = np.zeros(4)
+        self._squares = [0.0] * 16
+        self._products = [0.0] * 4
         self._weight = 0.0
         self._num_steps = 0
+
+    def wants(self, number: int) -> bool:
+        """Return whether step `number` is to be noted though nothing is decided by its time."""
+        return self._num_steps < _MIN_TRUSTED or number % _LOOK_INTERVAL == 0
 
     def note(self, size: StepSize, seconds: float) -> None:
         """Note that a step has taken `seconds`."""
         if self.costs is not None:
             seconds = min(seconds, _MAX_SURPRISE * self.costs.predict_s(size))
         self.mean_prefill += (size.num_prefill - self.mean_prefill) * _SMOOTHING
-        sizes = np.asarray([1, size.num_rows, size.num_context, size.num_prefill]) / _SCALES
-        self._squares = _DECAY * self._squares + np.outer(sizes, sizes)
-        self._products = _DECAY * self._products + seconds * sizes
+        scaled = (1.0, size.num_rows / _SCALES[1], size.num_context / _SCALES[2], size.num_prefill / _SCALES[3])
+        # So few numbers are faster without NumPy.
+        products = [one * other for one in scaled for other in scaled]
+        self._squares = [_DECAY * total + new for total, new in zip(self._squares, products, strict=True)]
+        self._products = [_DECAY * total + seconds * new for total, new in zip(self._products, scaled, strict=True)]
         self._weight = _DECAY * self._weight + 1.0
         self._num_steps += 1
-        if self._num_steps >= _MIN_STEPS and (self._num_steps < _HALF_LIFE or self._num_steps % _FIT_INTERVAL == 0):
+        if self._num_steps >= _MIN_STEPS and (self._num_steps < _MIN_TRUSTED or self._num_steps % _FIT_INTERVAL == 0):
             self.costs = self._fit()
 
     def _fit(self) -> StepCosts | None:
         """Return the costs, none below zero; None where steps have taken no time at all."""
-        squares, products = self._squares / self._weight, self._products / self._weight
+        squares = np.asarray(self._squares).reshape(4, 4) / self._weight
+        products = np.asarray(self._products) / self._weight
         used = np.arange(4)
         while used.size:
             part = squares[np.ix_(used, used)] + _RIDGE * np.eye(used.size)
@@ -99,7 +110,7 @@ class StepTimes:
             costs[used] = found
         if not costs.any():
             return None
-        return StepCosts(*(costs / _SCALES).tolist())
+        return StepCosts(*(costs / np.asarray(_SCALES)).tolist())
 
 
 class OnlineSteps:
