@@ -105,7 +105,7 @@ class Load:
     def __init__(self, deployment: Deployment, arguments: argparse.Namespace) -> None:
         self._cluster = deployment.cluster
         words = map(str, (deployment.url, deployment.name, arguments.clients, arguments.tokens, arguments.pause))
-        self._process = deployment.installation.start_client("load", "load.py", *words)
+        self._process = deployment.installation.start_client(f"load-{deployment.namespace}", "load.py", *words)
 
     def lines(self) -> list[Object]:
         """The whole lines that the clients have written."""
