@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from toka_operator.advice import add_advice
+from toka_operator.caches import SHARED_PVC
 from toka_operator.conditions import AVAILABLE, DEADLINE_EXCEEDED, DEGRADED, PROGRESSING, READY, Condition
 from toka_operator.fields import Json
-from toka_operator.fingerprint import POD_FIELDS, POD_ROLLOUT_FIELDS
+from toka_operator.fingerprint import CLAIM_FIELDS, NOT_POD_SCHEDULING_FIELDS, POD_FIELDS, POD_ROLLOUT_FIELDS
 from toka_operator.observed import Observed
 from toka_operator.resources import CONTROLLER_REVISION, Owner, set_name
 from toka_operator.revisions import with_stored_revision
@@ -38,13 +39,16 @@ class Resort:
     failed: Json | None = None
 
 
+_NO_RESORT = Resort()
+
+
 def find_resort(owner: Owner, body: Mapping[str, Any], spec: TokaDeploymentSpec, observed: Observed) -> Resort:
     """The way back from `spec`, and whether it was taken. `observed.complete_revision` says where it leads to."""
-    wish = _describe_wish(body["spec"], spec)
     failed = (body.get("status") or {}).get("rollback")
     former = observed.complete_revision
     if spec.rollout.on_failure != "Rollback" or not former or former == spec.revision:
-        return Resort(wish)
+        return _NO_RESORT
+    wish = _describe_wish(body["spec"], spec)
     back = _restore(owner, body, former, observed)
     is_in_force = back is not None and failed is not None and failed.get("wish") == wish
     return Resort(wish, back, failed if is_in_force else None)
@@ -91,14 +95,26 @@ def _restore(owner: Owner, body: Mapping[str, Any], revision: str, observed: Obs
     if kept is None:
         return None
     pod_fields, pod_rollout = kept
-    raw = {name: value for name, value in body["spec"].items() if name not in POD_FIELDS}
+    present = body["spec"]
+    raw = {name: value for name, value in present.items() if name not in POD_FIELDS}
     rollout = {k: v for k, v in (raw.get("rollout") or {}).items() if k not in POD_ROLLOUT_FIELDS}
     raw = {**raw, **pod_fields, "rollout": {**rollout, **pod_rollout}}
+    # These are not the pods': the scheduler's patience, and a claim, which cannot shrink.
+    raw |= _with_present("scheduling", raw, present, NOT_POD_SCHEDULING_FIELDS)
+    if (present.get("cache") or {}).get("type") == SHARED_PVC:
+        raw |= _with_present("cache", raw, present, CLAIM_FIELDS)
     spec = parse({**body, "spec": raw})
     if isinstance(spec, list):
         return None
     spec = with_stored_revision(owner, spec, observed)
     return spec if spec.revision == revision else None
+
+
+def _with_present(group: str, former: Json, present: Mapping[str, Any], names: tuple[str, ...]) -> Json:
+    """The group of a former spec, with these fields as they are now; nothing if it has neither."""
+    now, then = present.get(group) or {}, former.get(group) or {}
+    merged = {k: v for k, v in then.items() if k not in names} | {k: now[k] for k in names if k in now}
+    return {group: merged} if merged else {}
 
 
 def _read_kept_spec(text: str | None) -> tuple[Json, Json] | None:

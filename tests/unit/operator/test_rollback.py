@@ -174,6 +174,24 @@ def test_a_change_of_rollout_tries_the_same_pods_again_and_hold_keeps_them() -> 
     assert "rollback" not in chat.status
 
 
+def test_a_claim_does_not_shrink_on_the_way_back_and_patience_is_as_it_was_last_asked_for() -> None:
+    chat = begin()
+    cache = {"type": "SharedPVC", "size": "10Gi"}
+    model = {"source": "hf://org/name"}
+    chat.change(model=model, cache=cache, scheduling={"patienceSeconds": 300})
+    chat.settle()
+    assert chat.reason("Ready") == ("True", "AllAvailable")
+    chat.change(engine={"pageSize": 32}, cache={**cache, "size": "20Gi"}, scheduling={"patienceSeconds": 30})
+    chat.wait(DEADLINE_S + 1)
+    assert chat.page_sizes() == {16}
+    spec = parse({**body(**chat.spec), "status": chat.status})
+    assert isinstance(spec, TokaDeploymentSpec)
+    resort = find_resort(OWNER, {**body(**chat.spec), "status": chat.status}, spec, chat.observe())
+    assert resort.failed is not None
+    assert resort.spec is not None
+    assert (resort.spec.cache.size, resort.spec.scheduling.patience_s) == ("20Gi", 30)
+
+
 def test_without_a_complete_revision_or_its_memory_nothing_goes_back() -> None:
     chat = Object({"engine": {"pageSize": 32}, "rollout": ROLLBACK})
     chat.wait(0)
