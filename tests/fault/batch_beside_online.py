@@ -19,7 +19,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,21 +213,29 @@ def judge(alone: Seen, beside: Seen, peaks: list[float], load: float) -> dict[st
     return figures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each phase")
-    parser.add_argument("--calibrate", type=float, default=10.0, help="seconds of each saturated phase")
-    parser.add_argument("--load", type=float, default=0.5, help="part of the rate that the engine can answer")
+def run(
+    parser: argparse.ArgumentParser,
+    measure_engine: Callable[[str, argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]],
+) -> int:
+    """Measure an engine that keeps batches; print the figures, and return the exit code."""
     parser.add_argument("settings", nargs="*", help="further settings of the engine, key=value")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = ("model=builtin://smollm2", f"data_dir={folder}/data", "access_log=F", *chosen.settings)
         with EngineProcess(Path(folder), *settings) as engine:
             engine.wait_ready()
-            figures = asyncio.run(measure(engine.url, chosen))
+            figures = asyncio.run(measure_engine(engine.url, chosen))
     print(json.dumps(figures), flush=True)
     return 0 if figures["holds"] else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each phase")
+    parser.add_argument("--calibrate", type=float, default=10.0, help="seconds of each saturated phase")
+    parser.add_argument("--load", type=float, default=0.5, help="part of the rate that the engine can answer")
+    return run(parser, measure)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,14 @@ import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 from toka_engine.benchmarks.engine import read_metrics, wait_idle
 
-from tests.engine_process import EngineProcess
 from tests.fault.batch_beside_online import (
     OUTPUT_TOKENS,
     URL,
@@ -32,6 +29,7 @@ from tests.fault.batch_beside_online import (
     make_body,
     measure_peak,
     percentile_ms,
+    run,
     running_batch,
     upload,
 )
@@ -134,15 +132,7 @@ def main() -> int:
     parser.add_argument("--times", type=float, default=5.0, help="requests a second, in times of the peak")
     parser.add_argument("--timeout", type=float, default=20.0, help="timeout_s of each request")
     parser.add_argument("--calibrate", type=float, default=20.0, help="seconds of each saturated phase")
-    parser.add_argument("settings", nargs="*", help="further settings of the engine, key=value")
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = ("model=builtin://smollm2", f"data_dir={folder}/data", "access_log=F", *chosen.settings)
-        with EngineProcess(Path(folder), *settings) as engine:
-            engine.wait_ready()
-            figures = asyncio.run(measure(engine.url, chosen))
-    print(json.dumps(figures), flush=True)
-    return 0 if figures["holds"] else 1
+    return run(parser, measure)
 
 
 if __name__ == "__main__":
