@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
-from toka_engine.portable import trim_heap
+from toka_engine.portable import HeapKeeper
 from toka_engine.server.connection import Connection, Cycle, JoinedWrites, UnsizedBody, close_if_body_is_unasked
 from toka_engine.server.errors import ApiError, ClientGoneError, unavailable
 from toka_engine.server.generation_times import GenerationTimes
@@ -20,6 +19,7 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 
 _LARGE_BODY_BYTES = 1024 * 1024
+_HEAP = HeapKeeper()
 
 
 Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
@@ -200,8 +200,7 @@ class Exchange:
         """Let go of the request, and return the memory of a large body to the system; the allocator would keep it."""
         self.failure = None  # its traceback holds the body, and in a circle this exchange
         if self.body_bytes > _LARGE_BODY_BYTES:
-            gc.collect()  # empties Python's lists of objects for the next use; the start's objects are frozen
-            trim_heap()
+            _HEAP.give_back(time.monotonic())
 
     async def fail(self, error: ApiError) -> None:
         """Answer with `error`; in a stream that has begun, as its last event, after which the connection
