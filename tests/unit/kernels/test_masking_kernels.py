@@ -13,7 +13,7 @@ from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
 from tests.model.driving import Driver
-from tests.unit.kernels.test_penalty_kernels import PAGE_SIZE, SLOTS, VOCAB, TableRunner
+from tests.unit.kernels.test_penalty_kernels import PAGE_SIZE, VOCAB, TableRunner
 
 SAMPLING: dict[str, list[float]] = {  # by slot; slots 4 and 5 have no grammar
     "temperature": [0, 1.0, 0.8, 1.2, 0, 1.0, 0, 0.9],
@@ -23,6 +23,7 @@ SAMPLING: dict[str, list[float]] = {  # by slot; slots 4 and 5 have no grammar
     "presence_penalty": [0, 0, 0, 0, 0, 0, 0.7, 0],
     "grammar": [1, 1, 1, 1, 0, 0, 1, 1],
 }
+SLOTS = len(SAMPLING["grammar"])
 
 
 def unpack(words: np.ndarray[Any, Any], vocab_size: int) -> np.ndarray[Any, Any]:
