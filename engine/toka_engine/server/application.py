@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from starlette.exceptions import HTTPException
 from toka_engine.server import openapi
 from toka_engine.server.batch_routes import add_batch_routes
 from toka_engine.server.batches.service import Batches
+from toka_engine.server.elsewhere import find_instead, find_meant
 from toka_engine.server.endpoints import batches as batch_endpoint
 from toka_engine.server.endpoints import (
     chat,
@@ -43,28 +43,11 @@ _GENERATING_PATHS = (
 )
 KNOWN_PATHS = (
     *(*_GENERATING_PATHS, models.PATH, *tokenize.PATHS, files.PATH, batch_endpoint.PATH, synchronous.PATH),
-    *(*sorted(probes.PATHS), probes.VERSION_PATH, DOCUMENT_PATH, PAGE_PATH),
+    *(*sorted(probes.PATHS), probes.VERSION_PATH, probes.LOAD_PATH, DOCUMENT_PATH, PAGE_PATH),
 )
 """The paths of all routes without a parameter."""
 LIMITED_PATHS = (*_GENERATING_PATHS, synchronous.PATH)
 """The paths whose POSTs the limits of API keys bound."""
-_ELSEWHERE = {
-    "/v1/embeddings": "this server has no embeddings: run a server for an embedding model beside it",
-    "/v1/rerank": "this server has no reranking: run a server for such a model beside it",
-    "/v1/score": "this server has no scoring: run a server for such a model beside it",
-    "/v1/moderations": "this server has no moderation",
-    "/v1/images": "this server makes text alone",
-    "/v1/audio": "this server makes text alone",
-    "/v1/realtime": "this server makes text alone",
-    "/v1/uploads": "send the whole file to /v1/files",
-    "/v1/fine_tuning": "this server does not train",
-    "/v1/assistants": "send messages to /v1/chat/completions",
-    "/v1/threads": "send messages to /v1/chat/completions",
-    "/v1/vector_stores": "this server searches no files",
-    "/v1/engines": "name the model in the body of /v1/completions",
-}
-"""Paths of OpenAI's API, and of servers like this one, that are not served: what to do instead."""
-_MAX_MISTAKEN_PATH = 200
 
 
 class Answered(Response):
@@ -212,6 +195,10 @@ def _open_router(service: Service) -> APIRouter:
     async def version() -> Response:
         return json_response(probes.Version())
 
+    @router.get(probes.LOAD_PATH, openapi_extra=openapi.LOAD)
+    async def load() -> Response:
+        return json_response(probes.Load(service.streams.num_generations))
+
     @router.get("/metrics", openapi_extra=openapi.METRICS)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
@@ -263,30 +250,17 @@ def _translate(error: Exception, exchange: Exchange) -> ApiError:
     if not isinstance(error, HTTPException):
         raise AssertionError("a handler got an exception that it is not registered for") from error
     path = exchange.path
+    if error.status_code in (404, 405) and (instead := find_instead(path)):
+        return ApiError(404, f"There is no {path[:200]}: {instead}.", code="not_supported")
     if error.status_code == 405 and path != models.PATH + "/":
         allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
         message = f"{path[:200]} takes {allowed}, not {exchange.method}."
         return ApiError(405, message, code="method_not_allowed", headers=((b"allow", allowed.encode()),))
     if error.status_code in (404, 405):
-        if instead := _find_instead(path):
-            return ApiError(404, f"There is no {path[:200]}: {instead}.", code="not_supported")
-        meant = _find_meant(path)
+        meant = find_meant(path, KNOWN_PATHS)
         advice = f" Did you mean {meant}?" if meant else ""
         return ApiError(404, f"There is no {path[:200]}.{advice}", code="not_found")
     return ApiError(error.status_code, str(error.detail), code="http_error")
-
-
-def _find_instead(path: str) -> str | None:
-    """Return what to do instead of asking for a path that this server does not have."""
-    parts = path.rstrip("/").split("/")[:3]
-    return _ELSEWHERE.get("/".join(parts)) or _ELSEWHERE.get("/v1" + "/".join(parts[:2]))
-
-
-def _find_meant(path: str) -> str | None:
-    """Return the path that was probably meant: without slashes too many, or with a base that is missing or too much."""
-    plain = re.sub("/+", "/", path.lower()[:_MAX_MISTAKEN_PATH]).rstrip("/")
-    meant = [other for other in KNOWN_PATHS if plain.endswith(other) or other == f"/v1{plain}"]
-    return max(meant, key=len, default=None)
 
 
 def _translate_invalid(error: Exception) -> ApiError:

@@ -62,6 +62,7 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     probes.Alive,
     probes.Readiness,
     probes.Version,
+    probes.Load,
     tokenize.TokenizeRequest,
     tokenize.TokenizeAnswer,
     tokenize.DetokenizeRequest,
@@ -146,6 +147,7 @@ PING = _reading("ping", probes.Pong, "Whether the process answers, for the origi
 LIVEZ = _reading("livez", probes.Alive, "Whether the process answers")
 READYZ = _reading("readyz", probes.Readiness, "Whether new requests should come here")
 READYZ["responses"]["503"] = _answer(probes.Readiness, "New requests should not come here")
+LOAD = _reading("load", probes.Load, "The generating requests that are not answered yet")
 VERSION = _reading("version", probes.Version, "The engine's version")
 HEALTH = {
     "operationId": "health",

@@ -306,7 +306,7 @@ def test_every_route_but_probes_and_documents_asks_for_a_key(keyed: KeyedServer)
     asked = {path for path in document["paths"] if keyed.status(None, path) == 401}
     open_paths = {path for path in document["paths"] if path not in asked}
     posts = {path for path in open_paths if keyed.server.request("POST", path, b"{}", {})[0] == 401}
-    assert open_paths - posts == {"/ping", "/livez", "/readyz", "/health", "/metrics", "/version"}
+    assert open_paths - posts == {"/ping", "/livez", "/readyz", "/health", "/metrics", "/version", "/load"}
 
 
 def test_a_reload_brings_keys_and_takes_them_away(keyed: KeyedServer) -> None:

@@ -164,7 +164,7 @@ def test_the_document_names_every_route_and_its_routes_are_served(
 ) -> None:
     assert set(document["paths"]) == {
         *(_COMPLETIONS, _CHAT, "/v1/models", "/v1/models/{name}", "/ping", "/livez", "/readyz", "/health", "/metrics"),
-        *("/version", "/tokenize", "/detokenize", "/tokenizer_info"),
+        *("/version", "/load", "/tokenize", "/detokenize", "/tokenizer_info"),
         *("/v1/messages", "/v1/messages/count_tokens"),
         *(_RESPONSES, f"{_RESPONSES}/{{response_id}}", f"{_RESPONSES}/{{response_id}}/input_items"),
         f"{_RESPONSES}/input_tokens",
@@ -220,6 +220,7 @@ def test_requests_and_answers_are_what_the_document_says(
         ("/livez", "Alive"),
         ("/readyz", "Readiness"),
         ("/version", "Version"),
+        ("/load", "Load"),
         ("/tokenizer_info", "TokenizerInfo"),
         ("/nothing", "ErrorAnswer"),
     ],

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toka_engine.server import elsewhere
 from toka_engine.version import __version__
 
-from tests.unit.server.conftest import SENTENCE, chat_body
+from tests.unit.server.conftest import SENTENCE, chat_body, completion_body
 from tests.unit.server.harness import INFO, MODEL, RunningServer, running_server
 
 
@@ -103,6 +104,7 @@ def test_the_tokenizer_asks_for_the_key_and_health_does_not(tokenizer_dir: Path)
             assert server.request(method, path)[0] == 401
         assert server.request("GET", "/health")[0] == 200
         assert server.request("GET", "/version")[0] == 200
+        assert server.request("GET", "/load")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,32 @@ def test_the_tokenizer_asks_for_the_key_and_health_does_not(tokenizer_dir: Path)
         "/v1/moderations": "no moderation",
         "/v1/engines/smollm2/completions": "/v1/completions",
         "/v1/assistants": "/v1/chat/completions",
+        "/v1/assistants/asst_1/files": "/v1/chat/completions",
+        "/v1/threads/thread_1/runs": "/v1/chat/completions",
+        "/v1/conversations": "previous_response_id",
+        "/v1/conversations/conv_1/items": "previous_response_id",
+        "/v1/responses/resp_1/cancel": "close the connection",
+        "/v1/chat/completions/chatcmpl-1": "not kept",
+        "/v1/chat/completions/chatcmpl-1/messages": "not kept",
+        "/v1/chat/completions/batch": "/v1/batches",
+        "/v1/messages/batches": "/v1/batches",
+        "/v1/fine_tuning/jobs": "does not train",
+        "/v1/vector_stores/vs_1/search": "searches no files",
+        "/v1/videos": "text alone",
+        "/v1/evals": "lm-eval",
+        "/v1/containers": "runs no code",
+        "/v1/organization/usage/completions": "/metrics",
+        "/v1/load_lora_adapter": "adapter",
+        "/rerank": "no reranking",
+        "/v2/rerank": "no reranking",
+        "/score": "no scoring",
+        "/pooling": "no pooled states",
+        "/classify": "guided_choice",
+        "/generate": "/v1/completions",
+        "/api/chat": "Ollama",
+        "/reset_prefix_cache": "use_prefix_cache",
+        "/sleep": "command line",
+        "/server_info": "/version",
     }.items(),
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -125,6 +153,31 @@ def test_a_path_of_openai_that_is_not_served_names_the_way_out(
     error = json.loads(raw)["error"]
     assert (status, error["code"]) == (404, "not_supported")
     assert words in error["message"]
+
+
+def test_each_line_of_paths_that_are_not_served_is_found_and_is_no_path_of_ours(server: RunningServer) -> None:
+    for path, instead in elsewhere._ELSEWHERE.items():
+        asked = path.replace("*", "x1")
+        assert elsewhere.find_instead(asked) == elsewhere.find_instead(asked + "/below/") == instead
+        error = json.loads(server.request("POST", asked)[2])["error"]
+        assert error["message"] == f"There is no {asked}: {instead}."
+
+
+def test_the_load_is_the_number_of_generating_requests(tokenizer_dir: Path) -> None:
+    with running_server(tokenizer_dir) as server, server.connect() as first, server.connect() as second:
+        assert json.loads(server.request("GET", "/load")[2]) == {"server_load": 0}
+        body = json.dumps(completion_body(n=3)).encode()
+        for sock in (first, second):
+            sock.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+                + b"%d\r\n\r\n" % len(body)
+                + body
+            )
+        server.manager.wait_for(lambda: len(server.manager.submits) == 2)
+        assert json.loads(server.request("GET", "/load")[2]) == {"server_load": 2}
+        first.close()
+        server.manager.wait_for(lambda: len(server.manager.cancelled) == 3)
+        assert json.loads(server.request("GET", "/load")[2]) == {"server_load": 1}
 
 
 # ---------------------------------------------------------------- pages of other origins

@@ -1,4 +1,4 @@
-"""`GET /ping`, `/livez`, `/readyz`, `/health`, `/metrics` and `/version`: what machines ask for, without a key."""
+"""`GET /ping`, `/livez`, `/readyz`, `/health`, `/metrics`, `/version`, `/load`: what machines ask for, keyless."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from toka_engine.version import __version__
 
 PATHS = frozenset(("/ping", "/livez", "/readyz", "/health", "/metrics"))
 VERSION_PATH = "/version"
+LOAD_PATH = "/load"
 PAGE_CONTENT_PATH = "/status"
 """The path that an open status page asks for again and again."""
 
@@ -17,6 +18,12 @@ class Version(msgspec.Struct):
     """The answer of /version."""
 
     version: str = __version__
+
+
+class Load(msgspec.Struct):
+    """The answer of /load, as vLLM gives it: the generating requests that are not answered yet."""
+
+    server_load: int
 
 
 class Pong(msgspec.Struct):
