@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from tests.api.asking import complete_at_once
 from tests.api.conftest import client_of, read_metrics, running_engine
 from tests.api.reference import NUM_TOKENS
+from tests.marks import rest_is_slow
 
 POLICIES = {
     "prefix_cache_without_hydragen": ("use_hydragen=F",),
@@ -28,9 +29,7 @@ POLICIES = {
 IN_EVERY_RUN = "hydragen_without_prefix_cache_in_small_steps"
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
-)
+@pytest.mark.parametrize("name", rest_is_slow([IN_EVERY_RUN], POLICIES))
 def test_twenty_prompts_at_once_equal_transformers_under(
     name: str, model_dir: Path, expected_half: list[str], tmp_path: Path
 ) -> None:

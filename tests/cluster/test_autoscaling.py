@@ -92,6 +92,7 @@ def test_without_anybody_who_serves_the_metric_the_condition_says_so(own_operato
     check_that_only_statuses_were_written(own_operator)
 
 
+@pytest.mark.slow
 def test_a_square_wave_moves_the_replicas_up_once_and_down_once(own_operator: Operator, load: Load) -> None:
     own_operator.apply("chat", autoscaling=SCALED)
     own_operator.wait_for_condition("chat", "Autoscaled", "True")

@@ -54,6 +54,7 @@ def on_doomed(operator: Operator) -> set[str]:
     return {pod["metadata"]["uid"] for pod in pods if pod["spec"].get("nodeName") == DOOMED}
 
 
+@pytest.mark.slow
 def test_replicas_of_a_node_that_dies_for_good_are_full_again_within_90_s(lonely_operator: Operator) -> None:
     operator = lonely_operator
     spread = {"topologySpread": [{"topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}]}

@@ -22,6 +22,7 @@ def run_tests(server: ApiServer, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow
 def test_validation_runs_there_and_what_would_rebuild_the_cluster_fails_by_name(
     api_server: ApiServer, crd: None
 ) -> None:

@@ -42,6 +42,7 @@ def port_of(operator: Operator, name: str) -> int | None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_after_etcd_was_restored_changes_are_seen_without_a_restart(server: ApiServer, tmp_path: Path) -> None:
     """The API server answers a watch from a version that is yet to come, and says nothing until that is reached."""
     kubeconfig = install(server)

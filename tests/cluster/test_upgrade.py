@@ -113,6 +113,7 @@ def look(server: ApiServer) -> dict[str, set[str]]:
     }
 
 
+@pytest.mark.slow
 def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiServer, former: Path) -> None:
     process = run_version(server, "first", former, "--set", "workers=5")
     manifests = [deployment(name, **spec) for name, spec in OBJECTS.items()]
@@ -143,6 +144,7 @@ def count_writes(server: ApiServer) -> int:
     return sum(e["verb"] in WRITING_VERBS and e["objectRef"]["resource"] != "leases" for e in events)
 
 
+@pytest.mark.slow
 def test_operators_of_two_versions_do_not_write_at_the_same_time(server: ApiServer, former: Path) -> None:
     """One leads and the other one waits for the Lease: a rollout of the operator's own Deployment has both."""
     process = run_version(server, "leads", REPOSITORY)

@@ -153,6 +153,7 @@ def test_deleting_it_leaves_nothing(installation: Installation, namespace: str) 
     cluster.wait_for(only_what_a_namespace_has, "everything of it to be gone", timeout_s=120)
 
 
+@pytest.mark.slow
 def test_while_a_node_is_dead_the_other_serves_and_takes_its_pod_over(
     installation: Installation, smollm2: Deployment
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import pytest
 from toka_engine.errors import ExitCode
 
+from tests.marks import rest_is_slow
 from tests.unit.engine.conftest import StartEngine
 
 TP2 = {"topology": "1,1,2"}
@@ -52,7 +53,7 @@ def test_a_replica_whose_rank_lags_is_lost_and_the_others_go_on(start_engine: St
     assert engine.wait_end() == ExitCode.OK
 
 
-@pytest.mark.parametrize("victim", ["server", "manager", "model_tp1"])
+@pytest.mark.parametrize("victim", rest_is_slow(["model_tp1"], ["server", "manager", "model_tp1"]))
 def test_a_process_that_is_stopped_while_the_engine_starts_is_named(start_engine: StartEngine, victim: str) -> None:
     engine = start_engine(model_tp0="hold", model_tp1="hold", **TP2)
     engine.wait_for_log(f"event=progress process={victim}")
@@ -68,6 +69,7 @@ def test_a_process_that_answers_no_more_while_the_engine_starts_is_named(start_e
     assert re.fullmatch(r"EngineProcessStalled: model has not answered for \d+ s", engine.last_words())
 
 
+@pytest.mark.slow
 def test_a_process_that_computes_has_more_time_to_answer_than_one_that_is_locked_up(start_engine: StartEngine) -> None:
     engine = start_engine(model="hog", starved_beats="20")
     assert engine.wait_end(60.0) == ExitCode.PROCESS_STALLED

@@ -163,6 +163,7 @@ def test_a_hub_that_asks_for_patience_gets_it() -> None:
     assert raised.value.retry_after_s == 7.0
 
 
+@pytest.mark.slow
 def test_restarts_wait_ever_longer_before_they_ask_a_hub_that_is_away(hub: HubServer, tmp_path: Path) -> None:
     hub.statuses = [503] * 1000
     pauses = "cache._FIRST_BACKOFF_S = cache._MAX_BACKOFF_S = 3600.0"  # not over before the next start

@@ -15,6 +15,7 @@ import pytest
 from toka_engine.errors import ExitCode
 
 from tests.engine_process import ROOT, hold_port
+from tests.marks import rest_is_slow
 
 _SIGPIPE_CODES = (141, -signal.SIGPIPE)
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("operator", "engine", "."))}
@@ -46,7 +47,7 @@ def run_without_reader(*arguments: str, reads: str = "stderr", **env: str) -> su
         os.close(write_end)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", rest_is_slow(COMMANDS.keys() - {"throughput"}, COMMANDS))
 def test_a_command_whose_output_is_read_says_something_and_ends_well(command: str) -> None:
     arguments = [sys.executable, "-m", *COMMANDS[command]]
     done = subprocess.run(arguments, env=_ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -54,7 +55,7 @@ def test_a_command_whose_output_is_read_says_something_and_ends_well(command: st
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", rest_is_slow(COMMANDS.keys() - {"throughput"}, COMMANDS))
 def test_a_command_whose_reader_is_gone_ends_without_a_word(command: str) -> None:
     done = run_without_reader(*COMMANDS[command])
     assert done.stderr == ""

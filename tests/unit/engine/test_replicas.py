@@ -9,6 +9,7 @@ import pytest
 from toka_engine.errors import ExitCode
 
 from tests.engine_process import EngineProcess, is_alive
+from tests.marks import rest_is_slow
 from tests.unit.engine.conftest import StartEngine
 
 PAIR = {"server", "manager_dp0", "manager_dp1", "model_dp0", "model_dp1"}
@@ -35,7 +36,7 @@ def test_each_replica_has_a_manager_and_a_model_worker_and_noise_of_its_own(star
     assert seeds["manager_dp1"] == seeds["model_dp1"] != "5"
 
 
-@pytest.mark.parametrize("victim", sorted(PAIR))
+@pytest.mark.parametrize("victim", rest_is_slow(["model_dp1"], sorted(PAIR)))
 def test_any_death_ends_the_engine_by_default_and_names_the_one(start_engine: StartEngine, victim: str) -> None:
     # Each manager ends when its model worker does: it must not be blamed for that.
     engine = start_engine("dp_size=2", manager_dp0="peer", manager_dp1="peer")
@@ -46,7 +47,7 @@ def test_any_death_ends_the_engine_by_default_and_names_the_one(start_engine: St
     assert alive(engine) == set()
 
 
-@pytest.mark.parametrize("victim", ["model_dp1", "manager_dp0"])
+@pytest.mark.parametrize("victim", rest_is_slow(["model_dp1"], ["model_dp1", "manager_dp0"]))
 def test_with_a_minimum_the_others_go_on_and_the_rest_of_the_replica_ends(
     start_engine: StartEngine, victim: str
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from toka_engine.errors import ExitCode
 
 from tests.engine_process import EngineProcess, is_alive
+from tests.marks import rest_is_slow
 from tests.unit.engine.conftest import StartEngine
 
 CHILDREN = ("server", "manager", "model")
@@ -41,6 +42,7 @@ def test_sigterm_drains_through_the_server_and_ends_with_zero(start_engine: Star
     assert_nothing_is_left(engine)
 
 
+@pytest.mark.slow
 def test_sigint_drains_like_sigterm(start_engine: StartEngine) -> None:
     engine = start_engine()
     engine.wait_ready()
@@ -86,7 +88,7 @@ def test_sigterm_while_loading_ends_with_zero_without_a_drain(start_engine: Star
 
 
 @pytest.mark.parametrize("victim", CHILDREN)
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("signum", rest_is_slow([signal.SIGKILL], [signal.SIGKILL, signal.SIGSEGV]))
 def test_a_killed_child_ends_the_engine_and_is_named(
     start_engine: StartEngine, victim: str, signum: signal.Signals
 ) -> None:
@@ -108,7 +110,7 @@ def test_the_server_is_told_who_died_before_everything_ends(start_engine: StartE
     assert f"event=told what=failing process={victim}" in engine.log
 
 
-@pytest.mark.parametrize("victim", CHILDREN)
+@pytest.mark.parametrize("victim", rest_is_slow(["model"], CHILDREN))
 def test_a_stopped_child_is_a_stall_and_is_named(start_engine: StartEngine, victim: str) -> None:
     engine = start_engine()
     engine.wait_ready()

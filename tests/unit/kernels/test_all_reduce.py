@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from tests.marks import rest_is_slow
 from tests.unit.kernels.test_layer_kernels import reference_norm, relative_error
 
 BF16 = torch.bfloat16
@@ -43,7 +44,7 @@ def reduce_on_all(ranks, partials, residuals, weight, eps, order) -> list[torch.
     return outs
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", rest_is_slow([2], [2, 4]))
 def test_all_ranks_have_the_same_sum_and_norm_over_turns_of_different_sizes(device, generator, num_ranks) -> None:
     ranks = make_ranks(device, num_ranks)
     weight = torch.randn(WIDTH, generator=generator, device=device).to(BF16)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from tests.marks import rest_is_slow
+
 PAGE_SIZE = 16
 CONTEXTS = [0, 1, 15, 16, 17, 63, 64, 65, 333]
 
@@ -107,7 +109,7 @@ def assert_equals(out: torch.Tensor, expected: torch.Tensor) -> None:
     assert float(errors.max()) < (1e-2 if out.dtype is torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize(("splits", "is_heads_first"), [(1, True), (2, False), (8, True)])
+@pytest.mark.parametrize(("splits", "is_heads_first"), rest_is_slow([(2, False)], [(1, True), (2, False), (8, True)]))
 def test_any_context_in_any_number_of_splits_gives_the_definition_and_rope_appends_cache(
     generator, splits, is_heads_first
 ) -> None:
@@ -234,7 +236,7 @@ def allocate_for_several_heads(case: Case, most_heads: int, min_programs: int = 
     return Workspace.allocate(*case.q.shape[1:2], *case.k.shape[1:], case.q.device, config)
 
 
-@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("is_part", rest_is_slow([True], [False, True]))
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "most_heads"),
     [(8, 8, 64, 8), (16, 4, 64, 2), (7, 1, 64, 8), (40, 8, 128, 8), (14, 2, 64, 2), (6, 3, 128, 8)],

@@ -12,6 +12,7 @@ import torch
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
 
+from tests.marks import rest_is_slow
 from tests.model.driving import Driver
 from tests.unit.kernels.test_penalty_kernels import PAGE_SIZE, VOCAB, TableRunner
 
@@ -72,7 +73,7 @@ class Masked:
         return sampled
 
 
-@pytest.mark.parametrize("num_logprobs", [-1, 0, 2])
+@pytest.mark.parametrize("num_logprobs", rest_is_slow([2], [-1, 0, 2]))
 def test_rows_with_a_mask_sample_what_it_allows_and_the_others_what_they_like(
     num_logprobs: int, device: torch.device
 ) -> None:

@@ -14,6 +14,8 @@ import torch
 from toka_engine.model.attention_backend import AttentionShape, StepLayout
 from toka_engine.model.cpu.attention import CpuAttention
 
+from tests.marks import rest_is_slow
+
 PAGE_SIZE = 4
 
 
@@ -108,7 +110,7 @@ def plan_padded(ours: Any, layout: StepLayout, num_rows: int) -> bool:
     return groups is not None
 
 
-@pytest.mark.parametrize("is_heads_first", [False, True])
+@pytest.mark.parametrize("is_heads_first", rest_is_slow([True], [False, True]))
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_mix_of_rows_gives_the_cpu_backends_result(name: str, is_heads_first: bool) -> None:
     from toka_engine.model.cuda.attention import CudaAttention

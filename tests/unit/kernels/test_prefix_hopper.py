@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.marks import rest_is_slow
 from tests.unit.kernels import gluon_simulator
 from tests.unit.kernels.test_prefix_attention import Case, Group, assert_equals, lay, make_case
 
@@ -86,7 +87,7 @@ def test_it_is_chosen_where_its_copies_fit(
         assert config == prefix_groups.PrefixLaunchConfig.of(head_dim)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", rest_is_slow([128], [64, 128]))
 @pytest.mark.parametrize("num_rows", [2, 20, 48, 97])
 @pytest.mark.parametrize(("num_columns", "num_programs"), [(1, 2), (8, 1), (37, 3), (40, 5)])
 def test_a_group_of_any_size_over_any_prefix_gives_the_definition(
@@ -119,7 +120,7 @@ def test_other_cuts_give_the_definition(generator, head_dim, changes) -> None:
     check(case, make_work(case, 3, **changes), groups)
 
 
-@pytest.mark.parametrize("num_programs", range(1, 12))
+@pytest.mark.parametrize("num_programs", rest_is_slow([1, 4, 11], range(1, 12)))
 def test_shares_that_begin_and_end_in_what_else_a_tile_costs_give_the_definition(generator, num_programs) -> None:
     case = make(generator, 130)
     groups = [Group(0, 101, 1, 39), Group(101, 3, 0, 24), Group(105, 20, 2, 8)]
@@ -172,6 +173,7 @@ def test_no_groups_change_nothing(generator) -> None:
     assert torch.equal(lse, case.lse)
 
 
+@pytest.mark.slow
 def test_more_groups_than_are_searched_at_once_give_the_definition(generator, monkeypatch) -> None:
     from toka_engine.model.kernels import prefix_hopper
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toka_engine.slot_parameters import FILTER, SLOT_COLUMNS
 
+from tests.marks import rest_is_slow
+
 ON_GPU = os.environ.get("TOKA_TEST_KERNELS") == "gpu"
 """The interpreter takes a millisecond per operation, so there the same tests draw few samples."""
 
@@ -123,7 +125,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("is_seeded", [False, True])
+@pytest.mark.parametrize("is_seeded", rest_is_slow([False], [False, True]))
 @pytest.mark.parametrize("options", CASES)
 def test_frequencies_match_the_asked_distribution(device, generator, options, is_seeded) -> None:
     vocab, n, steps = (5003, 20_000, 5) if ON_GPU else (60, 6, 1)
@@ -140,7 +142,7 @@ def test_frequencies_match_the_asked_distribution(device, generator, options, is
     assert chi_square_is_plausible(counts, probabilities)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}], ids=["plain", "rejection"])
+@pytest.mark.parametrize("options", rest_is_slow([{}], [{}, {"top_p": 0.9}]), ids=["plain", "rejection"])
 def test_engine_seeds_that_differ_in_any_bit_draw_other_tokens(device, generator, options) -> None:
     logits = torch.randn(1, 64, generator=generator, device=device) * 0.1
     seeds = (5, 5, *(5 ^ 1 << bit for bit in (0, 31, 32, 62)))
@@ -181,7 +183,7 @@ def test_the_kept_tokens_are_those_of_a_full_sort(seed, top_k, top_p, min_p, tem
     assert bool((expected | at_edge)[drawn[:4].long()].all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", rest_is_slow([torch.float32], [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (3, 1.0), (3, 0.9), (50, 0.95), (1500, 0.9)])
 def test_limits_in_a_large_vocabulary_are_those_of_a_full_sort(generator, device, dtype, top_k, top_p) -> None:
     """Logits of a peaked distribution, a wide one and a flat one; top_k below and above the number of blocks."""

@@ -15,6 +15,8 @@ from toka_engine.model.logit_edits import TokenEdits, plan_edits
 from toka_engine.model.sample_plan import Penalties, Sampled, SamplePlan
 from toka_engine.model.sharding import Sharding
 
+from tests.marks import rest_is_slow
+
 VOCAB, PAGE_SIZE = 90, 4
 TEMPERATURES = [0.0, 0.8, 0.0, 1.1, 0.7, 0.0]
 SEEDS = [-1, 5, -1, 6, 7, -1]
@@ -116,7 +118,7 @@ def make_words(best: list[int], second: list[int]) -> WordPlan:
     return WordPlan(rows(0, 2, 5), np.array([0, 2, 5], np.int32), arrays)
 
 
-@pytest.mark.parametrize("has_logprobs", [False, True])
+@pytest.mark.parametrize("has_logprobs", rest_is_slow([True], [False, True]))
 @pytest.mark.parametrize("has_penalties", [False, True])
 def test_words_are_barred_in_place_and_in_copies(device, generator, has_logprobs, has_penalties) -> None:
     both = Both(device)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.marks import rest_is_slow
 from tests.unit.kernels.test_sampling_kernels import ON_GPU, Bench, chi_square_is_plausible, kept_probabilities
 
 VOCAB, MAX_SAMPLES = 150, 8
@@ -76,7 +77,7 @@ class Ranks:
         return [SimpleNamespace(ids=rank.bench.ids.clone(), logprobs=rank.bench.logprobs.clone()) for rank in self.each]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", rest_is_slow([3], [2, 3]))
 def test_greedy_and_seeded_rows_give_the_tokens_and_logprobs_of_one_gpu(device, generator, num_ranks) -> None:
     logits = torch.randn(5, VOCAB, generator=generator, device=device) * 2
     fields = {"seed": torch.tensor(SEEDS), "temperature": torch.tensor(TEMPERATURES)}

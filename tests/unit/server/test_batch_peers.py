@@ -255,6 +255,7 @@ def test_an_answer_of_a_peer_that_is_cut_or_does_not_end_is_a_503(
 # ---------------------------------------------------------------- replicas that come and go
 
 
+@pytest.mark.slow
 def test_a_successor_asks_its_predecessor_until_that_lets_go_and_has_its_batches_then(
     make: Callable[[int], Deployment],
 ) -> None:
@@ -287,6 +288,7 @@ def test_a_list_without_a_replica_that_should_be_there_is_refused(make: Callable
     assert "not whole" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_pod_that_never_starts_takes_nothing_from_lists_and_one_that_had_files_does(
     make: Callable[[int], Deployment],
 ) -> None:

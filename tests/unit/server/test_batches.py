@@ -413,6 +413,7 @@ def test_lines_are_neither_lost_nor_repeated_however_often_the_server_is_killed(
     assert batch.request_counts.completed == num_lines
 
 
+@pytest.mark.slow
 def test_a_damaged_database_is_told_and_completions_go_on(
     start: Callable[..., RunningServer], tmp_path: Path, tokenizer_dir: Path, sentence_ids: list[int]
 ) -> None:
@@ -434,6 +435,7 @@ def test_a_damaged_database_is_told_and_completions_go_on(
             _, _, body = second.request("GET", "/v1/files")
 
 
+@pytest.mark.slow
 def test_a_second_engine_waits_for_the_folder_and_then_takes_it(
     start: Callable[..., RunningServer], tmp_path: Path, tokenizer_dir: Path
 ) -> None:
@@ -486,6 +488,7 @@ def edit_database(folder: Path, change: Callable[[Database], None]) -> None:
     database.close()
 
 
+@pytest.mark.slow
 def test_a_batch_whose_window_ends_keeps_its_answers_and_names_the_rest(
     start: Callable[..., RunningServer], tmp_path: Path, sentence_ids: list[int]
 ) -> None:
@@ -514,6 +517,7 @@ def test_a_batch_whose_window_ends_keeps_its_answers_and_names_the_rest(
     assert {line["error"]["code"] for line in bad.values()} == {"batch_expired"}
 
 
+@pytest.mark.slow
 def test_a_file_whose_time_is_over_is_removed(start: Callable[..., RunningServer], tmp_path: Path) -> None:
     first = start()
     kept, gone = (client_of(first).files.create(file=b"x", purpose="user_data") for _ in range(2))

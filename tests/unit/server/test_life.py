@@ -425,6 +425,7 @@ def server_text(server: RunningServer, token: int) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_server_reports_its_rates(tokenizer_dir: Path) -> None:
     command = [sys.executable, "-m", "toka_engine.benchmarks.api", f"tokenizer={tokenizer_dir}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "engine")}
