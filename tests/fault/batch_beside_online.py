@@ -34,8 +34,6 @@ MODEL = "smollm2"
 URL = "/v1/completions"
 PROMPT_TOKENS = (32, 96)
 OUTPUT_TOKENS = (24, 56)
-NUM_SATURATING = 64
-"""Clients that ask without a pause: more do not make an engine on two cores faster."""
 BATCH_LINES = 20_000
 SETTLE_S = 4.0
 """The first seconds of a phase, which are in no figure."""
@@ -91,7 +89,7 @@ async def count_tokens(base_url: str, seconds: float) -> float:
     return (after["toka_output_tokens_total"] - before["toka_output_tokens_total"]) / (time.monotonic() - began)
 
 
-async def measure_peak(session: aiohttp.ClientSession, base_url: str, seconds: float) -> float:
+async def measure_peak(session: aiohttp.ClientSession, base_url: str, seconds: float, num_clients: int) -> float:
     """Return the output tokens a second while there is always a next request."""
     chance = random.Random(1)
 
@@ -99,7 +97,7 @@ async def measure_peak(session: aiohttp.ClientSession, base_url: str, seconds: f
         while True:
             await ask(session, make_body(chance), Seen())
 
-    clients = [asyncio.create_task(keep_asking()) for _ in range(NUM_SATURATING)]
+    clients = [asyncio.create_task(keep_asking()) for _ in range(num_clients)]
     await asyncio.sleep(SETTLE_S)
     rate = await count_tokens(base_url, seconds)
     for client in clients:
@@ -175,7 +173,7 @@ async def measure(base_url: str, chosen: argparse.Namespace) -> dict[str, Any]:
         file_id = await upload(session)
         peaks = []
         for number in range(chosen.rounds):
-            peaks.append(await measure_peak(session, base_url, chosen.calibrate))
+            peaks.append(await measure_peak(session, base_url, chosen.calibrate, chosen.clients))
             rate = chosen.load * peaks[-1] / mean_tokens
             await wait_idle(base_url)
             await run_phase(session, base_url, chosen.seconds, rate, number, alone)
@@ -218,6 +216,8 @@ def run(
     measure_engine: Callable[[str, argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]],
 ) -> int:
     """Measure an engine that keeps batches; print the figures, and return the exit code."""
+    more = "clients that ask without a pause, for the peak: on two cores more than 64 make nothing faster"
+    parser.add_argument("--clients", type=int, default=64, help=more)
     parser.add_argument("settings", nargs="*", help="further settings of the engine, key=value")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

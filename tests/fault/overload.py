@@ -89,7 +89,7 @@ async def measure(base_url: str, chosen: argparse.Namespace) -> dict[str, Any]:
     timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector) as session:
         file_id = await upload(session)
-        before = await measure_peak(session, base_url, chosen.calibrate)
+        before = await measure_peak(session, base_url, chosen.calibrate, chosen.clients)
         await wait_idle(base_url)
         rate = chosen.times * before / MEAN_TOKENS
         async with running_batch(session, file_id):
@@ -98,7 +98,7 @@ async def measure(base_url: str, chosen: argparse.Namespace) -> dict[str, Any]:
             outcomes = await overload(session, chosen.seconds, rate, chosen.timeout)
             last, seconds = await read_metrics(base_url), time.monotonic() - began
         await wait_idle(base_url)
-        after = await measure_peak(session, base_url, chosen.calibrate)
+        after = await measure_peak(session, base_url, chosen.calibrate, chosen.clients)
     everything = (last["toka_output_tokens_total"] - first["toka_output_tokens_total"]) / seconds
     answered, wasted = outcomes.answered_tokens / seconds, outcomes.wasted_tokens / seconds
     peak = (before + after) / 2 / MEAN_TOKENS
