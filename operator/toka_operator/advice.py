@@ -7,6 +7,7 @@ test compares them.
 from __future__ import annotations
 
 ADVICE: dict[str, str] = {
+    "CanaryFailed": "Correct what failed, and change the pods or spec.rollout: then it is tried again",
     "ChildFailed": "Give the API server what the message says it lacks (addresses, ports); it is tried again by itself",
     "ChildRejected": "Change what the message names, or the policy that refuses it; it is tried again by itself",
     "ClaimMissing": "Create the PersistentVolumeClaim",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from toka_operator.advice import add_advice
 from toka_operator.autoscaling import explain_autoscaled
+from toka_operator.canary import CANARY_FAILED, CANARY_WATCHED, FAILED, PASSED, Canary
 from toka_operator.downloads import downloads_from_hub, explain_cached
 from toka_operator.failures import (
     CLAIM_ON_ONE_NODE,
@@ -134,10 +135,12 @@ def decide_conditions(
     outcome: Outcome,
     is_late: bool,
     now: float,
+    canary: Canary | None = None,
 ) -> list[Condition]:
-    """Every condition. `is_late`: the rollout made no progress within its deadline."""
-    degraded = _decide_degraded(spec, observed, counts, outcome, is_late, now)
-    progressing = _decide_progressing(spec, observed, plan, counts, is_late, now)
+    """Every condition. `is_late`: the rollout made no progress within its deadline. `canary`: of the revision that is
+    asked for."""
+    degraded = _decide_degraded(spec, observed, counts, outcome, is_late, now, canary)
+    progressing = _decide_progressing(spec, observed, plan, counts, is_late, now, canary)
     optional = [Condition(MODEL_CACHED, *explain_cached(spec, observed))] if downloads_from_hub(spec) else []
     if spec.pod_monitor == "On":
         optional.append(Condition(MONITORED, *explain_monitored(observed.pod_monitors)))
@@ -188,7 +191,13 @@ def _decide_available(spec: TokaDeploymentSpec, counts: Counts) -> Condition:
 
 
 def _decide_progressing(
-    spec: TokaDeploymentSpec, observed: Observed, plan: Plan, counts: Counts, is_late: bool, now: float
+    spec: TokaDeploymentSpec,
+    observed: Observed,
+    plan: Plan,
+    counts: Counts,
+    is_late: bool,
+    now: float,
+    canary: Canary | None,
 ) -> Condition:
     if counts.num_wanted == 0 and not observed.pods:
         return Condition(PROGRESSING, False, _idle_reason(spec), "no pods are wanted")
@@ -200,17 +209,28 @@ def _decide_progressing(
         return Condition(PROGRESSING, False, "Complete", f"revision {spec.revision} is rolled out")
     if spec.rollout.paused:
         return Condition(PROGRESSING, False, "Paused", "rollout.paused is set")
+    if canary is not None and canary.phase == FAILED:
+        return Condition(PROGRESSING, False, CANARY_FAILED, canary.message)
     if is_late:
-        deadline = f"no progress within {spec.rollout.progress_deadline_s} s"
-        return Condition(PROGRESSING, False, DEADLINE_EXCEEDED, deadline)
+        return Condition(PROGRESSING, False, DEADLINE_EXCEEDED, _explain_deadline(spec, canary))
     waiting = _find_waiting(spec, observed)
     if waiting is not None and counts.num_old:
         return Condition(PROGRESSING, True, SURGE_BLOCKED, _explain_blocked_surge(spec, observed, waiting, now))
     if waiting is not None:
         return Condition(PROGRESSING, True, waiting.reason, f"pod {waiting.pod} waits: {waiting.message}")
+    if canary is not None and canary.is_measured:
+        return Condition(PROGRESSING, True, CANARY_WATCHED, canary.message)
+    if canary is not None and canary.phase == PASSED:
+        text = f"revision {spec.revision} replaces older pods. Its canary passed: {canary.message}"
+        return Condition(PROGRESSING, True, "RolloutUnderway", text)
     if len(plan.targets) > 1 or counts.num_old:
         return Condition(PROGRESSING, True, "RolloutUnderway", f"revision {spec.revision} replaces older pods")
     return Condition(PROGRESSING, True, "Scaling", f"revision {spec.revision} goes to {counts.num_wanted} pods")
+
+
+def _explain_deadline(spec: TokaDeploymentSpec, canary: Canary | None) -> str:
+    text = f"no progress within {spec.rollout.progress_deadline_s} s"
+    return f"{text}: {canary.message}" if canary is not None and canary.is_measured else text
 
 
 def _explain_blocked_surge(spec: TokaDeploymentSpec, observed: Observed, waiting: Failure, now: float) -> str:
@@ -260,7 +280,13 @@ def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> floa
 
 
 def _decide_degraded(
-    spec: TokaDeploymentSpec, observed: Observed, counts: Counts, outcome: Outcome, is_late: bool, now: float
+    spec: TokaDeploymentSpec,
+    observed: Observed,
+    counts: Counts,
+    outcome: Outcome,
+    is_late: bool,
+    now: float,
+    canary: Canary | None,
 ) -> Condition:
     if observed.taken_names:
         names = ", ".join(f"{kind} {name}" for kind, name in sorted(observed.taken_names))
@@ -280,9 +306,10 @@ def _decide_degraded(
     if failing:
         worst = min(failing, key=_rank)
         return _degraded(worst.reason, _describe(worst, len(failing)))
+    if canary is not None and canary.phase == FAILED:
+        return _degraded(CANARY_FAILED, f"revision {spec.revision} was given up. {canary.message}")
     if is_late:
-        deadline = spec.rollout.progress_deadline_s
-        return _degraded(DEADLINE_EXCEEDED, f"no progress within {deadline} s")
+        return _degraded(DEADLINE_EXCEEDED, _explain_deadline(spec, canary))
     return Condition(DEGRADED, False, "AsExpected")
 
 

@@ -48,7 +48,7 @@ def find_hold_end(spec: TokaDeploymentSpec, observed: Observed, now: float) -> f
     coming = [
         pod
         for pod in observed.pods
-        if pod.revision == spec.revision
+        if (pod.revision == spec.revision or not pod.has_served)  # of an older one where that is not replaced
         and pod.name not in displaced
         and not pod.is_terminating
         and not pod.is_available(now, spec.rollout.min_ready_s)

@@ -13,6 +13,7 @@ from toka_operator.caches import cache_claim_name
 from toka_operator.data import claim_name
 from toka_operator.failures import Failure, find_failure, is_creating, is_on_lost_node
 from toka_operator.fields import Json
+from toka_operator.figures import Figures
 from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import CLAIM
@@ -72,8 +73,12 @@ class PodView:
     scheduled_at: float = 0.0
     is_creating: bool = False
     """Bound to a node, where none of its containers began."""
+    address: str = ""
+    """Its IP address, once it has one."""
     loading_address: str = ""
-    """Its IP address, while its engine runs and is not ready."""
+    """The same, while its engine runs and is not ready."""
+    restarts: int = 0
+    """The number of times that its engine was started anew."""
     created_at: float = 0.0
 
     @property
@@ -114,6 +119,8 @@ class Observed:
     """Whether PodMonitors can be seen, and so made."""
     downloads: Mapping[str, Download] = field(default_factory=dict)
     """By name of a pod of the current revision that downloads the model."""
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    """By uid of a canary or an old pod that it is compared with: what its engine has counted."""
     complete_revision: str = ""
     """The last revision of which every wanted pod was available."""
     cordoned: frozenset[str] | None = None
@@ -195,7 +202,9 @@ def view_pod(pod: Json, endpoints: frozenset[str]) -> PodView:
         node=(pod.get("spec") or {}).get("nodeName") or "",
         scheduled_at=parse_time(conditions.get("PodScheduled", {}).get("lastTransitionTime")),
         is_creating=is_creating(pod),
+        address=str(status.get("podIP") or ""),
         loading_address=find_loading_address(status, ready),
+        restarts=count_restarts(status),
         created_at=parse_time(metadata.get("creationTimestamp")),
     )
 
@@ -205,6 +214,12 @@ def find_loading_address(status: Json, ready: Json) -> str:
     states = [s.get("state") or {} for s in status.get("containerStatuses") or [] if s.get("name") == ENGINE_CONTAINER]
     is_loading = ready.get("status") != "True" and any("running" in state for state in states)
     return str(status.get("podIP") or "") if is_loading else ""
+
+
+def count_restarts(status: Json) -> int:
+    """Return how often a pod's engine was started anew."""
+    found = (s for s in status.get("containerStatuses") or [] if s.get("name") == ENGINE_CONTAINER)
+    return sum(int(s.get("restartCount") or 0) for s in found)
 
 
 def has_been_ready(status: Json, ready: Json) -> bool:

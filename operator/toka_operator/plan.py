@@ -68,9 +68,16 @@ class Plan:
     requeue_s: float | None
 
 
-def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settings: Settings, now: float) -> Plan:
+def make_plan(
+    owner: Owner,
+    spec: TokaDeploymentSpec,
+    observed: Observed,
+    settings: Settings,
+    now: float,
+    new_limit: int | None = None,
+) -> Plan:
     """The one next step towards `spec`. `now` is a Unix time; `requeue_s` says when time alone changes the
-    answer."""
+    answer. `new_limit`: the pods that a new revision may have, because of its canary."""
     sets = by_revision(owner, observed.of_kind(STATEFUL_SET))
     stored = by_revision(owner, observed.of_kind(CONTROLLER_REVISION))
     numbers = {revision: int(child.get("revision", 0)) for revision, child in stored.items()}
@@ -79,7 +86,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
     )
     by_age = sorted(windows, key=lambda revision: (numbers.get(revision, 0), revision))
     revisions = {name: _view_revision(owner, name, windows[name], spec, observed, now) for name in by_age}
-    budgets = find_budgets(spec, observed, now)
+    budgets = find_budgets(spec, observed, now, new_limit)
     unmade = RevisionPods(leaving=_find_other_pods(set_name(owner.name, spec.revision), observed))
     targets = decide_windows(budgets, spec.revision, revisions, unmade)
     finished = _find_finished_sets(spec, sets, targets, observed)
@@ -102,7 +109,7 @@ def make_plan(owner: Owner, spec: TokaDeploymentSpec, observed: Observed, settin
     )
 
 
-def find_budgets(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Budgets:
+def find_budgets(spec: TokaDeploymentSpec, observed: Observed, now: float, new_limit: int | None = None) -> Budgets:
     """The pods more and fewer than desired that there may be now."""
     rollout = spec.rollout
     fallback = find_surge_fallback(spec, observed)
@@ -115,6 +122,7 @@ def find_budgets(spec: TokaDeploymentSpec, observed: Observed, now: float) -> Bu
         is_paused=rollout.paused,
         keeps_ordinals=spec.data is not None,
         ends_old_first=ends_old_first,
+        new_limit=new_limit,
     )
 
 
@@ -279,7 +287,9 @@ def _render_optional_children(
 ) -> list[Json]:
     """Children of kinds that not every spec asks for."""
     found = [
-        render_network_policy(owner, spec, templates.values(), settings.asking_namespace),
+        render_network_policy(
+            owner, spec, templates.values(), settings.find_asking_namespace(spec.rollout.canary_s > 0)
+        ),
         render_disruption_budget(owner, spec, holds_only_pod(spec, observed, now)),
         render_autoscaler(owner, spec),
         render_pod_monitor(owner, spec, observed.pod_monitors, settings.pod_monitor_labels),

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from toka_operator.asking import Engine
+from toka_operator.canary import Canary, find_canary, find_measured, read_canary
 from toka_operator.children import ChildWriter, Memory
 from toka_operator.cluster import Cluster
 from toka_operator.downloads import downloads_from_hub, explain_claim_conflicts
@@ -19,7 +21,8 @@ from toka_operator.errors import ConflictError, FieldError, NamespaceEndsError, 
 from toka_operator.escapes import find_escapes
 from toka_operator.events import Recorder, Warnings
 from toka_operator.fields import Json
-from toka_operator.loading import Engine, LoadingEngines
+from toka_operator.loading import LoadingEngines
+from toka_operator.measuring import MeasuredEngines
 from toka_operator.metrics import WRITES
 from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.observed import (
@@ -33,7 +36,7 @@ from toka_operator.observed import (
 from toka_operator.plan import Plan, make_plan
 from toka_operator.resources import STATEFUL_SET, Owner
 from toka_operator.revisions import with_stored_revision
-from toka_operator.rollback import find_resort
+from toka_operator.rollback import Resort, describe_wish, find_resort
 from toka_operator.settings import API_VERSION, KIND, Settings
 from toka_operator.spec import TokaDeploymentSpec, parse
 from toka_operator.status import (
@@ -60,10 +63,12 @@ class Reconciler:
         loading: LoadingEngines | None = None,
         see_pod_monitors: Callable[[str], str] = lambda namespace: NOT_ALLOWED,
         find_cordoned: Callable[[], frozenset[str] | None] = lambda: None,
+        measured: MeasuredEngines | None = None,
     ) -> None:
-        """`loading` None: engines are not asked for their downloads. `see_pod_monitors` tells of a namespace whether
-        PodMonitors can be seen there; `find_cordoned` which nodes are cordoned, or None if that cannot be seen."""
-        self._cluster, self._settings, self._loading = cluster, settings, loading
+        """`loading`, `measured` None: engines are not asked for their downloads, for their figures. `see_pod_monitors`
+        tells of a namespace whether PodMonitors can be seen there; `find_cordoned` which nodes are cordoned, or None if
+        that cannot be seen."""
+        self._cluster, self._settings, self._loading, self._measured = cluster, settings, loading, measured
         self._deployments, self._stores = deployments, stores
         self._see_pod_monitors, self._find_cordoned = see_pod_monitors, find_cordoned
         self._children = ChildWriter(cluster, stores, settings)
@@ -124,7 +129,9 @@ class Reconciler:
         if resort.failed is not None and resort.spec is not None:
             spec = resort.spec
         observed = self._add_downloads(owner, spec, explain_claim_conflicts(owner.name, spec, observed))
-        plan = make_plan(owner, spec, observed, self._settings, time.time())
+        canary = self._judge_canary(owner, spec, deployment, observed, resort)
+        new_limit = canary.limit if canary is not None and canary.revision == spec.revision else None
+        plan = make_plan(owner, spec, observed, self._settings, time.time(), new_limit)
         self._confirm_owner(owner, plan, observed, previous)
         try:
             outcome = self._children.write(owner, plan, observed, memory)
@@ -132,7 +139,7 @@ class Reconciler:
             return None
         observed = replace(observed, taken_names=frozenset(memory.taken_names))
         now = time.time()
-        status = build_status(owner, spec, observed, plan, outcome, previous, now, resort)
+        status = build_status(owner, spec, observed, plan, outcome, previous, now, resort, canary)
         delays = [
             0.0 if status.get("rollback", resort.failed) != resort.failed else None,  # a rollout was given up
             plan.requeue_s,
@@ -189,9 +196,29 @@ class Reconciler:
         )
         return replace(observed, downloads=self._loading.expect((owner.namespace, owner.name), engines))
 
+    def _judge_canary(
+        self, owner: Owner, spec: TokaDeploymentSpec, deployment: Json, observed: Observed, resort: Resort
+    ) -> Canary | None:
+        """The canary by what the engines said last; a thread of its own asks them while it is measured."""
+        key, now = (owner.namespace, owner.name), time.time()
+        previous = read_canary(deployment.get("status") or {})
+        if self._measured is None or resort.failed is not None:  # then it only says what failed
+            self._measure(key, ())
+            return previous
+        observed = replace(observed, figures=self._measured.recall(key))
+        canary = find_canary(spec, observed, previous, describe_wish(deployment["spec"], spec), now)
+        pods = find_measured(spec, observed, canary, now)
+        self._measure(key, tuple(Engine(pod.uid, pod.address, spec.engine.port) for pod in pods))
+        return canary
+
+    def _measure(self, key: Key, engines: tuple[Engine, ...]) -> None:
+        if self._measured is not None:
+            self._measured.expect(key, engines)
+
     def _ask_no_engines(self, key: Key) -> None:
         if self._loading is not None:
             self._loading.expect(key, ())
+        self._measure(key, ())
 
     def _confirm_owner(self, owner: Owner, plan: Plan, observed: Observed, previous: Json) -> None:
         """Before children are made *again*: the object itself may be gone, and another watch saw that of them first.

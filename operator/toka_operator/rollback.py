@@ -48,7 +48,7 @@ def find_resort(owner: Owner, body: Mapping[str, Any], spec: TokaDeploymentSpec,
     former = observed.complete_revision
     if spec.rollout.on_failure != "Rollback" or not former or former == spec.revision:
         return _NO_RESORT
-    wish = _describe_wish(body["spec"], spec)
+    wish = describe_wish(body["spec"], spec)
     back = _restore(owner, body, former, observed)
     is_in_force = back is not None and failed is not None and failed.get("wish") == wish
     return Resort(wish, back, failed if is_in_force else None)
@@ -134,7 +134,8 @@ def _read_kept_spec(text: str | None) -> tuple[Json, Json] | None:
     )
 
 
-def _describe_wish(raw: Mapping[str, Any], spec: TokaDeploymentSpec) -> str:
+def describe_wish(raw: Mapping[str, Any], spec: TokaDeploymentSpec) -> str:
+    """The same text as long as the same pods are asked for, to be rolled out in the same way."""
     defaults = DEFAULTS["rollout"]
     rollout = {k: v for k, v in (raw.get("rollout") or {}).items() if k not in defaults or defaults[k] != v}
     text = json.dumps([spec.fingerprint, rollout], sort_keys=True)

@@ -14,6 +14,9 @@ that is still leaving. These rules hold at every step, over all revisions togeth
 - a displaced pod (its node is cordoned) counts as none of the desired ones, and goes when as many as desired are
   available without it. In the midst of a window it is deleted (`find_moves`), and its successor takes its name.
 
+With a `new_limit` the current revision has no more pods than that, none of the others is replaced, and they have what
+becomes of them otherwise: those that are lacking, too many or displaced.
+
 With `ends_old_first` no pod of the current revision is added until every old one is gone, those that drain included.
 
 Where ordinals have data (`keeps_ordinals`), the pods of the current revision are those from 0 on, whatever goes or
@@ -86,6 +89,13 @@ class Budgets:
     is_paused: bool = False
     keeps_ordinals: bool = False
     ends_old_first: bool = False
+    new_limit: int | None = None
+    """The pods that the current revision may have beside the others; None: it replaces them."""
+
+    @property
+    def replaces_old(self) -> bool:
+        """Whether pods of other revisions go because there is another one."""
+        return not self.is_paused and self.new_limit is None
 
     @property
     def max_total(self) -> int:
@@ -110,6 +120,8 @@ def decide_windows(
     if budgets.is_paused:
         return _Step(budgets, current, revisions).follow_scale() if revisions else {}
     step = _Step(budgets, current, {**revisions, current: revisions.get(current, unmade)})
+    if budgets.new_limit is not None:
+        return step.try_current(budgets.new_limit)
     step.shrink_current()
     step.move_displaced()
     step.retire_old()
@@ -125,7 +137,9 @@ def find_moves(
 
     One at a time: what an end of a window can do without is taken there, and costs no successor.
     """
-    names = windows.keys() & revisions.keys() if budgets.is_paused else windows.keys() & revisions.keys() & {current}
+    names = windows.keys() & revisions.keys()
+    if budgets.replaces_old:
+        names &= {current}
     available = {
         (name, ordinal)
         for name in windows.keys() & revisions.keys()
@@ -144,9 +158,9 @@ class _Step:
         self._budgets, self._current, self._revisions = budgets, current, revisions
         self.windows = {name: pods.trim() for name, pods in revisions.items()}
         self._old = [name for name in revisions if name != current]
-        self._is_replaced: Container[str] = () if budgets.is_paused else self._old
+        self._is_replaced: Container[str] = self._old if budgets.replaces_old else ()
         """Revisions whose ordinals the current one takes over."""
-        self._movable = [*revisions] if budgets.is_paused else [current]
+        self._movable = [current] if budgets.replaces_old else [*revisions]
         """Revisions whose displaced pods get successors."""
 
     # ---- counts
@@ -312,6 +326,25 @@ class _Step:
             is_better_below = window.end in leaving or (window.end - 1 in displaced and window.start not in displaced)
             is_below = window.start > 0 and (keeps or (is_better_below and window.start - 1 not in leaving))
             self.windows[name] = Window(window.start - is_below, window.replicas + 1)
+
+    # ---- a canary
+
+    def try_current(self, limit: int) -> dict[str, Window]:
+        """Gives the current revision up to `limit` pods beside the others, which go on as if it were not there: but one
+        that serves stays if it is needed."""
+        self.shrink([self._current], limit)
+        self.move_displaced()
+        newest_first = list(reversed(self._old))
+        self.shrink(sorted(newest_first, key=self._num_available), self._budgets.num_desired)
+        serving = [name for name in self._old if self._num_available(name)]
+        room = self._budgets.max_total - self._num_old_held() - self.windows[self._current].replicas
+        if serving:
+            lacking = self._budgets.num_desired + self._num_displaced(self._old) - self._total(self._old)
+            lacking -= self._num_available(self._current) if limit else 0
+            self._add(max(serving, key=self._num_available), min(lacking, room))
+            room -= max(0, min(lacking, room))
+        self._add(self._current, min(limit - self.windows[self._current].replicas, room))
+        return self.windows
 
     # ---- paused
 

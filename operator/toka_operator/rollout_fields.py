@@ -20,6 +20,7 @@ ROLLOUT_DEFAULTS: Json = {
     "stuckSeconds": 30,
     "paused": False,
     "onFailure": "Hold",
+    "canary": {"seconds": 0},
     "revisionHistoryLimit": 3,
 }
 
@@ -44,6 +45,8 @@ class Rollout:
     paused: bool
     on_failure: str
     """Hold or Rollback: what becomes of a rollout that makes no progress within its deadline."""
+    canary_s: int
+    """Seconds for which the first new pod has traffic before it is judged; 0: there is no canary."""
     revision_history_limit: int
 
 
@@ -60,6 +63,11 @@ def parse_rollout(fields: Fields) -> Rollout:
         fields.refuse("maxUnavailable", "is not for strategy Recreate, which ends all old pods first")
     if fallback_s is not None and (strategy != "Surge" or max_surge == 0):
         fields.refuse("surgeFallbackSeconds", "is only for strategy Surge with a maxSurge above 0")
+    canary_s = fields.child("canary").integer("seconds", 0, 86400)
+    if canary_s and (strategy != "Surge" or max_surge == 0):
+        fields.refuse("canary", "is only for strategy Surge with a maxSurge above 0: old pods serve beside it")
+    if canary_s and fallback_s is not None:
+        fields.refuse("canary", "excludes surgeFallbackSeconds, which takes away the old pods that it is compared with")
     rollout = Rollout(
         strategy=strategy,
         max_surge=max_surge if strategy == "Surge" else 0,
@@ -72,8 +80,11 @@ def parse_rollout(fields: Fields) -> Rollout:
         stuck_s=fields.integer("stuckSeconds", 0, 86400),
         paused=fields.boolean("paused"),
         on_failure=fields.choice("onFailure", ("Hold", "Rollback")),
+        canary_s=canary_s,
         revision_history_limit=fields.integer("revisionHistoryLimit", 0, 50),
     )
     if rollout.progress_deadline_s <= rollout.min_ready_s:
         fields.refuse("progressDeadlineSeconds", "must be greater than minReadySeconds")
+    if rollout.progress_deadline_s <= canary_s:
+        fields.refuse("progressDeadlineSeconds", "must be greater than canary.seconds")
     return rollout

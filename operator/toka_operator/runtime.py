@@ -15,6 +15,7 @@ from toka_operator.errors import NotLeaderError, OperatorError, TransientError
 from toka_operator.health import HealthServer
 from toka_operator.lease import Election
 from toka_operator.loading import LoadingEngines
+from toka_operator.measuring import MeasuredEngines
 from toka_operator.metrics import (
     IS_LEADER,
     QUEUE_DEPTH,
@@ -67,6 +68,7 @@ class Runtime:
         )
         self._election.connect(self._cluster)
         self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
+        self._measured = MeasuredEngines(self._queue.add, self._election.is_held)
         self._pod_monitors = {scope: self._watch_pod_monitors(scope) for scope in scopes if settings.makes_pod_monitors}
         self._nodes = self._make_node_watch() if settings.watches_nodes else None
         self._reconciler = Reconciler(
@@ -77,6 +79,7 @@ class Runtime:
             self._loading,
             self._see_pod_monitors,
             self._find_cordoned,
+            self._measured,
         )
         self._warning_watches = [
             WarningWatch(self._cluster, scope, self._reconciler.warnings, self._note_warning) for scope in scopes
@@ -102,8 +105,8 @@ class Runtime:
         self._queue.close()
         for watch in self._streams():
             watch.stop()
-        if self._loading is not None:
-            self._loading.stop()
+        for asker in self._askers():
+            asker.stop()
         deadline = time.monotonic() + STOP_LIMIT_S
         for worker in filter(threading.Thread.is_alive, self._workers):
             worker.join(timeout=max(0.1, deadline - time.monotonic()))
@@ -145,8 +148,10 @@ class Runtime:
         return is_ready, "\n".join(lacks) or "ok"
 
     def _threads(self) -> list[threading.Thread]:
-        loading = [self._loading] if self._loading is not None else []
-        return [*self._streams(), self._election, *self._workers, *loading]
+        return [*self._streams(), self._election, *self._workers, *self._askers()]
+
+    def _askers(self) -> list[LoadingEngines | MeasuredEngines]:
+        return [self._measured] if self._loading is None else [self._measured, self._loading]
 
     def _streams(self) -> list[WatchStream]:
         nodes = [self._nodes] if self._nodes is not None else []

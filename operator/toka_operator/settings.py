@@ -72,10 +72,10 @@ class Settings:
     """Seconds until a child's name that a foreign object holds is tried again: no watch of ours can see that it was
     freed."""
 
-    @property
-    def asking_namespace(self) -> str | None:
-        """The namespace whose pods, the operator's, ask engines by HTTP; None if they do not."""
-        return self.namespace if self.reads_downloads else None
+    def find_asking_namespace(self, has_canary: bool) -> str | None:
+        """The namespace whose pods, the operator's, ask engines by HTTP; None if they do not. `has_canary`: of an
+        object whose rollouts have canaries."""
+        return self.namespace if self.reads_downloads or has_canary else None
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:

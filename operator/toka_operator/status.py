@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from toka_operator.advice import add_advice
+from toka_operator.canary import FAILED, PASSED, Canary, describe_canary
 from toka_operator.conditions import (
     AVAILABLE,
     CONFIG_VALID,
@@ -73,21 +74,23 @@ def build_status(
     previous: Json,
     now: float,
     resort: Resort = _NO_RESORT,
+    canary: Canary | None = None,
 ) -> Json:
     """The whole status. `previous` gives what cannot be seen twice, and nothing else: the times of transitions
     and of the last progress, how the revision's first pod came up, and the last revision that was complete. `resort`:
-    the way back from a rollout that fails, or was taken from one that did."""
+    the way back from a rollout that fails, or was taken from one that did. `canary`: of the revision asked for."""
     counts = count_pods(spec, observed, plan, now)
     revisions = _describe_revisions(spec, observed, plan, now)
-    last_progress = _find_last_progress(owner, spec, revisions, previous, now)
+    last_progress = _find_last_progress(owner, spec, revisions, previous, now, canary)
     is_overdue = now >= parse_time(last_progress) + spec.rollout.progress_deadline_s
     is_late = counts.is_underway and is_overdue and not spec.rollout.paused
-    conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late, now)
+    on_trial = canary if canary is not None and canary.revision == spec.revision else None
+    conditions = decide_conditions(spec, observed, plan, counts, outcome, is_late, now, on_trial)
     rollback = resort.failed
     is_complete = next(c.is_true for c in conditions if c.type == READY) and rollback is None
     if rollback is not None:
         conditions = tell_rollback(conditions, rollback, spec.revision)
-    elif is_late:
+    elif is_late or (on_trial is not None and on_trial.phase == FAILED):
         rollback = give_up(resort, spec, observed, next(c for c in conditions if c.type == DEGRADED), now)
     phase, reason = _decide_phase(spec, counts, {c.type: c for c in conditions})
     status: Json = {
@@ -112,6 +115,7 @@ def build_status(
     complete = spec.revision if is_complete else observed.complete_revision
     status |= {"completeRevision": complete} if complete else {}
     status |= {"rollback": rollback} if rollback is not None else {}
+    status |= {"canary": describe_canary(canary)} if canary is not None else {}
     startup = _describe_startup(spec, observed, previous, now)
     if startup is not None:
         status["startup"] = startup
@@ -177,6 +181,8 @@ def find_batching_delay_s(previous: Json, status: Json) -> float:
     if not previous:
         is_well = all(after[kind][0] == expected for kind, expected in _STARTING.items())
         return START_BATCH_S if is_well else 0.0
+    if previous.get("canary") != status.get("canary"):
+        return 0.0
     if before != after or previous.get("observedGeneration") != status["observedGeneration"]:
         return 0.0
     return COUNTS_BATCH_S if _readiness(previous) == _readiness(status) else READINESS_BATCH_S
@@ -196,6 +202,9 @@ def find_events(previous: Json, status: Json) -> list[Event]:
     old, new = previous.get("currentRevision"), status.get("currentRevision")
     if old and new and old != new:
         events.append(Event(False, "RolloutStarted", f"revision {new} replaces {old}"))
+    canary = status.get("canary") or {}
+    if canary.get("phase") == PASSED and previous.get("canary") != canary:
+        events.append(Event(False, "CanaryPassed", canary["message"]))
     for condition in status["conditions"]:
         kind, is_true = condition["type"], condition["status"] == "True"
         was = before.get(kind, {})
@@ -266,9 +275,10 @@ def _describe_startup(spec: TokaDeploymentSpec, observed: Observed, previous: Js
 
 
 def _find_last_progress(
-    owner: Owner, spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float
+    owner: Owner, spec: TokaDeploymentSpec, revisions: list[Json], previous: Json, now: float, canary: Canary | None
 ) -> str:
-    """The time of the last progress: another wish, more available pods of the current revision, or fewer old ones.
+    """The time of the last progress: another wish, more available pods of the current revision, fewer old ones, or a
+    canary that passed.
 
     A deadline counts from the wish, however old the object is, and from when something that was complete is not.
     """
@@ -285,7 +295,9 @@ def _find_last_progress(
     more_new = _number(after, spec.revision, "available") > _number(before, spec.revision, "available")
     old_before = sum(r["replicas"] for name, r in before.items() if name != spec.revision)
     old_after = sum(r["replicas"] for name, r in after.items() if name != spec.revision)
-    return format_time(now) if more_new or old_after < old_before else str(last)
+    was_passed = (previous.get("canary") or {}).get("phase") == PASSED
+    has_passed = canary is not None and canary.phase == PASSED and not was_passed
+    return format_time(now) if more_new or old_after < old_before or has_passed else str(last)
 
 
 def _was_over(previous: Json) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from tests.cluster.harness.processes import ProcessHandle
 from tests.cluster.operating import Operator
 from tests.cluster.proxy import CUT, GARBAGE, FaultProxy
+from tests.cluster.simulated_engines import begin, simulate_engines, wait_for_phase
 
 BROKEN = (
     "event=broken",
@@ -132,3 +133,16 @@ def test_a_steady_state_costs_no_reads_and_no_writes(operator: Operator) -> None
     time.sleep(10)
     quiet = [r for r in operator.requests()[before:] if r[0] != "watch"]
     assert quiet == []
+
+
+def test_a_canary_is_watched_on_by_the_next_operator(operator: Operator) -> None:
+    with simulate_engines(operator) as engines:
+        begin(operator, engines, canary={"seconds": 15})
+        operator.patch("chat", engine={"pageSize": 64})
+        watched = wait_for_phase(operator, "Watched")
+        assert operator.processes[-1].terminate() == 0
+        operator.start()
+        passed = wait_for_phase(operator, "Passed")
+        assert passed["since"] == watched["since"]
+        assert passed["pod"] == watched["pod"]
+        operator.wait_until_ready("chat")

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
+from toka_operator.canary import WAITING, Canary, find_canary
 from toka_operator.conditions import Outcome
 from toka_operator.observed import Observed, PodView, view_pod
+from toka_operator.plan import make_plan
 from toka_operator.rollback import find_resort
+from toka_operator.settings import Settings
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.status import build_status
 from toka_operator.times import format_time
 
-from tests.unit.operator.examples import NOW, OWNER, body, live, plan_for, pod, seen, valid
+from tests.unit.operator.examples import IMAGE, NOW, OWNER, body, live, plan_for, pod, seen, valid
 
 Json = dict[str, Any]
 CRD = Path(__file__).parents[3] / "crds" / "tokadeployments.yaml"
@@ -85,6 +88,7 @@ CHANGES: dict[str, Any] = {
     "rollout.drainTimeoutSeconds": 60,
     "rollout.stuckSeconds": 60,
     "rollout.paused": True,
+    "rollout.canary.seconds": 60,
     "rollout.onFailure": "Rollback",
     "rollout.revisionHistoryLimit": 1,
     "disruption.podDisruptionBudget": "Off",
@@ -129,7 +133,9 @@ def spec_with(path: str) -> TokaDeploymentSpec:
         if groups and isinstance(value, dict) and name in value:
             spec[groups[0]] = value
         else:
-            holder = spec.setdefault(groups[0], {}) if groups else spec
+            holder = spec
+            for group in groups:
+                holder = holder.setdefault(group, {})
             holder[name] = value
     return valid(**spec)
 
@@ -151,10 +157,11 @@ def look(spec: TokaDeploymentSpec) -> str:
     pods = (pod(old.revision, 0, is_available=True), pod(old.revision, 1))
     stuck = replace(pod(old.revision, 3), terminating_until=NOW - 45)
     observed = Observed(children, (*pods, stuck, _new_pod(spec.revision), _waiting_pod(spec.revision)), frozenset())
-    plan = plan_for(spec, observed)
+    canary = find_canary(spec, observed, Canary(spec.revision, WAITING), "", NOW)
+    plan = make_plan(OWNER, spec, observed, Settings(IMAGE), NOW, canary.limit if canary is not None else None)
     previous = {"observedGeneration": 1, "currentRevision": spec.revision, "lastProgressTime": format_time(NOW - 2000)}
     previous |= {"revisions": [{"name": spec.revision, "available": 1, "replicas": 1}]}
-    status = build_status(OWNER, spec, observed, plan, Outcome(), previous, NOW)
+    status = build_status(OWNER, spec, observed, plan, Outcome(), previous, NOW, canary=canary)
     for key in ("currentRevision", "revisions"):
         status.pop(key)
     observed = replace(observed, complete_revision=old.revision)

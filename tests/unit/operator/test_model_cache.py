@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from toka_operator.asking import Engine
 from toka_operator.conditions import Outcome
 from toka_operator.downloads import explain_claim_conflicts, parse_download
-from toka_operator.loading import Engine, LoadingEngines, ask
+from toka_operator.loading import LoadingEngines, ask
 from toka_operator.observed import Download, Observed, PodView
 from toka_operator.podspec import render_pod_template
 from toka_operator.reconcile import Reconciler

@@ -39,6 +39,7 @@ def test_the_operator_and_the_pods_themselves_are_let_in_where_the_product_needs
     named = {"from": [CLIENT], "ports": [ENGINE_PORT]}
     assert ingress(networkPolicy=policy) == [named]
     assert ingress(True, networkPolicy=policy) == [named, {"from": [OPERATOR], "ports": [ENGINE_PORT]}]
+    assert ingress(networkPolicy=policy, rollout={"canary": {"seconds": 60}}) == ingress(True, networkPolicy=policy)
     with_data = ingress(True, networkPolicy=policy, data={"size": "1Gi"})
     assert with_data == [named, {"from": [OWN, OPERATOR], "ports": [ENGINE_PORT]}]
 

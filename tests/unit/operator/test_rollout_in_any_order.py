@@ -71,11 +71,13 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         super().__init__()
         self.sets: dict[str, FakeSet] = {}
         self.current = "r0"
+        self.new_limit: int | None = None
         self.budgets = self._budget(1, 1, 0)
 
     def _budget(self, desired: int, surge: int, unavailable: int, is_paused: bool = False) -> Budgets:
         ends_old_first = (surge, unavailable) == RECREATE
-        return Budgets(desired, surge, unavailable, is_paused, self.keeps_ordinals, ends_old_first)
+        new_limit = self.new_limit if surge and not ends_old_first else None
+        return Budgets(desired, surge, unavailable, is_paused, self.keeps_ordinals, ends_old_first, new_limit)
 
     @initialize(desired=st.integers(1, 4), budget=st.sampled_from(BUDGETS))
     def begin(self, desired: int, budget: tuple[int, int]) -> None:
@@ -88,6 +90,12 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @rule(desired=st.integers(0, 5), is_paused=st.sampled_from([False, False, True]))
     def change_scale(self, desired: int, is_paused: bool) -> None:
         self.budgets = self._budget(desired, self.budgets.max_surge, self.budgets.max_unavailable, is_paused)
+
+    @rule(new_limit=st.sampled_from([None, 0, 1, 1]))
+    def a_canary_is_tried_or_judged(self, new_limit: int | None) -> None:
+        self.new_limit = new_limit
+        budgets = self.budgets
+        self.budgets = self._budget(budgets.num_desired, budgets.max_surge, budgets.max_unavailable, budgets.is_paused)
 
     @rule(budget=st.sampled_from([*BUDGETS, RECREATE]))
     def change_budgets(self, budget: tuple[int, int]) -> None:
@@ -144,6 +152,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             self._check_served(views, windows)
             self._check_total(views, windows)
             self._check_recreated(views, windows)
+            self._check_canary(views, windows)
         is_changed = any(self.sets.get(n, FakeSet(Window(-1))).asked != w for n, w in windows.items())
         for name, window in windows.items():
             assert window.start >= 0 <= window.replicas
@@ -194,9 +203,23 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             before = views.get(self.current, RevisionPods()).trim()
             assert windows[self.current].replicas <= before.replicas, (views, windows)
 
+    def _check_canary(self, views: dict[str, RevisionPods], windows: dict[str, Window]) -> None:
+        """While a canary is tried no pod is added beside it, and no old pod replaced: those that are lacking come."""
+        limit = self.budgets.new_limit
+        if limit is None or self.budgets.is_paused:
+            return
+        before = views.get(self.current, RevisionPods()).trim()
+        assert windows[self.current].replicas <= max(limit, before.replicas), (views, windows)
+        old = [name for name in views if name != self.current]
+        num_before = sum(views[name].trim().replicas for name in old)
+        num_displaced = sum(n in views[name].trim() for name in old for n in views[name].displaced)
+        num_left = sum(windows[name].replicas for name in old)
+        assert num_left >= min(num_before, self.budgets.num_desired) - num_displaced, (views, windows)
+
     def teardown(self) -> None:
         """Left alone, with pods that come up and go, every rollout ends with just what is desired."""
         desired = max(1, self.budgets.num_desired)
+        self.new_limit = None
         self.budgets = self._budget(desired, self.budgets.max_surge, self.budgets.max_unavailable)
         num_calm = 0
         for _ in range(200):

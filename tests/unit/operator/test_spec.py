@@ -119,6 +119,12 @@ def test_other_sources_are_refused(source: str) -> None:
         ("spec.rollout.maxSurge", {"rollout": {"maxSurge": 0}}),
         ("spec.rollout.strategy", {"rollout": {"strategy": "Blue"}}),
         ("spec.rollout.maxSurge", {"rollout": {"strategy": "InPlace", "maxSurge": 2}}),
+        ("spec.rollout.canary.seconds", {"rollout": {"canary": {"seconds": -1}}}),
+        ("spec.rollout.canary", {"rollout": {"canary": 60}}),
+        ("spec.rollout.canary", {"rollout": {"canary": {"seconds": 60}, "strategy": "InPlace"}}),
+        ("spec.rollout.canary", {"rollout": {"canary": {"seconds": 60}, "maxSurge": 0, "maxUnavailable": 1}}),
+        ("spec.rollout.canary", {"rollout": {"canary": {"seconds": 60}, "surgeFallbackSeconds": 9}}),
+        ("spec.rollout.progressDeadlineSeconds", {"rollout": {"canary": {"seconds": 3600}}}),
         ("spec.rollout.maxUnavailable", {"rollout": {"strategy": "Recreate", "maxUnavailable": 1}}),
         ("spec.rollout.surgeFallbackSeconds", {"rollout": {"strategy": "InPlace", "surgeFallbackSeconds": 9}}),
         (
