@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 import pytest
 
@@ -41,3 +42,40 @@ def test_in_place_and_back_from_a_broken_revision_no_request_is_lost(installatio
     requests = [line for line in load.stop() if "began" in line]
     assert [each for each in requests if "error" in each] == []
     print(f"{len(requests)} requests, none failed")
+
+
+@pytest.mark.slow
+def test_a_canary_with_another_name_of_the_model_is_taken_away_and_one_that_serves_alike_passes(
+    installation: Installation,
+) -> None:
+    """The engines are real, and so is the fault: clients ask for a name that the new revision does not have."""
+    cluster = installation.cluster
+    deployment = deploy(installation, "tiny", drain_delay_s=5, replicas=2)
+    deployment.patch({"rollout": {"canary": {"seconds": 600}, "onFailure": "Rollback"}})
+    deployment.wait_until_ready(600.0)
+    first = deployment.read()["status"]["currentRevision"]
+    load = Load(deployment, argparse.Namespace(clients=6, tokens=16, pause=0.2))
+    cluster.wait_for(lambda: len(load.requests()) >= 8, "an answer for each client", 300.0)
+
+    deployment.patch({"model": {"servedName": "another"}})
+    cluster.wait_for(lambda: deployment.condition("Degraded").get("reason") == "RolledBack", "the way back", 400.0)
+    status = deployment.read()["status"]
+    assert (status["currentRevision"], status["rollback"]["reason"]) == (first, "CanaryFailed")
+    assert "too many errors" in status["canary"]["message"]
+    cluster.wait_for(lambda: len(deployment.pods()) == 2, "the canary to be gone", 200.0)
+    failed_until = time.time()
+
+    deployment.patch({"model": {"servedName": None}, "rollout": {"canary": {"seconds": 20}}})
+    deployment.patch({"podTemplate": {"annotations": {"example.com/round": "1"}}})
+    cluster.wait_for(
+        lambda: deployment.read()["status"].get("canary", {}).get("phase") == "Passed", "the good canary", 400.0
+    )
+    deployment.wait_until_ready(600.0)
+    status = deployment.read()["status"]
+    assert status["currentRevision"] != first
+    assert "first token after" in status["canary"]["message"]
+    requests = [line for line in load.stop() if "began" in line]
+    failed = [each for each in requests if "error" in each]
+    assert failed
+    assert [each for each in failed if each["began"] > failed_until or "404" not in each["error"]] == []
+    print(f"{len(failed)} of {len(requests)} requests failed at the bad canary; {status['canary']['message']}")
