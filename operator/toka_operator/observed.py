@@ -130,6 +130,13 @@ class Observed:
         return [child for (k, _), child in sorted(self.children.items()) if k == kind]
 
 
+def find_engine_port(stateful_set: Json) -> int:
+    """Return the port on which the engines of a revision listen, which another revision may change."""
+    containers = stateful_set["spec"]["template"]["spec"]["containers"]
+    engine: Json = next((each for each in containers if each["name"] == ENGINE_CONTAINER), {})
+    return next((int(each["containerPort"]) for each in engine.get("ports") or []), 0)
+
+
 def is_owned_by(child: Json, uid: str) -> bool:
     """Whether the object with this uid is the controller of `child`."""
     owners = child["metadata"].get("ownerReferences") or []

@@ -27,6 +27,7 @@ from toka_operator.metrics import WRITES
 from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.observed import (
     Observed,
+    find_engine_port,
     is_adoptable,
     is_kept_claim,
     is_owned_by,
@@ -34,7 +35,7 @@ from toka_operator.observed import (
     view_pod,
 )
 from toka_operator.plan import Plan, make_plan
-from toka_operator.resources import STATEFUL_SET, Owner
+from toka_operator.resources import STATEFUL_SET, Owner, set_name
 from toka_operator.revisions import with_stored_revision
 from toka_operator.rollback import Resort, describe_wish, find_resort
 from toka_operator.settings import API_VERSION, KIND, Settings
@@ -208,7 +209,10 @@ class Reconciler:
         observed = replace(observed, figures=self._measured.recall(key))
         canary = find_canary(spec, observed, previous, describe_wish(deployment["spec"], spec), now)
         pods = find_measured(spec, observed, canary, now)
-        self._measure(key, tuple(Engine(pod.uid, pod.address, spec.engine.port) for pod in pods))
+        sets = {pod.revision: observed.children.get((STATEFUL_SET, set_name(owner.name, pod.revision))) for pod in pods}
+        ports = {revision: find_engine_port(found) for revision, found in sets.items() if found is not None}
+        known = (pod for pod in pods if pod.revision in ports)
+        self._measure(key, tuple(Engine(pod.uid, pod.address, ports[pod.revision]) for pod in known))
         return canary
 
     def _measure(self, key: Key, engines: tuple[Engine, ...]) -> None:

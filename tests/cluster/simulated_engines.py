@@ -66,7 +66,7 @@ class SimulatedEngines(threading.Thread):
 
     def __init__(self, operator: Operator) -> None:
         super().__init__(name="simulated-engines", daemon=True)
-        (self.port,) = free_ports(1)
+        self.port, self.other_port = free_ports(2)
         self.by_pod: dict[str, SimulatedEngine] = {}
         """By uid of a pod."""
         self.traffic = True
@@ -98,7 +98,8 @@ class SimulatedEngines(threading.Thread):
 
     def _start(self, pod: Json) -> None:
         address = next(self._addresses)
-        self.by_pod[pod["metadata"]["uid"]] = SimulatedEngine(address, self.port)
+        port = next(each["ports"][0]["containerPort"] for each in pod["spec"]["containers"] if each["name"] == "engine")
+        self.by_pod[pod["metadata"]["uid"]] = SimulatedEngine(address, port)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         conditions = [{"type": t, "status": "True", "lastTransitionTime": now} for t in ("Ready", "ContainersReady")]
         names = [each["name"] for each in pod["spec"]["containers"]]

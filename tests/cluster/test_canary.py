@@ -31,9 +31,9 @@ def test_a_good_canary_passes_with_its_figures_and_only_then_old_pods_go(
 ) -> None:
     old = begin(operator, engines)
     before = pod_uids(operator)
-    operator.patch("chat", engine={"pageSize": 64})
+    operator.patch("chat", engine={"pageSize": 64, "port": engines.other_port})
     watched = wait_for_phase(operator, "Watched")
-    assert len(watched["before"]) == 3
+    assert len(watched["before"]) == 3, "the old pods answer at the old port"
     began = time.monotonic()
     while canary_of(operator)["phase"] == "Watched":
         assert before < pod_uids(operator)

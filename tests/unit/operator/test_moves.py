@@ -29,6 +29,14 @@ def successor(spec: TokaDeploymentSpec, age_s: float, reason: str = "", since: f
     return replace(pod(spec.revision, 1), created_at=NOW - age_s, failure=failure)
 
 
+def test_a_drain_waits_for_a_successor_of_an_older_revision_where_that_is_not_replaced() -> None:
+    """So it is in a paused rollout, and while a canary is tried or was bad: else a drain would be held for ever."""
+    old, new = valid(), valid(engine={"pageSize": 32})
+    coming = successor(old, 100)
+    assert find_hold_end(new, observed(old), NOW) is None
+    assert find_hold_end(new, observed(old, coming), NOW) == coming.created_at + new.rollout.progress_deadline_s
+
+
 def has_budget(plan: Plan) -> bool:
     return any(c["kind"] == POD_DISRUPTION_BUDGET for c in plan.desired)
 
