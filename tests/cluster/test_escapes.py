@@ -123,6 +123,14 @@ def test_an_escape_that_the_schema_cannot_see_makes_no_pod_and_is_named(operator
         assert operator.sets(name) == {}
 
 
+def test_an_object_that_is_corrected_is_rolled_out(operator: Operator) -> None:
+    operator.apply("chat", **UNSEEN[0][1])
+    operator.wait_for_condition("chat", "Degraded", "True", "InvalidSpec")
+    operator.apply("chat")
+    operator.wait_until_ready("chat")
+    operator.wait_for_condition("chat", "Degraded", "False")
+
+
 def test_what_the_client_does_not_check_is_left_out(operator: Operator, tenant: str) -> None:
     """Without strict validation unknown fields are pruned: the pod never sees them."""
     for number, (_, spec) in enumerate(each for each in REFUSED if each[0] == "unknown field"):

@@ -71,6 +71,9 @@ def test_a_killed_engine_process_is_named_in_the_status_and_the_pod_recovers(smo
     recovered = next(each for each in smollm2.pods() if each["metadata"]["uid"] == pod["metadata"]["uid"])
     restarts = [each["restartCount"] for each in pod["status"]["containerStatuses"]]
     assert [each["restartCount"] - 1 for each in recovered["status"]["containerStatuses"]] == restarts
+    logs = ["logs", pod["metadata"]["name"], "-c", "engine", "--namespace", smollm2.namespace]  # as the runbook says
+    assert "manager" in smollm2.cluster.kubectl(*logs, "--previous")
+    assert "ready" in smollm2.cluster.kubectl(*logs)
     assert smollm2.ask()
 
 
