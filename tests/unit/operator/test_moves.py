@@ -30,7 +30,7 @@ def successor(spec: TokaDeploymentSpec, age_s: float, reason: str = "", since: f
 
 
 def test_a_drain_waits_for_a_successor_of_an_older_revision_where_that_is_not_replaced() -> None:
-    """So it is in a paused rollout, and while a canary is tried or was bad: else a drain would be held for ever."""
+    """It is not in a paused rollout, nor while a canary is tried or was bad: else a drain would be held for ever."""
     old, new = valid(), valid(engine={"pageSize": 32})
     coming = successor(old, 100)
     assert find_hold_end(new, observed(old), NOW) is None
