@@ -29,6 +29,11 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 UvicornLogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 
 
+GPU_TARGET_GAP_MS = 35.0
+"""A step of an 8B model with 256 rows takes some 10 ms on an H200, so that prompts have 70 % of one this long, over
+1,000 tokens: few would compute more slowly. Steps of a 1B model are shorter in any case, by their most tokens. On a CPU
+a step has few tokens, and is often longer than this without any of a prompt: there is no target by default."""
+
 MAX_RANKS = 8
 """The largest number of model workers of one engine."""
 
@@ -136,6 +141,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         PositiveInt | None,
         doc("prompt tokens of one step; default on a GPU: half a step beside running streams, so that these wait less"),
     ] = None
+    target_gap_ms: Annotated[
+        Annotated[float, Meta(ge=0, le=60_000)] | None,
+        doc(
+            "prompts leave the tokens of streamed answers so far apart; 0: no target; default: 35 on a GPU, 0 on a CPU"
+        ),
+    ] = None
     scheduling_steps_ahead: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | None,
         doc("steps sent before the first one's tokens are back; default: 3 on a GPU, 2 on a CPU, more with pp_size"),
@@ -219,6 +230,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def num_lanes(self) -> int:
         """Sets of running sequences that take turns, so that each pipeline stage has a step of another one."""
         return self.pp_size + self.pp_num_buffer_stages if self.pp_size > 1 else 1
+
+    def choose_target_gap_ms(self, is_cpu: bool) -> float:
+        """Return the target for gaps between tokens of streamed answers; 0: none."""
+        if self.target_gap_ms is None:
+            return 0.0 if is_cpu else GPU_TARGET_GAP_MS
+        return self.target_gap_ms
 
     def choose_steps_ahead(self, is_cpu: bool) -> int:
         """Return how many steps are sent before the first one's tokens are back."""

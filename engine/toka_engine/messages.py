@@ -94,6 +94,8 @@ class Submit(Message, frozen=True):
     """From -100 to 100; lower ones go first. Above 0 it is background work, which others may interrupt."""
     timeout_s: float = 0.0
     """Refused at once if it will probably not start by then; 0: it may wait. The server cancels it when it is over."""
+    is_streamed: bool = False
+    """The client gets each token as it comes, so that a late one is seen. `deliver_each` is true of others, too."""
 
 
 class Cancel(Message, frozen=True):

@@ -117,6 +117,7 @@ class Manager:
             if submit.priority <= 0:
                 state.refused_s = state.clock()
             return [refused]
+        state.has_streamed = state.has_streamed or submit.is_streamed
         request = Request(
             first_stream=submit.first_stream,
             num_choices=submit.num_choices,
@@ -126,6 +127,7 @@ class Manager:
             sampling=submit.sampling,
             stop_ids=frozenset(submit.stop_ids),
             deliver_each=submit.deliver_each,
+            is_streamed=submit.is_streamed,
             arrival=state.queue.count_arrival(),
             edits=submit.edits,
             delivers_stop=submit.delivers_stop,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from toka_engine.manager.prompt_budget import measure_prompt_time
 from toka_engine.manager.requests import PRIORITY_SHIFT
 from toka_engine.manager.slots import State
 from toka_engine.manager.state import ManagerState
@@ -62,13 +63,23 @@ def _predict_answer_s(state: ManagerState, costs: StepCosts, submit: Submit, num
         if prefill.request.priority <= submit.priority
     )
     most = state.sizes.max_prefill_tokens
+    if state.sizes.target_gap_s and (submit.is_streamed or slots.is_streamed[is_before].any()):
+        seconds = measure_prompt_time(state, costs, StepSize(num_rows, num_context, 0))
+        most = int(max(1, min(most, seconds / costs.prefill_s))) if costs.prefill_s else most
     prompt_s = -(-num_prompt // most) * costs.predict_s(StepSize(num_rows, num_context, most))
+    prompt_s += _predict_attention_s(costs, submit)
     token_s = costs.predict_s(StepSize(num_rows, num_context, int(state.step_times.mean_prefill)))
     return prompt_s + num_tokens * token_s
+
+
+def _predict_attention_s(costs: StepCosts, submit: Submit) -> float:
+    """Return the seconds in which the prompt's tokens read those before them."""
+    return costs.chunk_context_s * submit.prompt_ids.size**2 / 2
 
 
 def _predict_alone_s(state: ManagerState, costs: StepCosts, submit: Submit, num_tokens: int) -> float:
     """Return the seconds that the answer takes on an idle engine."""
     num_prompt, num_rows = submit.prompt_ids.size, submit.num_choices
     prompt_s = -(-num_prompt // state.sizes.max_prefill_tokens) * costs.step_s + costs.prefill_s * num_prompt
+    prompt_s += _predict_attention_s(costs, submit)
     return prompt_s + num_tokens * costs.predict_s(StepSize(num_rows, num_rows * num_prompt, 0))

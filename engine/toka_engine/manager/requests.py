@@ -62,6 +62,7 @@ class Request:
     stop_ids: frozenset[int]
     deliver_each: bool
     arrival: int
+    is_streamed: bool = False
     edits: LogitEdits | None = None
     delivers_stop: bool = False
     scoring: Scoring | None = None

@@ -17,6 +17,7 @@ from toka_engine.manager.admission import admit
 from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.lifecycle import close_prefill, end_slot, preempt_newest, requeue
 from toka_engine.manager.priorities import make_room, promote_oldest
+from toka_engine.manager.prompt_budget import choose_budget
 from toka_engine.manager.prompt_logprobs import score_chunk, scored_fields
 from toka_engine.manager.requests import PendingCopy, Prefill, Request
 from toka_engine.manager.row_groups import NO_GROUPS, Groups
@@ -66,16 +67,16 @@ def _plan_lanes(state: ManagerState, lanes: Lanes) -> Step | None:
 def _plan_rows(state: ManagerState) -> Step | None:
     """Plan a step of `state.rows` and prefill chunks."""
     step = StepBuilder(state.next_step)
-    sizes = state.sizes
     state.rows.refresh(state.slots, state.pages.allocator.refs)
-    share = share_step(state, sizes.max_tokens_per_forward) if state.has_background else WHOLE
+    share = share_step(state) if state.has_background else WHOLE
     rows, groups = _plan_decode(state, step, share.last_order)
-    most = sizes.max_prefill_tokens if rows.size else sizes.max_lone_prefill_tokens
-    budget = min(sizes.max_tokens_per_forward - rows.size, most)
+    budget = choose_budget(state, rows)
     copies = _take_live_copies(state)
     if not state.is_short:
         admit(state, step, budget, share.num_prefill)
-    _plan_chunks(state, step, budget, share.num_prefill)
+    num_left = _plan_chunks(state, step, budget, share.num_prefill)
+    if state.sizes.target_gap_s:
+        state.prompt_turns.note(num_left, state.clock())
     if rows.size == 0 and not step.chunk_slots:
         state.copies = copies  # this step is not sent
         return None
@@ -190,8 +191,8 @@ def emit_copies(state: ManagerState, step: StepBuilder, copies: list[PendingCopy
         state.pages.hold(step.number, np.asarray([copy.source], np.int32))
 
 
-def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int, background: int) -> None:
-    """Plan chunks of `budget` tokens, of which background prompts may take `background`."""
+def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int, background: int) -> int:
+    """Plan chunks of `budget` tokens, of which background prompts may take `background`; return what is left of it."""
     slots = state.slots
     begun: list[Int32s] = []
     for prefill in sorted(state.prefills, key=lambda prefill: prefill.request.is_background):
@@ -217,6 +218,7 @@ def _plan_chunks(state: ManagerState, step: StepBuilder, budget: int, background
             begun.append(_fan_out(state, step, prefill))
     if begun:
         _begin_decode(state, begun, step.number)
+    return budget
 
 
 def _enter_tree(state: ManagerState, prefill: Prefill) -> None:

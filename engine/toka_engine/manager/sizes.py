@@ -36,6 +36,8 @@ class Sizes:
     """Steps in flight. On a GPU one runs, one waits in its queue, and one is being planned."""
     max_pages_per_seq: int
     max_request_tokens: int
+    target_gap_s: float = 0.0
+    """Steps with rows of streamed answers have no more prompt tokens than fit into this time; 0: they may."""
     num_lanes: int = 1
     """Sets of decode rows that take turns (see `lanes`)."""
 
@@ -78,6 +80,7 @@ def choose_sizes(config: EngineConfig, ready: WorkerReady) -> Sizes:
         steps_ahead=config.choose_steps_ahead(is_cpu),
         max_pages_per_seq=ready.max_pages_per_seq,
         max_request_tokens=max_request_tokens,
+        target_gap_s=1e-3 * config.choose_target_gap_ms(is_cpu),
         num_lanes=config.num_lanes,
     )
 

@@ -57,6 +57,7 @@ class Slots:
         self.orders = np.zeros(num_slots, np.int64)  # arrival; higher is newer
         self.stream_ids = np.zeros(num_slots, np.int64)
         self.delivers_each = np.zeros(num_slots, np.bool_)
+        self.is_streamed = np.zeros(num_slots, np.bool_)
         self.delivers_stop = np.zeros(num_slots, np.bool_)
         self.num_logprobs = np.zeros(num_slots, np.int32)
         self.stop_ids = np.full((STOP_WIDTH, num_slots), NO_STOP, np.int32)  # by place: one contiguous pass for each

@@ -69,6 +69,7 @@ def _take_slot(state: ManagerState, entry: Waiting, choice: int) -> int:
     slots.num_planned[slot] = slots.num_received[slot] = entry.num_kept
     slots.limits[slot] = request.max_tokens
     slots.delivers_each[slot] = request.deliver_each
+    slots.is_streamed[slot] = request.is_streamed
     slots.delivers_stop[slot] = request.delivers_stop
     slots.num_logprobs[slot] = request.sampling.num_logprobs
     slots.has_grammar[slot] = request.grammar is not None

@@ -19,6 +19,7 @@ from toka_engine.manager.grammars import Grammars
 from toka_engine.manager.lanes import Lanes
 from toka_engine.manager.pages import Pages
 from toka_engine.manager.prefix_tree import Key
+from toka_engine.manager.prompt_turns import PromptTurns
 from toka_engine.manager.queue import Queue
 from toka_engine.manager.requests import PendingCopy, Prefill, Request, Waiting
 from toka_engine.manager.row_groups import DecodeRows
@@ -96,9 +97,11 @@ class ManagerState:
         self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
         self.has_background = False  # a background request has ever come
         self.has_deadlines = False  # a request with a deadline has ever come
+        self.has_streamed = False  # a streamed request has ever come
         self.promoted: Request | None = None  # the background request that goes first, because it has waited long
         self.step_times = StepTimes()
         self.online_steps = OnlineSteps()
+        self.prompt_turns = PromptTurns()
         self.refused_s = float("-inf")  # when an online request was refused last
         self.last_tokens_s = float("-inf")  # when a step came back last
         self.started: list[tuple[int, int]] = []  # (a stream, cached tokens) of prompts admitted, for `Started`

@@ -11,10 +11,10 @@ those that came last first; at least one goes on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice, takewhile
 
 import numpy as np
 
+from toka_engine.manager.prompt_budget import choose_budget, size_prompts
 from toka_engine.manager.requests import FIRST_BACKGROUND_ORDER
 from toka_engine.manager.state import ManagerState, StepBuilder
 from toka_engine.manager.step_time import StepCosts, StepSize
@@ -34,8 +34,6 @@ RECENT_S = 60.0
 """For so long after an online stream the next one is expected at any moment."""
 
 _NO_LIMIT = np.iinfo(np.int64).max
-_HEADS = 8
-"""Waiting requests whose prompts are counted into the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +49,23 @@ class BackgroundShare:
 WHOLE = BackgroundShare()
 
 
-def share_step(state: ManagerState, budget: int) -> BackgroundShare:
-    """Return the share of background work in the next step of `state.rows`, which has `budget` tokens in all."""
+def share_step(state: ManagerState) -> BackgroundShare:
+    """Return the share of background work in the next step of `state.rows`."""
     slots, rows = state.slots, state.rows.slots
     is_background = slots.orders[rows] >= FIRST_BACKGROUND_ORDER
     online, background = rows[~is_background], rows[is_background]
-    num_prompt = _count_online_prompts(state, budget - online.size)
+    num_prompt, num_before = size_prompts(state, choose_budget(state, online))
     has_online = bool(online.size or num_prompt)
     now, steps = state.clock(), state.online_steps
-    quarter = budget // PREFILL_SHARE if online.size else _NO_LIMIT
+    quarter = state.sizes.max_tokens_per_forward // PREFILL_SHARE if online.size else _NO_LIMIT
     costs = state.step_times.costs
     if costs is None:
         return BackgroundShare(num_prefill=quarter)
     if not has_online and now - steps.seen_s > RECENT_S:
         return WHOLE
     if has_online:
-        online_s = costs.predict_s(StepSize(online.size, int(slots.lengths[online].sum()), num_prompt))
+        size = StepSize(online.size, int(slots.lengths[online].sum()), num_prompt, num_before)
+        online_s = costs.predict_s(size)
         least_s = online_s if num_prompt else SLACK * online_s
         rest_s = min(max(least_s, steps.long_step_s), FILL * online_s) - online_s
         if now - state.refused_s < OVERLOAD_S:
@@ -97,17 +96,6 @@ def _limit_lone_step(state: ManagerState, costs: StepCosts) -> float:
     return state.online_steps.prompt_step_s or costs.predict_s(StepSize(0, 0, state.sizes.max_prefill_tokens))
 
 
-def _count_online_prompts(state: ManagerState, budget: int) -> int:
-    """Return how many tokens of online prompts the next step will have, if those that wait are admitted."""
-    num_tokens = sum(
-        prefill.tokens.size - prefill.position for prefill in state.prefills if not prefill.request.is_background
-    )
-    if state.queue.has_news:
-        waiting = takewhile(lambda entry: not entry.request.is_background, state.queue.entries)
-        num_tokens += sum(entry.tokens.size for entry in islice(waiting, _HEADS) if entry.prefill is None)
-    return max(0, min(num_tokens, budget))
-
-
 def expects_online(state: ManagerState) -> bool:
     """Return whether there is background work alone, and an online request is expected."""
     head = state.queue.head
@@ -120,13 +108,17 @@ def expects_online(state: ManagerState) -> bool:
 
 def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSize | None:
     """Note the online part of a step that has been planned; return the size of the whole step. None, and nothing is
-    noted, where nobody needs it: without background work and deadlines, a part of the steps is enough to learn from.
+    noted, where nobody needs it: without background work and deadlines, steps with chunks beside streams are enough to
+    learn from, and a part of the others.
     """
-    if not (state.has_background or state.has_deadlines or state.step_times.wants(step.number)):
+    is_mixed = state.has_streamed and state.sizes.target_gap_s > 0.0 and bool(step.chunk_slots)
+    if not (is_mixed or state.has_background or state.has_deadlines or state.step_times.wants(step.number)):
         return None
     slots = state.slots
     num_context = int(slots.lengths[rows].sum())
-    whole = StepSize(rows.size, num_context, sum(tokens.size for tokens in step.chunk_tokens))
+    lengths = [tokens.size for tokens in step.chunk_tokens]
+    num_before = sum(length * (start + length // 2) for start, length in zip(step.chunk_starts, lengths, strict=True))
+    whole = StepSize(rows.size, num_context, sum(lengths), num_before)
     online = whole if not state.has_background else _size_online(state, rows, step)
     if online.num_rows or online.num_prefill:
         state.online_steps.note(online, state.step_times.costs, state.clock())
@@ -137,5 +129,7 @@ def _size_online(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSi
     slots = state.slots
     online = rows[slots.orders[rows] < FIRST_BACKGROUND_ORDER]
     is_online = slots.orders[np.asarray(step.chunk_slots, np.int32)] < FIRST_BACKGROUND_ORDER
-    chunk_sizes = np.asarray([tokens.size for tokens in step.chunk_tokens], np.int64)
-    return StepSize(online.size, int(slots.lengths[online].sum()), int(chunk_sizes[is_online].sum()))
+    chunk_sizes = np.asarray([tokens.size for tokens in step.chunk_tokens], np.int64)[is_online]
+    starts = np.asarray(step.chunk_starts, np.int64)[is_online]
+    num_before = int((chunk_sizes * (starts + chunk_sizes // 2)).sum())
+    return StepSize(online.size, int(slots.lengths[online].sum()), int(chunk_sizes.sum()), num_before)

@@ -1,6 +1,6 @@
 """Learns from the steps that have come back how long one takes: a constant, and so much for each row and token. Pure.
 
-The four costs are fitted by least squares; a step counts half as much as one that came `_HALF_LIFE` steps later. A cost
+The five costs are fitted by least squares; a step counts half as much as one that came `_HALF_LIFE` steps later. A cost
 that comes out below zero is zero: rows and their contexts often grow together, and then the fit cannot tell them apart.
 """
 
@@ -22,10 +22,13 @@ _LOOK_INTERVAL = 8
 """One in so many steps is noted where nothing is decided by their times: noting costs time."""
 _MAX_SURPRISE = 10.0
 """A step counts as this many times its prediction at most: one that the machine held up says little of the others."""
-_SCALES = (1.0, 32.0, 16_384.0, 128.0)
+_SCALES = (1.0, 32.0, 16_384.0, 128.0, 1_048_576.0)
 """Usual sizes, so that all costs are alike in size where they are fitted."""
 _RIDGE = 1e-5
 """Keeps the fit solvable where a size has not changed."""
+
+_DOUBT = 0.01
+"""Chunks of short prompts have contexts in proportion to their tokens: then the time is the tokens'."""
 
 _NUM_KEPT = 256
 _LONG_SHARE = 14
@@ -42,6 +45,8 @@ class StepSize:
     """Tokens in the contexts of those."""
     num_prefill: int
     """Tokens of chunks."""
+    num_chunk_context: int = 0
+    """The tokens before each of those in its prompt, added up: attention reads them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class StepCosts:
     row_s: float
     context_s: float
     prefill_s: float
+    chunk_context_s: float = 0.0
 
     def predict_s(self, size: StepSize) -> float:
         return (
@@ -59,6 +65,7 @@ class StepCosts:
             + self.row_s * size.num_rows
             + self.context_s * size.num_context
             + self.prefill_s * size.num_prefill
+            + self.chunk_context_s * size.num_chunk_context
         )
 
 
@@ -70,8 +77,8 @@ class StepTimes:
         """None: too few steps have come back."""
         self.mean_prefill = 0.0
         """Tokens of chunks in a step, over the last ones."""
-        self._squares = [0.0] * 16
-        self._products = [0.0] * 4
+        self._squares = [0.0] * len(_SCALES) ** 2
+        self._products = [0.0] * len(_SCALES)
         self._weight = 0.0
         self._num_steps = 0
 
@@ -84,7 +91,13 @@ class StepTimes:
         if self.costs is not None:
             seconds = min(seconds, _MAX_SURPRISE * self.costs.predict_s(size))
         self.mean_prefill += (size.num_prefill - self.mean_prefill) * _SMOOTHING
-        scaled = (1.0, size.num_rows / _SCALES[1], size.num_context / _SCALES[2], size.num_prefill / _SCALES[3])
+        scaled = (
+            1.0,
+            size.num_rows / _SCALES[1],
+            size.num_context / _SCALES[2],
+            size.num_prefill / _SCALES[3],
+            size.num_chunk_context / _SCALES[4],
+        )
         # So few numbers are faster without NumPy.
         products = [one * other for one in scaled for other in scaled]
         self._squares = [_DECAY * total + new for total, new in zip(self._squares, products, strict=True)]
@@ -96,16 +109,17 @@ class StepTimes:
 
     def _fit(self) -> StepCosts | None:
         """Return the costs, none below zero; None where steps have taken no time at all."""
-        squares = np.asarray(self._squares).reshape(4, 4) / self._weight
+        squares = np.asarray(self._squares).reshape(len(_SCALES), len(_SCALES)) / self._weight
         products = np.asarray(self._products) / self._weight
-        used = np.arange(4)
+        squares[4, 4] *= 1.0 + _DOUBT
+        used = np.arange(len(_SCALES))
         while used.size:
             part = squares[np.ix_(used, used)] + _RIDGE * np.eye(used.size)
             found = np.linalg.solve(part, products[used])
             if found.min() >= 0.0:
                 break
             used = np.delete(used, found.argmin())
-        costs = np.zeros(4)
+        costs = np.zeros(len(_SCALES))
         if used.size:
             costs[used] = found
         if not costs.any():

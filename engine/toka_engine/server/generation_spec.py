@@ -18,6 +18,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     sampling: Sampling
     stop_ids: tuple[int, ...]
     deliver_each: bool
+    is_streamed: bool = False
     grammar: GrammarSource | None = None
     priority: int = 0
     timeout_s: float = 0.0

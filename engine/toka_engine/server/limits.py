@@ -190,6 +190,7 @@ class Limits:
             sampling=sampling,
             stop_ids=stop_ids,
             deliver_each=options.is_streamed or options.stops is not None,
+            is_streamed=options.is_streamed,
             priority=options.priority,
             timeout_s=options.timeout_s,
             grammar=None if options.grammar is None else self.complete_grammar(options.grammar).source,

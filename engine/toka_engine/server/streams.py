@@ -204,6 +204,7 @@ class Streams:
                 spec.sampling,
                 spec.stop_ids,
                 spec.deliver_each,
+                is_streamed=spec.is_streamed,
                 edits=spec.edits,
                 delivers_stop=spec.delivers_stop,
                 prompt_logprobs=spec.prompt_logprobs,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from toka_engine.config import EngineConfig
 from toka_engine.manager.core import Manager
+from toka_engine.manager.sizes import Sizes
 from toka_engine.messages import Cancel, Deltas, Step, Submit, Tokens
 from toka_engine.slot_parameters import Sampling
 
@@ -33,6 +34,8 @@ class Machine:
     row_ms: float = 4.0
     context_ms: float = 0.004
     prefill_ms: float = 1.6
+    chunk_context_ms: float = 0.0
+    """For each token of a chunk and each one before it."""
     noise: float = 0.1
     """The spread of the logarithm of a step's time."""
 
@@ -65,10 +68,14 @@ class Shape:
 
     prompt: tuple[int, int] = (32, 96)
     output: tuple[int, int] = (24, 56)
+    is_streamed: bool = False
 
 
 class TimedEngine:
-    """Runs a manager against a `Machine`. Online requests come at random moments; the batch always has a next line."""
+    """Runs a manager against a `Machine`. Online requests come at random moments; the batch always has a next line.
+
+    With `line_priority=0` the lines are clients that send their next request when the last one has ended.
+    """
 
     def __init__(
         self,
@@ -79,15 +86,21 @@ class TimedEngine:
         seed: int = 1,
         shape: Shape | None = None,
         timeout_s: float = 0.0,
+        line_shape: Shape | None = None,
+        line_priority: int = 100,
+        sizes: Sizes = SIZES,
+        config: EngineConfig | None = None,
     ) -> None:
         """`rate`: online requests a second, each with `timeout_s`; `num_lines`: lines of the batch that wait or run at
         once.
         """
         self.now = 0.0
-        self.manager = Manager(EngineConfig(), SIZES, lambda: self.now)
+        self.manager = Manager(config or EngineConfig(), sizes, lambda: self.now)
         self.times: dict[bool, Times] = defaultdict(Times)  # by whether it is background
         self._machine = machine
         self._shape = shape or Shape()
+        self._line_shape = line_shape or self._shape
+        self._line_priority = line_priority
         self._chance = random.Random(seed)
         self._noise = random.Random(seed + 1)
         self._rate = rate
@@ -98,7 +111,7 @@ class TimedEngine:
         self._last: dict[int, tuple[float, bool, bool]] = {}  # stream: its last moment, is background, has had a token
         self._ends: deque[tuple[float, float, Step]] = deque()
         self._free_at = 0.0
-        self._lengths: dict[int, int] = defaultdict(int)
+        self._lengths = np.zeros(sizes.num_slots, np.int64)
 
     def run(self, seconds: float, settle_s: float = 20.0) -> None:
         """Run for so long, after `settle_s` that count for nothing."""
@@ -127,14 +140,15 @@ class TimedEngine:
                 return
 
     def _submit(self, *, is_background: bool) -> None:
-        chance, shape = self._chance, self._shape
+        chance, shape = self._chance, self._line_shape if is_background else self._shape
         source = self._noise if is_background else chance  # online requests are the same with and without a batch
         prompt = np.asarray([source.randrange(1, 40_000) for _ in range(source.randint(*shape.prompt))], np.int32)
         stream = self._num_streams
         self._num_streams += 1
         max_tokens = source.randint(*shape.output)
         submit = Submit(
-            stream, 1, prompt, max_tokens, Sampling(), (), deliver_each=True, priority=100 * is_background,
+            stream, 1, prompt, max_tokens, Sampling(), (), deliver_each=True,
+            is_streamed=shape.is_streamed, priority=self._line_priority * is_background,
             timeout_s=0.0 if is_background else self._timeout_s,
         )  # fmt: skip
         if self.manager.handle(submit):
@@ -156,19 +170,19 @@ class TimedEngine:
     def _send_steps(self) -> None:
         while step := self.manager.plan():
             machine = self._machine
-            context = 0
-            for slot in step.decode_slots.tolist():
-                self._lengths[slot] += 1
-                context += self._lengths[slot]
+            self._lengths[step.decode_slots] += 1
+            context, chunk_context = int(self._lengths[step.decode_slots].sum()), 0
             for slot, start, length in zip(
                 step.prefill_slots.tolist(), step.prefill_starts.tolist(), step.prefill_lengths.tolist(), strict=True
             ):
                 self._lengths[slot] = start + length
+                chunk_context += length * (start + length // 2)
             milliseconds = (
                 machine.step_ms
                 + machine.row_ms * step.decode_slots.size
                 + machine.context_ms * context
                 + machine.prefill_ms * int(step.prefill_lengths.sum())
+                + machine.chunk_context_ms * chunk_context
             )
             wall_s = milliseconds * 1e-3 * self._noise.lognormvariate(0.0, machine.noise)
             began_s = max(self.now, self._free_at)
