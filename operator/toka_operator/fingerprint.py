@@ -32,6 +32,7 @@ KNOWN_FIELDS: dict[str, frozenset[str]] = {
             "port",
             "maxTokensPerForward",
             "maxSeqsPerForward",
+            "targetGapMs",
             "kvCacheNumTokens",
             "pageSize",
             "hydragen",

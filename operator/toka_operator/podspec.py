@@ -89,6 +89,7 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "port": engine.port,
         "max_tokens_per_forward": engine.max_tokens_per_forward,
         "max_seqs_per_forward": engine.max_seqs_per_forward,
+        "target_gap_ms": engine.target_gap_ms,
         "kv_cache_num_tokens": engine.kv_cache_num_tokens,
         "page_size": engine.page_size,
         "use_hydragen": engine.hydragen,

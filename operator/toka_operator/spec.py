@@ -88,6 +88,7 @@ class Engine:
     port: int
     max_tokens_per_forward: int | None
     max_seqs_per_forward: int | None
+    target_gap_ms: int | None
     kv_cache_num_tokens: int | None
     page_size: int | None
     hydragen: bool
@@ -288,6 +289,7 @@ def _parse_engine(fields: Fields) -> Engine:
         port=fields.integer("port", 1024, 65535),
         max_tokens_per_forward=fields.optional_integer("maxTokensPerForward", 1, 1048576),
         max_seqs_per_forward=fields.optional_integer("maxSeqsPerForward", 1, 65536),
+        target_gap_ms=fields.optional_integer("targetGapMs", 0, 60000),
         kv_cache_num_tokens=fields.optional_integer("kvCacheNumTokens", 16, 1000000000),
         page_size=fields.optional_integer("pageSize", 1, 1024),
         hydragen=fields.boolean("hydragen"),

@@ -160,7 +160,7 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None
         "model": {"source": "hf://org/name", "revision": "main", "servedName": "m", "aliases": ["a"],
                   "tokenizer": "org/other", "dtype": "bfloat16"},
         "engine": {"image": "e:2", "pullPolicy": "Always", "pullSecrets": [{"name": "s"}], "port": 9000,
-                   "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "kvCacheNumTokens": 1024,
+                   "maxTokensPerForward": 64, "maxSeqsPerForward": 8, "targetGapMs": 20, "kvCacheNumTokens": 1024,
                    "pageSize": 16, "hydragen": False, "cudaGraphs": False, "logLevel": "DEBUG",
                    "extraArgs": ["seed=1"],
                    "env": [{"name": "A", "value": "b"}],

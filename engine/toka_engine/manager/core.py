@@ -117,7 +117,7 @@ class Manager:
             if submit.priority <= 0:
                 state.refused_s = state.clock()
             return [refused]
-        state.has_streamed = state.has_streamed or submit.is_streamed
+        state.has_target = state.has_target or (submit.is_streamed and state.sizes.target_gap_s > 0.0)
         request = Request(
             first_stream=submit.first_stream,
             num_choices=submit.num_choices,

@@ -25,7 +25,7 @@ UNKNOWN_SHARE = 8
 """One in this many of a full forward's tokens may be of prompts while the costs of steps are unknown;"""
 LEAST_SHARE = 32
 """one in this many at least, whatever the costs seem to be."""
-_HEADS = 8
+_HEADS = 4
 """Prompts that are looked at; those behind them are taken to be like them."""
 
 
@@ -43,7 +43,7 @@ def choose_budget(state: ManagerState, rows: Int32s) -> int:
     if not rows.size:
         return min(sizes.max_tokens_per_forward, sizes.max_lone_prefill_tokens)
     most = min(sizes.max_tokens_per_forward - rows.size, sizes.max_prefill_tokens)
-    if not (state.has_streamed and sizes.target_gap_s) or not (state.prefills or state.queue.has_news):
+    if not state.has_target or not (state.prefills or _may_admit(state)):
         return most
     slots = state.slots
     if state.has_background:  # what background work may add to a step is decided in `step_share`
@@ -88,11 +88,17 @@ def _list_prompts(state: ManagerState) -> Iterator[_Prompt]:
     for prefill in state.prefills:
         if not prefill.request.is_background:
             yield _Prompt(prefill.request, prefill.position, prefill.tokens.size - prefill.position)
-    for entry in state.queue.entries if state.queue.has_news else ():
+    for entry in state.queue.entries if _may_admit(state) else ():
         if entry.request.is_background:
             return
         if entry.prefill is None:
             yield _Prompt(entry.request, 0, entry.tokens.size)
+
+
+def _may_admit(state: ManagerState) -> bool:
+    """Return whether a prompt that waits in the queue may start in the next step."""
+    num_taken = state.sizes.num_slots - state.slots.num_free
+    return bool(state.queue) and state.queue.has_news and num_taken < state.sizes.max_running
 
 
 def _count_fitting(costs: StepCosts, prompts: list[_Prompt], seconds: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class PromptTurns:
     """The time since which each step's prompt tokens have been used up."""
@@ -9,12 +11,12 @@ class PromptTurns:
     def __init__(self) -> None:
         self._since_s = float("inf")
 
-    def note(self, num_left: int, now: float) -> None:
+    def note(self, num_left: int, clock: Callable[[], float]) -> None:
         """Note a step that had room for `num_left` more prompt tokens."""
         if num_left > 0:
             self._since_s = float("inf")
-        elif self._since_s > now:
-            self._since_s = now
+        else:
+            self._since_s = min(self._since_s, clock())
 
     def measure_wait_s(self, submitted_s: float, now: float) -> float:
         """Return how long a prompt that came at `submitted_s` has waited for its turn: not for pages or a slot."""

@@ -75,8 +75,7 @@ def _plan_rows(state: ManagerState) -> Step | None:
     if not state.is_short:
         admit(state, step, budget, share.num_prefill)
     num_left = _plan_chunks(state, step, budget, share.num_prefill)
-    if state.sizes.target_gap_s:
-        state.prompt_turns.note(num_left, state.clock())
+    state.prompt_turns.note(num_left, state.clock)
     if rows.size == 0 and not step.chunk_slots:
         state.copies = copies  # this step is not sent
         return None

@@ -97,7 +97,7 @@ class ManagerState:
         self.misfit: Waiting | None = None  # the entry for which there was no room in the last step
         self.has_background = False  # a background request has ever come
         self.has_deadlines = False  # a request with a deadline has ever come
-        self.has_streamed = False  # a streamed request has ever come
+        self.has_target = False  # a streamed request has ever come, and there is a target for the gaps of such
         self.promoted: Request | None = None  # the background request that goes first, because it has waited long
         self.step_times = StepTimes()
         self.online_steps = OnlineSteps()

@@ -108,11 +108,10 @@ def expects_online(state: ManagerState) -> bool:
 
 def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSize | None:
     """Note the online part of a step that has been planned; return the size of the whole step. None, and nothing is
-    noted, where nobody needs it: without background work and deadlines, steps with chunks beside streams are enough to
-    learn from, and a part of the others.
+    noted, where nobody needs it: without background work and deadlines, a part of the steps is enough to learn from.
     """
-    is_mixed = state.has_streamed and state.sizes.target_gap_s > 0.0 and bool(step.chunk_slots)
-    if not (is_mixed or state.has_background or state.has_deadlines or state.step_times.wants(step.number)):
+    is_sample = state.has_background or state.has_deadlines or state.step_times.wants(step.number)
+    if not is_sample and not (step.chunk_slots and state.has_target and state.step_times.wants_mixed()):
         return None
     slots = state.slots
     num_context = int(slots.lengths[rows].sum())
@@ -120,7 +119,7 @@ def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSi
     num_before = sum(length * (start + length // 2) for start, length in zip(step.chunk_starts, lengths, strict=True))
     whole = StepSize(rows.size, num_context, sum(lengths), num_before)
     online = whole if not state.has_background else _size_online(state, rows, step)
-    if online.num_rows or online.num_prefill:
+    if is_sample and (online.num_rows or online.num_prefill):
         state.online_steps.note(online, state.step_times.costs, state.clock())
     return whole
 

@@ -19,7 +19,9 @@ _MIN_TRUSTED = 64
 """Up to so many steps the costs are fitted anew with each."""
 _FIT_INTERVAL = 8
 _LOOK_INTERVAL = 8
-"""One in so many steps is noted where nothing is decided by their times: noting costs time."""
+"""One in so many steps is noted where nothing is decided by their times: noting costs time;"""
+_LOOK_INTERVAL_MIXED = 2
+"""one in so many with chunks, where streams have a target."""
 _MAX_SURPRISE = 10.0
 """A step counts as this many times its prediction at most: one that the machine held up says little of the others."""
 _SCALES = (1.0, 32.0, 16_384.0, 128.0, 1_048_576.0)
@@ -29,6 +31,12 @@ _RIDGE = 1e-5
 
 _DOUBT = 0.01
 """Chunks of short prompts have contexts in proportion to their tokens: then the time is the tokens'."""
+
+_UPPER = np.triu_indices(len(_SCALES))
+_PLACES = np.zeros((len(_SCALES), len(_SCALES)), np.intp)
+_PLACES[_UPPER] = np.arange(_UPPER[0].size)
+_PLACES = np.maximum(_PLACES, _PLACES.T)
+"""Places in a list of the numbers on a symmetric matrix's diagonal and above, row by row."""
 
 _NUM_KEPT = 256
 _LONG_SHARE = 14
@@ -77,31 +85,38 @@ class StepTimes:
         """None: too few steps have come back."""
         self.mean_prefill = 0.0
         """Tokens of chunks in a step, over the last ones."""
-        self._squares = [0.0] * len(_SCALES) ** 2
+        self._squares = [0.0] * _UPPER[0].size
         self._products = [0.0] * len(_SCALES)
         self._weight = 0.0
         self._num_steps = 0
+        self._num_mixed = 0
 
     def wants(self, number: int) -> bool:
         """Return whether step `number` is to be noted though nothing is decided by its time."""
         return self._num_steps < _MIN_TRUSTED or number % _LOOK_INTERVAL == 0
+
+    def wants_mixed(self) -> bool:
+        """Return whether a step is to be noted whose chunks have been cut so that it keeps to a target."""
+        self._num_mixed += 1  # by a count of their own: prompts may come in time with the steps
+        return self._num_mixed % _LOOK_INTERVAL_MIXED == 0
 
     def note(self, size: StepSize, seconds: float) -> None:
         """Note that a step has taken `seconds`."""
         if self.costs is not None:
             seconds = min(seconds, _MAX_SURPRISE * self.costs.predict_s(size))
         self.mean_prefill += (size.num_prefill - self.mean_prefill) * _SMOOTHING
-        scaled = (
-            1.0,
-            size.num_rows / _SCALES[1],
-            size.num_context / _SCALES[2],
-            size.num_prefill / _SCALES[3],
-            size.num_chunk_context / _SCALES[4],
-        )
+        rows, context = size.num_rows / _SCALES[1], size.num_context / _SCALES[2]
+        prefill, before = size.num_prefill / _SCALES[3], size.num_chunk_context / _SCALES[4]
         # So few numbers are faster without NumPy.
-        products = [one * other for one in scaled for other in scaled]
-        self._squares = [_DECAY * total + new for total, new in zip(self._squares, products, strict=True)]
-        self._products = [_DECAY * total + seconds * new for total, new in zip(self._products, scaled, strict=True)]
+        sizes = (1.0, rows, context, prefill, before)
+        squares = (
+            *sizes,
+            *(rows * rows, rows * context, rows * prefill, rows * before),
+            *(context * context, context * prefill, context * before),
+            *(prefill * prefill, prefill * before, before * before),
+        )
+        self._squares = [_DECAY * total + new for total, new in zip(self._squares, squares, strict=True)]
+        self._products = [_DECAY * total + seconds * new for total, new in zip(self._products, sizes, strict=True)]
         self._weight = _DECAY * self._weight + 1.0
         self._num_steps += 1
         if self._num_steps >= _MIN_STEPS and (self._num_steps < _MIN_TRUSTED or self._num_steps % _FIT_INTERVAL == 0):
@@ -109,13 +124,13 @@ class StepTimes:
 
     def _fit(self) -> StepCosts | None:
         """Return the costs, none below zero; None where steps have taken no time at all."""
-        squares = np.asarray(self._squares).reshape(len(_SCALES), len(_SCALES)) / self._weight
+        squares = np.asarray(self._squares)[_PLACES] / self._weight
         products = np.asarray(self._products) / self._weight
         squares[4, 4] *= 1.0 + _DOUBT
+        squares.flat[:: len(_SCALES) + 1] += _RIDGE
         used = np.arange(len(_SCALES))
         while used.size:
-            part = squares[np.ix_(used, used)] + _RIDGE * np.eye(used.size)
-            found = np.linalg.solve(part, products[used])
+            found = np.linalg.solve(squares[used[:, None], used], products[used])
             if found.min() >= 0.0:
                 break
             used = np.delete(used, found.argmin())

@@ -374,6 +374,7 @@ class Harness:
         prompt_logprobs: int = -1,
         priority: int = 0,
         timeout_s: float = 0.0,
+        is_streamed: bool = False,
         **penalties: float,
     ) -> list[int]:
         sampling = Sampling(seed=seed, num_logprobs=num_logprobs, **penalties)
@@ -382,7 +383,7 @@ class Harness:
         submit = Submit(
             first, n, ids, max_tokens, sampling, stop_ids, deliver_each, first_choice,
             edits=edits, delivers_stop=delivers_stop, prompt_logprobs=prompt_logprobs, priority=priority,
-            timeout_s=timeout_s,
+            timeout_s=timeout_s, is_streamed=is_streamed,
         )  # fmt: skip
         self.num_streams += n
         answers = self.manager.handle(submit)

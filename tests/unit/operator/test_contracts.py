@@ -52,6 +52,7 @@ def test_the_engine_understands_every_argument_that_the_operator_gives() -> None
             "port": 9000,
             "maxTokensPerForward": 64,
             "maxSeqsPerForward": 8,
+            "targetGapMs": 20,
             "kvCacheNumTokens": 1024,
             "pageSize": 32,
             "hydragen": False,
@@ -67,6 +68,7 @@ def test_the_engine_understands_every_argument_that_the_operator_gives() -> None
     assert (config.device, config.port, config.log_level) == ("cpu", 9000, "DEBUG")
     assert (config.max_tokens_per_forward, config.max_seqs_per_forward) == (64, 8)
     assert (config.kv_cache_num_tokens, config.page_size) == (1024, 32)
+    assert config.target_gap_ms == 20
     assert (config.use_hydragen, config.use_cudagraphs) == (False, False)
     assert (config.drain_timeout_s, config.drain_endpoint_delay_s) == (7, 5)
 
@@ -85,7 +87,13 @@ def test_extra_arguments_may_not_set_a_key_that_the_operator_sets() -> None:
     owned = crd.split("self.split('=')[0] in [")[1].split("]")[0]
     spec = valid(
         model={"source": "hf://a/b", "revision": "main", "aliases": ["x"], "tokenizer": "t"},
-        engine={"maxTokensPerForward": 1, "maxSeqsPerForward": 1, "kvCacheNumTokens": 16, "pageSize": 1},
+        engine={
+            "maxTokensPerForward": 1,
+            "maxSeqsPerForward": 1,
+            "targetGapMs": 1,
+            "kvCacheNumTokens": 16,
+            "pageSize": 1,
+        },
     )
     keys = {argument.split("=")[0] for argument in render_arguments(spec)}
     assert keys <= set(yaml.safe_load(f"[{owned}]"))

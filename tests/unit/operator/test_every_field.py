@@ -40,6 +40,7 @@ CHANGES: dict[str, Any] = {
     "engine.port": 9000,
     "engine.maxTokensPerForward": 64,
     "engine.maxSeqsPerForward": 64,
+    "engine.targetGapMs": 20,
     "engine.kvCacheNumTokens": 64,
     "engine.pageSize": 64,
     "engine.hydragen": False,

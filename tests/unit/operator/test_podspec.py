@@ -48,6 +48,8 @@ def test_the_model_becomes_arguments(model: dict[str, Any], argument: str) -> No
         ({"port": 9000}, "port=9000"),
         ({"maxTokensPerForward": 64}, "max_tokens_per_forward=64"),
         ({"maxSeqsPerForward": 8}, "max_seqs_per_forward=8"),
+        ({"targetGapMs": 20}, "target_gap_ms=20"),
+        ({"targetGapMs": 0}, "target_gap_ms=0"),
         ({"kvCacheNumTokens": 1024}, "kv_cache_num_tokens=1024"),
         ({"pageSize": 32}, "page_size=32"),
         ({"hydragen": False}, "use_hydragen=F"),

@@ -118,6 +118,7 @@ def test_only_streams_and_stop_strings_ask_for_each_token(server: RunningServer)
         {"content-type": "application/json"},
     )
     assert [submit.deliver_each for submit in server.manager.submits] == [False, True, False, True]
+    assert [submit.is_streamed for submit in server.manager.submits] == [False, False, False, True]
 
 
 def test_neutral_values_of_unsupported_fields_are_taken(server: RunningServer) -> None:
