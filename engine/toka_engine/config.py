@@ -30,9 +30,9 @@ UvicornLogLevel = Literal["critical", "error", "warning", "info", "debug", "trac
 
 
 GPU_TARGET_GAP_MS = 30.0
-"""A step of an 8B model with 256 rows takes some 13 ms on an H200. Prompts have more than half of one this long, and with
-over 700 tokens they are computed about as fast as with more. Steps of a 1B model are shorter in any case, by their most
-tokens. On a CPU a step has few tokens, and is often longer than this without any of a prompt: there, no target."""
+"""A step of an 8B model with 256 rows takes some 13 ms on an H200. Prompts have more than half of one this long, and
+with over 700 tokens they are computed about as fast as with more. Steps of a 1B model are shorter in any case, by their
+most tokens. On a CPU a step has few tokens, and is often longer than this without any of a prompt: no target there."""
 
 MAX_RANKS = 8
 """The largest number of model workers of one engine."""

@@ -45,7 +45,6 @@ def test_a_chat_with_256_streams_has_short_gaps_and_loses_no_throughput() -> Non
     assert before.gap_ms(99) > 100
     assert after.gap_ms(99) < 35
     assert after.num_tokens > 0.97 * before.num_tokens
-    assert after.first_ms(50) < before.first_ms(50)
     assert after.first_ms(99) < 1.35 * before.first_ms(99), "all come at once"
 
 
