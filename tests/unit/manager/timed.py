@@ -34,8 +34,6 @@ class Machine:
     row_ms: float = 4.0
     context_ms: float = 0.004
     prefill_ms: float = 1.6
-    small_prefill: float = 0.0
-    """So many tokens of chunks take a step twice as long as prefill_ms says, and more of them less beyond it."""
     chunk_context_ms: float = 0.0
     """For each token of a chunk and each one before it."""
     noise: float = 0.1
@@ -179,13 +177,11 @@ class TimedEngine:
             ):
                 self._lengths[slot] = start + length
                 chunk_context += length * (start + length // 2)
-            num_prefill = int(step.prefill_lengths.sum())
-            excess = machine.small_prefill / (machine.small_prefill + num_prefill) if num_prefill else 0.0
             milliseconds = (
                 machine.step_ms
                 + machine.row_ms * step.decode_slots.size
                 + machine.context_ms * context
-                + machine.prefill_ms * num_prefill * (1.0 + excess)
+                + machine.prefill_ms * int(step.prefill_lengths.sum())
                 + machine.chunk_context_ms * chunk_context
             )
             wall_s = milliseconds * 1e-3 * self._noise.lognormvariate(0.0, machine.noise)
