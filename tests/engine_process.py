@@ -21,7 +21,7 @@ from typing import Self
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-WAIT_S = 120.0
+WAIT_S = 200.0
 """A bound on waits for something that must happen; not a promise about speed."""
 
 _STARTED = re.compile(r"event=started process=(\w+) pid=(\d+)")
