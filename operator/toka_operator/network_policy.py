@@ -34,6 +34,10 @@ def parse_network_policy(fields: Fields) -> NetworkPolicy:
         fields.refuse("from", "is only for mode Ingress")
     if any(("ipBlock" in peer) == ("podSelector" in peer or "namespaceSelector" in peer) for peer in peers):
         fields.refuse("from", "entries need an ipBlock, or a podSelector, a namespaceSelector or both")
+    selectors = [peer[name] for peer in peers for name in ("podSelector", "namespaceSelector") if peer.get(name)]
+    expressions = [each for found in selectors for each in found.get("matchExpressions") or []]
+    if any((each.get("operator") in ("In", "NotIn")) != bool(each.get("values")) for each in expressions):
+        fields.refuse("from", "matchExpressions need values with operator In or NotIn, and none with the others")
     return NetworkPolicy(is_ingress, peers)
 
 

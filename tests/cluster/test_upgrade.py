@@ -10,6 +10,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def server() -> Iterator[ApiServer]:
     own = ApiServer.start(f"upgrade-{os.getpid()}")
     own.create_namespace(SYSTEM, pod_security="restricted")
     own.create_namespace("apps", pod_security="restricted")
-    own.simulate_nodes(2, gpus_each=8)
+    own.simulate_nodes(2, gpus_each=32)
     yield own
     own.stop()
 
@@ -92,35 +93,48 @@ def num_workers(server: ApiServer) -> str:
     return next(str(each["value"]) for each in env if each["name"] == "TOKA_WORKERS")
 
 
+def copy_objects(copies: int) -> dict[str, dict[str, Any]]:
+    """Return so many of each kind of object, by name."""
+    return {f"{name}{number or ''}": spec for name, spec in OBJECTS.items() for number in range(copies)}
+
+
 def conditions_of(found: dict[str, Any]) -> dict[str, str]:
     return {each["type"]: each["status"] for each in found.get("status", {}).get("conditions", [])}
 
 
-def are_ready(server: ApiServer) -> bool:
-    found = server.list_objects("tokadeployments", "apps")
+def are_ready(server: ApiServer, namespace: str = "apps", copies: int = 1) -> bool:
+    found = server.list_objects("tokadeployments", namespace)
     well = {"ConfigValid": "True", "Degraded": "False"}
-    wanted = {name: {**well, "Ready": "False" if spec.get("suspend") else "True"} for name, spec in OBJECTS.items()}
+    wanted = {
+        name: {**well, "Ready": "False" if spec.get("suspend") else "True"}
+        for name, spec in copy_objects(copies).items()
+    }
     seen = all(each.get("status", {}).get("observedGeneration") == each["metadata"]["generation"] for each in found)
     told = {each["metadata"]["name"]: conditions_of(each) for each in found}
     return seen and told.keys() == wanted.keys() and all(wanted[name].items() <= told[name].items() for name in wanted)
 
 
-def look(server: ApiServer) -> dict[str, set[str]]:
+def look(server: ApiServer, namespace: str = "apps") -> dict[str, set[str]]:
     """The uids of what may not be made anew."""
     return {
-        kind: {each["metadata"]["uid"] for each in server.list_objects(kind, "apps")}
+        kind: {each["metadata"]["uid"] for each in server.list_objects(kind, namespace)}
         for kind in ("pods", "statefulsets", "services")
     }
 
 
 @pytest.mark.slow
-def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiServer, former: Path) -> None:
-    process = run_version(server, "first", former, "--set", "workers=5")
-    manifests = [deployment(name, **spec) for name, spec in OBJECTS.items()]
-    server.apply(*manifests, namespace="apps")
-    server.wait_for(lambda: are_ready(server), "all objects to be ready", timeout_s=120)
-    before = look(server)
-    assert len(before["pods"]) == 7
+@pytest.mark.parametrize("copies", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_no_pod_changes_from_the_first_version_to_this_one_and_back(
+    server: ApiServer, former: Path, copies: int
+) -> None:
+    """Five kinds of objects, one of each or ten."""
+    namespace = "apps" if copies == 1 else server.create_namespace(f"apps-{copies}", pod_security="restricted")
+    process = run_version(server, f"first-{copies}", former, "--set", "workers=5")
+    manifests = [deployment(name, **spec) for name, spec in copy_objects(copies).items()]
+    server.apply(*manifests, namespace=namespace)
+    server.wait_for(lambda: are_ready(server, namespace, copies), "all objects to be ready", timeout_s=120)
+    before = look(server, namespace)
+    assert len(before["pods"]) == 7 * copies
     assert process.terminate() == 0
 
     with pytest.raises(CommandFailed) as refusal:  # the older chart's values lack some of this one's
@@ -128,10 +142,11 @@ def test_no_pod_changes_from_the_first_version_to_this_one_and_back(server: ApiS
     assert "missing properties" in refusal.value.stderr
     assert "monitoring" in refusal.value.stderr
     for name, folder in (("this", REPOSITORY), ("first-again", former), ("this-again", REPOSITORY)):
-        process = run_version(server, name, folder)
+        process = run_version(server, f"{name}-{copies}", folder)
         time.sleep(SETTLED_S)
-        server.wait_for(lambda: are_ready(server), f"all objects to be ready under {name}", timeout_s=60)
-        assert look(server) == before, name
+        is_well = partial(are_ready, server, namespace, copies)
+        server.wait_for(is_well, f"all objects to be ready under {name}", timeout_s=60)
+        assert look(server, namespace) == before, name
         assert num_workers(server) == "5", name
         assert "level=ERROR" not in process.log(), process.log(4000)
         assert "rejected=" not in process.log(), process.log(4000)

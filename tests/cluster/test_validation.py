@@ -65,6 +65,8 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("a value or a valueFrom, not both", "chat",
      {"engine": {"env": [{"name": "A", "value": "x",
                           "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}]}}),
+    ("should match", "chat",
+     {"engine": {"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.containers"}}}]}}),
     ("exactly one of secretKeyRef", "chat", {"engine": {"env": [{"name": "A", "valueFrom": {}}]}}),
     ("exactly one of secretRef and configMapRef", "chat", {"engine": {"envFrom": [{"prefix": "x"}]}}),
     ("may not use the prefixes", "chat", {"podTemplate": {"labels": {"toka.dev/revision": "x"}}}),
@@ -97,6 +99,12 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("networkPolicy.from entries need an ipBlock, or", "chat", {"networkPolicy": {"mode": "Ingress", "from": [{}]}}),
     ("networkPolicy.from entries need an ipBlock, or", "chat",
      {"networkPolicy": {"mode": "Ingress", "from": [{"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}]}}),
+    ("networkPolicy.from matchExpressions need values", "chat",
+     {"networkPolicy": {"mode": "Ingress", "from": [
+         {"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}]}}),
+    ("networkPolicy.from matchExpressions need values", "chat",
+     {"networkPolicy": {"mode": "Ingress", "from": [
+         {"namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["x"]}]}}]}}),
     ("must be greater than rollout.minReadySeconds", "chat",
      {"rollout": {"progressDeadlineSeconds": 20, "minReadySeconds": 20}, "startup": {"timeoutSeconds": 10}}),
 ]  # fmt: skip

@@ -79,6 +79,10 @@ def test_the_policy_comes_before_the_pods_goes_with_the_mode_and_makes_no_revisi
         ({"from": [CLIENT]}, "spec.networkPolicy.from"),
         ({"mode": "Ingress", "from": [{}]}, "spec.networkPolicy.from"),
         ({"mode": "Ingress", "from": [{"ipBlock": {"cidr": "10.0.0.0/8"}, **CLIENT}]}, "spec.networkPolicy.from"),
+        (
+            {"mode": "Ingress", "from": [{"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}]},
+            "spec.networkPolicy.from",
+        ),
         ({"mode": "Egress"}, "spec.networkPolicy.mode"),
     ],
 )
