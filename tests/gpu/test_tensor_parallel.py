@@ -182,7 +182,9 @@ def check_samples(tokens: Tokens, logits: torch.Tensor, expected: list[int], sur
 
 
 @contextmanager
-def engine(folder: Path, *keys: str, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
+def engine(
+    folder: Path, *keys: str, size: str = "tp_size=2", **variables: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
     """A started engine of two ranks, and what reads its log."""
     log = Path(tempfile.mkstemp(suffix=".log")[1])
     command = [
@@ -192,7 +194,7 @@ def engine(folder: Path, *keys: str, **variables: str) -> Iterator[tuple[subproc
         f"model={folder}",
         "served_model_name=m",
         f"port={PORT}",
-        "tp_size=2",
+        size,
     ]
     command += ["kv_cache_num_tokens=65536", *keys]
     with log.open("wb") as out:
@@ -221,8 +223,11 @@ def ask(prompt: list[int], **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer."""
-    folder: Path = tmp_path_factory.mktemp("served")
+    return make_served(tmp_path_factory.mktemp("served"))
+
+
+def make_served(folder: Path) -> Path:
+    """Make a model with a tokenizer in `folder`."""
     make("Llama", folder)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -44,7 +44,7 @@ class Driver:
         self.lengths: dict[int, int] = {}
         self.pages: dict[int, list[int]] = {}
         self._next_page = 0
-        self._number = 0
+        self.number = 0
         self._last_sampled = 0
         self.logits = torch.empty(0)
         """The logits that the last step's sampler was given, one row per sampled token, fp32."""
@@ -62,8 +62,8 @@ class Driver:
         self._next_page = 0
 
     def launch(self, **fields: Any) -> Launched:
-        self._number += 1
-        step = Step(number=self._number, after=self._last_sampled, **fields)
+        self.number += 1
+        step = Step(number=self.number, **{"after": self._last_sampled, **fields})
         if step.decode_slots.size or step.fanout_slots.size:
             self._last_sampled = step.number
         return self.worker.runner.launch(step)

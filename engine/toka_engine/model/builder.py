@@ -83,7 +83,12 @@ class ModelBuilder:
 
     def final_norm(self, name: str, offset: float = 0.0) -> Norm | StreamEnd:
         """The norm behind the last layer; where other stages follow, what hands the residual stream over to them."""
-        return self.norm(name, offset) if self.stage.is_last else StreamEnd(self.ranks)
+        if self.stage.is_last:
+            return self.norm(name, offset)
+        weights = self.weights
+        return StreamEnd(
+            self.ops, torch.ones(self.config.hidden_size, dtype=weights.dtype, device=weights.device), self.ranks
+        )
 
     def head_norm(self, name: str) -> torch.Tensor:
         """The weight [head_dim] of an RMSNorm that all heads of the queries, or of the keys, share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from toka_engine.model.stage_links import StageLinks
 
 logger = logging.getLogger("toka.model")
 
+_GPU_STAGES = "TOKA_GPU_STAGES"
+"""The variable with which pipeline stages run on GPUs, until they have been tried there."""
+
 
 def find_device(config: EngineConfig, index: int = 0) -> torch.device:
     """Return the device that `config.device` means; of several GPUs `index`, which becomes the process's current one.
@@ -29,7 +33,7 @@ def find_device(config: EngineConfig, index: int = 0) -> torch.device:
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        if config.pp_size > 1:
+        if config.pp_size > 1 and _GPU_STAGES not in os.environ:
             raise ConfigError(
                 f"pp_size={config.pp_size}: pipeline parallel runs on CPUs in this version, with device=cpu"
             )
@@ -99,13 +103,15 @@ def select_backend(
 ) -> Backend:
     """Make the backend of `device`. Imports what only that device needs, and decides where its kernels are looked for.
 
-    Several ranks on GPUs connect here, to exchange rows of `model`; pipeline stages on CPUs do, too, by `links`.
+    Several ranks on GPUs connect here, to exchange rows of `model`; pipeline stages do, too, by `links`.
 
     Raises ConfigError, StorageError, DeviceUnavailableError (GPU ranks that cannot reach each other).
     """
     is_gpu = device.type == "cuda"
     backend = (
-        _make_cuda_backend(device, config, ranks, model) if is_gpu else _make_cpu_backend(config, ranks, model, links)
+        _make_cuda_backend(device, config, ranks, model, links)
+        if is_gpu
+        else _make_cpu_backend(config, ranks, model, links)
     )
     if not config.torch_compile:
         return backend
@@ -131,15 +137,18 @@ def _make_cpu_backend(
     return CpuBackend(ranks, StageExchange.connect(links, config, model, dtype))
 
 
-def _make_cuda_backend(device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig | None) -> Backend:
+def _make_cuda_backend(
+    device: torch.device, config: EngineConfig, ranks: Ranks, model: ModelConfig | None, links: StageLinks | None
+) -> Backend:
     from toka_engine.model.cuda.backend import CudaBackend
     from toka_engine.model.cuda.gpu_ranks import GpuRanks
+    from toka_engine.model.cuda.gpu_stages import connect_stages
     from toka_engine.model.cuda.triton_cache import use_built
 
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
     use_built(capability)
-    if not isinstance(ranks, GpuRanks):
+    if model is None:
         return CudaBackend(capability)
-    assert model is not None, "ranks exchange rows of a model"
-    return CudaBackend(capability, ranks.connect(config, model, capability))
+    parallel = ranks.connect(config, model, capability) if isinstance(ranks, GpuRanks) else None
+    return CudaBackend(capability, parallel, None if links is None else connect_stages(links, config, model))

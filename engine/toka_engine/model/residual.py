@@ -84,14 +84,20 @@ class Norm:
 class StreamEnd:
     """The end of the stream in a stage that hands it over to the next one."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ops: Ops, weight: torch.Tensor, ranks: Ranks) -> None:
+        """`weight` [width] is of no matter: where the sum of ranks is one kernel with a norm, it is that norm's."""
+        self._fused = ops.all_reduce_add_rms_norm if ranks.size > 1 else None
         self._all_reduce = ranks.all_reduce if ranks.size > 1 else None
+        self._weight = weight
 
     def finish(self, x: Activation, residual: torch.Tensor | None) -> torch.Tensor:
         """Add the last block's output `x` [n, width] to the stream, in place, and return it, the same on all ranks."""
         pending, residual = _settle(x, residual)
         assert residual is not None, "a stage has layers"
         if pending is None:
+            return residual
+        if self._fused is not None:
+            self._fused(pending, residual, self._weight, 1.0)
             return residual
         return residual.add_(pending if self._all_reduce is None else self._all_reduce(pending))
 

@@ -45,13 +45,19 @@ class Smallest(Message, frozen=True):
     value: int
 
 
+class Share(Message, frozen=True):
+    """Bytes of one stage, on their way to all others."""
+
+    data: bytes
+
+
 class Untaken(Message, frozen=True):
     """The tensors that none of the stages so far has asked for."""
 
     names: tuple[str, ...]
 
 
-StageMessage: TypeAlias = Rows | LastTokens | Smallest | Untaken
+StageMessage: TypeAlias = Rows | LastTokens | Smallest | Share | Untaken
 M = TypeVar("M", bound=msgspec.Struct)
 
 
@@ -107,6 +113,15 @@ class StageLinks:
         value = self.receive(Smallest).value
         self.send(Smallest(value))
         return value
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Return every stage's `data`, in order, once all have called it."""
+        index, num_stages = self.rank.pp_rank, self.rank.pp_size
+        every = [data] * num_stages
+        for distance in range(1, num_stages):
+            self.send(Share(data))
+            every[index - distance] = data = self.receive(Share).data
+        return every
 
     def find_untaken(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return, in the last stage, the names that are among those of every stage; in the others, none."""

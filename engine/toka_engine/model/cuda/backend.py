@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -9,8 +11,10 @@ from toka_engine.config import EngineConfig
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
+from toka_engine.model.cuda.gpu_stages import GpuStages
 from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.cuda.runner import CudaRunner
+from toka_engine.model.cuda.stage_runner import LastStageRunner, StageRunner
 from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.gemv import TritonGemv
@@ -54,10 +58,14 @@ class CudaBackend:
 
     has_packed_linears = False
 
-    def __init__(self, capability: int, parallel: TensorParallel | None = None) -> None:
-        """`capability`: the GPU's compute capability, as 90. `parallel`: what this rank shares with others, if any."""
+    def __init__(
+        self, capability: int, parallel: TensorParallel | None = None, stages: GpuStages | None = None
+    ) -> None:
+        """`capability`: the GPU's compute capability, as 90. `parallel`: what this rank shares with others, if any;
+        `stages`: with other pipeline stages.
+        """
         self.ops = make_ops(capability, parallel)
-        self._parallel = parallel
+        self._parallel, self._stages = parallel, stages
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
         """See backend.Backend. The number of pages is provisional where `CudaRunner.prepare` fits the cache."""
@@ -65,10 +73,16 @@ class CudaBackend:
         if self._parallel is not None:
             available = self._parallel.agree_min(available)
         sizes = choose_sizes(config, model, shape.device, shape.kv_bytes_per_token, available)
+        if self._stages is not None:  # they have layers of their own number
+            num_pages = self._stages.links.agree_min(sizes.num_pages)
+            sizes = replace(sizes, num_pages=num_pages, max_pages_per_seq=min(sizes.max_pages_per_seq, num_pages))
         return provisional_sizes(sizes) if config.kv_cache_num_tokens is None else sizes
 
     def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CudaRunner:
         """See backend.Backend."""
         attention = CudaAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
-        return CudaRunner(model, attention, sizes.max_seqs, config, self._parallel)
+        if self._stages is None:
+            return CudaRunner(model, attention, sizes.max_seqs, config, self._parallel)
+        kind = LastStageRunner if self._stages.ports.is_last else StageRunner
+        return kind(model, attention, sizes.max_seqs, config, self._stages, self._parallel)

@@ -22,14 +22,15 @@ from toka_engine.model.cuda.sampler import Sampler
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.packets import Packets
 
-_MAX_SAMPLED_ROWS = 512
-"""Rows up to which graphs hold memory for logits: 256 MB for a vocabulary of 128 k."""
 _MIN_GROUPED_ROWS = 32
 """A graph size to which steps of fewer rows with groups are padded."""
 
 
 class DecodeGraphs:
     """CUDA graphs of decode steps of up to `max_rows` rows, captured by `capture`."""
+
+    max_sampled_rows = 512
+    """Rows up to which graphs hold memory for logits: 256 MB for a vocabulary of 128 k."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class DecodeGraphs:
     def measure(self) -> int:
         """Return the device bytes that `capture` will take, from a few captures. Their graphs must not be replayed."""
         pool, sizes = torch.cuda.graph_pool_handle(), self._sizes.tolist()
-        sampled = [size for size in sizes if size <= _MAX_SAMPLED_ROWS]
+        sampled = [size for size in sizes if size <= self.max_sampled_rows]
         rest = sizes[len(sampled) :]
         return sum(measure_captures(some, lambda size: self._capture(size, pool)) for some in (rest, sampled))
 
@@ -76,7 +77,7 @@ class DecodeGraphs:
                 none, no_groups = np.empty(0, np.int32), np.zeros(GRAPH_GROUP_WORDS, np.int32)
                 self.packets.write(size, none, none, (none, none, none), np.zeros(4, np.int32), none, no_groups)
             hidden = self._forward(size, has_groups)
-        if size <= _MAX_SAMPLED_ROWS:
+        if size <= self.max_sampled_rows:
             self._sample(size, hidden)
 
     @staticmethod
@@ -94,7 +95,7 @@ class DecodeGraphs:
                 if has_groups:  # the sampler's graph reads one address
                     hidden = self._forwards[size, False][1].copy_(hidden)
             self._forwards[size, has_groups] = forward, hidden
-        if size <= _MAX_SAMPLED_ROWS:
+        if size <= self.max_sampled_rows:
             self._samplers[size] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._samplers[size], pool=pool):
                 self._sample(size, hidden)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +78,11 @@ class CudaRunner:
         device, vocab_size = attention.shape.device, model.config.vocab_size
         self._slots = DeviceSlots(max_seqs + 1, device)  # one more: padding rows of graphs
         seed = settled_seed(config)
-        self.sampler: Sampler
-        if parallel is None:
-            self.sampler = CudaSampler(seed, self._slots, attention, max_seqs, vocab_size)
-        else:
-            self.sampler = parallel.make_sampler(seed, self._slots, attention, max_seqs)
-        self.sample: Sample = self.sampler
         self._parallel = parallel
+        self._agree_min: Callable[[int], int] = int if parallel is None else parallel.agree_min
         self.model, self.attention = model, attention
+        self.sampler = self._make_sampler(seed, max_seqs, vocab_size)
+        self.sample: Sample = self.sampler
         self.grammars = SlotGrammars(max_seqs, vocab_size, num_threads=min(16, max(1, count_threads() - 2)))
         self.state = HostSlots(max_seqs)
         self._new_slots, self._tokens = Staging(device), Staging(device)
@@ -95,6 +92,11 @@ class CudaRunner:
         has_graphs = config.use_cudagraphs and (parallel is None or parallel.has_graphs)
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if has_graphs else 0
         self._reserve_outputs(device, max_seqs)
+
+    def _make_sampler(self, seed: int, max_seqs: int, vocab_size: int) -> Sampler:
+        if self._parallel is not None:
+            return self._parallel.make_sampler(seed, self._slots, self.attention, max_seqs)
+        return CudaSampler(seed, self._slots, self.attention, max_seqs, vocab_size)
 
     def _reserve_outputs(self, device: torch.device, max_seqs: int) -> None:
         self._stream, self._copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -110,8 +112,7 @@ class CudaRunner:
     def prepare(self, ready: WorkerReady) -> WorkerReady:
         """See backend.Runner: fit the KV cache unless the user sized it, capture the graphs, keep memory for steps."""
         if self._fits_cache:
-            agree_min = int if self._parallel is None else self._parallel.agree_min
-            ready = fit_cache(self.attention, ready, self._run, self.measure_graphs, agree_min)
+            ready = fit_cache(self.attention, ready, self._run, self.measure_graphs, self._agree_min)
         self.capture_graphs()
         decode_graphs, self.decode_graphs = self.decode_graphs, None  # steps take most memory without graphs
         self._run(make_largest_steps(ready))
@@ -135,9 +136,10 @@ class CudaRunner:
             decode_graphs.capture()
             self.decode_graphs = decode_graphs
 
-    def make_decode_graphs(self) -> DecodeGraphs:
-        """Make graphs that are not captured yet."""
-        return DecodeGraphs(self.model, self.attention, self._slots, self.sampler, self._max_graph_rows)
+    def make_decode_graphs(self, max_rows: int | None = None) -> DecodeGraphs:
+        """Make graphs that are not captured yet, of up to `max_rows` rows."""
+        max_rows = self._max_graph_rows if max_rows is None else max_rows
+        return DecodeGraphs(self.model, self.attention, self._slots, self.sampler, max_rows)
 
     @torch.inference_mode()
     def measure_graphs(self) -> int:
@@ -198,7 +200,7 @@ class CudaRunner:
     def launch_many_rows(self, rows: int) -> None:
         """Launch a step of so many decode rows, with groups and without: attention of many rows takes other kernels,
         whether or not graphs hold as many."""
-        DecodeGraphs(self.model, self.attention, self._slots, self.sampler, rows).launch(rows)
+        self.make_decode_graphs(rows).launch(rows)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
