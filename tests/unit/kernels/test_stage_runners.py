@@ -1,6 +1,7 @@
 """The runners of pipeline stages on GPUs, in turn on one device, say what one runner says, bit for bit.
 
-Everything of them runs but CUDA graphs and flashinfer, whose kernels are replaced by their definition.
+Everything of them runs but CUDA graphs and attention, whose kernels are replaced by their definition: flashinfer needs a
+GPU, and ours takes minutes in the interpreter.
 """
 
 from __future__ import annotations
@@ -103,6 +104,22 @@ def make_runner(model: ModelConfig, stage: Stage, stages: Any = None) -> Any:
     )
 
 
+def attend_decode(q, k, v, cos_sin, slots, positions, table, keys, values, out, work, scale, part=None) -> None:
+    """kernels.decode_attention.attend_decode by its definition."""
+    from toka_engine.model.kernels.rope_append import rope_append
+
+    rotated = torch.empty(q.shape, dtype=q.dtype)
+    rope_append(q, k, v, cos_sin, slots, positions, table, keys, values, rotated)
+    group = q.shape[1] // k.shape[1]
+    for row, (slot, position) in enumerate(zip(slots.tolist()[: len(q)], positions.tolist(), strict=False)):
+        pages = table[slot, : position // PAGE_SIZE + 1].long()
+        seen, weighed = (
+            each[pages].flatten(0, 1)[: position + 1].repeat_interleave(group, dim=1) for each in (keys, values)
+        )
+        scores = torch.einsum("hd,nhd->hn", rotated[row], seen) * scale
+        out[row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), weighed)
+
+
 def make_driver(runner: Any) -> Driver:
     return Driver(SimpleNamespace(runner=runner, ready=SimpleNamespace(page_size=PAGE_SIZE)))  # type: ignore[arg-type]
 
@@ -122,6 +139,7 @@ def test_stages_in_turn_say_what_one_runner_says(split: tuple[int, ...], monkeyp
     from toka_engine.model.cuda.gpu_stages import GpuStages
 
     monkeypatch.setattr(torch.cuda, "Event", AtOnce)
+    monkeypatch.setattr("toka_engine.model.cuda.attention.attend_decode", attend_decode)
     model = parse_model_config(ConfigFields(MODEL, Path()))
     whole = make_driver(make_runner(model, Stage.whole(model.num_layers)))
     shared = make_stages(CPU, len(split), NUM_PLACES, width=model.hidden_size, max_rows=64)

@@ -94,7 +94,7 @@ def _take_rows_kernel(state_ptr, places_ptr, out_ptr, num_words, place_words, nu
 def _put_rows_kernel(state_ptr, addresses_ptr, rows_ptr, num_words, place_words, num_places, BLOCK: tl.constexpr):
     if tl.load(state_ptr) != 0:
         place = tl.load(state_ptr + _COUNT) % num_places
-        places = tl.multiple_of(tl.load(addresses_ptr + _NEXT_PLACES), 16).to(tl.pointer_type(tl.int32))
+        places = tl.multiple_of(tl.load(addresses_ptr + _NEXT_PLACES).to(tl.pointer_type(tl.int32)), 16)
         word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         rows = tl.load(rows_ptr + word, mask=word < num_words, other=0)
         tl.store(places + place * place_words + word, rows, mask=word < num_words)
