@@ -31,6 +31,14 @@ from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.cuda.tensor_parallel import PeerParallel
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.peer_pattern import write_pattern
+from toka_engine.model.kernels.stage_exchange import (
+    FLAG_WORDS,
+    StagePorts,
+    begin_step,
+    put_rows,
+    send_tokens,
+    take_rows,
+)
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.prompt_scores import PromptScores
@@ -144,6 +152,7 @@ def make_runner(
 def dry_run(model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES) -> None:
     """Launch the kernels that an engine's start with this model launches: see worker.Worker.warm_up."""
     runner, ready = make_runner(model, page_size, ranks, sizes)
+    hand_over(model, sizes)
     if ranks.size > 1:
         write_pattern(torch.zeros(ranks.size, dtype=torch.int64, device=_META), ranks.rank)
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
@@ -155,6 +164,26 @@ def dry_run(model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: 
     runner.launch_many_rows(
         ShortLaunchConfig.of(model.head_dim).most_rows
     )  # an image has them for engines of any slots
+
+
+def hand_over(model: ModelConfig, sizes: Sizes) -> None:
+    """Launch the kernels by which pipeline stages of this model exchange rows and tokens, as each of them does."""
+    num_slots, place_words = sizes.max_seqs + 1, _MAX_ROWS * model.hidden_size // 2
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=_META)
+
+    write_pattern(zeros(2, dtype=torch.int64), 0)
+    for is_first, is_last in ((True, False), (False, False), (False, True)):
+        state, addresses = zeros(3, dtype=torch.int64), zeros(5, dtype=torch.int64)
+        places = zeros(3 * place_words)
+        ports = StagePorts(
+            is_first, is_last, True, 3, _MAX_ROWS, model.hidden_size, state, zeros(FLAG_WORDS), places, addresses,
+            place_words,
+        )  # fmt: skip
+        begin_step(ports, 1, 0)
+        put_rows(ports, take_rows(ports, sizes.max_seqs))
+        send_tokens(ports, zeros(num_slots), zeros(num_slots))
 
 
 def _without_kernels() -> Any:
