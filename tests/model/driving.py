@@ -19,8 +19,17 @@ from toka_engine.model.worker import Worker, load_worker
 from toka_engine.slot_parameters import SlotBatch
 
 
-def load(folder: Path, ranks: Ranks | None = None, links: StageLinks | None = None, **settings: Any) -> Worker:
-    """A worker on the CPU, in fp32 unless told; one of `ranks` and of the stages of `links`, if given."""
+def load(
+    folder: Path,
+    ranks: Ranks | None = None,
+    links: StageLinks | None = None,
+    place: torch.device | None = None,
+    **settings: Any,
+) -> Worker:
+    """A worker on the CPU, in fp32 unless told; one of `ranks` and of the stages of `links`, if given.
+
+    `place`: of several GPUs this one.
+    """
     defaults: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
@@ -28,7 +37,8 @@ def load(folder: Path, ranks: Ranks | None = None, links: StageLinks | None = No
         "num_threads": 1,
         "seed": 0,
     }
-    return load_worker(EngineConfig(**{**defaults, **settings}), folder, lambda phase, detail: None, ranks, links=links)
+    config = EngineConfig(**{**defaults, **settings})
+    return load_worker(config, folder, lambda phase, detail: None, ranks, place, links)
 
 
 def ints(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
