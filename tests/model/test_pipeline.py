@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, PeerClosedError, RanksDisagreeError
 from toka_engine.messages import Tokens
+from toka_engine.model.cpu.backend import make_ops
 from toka_engine.model.cpu.stage_exchange import StageExchange
 from toka_engine.model.loader import Weights
 from toka_engine.model.ranks import Ranks, SingleRank
+from toka_engine.model.residual import StreamEnd
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.stage_links import StageLinks
+from toka_engine.model.torch_norms import rms_norm
 
 from tests.model.driving import Driver, ints, load
 from tests.model.test_grammars import REGEX, add_grammar
@@ -124,6 +128,31 @@ def test_a_stage_reads_the_tensors_of_its_layers_alone_and_all_are_read(
     assert "unused_tensor" not in caplog.text
 
 
+def test_the_end_of_a_stage_sums_what_ranks_have_by_the_kernel_that_also_norms_where_there_is_one() -> None:
+    """GPU ranks have no all-reduce alone."""
+    parts = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
+    weight, asked = torch.ones(2), []
+
+    def all_reduce_add_rms_norm(
+        partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        assert torch.equal(partial, parts[:1])
+        asked.append(weight)
+        residual += parts.sum(0)
+        return rms_norm(residual, weight, eps)
+
+    class TwoRanks(SingleRank):
+        size = 2
+
+        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("it is fused")
+
+    ops = replace(make_ops(), all_reduce_add_rms_norm=all_reduce_add_rms_norm)
+    found = StreamEnd(ops, weight, TwoRanks()).finish(parts[:1], torch.tensor([[0.5, 0.25]]))
+    assert found.tolist() == [[11.5, 22.25]]
+    assert asked == [weight]
+
+
 def test_a_tensor_that_no_stage_reads_is_named_once(make_tiny: MakeTiny, caplog: pytest.LogCaptureFixture) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -168,6 +197,15 @@ def test_tokens_that_no_step_waits_for_are_taken_all_the_same() -> None:
     assert not last_links.following.has_unsent
     assert state.last_tokens.tolist() == [num_steps, 7]
     first.receive_tokens(num_steps, state)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_stages_gather_what_each_of_them_gives_in_order(num_stages: int) -> None:
+    def work(ranks: Ranks, links: StageLinks) -> list[list[bytes]]:
+        return [links.gather(f"{turn} {links.rank.pp_rank}".encode()) for turn in range(3)]
+
+    expected = [[f"{turn} {stage}".encode() for stage in range(num_stages)] for turn in range(3)]
+    assert run_stages(num_stages, 1, work) == [[expected]] * num_stages
 
 
 def test_a_stage_notices_that_a_neighbour_is_gone() -> None:

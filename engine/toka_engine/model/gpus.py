@@ -57,8 +57,9 @@ def choose_gpu(gpus: Sequence[Gpu], config: EngineConfig, index: int) -> Gpu:
     taken = gpus[:num_ranks]
     for gpu in taken:
         _check_capability(gpu)
-    if config.tp_size > 1:
-        _check_alike(taken, config.tp_size)
+    parts = [(config.pp_size, "pp_size"), (config.tp_size, "tp_size")]
+    if sizes := [f"{name}={size}" for size, name in parts if size > 1]:
+        _check_alike(taken, config.pp_size * config.tp_size, " x ".join(sizes))
     return gpus[index]
 
 
@@ -93,14 +94,14 @@ def _check_capability(gpu: Gpu) -> None:
         )
 
 
-def _check_alike(gpus: Sequence[Gpu], tp_size: int) -> None:
+def _check_alike(gpus: Sequence[Gpu], num_ranks: int, sizes: str) -> None:
     """The ranks of a replica must take the same branches, some of which depend on the GPU."""
-    for begin in range(0, len(gpus), tp_size):
+    for begin in range(0, len(gpus), num_ranks):
         first = gpus[begin]
-        for gpu in gpus[begin : begin + tp_size]:
+        for gpu in gpus[begin : begin + num_ranks]:
             if gpu.is_slice:
                 raise DeviceUnavailableError(
-                    f"tp_size={tp_size} needs whole GPUs: {gpu} is a MIG slice, which reaches no other GPU's memory"
+                    f"{sizes} needs whole GPUs: {gpu} is a MIG slice, which reaches no other GPU's memory"
                 )
             if gpu.model != first.model:
-                raise DeviceUnavailableError(f"tp_size={tp_size} needs GPUs of one model: {first} is unlike {gpu}")
+                raise DeviceUnavailableError(f"{sizes} needs GPUs of one model: {first} is unlike {gpu}")

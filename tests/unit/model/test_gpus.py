@@ -73,6 +73,15 @@ def test_unlike_gpus_in_one_replica_are_refused_and_both_are_named() -> None:
     )
 
 
+def test_unlike_gpus_in_two_stages_are_refused_and_so_are_slices() -> None:
+    assert refuse([H200, A100], pp_size=2).startswith("pp_size=2 needs GPUs of one model: GPU 0 (NVIDIA H200")
+    gpus = [*several(3), replace(A100, index=3)]
+    assert refuse(gpus, pp_size=2, tp_size=2).startswith("pp_size=2 x tp_size=2 needs GPUs of one model: GPU 0")
+    assert choose_gpu([*several(2), A100, replace(A100, index=3)], EngineConfig(dp_size=2, pp_size=2), 3).index == 3
+    slices = [SLICE, replace(SLICE, index=1)]
+    assert refuse(slices, pp_size=2).startswith("pp_size=2 needs whole GPUs: GPU 0 (NVIDIA H100 80GB HBM3 MIG")
+
+
 def test_unlike_gpus_of_different_replicas_serve_and_are_told_of() -> None:
     gpus = [*several(2), A100, replace(A100, index=3)]
     assert choose_gpu(gpus, EngineConfig(dp_size=2, tp_size=2), 3) == gpus[3]
