@@ -152,7 +152,8 @@ def make_runner(
 def dry_run(model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES) -> None:
     """Launch the kernels that an engine's start with this model launches: see worker.Worker.warm_up."""
     runner, ready = make_runner(model, page_size, ranks, sizes)
-    hand_over(model, sizes)
+    if model.hidden_size % 2 == 0:
+        hand_over(model, sizes)
     if ranks.size > 1:
         write_pattern(torch.zeros(ranks.size, dtype=torch.int64, device=_META), ranks.rank)
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from toka_engine.config import EngineConfig
-from toka_engine.errors import DeviceUnavailableError
+from toka_engine.errors import ConfigError, DeviceUnavailableError
 from toka_engine.model.attention_backend import AttentionBackend
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.gpu_ranks import NO_PEER_MEMORY
@@ -81,7 +81,13 @@ class GpuStages:
 
 
 def connect_stages(links: StageLinks, config: EngineConfig, model: ModelConfig) -> GpuStages:
-    """Share memory with the other stages, on the current device. Raises DeviceUnavailableError, PeerClosedError."""
+    """Share memory with the other stages, on the current device. Raises ConfigError, DeviceUnavailableError,
+    PeerClosedError.
+    """
+    if model.hidden_size % 2:
+        raise ConfigError(
+            f"pp_size={config.pp_size} needs an even hidden_size on GPUs, the model has {model.hidden_size}"
+        )
     try:
         if links.agree_min(int(NO_PEER_MEMORY not in os.environ)) == 0:
             raise PeerMemoryError(f"{NO_PEER_MEMORY} is set")

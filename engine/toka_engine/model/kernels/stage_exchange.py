@@ -82,16 +82,22 @@ def _begin_kernel(
             _wait(flags_ptr + _TOKENS_FLAG, after)
 
 
-@triton.jit(do_not_specialize=["num_places"])
-def _take_rows_kernel(state_ptr, places_ptr, out_ptr, num_words, place_words, num_places, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows", "num_places"])
+def _take_rows_kernel(
+    state_ptr, places_ptr, out_ptr, num_rows, row_words, place_words, num_places, BLOCK: tl.constexpr
+):  # fmt: skip
+    num_words = num_rows * row_words
     place = tl.load(state_ptr + _COUNT) % num_places
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(places_ptr + place * place_words + word, mask=word < num_words, other=0)
     tl.store(out_ptr + word, rows, mask=word < num_words)
 
 
-@triton.jit(do_not_specialize=["num_places"])
-def _put_rows_kernel(state_ptr, addresses_ptr, rows_ptr, num_words, place_words, num_places, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows", "num_places"])
+def _put_rows_kernel(
+    state_ptr, addresses_ptr, rows_ptr, num_rows, row_words, place_words, num_places, BLOCK: tl.constexpr
+):  # fmt: skip
+    num_words = num_rows * row_words
     if tl.load(state_ptr) != 0:
         place = tl.load(state_ptr + _COUNT) % num_places
         places = tl.multiple_of(tl.load(addresses_ptr + _NEXT_PLACES).to(tl.pointer_type(tl.int32)), 16)
@@ -137,11 +143,11 @@ def take_rows(ports: StagePorts, num_rows: int) -> torch.Tensor:
     if ports.places is None:
         return torch.zeros((num_rows, ports.width), dtype=torch.bfloat16, device=device)
     rows = torch.empty((num_rows, ports.width), dtype=torch.bfloat16, device=device)
-    num_words = num_rows * ports.width // 2
-    if num_words:
-        _take_rows_kernel[(triton.cdiv(num_words, _COPY_BLOCK),)](
-            ports.state, ports.places.view(torch.int32), rows.view(torch.int32), num_words, ports.place_words,
-            ports.num_places, BLOCK=_COPY_BLOCK, num_warps=8,
+    row_words = ports.width // 2
+    if num_rows:
+        _take_rows_kernel[(triton.cdiv(num_rows * row_words, _COPY_BLOCK),)](
+            ports.state, ports.places.view(torch.int32), rows.view(torch.int32), num_rows, row_words,
+            ports.place_words, ports.num_places, BLOCK=_COPY_BLOCK, num_warps=8,
         )  # fmt: skip
     return rows
 
@@ -150,11 +156,11 @@ def put_rows(ports: StagePorts, rows: torch.Tensor) -> None:
     """Hand the rows [n, width] of the step that has begun to the stage behind."""
     if rows.shape[0] > ports.max_rows or rows.shape[1] != ports.width or rows.dtype != torch.bfloat16:
         raise AssertionError(f"rows of {tuple(rows.shape)} {rows.dtype} are not what the places are for")
-    num_words = rows.shape[0] * ports.width // 2
-    if ports.has_rows and num_words:
-        _put_rows_kernel[(triton.cdiv(num_words, _COPY_BLOCK),)](
-            ports.state, ports.addresses, rows.view(torch.int32), num_words, ports.place_words,
-            ports.num_places, BLOCK=_COPY_BLOCK, num_warps=8,
+    num_rows, row_words = rows.shape[0], ports.width // 2
+    if ports.has_rows and num_rows:
+        _put_rows_kernel[(triton.cdiv(num_rows * row_words, _COPY_BLOCK),)](
+            ports.state, ports.addresses, rows.view(torch.int32), num_rows, row_words,
+            ports.place_words, ports.num_places, BLOCK=_COPY_BLOCK, num_warps=8,
         )  # fmt: skip
     _raise_rows_kernel[(1,)](ports.state, ports.addresses, num_warps=1)
 
