@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from toka_engine.model.aot.triton_build import Variants, list_shapes, make_model
-from toka_engine.model.aot.triton_dry_run import DryRanks, make_runner, dry_run
+from toka_engine.model.aot.triton_dry_run import DryRanks, dry_run, hand_over, make_runner
 from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS
 from toka_engine.model.sizing import Sizes
 from tests.model.driving import Driver, ints
@@ -119,6 +119,11 @@ record("ranks of known models", [
     (*known_shape(*KNOWN[name]), DryRanks(rank, num_ranks))
     for name in KNOWN for num_ranks in RANKS.get(name, (2, 4)) for rank in (0, num_ranks - 1)
 ])
+stages = Variants(90)
+with stages.recording(), torch.inference_mode():
+    for each in KNOWN.values():
+        hand_over(known_shape(*each)[0], Sizes(64, 16, 40, 96, 64))
+report("stages of known models", stages)
 record("any models", [any_shape() for _ in range(40)])
 one = make_model("Qwen3ForCausalLM", vocab_size=50001), 16
 record("one start", [one])
@@ -186,6 +191,11 @@ def kernels_launched_in(source: Path) -> set[str]:
 
 def test_an_image_holds_every_variant_that_ranks_of_known_models_ask_for(variants: dict[str, Any]) -> None:
     assert missing(variants["ranks of known models"], variants["image"]) == []
+
+
+def test_an_image_holds_every_variant_that_stages_of_known_models_ask_for(variants: dict[str, Any]) -> None:
+    assert missing(variants["stages of known models"], variants["image"]) == []
+    assert len(variants["stages of known models"]) == 8  # one of each kernel; three of the one that begins a step
 
 
 def test_steps_of_a_rank_ask_for_no_variant_that_its_start_did_not(variants: dict[str, Any]) -> None:

@@ -113,6 +113,7 @@ def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
         yield make_model(vocab_size=vocab_size - 1), page_size
     yield make_model(attention_bias=True, mlp_bias=True), page_size
     yield make_model(), 1  # a size of 1 is a type of its own to Triton
+    yield make_model(), page_size, DryRanks(0, 1, has_stages=True)
     yield from _list_rank_shapes(page_size)
 
 

@@ -69,6 +69,8 @@ class DryRanks:
 
     rank: int
     size: int
+    has_stages: bool = False
+    """Whether they are of one of several pipeline stages."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x`."""
@@ -152,7 +154,7 @@ def make_runner(
 def dry_run(model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES) -> None:
     """Launch the kernels that an engine's start with this model launches: see worker.Worker.warm_up."""
     runner, ready = make_runner(model, page_size, ranks, sizes)
-    if model.hidden_size % 2 == 0:
+    if ranks.has_stages:
         hand_over(model, sizes)
     if ranks.size > 1:
         write_pattern(torch.zeros(ranks.size, dtype=torch.int64, device=_META), ranks.rank)
