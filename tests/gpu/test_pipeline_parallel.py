@@ -57,9 +57,9 @@ class Seen:
     """Holds what one process has seen; of two stages, the last one sees it."""
 
     tokens: list[Tokens] = field(default_factory=list)
-    """With every sampling parameter."""
+    """Those of steps with every sampling parameter."""
     logits: list[torch.Tensor] = field(default_factory=list)
-    """What these were sampled from."""
+    """Those that these tokens were sampled from."""
     texts: list[list[int]] = field(default_factory=list)
     """The greedy tokens of each step, of graphs where there are some."""
     noise: list[list[int]] = field(default_factory=list)
