@@ -56,7 +56,7 @@ class BodyDecoder(Generic[R]):
         self._hints_of = attrgetter(*self._hints) if len(self._hints) > 1 else None
         self._no_hints = (None,) * len(self._hints)
 
-    def decode(self, body: bytes, *, reports_unknown: bool = False) -> tuple[R, list[str]]:
+    def decode(self, body: bytes | bytearray, *, reports_unknown: bool = False) -> tuple[R, list[str]]:
         """Return the request, and the names of its fields that have no effect; unknown ones are refused unless they are
         to be reported. Raises a 400 that names the field, or says why the body is not JSON.
         """
@@ -80,7 +80,7 @@ class BodyDecoder(Generic[R]):
         return request, given_hints(request, self._hints) + ignored  # type: ignore[arg-type]
 
     def _leave_out_absent(
-        self, body: bytes, error: msgspec.ValidationError, reports_unknown: bool
+        self, body: bytes | bytearray, error: msgspec.ValidationError, reports_unknown: bool
     ) -> tuple[bytes, list[str]]:
         """Return `body` without the fields that are absent by their values, and those of them that are reported."""
         parts = _decode_object(body)
@@ -146,7 +146,7 @@ def _mistyped(message: str, prefix: str = "", known: Iterable[str] = ()) -> ApiE
     return invalid(path or None, f"Invalid value for '{path or 'body'}': {text}.", "invalid_type")
 
 
-def _not_json(body: bytes, message: str) -> ApiError:
+def _not_json(body: bytes | bytearray, message: str) -> ApiError:
     """Say what the body is where that shows. Name the field where it is JSON but for a NaN, an infinity or half a
     surrogate pair.
     """

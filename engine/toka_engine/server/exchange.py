@@ -96,8 +96,8 @@ class Exchange:
     def header(self, wanted: bytes) -> bytes | None:
         return next((value for name, value in self.headers if name == wanted), None)
 
-    async def read_json(self, budget: BodyBudget) -> bytes:
-        """Return the raw body. Raises 415, 413 or ClientGoneError."""
+    async def read_json(self, budget: BodyBudget) -> bytes | bytearray:
+        """Return the raw body, in one buffer that its parts fill as they come. Raises 415, 413 or ClientGoneError."""
         first = dict(reversed(self.headers)).get  # of a name's values, the first
         _check_encoding(first(b"content-encoding", b""))
         kind = first(b"content-type", b"")
@@ -107,21 +107,24 @@ class Exchange:
         if declared.isdigit() and int(declared) > budget.max_body_bytes:
             raise _too_large(budget)
         held = 0
-        parts: list[bytes] = []
+        buffer = bytearray()
         try:
             while True:
                 message = await self._receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGoneError("the client closed the connection")
-                part = message.get("body", b"")
+                part: bytes = message.get("body", b"")
                 if held + len(part) > budget.max_body_bytes:
                     raise _too_large(budget)
                 budget.take(len(part))
                 held += len(part)
                 self.body_bytes = held
-                parts.append(part)
-                if not message.get("more_body"):
-                    return parts[0] if len(parts) == 1 else b"".join(parts)
+                is_last = not message.get("more_body")
+                if is_last and not buffer:  # nearly every body comes whole
+                    return part
+                buffer += part
+                if is_last:
+                    return buffer
         finally:
             budget.give_back(held)
             self.connection.watch_for_end()
