@@ -64,6 +64,15 @@ def count_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def limit_memory_growth(num_bytes: int) -> None:
+    """Let the address space grow by so much; where the system does not say how large it is, the limit is of its own."""
+    status = Path("/proc/self/statm")
+    size = int(status.read_text().split()[0]) * resource.getpagesize() if status.is_file() else 1 << 30
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = size + num_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
 def make_shared_memory(num_bytes: int) -> int:
     """Return the descriptor of zeroed memory that processes share by passing it on; nothing else can find it."""
     if hasattr(os, "memfd_create"):

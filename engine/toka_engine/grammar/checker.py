@@ -21,7 +21,7 @@ from llguidance import LLMatcher, LLTokenizer
 from toka_engine.grammar.compiling import GrammarError, compile_grammar, find_dropped_keywords, load_vocabulary
 from toka_engine.grammar.protocol import LENGTH, Setup, Verdict
 from toka_engine.grammar.source import GrammarSource
-from toka_engine.portable import end_with_parent
+from toka_engine.portable import end_with_parent, limit_memory_growth
 
 MAX_CPU_S = 2
 """CPU time for one source, to a second."""
@@ -65,7 +65,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     setup = msgspec.msgpack.decode(_read(requests), type=Setup)
     vocabulary = load_vocabulary(Path(setup.tokenizer_dir), setup.vocab_size, setup.end_ids)
     check_source(GrammarSource("json_object", ""), vocabulary)  # what is made at the first use
-    _limit_memory()
+    limit_memory_growth(_MAX_GROWTH_BYTES)
     base = _peak_bytes()
     _write(answers, Verdict())
     while frame := _read(requests):
@@ -92,15 +92,6 @@ def _write(stream: BinaryIO, verdict: Verdict) -> None:
 def _peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _limit_memory() -> None:
-    """Let the address space grow by so much; where the system does not say how large it is, the limit is of its own."""
-    status = Path("/proc/self/statm")
-    size = int(status.read_text().split()[0]) * resource.getpagesize() if status.is_file() else 1 << 30
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = size + _MAX_GROWTH_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _limit_cpu() -> None:

@@ -19,6 +19,7 @@ from toka_engine.server.endpoints import (
     chat,
     completions,
     files,
+    kept_responses,
     messages,
     models,
     probes,
@@ -142,17 +143,17 @@ def _add_kept_responses(router: APIRouter, service: Service) -> None:
     @router.get(path, openapi_extra=openapi.RESPONSE)
     async def find_response(request: Request, response_id: str) -> Response:
         return Response(
-            responses.find_response(service, exchange_of(request), response_id), media_type="application/json"
+            kept_responses.find_response(service, exchange_of(request), response_id), media_type="application/json"
         )
 
     @router.delete(path, openapi_extra=openapi.DELETE_RESPONSE)
     async def delete_response(request: Request, response_id: str) -> Response:
-        return json_response(responses.delete_response(service, exchange_of(request), response_id))
+        return json_response(kept_responses.delete_response(service, exchange_of(request), response_id))
 
     @router.get(path + "/input_items", openapi_extra=openapi.RESPONSE_ITEMS)
     async def list_input_items(request: Request, response_id: str) -> Response:
         return json_response(
-            responses.list_input_items(service, exchange_of(request), response_id, request.query_params)
+            kept_responses.list_input_items(service, exchange_of(request), response_id, request.query_params)
         )
 
 

@@ -17,14 +17,14 @@ from toka_engine.server.calls.grammars import write_grammar
 from toka_engine.server.chat_template import ChatTemplate
 from toka_engine.server.conversation import check_messages
 from toka_engine.server.dialect import Dialect
+from toka_engine.server.engine import Engine
 from toka_engine.server.errors import invalid
-from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import GenerationJob
 from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.grammar_requests import AskedGrammar
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
+from toka_engine.server.preparation import Preparation
 from toka_engine.server.request import GenerationRequest, doc
-from toka_engine.server.service import Engine, Service
 from toka_engine.server.settings import check_shared
 from toka_engine.server.split_render import Splitting
 from toka_engine.server.template_variables import (
@@ -93,8 +93,9 @@ class ChatPlan(NamedTuple):
         return msgspec.structs.replace(job, new_renderer=renderers.add)
 
 
-async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange, service: Service) -> ChatPlan:
-    """Check and encode a conversation. Raises a 400 that names the field."""
+async def plan_chat(request: ChatRequest, preparation: Preparation) -> ChatPlan:
+    """Check and encode a conversation, but for its grammar. Raises a 400 that names the field."""
+    engine = preparation.engine
     limits = engine.limits
     options = _check(request, limits)
     if engine.template is None:
@@ -102,14 +103,12 @@ async def prepare_chat(request: ChatRequest, engine: Engine, exchange: Exchange,
     tools = check_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
     turns, ignored = check_messages(request.messages, limits)
     given = _check_variables(request, engine.template)
-    service.note_ignored(exchange, ignored + given.ignored)
+    preparation.note(ignored + given.ignored)
     turns, variables = engine.dialect.tools.prepare(turns, tools.tools if tools else ())
-    encoder = engine.make_encoder(options, exchange.connection)
-    ids, tail = await encoder.encode_chat(
+    ids, tail = await preparation.make_encoder(options).encode_chat(
         turns, engine.template, {**given.values, **variables}, continues_final=given.continues_final
     )
     options = _join_grammars(options, tools, engine.dialect, tail)
-    await service.check_grammar(exchange, engine, options)
     spec = limits.plan(options, [ids], "messages")
     if tools is not None and tools.max_calls == 1:
         spec = msgspec.structs.replace(spec, deliver_each=True)  # so that it ends behind its call

@@ -18,6 +18,7 @@ from toka_engine.server.chat_plan import ChatRequest
 from toka_engine.server.endpoints import (
     chat_answers,
     completions,
+    kept_responses,
     messages,
     messages_answers,
     models,
@@ -51,8 +52,8 @@ _BODIES: tuple[type[msgspec.Struct], ...] = (
     responses_answers.Response,
     responses.InputTokensRequest,
     responses.InputTokens,
-    responses.ItemList,
-    responses.Deleted,
+    kept_responses.ItemList,
+    kept_responses.Deleted,
     messages.MessagesRequest,
     messages.TokenCount,
     messages_answers.AnthropicMessage,
@@ -135,11 +136,11 @@ RESPONSE = {
     "security": [{"key": []}],
 }
 DELETE_RESPONSE = {
-    **_reading("deleteResponse", responses.Deleted, "Drop a response that is kept", "401", "404"),
+    **_reading("deleteResponse", kept_responses.Deleted, "Drop a response that is kept", "401", "404"),
     "security": [{"key": []}],
 }
 RESPONSE_ITEMS = {
-    **_reading("listInputItems", responses.ItemList, "The input of a response that is kept", "400", "401", "404"),
+    **_reading("listInputItems", kept_responses.ItemList, "The input of a response that is kept", "400", "401", "404"),
     **batch_documents.query_parameters("after", "limit", "order"),
     "security": [{"key": []}],
 }

@@ -16,7 +16,6 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,34 +26,30 @@ from toka_engine.child import Child
 from toka_engine.config import EngineConfig
 from toka_engine.control_messages import Drained, Failing, Progress
 from toka_engine.errors import PortInUseError
-from toka_engine.grammar.protocol import Setup
 from toka_engine.messages import Deltas, EngineInfo, ManagerToServer, PromptLogprobs, Refused, Started, Stats
 from toka_engine.portable import HeapKeeper
 from toka_engine.server.application import KNOWN_PATHS, LIMITED_PATHS, generating_handlers, make_application
 from toka_engine.server.batches.peers import Peers
 from toka_engine.server.batches.service import Batches
-from toka_engine.server.chat_template import ChatTemplate, find_end_ids, load_chat_template
 from toka_engine.server.connection import ConnectionLimits, Connections, connection_factory
 from toka_engine.server.cors import Origins
-from toka_engine.server.dialect import find_dialect
+from toka_engine.server.engine import Folders, load, make_engine
 from toka_engine.server.errors import unavailable
 from toka_engine.server.front import Front
-from toka_engine.server.generation_defaults import SamplingDefaults, describe_defaults, read_sampling_defaults
-from toka_engine.server.grammar_checks import GrammarChecks
+from toka_engine.server.generation_defaults import describe_defaults
 from toka_engine.server.health import Health, Phase
 from toka_engine.server.keys.check import KeyCheck
 from toka_engine.server.keys.file import KEY_VARIABLE
 from toka_engine.server.keys.reload import Keys
-from toka_engine.server.limits import Limits
+from toka_engine.server.large_requests import LargeRequests, Setup
 from toka_engine.server.link import ManagerLink
 from toka_engine.server.prefix_index import PrefixHasher
 from toka_engine.server.replicas import Replicas
-from toka_engine.server.service import Engine, Service, fingerprint_of
+from toka_engine.server.service import Service
 from toka_engine.server.statsd import StatsdReporter
 from toka_engine.server.status_page.routes import page_router
 from toka_engine.server.status_page.samples import LoadSamples
 from toka_engine.server.streams import Streams
-from toka_engine.server.tokenization import Tokenizer
 from toka_engine.server.tracing import make_tracing
 
 logger = logging.getLogger("toka.server")
@@ -199,38 +194,30 @@ class Server:
 
     async def _start(self) -> None:
         self._child.progress("load", "tokenizer")
-        tokenizer, template, end_ids, defaults = await self._loop.run_in_executor(None, self._load)
+        folders = Folders(self._child.start.model_dir, self._child.start.tokenizer_dir)
+        loaded = await self._loop.run_in_executor(None, load, self._config, folders)
         self._health.detail = "waiting for the model"
         self._child.progress("wait", "for the manager")
         await self._has_all_infos.wait()
         info = merge_infos([replica.info for replica in self._replicas.all if replica.info])
-        tokenizer.cover(info.vocab_size)
-        dialect = find_dialect(self._config, template, tokenizer)
-        logger.info("event=dialect tool_format=%s reasoning=%s", dialect.tools.name, dialect.has_reasoning)
-        limits = Limits(self._config, info, self._names, end_ids, defaults, tokenizer.encode_word)
+        engine = make_engine(self._config, self._names, info, folders, loaded)
+        logger.info(
+            "event=dialect tool_format=%s reasoning=%s", engine.dialect.tools.name, engine.dialect.has_reasoning
+        )
+        limits = engine.limits
         stated = " ".join(f"{name}={value:g}" for name, value in describe_defaults(limits.defaults).items())
-        source = "model" if defaults.values() else "none"
+        source = "model" if loaded.defaults.values() else "none"
         logger.info("event=sampling_defaults generation_config=%s %s", source, stated)
         self._service.metrics.info = info
-        checks = GrammarChecks(Setup(self._child.start.tokenizer_dir, info.vocab_size, end_ids))
-        fingerprint = fingerprint_of(self._config, info)
-        self._service.engine = Engine(tokenizer, template, limits, dialect, fingerprint, checks)
+        self._service.engine = engine
+        setup = Setup(self._config, self._names, info, folders)
+        self._service.large_requests = LargeRequests(setup, self._service.budget)
         gc.collect()
         gc.freeze()  # what has lived until here lives on: the collector need not look at it again
         self._health.move(Phase.SERVING)
         self._child.ready()
         self._batches.begin_serving(info.max_streams)
         logger.info("event=serving model=%s max_request_tokens=%d", self._names[0], limits.max_request_tokens)
-
-    def _load(self) -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...], SamplingDefaults]:
-        start = self._child.start
-        model_dir, tokenizer_dir = Path(start.model_dir), Path(start.tokenizer_dir)
-        tokenizer = Tokenizer(tokenizer_dir)
-        template = load_chat_template(tokenizer_dir, tokenizer.special_texts)
-        end_ids = find_end_ids(model_dir, tokenizer_dir, tokenizer.id_of)
-        is_wanted = self._config.generation_config == "auto"
-        defaults = read_sampling_defaults(model_dir) if is_wanted else SamplingDefaults()
-        return tokenizer, template, end_ids, defaults
 
     # ------------------------------------------------------------ the manager
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from toka_engine.messages import Int32s
 from toka_engine.server.chat_template import NO_VARIABLES, ChatTemplate, Turn
-from toka_engine.server.connection import Connection
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.limits import Limits
-from toka_engine.server.reading import read_prompt
+from toka_engine.server.reading import Asker, read_prompt
 from toka_engine.server.tokenization import Tokenizer
 
 
@@ -25,7 +24,7 @@ class PromptEncoder:
         self,
         tokenizer: Tokenizer,
         limits: Limits,
-        connection: Connection,
+        asker: Asker,
         *,
         adds_special_tokens: bool | None = None,
         truncation: int | None = None,
@@ -36,7 +35,7 @@ class PromptEncoder:
         """
         self._tokenizer = tokenizer
         self._limits = limits
-        self._connection = connection
+        self._asker = asker
         self._adds_special_tokens = adds_special_tokens
         self._truncation = truncation
         self._refuses_long = is_bounded and truncation is None
@@ -44,7 +43,7 @@ class PromptEncoder:
     async def encode_prompt(self, prompt: msgspec.Raw, *, with_text: bool) -> tuple[list[Int32s], list[str]]:
         """Return the ids of each prompt, and with `with_text` its text. Raises a 400."""
         truncation = self._truncation
-        checked = await read_prompt(prompt, self._limits, self._connection, is_truncated=truncation is not None)
+        checked = await read_prompt(prompt, self._limits, self._asker, is_truncated=truncation is not None)
         texts = [part for part in checked if isinstance(part, str)]
         prompts = [part for part in checked if not isinstance(part, str)]
         if texts:
@@ -103,5 +102,5 @@ class PromptEncoder:
         """End the work at the first text that is too long, and when nobody waits for it any more."""
         if self._refuses_long and len(ids) >= self._limits.max_request_tokens:
             raise self._limits.too_long(param, len(ids))
-        if self._connection.is_gone:
+        if self._asker.is_gone:
             raise ClientGoneError("the client closed the connection")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from toka_engine.messages import Int32s
-from toka_engine.server.connection import Connection
 from toka_engine.server.decoding import decode_part
 from toka_engine.server.errors import ClientGoneError, invalid
 from toka_engine.server.limits import Limits
@@ -28,8 +27,14 @@ _decode_ids = msgspec.json.Decoder(list[int]).decode
 _decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
+class Asker(Protocol):
+    """Whoever waits for an answer."""
+
+    is_gone: bool
+
+
 async def read_prompt(
-    raw: msgspec.Raw, limits: Limits, connection: Connection, *, is_truncated: bool = False
+    raw: msgspec.Raw, limits: Limits, asker: Asker, *, is_truncated: bool = False
 ) -> list[str] | list[Int32s]:
     """Return the texts to encode, or the prompts as ids, checked. Raises a 400 that names the field. `is_truncated`:
     ids may be more than fit.
@@ -46,10 +51,10 @@ async def read_prompt(
         case b'"':
             # A quote behind a backslash may be part of a text: there are at least so many texts.
             limits.check_num_prompts((data.count(b'"') - data.count(b'\\"')) // 2)
-            return limits.check_texts(await _read_each(raw, _decode_text, connection))
+            return limits.check_texts(await _read_each(raw, _decode_text, asker))
         case b"[":
             limits.check_num_prompts(data.count(b"[") - 1)
-            return await _read_each(raw, _decode_ids, connection, limits, is_truncated=is_truncated)
+            return await _read_each(raw, _decode_ids, asker, limits, is_truncated=is_truncated)
         case _:
             limits.check_num_ids(data.count(b",") + 1, is_truncated=is_truncated)
             ids = decode_part(_decode_ids, raw, "prompt")
@@ -57,7 +62,7 @@ async def read_prompt(
 
 
 async def _read_each(
-    raw: msgspec.Raw, decode: Any, connection: Connection, limits: Limits | None = None, *, is_truncated: bool = False
+    raw: msgspec.Raw, decode: Any, asker: Asker, limits: Limits | None = None, *, is_truncated: bool = False
 ) -> list[Any]:
     """Decode each prompt by itself; with `limits` they are ids, checked at once."""
     found: list[Any] = []
@@ -73,6 +78,6 @@ async def _read_each(
         if num_bytes >= _SLICE_BYTES:
             num_bytes = 0
             await asyncio.sleep(0)
-            if connection.is_gone:
+            if asker.is_gone:
                 raise ClientGoneError("the client closed the connection")
     return found

@@ -426,7 +426,7 @@ def test_a_chain_is_not_followed_for_ever() -> None:
     store = ResponseStore(max_bytes=2**20)
     for number in range(MAX_CHAIN + 1):
         store.put(f"r{number}", _stored(1, f"r{number - 1}" if number else None))
-    assert len(store.items_until("me", f"r{MAX_CHAIN - 1}")) == MAX_CHAIN
+    assert len(store.items_until("me", f"r{MAX_CHAIN - 1}")) == 2 * MAX_CHAIN  # of each its input and its output
     with pytest.raises(ApiError, match=str(MAX_CHAIN)) as refusal:
         store.items_until("me", f"r{MAX_CHAIN}")
     assert refusal.value.status == 400

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
-from toka_engine.server.chat_plan import ChatPlan, ChatRequest, prepare_chat
+from toka_engine.server.chat_plan import ChatPlan, ChatRequest, plan_chat
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.endpoints.messages_answers import MessageFormat
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.message_input import read_choice, read_messages, read_tools
+from toka_engine.server.preparation import Preparation
 from toka_engine.server.request import MAX_STOP_STRINGS, ServiceTier, Share, Timeout, doc
-from toka_engine.server.service import Engine, Service
+from toka_engine.server.service import Service
 
 PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
@@ -48,58 +49,79 @@ class TokenCount(msgspec.Struct):
     input_tokens: int
 
 
+_decoder = BodyDecoder(MessagesRequest)
+
+
+class _Prepared(NamedTuple):
+    model: str
+    stops: tuple[str, ...]
+    plan: ChatPlan
+
+
+async def _prepare(preparation: Preparation, body: bytes) -> _Prepared:
+    request = preparation.decode(_decoder, body)
+    if request.max_tokens is None:
+        raise invalid("max_tokens", "Missing required field: 'max_tokens'.", "missing_required_parameter")
+    return _Prepared(request.model, tuple(request.stop_sequences or ()), await _plan(request, preparation))
+
+
+async def _prepare_count(preparation: Preparation, body: bytes) -> ChatPlan:
+    request = preparation.decode(_decoder, body)
+    return await _plan(msgspec.structs.replace(request, max_tokens=1), preparation)
+
+
+async def _plan(request: MessagesRequest, preparation: Preparation) -> ChatPlan:
+    tools, ignored = read_tools(request.tools or ())
+    if request.thinking is not None:
+        ignored.append("thinking")
+    preparation.note(ignored)
+    choice = request.tool_choice or {}
+    chat = ChatRequest(
+        model=request.model,
+        messages=read_messages(request.messages, request.system),
+        max_tokens=request.max_tokens,
+        stop=msgspec.Raw(msgspec.json.encode(request.stop_sequences)),
+        stream=request.stream,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        tools=tools or None,
+        tool_choice=read_choice(request.tool_choice),
+        service_tier=request.service_tier,
+        timeout_s=request.timeout_s,
+        parallel_tool_calls=False if choice.get("disable_parallel_tool_use") is True else None,
+    )
+    try:
+        return await plan_chat(chat, preparation)
+    except ApiError as error:
+        if error.param == "stop":
+            message = error.message.replace("'stop'", "'stop_sequences'")
+            raise ApiError(error.status, message, param="stop_sequences", code=error.code) from error
+        raise
+
+
 class Messages:
     """Answers requests for messages, and counts their tokens."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._decoder = BodyDecoder(MessagesRequest)
 
     async def answer(self, exchange: Exchange) -> None:
         """Answer one request. Raises ApiError and ClientGoneError."""
         service = self._service
         engine = service.serving_engine()
-        request = await service.read(exchange, self._decoder)
-        if request.max_tokens is None:
-            raise invalid("max_tokens", "Missing required field: 'max_tokens'.", "missing_required_parameter")
-        plan = await self._prepare(request, engine, exchange)
-        stops = tuple(request.stop_sequences or ())
-        form = partial(MessageFormat, num_prompt_tokens=len(plan.prompts[0]), stop_sequences=stops)
-        job = msgspec.structs.replace(plan.make_job(engine, request.model, None, form), includes_usage=True)
+        body = await exchange.read_json(service.budget)
+        prepared: _Prepared = await service.prepare(exchange, _prepare, body)
+        plan = prepared.plan
+        await service.check_grammar(exchange, engine, plan.options)
+        form = partial(MessageFormat, num_prompt_tokens=len(plan.prompts[0]), stop_sequences=prepared.stops)
+        job = msgspec.structs.replace(plan.make_job(engine, prepared.model, None, form), includes_usage=True)
         await run_job(job, exchange, service.streams, service.metrics)
 
     async def count(self, exchange: Exchange) -> None:
         """Answer with the number of the prompt's tokens. Raises ApiError and ClientGoneError."""
-        engine = self._service.serving_engine()
-        request = await self._service.read(exchange, self._decoder)
-        plan = await self._prepare(msgspec.structs.replace(request, max_tokens=1), engine, exchange)
+        service = self._service
+        engine = service.serving_engine()
+        plan: ChatPlan = await service.prepare(exchange, _prepare_count, await exchange.read_json(service.budget))
+        await service.check_grammar(exchange, engine, plan.options)
         await exchange.answer(200, msgspec.json.encode(TokenCount(len(plan.prompts[0]))))
-
-    async def _prepare(self, request: MessagesRequest, engine: Engine, exchange: Exchange) -> ChatPlan:
-        tools, ignored = read_tools(request.tools or ())
-        if request.thinking is not None:
-            ignored.append("thinking")
-        self._service.note_ignored(exchange, ignored)
-        choice = request.tool_choice or {}
-        chat = ChatRequest(
-            model=request.model,
-            messages=read_messages(request.messages, request.system),
-            max_tokens=request.max_tokens,
-            stop=msgspec.Raw(msgspec.json.encode(request.stop_sequences)),
-            stream=request.stream,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            tools=tools or None,
-            tool_choice=read_choice(request.tool_choice),
-            service_tier=request.service_tier,
-            timeout_s=request.timeout_s,
-            parallel_tool_calls=False if choice.get("disable_parallel_tool_use") is True else None,
-        )
-        try:
-            return await prepare_chat(chat, engine, exchange, self._service)
-        except ApiError as error:
-            if error.param == "stop":
-                message = error.message.replace("'stop'", "'stop_sequences'")
-                raise ApiError(error.status, message, param="stop_sequences", code=error.code) from error
-            raise

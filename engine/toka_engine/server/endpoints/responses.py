@@ -1,30 +1,30 @@
-"""`POST /v1/responses`, and the responses that are kept: reading them, their input, deleting them."""
+"""`POST /v1/responses`, and the count of a prompt's tokens."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from toka_engine.server.answers import encode
-from toka_engine.server.chat_plan import ChatPlan, ChatRequest, prepare_chat
+from toka_engine.server.chat_plan import ChatPlan, ChatRequest, plan_chat
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.endpoints.responses_answers import Response, ResponsesFormat
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.keys.check import owner_of
-from toka_engine.server.paging import read_page
+from toka_engine.server.large_requests import Prepare
+from toka_engine.server.preparation import Preparation
 from toka_engine.server.request import Hints, Penalty, RepetitionPenalty, Seed, Share, Temperature, Timeout, doc
 from toka_engine.server.responses.input import read_items
 from toka_engine.server.responses.items import new_id
 from toka_engine.server.responses.store import StoredResponse
 from toka_engine.server.responses.tools import ResponseTools, read_tools
-from toka_engine.server.service import Engine, Service
+from toka_engine.server.service import Service
 
 PATH = "/v1/responses"
 COUNT_PATH = "/v1/responses/input_tokens"
@@ -103,6 +103,10 @@ class InputTokensRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True
     truncation: Annotated[Literal["auto", "disabled"] | None, doc("`auto`: what is left out is not counted.")] = None
 
 
+class _Continued(msgspec.Struct):
+    previous_response_id: str | None = None
+
+
 class InputTokens(msgspec.Struct):
     """The number of tokens of a response's prompt."""
 
@@ -110,120 +114,119 @@ class InputTokens(msgspec.Struct):
     object: str = "response.input_tokens"
 
 
+_decoder = BodyDecoder(ResponsesRequest, effective=("metadata",))
+_count_decoder = BodyDecoder(InputTokensRequest)
+_earlier_decoder = msgspec.json.Decoder(_Continued)
+
+
+class _Prepared(NamedTuple):
+    model: str
+    plan: ChatPlan
+    begun: Response
+    """The response as it is before its first token."""
+    custom_tools: frozenset[str]
+    items: bytes | None
+    """The items of the input as they are kept, in JSON; None: nothing is kept."""
+
+
+async def _prepare(preparation: Preparation, body: bytes, earlier: list[bytes]) -> _Prepared:
+    """Check and encode a request that continues the items of `earlier`."""
+    request = preparation.decode(_decoder, body)
+    tools = read_tools(request.tools or (), request.tool_choice)
+    plan = await _plan(request, tools, earlier, preparation)
+    sampling = plan.options.sampling
+    begun = _begin(request, sampling.temperature, sampling.top_p)
+    items = None if request.store is False else encode(_with_ids(request.input))
+    return _Prepared(request.model, plan, begun, tools.custom, items)
+
+
+async def _prepare_count(preparation: Preparation, body: bytes, earlier: list[bytes], model: str) -> ChatPlan:
+    asked = preparation.decode(_count_decoder, body)
+    fields = {name: getattr(asked, name) for name in asked.__struct_fields__}
+    fields |= {"model": asked.model or model, "input": [] if asked.input is None else asked.input}
+    request = ResponsesRequest(**fields, max_output_tokens=1)
+    return await _plan(request, read_tools(request.tools or (), request.tool_choice), earlier, preparation)
+
+
+async def _plan(
+    request: ResponsesRequest, tools: ResponseTools, earlier: list[bytes], preparation: Preparation
+) -> ChatPlan:
+    """Check and encode, without the oldest turns where all do not fit and the request allows that."""
+    preparation.note([*tools.ignored, *_find_ignored(request)])
+    items = [item for part in earlier for item in msgspec.json.decode(part)]
+    chat = _as_chat(request, items, tools)
+    num_dropped = 1
+    while True:
+        try:
+            return await plan_chat(chat, preparation)
+        except ApiError as error:
+            rest = _drop_oldest(chat.messages, num_dropped)
+            may_drop = request.truncation == "auto" and error.code == "context_length_exceeded"
+            if not may_drop or len(rest) == len(chat.messages):
+                raise _renamed(error) from error
+        chat = msgspec.structs.replace(chat, messages=rest)
+        num_dropped *= 2
+
+
 class Responses:
     """Answers requests for responses, and counts their tokens."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._decoder = BodyDecoder(ResponsesRequest, effective=("metadata",))
-        self._count_decoder = BodyDecoder(InputTokensRequest)
 
     async def answer(self, exchange: Exchange) -> None:
         """Answer one request. Raises ApiError and ClientGoneError."""
         service = self._service
         engine = service.serving_engine()
-        request = await service.read(exchange, self._decoder)
-        tools = read_tools(request.tools or (), request.tool_choice)
-        plan = await self._plan(request, tools, engine, exchange)
-        sampling = plan.options.sampling
+        body = await exchange.read_json(service.budget)
+        prepared: _Prepared = await self._make_ready(exchange, _prepare, body)
+        await self._check_grammar(exchange, prepared.plan)
         form = partial(
             ResponsesFormat,
-            response=_begin(request, sampling.temperature, sampling.top_p),
-            custom_tools=tools.custom,
-            keep=partial(self._keep, owner_of(exchange), request),
+            response=prepared.begun,
+            custom_tools=prepared.custom_tools,
+            keep=partial(self._keep, owner_of(exchange), prepared.items),
         )
-        job = plan.make_job(engine, request.model, None, form)
+        job = prepared.plan.make_job(engine, prepared.model, None, form)
         job = msgspec.structs.replace(job, includes_usage=True)
         await run_job(job, exchange, service.streams, service.metrics)
 
     async def count(self, exchange: Exchange) -> None:
         """Answer with the number of a prompt's tokens. Raises ApiError and ClientGoneError."""
-        engine = self._service.serving_engine()
-        asked = await self._service.read(exchange, self._count_decoder)
-        fields = {name: getattr(asked, name) for name in asked.__struct_fields__}
-        fields |= {"model": asked.model or self._service.names[0], "input": [] if asked.input is None else asked.input}
-        request = ResponsesRequest(**fields, max_output_tokens=1)
-        plan = await self._plan(request, read_tools(request.tools or (), request.tool_choice), engine, exchange)
+        service = self._service
+        service.serving_engine()
+        body = await exchange.read_json(service.budget)
+        plan: ChatPlan = await self._make_ready(exchange, _prepare_count, body, service.names[0])
+        await self._check_grammar(exchange, plan)
         await exchange.answer(200, encode(InputTokens(len(plan.prompts[0]))))
 
-    async def _plan(
-        self, request: ResponsesRequest, tools: ResponseTools, engine: Engine, exchange: Exchange
-    ) -> ChatPlan:
-        """Check and encode the request, with what it continues; the answer will name what has no effect."""
+    async def _make_ready(self, exchange: Exchange, prepare: Prepare, body: bytes | bytearray, *further: Any) -> Any:
+        """Return what `prepare` makes of the request, with the items of the conversation that it continues."""
         service = self._service
-        service.note_ignored(exchange, [*tools.ignored, *_find_ignored(request)])
-        earlier: list[Any] = []
-        if request.previous_response_id is not None:
-            earlier = service.responses.items_until(owner_of(exchange), request.previous_response_id)
-        return await self._prepare(request, _as_chat(request, earlier, tools), engine, exchange)
+        earlier: list[bytes] = []
+        if (continued := _find_continued(body)) is not None:
+            earlier = service.responses.items_until(owner_of(exchange), continued)
+        num_bytes = sum(map(len, earlier))
+        return await service.prepare(exchange, prepare, body, earlier, *further, num_further_bytes=num_bytes)
 
-    async def _prepare(
-        self, request: ResponsesRequest, chat: ChatRequest, engine: Engine, exchange: Exchange
-    ) -> ChatPlan:
-        """Check and encode, without the oldest turns where all do not fit and the request allows that."""
-        num_dropped = 1
-        while True:
-            try:
-                return await prepare_chat(chat, engine, exchange, self._service)
-            except ApiError as error:
-                rest = _drop_oldest(chat.messages, num_dropped)
-                may_drop = request.truncation == "auto" and error.code == "context_length_exceeded"
-                if not may_drop or len(rest) == len(chat.messages):
-                    raise _renamed(error) from error
-            chat = msgspec.structs.replace(chat, messages=rest)
-            num_dropped *= 2
+    async def _check_grammar(self, exchange: Exchange, plan: ChatPlan) -> None:
+        try:
+            await self._service.check_grammar(exchange, self._service.serving_engine(), plan.options)
+        except ApiError as error:
+            raise _renamed(error) from error
 
-    def _keep(self, owner: str, request: ResponsesRequest, response: Response, body: bytes) -> None:
-        if request.store is False:
-            return
-        items = encode(_with_ids(request.input))
-        stored = StoredResponse(owner, body, items, encode(response.output), request.previous_response_id)
-        self._service.responses.put(response.id, stored)
+    def _keep(self, owner: str, items: bytes | None, response: Response, body: bytes) -> None:
+        if items is not None:
+            stored = StoredResponse(owner, body, items, encode(response.output), response.previous_response_id)
+            self._service.responses.put(response.id, stored)
 
 
-class ItemList(msgspec.Struct):
-    """Items of a kept response's input."""
-
-    data: list[Any]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-    object: str = "list"
-
-
-class Deleted(msgspec.Struct):
-    """The answer to the deletion of a response."""
-
-    id: str
-    object: str = "response"
-    deleted: bool = True
-
-
-def find_response(service: Service, exchange: Exchange, response_id: str) -> bytes:
-    """Return the body of a response that is kept for the caller. Raises a 404."""
-    return service.responses.get(owner_of(exchange), response_id).body
-
-
-def delete_response(service: Service, exchange: Exchange, response_id: str) -> Deleted:
-    """Drop a response that is kept for the caller. Raises a 404."""
-    service.responses.delete(owner_of(exchange), response_id)
-    return Deleted(response_id)
-
-
-def list_input_items(service: Service, exchange: Exchange, response_id: str, query: Mapping[str, str]) -> ItemList:
-    """Return items of the input of a kept response. Raises a 404, and a 400 that names the parameter."""
-    wanted = read_page(query, 20, 100)
-    items = msgspec.json.decode(service.responses.get(owner_of(exchange), response_id).input_items)
-    if not wanted.is_ascending:
-        items.reverse()
-    if wanted.after is not None:
-        places = [index for index, item in enumerate(items) if item["id"] == wanted.after]
-        if not places:
-            raise invalid("after", "'after' is not the id of an item of this response.", "invalid_value")
-        items = items[places[0] + 1 :]
-    page = items[: wanted.limit]
-    ids = [item["id"] for item in page] or [None]
-    return ItemList(page, ids[0], ids[-1], len(items) > wanted.limit)
+def _find_continued(body: bytes | bytearray) -> str | None:
+    """Return the id of the response that a request continues. What is wrong with the body is said later."""
+    try:
+        return _earlier_decoder.decode(body).previous_response_id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 # ---------------------------------------------------------------- the request

@@ -10,11 +10,13 @@ from msgspec import UNSET, Meta, UnsetType
 from toka_engine.messages import Int32s
 from toka_engine.server.conversation import check_messages
 from toka_engine.server.decoding import BodyDecoder
+from toka_engine.server.engine import Engine
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
+from toka_engine.server.preparation import Preparation
 from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.request import doc
-from toka_engine.server.service import Engine, Service
+from toka_engine.server.service import Service
 from toka_engine.server.template_variables import (
     AddGenerationPrompt,
     ContinueFinalMessage,
@@ -82,66 +84,73 @@ class TokenizerInfo(msgspec.Struct, frozen=True):
     eos_token: str | UnsetType = UNSET
 
 
+_decoder = BodyDecoder(TokenizeRequest)
+
+
+async def _tokenize(preparation: Preparation, body: bytes) -> bytes:
+    """Return the answer of /tokenize as JSON."""
+    engine = preparation.engine
+    request = preparation.decode(_decoder, body)
+    if request.model is not None:
+        engine.limits.check_model(request.model)
+    if (request.prompt is None) == (request.messages is None):
+        name = "prompt" if request.prompt is None else "messages"
+        raise invalid(name, f"'{name}': exactly one of 'prompt' and 'messages' is needed.")
+    encoder = PromptEncoder(
+        engine.tokenizer,
+        engine.limits,
+        preparation.asker,
+        adds_special_tokens=request.add_special_tokens,
+        is_bounded=False,
+    )
+    if request.messages is None:
+        ids = await encoder.encode_text(request.prompt or "")
+    else:
+        ids = await _encode_chat(preparation, request, request.messages, encoder)
+    tokens: list[int] = ids.tolist()
+    texts = [_label(engine, token) for token in tokens] if request.return_token_strs else None
+    return msgspec.json.encode(TokenizeAnswer(len(tokens), engine.limits.max_request_tokens, tokens, texts))
+
+
+async def _encode_chat(
+    preparation: Preparation, request: TokenizeRequest, messages: list[dict[str, Any]], encoder: PromptEncoder
+) -> Int32s:
+    engine = preparation.engine
+    template = engine.template
+    if template is None:
+        raise invalid("messages", "This model has no chat template.")
+    turns, ignored = check_messages(messages, engine.limits)
+    variables = check_template_variables(
+        template,
+        kwargs=request.chat_template_kwargs,
+        documents=request.documents,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        reasoning_effort=request.reasoning_effort,
+    )
+    preparation.note(ignored + variables.ignored)
+    tools = check_tools(request.tools, None, None)
+    turns, given = engine.dialect.tools.prepare(turns, tools.tools if tools else ())
+    ids, _ = await encoder.encode_chat(
+        turns, template, {**given, **variables.values}, continues_final=variables.continues_final
+    )
+    return ids
+
+
 class Tokenizing:
     """Answers what is asked of the tokenizer."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._tokenize_decoder = BodyDecoder(TokenizeRequest)
         self._detokenize_decoder = BodyDecoder(DetokenizeRequest)
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Answer /tokenize. Raises ApiError and ClientGoneError."""
-        engine = self._service.serving_engine()
-        request = await self._service.read(exchange, self._tokenize_decoder)
-        if request.model is not None:
-            engine.limits.check_model(request.model)
-        if (request.prompt is None) == (request.messages is None):
-            name = "prompt" if request.prompt is None else "messages"
-            raise invalid(name, f"'{name}': exactly one of 'prompt' and 'messages' is needed.")
-        encoder = PromptEncoder(
-            engine.tokenizer,
-            engine.limits,
-            exchange.connection,
-            adds_special_tokens=request.add_special_tokens,
-            is_bounded=False,
-        )
-        if request.messages is None:
-            ids = await encoder.encode_text(request.prompt or "")
-        else:
-            ids = await self._encode_chat(exchange, request, request.messages, engine, encoder)
-        tokens: list[int] = ids.tolist()
-        texts = [_label(engine, token) for token in tokens] if request.return_token_strs else None
-        answer = TokenizeAnswer(len(tokens), engine.limits.max_request_tokens, tokens, texts)
-        await exchange.answer(200, msgspec.json.encode(answer))
-
-    async def _encode_chat(
-        self,
-        exchange: Exchange,
-        request: TokenizeRequest,
-        messages: list[dict[str, Any]],
-        engine: Engine,
-        encoder: PromptEncoder,
-    ) -> Int32s:
-        template = engine.template
-        if template is None:
-            raise invalid("messages", "This model has no chat template.")
-        turns, ignored = check_messages(messages, engine.limits)
-        variables = check_template_variables(
-            template,
-            kwargs=request.chat_template_kwargs,
-            documents=request.documents,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            reasoning_effort=request.reasoning_effort,
-        )
-        self._service.note_ignored(exchange, ignored + variables.ignored)
-        tools = check_tools(request.tools, None, None)
-        turns, given = engine.dialect.tools.prepare(turns, tools.tools if tools else ())
-        ids, _ = await encoder.encode_chat(
-            turns, template, {**given, **variables.values}, continues_final=variables.continues_final
-        )
-        return ids
+        service = self._service
+        service.serving_engine()
+        body = await exchange.read_json(service.budget)
+        answer: bytes = await service.prepare(exchange, _tokenize, body)
+        await exchange.answer(200, answer)
 
     async def detokenize(self, exchange: Exchange) -> None:
         """Answer /detokenize. Raises ApiError and ClientGoneError."""

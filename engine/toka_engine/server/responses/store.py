@@ -6,7 +6,6 @@ Owns: what is kept of a response, and the chain by which a request continues an 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 import msgspec
 
@@ -71,9 +70,9 @@ class ResponseStore:
         self.get(owner, response_id)
         self._drop(response_id)
 
-    def items_until(self, owner: str, response_id: str) -> list[Any]:
-        """Return the items of the owner's whole conversation up to `response_id`, earliest first. Raises a 404 where
-        a part of it is not here any more, and a 400 where it is too long.
+    def items_until(self, owner: str, response_id: str) -> list[bytes]:
+        """Return the items of the owner's whole conversation up to `response_id`, earliest first, in lists of JSON.
+        Raises a 404 where a part of it is not here any more, and a 400 where it is too long.
         """
         param = "previous_response_id"
         chain: list[StoredResponse] = []
@@ -84,11 +83,7 @@ class ResponseStore:
                 raise ApiError(400, message, param=param)
             chain.append(self.get(owner, wanted, param))
             wanted = chain[-1].previous_id
-        items: list[Any] = []
-        for response in reversed(chain):
-            items += msgspec.json.decode(response.input_items)
-            items += msgspec.json.decode(response.output_items)
-        return items
+        return [part for response in reversed(chain) for part in (response.input_items, response.output_items)]
 
     def _drop(self, response_id: str) -> None:
         self.num_bytes -= self._responses.pop(response_id).num_bytes
