@@ -21,7 +21,7 @@ from toka_engine.server.helpers import LENGTH
 from toka_engine.server.large_requests import Prepared, Setup, Task
 from toka_engine.server.preparation import Preparation
 
-_MAX_GROWTH_BYTES = 2 << 30
+_MAX_GROWTH_BYTES = 1 << 30
 """Memory that one request may take."""
 _MAX_KEPT_BYTES = 64 << 20
 """Growth of the process beyond which it ends after its answer, to give the memory back."""
