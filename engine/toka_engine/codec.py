@@ -28,23 +28,26 @@ _EMPTY = {code: msgspec.msgpack.Ext(code, b"") for code in _DTYPE_OF_EXTENSION}
 _NO_ITEMS = {code: NO_ITEMS[dtype] for code, dtype in _DTYPE_OF_EXTENSION.items()}
 
 
-def _encode_array(value: Any) -> msgspec.msgpack.Ext:
+def encode_array(value: Any) -> msgspec.msgpack.Ext:
+    """Return an array in the wire form. Raises MessageError."""
     if isinstance(value, np.ndarray) and value.ndim == 1 and (code := _EXTENSION_OF_DTYPE.get(value.dtype)):
         return msgspec.msgpack.Ext(code, np.ascontiguousarray(value).data.cast("B")) if value.size else _EMPTY[code]
     raise MessageError(f"cannot encode {type(value).__name__} of {getattr(value, 'dtype', '?')}")
 
 
-def _decode_array(code: int, data: memoryview) -> np.ndarray[Any, Any]:
+def decode_array(code: int, data: memoryview) -> np.ndarray[Any, Any]:
+    """Return the array of a wire form."""
     return np.frombuffer(data, _DTYPE_OF_EXTENSION[code]) if len(data) else _NO_ITEMS[code]
 
 
-def _accept_array(kind: Any, value: Any) -> Any:
+def accept_array(kind: Any, value: Any) -> Any:
+    """Return `value`. Raises MessageError where it is no array."""
     if isinstance(value, np.ndarray):
         return value
     raise MessageError(f"expected an array for {kind}")
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
+_encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -57,7 +60,7 @@ class Decoder(Generic[T]):
 
     def __init__(self, union: Any) -> None:
         self._decode: Callable[[Any], T] = msgspec.msgpack.Decoder(
-            union, ext_hook=_decode_array, dec_hook=_accept_array
+            union, ext_hook=decode_array, dec_hook=accept_array
         ).decode
 
     def decode(self, frame: bytes | bytearray | memoryview) -> T:

@@ -8,18 +8,25 @@ its value, or as the refusal that it raised.
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, Generic, TypeVar
 
+import msgspec
+
+from toka_engine.codec import accept_array, decode_array, encode_array
 from toka_engine.config import EngineConfig
 from toka_engine.messages import EngineInfo
+from toka_engine.server.calls.formats import CallReader
+from toka_engine.server.calls.registry import READERS_BY_CLASS
 from toka_engine.server.engine import Folders
 from toka_engine.server.errors import ApiError, ClientGoneError, invalid, unavailable
 from toka_engine.server.exchange import BodyBudget
 from toka_engine.server.helpers import LENGTH, HelperDiedError, HelperLateError, HelperNotStartedError, HelperPool
 from toka_engine.server.preparation import Preparation
+from toka_engine.server.stops import StopStrings
+
+V = TypeVar("V")
 
 logger = logging.getLogger("toka.server")
 
@@ -32,11 +39,45 @@ ANSWER_S = 30.0
 """Wall time for one request."""
 _MAX_ANSWER_BYTES = (1 << 32) - 1
 
-Prepare: TypeAlias = Callable[..., Awaitable[Any]]
-"""A function of a module that takes a Preparation, a body, and whatever else, which can be pickled as its value can."""
+
+class Preparer(Generic[V]):
+    """A function that makes requests ready: of a Preparation, a body, and what msgpack can carry."""
+
+    def __init__(self, name: str, prepare: Callable[..., Awaitable[V]], value_type: type[V]) -> None:
+        """`name`: how processes call it; `value_type`: the type that it returns."""
+        self.name = name
+        self.prepare = prepare
+        self._decoder = msgspec.msgpack.Decoder(value_type, ext_hook=decode_array, dec_hook=_decode_custom)
+
+    def decode(self, value: msgspec.Raw) -> V:
+        """Return a value that has been encoded."""
+        return self._decoder.decode(value)
 
 
-class Setup(NamedTuple):
+def _encode_custom(value: Any) -> Any:
+    if isinstance(value, StopStrings):
+        return value.patterns
+    if isinstance(value, CallReader):
+        return type(value).__name__, value.parameters
+    return encode_array(value)
+
+
+def _decode_custom(kind: Any, value: Any) -> Any:
+    if kind is StopStrings:
+        return StopStrings(tuple(value))
+    if kind is CallReader:
+        return READERS_BY_CLASS[value[0]](value[1])
+    return accept_array(kind, value)
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_encode_custom).encode
+"""Encodes the messages to and from these processes, and the values of preparers."""
+
+
+_NOTHING: Final = msgspec.Raw(encode(None))
+
+
+class Setup(msgspec.Struct, frozen=True):
     """The first message to a process."""
 
     config: EngineConfig
@@ -45,26 +86,38 @@ class Setup(NamedTuple):
     folders: Folders
 
 
-class Task(NamedTuple):
+class Task(msgspec.Struct, frozen=True):
     """The head of every other message; the body follows."""
 
-    prepare: Prepare
-    further: Sequence[Any]
+    preparer: str
+    further: list[Any]
     reports_unknown: bool
 
 
-class Prepared(NamedTuple):
+class Refusal(msgspec.Struct, frozen=True):
+    """The parts of an ApiError."""
+
+    status: int
+    message: str
+    param: str | None
+    code: str | None
+
+
+class Prepared(msgspec.Struct, frozen=True):
     """The answer to a task."""
 
-    value: Any
-    """What the function has returned, if it did."""
-    ignored: list[str]
-    refusal: tuple[int, str, dict[str, Any]] | None = None
-    """The parts of the ApiError that it has raised, if it did."""
+    value: msgspec.Raw = _NOTHING
+    """What the preparer has returned, encoded."""
+    ignored: list[str] = []
+    refusal: Refusal | None = None
+    """The error that it has raised instead."""
     defect: str = ""
-    """The traceback of another exception."""
+    """The type and the place of another exception, without its message: that may quote the request."""
     is_last: bool = False
     """The process ends now."""
+
+
+_decode_answer = msgspec.msgpack.Decoder(Prepared).decode
 
 
 class LargeRequests:
@@ -74,17 +127,17 @@ class LargeRequests:
         self._pool = HelperPool(
             "preparing_process",
             COMMAND,
-            pickle.dumps(setup),
+            encode(setup),
             most=MAX_PROCESSES,
             max_answer_bytes=_MAX_ANSWER_BYTES,
         )
         self._budget = budget
 
     async def prepare(
-        self, prepare: Prepare, preparation: Preparation, body: bytes | bytearray, further: Sequence[Any]
-    ) -> Any:
-        """Return what `prepare` returns. Raises what it raises, a 503, and ClientGoneError."""
-        head = pickle.dumps(Task(prepare, further, preparation.reports_unknown))
+        self, preparer: Preparer[V], preparation: Preparation, body: bytes | bytearray, further: Sequence[Any]
+    ) -> V:
+        """Return what the preparer returns. Raises what it raises, a 503, and ClientGoneError."""
+        head = encode(Task(preparer.name, list(further), preparation.reports_unknown))
         num_bytes = len(head) + len(body)
         self._budget.take(num_bytes)  # while it waits for its turn, too
         try:
@@ -101,16 +154,21 @@ class LargeRequests:
             self._budget.give_back(num_bytes)
         preparation.note(prepared.ignored)
         if prepared.refusal is not None:
-            status, message, rest = prepared.refusal
-            raise ApiError(status, message, **rest)
+            refusal = prepared.refusal
+            raise ApiError(refusal.status, refusal.message, param=refusal.param, code=refusal.code)
         if prepared.defect:
-            raise RuntimeError(f"in the process that prepares large requests:\n{prepared.defect}")
-        return prepared.value
+            logger.error("event=preparation_failed error=%s", prepared.defect)
+            raise RuntimeError("the process that prepares large requests has failed")
+        return preparer.decode(prepared.value)
 
     async def _ask(self, preparation: Preparation, parts: Sequence[bytes | bytearray]) -> Prepared:
         async with self._pool.one() as helper:
             if preparation.asker.is_gone:
                 raise ClientGoneError("the client closed the connection")
-            prepared: Prepared = pickle.loads(await helper.ask(parts, ANSWER_S))
+            answer = await helper.ask(parts, ANSWER_S)
+            try:
+                prepared = _decode_answer(answer)
+            except msgspec.DecodeError as error:
+                raise HelperDiedError from error
             helper.is_spent = prepared.is_last
             return prepared

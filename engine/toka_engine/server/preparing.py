@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import resource
 import sys
-import traceback
-from typing import BinaryIO
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import msgspec
 
 from toka_engine.portable import count_resident_bytes, end_with_parent, limit_memory_growth, trim_heap
+from toka_engine.server.endpoints import chat, messages, responses, tokenize
 from toka_engine.server.engine import Engine, load, make_engine
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.errors import ApiError
+from toka_engine.server.failures import frames_of
 from toka_engine.server.helpers import LENGTH
-from toka_engine.server.large_requests import Prepared, Setup, Task
+from toka_engine.server.large_requests import Prepared, Preparer, Refusal, Setup, Task, encode
 from toka_engine.server.preparation import Preparation
 
 _MAX_GROWTH_BYTES = 1 << 30
@@ -35,29 +38,39 @@ class _NobodyLeaves:
     is_gone = False
 
 
+_PREPARERS: Mapping[str, Preparer[Any]] = {
+    preparer.name: preparer
+    for preparer in (
+        *(chat.PREPARER, messages.PREPARER, messages.COUNT_PREPARER),
+        *(responses.PREPARER, responses.COUNT_PREPARER, tokenize.PREPARER),
+    )
+}
+
+
 async def prepare(engine: Engine, message: bytes) -> Prepared:
     """Do the task of one message."""
     view = memoryview(message)
     (length,) = LENGTH.unpack_from(view)
     end = LENGTH.size + length
-    task: Task = pickle.loads(view[LENGTH.size : end])
+    task = msgspec.msgpack.decode(view[LENGTH.size : end], type=Task)
     preparation = Preparation(engine, _NobodyLeaves(), reports_unknown=task.reports_unknown)
+    refusal: Refusal | None = None
     try:
-        value = await task.prepare(preparation, bytes(view[end:]), *task.further)
+        value = await _PREPARERS[task.preparer].prepare(preparation, bytes(view[end:]), *task.further)
+        return Prepared(msgspec.Raw(encode(value)), preparation.ignored)
     except ApiError as error:
-        rest = {"param": error.param, "code": error.code, "headers": error.headers}
-        return Prepared(None, preparation.ignored, (error.status, error.message, rest))
+        refusal = Refusal(error.status, error.message, error.param, error.code)
     except MemoryError:
-        refused = invalid(None, "The request takes too much memory to check. Make it smaller.", "too_complex")
-        return Prepared(None, [], (refused.status, refused.message, {"code": refused.code}))
-    except Exception:
-        return Prepared(None, [], defect=traceback.format_exc())
-    return Prepared(value, preparation.ignored)
+        words = "The request takes too much memory to check. Make it smaller."
+        refusal = Refusal(400, words, None, "too_complex")
+    except Exception as error:
+        return Prepared(defect=f"{type(error).__name__}\n{frames_of(error)}")
+    return Prepared(ignored=preparation.ignored, refusal=refusal)
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer until the other end is gone or there is a reason to start afresh."""
-    setup: Setup = pickle.loads(_read(requests))
+    setup = msgspec.msgpack.decode(_read(requests), type=Setup)
     engine = make_engine(setup.config, setup.names, setup.info, setup.folders, load(setup.config, setup.folders))
     limit_memory_growth(_MAX_GROWTH_BYTES)
     base = count_resident_bytes()
@@ -69,9 +82,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         if count_resident_bytes() > base + _MAX_KEPT_BYTES:
             trim_heap()
             if count_resident_bytes() > base + _MAX_KEPT_BYTES:
-                _write(answers, pickle.dumps(prepared._replace(is_last=True)))
+                _write(answers, encode(msgspec.structs.replace(prepared, is_last=True)))
                 return
-        _write(answers, pickle.dumps(prepared))
+        _write(answers, encode(prepared))
 
 
 def _read(stream: BinaryIO) -> bytes:

@@ -12,7 +12,7 @@ from toka_engine.server.engine import Engine
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.fields import COUNTED
 from toka_engine.server.health import Health
-from toka_engine.server.large_requests import LARGE_BYTES, LargeRequests, Prepare
+from toka_engine.server.large_requests import LARGE_BYTES, LargeRequests, Preparer
 from toka_engine.server.limits import GenerationOptions
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.preparation import Preparation
@@ -21,6 +21,7 @@ from toka_engine.server.streams import Streams
 from toka_engine.server.vllm_metrics import VllmMetrics
 
 R = TypeVar("R")
+V = TypeVar("V")
 
 _TOTAL_BODIES = 8
 """The number of bodies of the largest size that may be held at once."""
@@ -55,16 +56,21 @@ class Service:
         return request
 
     async def prepare(
-        self, exchange: Exchange, prepare: Prepare, body: bytes | bytearray, *further: Any, num_further_bytes: int = 0
-    ) -> Any:
-        """Return what `prepare` makes of a request, in another process where it is large; the answer will name what has
-        no effect. `num_further_bytes`: the size of `further`. Raises a 4xx, and ClientGoneError.
+        self,
+        exchange: Exchange,
+        preparer: Preparer[V],
+        body: bytes | bytearray,
+        *further: Any,
+        num_further_bytes: int = 0,
+    ) -> V:
+        """Return what `preparer` makes of a request, in another process where it is large; the answer will name what
+        has no effect. `num_further_bytes`: the size of `further`. Raises a 4xx, and ClientGoneError.
         """
         preparation = Preparation(self.serving_engine(), exchange.connection, reports_unknown=self._reports_unknown)
         try:
             if self.large_requests is not None and len(body) + num_further_bytes > LARGE_BYTES:
-                return await self.large_requests.prepare(prepare, preparation, body, further)
-            return await prepare(preparation, body, *further)
+                return await self.large_requests.prepare(preparer, preparation, body, further)
+            return await preparer.prepare(preparation, body, *further)
         finally:
             if preparation.ignored:
                 self.note_ignored(exchange, preparation.ignored)

@@ -23,6 +23,11 @@ class CallReader(ABC):
         """`parameters`: by function, the JSON Schema of its arguments."""
         self._parameters = parameters
 
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """Return what it was made of."""
+        return self._parameters
+
     @abstractmethod
     def read(self, source: Source, parts: Parts, mark: str) -> Steps[bool]:
         """Read the calls that follow `mark` ("": none stands before them). Return False where there is none, with

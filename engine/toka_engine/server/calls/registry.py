@@ -26,6 +26,7 @@ _READERS: Mapping[FormatName, type[CallReader]] = {
     "pythonic": PythonicCalls,
     "generic": HermesCalls,
 }
+READERS_BY_CLASS = {reader.__name__: reader for reader in _READERS.values()}
 _PROBE_NAME = "toka_probe"
 _PROBE = {
     "type": "function",

@@ -10,6 +10,7 @@ from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.endpoints.chat_answers import ChatFormat, SplitChatFormat
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
+from toka_engine.server.large_requests import Preparer
 from toka_engine.server.preparation import Preparation
 from toka_engine.server.service import Service
 
@@ -27,6 +28,9 @@ async def _prepare(preparation: Preparation, body: bytes) -> _Prepared:
     return _Prepared(request.model, await plan_chat(request, preparation))
 
 
+PREPARER = Preparer("chat", _prepare, _Prepared)
+
+
 class ChatCompletions:
     """Answers chat completions."""
 
@@ -38,7 +42,7 @@ class ChatCompletions:
         service = self._service
         engine = service.serving_engine()
         body = await exchange.read_json(service.budget)
-        prepared: _Prepared = await service.prepare(exchange, _prepare, body)
+        prepared = await service.prepare(exchange, PREPARER, body)
         await service.check_grammar(exchange, engine, prepared.plan.options)
         new_form = partial(SplitChatFormat, reasoning_field=engine.dialect.reasoning_field)
         job = prepared.plan.make_job(engine, prepared.model, ChatFormat, new_form)

@@ -14,6 +14,7 @@ from toka_engine.server.endpoints.messages_answers import MessageFormat
 from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
+from toka_engine.server.large_requests import Preparer
 from toka_engine.server.message_input import read_choice, read_messages, read_tools
 from toka_engine.server.preparation import Preparation
 from toka_engine.server.request import MAX_STOP_STRINGS, ServiceTier, Share, Timeout, doc
@@ -100,6 +101,10 @@ async def _plan(request: MessagesRequest, preparation: Preparation) -> ChatPlan:
         raise
 
 
+PREPARER = Preparer("messages", _prepare, _Prepared)
+COUNT_PREPARER = Preparer("messages_count", _prepare_count, ChatPlan)
+
+
 class Messages:
     """Answers requests for messages, and counts their tokens."""
 
@@ -111,7 +116,7 @@ class Messages:
         service = self._service
         engine = service.serving_engine()
         body = await exchange.read_json(service.budget)
-        prepared: _Prepared = await service.prepare(exchange, _prepare, body)
+        prepared = await service.prepare(exchange, PREPARER, body)
         plan = prepared.plan
         await service.check_grammar(exchange, engine, plan.options)
         form = partial(MessageFormat, num_prompt_tokens=len(plan.prompts[0]), stop_sequences=prepared.stops)
@@ -122,6 +127,6 @@ class Messages:
         """Answer with the number of the prompt's tokens. Raises ApiError and ClientGoneError."""
         service = self._service
         engine = service.serving_engine()
-        plan: ChatPlan = await service.prepare(exchange, _prepare_count, await exchange.read_json(service.budget))
+        plan = await service.prepare(exchange, COUNT_PREPARER, await exchange.read_json(service.budget))
         await service.check_grammar(exchange, engine, plan.options)
         await exchange.answer(200, msgspec.json.encode(TokenCount(len(plan.prompts[0]))))

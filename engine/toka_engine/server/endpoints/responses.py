@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from toka_engine.server.errors import ApiError, invalid
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
 from toka_engine.server.keys.check import owner_of
-from toka_engine.server.large_requests import Prepare
+from toka_engine.server.large_requests import Preparer
 from toka_engine.server.preparation import Preparation
 from toka_engine.server.request import Hints, Penalty, RepetitionPenalty, Seed, Share, Temperature, Timeout, doc
 from toka_engine.server.responses.input import read_items
@@ -25,6 +25,8 @@ from toka_engine.server.responses.items import new_id
 from toka_engine.server.responses.store import StoredResponse
 from toka_engine.server.responses.tools import ResponseTools, read_tools
 from toka_engine.server.service import Service
+
+V = TypeVar("V")
 
 PATH = "/v1/responses"
 COUNT_PATH = "/v1/responses/input_tokens"
@@ -168,6 +170,10 @@ async def _plan(
         num_dropped *= 2
 
 
+PREPARER = Preparer("responses", _prepare, _Prepared)
+COUNT_PREPARER = Preparer("responses_count", _prepare_count, ChatPlan)
+
+
 class Responses:
     """Answers requests for responses, and counts their tokens."""
 
@@ -179,7 +185,7 @@ class Responses:
         service = self._service
         engine = service.serving_engine()
         body = await exchange.read_json(service.budget)
-        prepared: _Prepared = await self._make_ready(exchange, _prepare, body)
+        prepared = await self._make_ready(exchange, PREPARER, body)
         await self._check_grammar(exchange, prepared.plan)
         form = partial(
             ResponsesFormat,
@@ -196,18 +202,18 @@ class Responses:
         service = self._service
         service.serving_engine()
         body = await exchange.read_json(service.budget)
-        plan: ChatPlan = await self._make_ready(exchange, _prepare_count, body, service.names[0])
+        plan = await self._make_ready(exchange, COUNT_PREPARER, body, service.names[0])
         await self._check_grammar(exchange, plan)
         await exchange.answer(200, encode(InputTokens(len(plan.prompts[0]))))
 
-    async def _make_ready(self, exchange: Exchange, prepare: Prepare, body: bytes | bytearray, *further: Any) -> Any:
-        """Return what `prepare` makes of the request, with the items of the conversation that it continues."""
+    async def _make_ready(self, exchange: Exchange, preparer: Preparer[V], body: bytes | bytearray, *further: Any) -> V:
+        """Return what `preparer` makes of the request, with the items of the conversation that it continues."""
         service = self._service
         earlier: list[bytes] = []
         if (continued := _find_continued(body)) is not None:
             earlier = service.responses.items_until(owner_of(exchange), continued)
         num_bytes = sum(map(len, earlier))
-        return await service.prepare(exchange, prepare, body, earlier, *further, num_further_bytes=num_bytes)
+        return await service.prepare(exchange, preparer, body, earlier, *further, num_further_bytes=num_bytes)
 
     async def _check_grammar(self, exchange: Exchange, plan: ChatPlan) -> None:
         try:

@@ -13,6 +13,7 @@ from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.engine import Engine
 from toka_engine.server.errors import invalid
 from toka_engine.server.exchange import Exchange
+from toka_engine.server.large_requests import Preparer
 from toka_engine.server.preparation import Preparation
 from toka_engine.server.prompts import PromptEncoder
 from toka_engine.server.request import doc
@@ -137,6 +138,9 @@ async def _encode_chat(
     return ids
 
 
+PREPARER = Preparer("tokenize", _tokenize, bytes)
+
+
 class Tokenizing:
     """Answers what is asked of the tokenizer."""
 
@@ -149,7 +153,7 @@ class Tokenizing:
         service = self._service
         service.serving_engine()
         body = await exchange.read_json(service.budget)
-        answer: bytes = await service.prepare(exchange, _tokenize, body)
+        answer = await service.prepare(exchange, PREPARER, body)
         await exchange.answer(200, answer)
 
     async def detokenize(self, exchange: Exchange) -> None:
