@@ -116,7 +116,7 @@ def fingerprint_of(config: EngineConfig, info: EngineInfo) -> str:
 
 
 class Folders(msgspec.Struct, frozen=True):
-    """Where the model's files are."""
+    """The folders with the model's files."""
 
     model_dir: str
     tokenizer_dir: str

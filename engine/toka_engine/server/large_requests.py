@@ -107,7 +107,7 @@ class Prepared(msgspec.Struct, frozen=True):
     """The answer to a task."""
 
     value: msgspec.Raw = _NOTHING
-    """What the preparer has returned, encoded."""
+    """The value that the preparer has returned, encoded."""
     ignored: list[str] = []
     refusal: Refusal | None = None
     """The error that it has raised instead."""

@@ -28,7 +28,7 @@ _decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class Asker(Protocol):
-    """Whoever waits for an answer."""
+    """A client that waits for an answer."""
 
     is_gone: bool
 
