@@ -37,6 +37,8 @@ _STARTS = (
 """The first bytes of bodies that are often sent in place of JSON in UTF-8, and what they are."""
 MAX_TOOLS_BYTES = 2 * 1024 * 1024
 """The most bytes that a request's `tools` may have as JSON. Their characters are counted once they are decoded."""
+_MAX_MESSAGE = 200
+"""The most characters of a message of the decoder, which may quote the value."""
 _EXPLAINED_BODY_BYTES = 64 * 1024
 """The size up to which a body that is not JSON is searched for the field's name."""
 
@@ -94,6 +96,9 @@ class BodyDecoder(Generic[R]):
         field = self._fields.get(found["path"]) if found else None
         if field is not None and _BOUND.match(message):
             return invalid(field.name, f"'{field.name}' must be {_range(field.type)}.", "invalid_value")
+        if field is not None and message.startswith("Invalid enum value "):  # which the message would repeat
+            wanted = ", ".join(map(str, _choices(field.type)))
+            return invalid(field.name, f"'{field.name}' must be one of {wanted}.", "invalid_value")
         return _mistyped(message, known=self._fields if found is None else ())
 
 
@@ -137,13 +142,22 @@ def _mistyped(message: str, prefix: str = "", known: Iterable[str] = ()) -> ApiE
     found = _PATH.search(message)
     inner = found["path"] if found else ""
     path = prefix + ("." if prefix and inner and not inner.startswith("[") else "") + inner
-    text = message[: found.start()] if found else message
+    text = (message[: found.start()] if found else message)[:_MAX_MESSAGE]
     if named := _NAMED.search(message):
         if named["kind"] == "unknown":
             return refuse_unknown(named["name"], known, f"{path}." if path else "")
         path = f"{path}.{named['name']}" if path else named["name"]
         return invalid(path, f"Missing required field: '{path}'.", "missing_required_parameter")
     return invalid(path or None, f"Invalid value for '{path or 'body'}': {text}.", "invalid_type")
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Return the values that a field may have; none where they are not a few."""
+    if isinstance(kind, msgspec.inspect.Metadata):
+        return _choices(kind.type)
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return tuple(value for each in kind.types for value in _choices(each))
+    return kind.values if isinstance(kind, msgspec.inspect.LiteralType) else ()
 
 
 def _not_json(body: bytes | bytearray, message: str) -> ApiError:

@@ -37,8 +37,8 @@ assert made["name"] == "weather"
 assert weather.invoke(made["args"]).startswith("Sunny in")
 call = {"name": "weather", "args": {"city": "Paris"}, "id": "call_1", "type": "tool_call"}
 history = [HumanMessage("Weather?"), AIMessage("", tool_calls=[call]), ToolMessage("Sunny", tool_call_id="call_1")]
-answer = chat.bind_tools([weather]).invoke(history)
-assert answer.content or answer.tool_calls
+answer = wide.bind_tools([weather]).invoke(history)
+assert answer.content or answer.tool_calls or answer.invalid_tool_calls, answer
 
 for method in ("json_schema", "function_calling"):
     found = wide.with_structured_output(Capital, method=method).invoke("The capital of France is Paris.")
