@@ -97,7 +97,7 @@ def _send(server: RunningServer, path: str, body: dict[str, Any], raw: str | Non
 
 
 def _check(status: int, answer: Any, field: str, case: str) -> None:
-    """Whatever was sent, the answer is one, or a refusal that names the field."""
+    """Assert that the request was answered, or refused with the name of the field."""
     if status == 200:
         return
     error = answer["error"]
@@ -126,7 +126,7 @@ def _is_taken(value: Any, kind: Any) -> bool:
 
 
 def _is_raw(kind: Any) -> bool:
-    """Whether the endpoint looks at the value's type by itself."""
+    """Return whether the endpoint looks at the type of the value by itself."""
     kind = kind.type if isinstance(kind, msgspec.inspect.Metadata) else kind
     return isinstance(kind, msgspec.inspect.RawType)
 
