@@ -53,6 +53,8 @@ def parse_config(arguments: Iterable[str]) -> EngineConfig:
     config = parse_struct(EngineConfig, map(_without_alias, arguments), "toka", UNSUPPORTED_KEYS)
     if config.torch_compile_config != "default" and not config.torch_compile:
         raise ConfigError(f"torch_compile_config={config.torch_compile_config} has no effect without torch_compile=T")
+    if config.torch_compile and config.quantization == "fp8":
+        raise ConfigError("torch_compile=T does not work with quantization=fp8: compiled layers compute in bfloat16")
     _check_parallelism(config)
     if config.statsd_addr is not None:
         parse_udp_address(config.statsd_addr, "statsd_addr")

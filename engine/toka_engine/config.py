@@ -50,6 +50,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], doc("auto: bfloat16 where the device computes it fast")
     ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "fp8", "none"],
+        doc("fp8: linear layers compute in 8-bit floats, on a GPU that can; auto: as the checkpoint is stored"),
+    ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: a GPU where there is one")] = "auto"
 
     generation_config: Annotated[

@@ -16,10 +16,14 @@ from toka_engine.model.linear import GatedLinear, Linear, LinearParameters, LmHe
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.ops import Ops
+from toka_engine.model.quantization import QuantisedWeight
 from toka_engine.model.ranks import Ranks
 from toka_engine.model.residual import Embedding, Norm, StreamEnd
 from toka_engine.model.sharding import HeadRange, Shard, Sharding
 from toka_engine.model.stages import Stage
+
+FP8_MULTIPLE = 16
+"""Inputs and outputs of a GEMM in fp8 are multiples of it: operands of tensor cores are read by 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,8 @@ class ModelBuilder:
         """A linear layer whose output is added to the residual stream. Split by inputs, so the bias is one rank's."""
         width = self.config.hidden_size
         shard = Shard(1, *self.sharding.split(name, in_size))
-        weight = self.weights.take(f"{name}.weight", (width, in_size), shard)
         bias = self.weights.take(f"{name}.bias", (width,)) if has_bias else None
-        parameters = LinearParameters(weight, bias if self.sharding.rank == 0 else None)
+        parameters = self._take_linear([(name, (width, in_size), shard)], bias if self.sharding.rank == 0 else None)
         return ResidualLinear(self.ops, parameters, is_partial=self.ranks.size > 1)
 
     def norm(self, name: str, offset: float = 0.0) -> Norm:
@@ -122,6 +125,22 @@ class ModelBuilder:
     def _take_outputs(self, outputs: Sequence[tuple[str, int, Shard]], has_bias: bool) -> LinearParameters:
         """Name, number of outputs and this rank's of them -> the weights [outputs of all names, hidden_size]."""
         width, take = self.config.hidden_size, self.weights.take
-        weights = [take(f"{name}.weight", (size, width), shard) for name, size, shard in outputs]
         biases = [take(f"{name}.bias", (size,), shard) for name, size, shard in outputs] if has_bias else None
-        return LinearParameters(torch.cat(weights), None if biases is None else torch.cat(biases))
+        weights = [(name, (size, width), shard) for name, size, shard in outputs]
+        return self._take_linear(weights, None if biases is None else torch.cat(biases))
+
+    def _take_linear(
+        self, parts: Sequence[tuple[str, tuple[int, int], Shard]], bias: torch.Tensor | None
+    ) -> LinearParameters:
+        """Name, whole shape and this rank's part of weights that are one GEMM -> its parameters.
+
+        It computes with 8-bit floats where all its weights are some, and have sizes that tensor cores multiply so.
+        """
+        named = [(f"{name}.weight", shape, shard) for name, shape, shard in parts]
+        outs, ins = zip(*(shard.cut(shape) for _, shape, shard in named), strict=True)
+        has_sizes = sum(outs) % FP8_MULTIPLE == 0 and ins[0] % FP8_MULTIPLE == 0
+        if has_sizes and all(self.weights.is_quantised(name) for name, _, _ in named):
+            weight = QuantisedWeight.concatenate([self.weights.take_quantised(*each) for each in named])
+            return LinearParameters(weight.values, bias, weight.scale)
+        weights = [self.weights.take(*each) for each in named]
+        return LinearParameters(torch.cat(weights) if len(weights) > 1 else weights[0], bias)

@@ -5,28 +5,35 @@ to the residual stream are fused into it. A norm of one row is therefore left to
 (`DeferredNorm`), and the last linear layer of a block to the norm that adds its output (`DeferredAdd`). A model passes
 both on as it passes on tensors, and looks into neither. On several ranks neither is deferred for a GEMV: between the
 two stands the all-reduce, which is fused with the add and the norm instead.
+
+In a model with weights of 8-bit floats, a norm and an activation of more rows are left to the linear layer that reads
+them, too (`DeferredRows`): it knows whether it reads rows of 8-bit floats, which are then made in the same kernel.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
-from toka_engine.model.ops import GemvKernels, Ops
+from toka_engine.model.ops import Fp8Ops, Gemm, GemvKernels, Ops, QuantisedRows
 
 
 @dataclass(frozen=True, slots=True)
 class LinearParameters:
     """The parameters of one linear layer, on the device: this rank's part of them.
 
-    Whatever computes W x + b gets this one value, so that more of it (the scales of a quantised weight, an adapter) is
-    a field here and not one more argument everywhere.
+    Whatever computes W x + b gets this one value, so that more of it (an adapter) is a field here and not one more
+    argument everywhere.
     """
 
     weight: torch.Tensor  # [out, in]
     bias: torch.Tensor | None  # [out]
+    scale: torch.Tensor | None = None  # [out] float32: the weight's factors, if it is of 8-bit floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,60 @@ class DeferredAdd:
     wanted: torch.Tensor | None  # [n], indices into the rows of the stream
 
 
-Activation: TypeAlias = torch.Tensor | DeferredNorm | DeferredAdd
+class DeferredRows(ABC):
+    """Rows [n, width] that the linear layer which reads them computes, in the form in which it reads them."""
+
+    @abstractmethod
+    def compute(self) -> torch.Tensor:
+        """Return the rows in the model's dtype."""
+
+    @abstractmethod
+    def quantise(self) -> QuantisedRows:
+        """Return the rows as 8-bit floats."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormedRows(DeferredRows):
+    """The RMSNorm of rows of the residual stream, to which a block's output is added first, in place."""
+
+    ops: Ops
+    fp8: Fp8Ops
+    pending: torch.Tensor | None  # [n, width]; None: nothing is to be added
+    residual: torch.Tensor  # [n, width]
+    weight: torch.Tensor  # [width]
+    eps: float
+
+    def compute(self) -> torch.Tensor:
+        """See DeferredRows."""
+        if self.pending is None:
+            return self.ops.rms_norm(self.residual, self.weight, self.eps)
+        return self.ops.add_rms_norm(self.pending, self.residual, self.weight, self.eps)
+
+    def quantise(self) -> QuantisedRows:
+        """See DeferredRows."""
+        if self.pending is None:
+            return self.fp8.rms_norm(self.residual, self.weight, self.eps)
+        return self.fp8.add_rms_norm(self.pending, self.residual, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedRows(DeferredRows):
+    """The rows silu(gate) * up."""
+
+    ops: Ops
+    fp8: Fp8Ops
+    gate_up: torch.Tensor  # [n, 2 * width]
+
+    def compute(self) -> torch.Tensor:
+        """See DeferredRows."""
+        return self.ops.silu_mul(self.gate_up)
+
+    def quantise(self) -> QuantisedRows:
+        """See DeferredRows."""
+        return self.fp8.silu_mul(self.gate_up)
+
+
+Activation: TypeAlias = torch.Tensor | DeferredNorm | DeferredAdd | DeferredRows
 """Rows [n, width] that pass between layers, or rows that the next layer computes along with its own work."""
 
 
@@ -93,21 +153,33 @@ class Linear:
     """y = W x + b. The weights are held once: `Ops.make_linear` packs them, or shares them with the GEMV."""
 
     def __init__(self, ops: Ops, parameters: LinearParameters) -> None:
-        self.gemm = ops.make_linear(parameters.weight, parameters.bias)
-        self.gemv = None if ops.gemv is None else Gemv(ops.gemv, parameters)
+        weight, bias, scale = parameters.weight, parameters.bias, parameters.scale
+        kernels = ops.gemv
+        if scale is None:
+            self.gemm = ops.make_linear(weight, bias)
+            self._multiply = _multiply_computed(self.gemm)
+        else:
+            assert ops.fp8 is not None, "weights are kept as 8-bit floats only where the device computes with them"
+            multiply, quantise = ops.fp8.make_linear(weight, scale, bias), ops.fp8.quantise
+            self.gemm = lambda x: multiply(quantise(x))
+            self._multiply = lambda rows: multiply(rows.quantise())
+            kernels = None if kernels is None else ops.fp8.make_gemv(scale)
+        self.gemv = None if kernels is None else Gemv(kernels, parameters)
 
     def __call__(self, x: Activation) -> torch.Tensor:
         """[n, in] -> [n, out]."""
         match x:
-            case DeferredNorm():
-                return self.find_gemv().apply_to_norm(x)
-            case DeferredAdd():
-                raise AssertionError("a linear layer reads a norm or another layer, not a block's output")
-            case _:
+            case torch.Tensor():
                 # In this order: where there are no kernels, a trace must not ask for the rows.
                 if self.gemv is not None and x.shape[0] == 1:
                     return self.gemv.apply(x)
                 return self.gemm(x)
+            case DeferredNorm():
+                return self.find_gemv().apply_to_norm(x)
+            case DeferredRows():
+                return self._multiply(x)
+            case DeferredAdd():
+                raise AssertionError("a linear layer reads a norm or another layer, not a block's output")
 
     def find_gemv(self) -> Gemv:
         """The GEMV of a deferred norm."""
@@ -116,13 +188,20 @@ class Linear:
         return self.gemv
 
 
+def _multiply_computed(gemm: Gemm) -> Callable[[DeferredRows], torch.Tensor]:
+    return lambda rows: gemm(rows.compute())
+
+
 class GatedLinear:
     """silu(gate(x)) * up(x), where one GEMM computes gate and up: gate's outputs, then up's."""
 
     def __init__(self, ops: Ops, parameters: LinearParameters) -> None:
-        self._linear, self._silu_mul = Linear(ops, parameters), ops.silu_mul
+        self._linear = Linear(ops, parameters)
+        self._silu_mul: Callable[[torch.Tensor], Activation] = ops.silu_mul
+        if ops.fp8 is not None:
+            self._silu_mul = partial(GatedRows, ops, ops.fp8)
 
-    def __call__(self, x: Activation) -> torch.Tensor:
+    def __call__(self, x: Activation) -> Activation:
         """[n, in] -> [n, out / 2]."""
         if isinstance(x, DeferredNorm):
             return self._linear.find_gemv().apply_gated_to_norm(x)
@@ -139,8 +218,11 @@ class ResidualLinear:
         """`is_partial`: the output is one rank's part of a sum, which the next norm computes."""
         self._linear, self._is_partial = Linear(ops, parameters), is_partial
 
-    def __call__(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> Activation:
+    def __call__(self, x: Activation, wanted: torch.Tensor | None = None) -> Activation:
         """x [n, in] -> what is to be added to the stream [n, out]; of the rows `wanted` alone, if given."""
+        if not isinstance(x, torch.Tensor):
+            assert wanted is None, "rows are chosen behind the last attention, whose output is a tensor"
+            return self._linear(x)
         if wanted is not None:
             x = x.index_select(0, wanted)
         gemv = self._linear.gemv

@@ -17,7 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from toka_engine.errors import ModelInvalidError, ModelNotFoundError, OutOfMemoryError
-from toka_engine.model.quantization import SCALE_SUFFIXES, Quantization, StoredWeight, list_companions
+from toka_engine.model.quantization import (
+    E4M3,
+    SCALE_SUFFIXES,
+    QuantisedWeight,
+    Quantization,
+    StoredWeight,
+    list_companions,
+    quantise_weight,
+)
 from toka_engine.model.sharding import Shard
 
 _INDEX = "model.safetensors.index.json"
@@ -36,14 +44,22 @@ class Weights(AbstractContextManager["Weights"]):
         dtype: torch.dtype,
         available_bytes: int,
         quantization: Quantization | None = None,
+        computes_fp8: bool = False,
     ) -> None:
-        """`available_bytes`: what the device has left for them. `quantization`: the scheme of those of 8-bit floats."""
+        """`available_bytes`: what the device has left for them. `quantization`: the scheme of those of 8-bit floats.
+
+        `computes_fp8`: linear layers compute with 8-bit floats.
+        """
         self.device = device
         self.num_dequantised = 0
-        """Weights that were stored as 8-bit floats."""
+        """Weights that were stored as 8-bit floats, and are computed with in the model's dtype."""
+        self.num_quantised = 0
+        """Weights that are computed with as 8-bit floats."""
+        self.num_rounded = 0
+        """Those of them whose stored values were others: floats of more bits, or in blocks with a scale each."""
         self.dtype = dtype
         self._folder = folder
-        self._quantization = quantization
+        self._quantization, self._computes_fp8 = quantization, computes_fp8
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._untaken: set[str] = set()
@@ -74,6 +90,39 @@ class Weights(AbstractContextManager["Weights"]):
         Raises ModelInvalidError if the tensor, or the scale of a weight, is missing or misshapen, OutOfMemoryError
         before memory is taken that is not there.
         """
+        tensor = self._read(name, shape, shard, self.dtype.itemsize)
+        if tensor.dtype.itemsize == 1:
+            stored = self._find_stored(name, shape, tensor.dtype)
+            self.num_dequantised += 1
+            return stored.dequantise(tensor.to(self.device), shard, self.dtype)
+        # A copy, which reads the file: a view of the map would keep its pages, and would crash if it is cut later.
+        return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether the weight `name` of a linear layer is to be taken as 8-bit floats, by `take_quantised`.
+
+        A quantised checkpoint decides itself which of its layers are; of another one all are.
+        """
+        if not self._computes_fp8 or name not in self._file_of:
+            return False
+        return self._quantization is None or self._file_of[name].get_slice(name).get_dtype() == "F8_E4M3"
+
+    def take_quantised(self, name: str, shape: tuple[int, int], shard: Shard | None = None) -> QuantisedWeight:
+        """Return the weight `name` of a linear layer as 8-bit floats with a scale for each output. As `take`."""
+        tensor = self._read(name, shape, shard, E4M3.itemsize)
+        self.num_quantised += 1
+        if tensor.dtype.itemsize == 1:
+            stored = self._find_stored(name, shape, tensor.dtype)
+            self.num_rounded += stored.has_blocks
+            return stored.keep(tensor.to(self.device, copy=True), shard)
+        self.num_rounded += 1
+        quantised = quantise_weight(tensor.to(self.device))
+        if not bool(quantised.scale.isfinite().all()):
+            raise ModelInvalidError(f"{self._folder}: tensor {name} has values that are not finite")
+        return quantised
+
+    def _read(self, name: str, shape: tuple[int, ...], shard: Shard | None, bytes_per_value: int) -> torch.Tensor:
+        """Return the `shard` of a tensor, in the file's memory map, as a float of the file's dtype."""
         file = self._file_of.get(name)
         if file is None:
             raise ModelInvalidError(f"{self._folder}: the weights lack the tensor {name}")
@@ -84,23 +133,21 @@ class Weights(AbstractContextManager["Weights"]):
                 f"{self._folder}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
             )
         taken = shape if shard is None else shard.cut(shape)
-        self._taken_bytes += math.prod(taken) * self.dtype.itemsize
+        self._taken_bytes += math.prod(taken) * bytes_per_value
         if self._taken_bytes > self._available_bytes:
             raise OutOfMemoryError(self._describe_shortage())
         tensor: torch.Tensor = stored[:] if shard is None else stored[shard.index]
         if not tensor.is_floating_point():
             raise ModelInvalidError(f"{self._folder}: tensor {name} has dtype {tensor.dtype}, not a float")
         self._untaken.discard(name)
-        if tensor.dtype.itemsize == 1:
-            return self._dequantise(name, shape, tensor.to(self.device), shard)
-        # A copy, which reads the file: a view of the map would keep its pages, and would crash if it is cut later.
-        return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+        return tensor
 
-    def _dequantise(self, name: str, shape: tuple[int, ...], part: torch.Tensor, shard: Shard | None) -> torch.Tensor:
-        if self._quantization is None or part.dtype != torch.float8_e4m3fn or len(shape) != 2:
-            dtype = str(part.dtype).removeprefix("torch.")
+    def _find_stored(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredWeight:
+        """Return the description of a weight of 8-bit floats, with its scale, both checked."""
+        if self._quantization is None or dtype != E4M3 or len(shape) != 2:
+            found = str(dtype).removeprefix("torch.")
             raise ModelInvalidError(
-                f"{self._folder}: tensor {name} has dtype {dtype}; matrices of float8_e4m3fn are understood, "
+                f"{self._folder}: tensor {name} has dtype {found}; matrices of float8_e4m3fn are understood, "
                 "where config.json has a quantization_config"
             )
         scale_name = next((name + end for end in SCALE_SUFFIXES if name + end in self._file_of), None)
@@ -110,8 +157,7 @@ class Weights(AbstractContextManager["Weights"]):
         self._untaken.difference_update((scale_name, *list_companions(name)))
         stored = StoredWeight(scale_name, (shape[0], shape[1]), scale, self._quantization.block)
         stored.check(self._folder)
-        self.num_dequantised += 1
-        return stored.dequantise(part, shard, self.dtype)
+        return stored
 
     def list_untaken(self) -> Iterator[str]:
         """Names that no layer has asked for."""
@@ -119,10 +165,12 @@ class Weights(AbstractContextManager["Weights"]):
 
     def _describe_shortage(self) -> str:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name, file in self._file_of.items()]
-        needed_gb, available_gb = sum(sizes) * self.dtype.itemsize / 1e9, self._available_bytes / 1e9
-        dtype = str(self.dtype).removeprefix("torch.")
+        form, size = f"dtype={str(self.dtype).removeprefix('torch.')}", self.dtype.itemsize
+        if self._computes_fp8:  # embedding and head take more
+            form, size = "quantization=fp8", E4M3.itemsize
+        needed_gb, available_gb = sum(sizes) * size / 1e9, self._available_bytes / 1e9
         return (
-            f"model={self._folder}: the weights take {needed_gb:.1f} GB as dtype={dtype}, "
+            f"model={self._folder}: the weights take {needed_gb:.1f} GB as {form}, "
             f"{available_gb:.1f} GB of {'GPU ' if self.device.type == 'cuda' else ''}memory are available"
         )
 

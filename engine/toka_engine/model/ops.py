@@ -10,6 +10,10 @@ import torch
 
 Gemm: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """The GEMM of one linear layer: [rows, in_features] -> [rows, out_features]."""
+QuantisedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Rows of 8-bit floats (e4m3) [rows, width], and the factor of each row [rows, 1] float32."""
+Fp8Gemm: TypeAlias = Callable[[QuantisedRows], torch.Tensor]
+"""The GEMM of one linear layer with weights of 8-bit floats: such rows -> [rows, out_features] bfloat16."""
 
 
 class GemvKernels(Protocol):
@@ -88,6 +92,23 @@ class GemvKernels(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Ops:
+    """Implementations of linear layers that compute in fp8 (e4m3), and of what makes the rows that they read."""
+
+    make_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Fp8Gemm]
+    """weight [out, in] float8_e4m3fn, its scale [out] float32 and bias [out] or None, on the device -> the GEMM."""
+    make_gemv: Callable[[torch.Tensor], GemvKernels]
+    """The scale [out] float32 of one layer's weight -> kernels for one row of it. The row is not quantised."""
+    quantise: Callable[[torch.Tensor], QuantisedRows]
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], QuantisedRows]
+    """As `Ops.rms_norm`."""
+    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], QuantisedRows]
+    """As `Ops.add_rms_norm`."""
+    silu_mul: Callable[[torch.Tensor], QuantisedRows]
+    """As `Ops.silu_mul`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ops:
     """Implementations for one device."""
 
@@ -108,3 +129,5 @@ class Ops:
     """The device's GEMV kernels, if it has some. `make_linear` must take no copy of the weights then."""
     all_reduce_add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
     """The same with the sum of all ranks' x. None: the ranks' own all-reduce stands before `add_rms_norm`."""
+    fp8: Fp8Ops | None = None
+    """For models with weights of 8-bit floats, where the device computes with them."""

@@ -7,7 +7,7 @@ are known by the dtype of their tensors, so lists of layers in config.json are n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from toka_engine.model.sharding import Shard
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 """Endings that make the name of a weight's scale of the weight's own. Both are factors, whatever the first one says."""
+E4M3 = torch.float8_e4m3fn
 _PIECE_VALUES = 1 << 22
-"""Values that are dequantised at a time."""
+"""Values that are computed in fp32 at a time."""
+_LEAST = 1e-30
+"""Rows of smaller values become zeros: the reciprocal of a scale must be finite."""
 _SUPPORTED = "8-bit floats of fp8, compressed-tensors, fbgemm_fp8 and modelopt are"
 
 
@@ -94,6 +97,41 @@ def _read_group(weights: ConfigFields) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedWeight:
+    """A weight of 8-bit floats, as linear layers compute with it."""
+
+    values: torch.Tensor  # [out, in] float8_e4m3fn
+    scale: torch.Tensor  # [out] float32
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[QuantisedWeight]) -> QuantisedWeight:
+        """Return the outputs of all `parts`, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.scale for part in parts]))
+
+
+def quantise_weight(weight: torch.Tensor) -> QuantisedWeight:
+    """weight [out, in] -> 8-bit floats, with scales by which the largest value of each row becomes e4m3's largest."""
+    num_rows = max(1, _PIECE_VALUES // max(1, weight.shape[1]))
+    pieces = zip(range(0, weight.shape[0], num_rows), weight.split(num_rows), strict=True)
+    return quantise_pieces(weight.shape, weight.device, ((begin, piece.float()) for begin, piece in pieces))
+
+
+def quantise_pieces(
+    shape: torch.Size, device: torch.device, pieces: Iterable[tuple[int, torch.Tensor]]
+) -> QuantisedWeight:
+    """Quantise a weight [out, in] that comes as some rows of fp32 at a time, each with the first row's number."""
+    values = torch.empty(shape, dtype=E4M3, device=device)
+    scale = torch.empty(shape[0], dtype=torch.float32, device=device)
+    for begin, piece in pieces:
+        rows = slice(begin, begin + piece.shape[0])
+        scale[rows] = piece.abs().amax(1).clamp_(min=_LEAST) / torch.finfo(E4M3).max
+        values[rows] = (piece / scale[rows, None]).to(E4M3)
+    return QuantisedWeight(values, scale)
+
+
+@dataclass(frozen=True, slots=True)
 class StoredWeight:
     """A weight of 8-bit floats [out, in] as the file has it, and its scale."""
 
@@ -115,9 +153,36 @@ class StoredWeight:
             raise ModelInvalidError(f"{found} has values that are not positive and finite")
 
     def dequantise(self, part: torch.Tensor, shard: Shard | None, dtype: torch.dtype) -> torch.Tensor:
-        """The `shard` of the weight [rows, columns], as 8-bit floats, -> the values that it stands for.
+        """The `shard` of the weight [rows, columns], as 8-bit floats, -> the values that it stands for."""
+        values = torch.empty(part.shape, dtype=dtype, device=part.device)
+        for begin, piece in self._list_pieces(part, shard):
+            values[begin : begin + piece.shape[0]] = piece
+        return values
 
-        Some rows at a time: products and scales in fp32 would take several times the memory of the values.
+    def keep(self, part: torch.Tensor, shard: Shard | None) -> QuantisedWeight:
+        """The `shard` of the weight, as 8-bit floats, -> 8-bit floats with a scale for each row.
+
+        They are the stored ones where rows have a scale; those of blocks are rounded once more.
+        """
+        scale = self.scale.to(part.device, torch.float32)
+        if self.has_blocks:
+            return quantise_pieces(part.shape, part.device, self._list_pieces(part, shard))
+        if scale.numel() == 1:
+            return QuantisedWeight(part, scale.reshape(1).repeat(part.shape[0]))
+        scale = scale.reshape(-1)
+        return QuantisedWeight(part, scale[shard.begin : shard.end] if shard is not None and shard.dim == 0 else scale)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether blocks of the weight have a scale each."""
+        if self.scale.numel() == 1:
+            return False
+        return self.block is not None and tuple(self.scale.shape) == _count_blocks(self.shape, self.block)
+
+    def _list_pieces(self, part: torch.Tensor, shard: Shard | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first row and the values, in fp32, of some rows of the `shard` at a time.
+
+        Products and scales of the whole weight in fp32 would take several times the memory of the values.
         """
         rows, columns = (torch.arange(size, device=part.device) for size in self.shape)
         if shard is not None:
@@ -126,18 +191,16 @@ class StoredWeight:
                 for dim, places in enumerate((rows, columns))
             )
         scale = self.scale.to(part.device, torch.float32)
-        values = torch.empty(part.shape, dtype=dtype, device=part.device)
         num_rows = max(1, _PIECE_VALUES // columns.numel())
-        pieces = zip(values.split(num_rows), part.split(num_rows), rows.split(num_rows), strict=True)
-        for piece, stored, places in pieces:
-            piece.copy_(stored.float().mul_(self._expand(scale, places, columns)))
-        return values
+        for begin, stored in zip(range(0, rows.numel(), num_rows), part.split(num_rows), strict=True):
+            yield begin, stored.float().mul_(self._expand(scale, rows[begin : begin + num_rows], columns))
 
     def _expand(self, scale: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return the scales of these rows and columns, to be multiplied with their values by broadcasting."""
         if scale.numel() == 1:
             return scale.reshape(())
-        if self.block is not None and tuple(scale.shape) == _count_blocks(self.shape, self.block):
+        if self.has_blocks:
+            assert self.block is not None, "only a scheme with blocks has their scales"
             return scale[rows // self.block[0]][:, columns // self.block[1]]
         return scale.reshape(-1)[rows].unsqueeze(1)
 
@@ -153,6 +216,9 @@ def _count_blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, 
 
 
 def list_companions(name: str) -> Iterator[str]:
-    """Name the scales of activations that a layer may have beside its weight `name`. In bf16 they have no use."""
+    """Name the scales of activations that a layer may have beside its weight `name`.
+
+    They have no use: in fp8 each row gets a scale of its own values, which no calibration can better.
+    """
     layer = name.removesuffix(".weight")
     yield from (f"{layer}.input_scale", f"{layer}.activation_scale")

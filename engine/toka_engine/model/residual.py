@@ -11,11 +11,14 @@ its own tokens: the norm adds the parts up first. The stream itself is the same 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from toka_engine.model.linear import Activation, DeferredAdd, DeferredNorm
-from toka_engine.model.ops import Ops
+from toka_engine.model.linear import Activation, DeferredAdd, DeferredNorm, NormedRows
+from toka_engine.model.ops import Fp8Ops, Ops
 from toka_engine.model.ranks import Ranks
 
 
@@ -48,6 +51,9 @@ class Norm:
         self._all_reduce = ranks.all_reduce if ranks.size > 1 and fused is None else None
         self._is_fused = fused is not None
         self._can_defer = ops.gemv is not None and ranks.size == 1
+        self._norm: Callable[[torch.Tensor | None, torch.Tensor], Activation] = self._compute
+        if ops.fp8 is not None and ranks.size == 1:
+            self._norm = partial(self._defer, ops, ops.fp8)
 
     def __call__(self, x: Activation, residual: torch.Tensor | None) -> tuple[Activation, torch.Tensor]:
         """Add a block's output `x` [n, width] to the stream [n, width], in place; return its norm, and the stream.
@@ -58,7 +64,7 @@ class Norm:
         # In this order: where there are no kernels, a trace must not ask for the rows.
         if self._can_defer and pending is None and residual.shape[0] == 1:
             return DeferredNorm(residual, self.weight, self._eps), residual
-        return self._compute(pending, residual), residual
+        return self._norm(pending, residual), residual
 
     def finish(self, x: Activation, residual: torch.Tensor | None) -> torch.Tensor:
         """The norm behind the last block: as a call, but always computed here, [n, width]."""
@@ -68,6 +74,9 @@ class Norm:
         if pending is None:
             return self._rms_norm(residual, self.weight, self._eps)
         return self._add_rms_norm(pending, residual, self.weight, self._eps)
+
+    def _defer(self, ops: Ops, fp8: Fp8Ops, pending: torch.Tensor | None, residual: torch.Tensor) -> NormedRows:
+        return NormedRows(ops, fp8, pending, residual, self.weight, self._eps)
 
     def _enter(self, x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return what is still to be added (None: nothing) and the stream, both cut to the wanted rows."""
@@ -112,6 +121,6 @@ def _settle(x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor 
             x.gemv.add(x.x, residual)
             return None, residual
         x = x.x
-    if isinstance(x, DeferredNorm):
+    if not isinstance(x, torch.Tensor):
         raise AssertionError("a norm reads a block's output, not another norm")
     return x, residual

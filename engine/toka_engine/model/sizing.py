@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, OutOfMemoryError
 from toka_engine.model.memory import choose_num_pages, read_limit_bytes
 from toka_engine.model.model_config import ModelConfig
+from toka_engine.model.ops import Ops
+
+logger = logging.getLogger("toka.model")
 
 _CPU_TOKENS_PER_FORWARD, _CPU_SEQS = 128, 256
 _GPU_TOKENS_PER_FORWARD, _GPU_SEQS = 8192, 4096
@@ -39,6 +43,19 @@ def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if device.type == "cuda" or _has_cpu_bfloat16() else torch.float32
         case other:
             raise ConfigError(f"dtype={other!r} is not one of auto, bfloat16, float32")
+
+
+def choose_fp8(config: EngineConfig, model: ModelConfig, ops: Ops, dtype: torch.dtype) -> bool:
+    """Whether linear layers compute in fp8: where the user or the checkpoint says so and the device can."""
+    is_stored = model.quantization is not None
+    if not (config.quantization == "fp8" or (config.quantization == "auto" and is_stored)):
+        return False
+    if ops.fp8 is not None and dtype == torch.bfloat16:
+        return True
+    if not is_stored:  # of a checkpoint in fp8 the worker tells how many weights it has dequantised
+        computed = str(dtype).removeprefix("torch.")
+        logger.warning("event=no_fp8 key=quantization=fp8 reason=device_or_dtype_without_fp8 computed=%s", computed)
+    return False
 
 
 def _has_cpu_bfloat16() -> bool:

@@ -12,6 +12,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -33,7 +34,7 @@ from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.ranks import Ranks, SingleRank
 from toka_engine.model.sharding import Sharding
-from toka_engine.model.sizing import Sizes, choose_dtype, read_available_bytes
+from toka_engine.model.sizing import Sizes, choose_dtype, choose_fp8, read_available_bytes
 from toka_engine.model.stage_links import StageLinks
 from toka_engine.model.stages import choose_stage
 from toka_engine.slot_parameters import SlotBatch
@@ -141,9 +142,11 @@ def load_worker(
         available = ranks.agree_min(read_available_bytes(device))
         if device.type == "cpu":
             available //= ranks.size * config.pp_size
-        quantization = model_config.quantization
-        with torch.inference_mode(), Weights(model_dir, device, dtype, available, quantization) as weights:
-            model = build_model(model_config, weights, backend.ops, ranks, stage)
+        scheme, ops = model_config.quantization, backend.ops
+        if not (computes_fp8 := choose_fp8(config, model_config, ops, dtype)):
+            ops = replace(ops, fp8=None)
+        with torch.inference_mode(), Weights(model_dir, device, dtype, available, scheme, computes_fp8) as weights:
+            model = build_model(model_config, weights, ops, ranks, stage)
             untaken = tuple(weights.list_untaken())
             if links is not None:
                 untaken = links.find_untaken(untaken)
@@ -164,6 +167,8 @@ def _report_weights(weights: Weights, untaken: Sequence[str]) -> None:
     counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in untaken)
     for name, count in counts.items():
         logger.warning("event=unused_tensor name=%s count=%d", name, count)
+    if weights.num_quantised:
+        logger.info("event=fp8 weights=%d rounded_at_load=%d", weights.num_quantised, weights.num_rounded)
     if weights.num_dequantised:
         dtype = str(weights.dtype).removeprefix("torch.")
         logger.warning("event=dequantised weights=%d stored=float8_e4m3fn computed=%s", weights.num_dequantised, dtype)

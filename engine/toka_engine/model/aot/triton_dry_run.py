@@ -42,9 +42,10 @@ from toka_engine.model.kernels.stage_exchange import (
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
 from toka_engine.model.prompt_scores import PromptScores
+from toka_engine.model.quantization import E4M3, QuantisedWeight
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sharding import Shard, Sharding
-from toka_engine.model.sizing import Sizes
+from toka_engine.model.sizing import Sizes, choose_fp8
 from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.worker import describe, make_warm_up_steps
 
@@ -54,10 +55,16 @@ _SIZES = Sizes(num_pages=64, page_size=0, max_seqs=40, max_tokens_per_forward=96
 
 
 class _Weights(Weights):
-    """Tensors of any name and shape."""
+    """Tensors of any name and shape; the weights of linear layers as 8-bit floats if it `computes_fp8`."""
 
-    def __init__(self) -> None:
-        super().__init__(Path(), _META, torch.bfloat16, 0)
+    def __init__(self, computes_fp8: bool) -> None:
+        super().__init__(Path(), _META, torch.bfloat16, 0, computes_fp8=computes_fp8)
+
+    def is_quantised(self, name: str) -> bool:
+        return self._computes_fp8
+
+    def take_quantised(self, name: str, shape: tuple[int, int], shard: Shard | None = None) -> QuantisedWeight:
+        return QuantisedWeight(self.take(name, shape, shard).to(E4M3), self.take(name, shape, shard)[:, 0].float())
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> torch.Tensor:
         return torch.empty(shape if shard is None else shard.cut(shape), dtype=self.dtype, device=self.device)
@@ -142,9 +149,12 @@ def make_runner(
     parallel = ranks.connect(model, sizes, capability)
     attention = CudaAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
+    ops = make_ops(capability, parallel)
+    if not (computes_fp8 := choose_fp8(EngineConfig(), model, ops, torch.bfloat16)):
+        ops = replace(ops, fp8=None)
     with torch.inference_mode():
         runner = DryRunner(
-            build_model(model, _Weights(), make_ops(capability, parallel), ranks),
+            build_model(model, _Weights(computes_fp8), ops, ranks),
             attention, sizes.max_seqs, EngineConfig(seed=0), parallel,
         )  # fmt: skip
     return runner, describe(model, sizes, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,14 @@ from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.gemv import TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
+from toka_engine.model.kernels.quantised_rows import (
+    quantise_rows,
+    quantised_add_rms_norm,
+    quantised_rms_norm,
+    quantised_silu_mul,
+)
 from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Gemm, Ops
+from toka_engine.model.ops import Fp8Gemm, Fp8Ops, Gemm, Ops, QuantisedRows
 from toka_engine.model.sizing import Sizes, choose_sizes, read_available_bytes
 
 
@@ -40,6 +47,37 @@ def make_head(weight: torch.Tensor) -> Gemm:
     return head
 
 
+FP8_CAPABILITY = 89
+"""The first compute capability whose tensor cores multiply 8-bit floats."""
+
+
+def make_fp8_linear(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Fp8Gemm:
+    """Make the GEMM of rows with a scale each and outputs with a scale each."""
+    transposed, scales = weight.t(), scale.unsqueeze(0)
+
+    def linear(rows: QuantisedRows) -> torch.Tensor:
+        values, factors = rows
+        if not values.shape[0]:
+            return values.new_empty((0, weight.shape[0]), dtype=torch.bfloat16)
+        return torch._scaled_mm(
+            values, transposed, factors, scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return linear
+
+
+def make_fp8_ops(capability: int) -> Fp8Ops:
+    """Make the operators of linear layers in fp8 for a GPU that has them."""
+    return Fp8Ops(
+        make_linear=make_fp8_linear,
+        make_gemv=partial(TritonGemv.for_scaled, capability),
+        quantise=quantise_rows,
+        rms_norm=quantised_rms_norm,
+        add_rms_norm=quantised_add_rms_norm,
+        silu_mul=quantised_silu_mul,
+    )
+
+
 def make_ops(capability: int, parallel: TensorParallel | None = None) -> Ops:
     """Make the operators for a GPU of this compute capability, as 90; of a rank, if there are several."""
     return Ops(
@@ -50,6 +88,7 @@ def make_ops(capability: int, parallel: TensorParallel | None = None) -> Ops:
         silu_mul=silu_mul,
         gemv=TritonGemv.for_capability(capability),
         all_reduce_add_rms_norm=None if parallel is None else parallel.all_reduce_add_rms_norm,
+        fp8=make_fp8_ops(capability) if capability >= FP8_CAPABILITY else None,
     )
 
 

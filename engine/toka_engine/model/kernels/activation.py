@@ -8,17 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    at = gate_up_ptr + row * row_stride + column
+def activate(at, width, inside):
+    """Return silu(gate) * up in fp32, zeros outside; `at` is where gate is, and up is `width` values behind."""
     gate = tl.load(at, mask=inside, other=0.0)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     # The activation is rounded before the multiplication, as in the reference.
-    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + row * width + column, (active * up).to(gate.dtype), mask=inside)
+    return (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32) * up
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    active = activate(gate_up_ptr + row * row_stride + column, width, inside)
+    tl.store(out_ptr + row * width + column, active.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,6 +9,9 @@ with two tiles of weights in flight instead of one. What lost: bulk prefetches i
 (55.3), x loaded once per output to avoid the exchange in shared memory (46.9), weights that L2 may keep.
 
 Sums are fp32, and a result is rounded once, after norm, GEMV, activation and add.
+
+Weights of 8-bit floats are read by the same kernels: the row stays as it is, and a sum is multiplied with the scale of
+its output.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ def _gemv_kernel(
     norm_ptr,  # [width], with HAS_NORM
     weight_ptr,  # [num_out, width], with IS_GATED [2 * num_out, width]: gate, then up
     bias_ptr,  # as many as the weight has rows, with HAS_BIAS
+    scale_ptr,  # float32, as many as the weight has rows, with HAS_SCALE
     out_ptr,  # [num_out]
     num_out,
     width,
@@ -68,6 +72,7 @@ def _gemv_kernel(
     IS_GATED: tl.constexpr,
     ADDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_PDL: tl.constexpr,
 ):
     if HAS_PDL:
@@ -105,6 +110,10 @@ def _gemv_kernel(
         scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + eps)
         result *= scale
         up_result *= scale
+    if HAS_SCALE:
+        result *= tl.load(scale_ptr + outs, mask=is_out, other=0.0)
+        if IS_GATED:
+            up_result *= tl.load(scale_ptr + num_out + outs, mask=is_out, other=0.0)
     if HAS_BIAS:
         result += tl.load(bias_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
         if IS_GATED:
@@ -125,6 +134,10 @@ class LaunchConfig:
     num_warps: int
 
 
+SCALED_BEHIND_NORM, SCALED_OTHER = LaunchConfig(2, 1024, 2), LaunchConfig(4, 1024, 4)
+"""For weights of 8-bit floats."""
+
+
 @dataclass(frozen=True, slots=True)
 class TritonGemv:
     """An ops.GemvKernels, for any width and number of outputs.
@@ -136,11 +149,18 @@ class TritonGemv:
     behind_norm: LaunchConfig = LaunchConfig(2, 512, 2)
     """Outputs a program, for GEMVs over a hidden state: with more there would be too few programs."""
     other: LaunchConfig = LaunchConfig(8, 1024, 8)
+    scale: torch.Tensor | None = None
+    """[out] float32: the factor of each output, for the weights of one linear layer that are 8-bit floats."""
 
     @classmethod
     def for_capability(cls, capability: int) -> Self:
         """`capability` of the device, as 90."""
         return cls(has_pdl=capability >= DEPENDENT_LAUNCH_CAPABILITY)
+
+    @classmethod
+    def for_scaled(cls, capability: int, scale: torch.Tensor) -> Self:
+        """Make kernels for weights [out, in] of 8-bit floats with the scales [out] float32."""
+        return cls(capability >= DEPENDENT_LAUNCH_CAPABILITY, SCALED_BEHIND_NORM, SCALED_OTHER, scale)
 
     def norm_gemv(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
@@ -193,9 +213,10 @@ class TritonGemv:
     ) -> torch.Tensor:
         num_out, width = out.shape[1], weight.shape[1]
         _gemv_kernel[(triton.cdiv(num_out, config.block_out),)](
-            x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
+            x, x if norm is None else norm, weight, x if bias is None else bias,
+            x if self.scale is None else self.scale, out, num_out, width, eps,
             BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,
-            HAS_PDL=self.has_pdl, num_warps=config.num_warps, launch_pdl=self.has_pdl,
+            HAS_SCALE=self.scale is not None, HAS_PDL=self.has_pdl, num_warps=config.num_warps, launch_pdl=self.has_pdl,
         )  # fmt: skip
         return out

@@ -12,6 +12,23 @@ import triton.language as tl
 
 
 @triton.jit
+def add_residual(x, at, inside):
+    """Add the values at `at` of the residual stream to x, store the sum there, and return it, in x's dtype."""
+    total = (x.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+    tl.store(at, total, mask=inside)
+    return total
+
+
+@triton.jit
+def normalise(x, weight_at, width, eps, inside):
+    """Return the norm of a row x, zeros outside, in fp32."""
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    normed = (wide * scale).to(x.dtype).to(tl.float32)
+    return normed * tl.load(weight_at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -28,14 +45,9 @@ def _rms_norm_kernel(
     inside = column < width
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if HAS_RESIDUAL:
-        at = residual_ptr + row * width + column
-        x = (x.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(at, x, mask=inside)
-    wide = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    normed = (wide * scale).to(x.dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + column, (normed * weight).to(x.dtype), mask=inside)
+        x = add_residual(x, residual_ptr + row * width + column, inside)
+    normed = normalise(x, weight_ptr + column, width, eps, inside)
+    tl.store(out_ptr + row * width + column, normed.to(x.dtype), mask=inside)
 
 
 def _launch(

@@ -42,6 +42,7 @@ class CompiledBackend:
             add_rms_norm=add_rms_norm,
             silu_mul=_silu_mul,
             gemv=None,
+            fp8=None,
         )
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
