@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,10 +40,12 @@ from toka_engine.model.cuda import toolchain
 from toka_engine.model.cuda.triton_cache import KernelCache, find_c_compiler, folder_of, pin_keys
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, parse_model_config
+from toka_engine.model.quantization import Quantization
 
 _HEAD_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Head counts to dry-run. Each stands for all values above the previous one, as do all sizes here."""
 _HIDDEN_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
+_INTERMEDIATE_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _VOCAB_SIZES = (32768, 65536, 131072, 262144)
 _RANKS = (2, 4, 8)
 _SHARDED_VOCAB_SIZES = (8192, 16384, *_VOCAB_SIZES)
@@ -112,9 +115,24 @@ def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
         yield make_model(vocab_size=vocab_size), page_size
         yield make_model(vocab_size=vocab_size - 1), page_size
     yield make_model(attention_bias=True, mlp_bias=True), page_size
+    yield from _list_fp8_shapes(page_size)
     yield make_model(), 1  # a size of 1 is a type of its own to Triton
     yield make_model(), page_size, DryRanks(0, 1, has_stages=True)
     yield from _list_rank_shapes(page_size)
+
+
+def _list_fp8_shapes(page_size: int) -> Iterator[Shape]:
+    """List what models with weights of 8-bit floats ask for beyond that: kernels that hold a row in their registers."""
+    for hidden_size in _HIDDEN_SIZES:
+        # Attention's output has as many values, and of several ranks one norms in another kernel.
+        model = make_fp8_model(hidden_size=hidden_size, head_dim=64, num_attention_heads=hidden_size // 64)
+        yield model, page_size
+        yield model, page_size, DryRanks(0, 2)
+    for intermediate_size in _INTERMEDIATE_SIZES:
+        yield make_fp8_model(intermediate_size=intermediate_size), page_size
+    yield make_fp8_model(attention_bias=True, mlp_bias=True), page_size
+    for rank in (DryRanks(0, 2), DryRanks(1, 2)):
+        yield make_fp8_model(attention_bias=True, mlp_bias=True), page_size, rank
 
 
 def _list_rank_shapes(page_size: int) -> Iterator[Shape]:
@@ -144,6 +162,11 @@ def make_model(architecture: str = "LlamaForCausalLM", **fields: int) -> ModelCo
         "max_position_embeddings": 64,
     }
     return parse_model_config(ConfigFields({"architectures": [architecture], **defaults, **fields}, Path()))
+
+
+def make_fp8_model(**fields: int) -> ModelConfig:
+    """Make a model of one layer whose weights are 8-bit floats."""
+    return replace(make_model(**fields), quantization=Quantization(None))
 
 
 def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:
