@@ -26,6 +26,7 @@ part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
 part smollm2 120 $pytest tests/gpu/test_smollm2.py
+part fp8 150 $pytest -rP tests/gpu/test_fp8.py tests/unit/kernels/test_fp8_kernels.py
 part decode_graphs 90 $pytest tests/gpu/test_decode_graphs.py
 part memory 60 $pytest tests/gpu/test_memory.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
@@ -37,6 +38,7 @@ part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
     part tensor_parallel 420 $pytest -s tests/gpu/test_tensor_parallel.py tests/gpu/test_tensor_parallel_text.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
 lines=90 part bench_gemv 60 python3 tests/gpu/bench_gemv.py
+lines=60 part bench_fp8 90 python3 -m tests.gpu.bench_fp8
 lines=90 part bench_decode_attention 60 python3 -m tests.gpu.bench_decode_attention
 lines=90 part bench_prefix_attention 60 python3 -m tests.gpu.bench_prefix_attention
 lines=190 part bench_suffix_attention 90 python3 -m tests.gpu.bench_suffix_attention

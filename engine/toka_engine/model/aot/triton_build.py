@@ -166,7 +166,7 @@ def make_model(architecture: str = "LlamaForCausalLM", **fields: int) -> ModelCo
 
 def make_fp8_model(**fields: int) -> ModelConfig:
     """Make a model of one layer whose weights are 8-bit floats."""
-    return replace(make_model(**fields), quantization=Quantization(None))
+    return replace(make_model("LlamaForCausalLM", **fields), quantization=Quantization(None))
 
 
 def build(out_dir: Path, capability: int, shapes: Iterable[Shape]) -> None:

@@ -1,0 +1,145 @@
+"""Linear layers in fp8 on the GPU: the GEMM against float64, SmolLM2 against transformers in fp32.
+
+The kernels around the GEMM are the matter of tests/unit/kernels/test_fp8_kernels.py, which runs on the GPU, too.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toka_engine.model.cuda.backend import make_fp8_linear
+from toka_engine.model.kernels.quantised_rows import quantise_rows
+from toka_engine.model.quantization import quantise_weight
+
+from tests.gpu.test_parity import drive, generate
+from tests.gpu.test_smollm2 import folder, prompts, reference
+from tests.model.driving import Driver, load
+from tests.model.test_loader import edit_config
+from tests.model.test_quantised_checkpoints import BLOCKS, compressed, quantise
+
+__all__ = ["folder", "prompts", "reference"]
+NUM_TOKENS = 64
+NUM_SEEDED = 40
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 16, 33, 256, 1000])
+@pytest.mark.parametrize(("width", "num_out"), [(16, 48), (576, 960), (4096, 6144)])
+def test_a_product_has_the_scale_of_its_row_and_of_its_output(
+    rows: int, width: int, num_out: int, has_bias: bool
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    weight = quantise_weight(draw(num_out, width) * torch.logspace(-3, 3, num_out, device="cuda")[:, None])
+    x = draw(rows, width) * torch.logspace(-2, 2, max(1, rows), device="cuda")[:rows, None]
+    bias = draw(num_out).bfloat16() if has_bias else None
+    values, scales = quantise_rows(x.bfloat16())
+    found = make_fp8_linear(weight.values, weight.scale, bias)((values, scales))
+    assert found.dtype == torch.bfloat16
+    exact = weight.values.double() * weight.scale.double()[:, None]
+    expected = F.linear(values.double() * scales.double(), exact, None if bias is None else bias.double())
+    assert found.shape == expected.shape
+    sizes = (values.double().abs() * scales.double()) @ exact.abs().t()  # of the terms of each sum
+    if bias is not None:
+        sizes += bias.double().abs()
+    assert bool(((found.double() - expected).abs() <= 2.0**-8 * expected.abs() + 2.0**-10 * sizes).all())
+
+
+def measure(model: Any, prompts: list[list[int]], driver: Driver) -> tuple[float, float]:
+    """Mean KL divergence of our distribution from that of fp32, and the share of equal best tokens, on our tokens."""
+    tokens, logits = generate(driver, prompts, num_tokens=NUM_TOKENS)
+    divergences, agreements = [], []
+    for prompt, output, rows in zip(prompts, tokens, logits, strict=True):
+        with torch.inference_mode():
+            want = model(torch.tensor([prompt + output.tolist()], device="cuda")).logits[0, len(prompt) - 1 : -1]
+        ours, theirs = (torch.log_softmax(each.double().cuda(), -1) for each in (rows, want))
+        divergences.append((theirs.exp() * (theirs - ours)).sum(-1).mean())
+        agreements.append((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    return float(torch.stack(divergences).mean()), float(torch.stack(agreements).mean())
+
+
+def check(model: Any, prompts: list[list[int]], folder: Path, name: str, **settings: Any) -> None:
+    bf16 = measure(model, prompts, drive(folder, quantization="none", **settings))
+    driver = drive(folder, **({"quantization": "fp8"} | settings))
+    fp8 = measure(model, prompts, driver)
+    print(f"{name}: KL bf16 {bf16[0]:.5f} fp8 {fp8[0]:.5f}; agreement bf16 {bf16[1]:.4f} fp8 {fp8[1]:.4f}")
+    assert fp8[0] != bf16[0], "it has computed in bf16"
+    assert fp8[0] <= 3 * bf16[0] + 0.01
+    assert fp8[1] >= 0.9
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_model_that_is_quantised_at_load_is_near_fp32(
+    reference: Any, folder: Path, prompts: list[list[int]], count: int
+) -> None:
+    for first in range(0, 8, 4) if count == 1 else (0,):
+        check(reference, prompts[first : first + count], folder, f"at load, {count} rows")
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_a_checkpoint_in_fp8_is_near_fp32_with_the_values_that_it_stores(
+    folder: Path, prompts: list[list[int]], tmp_path: Path, strategy: Any
+) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    copied = tmp_path / "model"
+    shutil.copytree(folder, copied)
+    quantise(model, copied, strategy, "_scale")
+    edit_config(copied, quantization_config=BLOCKS if strategy == "block" else compressed(strategy))
+    bf16 = measure(model.cuda(), prompts, drive(copied, quantization="none"))
+    fp8 = measure(model, prompts, drive(copied))
+    print(f"{strategy}: KL bf16 {bf16[0]:.5f} fp8 {fp8[0]:.5f}; agreement bf16 {bf16[1]:.4f} fp8 {fp8[1]:.4f}")
+    assert fp8[0] != bf16[0], "it has computed in bf16"
+    assert fp8[0] <= 3 * bf16[0] + (0.02 if strategy == "block" else 0.01)  # blocks are rounded twice
+
+
+@pytest.fixture(scope="module")
+def drivers(folder: Path) -> list[Driver]:
+    return [drive(folder, quantization="fp8", use_cudagraphs=use) for use in (True, False)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_graphs_change_no_token(drivers: list[Driver], prompts: list[list[int]], count: int) -> None:
+    def greedy(driver: Driver) -> list[list[int]]:
+        driver.reset()
+        return driver.generate(prompts[:count], NUM_TOKENS)
+
+    with_graphs, without = map(greedy, drivers)
+    assert with_graphs == without
+    assert greedy(drivers[0]) == with_graphs
+
+
+def test_seeds_repeat(drivers: list[Driver], prompts: list[list[int]]) -> None:
+    def draw(driver: Driver, first: int) -> list[list[int]]:
+        driver.reset()
+        return driver.generate(prompts, NUM_SEEDED, temperature=1.0, seed=list(range(first, first + len(prompts))))
+
+    first = draw(drivers[0], 5)
+    assert draw(drivers[0], 5) == first
+    assert draw(drivers[1], 5) == first
+    assert draw(drivers[0], 50) != first
+
+
+def test_weights_take_half_the_memory(folder: Path) -> None:
+    def count_bytes(quantization: str) -> int:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        settings = {"device": "cuda", "dtype": "bfloat16", "max_seqs_per_forward": 8, "quantization": quantization}
+        worker = load(folder, **settings)
+        taken = torch.cuda.memory_allocated() - before
+        del worker
+        return taken
+
+    whole, less = count_bytes("none"), count_bytes("fp8")
+    num_values = 30 * (576 * 960 + 576 * 576 + 3 * 576 * 1536)  # of SmolLM2's linear layers
+    assert 0.98 * num_values < whole - less <= num_values
