@@ -20,12 +20,14 @@ KERNELS = ROOT / "engine/toka_engine/model/kernels"
 
 RECORD = """
 import json, random
+from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np
 import torch
 from toka_engine.model.aot.triton_build import Variants, list_shapes, make_model
 from toka_engine.model.aot.triton_dry_run import DryRanks, dry_run, hand_over, make_runner
 from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS
+from toka_engine.model.quantization import Quantization
 from toka_engine.model.sizing import Sizes
 from tests.model.driving import Driver, ints
 
@@ -124,6 +126,17 @@ with stages.recording(), torch.inference_mode():
     for each in KNOWN.values():
         hand_over(known_shape(*each)[0], Sizes(64, 16, 40, 96, 64))
 report("stages of known models", stages)
+
+
+def in_fp8(shape):
+    model, *others = shape
+    return replace(model, quantization=Quantization(None)), *others
+
+FP8_RANKS = {"Llama-3.1-405B": (8,), "Llama-3.1-70B": (1, 2, 4), "SmolLM2-360M": (1, 5)}
+record("known models in fp8", [
+    in_fp8((*known_shape(*KNOWN[name]), DryRanks(rank, num_ranks)))
+    for name in KNOWN for num_ranks in FP8_RANKS.get(name, (1,)) for rank in (0, num_ranks - 1)
+] + [in_fp8(each) for each in with_biases])
 record("any models", [any_shape() for _ in range(40)])
 one = make_model("Qwen3ForCausalLM", vocab_size=50001), 16
 record("one start", [one])
@@ -132,6 +145,12 @@ with others.recording():
     for num_pages, max_seqs, num_tokens, columns in ((1009, 37, 91, 33), (64, 5, 17, 1), (3, 2, 2, 3)):
         dry_run(*one, sizes=Sizes(num_pages, 0, max_seqs, num_tokens, columns))
 report("starts of other numbers", others)
+fp8_start, fp8_steps = Variants(90), Variants(90)
+fp8_start.record([in_fp8(one)])
+with fp8_steps.recording(), torch.inference_mode():
+    launch_steps(in_fp8(one))
+report("start in fp8", fp8_start)
+report("its steps in fp8", fp8_steps)
 steps = Variants(90)
 with steps.recording(), torch.inference_mode():
     launch_steps(one)
@@ -196,6 +215,13 @@ def test_an_image_holds_every_variant_that_ranks_of_known_models_ask_for(variant
 def test_an_image_holds_every_variant_that_stages_of_known_models_ask_for(variants: dict[str, Any]) -> None:
     assert missing(variants["stages of known models"], variants["image"]) == []
     assert len(variants["stages of known models"]) == 8  # one of each kernel; three of the one that begins a step
+
+
+def test_an_image_holds_every_variant_of_models_in_fp8(variants: dict[str, Any]) -> None:
+    assert missing(variants["known models in fp8"], variants["image"]) == []
+    assert missing(variants["its steps in fp8"], variants["start in fp8"]) == []
+    kernels = {name for name, _, _ in variants["its steps in fp8"]}
+    assert {"_quantise_kernel", "_quantised_norm_kernel", "_quantised_silu_mul_kernel"} <= kernels
 
 
 def test_steps_of_a_rank_ask_for_no_variant_that_its_start_did_not(variants: dict[str, Any]) -> None:

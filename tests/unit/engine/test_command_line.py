@@ -98,6 +98,7 @@ KEYS_OF_TOKASAURUS = [
         ("model_aliases=[]", "model_aliases", ()),
         ("log_level=DEBUG", "log_level", "DEBUG"),
         ("torch_compile=T", "torch_compile", True),
+        ("quantization=fp8", "quantization", "fp8"),
         ("torch_compile_config=default", "torch_compile_config", "default"),
         ("served_model_name=None", "served_model_name", None),
     ],
@@ -149,6 +150,7 @@ def test_a_value_is_read_by_its_keys_type(argument: str, key: str, value: object
         "num_threads=0",
         "max_queued_requests=(2**40)",
         "torch_compile=default",
+        "quantization=int8",
         "torch_compile_config=reduce-overhead",
         "torch_compile_config=max-autotune",
         "torch_compile_config=",
@@ -226,6 +228,8 @@ def test_an_unbuilt_key_may_say_what_is_done_anyway() -> None:
 
 def test_what_does_not_work_with_several_ranks_is_refused_by_name() -> None:
     assert parse_config(["tp_size=8"]).tp_size == 8
+    with pytest.raises(ConfigError, match="torch_compile=T does not work with quantization=fp8"):
+        parse_config(["quantization=fp8", "torch_compile=T"])
     with pytest.raises(ConfigError, match="torch_compile=T does not work with tp_size=2 yet"):
         parse_config(["tp_size=2", "torch_compile=T"])
     for refused in ("tp_size=0", "tp_size=9"):

@@ -31,7 +31,7 @@ def _store_row(values, out_ptr, scale_ptr, row, column, width, inside):
 
 
 @triton.jit
-def _norm_kernel(
+def _quantised_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, x_stride, width, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, scale_ptr, row_stride, width, BLOCK: tl.constexpr):
+def _quantised_silu_mul_kernel(gate_up_ptr, out_ptr, scale_ptr, row_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -104,7 +104,7 @@ def _launch_norm(
     values, scales = _allocate(x, width)
     if rows:
         block = triton.next_power_of_2(width)
-        _norm_kernel[(rows,)](
+        _quantised_norm_kernel[(rows,)](
             x, x if residual is None else residual, weight, values, scales, x.stride(0), width, eps,
             HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_count_warps(block),
         )  # fmt: skip
@@ -118,7 +118,7 @@ def quantised_silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     values, scales = _allocate(gate_up, width)
     if rows:
         block = triton.next_power_of_2(width)
-        _silu_mul_kernel[(rows,)](
+        _quantised_silu_mul_kernel[(rows,)](
             gate_up, values, scales, gate_up.stride(0), width, BLOCK=block, num_warps=_count_warps(block)
         )  # fmt: skip
     return values, scales
