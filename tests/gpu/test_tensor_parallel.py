@@ -165,6 +165,21 @@ def check_logits(ours: Seen, single: Seen) -> None:
     assert of_graphs > 0.85
 
 
+def test_ranks_in_fp8_are_as_near_to_bfloat16_as_one_gpu_in_fp8_is(alone: tuple[Path, Seen]) -> None:
+    folder, bf16 = alone
+    settings = {"quantization": "fp8"}
+    single = drive(folder, None, settings, bf16.forced)
+    torch.cuda.empty_cache()
+    first, second = run_ranks(folder, settings, bf16.forced)
+    wanted = torch.cat(bf16.forced_logits)
+    errors = [float((torch.cat(each.forced_logits) - wanted).norm() / wanted.norm()) for each in (single, first)]
+    print(f"error of one GPU {errors[0]:.4f}, of two {errors[1]:.4f}")
+    assert errors[0] > 2e-2, "it has computed in bf16"
+    assert errors[1] < 1.3 * errors[0]
+    assert first.texts == second.texts
+    assert first.noise == second.noise
+
+
 def check_samples(tokens: Tokens, logits: torch.Tensor, expected: list[int], sure: np.ndarray) -> None:
     """Greedy and seeded tokens are those of one GPU's sampler; logprobs are those of the definition."""
     np.testing.assert_array_equal(tokens.ids[sure], np.array(expected)[sure])
