@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from toka_engine.model.quantization import quantise_weight
+from toka_engine.model.architectures.registry import build_model
+from toka_engine.model.config_fields import ConfigFields
+from toka_engine.model.model_config import parse_model_config
+from toka_engine.model.quantization import QuantisedWeight, quantise_weight
+from toka_engine.model.ranks import SingleRank
 
-from tests.unit.kernels.test_gemv import draw, kernels, norm_of, relative_error
+from tests.unit.kernels.test_gemv import FIELDS, FirstTokens, RandomWeights, draw, kernels, norm_of, relative_error
 
 __all__ = ["draw", "kernels"]
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -124,3 +129,63 @@ def test_products_of_one_row_are_scaled_before_bias_activation_and_residual(
     ):
         gate, up = sums.chunk(2, dim=1)
         assert relative_error(out, F.silu(gate) * up) < tolerance
+
+
+class RoundedWeights(RandomWeights):
+    """The same as 8-bit floats, or the values that these stand for."""
+
+    def __init__(self, device: torch.device, is_kept: bool, left: str = "none") -> None:
+        super().__init__(device)
+        self._is_kept, self._left = is_kept, left
+
+    def is_quantised(self, name: str) -> bool:
+        return self._is_kept and self._left not in name
+
+    def take_quantised(self, name: str, shape: tuple[int, int], shard: Any = None) -> QuantisedWeight:
+        return quantise_weight(super().take(name, shape, shard))
+
+    def take(self, name: str, shape: tuple[int, ...], shard: Any = None) -> torch.Tensor:
+        if not name.endswith("_proj.weight") or self._left in name:
+            return super().take(name, shape, shard)
+        rounded = quantise_weight(super().take(name, shape, shard))
+        return rounded.values.float() * rounded.scale[:, None]
+
+
+def multiply(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The GEMM's definition: torch has it for GPUs alone."""
+    return lambda rows: F.linear(rows[0].float() * rows[1], weight.float() * scale[:, None], bias)
+
+
+@pytest.mark.parametrize("left", ["none", "layers.1.", "layers.0.self_attn"])
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+        ("Qwen3ForCausalLM", {}),
+    ],
+)
+def test_a_model_in_fp8_gives_nearly_what_it_gives_with_rows_that_are_not_rounded(
+    device, kernels, architecture, fields, left
+) -> None:
+    from toka_engine.model.cuda.backend import make_fp8_ops, make_linear, make_ops
+    from toka_engine.model.kernels.gemv import LaunchConfig
+
+    few = LaunchConfig(32, 64, 4)
+    config = parse_model_config(ConfigFields({"architectures": [architecture], **FIELDS, **fields}, Path()))
+    kernels = replace(kernels, behind_norm=few, other=few)
+    plain = replace(make_ops(0), gemv=kernels, make_head=lambda weight: make_linear(weight, None))
+    fp8 = replace(make_fp8_ops(0), make_linear=multiply, make_gemv=lambda scale: replace(kernels, scale=scale))
+    rounded = build_model(config, RoundedWeights(device, False, left), plain, SingleRank())
+    model = build_model(config, RoundedWeights(device, True, left), replace(plain, fp8=fp8), SingleRank())
+    ids = torch.tensor([3, 30, 44], dtype=torch.int32, device=device)
+    expected, together = (each.forward(ids, FirstTokens()) for each in (rounded, model))
+    assert 0 < relative_error(together, expected) < 0.15
+    alone = torch.cat([model.forward(ids[row : row + 1], FirstTokens()) for row in range(3)])
+    torch.testing.assert_close(alone, expected, atol=1e-3, rtol=1e-3)  # one row is not rounded
+    wanted = torch.tensor([0, 2], device=device)
+    some = model.forward(ids, FirstTokens(), wanted)
+    torch.testing.assert_close(some, together[wanted], atol=1e-4, rtol=1e-4)
+    (last,) = model.forward(ids, FirstTokens(), wanted[1:])
+    assert relative_error(last, expected[2]) < 0.15
+    assert model.forward(ids, FirstTokens(), wanted[:0]).shape == (0, 64)
