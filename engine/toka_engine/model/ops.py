@@ -101,11 +101,11 @@ class Fp8Ops:
     """The scale [out] float32 of one layer's weight -> kernels for one row of it. The row is not quantised."""
     quantise: Callable[[torch.Tensor], QuantisedRows]
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], QuantisedRows]
-    """As `Ops.rms_norm`."""
+    """Does what `Ops.rms_norm` does."""
     add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], QuantisedRows]
-    """As `Ops.add_rms_norm`."""
+    """Does what `Ops.add_rms_norm` does, the change of the residual included."""
     silu_mul: Callable[[torch.Tensor], QuantisedRows]
-    """As `Ops.silu_mul`."""
+    """Does what `Ops.silu_mul` does."""
 
 
 @dataclass(frozen=True, slots=True)

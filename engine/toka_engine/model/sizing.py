@@ -11,7 +11,6 @@ from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, OutOfMemoryError
 from toka_engine.model.memory import choose_num_pages, read_limit_bytes
 from toka_engine.model.model_config import ModelConfig
-from toka_engine.model.ops import Ops
 
 logger = logging.getLogger("toka.model")
 
@@ -45,12 +44,12 @@ def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
             raise ConfigError(f"dtype={other!r} is not one of auto, bfloat16, float32")
 
 
-def choose_fp8(config: EngineConfig, model: ModelConfig, ops: Ops, dtype: torch.dtype) -> bool:
-    """Whether linear layers compute in fp8: where the user or the checkpoint says so and the device can."""
+def choose_fp8(config: EngineConfig, model: ModelConfig, has_fp8: bool, dtype: torch.dtype) -> bool:
+    """Whether linear layers compute in fp8: where the user or the checkpoint says so and the device `has_fp8`."""
     is_stored = model.quantization is not None
     if not (config.quantization == "fp8" or (config.quantization == "auto" and is_stored)):
         return False
-    if ops.fp8 is not None and dtype == torch.bfloat16:
+    if has_fp8 and dtype == torch.bfloat16:
         return True
     if not is_stored:  # of a checkpoint in fp8 the worker tells how many weights it has dequantised
         computed = str(dtype).removeprefix("torch.")

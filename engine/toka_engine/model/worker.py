@@ -143,7 +143,7 @@ def load_worker(
         if device.type == "cpu":
             available //= ranks.size * config.pp_size
         scheme, ops = model_config.quantization, backend.ops
-        if not (computes_fp8 := choose_fp8(config, model_config, ops, dtype)):
+        if not (computes_fp8 := choose_fp8(config, model_config, ops.fp8 is not None, dtype)):
             ops = replace(ops, fp8=None)
         with torch.inference_mode(), Weights(model_dir, device, dtype, available, scheme, computes_fp8) as weights:
             model = build_model(model_config, weights, ops, ranks, stage)

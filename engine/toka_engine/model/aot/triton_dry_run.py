@@ -150,7 +150,7 @@ def make_runner(
     attention = CudaAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     ops = make_ops(capability, parallel)
-    if not (computes_fp8 := choose_fp8(EngineConfig(), model, ops, torch.bfloat16)):
+    if not (computes_fp8 := choose_fp8(EngineConfig(), model, ops.fp8 is not None, torch.bfloat16)):
         ops = replace(ops, fp8=None)
     with torch.inference_mode():
         runner = DryRunner(
