@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,8 +29,8 @@ HIDDEN, QKV, INNER = 4096, 6144, 14336
 EPS = 1e-5
 NUM_LAYERS = 6
 ROWS = (1, 64, 256, 1024, 8192)
-_BEHIND_NORM = ((2, 512, 1), (2, 512, 2), (2, 2048, 4), (4, 1024, 4), (1, 1024, 1), (4, 512, 2))
-_OTHER = ((8, 1024, 8), (4, 2048, 4), (4, 2048, 8), (2, 2048, 4), (8, 512, 4), (4, 512, 2))
+_BEHIND_NORM = ((1, 128, 1), (4, 128, 1), (2, 128, 2), (4, 128, 2), (2, 256, 2), (1, 256, 2), (8, 128, 4), (2, 256, 1))
+_OTHER = ((1, 128, 1), (4, 128, 1), (4, 128, 2), (2, 256, 2), (1, 256, 1), (8, 128, 4), (2, 256, 1), (4, 256, 4))
 BEHIND_NORM, OTHER = ([LaunchConfig(*each) for each in configs] for configs in (_BEHIND_NORM, _OTHER))
 """Others than the engine's."""
 
@@ -99,7 +99,7 @@ def make_gemv(kernels: Sequence[TritonGemv], weights: Sequence[torch.Tensor], no
 def make_fp8_gemv(
     stored: Sequence[QuantisedWeight], norm: torch.Tensor, behind_norm: LaunchConfig, other: LaunchConfig
 ) -> Layer:
-    kernels = [TritonGemv(True, behind_norm, other, each.scale) for each in stored]
+    kernels = [replace(TritonGemv.for_scaled(90, each.scale), behind_norm=behind_norm, other=other) for each in stored]
     return make_gemv(kernels, [each.values for each in stored], norm)
 
 

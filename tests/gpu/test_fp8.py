@@ -170,6 +170,7 @@ def test_weights_take_half_the_memory(folder: Path) -> None:
         del worker
         return taken
 
+    count_bytes("none")  # some memory is taken once in a process
     whole, less = count_bytes("none"), count_bytes("fp8")
     num_values = 30 * (576 * 960 + 576 * 576 + 3 * 576 * 1536)  # of SmolLM2's linear layers
     assert 0.98 * num_values < whole - less <= num_values

@@ -39,7 +39,7 @@ def find_scale(weight: torch.Tensor, strategy: Strategy) -> torch.Tensor:
 
 def spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return the scale of each value of a weight."""
-    if scale.numel() in (1, shape[0]):
+    if scale.shape in ((1,), (shape[0], 1)):
         return scale.expand(shape)
     large = scale.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
     return large[: shape[0], : shape[1]]

@@ -15,6 +15,7 @@ from toka_engine.model.model_config import parse_model_config
 from toka_engine.model.quantization import QuantisedWeight, quantise_weight
 from toka_engine.model.ranks import SingleRank
 
+from tests.unit.kernels.conftest import ON_GPU
 from tests.unit.kernels.test_gemv import FIELDS, FirstTokens, RandomWeights, draw, kernels, norm_of, relative_error
 
 __all__ = ["draw", "kernels"]
@@ -98,10 +99,23 @@ def scaled(kernels: Any) -> Any:
     """scaled(scale): the kernels for weights with these scales."""
     from toka_engine.model.kernels.gemv import SCALED_BEHIND_NORM, SCALED_OTHER
 
-    return lambda scale: replace(kernels, behind_norm=SCALED_BEHIND_NORM, other=SCALED_OTHER, scale=scale)
+    return lambda scale: replace(
+        kernels, behind_norm=SCALED_BEHIND_NORM, other=SCALED_OTHER, scale=scale, has_cvt=ON_GPU
+    )
 
 
 WIDTHS = [(48, 6), (1024 + 16, 5), (3 * 1024, 9)]
+
+
+def test_every_8_bit_float_is_unpacked_to_its_value(device, scaled) -> None:
+    """One weight of each row is not zero, so that each sum is one value."""
+    values = torch.arange(256, dtype=torch.uint8, device=device).view(E4M3)
+    values = torch.cat([values[:0x7F], values[0x80:0xFF]])  # without the two that are not numbers
+    weight = torch.zeros(254, 16, device=device).to(E4M3)
+    for column in range(16):
+        weight.view(torch.uint8).zero_()[:, column] = values.view(torch.uint8)
+        out = scaled(torch.ones(254, device=device)).gemv(torch.ones(1, 16, device=device), weight, None)
+        assert torch.equal(out[0], values.float())
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -175,7 +189,9 @@ def test_a_model_in_fp8_gives_nearly_what_it_gives_with_rows_that_are_not_rounde
     config = parse_model_config(ConfigFields({"architectures": [architecture], **FIELDS, **fields}, Path()))
     kernels = replace(kernels, behind_norm=few, other=few)
     plain = replace(make_ops(0), gemv=kernels, make_head=lambda weight: make_linear(weight, None))
-    fp8 = replace(make_fp8_ops(0), make_linear=multiply, make_gemv=lambda scale: replace(kernels, scale=scale))
+    fp8 = replace(
+        make_fp8_ops(0), make_linear=multiply, make_gemv=lambda scale: replace(kernels, scale=scale, has_cvt=ON_GPU)
+    )
     rounded = build_model(config, RoundedWeights(device, False, left), plain, SingleRank())
     model = build_model(config, RoundedWeights(device, True, left), replace(plain, fp8=fp8), SingleRank())
     ids = torch.tensor([3, 30, 44], dtype=torch.int32, device=device)
