@@ -109,13 +109,16 @@ WIDTHS = [(48, 6), (1024 + 16, 5), (3 * 1024, 9)]
 
 def test_every_8_bit_float_is_unpacked_to_its_value(device, scaled) -> None:
     """One weight of each row is not zero, so that each sum is one value."""
-    values = torch.arange(256, dtype=torch.uint8, device=device).view(E4M3)
+    from toka_engine.model.kernels.gemv import LaunchConfig
+
+    values = torch.arange(256, dtype=torch.uint8, device=device)
     values = torch.cat([values[:0x7F], values[0x80:0xFF]])  # without the two that are not numbers
-    weight = torch.zeros(254, 16, device=device).to(E4M3)
-    for column in range(16):
-        weight.view(torch.uint8).zero_()[:, column] = values.view(torch.uint8)
-        out = scaled(torch.ones(254, device=device)).gemv(torch.ones(1, 16, device=device), weight, None)
-        assert torch.equal(out[0], values.float())
+    kernels = replace(scaled(torch.ones(254, device=device)), behind_norm=LaunchConfig(256, 16, 4))
+    for column in range(5):
+        weight = torch.zeros(254, 16, dtype=torch.uint8, device=device)
+        weight[:, column] = values
+        out = kernels.gemv(torch.ones(1, 16, device=device), weight.view(E4M3), None)
+        assert torch.equal(out[0], values.view(E4M3).float())
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
