@@ -74,7 +74,8 @@ def render_autoscaler_spec(wanted: Autoscaling, target: Json) -> Json:
 def _quantity(wanted: Autoscaling) -> str:
     """The target as Kubernetes spells it: a share of one, of the cache, else sequences."""
     if wanted.metric != "KVCacheUtilization":
-        return str(wanted.target)
+        thousands, rest = divmod(wanted.target, 1000)
+        return str(wanted.target) if rest else f"{thousands}k"
     return "1" if wanted.target == 100 else f"{wanted.target * 10}m"
 
 

@@ -68,7 +68,7 @@ class Runtime:
         )
         self._election.connect(self._cluster)
         self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
-        self._measured = MeasuredEngines(self._queue.add, self._election.is_held)
+        self._measured = MeasuredEngines(self._note_figures, self._election.is_held)
         self._pod_monitors = {scope: self._watch_pod_monitors(scope) for scope in scopes if settings.makes_pod_monitors}
         self._nodes = self._make_node_watch() if settings.watches_nodes else None
         self._reconciler = Reconciler(
@@ -204,6 +204,10 @@ class Runtime:
 
     def _note_warning(self, key: Key) -> None:
         """Asks for a pass as time alone does: whoever may write Events calls for no more than one a second."""
+        self._queue.add_timed(key, CHILD_SETTLE_S)
+
+    def _note_figures(self, key: Key) -> None:
+        """Asks for a pass as time alone does: several engines answer within a moment."""
         self._queue.add_timed(key, CHILD_SETTLE_S)
 
     def _on_synced(self, scope: str | None) -> None:

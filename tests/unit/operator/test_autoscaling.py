@@ -24,6 +24,8 @@ def metric_of(**fields: Any) -> Json:
 
 def test_each_metric_has_its_name_and_its_unit() -> None:
     assert metric_of() == {"toka_waiting": "8"}
+    assert metric_of(target=1500) == {"toka_waiting": "1500"}
+    assert metric_of(target=100000) == {"toka_waiting": "100k"}, "as the API server spells it"
     assert metric_of(metric="RunningRequests") == {"toka_running": "8"}
     assert metric_of(metric="KVCacheUtilization", target=85) == {"toka_kv_cache_utilization": "850m"}
     assert metric_of(metric="KVCacheUtilization", target=100) == {"toka_kv_cache_utilization": "1"}
