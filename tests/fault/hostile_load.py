@@ -2,7 +2,7 @@
 
 A real server process with a scripted manager answers plain requests for one token, from a process of their own, while
 others send bombs: schemas, regular expressions, 10,000 values, references without an end, 128 tools of 64 KiB, calls
-that nobody waits for, and grammar processes that are killed or stopped. Calm and hostile seconds take turns, so that
+that nobody waits for, and helping processes that are killed or stopped. Calm and hostile seconds take turns, so that
 what else runs on the machine meets both. Prints one JSON object: of each kind the statuses of its answers, the plain
 requests' p50 and p99 in calm and in hostile seconds, and how the server's memory grew. The exit code is 0 where every
 hostile answer is a 2xx, a 4xx or one 5xx with a code, and no plain request failed.
@@ -51,12 +51,12 @@ class Target(NamedTuple):
     port: int
     pid: int
 
-    def checkers(self) -> list[psutil.Process]:
-        """Return the server's grammar processes."""
+    def helpers(self, module: str) -> list[psutil.Process]:
+        """Return the server's processes that run `module`."""
         found = []
         for child in psutil.Process(self.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):  # ended, and perhaps not yet waited for
-                if "toka_engine.grammar" in child.cmdline():
+                if module in child.cmdline():
                     found.append(child)
         return found
 
@@ -154,16 +154,37 @@ def _leave_in_a_call(target: Target, asked: Asked) -> None:
         asked.count(answer.status, answer.read(64) if answer.status == 200 else answer.read())
 
 
+@functools.cache
+def _many_keys(number: int) -> bytes:
+    """A message of many keys, which none may have."""
+    keys = {f"k{n}": n for n in range(number)}
+    return json.dumps(chat_body(messages=[{"role": "user", "content": "Hi", **keys}])).encode()
+
+
+def _send_many_keys(number: int) -> Kind:
+    return lambda target, asked: _post(target, asked, _CHAT, _many_keys(number))
+
+
+def _signal_all(target: Target, module: str, number: signal.Signals) -> None:
+    for helper in target.helpers(module):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helper.pid, number)
+
+
 def _lose_checkers(number: signal.Signals) -> Kind:
     """Ask for a new grammar while its process, whatever it does, gets a signal."""
 
     def send(target: Target, asked: Asked) -> None:
-        for checker in target.checkers():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(checker.pid, number)
+        _signal_all(target, "toka_engine.grammar", number)
         _post(target, asked, _COMPLETIONS, completion_body(guided_regex=f"lost{next(_numbers)}"))
 
     return send
+
+
+def _lose_preparing_process(target: Target, asked: Asked) -> None:
+    """Send a large request while the process for such ones, whatever it does, is killed."""
+    _signal_all(target, "toka_engine.server.preparing", signal.SIGKILL)
+    _post(target, asked, _CHAT, json.dumps(chat_body()).encode() + b" " * 100_000)
 
 
 KINDS: dict[str, Kind] = {
@@ -171,9 +192,12 @@ KINDS: dict[str, Kind] = {
     "references without end": _refer_without_end,
     "128 tools of 64 KiB": _send_many_tools(60_000, 100),
     "128 tools of many keys": _send_many_tools(0, 480),
+    "300,000 keys": _send_many_keys(300_000),
+    "4,000 keys": _send_many_keys(4_000),
     "clients that leave inside a call": _leave_in_a_call,
     "grammar process killed": _lose_checkers(signal.SIGKILL),
     "grammar process stopped": _lose_checkers(signal.SIGSTOP),
+    "preparing process killed": _lose_preparing_process,
 }
 
 

@@ -12,7 +12,7 @@ from toka_engine.server.engine import Engine
 from toka_engine.server.exchange import BodyBudget, Exchange
 from toka_engine.server.fields import COUNTED
 from toka_engine.server.health import Health
-from toka_engine.server.large_requests import LARGE_BYTES, LargeRequests, Preparer
+from toka_engine.server.large_requests import LargeRequests, Preparer, is_large
 from toka_engine.server.limits import GenerationOptions
 from toka_engine.server.metrics import Metrics
 from toka_engine.server.preparation import Preparation
@@ -68,7 +68,7 @@ class Service:
         """
         preparation = Preparation(self.serving_engine(), exchange.connection, reports_unknown=self._reports_unknown)
         try:
-            if self.large_requests is not None and len(body) + num_further_bytes > LARGE_BYTES:
+            if self.large_requests is not None and is_large(body, num_further_bytes):
                 return await self.large_requests.prepare(preparer, preparation, body, further)
             return await preparer.prepare(preparation, body, *further)
         finally:

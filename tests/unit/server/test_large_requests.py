@@ -16,7 +16,7 @@ import msgspec
 import psutil
 import pytest
 from toka_engine.messages import Submit
-from toka_engine.server.large_requests import LARGE_BYTES
+from toka_engine.server.large_requests import LARGE_BYTES, MANY_QUOTES
 
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import WAIT_S, RunningServer, each, end, running_server, speak, streams_of
@@ -117,6 +117,17 @@ def test_a_large_request_has_the_answer_of_a_small_one(speaking: RunningServer, 
     for first, second in zip(submits[::2], submits[1::2], strict=True):
         assert first.prompt_ids.tolist() == second.prompt_ids.tolist()
         assert (first.sampling, first.grammar, first.stop_ids) == (second.sampling, second.grammar, second.stop_ids)
+
+
+def test_a_request_of_many_texts_is_large_and_one_of_few_is_not(tokenizer_dir: Path, sentence_ids: list[int]) -> None:
+    few = chat_body(messages=[{"role": "user", "content": "word " * 1200}])
+    many = chat_body(messages=[{"role": "user", "content": "x", **{f"k{n}": "" for n in range(MANY_QUOTES)}}])
+    with running_server(tokenizer_dir) as server:
+        server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
+        assert server.post(_CHAT, few)[0] == 200
+        assert not helpers_of(server)
+        assert server.post(_CHAT, many)[0] == 200
+        assert helpers_of(server)
 
 
 def test_a_body_that_is_not_json_is_named_as_such(speaking: RunningServer) -> None:
