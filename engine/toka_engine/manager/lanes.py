@@ -22,8 +22,10 @@ many more rows than the lanes have on average."""
 class Lanes:
     """Two lanes or more."""
 
-    def __init__(self, config: EngineConfig, page_size: int, num_lanes: int) -> None:
+    def __init__(self, config: EngineConfig, page_size: int, num_lanes: int, num_few: int = 0) -> None:
+        """`num_few`: with up to so many rows, in all, no more lanes than stages are used."""
         self.every = [DecodeRows(config, page_size) for _ in range(num_lanes)]
+        self._num_stages, self._num_few = min(config.pp_size, num_lanes), num_few
         self._next = 0
 
     @property
@@ -59,6 +61,8 @@ class Lanes:
     def add(self, choices: Int32s, slots: Slots, refs: Int32s) -> None:
         """Take in rows of one prompt: into the lane with the fewest rows, or into several if there are many."""
         sizes = np.asarray([lane.slots.size for lane in self.every])
+        if sizes.sum() + choices.size <= self._num_few:
+            sizes = sizes[: self._num_stages]
         by_size = np.argsort(sizes, kind="stable")
         mean = (int(sizes.sum()) + choices.size) / sizes.size
         if choices.size == 1 or sizes[by_size[0]] + choices.size <= mean * (1 + 1 / UNEVEN_SHARE):

@@ -16,6 +16,8 @@ from toka_engine.messages import EngineInfo, WorkerReady
 
 PREFILL_SHARE = 8
 """One part in this many of a full forward is kept from decode rows, so that prefill never starves."""
+FEW_ROWS = 64
+"""Rows of a stage on a GPU that take little more time than one: its step mostly reads weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Sizes:
     """Steps with rows of streamed answers have no more prompt tokens than fit into this time; 0: they may."""
     num_lanes: int = 1
     """Sets of decode rows that take turns (see `lanes`)."""
+    num_few_rows: int = 0
+    """Decode rows, in all, up to which no more lanes than pipeline stages are used."""
 
 
 _SMALLEST = ("num_pages", "max_seqs", "max_tokens_per_forward", "max_pages_per_seq")
@@ -82,6 +86,7 @@ def choose_sizes(config: EngineConfig, ready: WorkerReady) -> Sizes:
         max_request_tokens=max_request_tokens,
         target_gap_s=1e-3 * config.choose_target_gap_ms(is_cpu),
         num_lanes=config.num_lanes,
+        num_few_rows=0 if is_cpu else FEW_ROWS * config.pp_size,
     )
 
 

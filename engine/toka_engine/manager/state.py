@@ -83,7 +83,9 @@ class ManagerState:
         self.times = StreamTimes(sizes.num_slots)
         self.pages = Pages(config, sizes)
         self.slots = Slots(sizes.num_slots, sizes.max_pages_per_seq)
-        self.lanes = Lanes(config, sizes.page_size, sizes.num_lanes) if sizes.num_lanes > 1 else None
+        self.lanes = (
+            Lanes(config, sizes.page_size, sizes.num_lanes, sizes.num_few_rows) if sizes.num_lanes > 1 else None
+        )
         self.rows = self.lanes.every[0] if self.lanes else DecodeRows(config, sizes.page_size)  # of the next step
         self.predictor = StopPredictor(config.track_early_stopping)
         self.prefills: list[Prefill] = []  # in order of admission

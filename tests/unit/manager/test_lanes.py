@@ -11,8 +11,13 @@ from toka_engine.messages import Step
 from tests.unit.manager.simulated import Harness, small_sizes
 
 
-def make_harness(num_lanes: int, **sizes: int) -> Harness:
-    config = EngineConfig(hydragen_min_group_size=2, hydragen_min_prefix_len=4, scheduling_steps_ahead=num_lanes + 1)
+def make_harness(num_lanes: int, pp_size: int = 1, **sizes: int) -> Harness:
+    config = EngineConfig(
+        hydragen_min_group_size=2,
+        hydragen_min_prefix_len=4,
+        scheduling_steps_ahead=num_lanes + 1,
+        pp_size=pp_size,
+    )
     return Harness(small_sizes(**{"num_pages": 160, "num_lanes": num_lanes, **sizes}), config=config)
 
 
@@ -78,6 +83,23 @@ def test_choices_of_a_prompt_stay_together_as_a_group_while_that_is_even() -> No
     harness.run()
     harness.check_results()
     assert harness.worker.num_shared_rows > 0
+
+
+def test_few_rows_are_in_no_more_lanes_than_there_are_stages() -> None:
+    """Each lane's step reads the weights once more."""
+    harness = make_harness(3, pp_size=2, num_few_rows=4)
+    lanes = harness.manager.state.lanes
+    assert lanes is not None
+    sizes = []
+    for count in range(1, 8):
+        harness.submit([count, 1], max_tokens=60)
+        run_until_all_decode(harness, count)
+        sizes.append([lane.slots.size for lane in lanes.every])
+    assert [sorted(each[:2]) for each in sizes[:4]] == [[0, 1], [1, 1], [1, 2], [2, 2]]
+    assert [each[2] for each in sizes] == [0, 0, 0, 0, 1, 2, 2]
+    harness.run()
+    harness.check_results()
+    harness.check_nothing_held()
 
 
 def test_many_choices_of_one_prompt_are_spread() -> None:
