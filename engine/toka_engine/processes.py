@@ -22,6 +22,7 @@ from toka_engine.control_messages import ChildReady, Failed, FromChild, Ping, Po
 from toka_engine.errors import PeerClosedError
 from toka_engine.portable import is_running, is_stopped
 from toka_engine.rank_watch import Place
+from toka_engine.thread_waiting import with_bounded_spinning
 from toka_engine.topology import Process, Role
 
 PING_INTERVAL_S = 0.25
@@ -173,7 +174,7 @@ def _spawn(module: str, fds: Sequence[int]) -> int:
         return os.posix_spawn(
             sys.executable,
             arguments,
-            os.environ,
+            with_bounded_spinning(os.environ),
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
             setpgroup=0,
         )
