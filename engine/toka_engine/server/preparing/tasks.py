@@ -1,4 +1,4 @@
-"""`python -m toka_engine.server.preparing`: the process that makes large requests ready for the server.
+"""The process that makes large requests ready for the server (`python -m toka_engine.server.preparing`).
 
 The server starts it, sends it requests and reads what became of them, over pipes. One that takes too much memory, or
 does not end, ends this process and nothing else.
@@ -99,7 +99,8 @@ def _write(stream: BinaryIO, body: bytes) -> None:
     stream.flush()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the process on its standard streams."""
     end_with_parent()
     os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
