@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.engine_process import ROOT
 
-_FILES = ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/engine_process.py")
+_FILES = ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/engine_process.py", "tests/marks.py")
 
 
 def blocks_of(document: str, language: str) -> list[str]:
