@@ -54,8 +54,9 @@ def test_where_references_to_owners_are_enforced_the_operator_may_still_make_chi
     reference |= {"uid": owner["metadata"]["uid"], "blockOwnerDeletion": True}
     metadata = {"name": "child", "namespace": "default", "ownerReferences": [reference]}
     manifest = json.dumps({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata})
-    user = f"--as={USER}"
-    server.kubectl("create", user, "--dry-run=server", "--validate=false", "-f", "-", stdin=manifest)
+    create = ("create", f"--as={USER}", "--dry-run=server", "--validate=false", "-f", "-")
+    # The admission plugin looks every half a minute what kinds there are: until then it knows no owner of a new one.
+    server.wait_for(lambda: server.kubectl(*create, stdin=manifest), "a child of the TokaDeployment")
 
 
 @pytest.mark.parametrize(
