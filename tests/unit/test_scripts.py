@@ -63,14 +63,14 @@ def test_a_check_that_does_not_exist_is_refused_by_name() -> None:
 FAKE_PYTHON = """#!/bin/bash
 echo "python $*"
 case "$*" in
-  *"pytest"*"tests/cluster"*) until [ -e "$MEETING/api" ]; do sleep 0.05; done; touch "$MEETING/cluster" ;;
-  *"pytest"*"tests/api"*)
-    touch "$MEETING/api"
+  *"pytest"*"tests/cluster"*) until [ -e "$MEETING/model" ]; do sleep 0.05; done; touch "$MEETING/cluster" ;;
+  *"pytest"*"tests/model"*)
+    touch "$MEETING/model"
     [ -n "${ALONE:-}" ] || until [ -e "$MEETING/cluster" ]; do sleep 0.05; done
-    exit "${API_STATUS:-0}" ;;
+    exit "${MODEL_STATUS:-0}" ;;
 esac
 """
-"""An interpreter whose tiers api and cluster wait for each other, unless ALONE is set."""
+"""An interpreter whose tiers model and cluster wait for each other, unless ALONE is set."""
 
 
 def run_tests(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -90,19 +90,19 @@ def results(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
 
 
 def test_tiers_that_wait_run_beside_those_that_compute_and_any_failure_is_told(tmp_path: Path) -> None:
-    done = run_tests(tmp_path, API_STATUS="1")
+    done = run_tests(tmp_path, MODEL_STATUS="1")
     tiers = ["unit", "model", "api", "cluster", "e2e"]
-    assert results(done) == [[tier, "FAILED" if tier == "api" else "passed"] for tier in tiers]
+    assert results(done) == [[tier, "FAILED" if tier == "model" else "passed"] for tier in tiers]
     assert done.returncode == 1
 
 
 def test_on_demand_all_tiers_run_one_after_the_other_with_what_is_handed_on(tmp_path: Path) -> None:
-    done = run_tests(tmp_path, "api", "cluster", "--", "-k", "some", TOKA_TEST_SERIAL="1", ALONE="1")
-    assert results(done) == [["api", "passed"], ["cluster", "passed"]]
+    done = run_tests(tmp_path, "model", "cluster", "--", "-k", "some", TOKA_TEST_SERIAL="1", ALONE="1")
+    assert results(done) == [["model", "passed"], ["cluster", "passed"]]
     assert done.returncode == 0
     lines = [line for line in done.stdout.splitlines() if "pytest" in line]
     assert [line.endswith(" -k some") for line in lines] == [True, True]
-    assert "tests/api" in lines[0]
+    assert "tests/model" in lines[0]
 
 
 def test_a_tier_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from toka_engine.model.model_config import parse_model_config
 from toka_engine.model.quantization import QuantisedWeight, quantise_weight
 from toka_engine.model.ranks import SingleRank
 
+from tests.marks import rest_is_slow
 from tests.unit.kernels.conftest import ON_GPU
 from tests.unit.kernels.test_gemv import FIELDS, FirstTokens, RandomWeights, draw, kernels, norm_of, relative_error
 
@@ -121,9 +122,9 @@ def test_every_8_bit_float_is_unpacked_to_its_value(device, scaled) -> None:
         assert torch.equal(out[0], values.view(E4M3).float())
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_bias", rest_is_slow([True], [False, True]))
 @pytest.mark.parametrize(("width", "num_out"), WIDTHS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (BF16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), rest_is_slow([(BF16, 1e-2)], [(torch.float32, 1e-5), (BF16, 1e-2)]))
 def test_products_of_one_row_are_scaled_before_bias_activation_and_residual(
     device, draw, scaled, dtype, tolerance, width, num_out, has_bias
 ) -> None:
@@ -173,7 +174,7 @@ def multiply(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | Non
     return lambda rows: F.linear(rows[0].float() * rows[1], weight.float() * scale[:, None], bias)
 
 
-@pytest.mark.parametrize("left", ["none", "layers.1.", "layers.0.self_attn"])
+@pytest.mark.parametrize("left", rest_is_slow(["layers.0.self_attn"], ["none", "layers.1.", "layers.0.self_attn"]))
 @pytest.mark.parametrize(
     ("architecture", "fields"),
     [
