@@ -44,10 +44,12 @@ def test_pods_keep_their_ordinals_and_their_node_through_deletions_scaling_and_r
     before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in operator.pods("chat")}
     first = min(before)
     operator.delete("pod", first)
-    operator.wait_for(
-        lambda: operator.get("pod", first) and operator.require("pod", first)["metadata"]["uid"] != before[first],
-        "the pod to be succeeded under its name",
-    )
+
+    def has_successor() -> bool:
+        pod = operator.get("pod", first)
+        return pod is not None and pod["metadata"]["uid"] != before[first]
+
+    operator.wait_for(has_successor, "the pod to be succeeded under its name")
     operator.wait_until_ready("chat")
     operator.patch("chat", engine={"pageSize": 32})
     operator.wait_for(lambda: len(operator.sets("chat")) == 1, "the rollout to end")
