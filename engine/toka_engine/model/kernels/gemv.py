@@ -127,6 +127,44 @@ def _add_words(
     return sums, up_sums, squares
 
 
+@triton.jit
+def _add(
+    sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width,
+    HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CVT: tl.constexpr,
+):  # fmt: skip
+    if HAS_SCALE:
+        sums, up_sums, squares = _add_words(
+            sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED, HAS_CVT
+        )
+    else:
+        sums, up_sums, squares = _add_tile(
+            sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
+        )
+    return sums, up_sums, squares
+
+
+@triton.jit
+def _finish(
+    result, up_result, scale_ptr, bias_ptr, out_ptr, outs, num_out, is_out,
+    IS_GATED: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CVT: tl.constexpr,
+):  # fmt: skip
+    """Return what is stored for the sums of a program's outputs: scaled, with bias, activated and added, in fp32."""
+    if HAS_SCALE:
+        UNIT: tl.constexpr = 1.0 if HAS_CVT else 256.0
+        result *= tl.load(scale_ptr + outs, mask=is_out, other=0.0) * UNIT
+        if IS_GATED:
+            up_result *= tl.load(scale_ptr + num_out + outs, mask=is_out, other=0.0) * UNIT
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+        if IS_GATED:
+            up_result += tl.load(bias_ptr + num_out + outs, mask=is_out, other=0.0).to(tl.float32)
+    if IS_GATED:
+        result = result / (1.0 + tl.exp(-result)) * up_result
+    if ADDS:
+        result += tl.load(out_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+    return result
+
+
 # A width that is known to be a multiple of 16 lets a thread load 16 bytes at a time. The number of outputs makes no
 # variants (see aot.triton_build).
 @triton.jit(do_not_specialize=["num_out"])
@@ -153,8 +191,7 @@ def _gemv_kernel(
     if HAS_PDL:
         gdc_launch_dependents()
     num_values = width
-    if HAS_SCALE:
-        width = width // 4
+    width = width // 4 if HAS_SCALE else width
     outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = outs < num_out
     columns = tl.arange(0, BLOCK_IN)[None, :]
@@ -172,45 +209,24 @@ def _gemv_kernel(
     # A turn has both tiles that are on their way: one that moved to other registers would have to have arrived first.
     for start in range(0, width, 2 * BLOCK_IN):
         at = start + columns
-        if HAS_SCALE:
-            sums, up_sums, squares = _add_words(
-                sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED, HAS_CVT
-            )
-        else:
-            sums, up_sums, squares = _add_tile(
-                sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
-            )
-        following = start + 2 * BLOCK_IN
-        weight, up = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED)
+        sums, up_sums, squares = _add(
+            sums, up_sums, squares, weight, up, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED, HAS_SCALE, HAS_CVT
+        )
+        weight, up = _load_tile(weight_at, up_offset, start + 2 * BLOCK_IN, columns, width, is_out, IS_GATED)
         at += BLOCK_IN
-        if HAS_SCALE:
-            sums, up_sums, squares = _add_words(
-                sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED, HAS_CVT
-            )
-        else:
-            sums, up_sums, squares = _add_tile(
-                sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED
-            )
-        following += BLOCK_IN
-        weight_2, up_2 = _load_tile(weight_at, up_offset, following, columns, width, is_out, IS_GATED)
+        sums, up_sums, squares = _add(
+            sums, up_sums, squares, weight_2, up_2, x_ptr, norm_ptr, at, width, HAS_NORM, IS_GATED, HAS_SCALE, HAS_CVT
+        )
+        weight_2, up_2 = _load_tile(weight_at, up_offset, start + 3 * BLOCK_IN, columns, width, is_out, IS_GATED)
     result, up_result = tl.sum(sums, axis=1), tl.sum(up_sums, axis=1)
     if HAS_NORM:
         scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / num_values + eps)
         result *= scale
         up_result *= scale
-    if HAS_SCALE:
-        UNIT: tl.constexpr = 1.0 if HAS_CVT else 256.0
-        result *= tl.load(scale_ptr + outs, mask=is_out, other=0.0) * UNIT
-        if IS_GATED:
-            up_result *= tl.load(scale_ptr + num_out + outs, mask=is_out, other=0.0) * UNIT
-    if HAS_BIAS:
-        result += tl.load(bias_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
-        if IS_GATED:
-            up_result += tl.load(bias_ptr + num_out + outs, mask=is_out, other=0.0).to(tl.float32)
-    if IS_GATED:
-        result = result / (1.0 + tl.exp(-result)) * up_result
-    if ADDS:
-        result += tl.load(out_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
+    result = _finish(
+        result, up_result, scale_ptr, bias_ptr, out_ptr, outs, num_out, is_out,
+        IS_GATED, ADDS, HAS_BIAS, HAS_SCALE, HAS_CVT,
+    )  # fmt: skip
     tl.store(out_ptr + outs, result.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
