@@ -105,12 +105,7 @@ def _connect(links: StageLinks, config: EngineConfig, model: ModelConfig) -> Gpu
     plan = RegionPlan.of(num_stages, max_seqs + 1, num_places, max_rows, width)
     has_rows, is_first = rank.tp_rank == 0, rank.pp_rank == 0
     has_places = has_rows and not is_first
-    memory = PeerMemory(rank.pp_rank, num_stages, plan.count_bytes(has_places), links.gather)
-    try:
-        memory.verify()
-    except PeerMemoryError:
-        memory.close()
-        raise
+    memory = PeerMemory.open_verified(rank.pp_rank, num_stages, plan.count_bytes(has_places), links.gather)
     words = memory.view(torch.int32)
     words.zero_()
     torch.cuda.synchronize()

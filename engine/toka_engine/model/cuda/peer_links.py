@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from toka_engine.model.cuda.peer_memory import Gather, PeerMemory, PeerMemoryError
+from toka_engine.model.cuda.peer_memory import Gather, PeerMemory
 from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
 from toka_engine.model.kernels.all_reduce import EMPTY_WORD, Inboxes, count_resident_programs
 from toka_engine.model.kernels.peer_pattern import PATTERN_WORDS
@@ -60,12 +60,7 @@ def connect_peers(sharding: Sharding, sizes: LinkSizes, capability: int, gather:
     """
     rank, num_ranks, device = sharding.rank, sharding.size, torch.device("cuda", torch.cuda.current_device())
     begins = find_begins(num_ranks, sizes)
-    memory = PeerMemory(rank, num_ranks, begins[-1], gather)  # it is freed when the process ends
-    try:
-        memory.verify()
-    except PeerMemoryError:
-        memory.close()
-        raise
+    memory = PeerMemory.open_verified(rank, num_ranks, begins[-1], gather)
     words = memory.view(torch.int32)
     words[: begins[1] // 4] = 0
     words[begins[1] // 4 : begins[3] // 4] = EMPTY_WORD

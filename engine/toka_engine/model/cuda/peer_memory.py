@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from cuda.bindings import runtime as cuda
@@ -42,6 +42,17 @@ class PeerMemory:
         self._own, self._opened = 0, dict[int, int]()
         handles = self._agree(self._allocate)
         self._agree(lambda: self._open(handles))
+
+    @classmethod
+    def open_verified(cls, rank: int, num_ranks: int, size: int, gather: Gather) -> Self:
+        """Open regions that live as long as the process, and verify them. Raises PeerMemoryError on every rank."""
+        memory = cls(rank, num_ranks, size, gather)
+        try:
+            memory.verify()
+        except PeerMemoryError:
+            memory.close()
+            raise
+        return memory
 
     @property
     def addresses(self) -> torch.Tensor:
