@@ -24,7 +24,9 @@ ADVICE: dict[str, str] = {
     "Evicted": "A new pod is made; see why the node gave the old one up (kubectl describe node)",
     "FailedGetPodsMetric": "Let custom.metrics.k8s.io serve the metric that the message names (docs/operations.md)",
     "HubUnavailable": "Check the network and HF_ENDPOINT; the pod tries again by itself",
-    "ImagePullFailed": "Check engine.image and engine.pullSecrets",
+    "ImagePullFailed": "Check engine.image, an oci:// model.source, and engine.pullSecrets",
+    "ImageVolumesUnsupported": "Turn on the feature gate ImageVolume of API server and kubelets, and let nodes have a "
+    "container runtime that mounts images (containerd 2.1), or use another model.source",
     "InvalidSpec": "Correct the fields that the message names",
     "ModelAuthFailed": "Check auth.hfTokenSecretRef, and whether its account may read the model",
     "ModelInvalid": "Check the model's files: the message names the one that is wrong",

@@ -34,6 +34,7 @@ from toka_operator.fields import Json
 from toka_operator.metrics import WRITES
 from toka_operator.observed import Observed, is_kept_claim, is_orphaned, is_owned_by, is_predecessors
 from toka_operator.plan import Plan
+from toka_operator.podspec import IMAGE_VOLUMES_DROPPED, find_image_volumes
 from toka_operator.refusals import Refusals
 from toka_operator.resources import (
     CLAIM,
@@ -201,6 +202,8 @@ class ChildWriter:
         """The new child; None if another's object holds the name."""
         kind, name = desired["kind"], desired["metadata"]["name"]
         try:
+            if kind == STATEFUL_SET:
+                self._try_image_volumes(desired)
             created = self._cluster.create(desired)
         except NotFoundError as error:
             raise TransientError(f"namespace {owner.namespace} is gone") from error
@@ -212,6 +215,18 @@ class ChildWriter:
         self._stores[kind].put(created)
         logger.debug("object=%s/%s child=%s/%s event=created", owner.namespace, owner.name, kind, name)
         return created
+
+    def _try_image_volumes(self, desired: Json) -> None:
+        """Raises ApiError where the API server would drop the pods' image volumes: an engine without its model is none.
+
+        Costs a request, for those StatefulSets alone that have such volumes.
+        """
+        if not find_image_volumes(desired["spec"]["template"]):
+            return
+        tried = self._cluster.create(desired, is_trial=True)
+        dropped = find_image_volumes(desired["spec"]["template"]) - find_image_volumes(tried["spec"]["template"])
+        if dropped:
+            raise ApiError(422, "Invalid", f"{IMAGE_VOLUMES_DROPPED} ({', '.join(sorted(dropped))})")
 
     def _resolve_name_conflict(self, owner: Owner, desired: Json, memory: Memory) -> None:
         """After a 409 on create: gives a child of ours its labels back, or notes that a foreign object has the name.

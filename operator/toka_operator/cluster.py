@@ -146,10 +146,11 @@ class Cluster:
     def read(self, kind: str, namespace: str, name: str) -> Json:
         return self._request("GET", _path(kind, namespace, name), [])
 
-    def create(self, manifest: Json) -> Json:
-        """Raises ConflictError if the name is taken, by whomever."""
+    def create(self, manifest: Json, is_trial: bool = False) -> Json:
+        """Return the object as it was made, or of a trial as it would have been. Raises ConflictError if the name is
+        taken, by whomever."""
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
-        return self._write("POST", path, manifest, _JSON)
+        return self._write("POST", path, manifest, _JSON, is_trial)
 
     def replace(self, manifest: Json) -> Json:
         """Whole-object update; ConflictError if its resourceVersion is not the newest."""
@@ -187,11 +188,13 @@ class Cluster:
             body["gracePeriodSeconds"] = grace_s
         return self._write("DELETE", _path(kind, namespace, name), body, _JSON)
 
-    def _write(self, method: str, path: str, body: Json, content_type: str) -> Json:
+    def _write(self, method: str, path: str, body: Json, content_type: str, is_trial: bool = False) -> Json:
         window_s = self._lease_timeout_s if "/leases" in path else self._write_window_s()
         if window_s <= 0.0:
             raise NotLeaderError(f"{method} {path}: the lease is not held")
         query: list[tuple[str, Any]] = [] if method == "DELETE" else [("fieldManager", FIELD_MANAGER)]
+        if is_trial:
+            query.append(("dryRun", "All"))
         if content_type == _APPLY:
             query.append(("force", "true"))
         elif method != "DELETE":

@@ -50,6 +50,7 @@ _PRIORITY = (
     "ConfigMapMissing",
     "ClaimMissing",
     "ClaimOnOneNode",
+    "ImageVolumesUnsupported",
     "ImagePullFailed",
     "ModelNotFound",
     "ModelAuthFailed",

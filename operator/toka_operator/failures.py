@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from toka_operator.errors import EXIT_REASONS
 from toka_operator.fields import Json
-from toka_operator.podspec import ENGINE_CONTAINER
+from toka_operator.podspec import ENGINE_CONTAINER, IMAGE_VOLUMES_DROPPED
 from toka_operator.times import parse_time
 
 CAPACITY_REASONS = ("Unschedulable", "SchedulingGated", "ClaimPending")
@@ -21,6 +21,8 @@ DISRUPTION_REASONS = ("NodeLost", "Evicted", "Preempted", "NodeRejected")
 """Reasons for which a pod that goes was not told to go by the operator."""
 CLAIM_ON_ONE_NODE = "ClaimOnOneNode"
 """The pod waits for a claim that another node has mounted."""
+IMAGE_VOLUMES_UNSUPPORTED = "ImageVolumesUnsupported"
+"""The API server, the kubelet or the container runtime mounts no images."""
 NOT_READY = "NotReady"
 NOT_READY_S = 10.0
 """Seconds that a pod that served may be unready before that is a failure: a readiness probe may fail once or twice."""
@@ -41,6 +43,12 @@ _IGNORED_EVENTS = {"FailedScheduling", "Unhealthy", "BackOff", "Failed", "Killin
 """Warnings about pods whose cause the pod's own status tells better."""
 _KILLED_BY_PROBE = (0, 137, 143)
 """Exit codes of an engine that the kubelet ended: after draining, by SIGKILL, or by SIGTERM before it had a handler."""
+_NO_IMAGE_VOLUMES = re.compile(
+    rf"{IMAGE_VOLUMES_DROPPED}|unknown field \"spec\.template\.spec\.volumes\[\d+\]\.image\""
+    r'|path is empty \*image\.|failed to mkdir ""'
+)
+"""The words of API servers with the feature gate ImageVolume off, and before 1.31; of a kubelet with the gate off; of
+containerd before 2.1, which is given no path to mount."""
 WEBHOOK_FAILS = "failed calling webhook"
 """The API server's words about an admission webhook that does not answer."""
 _MAX_MESSAGE = 1024
@@ -106,6 +114,8 @@ def name_refusal(message: str, otherwise: str) -> str:
         return "PodSecurityViolated"
     if WEBHOOK_FAILS in message:
         return "WebhookFailed"
+    if _NO_IMAGE_VOLUMES.search(message):
+        return IMAGE_VOLUMES_UNSUPPORTED
     return "WebhookRefused" if "admission webhook" in message else otherwise
 
 
@@ -219,6 +229,8 @@ def _container_failure(pod_name: str, status: Json, conditions: Mapping[str, Jso
     word, message = waiting.get("reason", ""), waiting.get("message", "")
     if word in _IMAGE_REASONS:
         return Failure(pod_name, name, "ImagePullFailed", _shorten(message or word), None, restarts)
+    if word in ("CreateContainerConfigError", "CreateContainerError") and _NO_IMAGE_VOLUMES.search(message):
+        return Failure(pod_name, name, IMAGE_VOLUMES_UNSUPPORTED, _shorten(message), None, restarts)
     if word == "CreateContainerConfigError":
         return Failure(pod_name, name, _config_reason(message), _shorten(message), None, restarts)
     if word in _START_REASONS:

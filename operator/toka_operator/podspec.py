@@ -24,6 +24,8 @@ from toka_operator.settings import REVISION_LABEL
 from toka_operator.spec import SecretKey, TokaDeploymentSpec
 
 ENGINE_CONTAINER = "engine"
+IMAGE_VOLUMES_DROPPED = "the API server drops volumes of type image"
+"""The words for what an API server does whose feature gate ImageVolume is off: it says nothing itself."""
 ENGINE_UID = 65532
 CACHE_PATH = "/cache"
 MODEL_PATH = "/mnt/model"
@@ -120,7 +122,7 @@ def _render_value(value: str | int | bool) -> str:
 
 def _engine_model(spec: TokaDeploymentSpec) -> str:
     source = spec.model.source
-    return MODEL_PATH + source.location if source.kind == "pvc" else source.location
+    return MODEL_PATH + source.location if source.is_mounted else source.location
 
 
 def _engine_container(spec: TokaDeploymentSpec, default_image: str, name: str) -> Json:
@@ -197,6 +199,9 @@ def _volumes(spec: TokaDeploymentSpec, name: str) -> list[Json]:
     if spec.model.source.kind == "pvc":
         claim = {"claimName": spec.model.source.claim, "readOnly": True}
         volumes.append({"name": "model", "persistentVolumeClaim": claim})
+    if spec.model.source.kind == "oci":
+        image = {"reference": spec.model.source.image, "pullPolicy": spec.engine.pull_policy}
+        volumes.append({"name": "model", "image": image})
     if spec.data:
         volumes.append(render_data_volume(name))
     if spec.resources.device == "gpu":
@@ -205,6 +210,11 @@ def _volumes(spec: TokaDeploymentSpec, name: str) -> list[Json]:
     if spec.api_key:
         volumes.append(_keys_volume(spec.api_key))
     return volumes + list(spec.pod_additions.volumes)
+
+
+def find_image_volumes(template: Json) -> set[str]:
+    """Return the names of a pod's volumes that are images."""
+    return {str(volume.get("name")) for volume in template["spec"].get("volumes") or [] if volume.get("image")}
 
 
 def _keys_volume(secret: SecretKey) -> Json:
@@ -216,7 +226,7 @@ def _keys_volume(secret: SecretKey) -> Json:
 
 def _volume_mounts(spec: TokaDeploymentSpec) -> list[Json]:
     mounts: list[Json] = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "cache", "mountPath": CACHE_PATH}]
-    if spec.model.source.kind == "pvc":
+    if spec.model.source.is_mounted:
         mounts.append({"name": "model", "mountPath": MODEL_PATH, "readOnly": True})
     if spec.resources.device == "gpu":
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})

@@ -56,18 +56,38 @@ _SOURCE = re.compile(
     r"hf://(?P<hub>[A-Za-z0-9][-._A-Za-z0-9]*/[A-Za-z0-9][-._A-Za-z0-9]*)"
     r"|pvc://(?P<claim>[a-z0-9](?:[-.a-z0-9]*[a-z0-9])?)(?P<folder>(?:/[-._A-Za-z0-9]+)*)"
     r"|file://(?P<file>(?:/[-._A-Za-z0-9]+)+)"
+    r"|oci://(?P<image>[A-Za-z0-9](?:[-.A-Za-z0-9]*[A-Za-z0-9])?(?::[0-9]{1,5})?"
+    r"(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*)+(?::[A-Za-z0-9_][-._A-Za-z0-9]{0,127})?(?:@sha256:[0-9a-f]{64})?)"
+    r"(?:\?path=(?P<inside>(?:/[-._A-Za-z0-9]+)+))?"
     r"|(?P<builtin>builtin://smollm2)"
+)
+_SOURCES = (
+    "hf://org/name, pvc://claim/path, file:///path, oci://registry/name:tag (or @digest, and ?path=/path) "
+    "or builtin://smollm2"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A parsed model.source. `location` is a hub name, a folder inside the claim ("" or "/a/b"), or an
+    """A parsed model.source. `location` is a hub name, a folder inside the claim or the image ("" or "/a/b"), or an
     absolute path."""
 
-    kind: Literal["hf", "pvc", "file", "builtin"]
+    kind: Literal["hf", "pvc", "file", "oci", "builtin"]
     location: str
     claim: str = ""
+    image: str = ""
+    """The image's reference, as a pod has it."""
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether the pod mounts a volume with the model."""
+        return self.kind in ("pvc", "oci")
+
+    @property
+    def tail(self) -> str:
+        """The last part of its name, without an image's tag and digest."""
+        last = (self.image or self.claim + self.location).rstrip("/").rsplit("/", 1)[-1]
+        return re.split("[:@]", last)[0] if self.image else last
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +278,8 @@ def parse_source(source: str) -> ModelSource | None:
         return ModelSource("pvc", match["folder"], match["claim"])
     if match["file"]:
         return ModelSource("file", match["file"])
+    if match["image"]:
+        return ModelSource("oci", match["inside"] or "", image=match["image"])
     return ModelSource("builtin", source)
 
 
@@ -265,14 +287,14 @@ def _parse_model(fields: Fields) -> Model:
     text = fields.text("source")
     source = parse_source(text)
     if source is None:
-        fields.refuse("source", "must be hf://org/name, pvc://claim/path, file:///path or builtin://smollm2")
+        fields.refuse("source", f"must be {_SOURCES}")
         source = ModelSource("builtin", "builtin://smollm2")
     revision = fields.optional_text("revision")
     if revision is not None and source.kind != "hf":
         fields.refuse("revision", "is only for hf:// sources")
     return Model(
         source=source,
-        served_name=fields.optional_text("servedName") or text.rstrip("/").rsplit("/", 1)[-1],
+        served_name=fields.optional_text("servedName") or source.tail,
         revision=revision,
         aliases=fields.items("aliases", str),
         tokenizer=fields.optional_text("tokenizer"),

@@ -23,7 +23,7 @@ CRD: Path = REPOSITORY / "crds" / "tokadeployments.yaml"
 WORDS = ("x", "hf://org/name", "org/x", "/x", "1Gi", "seed=1", "10.0.0.0/8", "spec.nodeName")
 """Texts that fields with a pattern are tried with: of each, those that match."""
 SAMPLES: dict[str, list[Any]] = {
-    "model.source": ["hf://org/name", "file:///m", "pvc://claim/m"],
+    "model.source": ["hf://org/name", "file:///m", "pvc://claim/m", "oci://host:5000/org/name:v1?path=/m"],
     "engine.extraArgs[]": ["seed=1"],
     "engine.env[].valueFrom.fieldRef.fieldPath": ["spec.nodeName", "metadata.labels['x']"],
     "resources.memory": ["64Mi", "2Gi", 134217728],

@@ -17,7 +17,7 @@ from typing import Any
 
 import urllib3
 
-from tests.cluster.harness.control import SERVICE_NAMES, ControlPlane
+from tests.cluster.harness.control import FEATURE_GATES, SERVICE_NAMES, ControlPlane
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.handle import KubernetesHandle, Object
 from tests.cluster.harness.kwok import write_kwok_configuration
@@ -43,7 +43,9 @@ class ApiServer(KubernetesHandle):
     """etcd, kube-apiserver and controller-manager; optionally simulated nodes."""
 
     @classmethod
-    def start(cls, name: str | None = None, admission: tuple[str, ...] = ()) -> ApiServer:
+    def start(
+        cls, name: str | None = None, admission: tuple[str, ...] = (), feature_gates: str = FEATURE_GATES
+    ) -> ApiServer:
         """Boot one, with these admission plugins besides the usual; ready for requests when this returns."""
         require_tools("etcd", "kubernetes")
         run = RunFolder(name or f"api-{os.getpid()}")
@@ -51,7 +53,8 @@ class ApiServer(KubernetesHandle):
         api_port, etcd_port, etcd_peer_port, manager_port = free_ports(4)
         pki = Pki(run.path / "pki", f"https://127.0.0.1:{api_port}")
         pki.create([*SERVICE_NAMES, "DNS:localhost", "IP:127.0.0.1"])
-        control = ControlPlane(run.path, pki, "127.0.0.1", None, api_port, etcd_port, etcd_peer_port, admission)
+        ports = (api_port, etcd_port, etcd_peer_port)
+        control = ControlPlane(run.path, pki, "127.0.0.1", None, *ports, admission, feature_gates)
         control.issue_component_keys()
         server = cls(run, control)
         try:

@@ -8,6 +8,8 @@ from pathlib import Path
 from tests.cluster.harness.paths import tool
 from tests.cluster.harness.pki import Pki
 
+FEATURE_GATES = "ImageVolume=true"
+"""Off by default until Kubernetes 1.34."""
 SERVICE_RANGE = "10.96.0.0/16"
 SERVICE_NAMES = ["DNS:kubernetes", "DNS:kubernetes.default", "DNS:kubernetes.default.svc", "IP:10.96.0.1"]
 
@@ -37,6 +39,8 @@ class ControlPlane:
     etcd_peer_port: int
     admission: tuple[str, ...] = ()
     """Admission plugins besides those that Kubernetes enables."""
+    feature_gates: str = FEATURE_GATES
+    """The API server's, as name=true,name=false."""
 
     def etcd(self) -> list[str]:
         """etcd without fsync: the data need not survive the machine."""
@@ -83,6 +87,7 @@ class ControlPlane:
             "--allow-privileged=true",
             f"--audit-policy-file={self.folder}/audit-policy.yaml",
             f"--audit-log-path={self.folder}/audit.log",
+            f"--feature-gates={self.feature_gates}",
             "--max-requests-inflight=2000",
             "--max-mutating-requests-inflight=1000",
             "--shutdown-delay-duration=0s",

@@ -30,6 +30,10 @@ class FakeCluster:
         """The field selector of each list of events."""
         self.refuse: Callable[[str, Json], OperatorError | None] = lambda verb, body: None
         self.after: Callable[[str, Json], None] = lambda verb, body: None
+        self.drops_image_volumes = False
+        """Whether it has the feature gate ImageVolume off."""
+        self.trials: list[str] = []
+        """The kind of each object that was only tried."""
         self._versions = itertools.count(1)
 
     def store(self, obj: Json) -> Json:
@@ -57,12 +61,19 @@ class FakeCluster:
             found = [e for e in found if f"involvedObject.uid={e['involvedObject']['uid']}," in field_selector]
         return Page(found, str(next(self._versions)))
 
-    def create(self, manifest: Json) -> Json:
+    def create(self, manifest: Json, is_trial: bool = False) -> Json:
         metadata = manifest["metadata"]
         self._ask("create", manifest)
         if (manifest["kind"], metadata["namespace"], metadata["name"]) in self.objects:
             raise ConflictError(409, "AlreadyExists", metadata["name"])
-        return self._finish("create", copy.deepcopy(manifest))
+        made = copy.deepcopy(manifest)
+        if self.drops_image_volumes and made["kind"] == "StatefulSet":
+            pod = made["spec"]["template"]["spec"]
+            pod["volumes"] = [volume for volume in pod["volumes"] if "image" not in volume]
+        if is_trial:
+            self.trials.append(made["kind"])
+            return made
+        return self._finish("create", made)
 
     def merge(self, kind: str, live: Json, patch: Json) -> Json:
         self._ask("patch", live)

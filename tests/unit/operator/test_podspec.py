@@ -30,6 +30,9 @@ def engine_of(**spec: Any) -> dict[str, Any]:
         ({"source": "hf://org/name"}, "model=org/name"),
         ({"source": "file:///opt/m"}, "model=/opt/m"),
         ({"source": "pvc://claim/a/b"}, "model=/mnt/model/a/b"),
+        ({"source": "oci://host/tiny:v1"}, "model=/mnt/model"),
+        ({"source": "oci://host/tiny:v1"}, "served_model_name=tiny"),
+        ({"source": "oci://host/tiny:v1?path=/a/b"}, "model=/mnt/model/a/b"),
         ({"source": "hf://org/name", "revision": "v1"}, "revision=v1"),
         ({"source": "hf://org/name", "aliases": ["a", "b"]}, "model_aliases=a,b"),
         ({"source": "hf://org/name"}, "served_model_name=name"),
@@ -67,6 +70,16 @@ def test_a_pvc_model_is_mounted_read_only() -> None:
     assert {"name": "model", "persistentVolumeClaim": {"claimName": "claim", "readOnly": True}} in pod["volumes"]
     mount = {"name": "model", "mountPath": "/mnt/model", "readOnly": True}
     assert mount in pod["containers"][0]["volumeMounts"]
+
+
+def test_an_image_with_the_model_is_mounted_whole_and_read_only_and_pulled_as_the_engines() -> None:
+    engine = {"pullPolicy": "Never", "pullSecrets": [{"name": "registry"}]}
+    pod = pod_of(model={"source": "oci://host:5000/org/tiny:v1?path=/models"}, engine=engine)
+    (volume,) = (v for v in pod["volumes"] if v["name"] == "model")
+    assert volume == {"name": "model", "image": {"reference": "host:5000/org/tiny:v1", "pullPolicy": "Never"}}
+    mount = {"name": "model", "mountPath": "/mnt/model", "readOnly": True}
+    assert mount in pod["containers"][0]["volumeMounts"]
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
 
 
 def test_a_gpu_pod_takes_one_gpu_and_shared_memory() -> None:

@@ -80,6 +80,8 @@ def test_a_minimal_spec_has_every_default() -> None:
         ("hf://HuggingFaceTB/SmolLM2-135M", "hf", "HuggingFaceTB/SmolLM2-135M", "", "SmolLM2-135M"),
         ("pvc://models/llama/8b", "pvc", "/llama/8b", "models", "8b"),
         ("pvc://models", "pvc", "", "models", "models"),
+        ("oci://ghcr.io/org/tiny:v1", "oci", "", "", "tiny"),
+        ("oci://host:5000/tiny?path=/models/x", "oci", "/models/x", "", "tiny"),
         ("file:///opt/models/tiny", "file", "/opt/models/tiny", "", "tiny"),
         ("builtin://smollm2", "builtin", "builtin://smollm2", "", "smollm2"),
     ],
@@ -93,10 +95,21 @@ def test_each_kind_of_source_is_taken_apart(source: str, kind: str, location: st
 @pytest.mark.parametrize(
     "source",
     ["", "smollm2", "hf://only-org", "hf://a/b/c", "pvc://", "pvc://UPPER/x", "file://relative", "s3://a/b",
-     "file:///a/../etc", "pvc://models/../x", "builtin://other", "hf://a/b c", "hf://-x/y"],
+     "file:///a/../etc", "pvc://models/../x", "builtin://other", "hf://a/b c", "hf://-x/y",
+     "oci://", "oci://alone", "oci://host/Upper", "oci://host/a:", "oci://host/a@sha256:12", "oci://host/a..b",
+     "oci://host/a?path=models", "oci://host/a?path=/../x", "oci://host/a:b:c", "oci://host//a", "oci://host/a?x=/m"],
 )  # fmt: skip
 def test_other_sources_are_refused(source: str) -> None:
     assert parse_source(source) is None
+
+
+@pytest.mark.parametrize("tail", ["", ":v1.0", f"@sha256:{'0' * 64}", f":v1@sha256:{'f' * 64}"])
+@pytest.mark.parametrize("name", ["ghcr.io/org/tiny", "localhost:5000/a/b__c/d-e", "host/x"])
+def test_an_image_is_named_as_a_pod_names_it(name: str, tail: str) -> None:
+    for path in ("", "/models/8b"):
+        source = parse_source(f"oci://{name}{tail}" + (f"?path={path}" if path else ""))
+        assert source is not None
+        assert (source.image, source.location, source.tail) == (name + tail, path, name.rsplit("/", 1)[-1])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +117,7 @@ def test_other_sources_are_refused(source: str) -> None:
     [
         ("spec.model.source", {"model": {}}),
         ("spec.model.revision", {"model": {"source": "builtin://smollm2", "revision": "main"}}),
+        ("spec.model.revision", {"model": {"source": "oci://host/a:b", "revision": "main"}}),
         ("spec.model", {"model": "builtin://smollm2"}),
         ("spec.engine.port", {"engine": {"port": 80}}),
         ("spec.engine.port", {"engine": {"port": "http"}}),

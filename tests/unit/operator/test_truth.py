@@ -89,6 +89,10 @@ READY = {"Ready": {"status": "True", "lastTransitionTime": at(-500)}}
 FAULTS: dict[str, tuple[str, str, Json]] = {
     "an image that is not there": ("ImagePullFailed", "manifest unknown", {
         "engine": waiting("ErrImagePull", "manifest unknown")}),
+    "a model's image that a kubelet does not mount": ("ImageVolumesUnsupported", "path is empty", {
+        "engine": waiting("CreateContainerConfigError", "path is empty *image.imagePlugin")}),
+    "a model's image that a container runtime does not mount": ("ImageVolumesUnsupported", "failed to mkdir", {
+        "engine": waiting("CreateContainerError", 'failed to apply OCI options: failed to mkdir "": mkdir : no such')}),
     "a Secret for the environment": ("SecretMissing", 'secret "hf" not found', {
         "engine": waiting("CreateContainerConfigError", 'secret "hf" not found')}),
     "a ConfigMap for the environment": ("ConfigMapMissing", 'configmap "c" not found', {
