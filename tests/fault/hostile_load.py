@@ -2,10 +2,10 @@
 
 A real server process with a scripted manager answers plain requests for one token, from a process of their own, while
 others send bombs: schemas, regular expressions, 10,000 values, references without an end, 128 tools of 64 KiB, calls
-that nobody waits for, and helping processes that are killed or stopped. Calm and hostile seconds take turns, so that
-what else runs on the machine meets both. Prints one JSON object: of each kind the statuses of its answers, the plain
-requests' p50 and p99 in calm and in hostile seconds, and how the server's memory grew. The exit code is 0 where every
-hostile answer is a 2xx, a 4xx or one 5xx with a code, and no plain request failed.
+that nobody waits for, and helping processes that are killed, stopped or short of memory. Calm and hostile seconds take
+turns, so that what else runs on the machine meets both. Prints one JSON object: of each kind the statuses of its
+answers, the plain requests' p50 and p99 in calm and in hostile seconds, and how the server's memory grew. The exit code
+is 0 where every hostile answer is a 2xx, a 4xx or one 5xx with a code, and no plain request failed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from toka_engine.builtin import ensure_builtin
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import RunningServer, running_server, speak
-from tests.unit.server.test_grammar_checks import BOMBS
+from tests.unit.server.test_grammar_checks import BOMBS, hungry_schema, leave_room
 
 NUM_SENDERS = 4
 NUM_TURNS = 4
@@ -42,6 +42,7 @@ _JSON = {"content-type": "application/json"}
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _SPAWN = multiprocessing.get_context("spawn")
 """Clients are processes of their own: the scripted manager, which answers them, is a thread of this one."""
+_PACE_S = 0.2
 _numbers = itertools.count(os.getpid() << 20)
 
 
@@ -165,6 +166,32 @@ def _send_many_keys(number: int) -> Kind:
     return lambda target, asked: _post(target, asked, _CHAT, _many_keys(number))
 
 
+def _paced(kind: Kind) -> Kind:
+    """Have one such request sent every `_PACE_S`, by all senders together."""
+
+    def send(target: Target, asked: Asked) -> None:
+        next_s = time.monotonic() + NUM_SENDERS * _PACE_S
+        kind(target, asked)
+        time.sleep(max(0.0, next_s - time.monotonic()))
+
+    return send
+
+
+@functools.cache
+def _large_completion(field: str) -> bytes:
+    """A body of some 2 MiB, nearly all of it in one field. The last of the ids is none, which is found at the end."""
+    large = {
+        "ids": {"prompt": [[1234] * 680] * 617 + [[10**9]]},
+        "texts": {"prompt": ["word " * 820] * 512},
+        "keys": {"logit_bias": {f"{key:08}": 1 for key in range(145_000)}},
+    }
+    return json.dumps(completion_body(max_tokens=1, **large[field]), separators=(",", ":")).encode()
+
+
+def _send_large_completion(field: str) -> Kind:
+    return _paced(lambda target, asked: _post(target, asked, _COMPLETIONS, _large_completion(field)))
+
+
 def _signal_all(target: Target, module: str, number: signal.Signals) -> None:
     for helper in target.helpers(module):
         with contextlib.suppress(ProcessLookupError):
@@ -181,6 +208,15 @@ def _lose_checkers(number: signal.Signals) -> Kind:
     return send
 
 
+def _starve_checkers(target: Target, asked: Asked) -> None:
+    """Ask for a new grammar that needs more memory than its process may have."""
+    for checker in target.helpers("toka_engine.grammar"):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            leave_room(checker, 4 << 20)
+    schema = hungry_schema(f"n{next(_numbers)}")
+    _post(target, asked, _COMPLETIONS, completion_body(guided_json=schema))
+
+
 def _lose_preparing_process(target: Target, asked: Asked) -> None:
     """Send a large request while the process for such ones, whatever it does, is killed."""
     _signal_all(target, "toka_engine.server.preparing", signal.SIGKILL)
@@ -194,9 +230,13 @@ KINDS: dict[str, Kind] = {
     "128 tools of many keys": _send_many_tools(0, 480),
     "300,000 keys": _send_many_keys(300_000),
     "4,000 keys": _send_many_keys(4_000),
+    "2 MiB of prompts as ids": _send_large_completion("ids"),
+    "2 MiB of prompts as texts": _send_large_completion("texts"),
+    "2 MiB of biases": _send_large_completion("keys"),
     "clients that leave inside a call": _leave_in_a_call,
     "grammar process killed": _lose_checkers(signal.SIGKILL),
     "grammar process stopped": _lose_checkers(signal.SIGSTOP),
+    "grammar process out of memory": _starve_checkers,
     "preparing process killed": _lose_preparing_process,
 }
 

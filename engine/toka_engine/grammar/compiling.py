@@ -23,6 +23,8 @@ LIMITS: Final = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _WHITE_SPACE = r"[ \n]"
 """At most one blank or newline between two JSON tokens, so that a small model cannot fill its limit with blanks."""
 _MAX_MESSAGE = 400
+_DUMPS = ("<state>", "<non-verbose/>", "<backtrace>")
+_PANIC = "panic: "
 _UNIMPLEMENTED = re.compile(r'Unimplemented keys: (\["[^\n]*"\])')
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: ")
 
@@ -84,6 +86,10 @@ def _from_schema(schema: str, *, is_lenient: bool) -> str:
 
 
 def _shorten(message: str) -> str:
-    """Return the first lines of the library's message, without its dump of the parser's state."""
-    text = " ".join(message.partition("<state>")[0].partition("<non-verbose/>")[0].split())
+    """Return the first lines of the library's message, without its dump of the parser's state or of its own stack."""
+    for dump in _DUMPS:
+        message = message.partition(dump)[0]
+    text = " ".join(message.split())
+    if text.startswith(_PANIC):  # a limit inside the library that it states as an assertion
+        text = f"it is too much for the grammar library ({text.removeprefix(_PANIC)})"
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."

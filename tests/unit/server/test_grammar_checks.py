@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from toka_engine.grammar.compiling import GrammarError, compile_grammar, load_vocabulary
 from toka_engine.grammar.protocol import Setup
 from toka_engine.grammar.source import GrammarSource
 from toka_engine.messages import FINISH_GRAMMAR, Submit
@@ -91,6 +93,15 @@ def test_a_lenient_schema_names_what_is_not_enforced_in_a_header(server: Running
     assert [name.strip().rpartition(".")[2] for name in ignored] == ["uniqueItems", "format"]
 
 
+def test_a_grammar_that_fails_an_assertion_of_the_library_is_refused_without_its_stack(tokenizer_dir: Path) -> None:
+    vocabulary = load_vocabulary(tokenizer_dir, 49152, (2,))
+    source = GrammarSource("lark", "start: " + "(a|b)" * 70_000 + '\na: "a"\nb: "b"')
+    with pytest.raises(GrammarError) as caught:
+        compile_grammar(source, vocabulary)
+    assert "too much for the grammar library (assertion failed" in str(caught.value)
+    assert "backtrace" not in str(caught.value)
+
+
 def ask_until_checked(server: RunningServer, **body: Any) -> tuple[int, Any]:
     """Ask again, as clients do, where the process that checks got too little of the CPU."""
     while (answer := ask(server, **body))[0] == 503:
@@ -165,6 +176,59 @@ async def test_a_grammar_that_takes_too_much_is_refused_for_a_while_without_anot
     tried = starts.read_text()
     assert await code_of_answer() == "grammar_too_complex"
     assert starts.read_text() == tried, "it was tried again"
+
+
+def hungry_schema(title: str) -> dict[str, Any]:
+    """A schema of an allowed size whose compilation takes some ten megabytes, and little time."""
+    return {"title": title, "enum": [f"{number * 7919:060}" for number in range(10_000)]}
+
+
+def leave_room(checker: psutil.Process, num_bytes: int) -> None:
+    """Lower the limit of memory of a checker that runs: no schema of an allowed size is known to reach its own."""
+    _, hard = resource.prlimit(checker.pid, resource.RLIMIT_AS)
+    resource.prlimit(checker.pid, resource.RLIMIT_AS, (checker.memory_info().vms + num_bytes, hard))
+
+
+def ask_without_room(server: RunningServer, title: str) -> tuple[int, Any]:
+    """Ask for a hungry schema of a new process, none of whose memory is free, that may take no more. Ask again where it
+    got too little of the CPU.
+    """
+    while True:
+        old = checkers(server)
+        for checker in old:
+            checker.kill()
+        psutil.wait_procs(old, timeout=30)
+        assert ask_until_checked(server, guided_regex=f"before the {title}|{time.monotonic()}")[0] == 200
+        (checker,) = checkers(server)
+        leave_room(checker, 4 << 20)
+        status, answer = ask(server, guided_json=hungry_schema(title))
+        psutil.wait_procs([checker], timeout=30)
+        assert checker not in checkers(server)  # so that its memory is back
+        if status != 503:
+            return status, answer
+
+
+def test_a_grammar_that_runs_out_of_memory_is_a_400_by_its_field_and_others_are_served(server: RunningServer) -> None:
+    statuses, over = [ask(server)[0]], threading.Event()
+
+    def ask_plainly() -> None:
+        while not over.is_set():
+            statuses.append(ask(server)[0])
+
+    before = psutil.Process(server.process.pid).memory_info().rss
+    thread = threading.Thread(target=ask_plainly)
+    thread.start()
+    try:
+        for title in ("first", "second", "third"):
+            status, answer = ask_without_room(server, title)
+            assert (status, answer["error"]["param"]) == (400, "guided_json"), answer
+            assert answer["error"]["code"] == "grammar_too_complex"
+    finally:
+        over.set()
+        thread.join()
+    assert set(statuses) == {200}
+    assert ask_until_checked(server, guided_json=hungry_schema("with room"))[0] == 200
+    assert psutil.Process(server.process.pid).memory_info().rss < before + 20e6
 
 
 def test_a_process_that_stands_still_is_replaced_and_its_grammar_is_not_to_blame(server: RunningServer) -> None:

@@ -22,6 +22,7 @@ from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import WAIT_S, RunningServer, each, end, running_server, speak, streams_of
 
 _CHAT, _MESSAGES, _RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+_COMPLETIONS = "/v1/completions"
 _JSON = {"content-type": "application/json"}
 _PADDING = b" " * (LARGE_BYTES + 1)
 """White space, which no JSON minds."""
@@ -62,6 +63,18 @@ def _message(**fields: Any) -> dict[str, Any]:
 
 
 _CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completions": (_COMPLETIONS, completion_body(n=2, best_of=3, stop=["Paris"], user="me", return_token_ids=True)),
+    "completions-stream": (_COMPLETIONS, completion_body(stream=True, prompt=["One", "Two"], echo=True)),
+    "completions-echo": (_COMPLETIONS, completion_body(prompt=[[5, 6], [7]], echo=True, logprobs=2)),
+    "completions-many": (_COMPLETIONS, completion_body(prompt=[f"Number {n}" for n in range(200)], max_tokens=2)),
+    "completions-truncated": (_COMPLETIONS, completion_body(prompt=[[5] * 9, [6]], truncate_prompt_tokens=4)),
+    "completions-edits": (_COMPLETIONS, completion_body(logit_bias={"5": 1}, bad_words=["no way"], min_tokens=2)),
+    "completions-schema": (_COMPLETIONS, completion_body(guided_json={"type": "array"})),
+    "completions-wrong-grammar": (_COMPLETIONS, completion_body(guided_regex="(a")),
+    "completions-wrong-id": (_COMPLETIONS, completion_body(prompt=[[5], [6, 10**6]])),
+    "completions-too-long": (_COMPLETIONS, completion_body(prompt="word " * 3000)),
+    "completions-hints-and-wrong": (_COMPLETIONS, completion_body(user="me", max_tokens=9999)),
+    "completions-no-prompt": (_COMPLETIONS, {"model": "smollm2"}),
     "chat": (_CHAT, chat_body(n=2, stop=["Paris"], logprobs=True, top_logprobs=2, user="me", return_token_ids=True)),
     "chat-stream": (_CHAT, chat_body(stream=True, stream_options={"include_usage": True}, seed=-3)),
     "chat-tools": (_CHAT, chat_body(tools=[_FUNCTION], tool_choice="required", parallel_tool_calls=False)),
@@ -100,7 +113,7 @@ def _ask(server: RunningServer, path: str, body: bytes) -> tuple[int, str | None
     """Return the status, the fields that are named as ignored, and the answer without what differs each time."""
     status, headers, raw = server.request("POST", path, body, _JSON)
     text = re.sub(r'"(created|created_at|completed_at)":[\d.]+', r'"\1":0', raw.decode())
-    return status, headers.get("x-toka-ignored"), re.sub(r"\b(chatcmpl-|[a-z]+_)[0-9a-f]{24,}", r"\1", text)
+    return status, headers.get("x-toka-ignored"), re.sub(r"\b(chatcmpl-|cmpl-|[a-z]+_)[0-9a-f]{24,}", r"\1", text)
 
 
 @pytest.mark.parametrize("name", _CASES)
@@ -114,7 +127,8 @@ def test_a_large_request_has_the_answer_of_a_small_one(speaking: RunningServer, 
     assert small[0] in (200, 400, 404)
     assert len(helpers_of(speaking)) == 1
     submits = speaking.manager.submits
-    for first, second in zip(submits[::2], submits[1::2], strict=True):
+    half = len(submits) // 2
+    for first, second in zip(submits[:half], submits[half:], strict=True):
         assert first.prompt_ids.tolist() == second.prompt_ids.tolist()
         assert (first.sampling, first.grammar, first.stop_ids) == (second.sampling, second.grammar, second.stop_ids)
 
@@ -131,9 +145,10 @@ def test_a_request_of_many_texts_is_large_and_one_of_few_is_not(tokenizer_dir: P
 
 
 def test_a_body_that_is_not_json_is_named_as_such(speaking: RunningServer) -> None:
-    for body in (b"{" + _PADDING, b"\xff\xfe" + _PADDING, b'{"model": NaN}' + _PADDING, _PADDING):
-        status, _, text = _ask(speaking, _CHAT, body)
-        assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+    for path in (_COMPLETIONS, _CHAT):
+        for body in (b"{" + _PADDING, b"\xff\xfe" + _PADDING, b'{"model": NaN}' + _PADDING, _PADDING):
+            status, _, text = _ask(speaking, path, body)
+            assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_a_large_response_is_kept_and_continued(speaking: RunningServer) -> None:
@@ -162,7 +177,7 @@ def test_others_are_served_while_a_large_request_is_made_ready(speaking: Running
     for thread in threads:
         thread.start()
     for _ in range(5):
-        assert speaking.post("/v1/completions", completion_body())[0] == 200
+        assert speaking.post(_COMPLETIONS, completion_body())[0] == 200
         assert speaking.post(_CHAT, chat_body())[0] == 200
     assert not answers
     helper.resume()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat, FinishedChoice, PromptByToken, encode, plain_logprob
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
+from toka_engine.server.generation_spec import GenerationSpec
+from toka_engine.server.large_requests import Preparer
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
+from toka_engine.server.preparation import Preparation
 from toka_engine.server.render import ShownToken
 from toka_engine.server.request import GenerationRequest, Usage, doc
 from toka_engine.server.service import Service
@@ -142,24 +146,45 @@ class CompletionFormat(AnswerFormat):
         return found
 
 
+class _Prepared(NamedTuple):
+    model: str
+    prompts: list[Int32s]
+    texts: list[str]
+    """The text of each prompt, where the answer begins with it."""
+    spec: GenerationSpec
+    options: GenerationOptions
+
+
+_decoder = BodyDecoder(CompletionRequest)
+
+
+async def _prepare(preparation: Preparation, body: bytes) -> _Prepared:
+    request = preparation.decode(_decoder, body)
+    limits = preparation.engine.limits
+    options = _check(request, limits)
+    encoder = preparation.make_encoder(options)
+    prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
+    spec = limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)
+    return _Prepared(request.model, prompts, texts, spec, options)
+
+
+PREPARER = Preparer("completions", _prepare, _Prepared)
+
+
 class Completions:
     """Answers completions."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._decoder = BodyDecoder(CompletionRequest)
 
     async def answer(self, exchange: Exchange) -> None:
         """Answer one request. Raises ApiError and ClientGoneError."""
         service = self._service
         engine = service.serving_engine()
-        request = await service.read(exchange, self._decoder)
-        options = _check(request, engine.limits)
+        body = await exchange.read_json(service.budget)
+        model, prompts, texts, spec, options = await service.prepare(exchange, PREPARER, body)
         await service.check_grammar(exchange, engine, options)
-        encoder = engine.make_encoder(options, exchange.connection)
-        prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
-        spec = engine.limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)
-        job = engine.make_job(prompts, spec, options, CompletionFormat, request.model, texts)
+        job = engine.make_job(prompts, spec, options, CompletionFormat, model, texts)
         await run_job(job, exchange, service.streams, service.metrics)
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from toka_engine.portable import count_resident_bytes, end_with_parent, limit_memory_growth, trim_heap
-from toka_engine.server.endpoints import chat, messages, responses, tokenize
+from toka_engine.server.endpoints import chat, completions, messages, responses, tokenize
 from toka_engine.server.engine import Engine, load, make_engine
 from toka_engine.server.errors import ApiError
 from toka_engine.server.failures import frames_of
@@ -41,7 +41,7 @@ class _NobodyLeaves:
 _PREPARERS: Mapping[str, Preparer[Any]] = {
     preparer.name: preparer
     for preparer in (
-        *(chat.PREPARER, messages.PREPARER, messages.COUNT_PREPARER),
+        *(completions.PREPARER, chat.PREPARER, messages.PREPARER, messages.COUNT_PREPARER),
         *(responses.PREPARER, responses.COUNT_PREPARER, tokenize.PREPARER),
     )
 }
