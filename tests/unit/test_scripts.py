@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,8 +63,14 @@ def test_a_check_that_does_not_exist_is_refused_by_name() -> None:
 
 
 FAKE_PYTHON = """#!/bin/bash
+[ "$1" != -c ] || exec "$REAL_PYTHON" "$@"
 echo "python $*"
 case "$*" in
+  *"pytest"*"--last-failed"*) exit "${AGAIN_STATUS:-0}" ;;
+  *"pytest"*"${FAILING_TIER:-none fails}"*)
+    cache=$(sed -n 's/.*cache_dir=\\([^ ]*\\).*/\\1/p' <<<"$*")
+    [ -z "$cache" ] || { mkdir -p "$cache/v/cache"; echo "$FAILED_TESTS" >"$cache/v/cache/lastfailed"; }
+    exit "${TIER_STATUS:-1}" ;;
   *"pytest"*"tests/cluster"*) until [ -e "$MEETING/model" ]; do sleep 0.05; done; touch "$MEETING/cluster" ;;
   *"pytest"*"tests/model"*)
     touch "$MEETING/model"
@@ -70,7 +78,7 @@ case "$*" in
     exit "${MODEL_STATUS:-0}" ;;
 esac
 """
-"""An interpreter whose tiers model and cluster wait for each other, unless ALONE is set."""
+"""An interpreter whose tiers model and cluster wait for each other, unless ALONE is set, and one of whose tiers may fail."""
 
 
 def run_tests(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +87,9 @@ def run_tests(folder: Path, *arguments: str, **env: str) -> subprocess.Completed
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    environment = {**os.environ, "TOKA_VENV": str(folder / "venv"), "MEETING": str(folder), **env}
+    own = {"TOKA_VENV": str(folder / "venv"), "MEETING": str(folder), "REAL_PYTHON": sys.executable}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOKA_TEST_")}
+    environment = {**inherited, **own, **env}
     command = ["bash", str(ROOT / "scripts" / "test"), *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -103,6 +113,38 @@ def test_on_demand_all_tiers_run_one_after_the_other_with_what_is_handed_on(tmp_
     lines = [line for line in done.stdout.splitlines() if "pytest" in line]
     assert [line.endswith(" -k some") for line in lines] == [True, True]
     assert "tests/model" in lines[0]
+
+
+def fail_once(folder: Path, tier: str, num_failed: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
+    """One tier alone, some tests of which fail, as CI runs it."""
+    failed = json.dumps({f"tests/{tier}/test_some.py::test_{number}": True for number in range(num_failed)})
+    settings = {"TOKA_TEST_AGAIN": "2", "FAILING_TIER": f"tests/{tier}", "FAILED_TESTS": failed, **env}
+    return run_tests(folder, tier, **settings)
+
+
+def test_in_ci_what_failed_beside_other_tests_and_passes_alone_is_named_as_unsteady(tmp_path: Path) -> None:
+    done = fail_once(tmp_path, "e2e", 2)
+    assert results(done) == [["e2e", "unsteady"]]
+    assert done.returncode == 0
+    assert "=== unsteady: failed beside other tests and passed alone\ntests/e2e/test_some.py::test_0\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tier", "env"),
+    [
+        ("e2e", {"AGAIN_STATUS": "1"}),
+        ("e2e", {"TIER_STATUS": "2"}),
+        ("e2e", {"TOKA_TEST_AGAIN": "1"}),
+        ("e2e", {"TOKA_TEST_AGAIN": ""}),
+        ("unit", {}),
+    ],
+    ids=["it fails again", "tests were not even collected", "more fail than may", "nobody asked", "no real processes"],
+)
+def test_a_tier_fails_all_the_same_if(tmp_path: Path, tier: str, env: dict[str, str]) -> None:
+    done = fail_once(tmp_path, tier, 2, **env)
+    assert results(done) == [[tier, "FAILED"]]
+    assert done.returncode == 1
+    assert "unsteady" not in done.stdout
 
 
 def test_a_tier_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
