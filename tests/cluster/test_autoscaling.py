@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from tests.cluster.harness.kwok import HOLD_ANNOTATION
 from tests.cluster.metrics_pipeline import GROUP, Load, run_pipeline
 from tests.cluster.operating import WRITING_VERBS, Operator, pod_uids
+from tests.cluster.recording import Recording, record
 
 STABILIZATION_S = 12
 SCALED = {"enabled": True, "minReplicas": 2, "maxReplicas": 6, "target": 10}
@@ -26,25 +25,9 @@ def load(own_operator: Operator) -> Iterator[Load]:
         yield load
 
 
-@contextmanager
-def record_replicas(operator: Operator) -> Iterator[list[int]]:
-    """The different values that spec.replicas of `chat` has meanwhile, in order."""
-    seen: list[int] = []
-    is_over = threading.Event()
-
-    def look() -> None:
-        while not is_over.wait(0.2):
-            replicas = operator.require("td", "chat")["spec"]["replicas"]
-            if seen[-1:] != [replicas]:
-                seen.append(replicas)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        is_over.set()
-        thread.join()
+def replicas_in(recording: Recording) -> list[int]:
+    """The different values that spec.replicas of `chat` had, in order."""
+    return [replicas for replicas, _ in itertools.groupby(state[0]["spec"]["replicas"] for state in recording.states)]
 
 
 def count_reversals(values: list[int]) -> int:
@@ -99,7 +82,7 @@ def test_a_square_wave_moves_the_replicas_up_once_and_down_once(own_operator: Op
     path = f"/apis/{GROUP}/v1beta2/namespaces/{own_operator.namespace}/pods/*/toka_kv_cache_utilization"
     used = own_operator.server.request("GET", path)["items"]
     assert {each["value"] for each in used} == {"500m"}
-    with record_replicas(own_operator) as seen:
+    with record(own_operator, "td") as recording:
         for _ in range(5):
             load.num_waiting = 50
             time.sleep(4)
@@ -107,6 +90,7 @@ def test_a_square_wave_moves_the_replicas_up_once_and_down_once(own_operator: Op
             time.sleep(4)
         own_operator.wait_for(lambda: replicas_of(own_operator) == 2, "the quiet to be followed", timeout_s=90)
         own_operator.wait_until_ready("chat")
+    seen = replicas_in(recording)
     assert max(seen) == 5
     assert count_reversals(seen) <= 2, seen
     check_that_only_statuses_were_written(own_operator)
@@ -121,9 +105,10 @@ def test_pods_that_load_count(own_operator: Operator, load: Load) -> None:
     own_operator.set_pod_status(first, phase="Running", conditions=conditions)
     own_operator.wait_for_condition("chat", "Autoscaled", "True")
     load.num_waiting = 40
-    with record_replicas(own_operator) as seen:
+    with record(own_operator, "td") as recording:
         own_operator.wait_for(lambda: replicas_of(own_operator) == 4, "the queue to be followed")
         own_operator.apply("chat", autoscaling={**SCALED, "minReplicas": 1}, podTemplate=held)  # as a pipeline does
         time.sleep(8)
+    seen = replicas_in(recording)
     assert seen[-1] == 4, seen
     assert count_reversals(seen) == 0, seen

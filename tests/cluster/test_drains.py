@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.operating import HOLD, Json, Operator
+from tests.cluster.recording import is_serving, is_staying, record
 
 NODES = ("simulated-0", "simulated-1")
 
@@ -28,7 +29,7 @@ def node_of(operator: Operator, pod: str) -> str:
 
 def staying(operator: Operator) -> dict[str, Json]:
     """Pods of `chat` that nobody told to go, by name."""
-    return {p["metadata"]["name"]: p for p in operator.pods("chat") if "deletionTimestamp" not in p["metadata"]}
+    return {p["metadata"]["name"]: p for p in operator.pods("chat") if is_staying(p)}
 
 
 def become_ready(operator: Operator, pod: str, address: str) -> None:
@@ -168,16 +169,14 @@ def test_several_pods_leave_a_cordoned_node_without_fewer_serving(operator: Oper
     operator.patch("chat", rollout={"paused": is_paused})
     before = staying(operator)
     assert {pod["spec"]["nodeName"] for pod in before.values()} == set(NODES)
-    operator.server.kubectl("cordon", NODES[0])
-    fewest = len(before)
 
     def has_moved() -> bool:
-        nonlocal fewest
         pods = staying(operator).values()
-        fewest = min(fewest, sum(p.get("status", {}).get("phase") == "Running" for p in pods))
         return len(pods) == 4 and all(p["spec"].get("nodeName") == NODES[1] for p in pods)
 
-    operator.wait_for(has_moved, "four pods on the other node")
-    assert fewest == 4
+    with record(operator, "pod") as recorded:
+        operator.server.kubectl("cordon", NODES[0])
+        operator.wait_for(has_moved, "four pods on the other node")
+    assert min(recorded.count(is_serving)) == 4
     operator.wait_for_condition("chat", "Progressing", "False", "Complete")
     assert operator.require("td", "chat")["status"]["replicas"] == 4

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from tests.cluster.harness.errors import CommandFailed
 from tests.cluster.harness.kwok import NEVER_READY_ANNOTATION
 from tests.cluster.operating import HOLD, Operator, pod_uids
+from tests.cluster.recording import is_serving, is_staying, record
 from tests.unit.operator.test_revisions import BASE, MEANINGLESS, edit
 
 
-@dataclass
-class Extremes:
-    """The observations made while a rollout went on."""
+def wait_for_the_end(operator: Operator) -> None:
+    """Waits until the newest spec serves with one StatefulSet."""
 
-    most_pods: int = 0
-    most_revisions: int = 0
-    fewest_ready: int = 1000
+    def is_over() -> bool:
+        found = operator.require("td", "chat")
+        conditions = {c["type"]: c for c in found["status"]["conditions"]}
+        is_seen = found["status"]["observedGeneration"] == found["metadata"]["generation"]
+        return is_seen and conditions["Ready"]["status"] == "True" and len(operator.sets("chat")) == 1
 
-
-def watch_rollout(operator: Operator, seen: Extremes) -> bool:
-    """One look, noted in `seen`; whether the rollout is over."""
-    pods = [p for p in operator.pods("chat") if "deletionTimestamp" not in p["metadata"]]
-    num_ready = sum(p.get("status", {}).get("phase") == "Running" for p in pods)
-    revisions = {p["metadata"]["labels"]["toka.dev/revision"] for p in pods}
-    seen.most_pods, seen.fewest_ready = max(seen.most_pods, len(pods)), min(seen.fewest_ready, num_ready)
-    seen.most_revisions = max(seen.most_revisions, len(revisions))
-    found = operator.require("td", "chat")
-    conditions = {c["type"]: c for c in found["status"]["conditions"]}
-    is_seen = found["status"]["observedGeneration"] == found["metadata"]["generation"]
-    return is_seen and conditions["Ready"]["status"] == "True" and len(operator.sets("chat")) == 1
+    operator.wait_for(is_over, "the rollout to end")
 
 
 def test_a_change_of_the_spec_surges_and_the_old_revision_goes(operator: Operator) -> None:
     operator.apply("chat", replicas=3)
     (old,) = operator.wait_until_ready("chat")["status"]["revisions"]
-    operator.patch("chat", engine={"maxSeqsPerForward": 64})
-    seen = Extremes()
-    operator.wait_for(lambda: watch_rollout(operator, seen), "the rollout to end")
-    assert (seen.most_pods, seen.fewest_ready) == (4, 3)
+    with record(operator, "pod") as pods:
+        operator.patch("chat", engine={"maxSeqsPerForward": 64})
+        wait_for_the_end(operator)
+    assert (max(pods.count(is_staying)), min(pods.count(is_serving))) == (4, 3)
     (new,) = operator.require("td", "chat")["status"]["revisions"]
     assert new["name"] != old["name"]
     stored = operator.list("controllerrevision", "app.kubernetes.io/component=revision")
@@ -60,10 +50,14 @@ def test_a_third_revision_supersedes_a_rollout_under_way_without_fewer_pods_serv
         return len(revisions) == 2 and all(revision["available"] for revision in revisions)
 
     operator.wait_for(is_half_way, "two revisions to serve")
-    operator.patch("chat", engine={"pageSize": 64})
-    seen = Extremes()
-    operator.wait_for(lambda: watch_rollout(operator, seen), "the rollout to end")
-    assert (seen.most_revisions, seen.most_pods, seen.fewest_ready) == (3, 4, 3)
+    with record(operator, "pod") as pods:
+        operator.patch("chat", engine={"pageSize": 64})
+        wait_for_the_end(operator)
+    revisions = [
+        {p["metadata"]["labels"]["toka.dev/revision"] for p in state if is_staying(p)} for state in pods.states
+    ]
+    assert max(map(len, revisions)) == 3
+    assert (max(pods.count(is_staying)), min(pods.count(is_serving))) == (4, 3)
     assert {"page_size=64"} <= set(operator.pods("chat")[0]["spec"]["containers"][0]["args"])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.operating import Json, Operator, pod_uids
+from tests.cluster.recording import is_serving, record
 
 SCARCE = {"device": "gpu", "gpuResource": "example.com/scarce"}
 
@@ -30,31 +31,27 @@ def revision_of_pod(pod: Json) -> str:
 
 
 def num_running(operator: Operator) -> int:
-    pods = operator.pods("chat")
-    return sum("deletionTimestamp" not in p["metadata"] and p.get("status", {}).get("phase") == "Running" for p in pods)
+    return sum(map(is_serving, operator.pods("chat")))
 
 
-def roll(operator: Operator, old: str) -> tuple[int, int]:
-    """Changes the pods and waits for the end. Returns the most pods and the fewest that ran."""
-    operator.patch("chat", engine={"pageSize": 32})
-    seen = [(2, 2)]
+def wait_for_the_end(operator: Operator, old: str) -> None:
+    """Waits until another revision than `old` serves alone."""
 
     def is_over() -> bool:
-        pods = operator.pods("chat")
-        seen.append((len(pods), num_running(operator)))
         found = operator.require("td", "chat")["status"]
         reasons = {c["type"]: c["reason"] for c in found["conditions"]}
         return reasons["Ready"] == "AllAvailable" and found["currentRevision"] != old
 
     operator.wait_for(is_over, "the rollout to end")
-    return max(pods for pods, _ in seen), min(running for _, running in seen)
 
 
 def test_in_place_an_old_pod_goes_first_one_at_a_time(operator: Operator) -> None:
     old = begin(operator, strategy="InPlace")
-    most, fewest = roll(operator, old)
-    assert most <= 3, "with one that goes, whose GPU the next waits for"
-    assert fewest >= 1
+    with record(operator, "pod") as pods:
+        operator.patch("chat", engine={"pageSize": 32})
+        wait_for_the_end(operator, old)
+    assert max(map(len, pods.states)) <= 3, "with one that goes, whose GPU the next waits for"
+    assert min(pods.count(is_serving)) == 1
     assert operator.require("pdb", "chat")["spec"]["minAvailable"] == 1
 
 
@@ -73,20 +70,13 @@ def test_recreated_pods_wait_until_every_old_one_is_gone(operator: Operator) -> 
 
 def test_a_surge_that_finds_no_room_for_as_long_as_asked_takes_an_old_pod_first_and_says_so(operator: Operator) -> None:
     old = begin(operator, surgeFallbackSeconds=4)
-    operator.patch("chat", engine={"pageSize": 32})
-    blocked = operator.wait_for_condition("chat", "Progressing", "True", "SurgeBlocked")
-    assert "An old pod goes first after rollout.surgeFallbackSeconds (4 s)" in blocked["message"]
-    assert num_running(operator) == 2
-    fewest = [2]
-
-    def is_over() -> bool:
-        fewest.append(num_running(operator))
-        found = operator.require("td", "chat")["status"]
-        is_ready = next(c["status"] for c in found["conditions"] if c["type"] == "Ready") == "True"
-        return is_ready and found["currentRevision"] != old
-
-    operator.wait_for(is_over, "the rollout to end")
-    assert min(fewest) == 1
+    with record(operator, "pod") as pods:
+        operator.patch("chat", engine={"pageSize": 32})
+        blocked = operator.wait_for_condition("chat", "Progressing", "True", "SurgeBlocked")
+        assert "An old pod goes first after rollout.surgeFallbackSeconds (4 s)" in blocked["message"]
+        assert num_running(operator) == 2
+        wait_for_the_end(operator, old)
+    assert min(pods.count(is_serving)) == 1
     events = operator.server.list_objects("events", operator.namespace)
     assert "SurgeBlocked" in {event["reason"] for event in events}
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,37 @@ class ApiServer(KubernetesHandle):
                 return None
             raise
 
+    @contextmanager
+    def watch(self, path: str, note: Callable[[Object], None]) -> Iterator[list[Exception]]:
+        """Hands each event of a watch to `note`, in order, from a thread, until the block ends.
+
+        Yields the errors that have ended it before, at most one.
+        """
+        url = f"https://127.0.0.1:{self.control.api_port}{path}"
+        timeout = urllib3.Timeout(connect=60.0, read=None)
+        answer: Any = self._pool.request("GET", url, preload_content=False, timeout=timeout)
+        if answer.status >= 400:
+            raise CommandFailed(["GET", path], answer.status, "", answer.data.decode(errors="replace"))
+        is_over, errors = threading.Event(), []
+
+        def follow() -> None:
+            try:
+                for event in _events(answer):
+                    note(event)
+            except Exception as error:
+                if not is_over.is_set():
+                    errors.append(error)
+
+        thread = threading.Thread(target=follow, name=f"watch {path}", daemon=True)
+        thread.start()
+        try:
+            yield errors
+        finally:
+            is_over.set()
+            answer.shutdown()
+            thread.join(10.0)
+            answer.close()
+
     def create_namespace(self, name: str, pod_security: str | None = None) -> str:
         labels = {"pod-security.kubernetes.io/enforce": pod_security} if pod_security else {}
         self.request("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": labels}})
@@ -152,6 +186,14 @@ class ApiServer(KubernetesHandle):
             "--cidr=10.200.0.1/16",
             "--node-ip=10.201.0.1",
         ]
+
+
+def _events(answer: Any) -> Iterator[Object]:
+    """The events of a watch, a line each; none any more once its connection is shut down."""
+    buffer = b""
+    for chunk in answer.stream(amt=None):
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        yield from (json.loads(line) for line in lines)
 
 
 def _node(name: str, gpus: int, pods: int, simulator: str) -> dict[str, object]:
