@@ -9,13 +9,13 @@ import pytest
 from tests.cluster.operating import Json, Operator, pod_uids
 from tests.cluster.recording import is_serving, record
 
-SCARCE = {"device": "gpu", "gpuResource": "example.com/scarce"}
+SCARCE = {"device": "gpu", "gpuResource": "example.com/pair"}
 
 
 @pytest.fixture(autouse=True)
 def two_gpus(operator: Operator) -> None:
     """Only one node has any, and only two."""
-    amount = {"example.com/scarce": "2"}
+    amount = {"example.com/pair": "2"}
     status = {"status": {"capacity": amount, "allocatable": amount}}
     operator.server.request("PATCH", "/api/v1/nodes/simulated-0/status", status, "merge-patch+json")
 
