@@ -78,7 +78,7 @@ case "$*" in
     exit "${MODEL_STATUS:-0}" ;;
 esac
 """
-"""An interpreter whose tiers model and cluster wait for each other, unless ALONE is set, and one of whose tiers may fail."""
+"""An interpreter whose tiers model and cluster wait for each other, unless ALONE is set. One tier may fail."""
 
 
 def run_tests(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
