@@ -182,7 +182,8 @@ class Completions:
         service = self._service
         engine = service.serving_engine()
         body = await exchange.read_json(service.budget)
-        model, prompts, texts, spec, options = await service.prepare(exchange, PREPARER, body)
+        prepared = await service.prepare(exchange, PREPARER, body)
+        model, prompts, texts, spec, options = prepared
         await service.check_grammar(exchange, engine, options)
         job = engine.make_job(prompts, spec, options, CompletionFormat, model, texts)
         await run_job(job, exchange, service.streams, service.metrics)
