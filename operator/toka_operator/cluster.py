@@ -56,6 +56,8 @@ _PATHS = {
     "NetworkPolicy": ("apis/networking.k8s.io/v1", "networkpolicies"),
     "HorizontalPodAutoscaler": ("apis/autoscaling/v2", "horizontalpodautoscalers"),
     "PodMonitor": ("apis/monitoring.coreos.com/v1", "podmonitors"),
+    "InferencePool": ("apis/inference.networking.k8s.io/v1", "inferencepools"),
+    "HTTPRoute": ("apis/gateway.networking.k8s.io/v1", "httproutes"),
     "EndpointSlice": ("apis/discovery.k8s.io/v1", "endpointslices"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),
     "TokaDeployment": (f"apis/{GROUP}/{VERSION}", PLURAL),

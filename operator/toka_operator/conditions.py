@@ -26,12 +26,13 @@ from toka_operator.monitoring import explain_monitored
 from toka_operator.moves import find_displaced, find_hold_end
 from toka_operator.observed import Observed
 from toka_operator.plan import Plan, find_surge_fallback
-from toka_operator.resources import AUTOSCALER
+from toka_operator.resources import AUTOSCALER, HTTP_ROUTE, INFERENCE_POOL, POD_MONITOR
 from toka_operator.rollout import Window
+from toka_operator.routing import explain_routed
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.times import format_time
 
-MODEL_CACHED, MONITORED, AUTOSCALED = "ModelCached", "Monitored", "Autoscaled"
+MODEL_CACHED, MONITORED, AUTOSCALED, ROUTED = "ModelCached", "Monitored", "Autoscaled", "Routed"
 MOVING, SURGE_BLOCKED = "NodeCordoned", "SurgeBlocked"
 DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
 _NO_PODS = Window()
@@ -144,7 +145,11 @@ def decide_conditions(
     progressing = _decide_progressing(spec, observed, plan, counts, is_late, now, canary)
     optional = [Condition(MODEL_CACHED, *explain_cached(spec, observed))] if downloads_from_hub(spec) else []
     if spec.pod_monitor == "On":
-        optional.append(Condition(MONITORED, *explain_monitored(observed.pod_monitors)))
+        optional.append(Condition(MONITORED, *explain_monitored(observed.see(POD_MONITOR))))
+    if spec.routing.is_wanted:
+        route = next(iter(observed.of_kind(HTTP_ROUTE)), None)
+        sights = (observed.see(INFERENCE_POOL), observed.see(HTTP_ROUTE))
+        optional.append(Condition(ROUTED, *explain_routed(spec.routing, *sights, route)))
     if spec.autoscaling is not None and not spec.suspend:
         autoscaler = next(iter(observed.of_kind(AUTOSCALER)), None)
         optional.append(Condition(AUTOSCALED, *explain_autoscaled(autoscaler)))

@@ -22,6 +22,8 @@ OWN_PARTS: dict[str, set[tuple[str, ...]]] = {
     "StatefulSet": {("spec", "template")},
     "NetworkPolicy": {("spec",)},
     "PodMonitor": {("spec", "selector")},
+    "InferencePool": {("spec", "selector")},
+    "HTTPRoute": {("spec", "parentRefs"), ("spec", "hostnames")},
 }
 """Parts of a child that hold nothing but what the operator wrote and the API server's defaults."""
 

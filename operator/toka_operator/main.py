@@ -31,6 +31,7 @@ Settings are environment variables:
   TOKA_READ_DOWNLOADS                false: whether engines that load are asked how far their download is
   TOKA_POD_MONITORS                  false: whether a PodMonitor is made for each object, where the cluster has them
   TOKA_POD_MONITOR_LABELS            as a=b,c=d: labels of PodMonitors, by which a Prometheus selects them
+  TOKA_ROUTES                        false: whether spec.routing makes InferencePools and HTTPRoutes
   TOKA_WATCH_NODES                   false: whether nodes may be watched: pods leave a cordoned one when others serve
   TOKA_WORKERS                       8: objects that are worked on at once
   TOKA_HEALTH_PORT                   8080: /livez, /readyz and /metrics

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from toka_operator.advice import add_advice
 from toka_operator.fields import Json
+from toka_operator.sight import KNOWN, UNKNOWN
 
 MONITORING_DEFAULTS: Json = {"podMonitor": "Auto"}
 POD_MONITOR_CHOICES = ("Auto", "On", "Off")
-KNOWN, UNKNOWN, NOT_ALLOWED = "Known", "Unknown", "NotAllowed"
-"""Whether the operator sees PodMonitors: it does, the API server has none, or the chart does not let it."""
 
 
 def wants_pod_monitor(choice: str, sight: str) -> bool:

@@ -14,10 +14,10 @@ from toka_operator.data import claim_name
 from toka_operator.failures import Failure, find_failure, is_creating, is_on_lost_node
 from toka_operator.fields import Json
 from toka_operator.figures import Figures
-from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.podspec import ENGINE_CONTAINER
 from toka_operator.resources import CLAIM
 from toka_operator.settings import KIND, MANAGED_BY, REVISION_LABEL
+from toka_operator.sight import NOT_ALLOWED
 from toka_operator.times import parse_time
 
 STARTS_TOGETHER_S = 1.0
@@ -115,8 +115,8 @@ class Observed:
     """Names of pods labelled as ours that no StatefulSet of ours controls: a new pod cannot have such a name."""
     missing_pods: tuple[Failure, ...] = ()
     """Why StatefulSets have fewer pods than they ask for."""
-    pod_monitors: str = NOT_ALLOWED
-    """Whether PodMonitors can be seen, and so made."""
+    sights: Mapping[str, str] = field(default_factory=dict)
+    """Kind that the cluster need not have -> how it is seen (`sight`)."""
     downloads: Mapping[str, Download] = field(default_factory=dict)
     """By name of a pod of the current revision that downloads the model."""
     figures: Mapping[str, Figures] = field(default_factory=dict)
@@ -125,6 +125,10 @@ class Observed:
     """The last revision of which every wanted pod was available."""
     cordoned: frozenset[str] | None = None
     """Names of the nodes that are cordoned; None: the operator cannot see nodes."""
+
+    def see(self, kind: str) -> str:
+        """Whether a kind that the cluster need not have can be seen, and so made."""
+        return self.sights.get(kind, NOT_ALLOWED)
 
     def of_kind(self, kind: str) -> list[Json]:
         return [child for (k, _), child in sorted(self.children.items()) if k == kind]

@@ -8,18 +8,22 @@ twice writes nothing the second time.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from toka_operator.failures import NOT_READY
 from toka_operator.fields import Json
 from toka_operator.moves import find_displaced, find_hold_end, holds_only_pod
-from toka_operator.observed import Observed, PodView
+from toka_operator.observed import Observed, PodView, find_engine_port
 from toka_operator.podspec import render_pod_template
 from toka_operator.resources import (
     CONTROLLER_REVISION,
+    HTTP_ROUTE,
+    INFERENCE_POOL,
     NETWORK_POLICY,
     OPTIONAL_KINDS,
+    POD_MONITOR,
     STATEFUL_SET,
     Owner,
     pod_labels,
@@ -27,6 +31,8 @@ from toka_operator.resources import (
     render_cache_claim,
     render_claim,
     render_disruption_budget,
+    render_http_route,
+    render_inference_pool,
     render_network_policy,
     render_peers_service,
     render_pod_monitor,
@@ -286,15 +292,30 @@ def _render_optional_children(
     now: float,
 ) -> list[Json]:
     """Children of kinds that not every spec asks for."""
+    port = _find_pool_port(spec, observed, templates)
+    pool = render_inference_pool(owner, spec, observed.see(INFERENCE_POOL), port)
+    # One that is not there yet, or is somebody else's, gets no requests.
+    has_pool = pool is not None and (INFERENCE_POOL, owner.name) in observed.children
     found = [
         render_network_policy(
             owner, spec, templates.values(), settings.find_asking_namespace(spec.rollout.canary_s > 0)
         ),
         render_disruption_budget(owner, spec, holds_only_pod(spec, observed, now)),
         render_autoscaler(owner, spec),
-        render_pod_monitor(owner, spec, observed.pod_monitors, settings.pod_monitor_labels),
+        render_pod_monitor(owner, spec, observed.see(POD_MONITOR), settings.pod_monitor_labels),
+        pool,
+        render_http_route(owner, spec, observed.see(HTTP_ROUTE), has_pool),
     ]
     return [child for child in found if child is not None]
+
+
+def _find_pool_port(spec: TokaDeploymentSpec, observed: Observed, templates: Mapping[str, Json]) -> int:
+    """The port on which most ready pods listen, because an InferencePool knows one; the spec's, if none is ready."""
+    revisions = (pod.revision for pod in observed.pods if pod.is_ready and not pod.is_terminating)
+    ports = Counter(
+        find_engine_port({"spec": {"template": templates[each]}}) for each in revisions if each in templates
+    )
+    return max(ports, key=lambda port: (ports[port], port == spec.engine.port), default=spec.engine.port)
 
 
 def _find_kept_specs(spec: TokaDeploymentSpec, stored: Mapping[str, Json]) -> dict[str, str | None]:

@@ -24,7 +24,6 @@ from toka_operator.fields import Json
 from toka_operator.loading import LoadingEngines
 from toka_operator.measuring import MeasuredEngines
 from toka_operator.metrics import WRITES
-from toka_operator.monitoring import NOT_ALLOWED
 from toka_operator.observed import (
     Observed,
     find_engine_port,
@@ -35,7 +34,7 @@ from toka_operator.observed import (
     view_pod,
 )
 from toka_operator.plan import Plan, make_plan
-from toka_operator.resources import STATEFUL_SET, Owner, set_name
+from toka_operator.resources import INFERENCE_POOL, STATEFUL_SET, Owner, set_name
 from toka_operator.revisions import with_stored_revision
 from toka_operator.rollback import Resort, describe_wish, find_resort
 from toka_operator.settings import API_VERSION, KIND, Settings
@@ -62,16 +61,16 @@ class Reconciler:
         stores: Mapping[str, Store],
         settings: Settings,
         loading: LoadingEngines | None = None,
-        see_pod_monitors: Callable[[str], str] = lambda namespace: NOT_ALLOWED,
+        see_kinds: Callable[[str], Mapping[str, str]] = lambda namespace: {},
         find_cordoned: Callable[[], frozenset[str] | None] = lambda: None,
         measured: MeasuredEngines | None = None,
     ) -> None:
-        """`loading`, `measured` None: engines are not asked for their downloads, for their figures. `see_pod_monitors`
-        tells of a namespace whether PodMonitors can be seen there; `find_cordoned` which nodes are cordoned, or None if
-        that cannot be seen."""
+        """`loading`, `measured` None: engines are not asked for their downloads, for their figures. `see_kinds` tells
+        of a namespace how kinds that the cluster need not have are seen there; `find_cordoned` which nodes are
+        cordoned, or None if that cannot be seen."""
         self._cluster, self._settings, self._loading, self._measured = cluster, settings, loading, measured
         self._deployments, self._stores = deployments, stores
-        self._see_pod_monitors, self._find_cordoned = see_pod_monitors, find_cordoned
+        self._see_kinds, self._find_cordoned = see_kinds, find_cordoned
         self._children = ChildWriter(cluster, stores, settings)
         self._memories: dict[Key, Memory] = {}
         self._recorder = Recorder(cluster, settings.identity)
@@ -144,6 +143,7 @@ class Reconciler:
         delays = [
             0.0 if status.get("rollback", resort.failed) != resort.failed else None,  # a rollout was given up
             plan.requeue_s,
+            0.0 if self._has_new_pool(owner, observed) else None,
             find_next_moment_s(spec, observed, status, now),
             _delay_status(memory, previous, status),
         ]
@@ -153,6 +153,11 @@ class Reconciler:
             delays.append(max(0.1, min(memory.taken_names.values()) - time.monotonic()))
         delays += [memory.refusals.next_try_s(), memory.suspects.next_ask_s()]
         return min((delay for delay in delays if delay is not None), default=None)
+
+    def _has_new_pool(self, owner: Owner, observed: Observed) -> bool:
+        """Whether this pass made the InferencePool: the HTTPRoute goes to it in the next one."""
+        pools = self._stores[INFERENCE_POOL].members((owner.namespace, owner.name))
+        return not observed.of_kind(INFERENCE_POOL) and any(is_owned_by(pool, owner.uid) for pool in pools)
 
     def _observe(self, owner: Owner, memory: Memory) -> Observed:
         """The state of the watches' caches, and of events where a pod does not come; else no requests."""
@@ -180,7 +185,7 @@ class Reconciler:
             views,
             frozenset(memory.taken_names),
             names,
-            pod_monitors=self._see_pod_monitors(owner.namespace),
+            sights=self._see_kinds(owner.namespace),
             cordoned=self._find_cordoned(),
         )
         return memory.suspects.explain(self.warnings, owner, observed, {p["metadata"]["name"]: p for p in ours})

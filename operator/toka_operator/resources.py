@@ -17,6 +17,7 @@ from toka_operator.data import Data, claim_name, peers_name
 from toka_operator.fields import Json
 from toka_operator.monitoring import render_pod_monitor_spec, wants_pod_monitor
 from toka_operator.network_policy import render_ingress
+from toka_operator.routing import render_pool_spec, render_route_spec
 from toka_operator.settings import (
     API_VERSION,
     FINGERPRINT_ANNOTATION,
@@ -27,6 +28,7 @@ from toka_operator.settings import (
     SERVICE_ANNOTATIONS_KEY,
     SPEC_ANNOTATION,
 )
+from toka_operator.sight import KNOWN
 from toka_operator.spec import TokaDeploymentSpec
 
 SERVICE_ACCOUNT, SERVICE, STATEFUL_SET = "ServiceAccount", "Service", "StatefulSet"
@@ -34,6 +36,7 @@ POD_DISRUPTION_BUDGET, CONTROLLER_REVISION = "PodDisruptionBudget", "ControllerR
 CLAIM, NETWORK_POLICY = "PersistentVolumeClaim", "NetworkPolicy"
 AUTOSCALER = "HorizontalPodAutoscaler"
 POD, POD_MONITOR = "Pod", "PodMonitor"
+INFERENCE_POOL, HTTP_ROUTE = "InferencePool", "HTTPRoute"
 API_VERSIONS = {
     SERVICE_ACCOUNT: "v1",
     SERVICE: "v1",
@@ -43,9 +46,11 @@ API_VERSIONS = {
     POD_DISRUPTION_BUDGET: "policy/v1",
     NETWORK_POLICY: "networking.k8s.io/v1",
     POD_MONITOR: "monitoring.coreos.com/v1",
+    INFERENCE_POOL: "inference.networking.k8s.io/v1",
+    HTTP_ROUTE: "gateway.networking.k8s.io/v1",
     AUTOSCALER: "autoscaling/v2",
 }
-OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY, POD_MONITOR, AUTOSCALER)
+OPTIONAL_KINDS = (POD_DISRUPTION_BUDGET, NETWORK_POLICY, POD_MONITOR, INFERENCE_POOL, HTTP_ROUTE, AUTOSCALER)
 """Children that go when the spec no longer asks for them."""
 
 
@@ -191,6 +196,22 @@ def render_pod_monitor(owner: Owner, spec: TokaDeploymentSpec, sight: str, label
     monitor["metadata"]["labels"] = {**labels, **monitor["metadata"]["labels"]}
     monitor["spec"] = render_pod_monitor_spec(selector_labels(owner.name))
     return monitor
+
+
+def render_inference_pool(owner: Owner, spec: TokaDeploymentSpec, sight: str, port: int) -> Json | None:
+    """The InferencePool, where there is to be one, of pods that listen on `port`."""
+    if spec.routing.picker is None or sight != KNOWN:
+        return None
+    pool = _child(owner, INFERENCE_POOL, owner.name, "endpoint")
+    return {**pool, "spec": render_pool_spec(spec.routing.picker, selector_labels(owner.name), port)}
+
+
+def render_http_route(owner: Owner, spec: TokaDeploymentSpec, sight: str, has_pool: bool) -> Json | None:
+    """The HTTPRoute, where there is to be one: to the InferencePool if there is one, else to the Service."""
+    if not spec.routing.gateways or sight != KNOWN:
+        return None
+    route = _child(owner, HTTP_ROUTE, owner.name, "endpoint")
+    return {**route, "spec": render_route_spec(spec.routing, owner.name, None if has_pool else spec.service.port)}
 
 
 def render_autoscaler(owner: Owner, spec: TokaDeploymentSpec) -> Json | None:

@@ -24,15 +24,15 @@ from toka_operator.metrics import (
     RECONCILES,
     UNWATCHED_NAMESPACES,
 )
-from toka_operator.monitoring import KNOWN, NOT_ALLOWED, UNKNOWN
 from toka_operator.nodes import CordonedNodes
 from toka_operator.reconcile import Reconciler
-from toka_operator.resources import POD_MONITOR
+from toka_operator.resources import HTTP_ROUTE, INFERENCE_POOL, POD_MONITOR
 from toka_operator.settings import KIND, Settings
+from toka_operator.sight import KNOWN, NOT_ALLOWED, UNKNOWN
 from toka_operator.store import Key, Store
 from toka_operator.warning_watch import WarningWatch
 from toka_operator.watch_stream import WatchStream
-from toka_operator.watches import SELECTORS, OptionalWatch, Watch, make_stores, own_key
+from toka_operator.watches import OPTIONAL_SELECTORS, SELECTORS, OptionalWatch, Watch, make_stores, own_key
 from toka_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("toka.operator")
@@ -59,8 +59,9 @@ class Runtime:
         self._stores = make_stores()
         self._election = Election(settings, self._on_elected, self._on_restored)
         scopes = settings.watch_namespaces or (None,)
+        optional = _list_optional_kinds(settings)
         self._cluster: Cluster = connect(
-            (len(SELECTORS) + 1 + settings.makes_pod_monitors) * len(scopes) + settings.watches_nodes,
+            (len(SELECTORS) + 1 + len(optional)) * len(scopes) + settings.watches_nodes,
             settings.num_workers,
             self._election.write_window_s,
             lease_timeout_s=settings.lease_renew_deadline_s / 2,
@@ -69,7 +70,7 @@ class Runtime:
         self._election.connect(self._cluster)
         self._loading = LoadingEngines(self._queue.add, self._election.is_held) if settings.reads_downloads else None
         self._measured = MeasuredEngines(self._note_figures, self._election.is_held)
-        self._pod_monitors = {scope: self._watch_pod_monitors(scope) for scope in scopes if settings.makes_pod_monitors}
+        self._optional = {(kind, scope): self._watch_optional(kind, scope) for kind in optional for scope in scopes}
         self._nodes = self._make_node_watch() if settings.watches_nodes else None
         self._reconciler = Reconciler(
             self._cluster,
@@ -77,7 +78,7 @@ class Runtime:
             self._stores,
             settings,
             self._loading,
-            self._see_pod_monitors,
+            self._see_kinds,
             self._find_cordoned,
             self._measured,
         )
@@ -155,7 +156,7 @@ class Runtime:
 
     def _streams(self) -> list[WatchStream]:
         nodes = [self._nodes] if self._nodes is not None else []
-        return [*self._all_watches(), *self._warning_watches, *self._pod_monitors.values(), *nodes]
+        return [*self._all_watches(), *self._warning_watches, *self._optional.values(), *nodes]
 
     def _all_watches(self) -> list[Watch]:
         return [watch for watches in self._watches.values() for watch in watches]
@@ -166,15 +167,16 @@ class Runtime:
         on_change = self._note_child if is_child else self._note_deployment
         return Watch(self._cluster, kind, scope, store, on_change, lambda: self._on_synced(scope))
 
-    def _watch_pod_monitors(self, scope: str | None) -> OptionalWatch:
-        store, on_change = self._stores[POD_MONITOR], self._note_child
-        return OptionalWatch(self._cluster, POD_MONITOR, scope, store, on_change, lambda: self._on_synced(scope))
+    def _watch_optional(self, kind: str, scope: str | None) -> OptionalWatch:
+        store, on_change = self._stores[kind], self._note_child
+        return OptionalWatch(self._cluster, kind, scope, store, on_change, lambda: self._on_synced(scope))
 
-    def _see_pod_monitors(self, namespace: str) -> str:
-        """Whether PodMonitors of a namespace can be seen."""
-        if not self._settings.makes_pod_monitors:
-            return NOT_ALLOWED
-        watch = self._pod_monitors.get(namespace) or self._pod_monitors.get(None)
+    def _see_kinds(self, namespace: str) -> dict[str, str]:
+        """Each kind that the cluster need not have -> the way it is seen in a namespace."""
+        return {kind: self._see_kind(kind, namespace) for kind in OPTIONAL_SELECTORS}
+
+    def _see_kind(self, kind: str, namespace: str) -> str:
+        watch = self._optional.get((kind, namespace)) or self._optional.get((kind, None))
         if watch is None or watch.is_refused:
             return NOT_ALLOWED
         return KNOWN if watch.is_synced.is_set() else UNKNOWN
@@ -229,8 +231,8 @@ class Runtime:
     def _is_seen(self, scope: str | None) -> bool:
         """Whether every kind of a scope was listed, and may be watched now: a pass neither takes what is there for
         missing, nor pods for available of which nothing was heard since the right to see them is gone."""
-        optional = self._pod_monitors.get(scope)
-        is_known = (optional is None or optional.is_answered) and (self._nodes is None or self._nodes.is_settled)
+        is_known = all(watch.is_answered for (_, place), watch in self._optional.items() if place == scope)
+        is_known = is_known and (self._nodes is None or self._nodes.is_settled)
         return is_known and all(watch.is_synced.is_set() and not watch.is_refused for watch in self._watches[scope])
 
     def _find_unwatched(self) -> dict[str, str]:
@@ -282,3 +284,9 @@ class Runtime:
             logger.exception("object=%s/%s event=defect in_s=%.1f", *key, delay_s)
         finally:
             RECONCILES.labels(result=result).inc()
+
+
+def _list_optional_kinds(settings: Settings) -> tuple[str, ...]:
+    """The kinds that are watched where the cluster has them."""
+    monitors = (POD_MONITOR,) if settings.makes_pod_monitors else ()
+    return (*monitors, INFERENCE_POOL, HTTP_ROUTE) if settings.makes_routes else monitors

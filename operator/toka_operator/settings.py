@@ -55,6 +55,8 @@ class Settings:
     """Whether PodMonitors are watched and made, where the cluster has them."""
     pod_monitor_labels: Mapping[str, str] = field(default_factory=dict)
     """Labels of each PodMonitor, by which a Prometheus selects it."""
+    makes_routes: bool = False
+    """Whether InferencePools and HTTPRoutes are watched and made, where the cluster has them."""
     watches_nodes: bool = False
     """Whether nodes may be listed and watched, for those that are cordoned."""
     identity: str = ""
@@ -110,6 +112,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         reads_downloads=_read_bool(environ, "TOKA_READ_DOWNLOADS"),
         makes_pod_monitors=_read_bool(environ, "TOKA_POD_MONITORS"),
         pod_monitor_labels=_read_labels(environ, "TOKA_POD_MONITOR_LABELS"),
+        makes_routes=_read_bool(environ, "TOKA_ROUTES"),
         watches_nodes=_read_bool(environ, "TOKA_WATCH_NODES"),
         identity=environ.get("TOKA_IDENTITY") or _make_identity(),
         num_workers=_read_int(environ, "TOKA_WORKERS", 8, 1, 64),

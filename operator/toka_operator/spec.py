@@ -21,6 +21,7 @@ from toka_operator.fingerprint import compute_fingerprint, compute_former_revisi
 from toka_operator.monitoring import MONITORING_DEFAULTS, POD_MONITOR_CHOICES
 from toka_operator.network_policy import NETWORK_POLICY_DEFAULTS, NetworkPolicy, parse_network_policy
 from toka_operator.rollout_fields import ROLLOUT_DEFAULTS, Rollout, parse_rollout
+from toka_operator.routing import ROUTING_DEFAULTS, Routing, parse_routing
 
 DEFAULTS: Json = {
     "model": {"dtype": "auto"},
@@ -43,6 +44,7 @@ DEFAULTS: Json = {
     "disruption": {"podDisruptionBudget": "Auto"},
     "service": {"type": "ClusterIP", "port": 80},
     "networkPolicy": NETWORK_POLICY_DEFAULTS,
+    "routing": ROUTING_DEFAULTS,
     "monitoring": MONITORING_DEFAULTS,
     "autoscaling": AUTOSCALING_DEFAULTS,
     "podTemplate": {},
@@ -210,6 +212,7 @@ class TokaDeploymentSpec:
     has_disruption_budget: bool
     service: Service
     network_policy: NetworkPolicy
+    routing: Routing
     pod_monitor: str
     autoscaling: Autoscaling | None
     pod_additions: PodAdditions
@@ -253,6 +256,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
         has_disruption_budget=root.child("disruption").choice("podDisruptionBudget", ("Auto", "Off")) == "Auto",
         service=_parse_service(root.child("service")),
         network_policy=parse_network_policy(root.child("networkPolicy")),
+        routing=parse_routing(root.child("routing")),
         autoscaling=parse_autoscaling(root.child("autoscaling")),
         pod_monitor=root.child("monitoring").choice("podMonitor", POD_MONITOR_CHOICES),
         pod_additions=_parse_pod_additions(root.child("podTemplate")),

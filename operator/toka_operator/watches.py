@@ -36,7 +36,7 @@ CHILD_SELECTORS = {
     "Pod": f"{_OURS},app.kubernetes.io/component=engine",
     "EndpointSlice": _OURS,
 }
-OPTIONAL_SELECTORS = {"PodMonitor": _OURS}
+OPTIONAL_SELECTORS = {"PodMonitor": _OURS, "InferencePool": _OURS, "HTTPRoute": _OURS}
 """The same of kinds that a cluster need not have."""
 SELECTORS = {KIND: "", **CHILD_SELECTORS}
 """Label selector of each watched kind, applied by the API server."""

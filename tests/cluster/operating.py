@@ -43,6 +43,8 @@ PATHS = {
     "pdb": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "networkpolicy": "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
     "hpa": "/apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers",
+    "inferencepool": "/apis/inference.networking.k8s.io/v1/namespaces/{}/inferencepools",
+    "httproute": "/apis/gateway.networking.k8s.io/v1/namespaces/{}/httproutes",
     "podmonitor": "/apis/monitoring.coreos.com/v1/namespaces/{}/podmonitors",
     "endpointslice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
 }
@@ -408,9 +410,10 @@ def has_replicas(operator: Operator, name: str, replicas: int) -> bool:
 def shared_process(
     api_server: ApiServer, installation: Path, request: pytest.FixtureRequest
 ) -> Iterator[ProcessHandle]:
-    """An operator of the whole cluster for the tests of a module."""
+    """An operator of the whole cluster for the tests of a module, which may name settings of its own."""
     name = request.module.__name__.rsplit(".", 1)[-1].replace("_", "-")
-    process = start_operator(api_server, installation, f"operator-of-{name}")
+    settings = getattr(request.module, "OPERATOR_SETTINGS", {})
+    process = start_operator(api_server, installation, f"operator-of-{name}", **settings)
     yield process
     assert end_operator(api_server, process) == 0
 

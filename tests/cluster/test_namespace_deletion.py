@@ -17,7 +17,7 @@ SPEC: Json = {
     "networkPolicy": {"mode": "Ingress"},
     "rollout": {"minReadySeconds": 0},
 }
-LEFT_OUT = {"podmonitor"}
+LEFT_OUT = {"podmonitor", "inferencepool", "httproute"}
 """Kinds that this cluster need not have."""
 
 

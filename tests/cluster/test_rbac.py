@@ -10,17 +10,21 @@ import pytest
 import yaml
 
 from tests.cluster.harness.errors import WaitTimeout
-from tests.cluster.operating import CHART, EVERY_CHILD, SYSTEM, Operator, probe, revision_of, unrelated_objects
+from tests.cluster.operating import CHART, EVERY_CHILD, SYSTEM, Json, Operator, probe, revision_of, unrelated_objects
 
 
 @pytest.fixture
-def operator(without_operator: Operator, pod_monitors: None) -> Iterator[Operator]:
+def operator(without_operator: Operator, pod_monitors: None, gateway_kinds: None) -> Iterator[Operator]:
     """The test reads what its operator did when that has ended, so it has its own."""
-    without_operator.start(TOKA_POD_MONITORS="true", TOKA_WATCH_NODES="true")
+    without_operator.start(TOKA_POD_MONITORS="true", TOKA_ROUTES="true", TOKA_WATCH_NODES="true")
     yield without_operator
     without_operator.stop()
 
 
+ROUTING: Json = {
+    "inferencePool": {"endpointPickerRef": {"name": "picker"}},
+    "httpRoute": {"parentRefs": [{"name": "web"}]},
+}
 NEVER_REQUESTED = {("update", "tokadeployments/finalizers")}
 """Rights that an admission plugin of the API server asks for (test_chart); no request is made with them."""
 
@@ -74,13 +78,22 @@ def use_every_right(operator: Operator) -> None:
     spec = {"model": {"source": "builtin://smollm2"}, "resources": {"device": "cpu"}}
     name = f"chat-{revision_of(spec)}"
     metadata = {"name": "chat"}
+    pool = {"apiVersion": "inference.networking.k8s.io/v1", "kind": "InferencePool", "metadata": metadata}
+    picked = {"targetPorts": [{"number": 1}], "endpointPickerRef": {"name": "x", "port": {"number": 1}}}
     monitor = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor", "metadata": metadata}
     taken = unrelated_objects("chat", revision_of(spec)) | {
-        ("podmonitor", "chat"): {**monitor, "spec": {"selector": {}}}
+        ("podmonitor", "chat"): {**monitor, "spec": {"selector": {}}},
+        ("inferencepool", "chat"): {**pool, "spec": {"selector": {"matchLabels": {"app": "x"}}, **picked}},
+        ("httproute", "chat"): {
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "HTTPRoute",
+            "metadata": metadata,
+            "spec": {},
+        },
     }
     operator.server.apply(*taken.values(), namespace=operator.namespace)
     operator.expected.append("event=name_taken")
-    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0}, **EVERY_CHILD)
+    operator.apply("chat", replicas=2, rollout={"revisionHistoryLimit": 0}, routing=ROUTING, **EVERY_CHILD)
     operator.wait_for_condition("chat", "Degraded", "True", "NameTaken")
     for kind, child in taken:
         operator.delete_and_wait(kind, child)
@@ -97,9 +110,9 @@ def use_every_right(operator: Operator) -> None:
     lose_node_of_a_pod(operator)
     exceed_quota_twice(operator)
     off = {"podDisruptionBudget": "Off"}
-    gone = {**dict.fromkeys(EVERY_CHILD), "monitoring": {"podMonitor": "Off"}, "disruption": off}
+    gone = {**dict.fromkeys(EVERY_CHILD), "routing": None, "monitoring": {"podMonitor": "Off"}, "disruption": off}
     operator.patch("chat", replicas=1, engine={"pageSize": 32}, **gone)
-    for kind in ("pdb", "networkpolicy", "podmonitor", "hpa"):
+    for kind in ("pdb", "networkpolicy", "podmonitor", "inferencepool", "httproute", "hpa"):
         operator.wait_for(lambda kind=kind: operator.get(kind, "chat") is None, f"the {kind} to go")
     operator.wait_for(lambda: operator.get("controllerrevision", name) is None, "the old revision to go")
     operator.wait_until_ready("chat")
@@ -153,11 +166,11 @@ def install_for_namespace(operator: Operator) -> str:
 
 
 def test_in_single_namespaces_too_every_verb_is_used_and_none_is_missing(
-    without_operator: Operator, pod_monitors: None
+    without_operator: Operator, pod_monitors: None, gateway_kinds: None
 ) -> None:
     operator = without_operator
     release, only = install_for_namespace(operator), only_namespace(operator)
-    operator.start(TOKA_LEASE_NAME=f"{release}-operator", TOKA_POD_MONITORS="true")
+    operator.start(TOKA_LEASE_NAME=f"{release}-operator", TOKA_POD_MONITORS="true", TOKA_ROUTES="true")
     use_every_right(operator)
     check_rights(operator, granted(operator, "Role", *only))
     operator.check_log()

@@ -12,6 +12,7 @@ import copy
 import json
 import zlib
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,8 @@ from functools import partial
 import pytest
 
 from tests.cluster.field_values import Case, list_cases, list_fields
+from tests.cluster.gateways import with_kinds
+from tests.cluster.harness.api_only import ApiServer
 from tests.cluster.harness.errors import CommandFailed, WaitTimeout
 from tests.cluster.operating import PATHS, Json, Operator, deployment
 
@@ -36,6 +39,7 @@ NEIGHBOURS: dict[str, Json] = {
     "resources.sharedMemory": {"resources": {"device": "gpu"}},
     "parallelism.minimumData": {"parallelism": {"data": 8}},
     "networkPolicy.from": {"networkPolicy": {"mode": "Ingress"}},
+    "routing.httpRoute.hostnames": {"routing": {"httpRoute": {"parentRefs": [{"name": "x"}]}}},
     "autoscaling": {"autoscaling": {"enabled": True, "maxReplicas": 4, "target": 8}},
     "cache.claimName": {"cache": {"type": "ExistingPVC", "claimName": "models"}},
     "cache": {"cache": {"type": "SharedPVC", "size": "1Gi", "storageClassName": STORAGE}},
@@ -60,10 +64,19 @@ TOLD: dict[str, set[str]] = {
     "replicas": {"Suspended"},
 }
 """The reasons that an object may give instead of being ready: no node, class or claim here is what the value names."""
-KINDS = ("service", "serviceaccount", "statefulset", "pdb", "networkpolicy", "hpa", "persistentvolumeclaim")
+KINDS = ("service", "serviceaccount", "statefulset", "pdb", "networkpolicy", "hpa", "inferencepool", "httproute")
+KINDS = (*KINDS, "persistentvolumeclaim")
+OPERATOR_SETTINGS = {"TOKA_ROUTES": "true"}
 NUM_OBJECTS = 48
 LIMIT_S = 60.0
 """Seconds that a change may take, beside those of all other objects."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kinds_that_a_cluster_need_not_have(api_server: ApiServer) -> Iterator[None]:
+    """They are there before the operator starts: it looks for one that was away every half a minute."""
+    with with_kinds(api_server, "HTTPRoute", "InferencePool"):
+        yield
 
 
 @dataclass

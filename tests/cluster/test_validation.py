@@ -81,6 +81,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("should be less than or equal to 1000", "chat", {"replicas": 1001}),
     ("should be greater than or equal to 0", "chat", {"replicas": -1}),
     ("unknown field", "chat", {"canary": {"enabled": True}}),
+    ("hostnames are only for an HTTPRoute", "chat", {"routing": {"httpRoute": {"hostnames": ["a"]}}}),
     ("are needed while autoscaling is enabled", "chat", {"autoscaling": {"enabled": True, "maxReplicas": 2}}),
     ("are needed while autoscaling is enabled", "chat", {"autoscaling": {"enabled": True, "target": 2}}),
     ("minReplicas may not be more than autoscaling.maxReplicas", "chat",
@@ -207,6 +208,10 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None
             {"podSelector": {"matchLabels": {"a": "b"}},
              "namespaceSelector": {"matchExpressions": [{"key": "k", "operator": "In", "values": ["v"]}]}},
             {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]},
+        "routing": {
+            "inferencePool": {"endpointPickerRef": {"name": "picker", "port": 9003, "failureMode": "FailOpen"}},
+            "httpRoute": {"parentRefs": [{"name": "web", "namespace": "n", "sectionName": "https", "port": 443}],
+                          "hostnames": ["*.example.com"]}},
         "monitoring": {"podMonitor": "On"},
         "autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 8, "metric": "KVCacheUtilization",
                         "target": 80, "scaleDownStabilizationSeconds": 600},

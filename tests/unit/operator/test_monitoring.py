@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from toka_operator.cluster import Page
 from toka_operator.errors import ApiError, NotFoundError, TransientError
-from toka_operator.monitoring import KNOWN, NOT_ALLOWED, UNKNOWN, explain_monitored, wants_pod_monitor
+from toka_operator.monitoring import explain_monitored, wants_pod_monitor
+from toka_operator.sight import KNOWN, NOT_ALLOWED, UNKNOWN
 from toka_operator.watches import OptionalWatch, make_stores
 
 Json = dict[str, Any]

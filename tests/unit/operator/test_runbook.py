@@ -13,10 +13,21 @@ from toka_operator.errors import EXIT_REASONS
 
 ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "operator" / "toka_operator"
-MODULES = ("autoscaling", "canary", "conditions", "downloads", "failures", "monitoring", "rollback", "status")
+MODULES = (
+    "autoscaling",
+    "canary",
+    "conditions",
+    "downloads",
+    "failures",
+    "monitoring",
+    "rollback",
+    "routing",
+    "status",
+)
 """The modules that give reasons to conditions."""
 REASON = re.compile(r"[A-Z][a-z]+(?:[A-Z][A-Za-z]*)?")
-CONDITIONS = {"Ready", "Available", "Progressing", "Degraded", "ConfigValid", "Monitored", "Autoscaled", "ModelCached"}
+CONDITIONS = {"Ready", "Available", "Progressing", "Degraded", "ConfigValid", "ModelCached"}
+CONDITIONS |= {"Monitored", "Routed", "Autoscaled"}
 PHASES = {"Invalid", "Running", "Updating", "Starting", "Watched", "Passed", "Failed"}
 EVENTS = {"RolloutStarted", "Unavailable", "CanaryPassed"}
 WORDS = {
@@ -30,6 +41,8 @@ WORDS = {
     "DeletionByPodGC", "EvictionByEvictionAPI", "TerminationByKubelet", "FailedScheduling", "Unhealthy", "BackOff",
     "Killing", "FailedCreate", "FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox",
     "OOMKilled", "File", "Memory", "Object", "Resource", "Value", "External", "Recreate", "InPlace", "Surge",
+    "Accepted", "ResolvedRefs", "FailClose", "FailOpen", "Gateway", "InferencePool", "HTTPRoute", "PathPrefix",
+    "Service",
 }  # fmt: skip
 """Words of Kubernetes, of engines and of specs that these modules know."""
 

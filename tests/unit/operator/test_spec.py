@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from toka_operator.errors import FieldError
+from toka_operator.routing import PICKER_DEFAULTS
 from toka_operator.spec import DEFAULTS, parse, parse_source
 
 from tests.unit.operator.examples import body, valid
@@ -39,7 +40,9 @@ def test_the_crd_and_the_parser_have_the_same_defaults() -> None:
     from_crd = defaults_of(crd_spec_schema())
     references = from_crd.pop("auth")
     assert references == {"hfTokenSecretRef": {"key": "token"}, "apiKeySecretRef": {"key": "key"}}
-    expected = {k: v for k, v in DEFAULTS.items() if k != "auth"}
+    routing = from_crd.pop("routing")
+    assert routing == {"inferencePool": {"endpointPickerRef": PICKER_DEFAULTS}, "httpRoute": {}}
+    expected = {k: v for k, v in DEFAULTS.items() if k not in ("auth", "routing")}
     assert from_crd == expected
 
 
