@@ -144,6 +144,22 @@ def test_a_request_of_many_texts_is_large_and_one_of_few_is_not(tokenizer_dir: P
         assert helpers_of(server)
 
 
+def test_a_large_request_among_others_in_one_body_goes_that_way_too(
+    tokenizer_dir: Path, sentence_ids: list[int]
+) -> None:
+    path, small = "/custom/synchronous-batch-completions", completion_body(prompt=[5, 6])
+    large = {**small, "metadata": {"note": "x" * LARGE_BYTES}}
+    with running_server(tokenizer_dir) as server:
+        server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
+        assert server.post(path, {"requests": [small] * 3})[0] == 200
+        assert not helpers_of(server)
+        status, answers = server.post(path, {"requests": [small, large, {**large, "max_tokens": -1}]})
+        assert helpers_of(server)
+    assert status == 200
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[2]["error"]["param"] == "max_tokens"
+
+
 def test_a_body_that_is_not_json_is_named_as_such(speaking: RunningServer) -> None:
     for path in (_COMPLETIONS, _CHAT):
         for body in (b"{" + _PADDING, b"\xff\xfe" + _PADDING, b'{"model": NaN}' + _PADDING, _PADDING):
