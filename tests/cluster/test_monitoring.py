@@ -51,6 +51,19 @@ def test_without_the_right_nothing_is_tried_and_a_demand_is_told(own_operator: O
     assert "podmonitors" not in {resource for _, resource in own_operator.requests()}
 
 
+def test_an_operator_that_is_given_the_right_makes_what_was_asked_for(
+    without_operator: Operator, pod_monitors: None
+) -> None:
+    operator = without_operator
+    operator.start()
+    operator.apply("demands", monitoring={"podMonitor": "On"})
+    operator.wait_for_condition("demands", "Monitored", "False", "PodMonitorsNotAllowed")
+    operator.stop()
+    operator.start(TOKA_POD_MONITORS="true")
+    operator.wait_for_condition("demands", "Monitored", "True", "PodMonitorMade")
+    operator.stop()
+
+
 def test_the_chart_gives_the_right_and_monitors_the_operator_only_if_asked(
     api_server: ApiServer, installation: object, pod_monitors: None
 ) -> None:

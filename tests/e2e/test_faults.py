@@ -43,6 +43,17 @@ def test_a_volume_of_a_secret_that_does_not_exist_is_told_in_the_kubelets_words(
     assert 'secret "certificates" not found' in failure["message"]
 
 
+@pytest.mark.slow
+def test_a_secret_that_comes_lets_the_pod_start_by_itself(broken: dict[str, Deployment]) -> None:
+    waiting = broken["secret"]
+    wait_for_failure(waiting, "SecretMissing")
+    before = [pod["metadata"]["uid"] for pod in waiting.pods()]
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "certificates"}, "stringData": {"a": "b"}}
+    waiting.cluster.apply(secret, namespace=waiting.namespace)
+    waiting.wait_until_ready()  # the kubelet tries again after two minutes at most
+    assert [pod["metadata"]["uid"] for pod in waiting.pods()] == before
+
+
 def test_a_pod_without_a_gpu_to_run_on_says_what_is_lacking(broken: dict[str, Deployment]) -> None:
     smollm2 = broken["gpu"]
 
