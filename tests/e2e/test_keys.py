@@ -10,7 +10,7 @@ from tests.cluster.harness.handle import Object
 from tests.e2e.installation import Installation
 
 pytestmark = pytest.mark.timeout(900)
-CHANGED_WITHIN_S = 180
+CHANGED_WITHIN_S = 240
 """The kubelet brings a changed Secret to its pods within a minute or two; the engine looks once a second."""
 
 
