@@ -45,7 +45,7 @@ _KILLED_BY_PROBE = (0, 137, 143)
 """Exit codes of an engine that the kubelet ended: after draining, by SIGKILL, or by SIGTERM before it had a handler."""
 _NO_IMAGE_VOLUMES = re.compile(
     rf"{IMAGE_VOLUMES_DROPPED}|unknown field \"spec\.template\.spec\.volumes\[\d+\]\.image\""
-    r'|path is empty \*image\.|failed to mkdir ""'
+    r'|no volume plugin matched|failed to mkdir ""'
 )
 """The words of API servers with the feature gate ImageVolume off, and before 1.31; of a kubelet with the gate off; of
 containerd before 2.1, which is given no path to mount."""
@@ -126,7 +126,9 @@ def explain_waiting_pod(pod_name: str, events: Sequence[Json]) -> Failure | None
         return None
     message, word = latest.get("message", ""), latest.get("reason", "")
     reason = "PodNotStarted"
-    if re.search(r'secret "?[^" ]+"? not found|references non-existent secret key', message):
+    if _NO_IMAGE_VOLUMES.search(message):
+        reason = IMAGE_VOLUMES_UNSUPPORTED
+    elif re.search(r'secret "?[^" ]+"? not found|references non-existent secret key', message):
         reason = "SecretMissing"
     elif re.search(r'configmap "?[^" ]+"? not found', message):
         reason = "ConfigMapMissing"
@@ -229,7 +231,7 @@ def _container_failure(pod_name: str, status: Json, conditions: Mapping[str, Jso
     word, message = waiting.get("reason", ""), waiting.get("message", "")
     if word in _IMAGE_REASONS:
         return Failure(pod_name, name, "ImagePullFailed", _shorten(message or word), None, restarts)
-    if word in ("CreateContainerConfigError", "CreateContainerError") and _NO_IMAGE_VOLUMES.search(message):
+    if word == "CreateContainerError" and _NO_IMAGE_VOLUMES.search(message):
         return Failure(pod_name, name, IMAGE_VOLUMES_UNSUPPORTED, _shorten(message), None, restarts)
     if word == "CreateContainerConfigError":
         return Failure(pod_name, name, _config_reason(message), _shorten(message), None, restarts)

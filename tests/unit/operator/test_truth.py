@@ -89,10 +89,8 @@ READY = {"Ready": {"status": "True", "lastTransitionTime": at(-500)}}
 FAULTS: dict[str, tuple[str, str, Json]] = {
     "an image that is not there": ("ImagePullFailed", "manifest unknown", {
         "engine": waiting("ErrImagePull", "manifest unknown")}),
-    "a model's image that a kubelet does not mount": ("ImageVolumesUnsupported", "path is empty", {
-        "engine": waiting("CreateContainerConfigError", "path is empty *image.imagePlugin")}),
     "a model's image that a container runtime does not mount": ("ImageVolumesUnsupported", "failed to mkdir", {
-        "engine": waiting("CreateContainerError", 'failed to apply OCI options: failed to mkdir "": mkdir : no such')}),
+        "engine": waiting("CreateContainerError", 'failed to generate spec: failed to mkdir "": mkdir : no such')}),
     "a Secret for the environment": ("SecretMissing", 'secret "hf" not found', {
         "engine": waiting("CreateContainerConfigError", 'secret "hf" not found')}),
     "a ConfigMap for the environment": ("ConfigMapMissing", 'configmap "c" not found', {
@@ -216,6 +214,11 @@ def test_pods_that_may_not_be_made_are_told_in_the_api_servers_words(reason: str
         ("ConfigMapMissing", "FailedMount", 'MountVolume.SetUp failed for volume "v": configmap "c" not found'),
         ("ClaimOnOneNode", "FailedAttachVolume", "Multi-Attach error for volume pvc-1"),
         ("VolumeFailed", "FailedMount", "mount failed: exit status 32"),
+        (
+            "ImageVolumesUnsupported",
+            "FailedMount",
+            'failed to get Plugin from volumeSpec for volume "model" err=no volume plugin matched',
+        ),
         ("SandboxFailed", "FailedCreatePodSandBox", "failed to start sandbox container: memory limit too low"),
         ("PodNotStarted", "NetworkNotReady", "network is not ready: cni plugin not initialized"),
     ],
