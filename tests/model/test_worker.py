@@ -23,7 +23,7 @@ from toka_engine.model.worker import make_warm_up_steps
 from toka_engine.slot_parameters import SlotBatch
 
 ENGINE = Path(__file__).parents[2] / "engine"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 280.0
 
 
 @dataclass
