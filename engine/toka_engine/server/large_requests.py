@@ -152,14 +152,10 @@ class LargeRequests:
         self._budget.take(num_bytes)  # while it waits for its turn, too
         try:
             prepared = await self._ask(preparation, (LENGTH.pack(len(head)), head, body))
-        except HelperNotStartedError as error:
-            raise unavailable("Large requests cannot be taken now.") from error
-        except HelperLateError as error:
-            logger.warning("event=preparation_late bytes=%d", num_bytes)
-            raise invalid(None, "The request takes too much time to check. Make it smaller.", "too_complex") from error
-        except HelperDiedError as error:
-            logger.warning("event=preparation_lost bytes=%d", num_bytes)
-            raise unavailable("The process that checks large requests was lost.") from error
+        except (HelperNotStartedError, HelperDiedError) as error:
+            if preparation.asker.is_gone:
+                raise ClientGoneError("the client closed the connection") from error
+            raise _explain(error, num_bytes) from error
         finally:
             self._budget.give_back(num_bytes)
         preparation.note(prepared.ignored)
@@ -182,3 +178,14 @@ class LargeRequests:
                 raise HelperDiedError from error
             helper.is_spent = prepared.is_last
             return prepared
+
+
+def _explain(error: HelperNotStartedError | HelperDiedError, num_bytes: int) -> ApiError:
+    """Return the answer to a request that the process for it did not make ready."""
+    if isinstance(error, HelperNotStartedError):
+        return unavailable("Large requests cannot be taken now.")
+    if isinstance(error, HelperLateError):
+        logger.warning("event=preparation_late bytes=%d", num_bytes)
+        return invalid(None, "The request takes too much time to check. Make it smaller.", "too_complex")
+    logger.warning("event=preparation_lost bytes=%d", num_bytes)
+    return unavailable("The process that checks large requests was lost.")

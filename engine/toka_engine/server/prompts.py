@@ -40,12 +40,17 @@ class PromptEncoder:
         self._truncation = truncation
         self._refuses_long = is_bounded and truncation is None
 
-    async def encode_prompt(self, prompt: msgspec.Raw, *, with_text: bool) -> tuple[list[Int32s], list[str]]:
-        """Return the ids of each prompt, and with `with_text` its text. Raises a 400."""
-        truncation = self._truncation
-        checked = await read_prompt(prompt, self._limits, self._asker, is_truncated=truncation is not None)
+    async def read_prompt(self, prompt: msgspec.Raw) -> tuple[list[str], list[Int32s]]:
+        """Return the texts of the prompts, or their ids, each checked by itself. Raises a 400."""
+        checked = await read_prompt(prompt, self._limits, self._asker, is_truncated=self._truncation is not None)
         texts = [part for part in checked if isinstance(part, str)]
-        prompts = [part for part in checked if not isinstance(part, str)]
+        return texts, [part for part in checked if not isinstance(part, str)]
+
+    async def encode_prompt(
+        self, texts: list[str], prompts: list[Int32s], *, with_text: bool
+    ) -> tuple[list[Int32s], list[str]]:
+        """Return the ids of each prompt that was read, and with `with_text` its text. Raises a 400."""
+        truncation = self._truncation
         if texts:
             prompts = await self._encode(texts, "prompt", adds_special_tokens=self._adds_special_tokens is not False)
         if truncation is not None:

@@ -14,7 +14,6 @@ from toka_engine.server.answers import AnswerFormat, FinishedChoice, PromptByTok
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generate import run_job
-from toka_engine.server.generation_spec import GenerationSpec
 from toka_engine.server.large_requests import Preparer
 from toka_engine.server.limits import GenerationOptions, Limits, int_in
 from toka_engine.server.preparation import Preparation
@@ -148,11 +147,14 @@ class CompletionFormat(AnswerFormat):
 
 class _Prepared(NamedTuple):
     model: str
-    prompts: list[Int32s]
-    texts: list[str]
-    """The text of each prompt, where the answer begins with it."""
-    spec: GenerationSpec
     options: GenerationOptions
+    echoes: bool
+    texts: list[str]
+    """The prompts that are texts. The server encodes them: its threads run beside the event loop, and their work ends
+    when the client leaves.
+    """
+    ids: list[Int32s]
+    """The prompts that are ids."""
 
 
 _decoder = BodyDecoder(CompletionRequest)
@@ -160,12 +162,9 @@ _decoder = BodyDecoder(CompletionRequest)
 
 async def _prepare(preparation: Preparation, body: bytes) -> _Prepared:
     request = preparation.decode(_decoder, body)
-    limits = preparation.engine.limits
-    options = _check(request, limits)
-    encoder = preparation.make_encoder(options)
-    prompts, texts = await encoder.encode_prompt(request.prompt, with_text=bool(request.echo))
-    spec = limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)
-    return _Prepared(request.model, prompts, texts, spec, options)
+    options = _check(request, preparation.engine.limits)
+    texts, ids = await preparation.make_encoder(options).read_prompt(request.prompt)
+    return _Prepared(request.model, options, bool(request.echo), texts, ids)
 
 
 PREPARER = Preparer("completions", _prepare, _Prepared)
@@ -183,8 +182,11 @@ class Completions:
         engine = service.serving_engine()
         body = await exchange.read_json(service.budget)
         prepared = await service.prepare(exchange, PREPARER, body)
-        model, prompts, texts, spec, options = prepared
+        model, options, echoes, texts, ids = prepared
         await service.check_grammar(exchange, engine, options)
+        encoder = engine.make_encoder(options, exchange.connection)
+        prompts, texts = await encoder.encode_prompt(texts, ids, with_text=echoes)
+        spec = engine.limits.plan(options, prompts, "prompt", DEFAULT_MAX_TOKENS)
         job = engine.make_job(prompts, spec, options, CompletionFormat, model, texts)
         await run_job(job, exchange, service.streams, service.metrics)
 
