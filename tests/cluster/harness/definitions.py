@@ -33,6 +33,12 @@ class Definition:
         return cluster_cache() / "definitions" / f"{self.kind}-{self.version}.yaml"
 
 
+_EXTENSION = (
+    "sigs.k8s.io/gateway-api-inference-extension",
+    "v1.3.0",
+    "h1:Ng2Qs1Oum4WycuWyi3rOkAC7pZ2aDqgN2ku6Lr/mryQ=",
+)
+_EXTENSION_FOLDER = "config/crd/bases/inference.networking"
 DEFINITIONS = (
     Definition(
         "HTTPRoute",
@@ -41,13 +47,9 @@ DEFINITIONS = (
         "h1:ZwlNM6zOHq0h3WUX2gfByPs2yAEsy/EenYJB78jpQfQ=",
         "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml",
     ),
-    Definition(
-        "InferencePool",
-        "sigs.k8s.io/gateway-api-inference-extension",
-        "v1.3.0",
-        "h1:Ng2Qs1Oum4WycuWyi3rOkAC7pZ2aDqgN2ku6Lr/mryQ=",
-        "config/crd/bases/inference.networking.k8s.io_inferencepools.yaml",
-    ),
+    Definition("InferencePool", *_EXTENSION, f"{_EXTENSION_FOLDER}.k8s.io_inferencepools.yaml"),
+    Definition("InferenceObjective", *_EXTENSION, f"{_EXTENSION_FOLDER}.x-k8s.io_inferenceobjectives.yaml"),
+    Definition("InferenceModelRewrite", *_EXTENSION, f"{_EXTENSION_FOLDER}.x-k8s.io_inferencemodelrewrites.yaml"),
 )
 
 
