@@ -66,8 +66,9 @@ def count_resident_bytes() -> int:
 
 def limit_memory_growth(num_bytes: int) -> None:
     """Let the address space grow by so much; where the system does not say how large it is, the limit is of its own."""
-    status = Path("/proc/self/statm")
-    size = int(status.read_text().split()[0]) * resource.getpagesize() if status.is_file() else 1 << 30
+    size = 1 << 30
+    with contextlib.suppress(OSError):
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = size + num_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
