@@ -49,6 +49,8 @@ ADVICE: dict[str, str] = {
     "Preempted": "Give the pods a higher scheduling.priorityClassName, or more nodes",
     "ProgressDeadlineExceeded": "See status.failures and the engine's log, or raise rollout.progressDeadlineSeconds",
     "QuotaExceeded": "Raise the namespace's quota, or lower replicas or resources",
+    "ReadinessGateClosed": "See why whoever reports the condition that the message names does not: a load balancer's "
+    "controller, say, and whether its health check fits /readyz",
     "RolledBack": "Correct what failed, and change the pods or spec.rollout: then it is tried again",
     "RouteNotAccepted": "Change routing.httpRoute, or the Gateway, as the message says",
     "RouteWaits": "See whether the Gateway exists and its controller runs (kubectl describe gateway)",

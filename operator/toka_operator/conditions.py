@@ -18,6 +18,8 @@ from toka_operator.failures import (
     DISRUPTION_REASONS,
     NOT_READY,
     NOT_READY_S,
+    READINESS_GATE_CLOSED,
+    READINESS_GATE_CLOSED_S,
     Failure,
     name_refusal,
 )
@@ -274,12 +276,14 @@ def _find_waiting(spec: TokaDeploymentSpec, observed: Observed) -> Failure | Non
 
 
 def find_patience_end(spec: TokaDeploymentSpec, failure: Failure | None) -> float | None:
-    """The Unix time at which waiting for capacity, or for an answer to a probe, begins to count as a failure; None for
-    whatever is one at once."""
+    """The Unix time at which waiting for capacity, for a readiness gate or an answer to a probe begins to count as a
+    failure; None for whatever is one at once."""
     if failure is None:
         return None
     if failure.reason == NOT_READY:
         return failure.since + NOT_READY_S
+    if failure.reason == READINESS_GATE_CLOSED:
+        return failure.since + READINESS_GATE_CLOSED_S
     if failure.reason == CLAIM_ON_ONE_NODE:
         return failure.since + CLAIM_CONFLICT_S
     return failure.since + spec.scheduling.patience_s if failure.is_waiting_for_capacity else None

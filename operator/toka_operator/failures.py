@@ -26,6 +26,12 @@ IMAGE_VOLUMES_UNSUPPORTED = "ImageVolumesUnsupported"
 NOT_READY = "NotReady"
 NOT_READY_S = 10.0
 """Seconds that a pod that served may be unready before that is a failure: a readiness probe may fail once or twice."""
+READINESS_GATE_CLOSED = "ReadinessGateClosed"
+"""The engine is ready, and somebody else's condition of the pod (a load balancer's, say) is not true."""
+READINESS_GATE_CLOSED_S = 60.0
+"""Seconds for which that is no failure: a load balancer takes tens of them to try a new pod."""
+_GATED = "ReadinessGatesNotReady"
+"""The kubelet's word for that, as the reason of the pod's condition Ready."""
 SHORT_RUN_S = 10.0
 """The kubelet's probes let every run of the engine last longer (the least startup.timeoutSeconds)."""
 _BECAME_UNREADY_S = 10.0
@@ -90,10 +96,12 @@ def find_failure(pod: Json) -> Failure | None:
 
 
 def is_on_lost_node(conditions: Mapping[str, Json]) -> bool:
-    """Whether the pod's kubelet no longer answers. A kubelet derives Ready from ContainersReady (engine pods have no
-    readiness gates); only the node controller, when it has lost the node, turns Ready alone to False."""
+    """Whether the pod's kubelet no longer answers. A kubelet derives Ready from ContainersReady and readiness gates,
+    and says so of these; only the node controller, when it has lost the node, turns Ready alone to False without a
+    word."""
     ready, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
-    return ready.get("status") == "False" and containers.get("status") == "True"
+    is_alone = ready.get("status") == "False" and containers.get("status") == "True"
+    return is_alone and ready.get("reason") != _GATED
 
 
 def explain_missing_pods(set_name: str, events: Sequence[Json]) -> Failure | None:
@@ -213,8 +221,12 @@ def _scheduling_failure(name: str, conditions: Mapping[str, Json]) -> Failure | 
 
 
 def _find_unreadiness(name: str, statuses: Sequence[Json], conditions: Mapping[str, Json]) -> Failure | None:
-    """That an engine which served, and still runs, does not answer its readiness probe."""
+    """That a readiness gate is closed, or that an engine which served, and still runs, does not answer its probe."""
     ready = conditions.get("Ready", {})
+    if ready.get("status") == "False" and ready.get("reason") == _GATED:
+        answers = conditions.get("ContainersReady", {})
+        since = max(parse_time(each.get("lastTransitionTime")) for each in (ready, answers))
+        return Failure(name, "", READINESS_GATE_CLOSED, _shorten(ready.get("message") or _GATED), since=since)
     engine: Json = next((s for s in statuses if s.get("name") == ENGINE_CONTAINER), {})
     running = (engine.get("state") or {}).get("running")
     since = parse_time(ready.get("lastTransitionTime"))

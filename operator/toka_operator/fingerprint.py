@@ -59,7 +59,7 @@ KNOWN_FIELDS: dict[str, frozenset[str]] = {
     "cache": frozenset(["type", "size", "storageClassName", "accessMode", "retention", "claimName"]),
     "auth": frozenset(["hfTokenSecretRef", "apiKeySecretRef"]),
     "startup": frozenset(["timeoutSeconds"]),
-    "podTemplate": frozenset(["labels", "annotations", "volumes", "volumeMounts", "sidecars"]),
+    "podTemplate": frozenset(["labels", "annotations", "volumes", "volumeMounts", "sidecars", "readinessGates"]),
 }
 """The fields of each part that this version knows. A newer CRD shows others, with defaults, also to an operator that is
 still of this version: they do not alter the pods that it makes."""
@@ -71,7 +71,10 @@ CLAIM_FIELDS = ("size", "storageClassName", "retention")
 _SHARED_MEMORY = "8Gi"
 _QUANTITIES = ("cpu", "memory", "sharedMemory", "size")
 _MEANINGFUL_IF_EMPTY = ("topologySpread",)
-_WITHOUT_ORDER = ("aliases", "extraArgs", "pullSecrets", "tolerations", "topologySpread", "volumes", "volumeMounts")
+_WITHOUT_ORDER = (
+    *("aliases", "extraArgs", "pullSecrets", "tolerations", "topologySpread"),
+    *("volumes", "volumeMounts", "readinessGates"),
+)
 _TEXT_MAPS = ("labels", "annotations", "nodeSelector", "matchLabels")
 _FALSE_IS_DEFAULT = ("optional", "readOnly", "privileged", "stdin", "stdinOnce", "tty")
 _EMPTY_TEXT_IS_DEFAULT = ("value", "effect", "key", "prefix", "subPath", "medium", "type")

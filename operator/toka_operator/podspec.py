@@ -71,6 +71,7 @@ def render_pod_template(
         "priorityClassName": scheduling.priority_class_name,
         "runtimeClassName": scheduling.runtime_class_name,
         "imagePullSecrets": [{"name": name} for name in spec.engine.pull_secrets],
+        "readinessGates": list(additions.readiness_gates),
     }
     of_claim = data_labels(name) if spec.data else {}
     metadata: Json = {"labels": {**additions.labels, **labels, **of_claim}, "annotations": additions.annotations}

@@ -182,6 +182,7 @@ class PodAdditions:
     volumes: tuple[Json, ...]
     volume_mounts: tuple[Json, ...]
     sidecars: tuple[Json, ...]
+    readiness_gates: tuple[Json, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,4 +373,5 @@ def _parse_pod_additions(fields: Fields) -> PodAdditions:
         volumes=fields.items("volumes", dict),
         volume_mounts=fields.items("volumeMounts", dict),
         sidecars=fields.items("sidecars", dict),
+        readiness_gates=fields.items("readinessGates", dict),
     )

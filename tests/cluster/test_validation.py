@@ -218,6 +218,7 @@ def test_an_object_with_every_field_is_accepted(api_server: ApiServer, crd: None
         "podTemplate": {"labels": {"team": "x"}, "annotations": {"n": "v"},
                         "volumes": [{"name": "data", "emptyDir": {}}],
                         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+                        "readinessGates": [{"conditionType": "example.com/balanced"}],
                         "sidecars": [{"name": "log", "image": "log:1", "args": ["-v"]}]},
         "suspend": True,
     }  # fmt: skip

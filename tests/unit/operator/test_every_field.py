@@ -114,6 +114,7 @@ CHANGES: dict[str, Any] = {
     "podTemplate.annotations": {"a": "b"},
     "podTemplate.volumes": [NAMED],
     "podTemplate.volumeMounts": [{"name": "x", "mountPath": "/x"}],
+    "podTemplate.readinessGates": [{"conditionType": "example.com/balanced"}],
     "podTemplate.sidecars": [{"name": "x", "image": "x"}],
     "suspend": True,
 }

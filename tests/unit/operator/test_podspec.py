@@ -207,11 +207,13 @@ def test_scheduling_and_additions_reach_the_pod() -> None:
                     "tolerations": [{"key": "k"}], "affinity": {"nodeAffinity": {}}},
         engine={"pullSecrets": [{"name": "s"}], "pullPolicy": "Always",
                 "envFrom": [{"secretRef": {"name": "e"}}]},
-        podTemplate={"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/d"}]},
+        podTemplate={"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/d"}],
+                     "readinessGates": [{"conditionType": "example.com/balanced"}]},
     )  # fmt: skip
     assert (pod["nodeSelector"], pod["priorityClassName"], pod["runtimeClassName"]) == ({"a": "b"}, "p", "r")
     assert (pod["tolerations"][0], pod["affinity"]["nodeAffinity"]) == ({"key": "k"}, {})
     assert pod["imagePullSecrets"] == [{"name": "s"}]
+    assert pod["readinessGates"] == [{"conditionType": "example.com/balanced"}]
     assert pod["containers"][0]["imagePullPolicy"] == "Always"
     assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "e"}}]
     assert {"name": "d", "mountPath": "/d"} in pod["containers"][0]["volumeMounts"]

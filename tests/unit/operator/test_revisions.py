@@ -117,6 +117,7 @@ MEANINGLESS: list[tuple[str, Any]] = [
     ("podTemplate.volumes", [VOLUMES[0], {"name": "conf", "configMap": {"name": "c", "defaultMode": 420}}]),
     ("podTemplate.volumes", [VOLUMES[0], {"name": "conf", "configMap": {"name": "c", "items": []}}]),
     ("podTemplate.volumeMounts", BASE["podTemplate"]["volumeMounts"][::-1]),
+    ("podTemplate.readinessGates", []),
     ("podTemplate.volumeMounts", [{"name": "data", "mountPath": "/data", "readOnly": False},
                                   {"name": "conf", "mountPath": "/conf", "subPath": ""}]),
     ("podTemplate.sidecars", [{**SIDECAR, "env": [], "ports": [], "securityContext": {}}]),
@@ -198,7 +199,14 @@ def test_an_empty_list_is_as_good_as_none(field: str) -> None:
 
 def test_an_empty_object_is_as_good_as_none() -> None:
     empty = {"scheduling": {"nodeSelector": {}, "tolerations": [], "affinity": {}}, "engine": {}, "auth": {}}
-    empty["podTemplate"] = {"labels": {}, "annotations": {}, "volumes": [], "volumeMounts": [], "sidecars": []}
+    empty["podTemplate"] = {
+        "labels": {},
+        "annotations": {},
+        "volumes": [],
+        "volumeMounts": [],
+        "sidecars": [],
+        "readinessGates": [],
+    }
     assert valid(**empty).revision == valid().revision
 
 

@@ -42,7 +42,7 @@ WORDS = {
     "Killing", "FailedCreate", "FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox",
     "OOMKilled", "File", "Memory", "Object", "Resource", "Value", "External", "Recreate", "InPlace", "Surge",
     "Accepted", "ResolvedRefs", "FailClose", "FailOpen", "Gateway", "InferencePool", "HTTPRoute", "PathPrefix",
-    "Service",
+    "Service", "ReadinessGatesNotReady",
 }  # fmt: skip
 """Words of Kubernetes, of engines and of specs that these modules know."""
 

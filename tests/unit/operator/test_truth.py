@@ -128,6 +128,10 @@ FAULTS: dict[str, tuple[str, str, Json]] = {
     "an engine that served and is unready": ("NotReady", "containers with unready status", {
         "conditions": {"Ready": {"status": "False", "lastTransitionTime": at(-20), "reason": "ContainersNotReady",
                                  "message": "containers with unready status: [engine]"}}}),
+    "a load balancer that does not take the pod": ("ReadinessGateClosed", "example.com/balanced", {"conditions": {
+        "Ready": {"status": "False", "lastTransitionTime": at(-900), "reason": "ReadinessGatesNotReady",
+                  "message": 'corresponding condition of pod readiness gate "example.com/balanced" does not exist.'},
+        "ContainersReady": {"status": "True", "lastTransitionTime": at(-61)}}}),
     "a node that is lost": ("NodeLost", "node7", {"conditions": {
         "Ready": {"status": "False", "lastTransitionTime": at(-20)},
         "ContainersReady": {"status": "True", "lastTransitionTime": at(-500)}}}),
@@ -168,6 +172,18 @@ def test_each_fault_has_its_reason_the_words_of_who_knows_and_what_to_do(fault: 
     assert degraded["message"].endswith(f"{ADVICE[reason]}.")
     assert [f["reason"] for f in status["failures"]] == [reason]
     assert condition(status, "Ready")["status"] == "False"
+
+
+def test_a_closed_readiness_gate_is_no_fault_for_a_minute_and_no_lost_node_while_the_pod_drains() -> None:
+    _, _, given = FAULTS["a load balancer that does not take the pod"]
+    closed = {**given["conditions"], "ContainersReady": {"status": "True", "lastTransitionTime": at(-59)}}
+    spec = valid()
+    young = pod(spec.revision, conditions=closed)
+    assert condition(status_of(spec, young), "Degraded")["status"] == "False"
+    assert condition(status_of(spec, young, now=NOW + 2), "Degraded")["reason"] == "ReadinessGateClosed"
+    draining = pod(spec.revision, conditions=given["conditions"], deletionTimestamp=at(600))
+    assert not draining.is_on_lost_node
+    assert plan_for(spec, seen(plan_for(spec), (draining,))).dead_pods == ()
 
 
 def test_at_least_24_faults_of_pods_have_a_reason_of_their_own() -> None:
