@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.cluster.harness.errors import CommandFailed, WaitTimeout
 from tests.cluster.harness.node import make_control_group
 from tests.cluster.harness.paths import REPOSITORY, run_root
 from tests.cluster.harness.processes import RunFolder, control_group_prefix, control_groups, start_time_of, sweep
-from tests.cluster.harness.tools import unmount_below
+from tests.cluster.harness.tools import find_pip, unmount_below
 from tests.cluster.harness.trees import Network, add_bridge, run_checked
 
 
@@ -207,3 +208,13 @@ def test_what_is_mounted_in_a_cache_is_unmounted_and_nothing_else(tmp_path: Path
         assert found == [False, False, True]
     finally:
         subprocess.run(["umount", beside], check=True)
+
+
+def test_a_machine_whose_python_has_no_pip_is_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's has none, and that of an environment made by uv; without Go, it has to be installed all the same."""
+    monkeypatch.setenv("TOKA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pip" else find_spec(name))
+    for _ in range(2):  # made, and found again
+        pip = find_pip()
+        assert Path(pip[0]).is_relative_to(tmp_path)
+        assert subprocess.run([*pip, "--version"], check=True, capture_output=True, text=True).stdout.startswith("pip ")

