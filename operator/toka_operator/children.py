@@ -206,7 +206,7 @@ class ChildWriter:
                 self._try_image_volumes(desired)
             created = self._cluster.create(desired)
         except NotFoundError as error:
-            raise TransientError(f"namespace {owner.namespace} is gone") from error
+            raise TransientError(f"the namespace {owner.namespace}, or the kind {kind}, is gone: {error}") from error
         except ConflictError:
             self._resolve_name_conflict(owner, desired, memory)
             return None
