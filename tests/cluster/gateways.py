@@ -1,4 +1,4 @@
-"""The kinds HTTPRoute and InferencePool on a test's API server, by the definitions of those who define them.
+"""The kinds Gateway, HTTPRoute and InferencePool on a test's API server, by the definitions of those who define them.
 
 There is no gateway: what one would write into an HTTPRoute's status, `accept` writes.
 """
@@ -15,6 +15,7 @@ from tests.cluster.harness.definitions import require_definition
 from tests.cluster.operating import Json, Operator
 
 NAMES = {
+    "Gateway": "gateways.gateway.networking.k8s.io",
     "HTTPRoute": "httproutes.gateway.networking.k8s.io",
     "InferencePool": "inferencepools.inference.networking.k8s.io",
 }
@@ -44,8 +45,16 @@ def _is_served(server: ApiServer, name: str) -> bool:
 @pytest.fixture
 def gateway_kinds(api_server: ApiServer) -> Iterator[None]:
     """The API server has HTTPRoutes and InferencePools during the test."""
-    with with_kinds(api_server, *NAMES):
+    with with_kinds(api_server, "HTTPRoute", "InferencePool"):
         yield
+
+
+def make_gateway(operator: Operator, name: str) -> None:
+    """Makes a Gateway of which no controller knows."""
+    listener = {"name": "http", "port": 80, "protocol": "HTTP"}
+    gateway: Json = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway", "metadata": {"name": name}}
+    spec = {"gatewayClassName": "nobodys", "listeners": [listener]}
+    operator.server.apply({**gateway, "spec": spec}, namespace=operator.namespace)
 
 
 def accept(operator: Operator, name: str, message: str = "") -> None:

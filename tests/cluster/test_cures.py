@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.gateways import make_gateway, with_kinds
 from tests.cluster.harness.paths import REPOSITORY
 from tests.cluster.operating import HOLD, Json, Operator
 from tests.cluster.test_faults_are_told import WARNINGS, make_faults, report
@@ -117,23 +120,34 @@ def list_commands() -> list[str]:
     return [command for command in found if " logs " not in command]
 
 
-def test_every_command_of_the_runbook_runs(operator: Operator, tmp_path: Path) -> None:
-    toka = Plugin(operator, tmp_path)
+@contextmanager
+def something_of_everything(operator: Operator) -> Iterator[dict[str, str]]:
+    """The objects that the runbook's commands ask for are there meanwhile. Yields its words -> their names."""
     operator.apply("chat", replicas=2, autoscaling={"enabled": True, "maxReplicas": 3, "target": 8})
     operator.wait_until_ready("chat")
     pod = operator.pods("chat")[0]
     claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
     manifest = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"}, "spec": claim}
     operator.server.apply(manifest, namespace=operator.namespace)
-    names = {"NAME": "chat", "POD": pod["metadata"]["name"], "NODE": pod["spec"]["nodeName"], "CLAIM": "models"}
     operator.wait_for(lambda: operator.get("hpa", "chat"), "the autoscaler")
+    names = {"NAME": "chat", "POD": pod["metadata"]["name"], "NODE": pod["spec"]["nodeName"], "CLAIM": "models"}
+    with with_kinds(operator.server, "Gateway", "HTTPRoute"):
+        make_gateway(operator, "web")
+        route: Json = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "chat"}}
+        operator.server.apply({**route, "spec": {"parentRefs": [{"name": "web"}]}}, namespace=operator.namespace)
+        yield {**names, "GATEWAY": "web"}
+
+
+def test_every_command_of_the_runbook_runs(operator: Operator, tmp_path: Path) -> None:
+    toka = Plugin(operator, tmp_path)
     commands = list_commands()
     assert len(commands) >= 8
-    for command in commands:
-        words = [
-            re.sub(r"\b(NAME|POD|NODE|CLAIM)\b", lambda found: names[found[0]], each) for each in shlex.split(command)
-        ]
-        if words[1] == "toka":
-            assert "chat" in toka(*words[2:], "--namespace", operator.namespace)
-        else:
-            operator.kubectl(*words[1:])  # raises where kubectl refuses it
+    with something_of_everything(operator) as names:
+        for command in commands:
+            words = [
+                re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], w) for w in shlex.split(command)
+            ]
+            if words[1] == "toka":
+                assert "chat" in toka(*words[2:], "--namespace", operator.namespace)
+            else:
+                operator.kubectl(*words[1:])  # raises where kubectl refuses it

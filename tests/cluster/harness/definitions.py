@@ -33,6 +33,8 @@ class Definition:
         return cluster_cache() / "definitions" / f"{self.kind}-{self.version}.yaml"
 
 
+_GATEWAY = ("sigs.k8s.io/gateway-api", "v1.4.0", "h1:ZwlNM6zOHq0h3WUX2gfByPs2yAEsy/EenYJB78jpQfQ=")
+_GATEWAY_FOLDER = "config/crd/standard/gateway.networking"
 _EXTENSION = (
     "sigs.k8s.io/gateway-api-inference-extension",
     "v1.3.0",
@@ -40,13 +42,8 @@ _EXTENSION = (
 )
 _EXTENSION_FOLDER = "config/crd/bases/inference.networking"
 DEFINITIONS = (
-    Definition(
-        "HTTPRoute",
-        "sigs.k8s.io/gateway-api",
-        "v1.4.0",
-        "h1:ZwlNM6zOHq0h3WUX2gfByPs2yAEsy/EenYJB78jpQfQ=",
-        "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml",
-    ),
+    Definition("Gateway", *_GATEWAY, f"{_GATEWAY_FOLDER}.k8s.io_gateways.yaml"),
+    Definition("HTTPRoute", *_GATEWAY, f"{_GATEWAY_FOLDER}.k8s.io_httproutes.yaml"),
     Definition("InferencePool", *_EXTENSION, f"{_EXTENSION_FOLDER}.k8s.io_inferencepools.yaml"),
     Definition("InferenceObjective", *_EXTENSION, f"{_EXTENSION_FOLDER}.x-k8s.io_inferenceobjectives.yaml"),
     Definition("InferenceModelRewrite", *_EXTENSION, f"{_EXTENSION_FOLDER}.x-k8s.io_inferencemodelrewrites.yaml"),
