@@ -311,6 +311,8 @@ def _render_optional_children(
 
 def _find_pool_port(spec: TokaDeploymentSpec, observed: Observed, templates: Mapping[str, Json]) -> int:
     """The port on which most ready pods listen, because an InferencePool knows one; the spec's, if none is ready."""
+    if spec.routing.picker is None:
+        return spec.engine.port  # nobody asks
     revisions = (pod.revision for pod in observed.pods if pod.is_ready and not pod.is_terminating)
     ports = Counter(
         find_engine_port({"spec": {"template": templates[each]}}) for each in revisions if each in templates

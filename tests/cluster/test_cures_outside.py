@@ -47,7 +47,7 @@ def test_a_volume_for_the_claim_lets_its_pod_start(operator: Operator) -> None:
 @contextmanager
 def one_room(operator: Operator, resource: str) -> Iterator[None]:
     """A node has one of a resource that no other has, and two classes of priority are there meanwhile."""
-    give_room(operator, resource, 1)
+    operator.server.give_node(resource, 1)
     names = {f"{operator.namespace}-low": -10, f"{operator.namespace}-high": 10}
     kind = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass"}
     operator.server.apply(*({**kind, "metadata": {"name": name}, "value": value} for name, value in names.items()))
@@ -55,12 +55,6 @@ def one_room(operator: Operator, resource: str) -> Iterator[None]:
         yield
     finally:
         operator.server.kubectl("delete", "priorityclass", *names)
-
-
-def give_room(operator: Operator, resource: str, amount: int) -> None:
-    amounts = {resource: str(amount)}
-    status = {"status": {"capacity": amounts, "allocatable": amounts}}
-    operator.server.request("PATCH", "/api/v1/nodes/simulated-0/status", status, "merge-patch+json")
 
 
 def more_important_pod(operator: Operator, resource: str) -> Json:
@@ -83,7 +77,7 @@ def test_more_room_lets_a_preempted_pod_start_again(operator: Operator) -> None:
         operator.wait_for_condition("chat", "Degraded", "True", "Preempted")
         operator.release_pod(name)
         operator.wait_for_condition("chat", "Degraded", "True", "Unschedulable")
-        give_room(operator, resource, 2)
+        operator.server.give_node(resource, 2)
         wait_for_new_pods(operator, before)
         operator.delete("pod", "important")
 

@@ -137,21 +137,15 @@ def test_a_suspended_object_has_no_pods_and_comes_back(operator: Operator) -> No
 def test_a_surge_without_room_says_so_and_goes_on_when_there_is(operator: Operator) -> None:
     operator.apply("chat", resources={"device": "gpu", "gpuResource": "example.com/scarce"})
     operator.wait_for_condition("chat", "Progressing", "True", "Unschedulable")
-    _give_gpus(operator, 1)
+    operator.server.give_node("example.com/scarce", 1)
     operator.wait_until_ready("chat")
     operator.patch("chat", engine={"pageSize": 32})
     blocked = operator.wait_for_condition("chat", "Progressing", "True", "SurgeBlocked")
     assert "example.com/scarce" in blocked["message"]
     operator.wait_for_condition("chat", "Available", "True")
     operator.wait_for_condition("chat", "Degraded", "False")
-    _give_gpus(operator, 2)
+    operator.server.give_node("example.com/scarce", 2)
     operator.wait_until_ready("chat")
-
-
-def _give_gpus(operator: Operator, count: int) -> None:
-    amount = {"example.com/scarce": str(count)}
-    status = {"status": {"capacity": amount, "allocatable": amount}}
-    operator.server.request("PATCH", "/api/v1/nodes/simulated-0/status", status, "merge-patch+json")
 
 
 def test_the_progress_deadline_is_told(operator: Operator) -> None:

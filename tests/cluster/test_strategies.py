@@ -15,9 +15,7 @@ SCARCE = {"device": "gpu", "gpuResource": "example.com/pair"}
 @pytest.fixture(autouse=True)
 def two_gpus(operator: Operator) -> None:
     """Only one node has any, and only two."""
-    amount = {"example.com/pair": "2"}
-    status = {"status": {"capacity": amount, "allocatable": amount}}
-    operator.server.request("PATCH", "/api/v1/nodes/simulated-0/status", status, "merge-patch+json")
+    operator.server.give_node("example.com/pair", 2)
 
 
 def begin(operator: Operator, **rollout: Any) -> str:

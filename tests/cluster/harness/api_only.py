@@ -169,6 +169,12 @@ class ApiServer(KubernetesHandle):
         self.apply(*(_node(name, gpus_each, pods_each, simulator) for name in names))
         self.wait_for(lambda: all(self._is_node_ready(name) for name in names), "simulated nodes to be ready")
 
+    def give_node(self, resource: str, amount: int, node: str = "simulated-0") -> None:
+        """Let a simulated node have so much of a resource, as a device plugin reports it."""
+        amounts = {resource: str(amount)}
+        status = {"status": {"capacity": amounts, "allocatable": amounts}}
+        self.request("PATCH", f"/api/v1/nodes/{node}/status", status, "merge-patch+json")
+
     def _is_node_ready(self, name: str) -> bool:
         node = self.get("node", name) or {}
         conditions = node.get("status", {}).get("conditions", [])

