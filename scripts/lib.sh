@@ -23,4 +23,11 @@ venv_python() {
   echo "$VENV/bin/python"
 }
 
+# Lets Python keep what it compiles, within the environment and so never beside the sources: without it each process that a
+# test starts compiles torch's and our own modules again, 2.6 s of CPU for an engine's four processes.
+keep_bytecode() {
+  unset PYTHONDONTWRITEBYTECODE
+  export PYTHONPYCACHEPREFIX=$VENV/bytecode
+}
+
 seconds_since() { echo $(($(date +%s) - $1)); }

@@ -23,6 +23,21 @@ def _use_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_index_too
     _mend_rounding_to_fp8(interpreter)
+    _patch_the_language_once(interpreter)
+
+
+def _patch_the_language_once(interpreter: Any) -> None:
+    """Spare device functions what their launch has done: Triton 3.6 looks through its whole language at each of their
+    calls for functions to replace, a third of a test's time, and finds that all of them are."""
+    patch, tl = interpreter._patch_lang, interpreter.tl
+
+    def patch_unless_done(function: Any) -> Any:
+        seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in seen):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_unless_done
 
 
 def _mend_rounding_to_fp8(interpreter: Any) -> None:
