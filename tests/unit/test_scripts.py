@@ -71,14 +71,18 @@ case "$*" in
     cache=$(sed -n 's/.*cache_dir=\\([^ ]*\\).*/\\1/p' <<<"$*")
     [ -z "$cache" ] || { mkdir -p "$cache/v/cache"; echo "$FAILED_TESTS" >"$cache/v/cache/lastfailed"; }
     exit "${TIER_STATUS:-1}" ;;
-  *"pytest"*"tests/cluster"*) until [ -e "$MEETING/model" ]; do sleep 0.05; done; touch "$MEETING/cluster" ;;
+  *"pytest"*"tests/cluster"*)
+    until [ -e "$MEETING/${CLUSTER_AWAITS:-model}" ]; do sleep 0.05; done
+    touch "$MEETING/cluster" ;;
   *"pytest"*"tests/model"*)
     touch "$MEETING/model"
-    [ -n "${ALONE:-}" ] || until [ -e "$MEETING/cluster" ]; do sleep 0.05; done
+    [ -n "${ALONE:-}" ] || until [ -e "$MEETING/${MODEL_AWAITS:-cluster}" ]; do sleep 0.05; done
     exit "${MODEL_STATUS:-0}" ;;
+  *"pytest"*"tests/api"*) touch "$MEETING/api" ;;
 esac
 """
-"""An interpreter whose tiers model and cluster wait for each other, unless ALONE is set. One tier may fail."""
+"""An interpreter whose tiers model and cluster wait for each other, or for the tiers that are named, unless ALONE is
+set. One tier may fail."""
 
 
 def run_tests(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -104,6 +108,16 @@ def test_tiers_that_wait_run_beside_those_that_compute_and_any_failure_is_told(t
     tiers = ["unit", "model", "api", "cluster", "e2e"]
     assert results(done) == [[tier, "FAILED" if tier == "model" else "passed"] for tier in tiers]
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("busy", ["model", "cluster"])
+def test_the_half_that_is_through_first_runs_the_tier_that_either_may(tmp_path: Path, busy: str) -> None:
+    awaits = {"MODEL_AWAITS": "model", "CLUSTER_AWAITS": "cluster", f"{busy.upper()}_AWAITS": "api"}
+    (tmp_path / "cluster").touch()
+    done = run_tests(tmp_path, **awaits)
+    assert results(done) == [[tier, "passed"] for tier in ("unit", "model", "api", "cluster", "e2e")]
+    assert done.stdout.count("=== api\n") == 1
+    assert done.returncode == 0
 
 
 def test_on_demand_all_tiers_run_one_after_the_other_with_what_is_handed_on(tmp_path: Path) -> None:
