@@ -69,6 +69,16 @@ ARG CUDA_ARCHITECTURES="9.0a"
 RUN PYTHONPATH=/tmp/build python -m toka_engine.model.aot /opt/toka/kernels \
     --kinds triton --architectures ${CUDA_ARCHITECTURES}
 
+# Our own modules with their bytecode: a pod writes none, and its processes would compile them at each start. It is checked
+# against the source's hash, so that a module which is replaced, or a copy with other times, is compiled as before.
+FROM base AS engine-code
+COPY engine/toka_engine /opt/toka/src/toka_engine
+RUN python -m compileall -q --invalidation-mode checked-hash /opt/toka/src
+
+FROM base AS operator-code
+COPY operator/toka_operator /opt/toka/src/toka_operator
+RUN python -m compileall -q --invalidation-mode checked-hash /opt/toka/src
+
 # What differs between the engine's two images.
 FROM engine-dependencies AS engine-cpu
 FROM engine-dependencies AS engine-gpu
@@ -91,7 +101,7 @@ RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_engine.entry import ma
 EXPOSE 10210
 ENTRYPOINT ["toka"]
 USER 65532:65532
-COPY engine/toka_engine /opt/toka/src/toka_engine
+COPY --from=engine-code /opt/toka/src /opt/toka/src
 
 FROM base AS operator-dependencies
 COPY --from=uv /requirements/operator.txt /requirements/
@@ -106,7 +116,7 @@ RUN printf '#!/opt/toka/bin/python\nimport sys\nfrom toka_operator.__main__ impo
  && echo 'toka:x:65532:65532::/tmp:/usr/sbin/nologin' >>/etc/passwd
 ENTRYPOINT ["toka-operator"]
 USER 65532:65532
-COPY operator/toka_operator /opt/toka/src/toka_operator
+COPY --from=operator-code /opt/toka/src /opt/toka/src
 
 FROM base AS client
 COPY --from=uv /requirements/client.txt /requirements/

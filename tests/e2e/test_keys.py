@@ -11,7 +11,9 @@ from tests.e2e.installation import Installation
 
 pytestmark = pytest.mark.timeout(900)
 CHANGED_WITHIN_S = 240
-"""The kubelet brings a changed Secret to its pods within a minute or two; the engine looks once a second."""
+"""A bound on the wait for a changed key. The engine looks once a second; the kubelet brings a changed Secret to pods
+when it looks at them next: after a minute or two by its defaults, after 10 to 15 s with the `syncFrequency` that the
+harness's nodes set."""
 
 
 def secret_of(*keys: str) -> Object:

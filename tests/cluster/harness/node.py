@@ -233,7 +233,8 @@ def _start_kubelet(node: NodeFiles, machine: Machine, pki: Pki) -> None:
 
 
 def _kubelet_configuration(node: NodeFiles, pki: Pki) -> str:
-    """KubeletInUserNamespace tolerates refused sysctls and rlimits; low thresholds, for full disks."""
+    """KubeletInUserNamespace tolerates refused sysctls and rlimits; low thresholds, for full disks. Pods are looked at
+    every 10 s (a minute, unless told otherwise): so long may a changed Secret take to reach those that mount it."""
     return f"""\
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -260,6 +261,7 @@ podLogsDir: {node.folder}/pods
 volumePluginDir: {node.folder}/volumeplugins
 maxPods: 200
 serializeImagePulls: false
+syncFrequency: 10s
 nodeStatusUpdateFrequency: 5s
 nodeLeaseDurationSeconds: 12
 """
