@@ -65,6 +65,7 @@ def test_a_check_that_does_not_exist_is_refused_by_name() -> None:
 FAKE_PYTHON = """#!/bin/bash
 [ "$1" != -c ] || exec "$REAL_PYTHON" "$@"
 echo "python $*"
+echo "bytecode: ${PYTHONDONTWRITEBYTECODE:-kept} in ${PYTHONPYCACHEPREFIX:-the sources}"
 case "$*" in
   *"pytest"*"--last-failed"*) exit "${AGAIN_STATUS:-0}" ;;
   *"pytest"*"${FAILING_TIER:-none fails}"*)
@@ -124,9 +125,16 @@ def test_on_demand_all_tiers_run_one_after_the_other_with_what_is_handed_on(tmp_
     done = run_tests(tmp_path, "model", "cluster", "--", "-k", "some", TOKA_TEST_SERIAL="1", ALONE="1")
     assert results(done) == [["model", "passed"], ["cluster", "passed"]]
     assert done.returncode == 0
-    lines = [line for line in done.stdout.splitlines() if "pytest" in line]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("python -m pytest")]
     assert [line.endswith(" -k some") for line in lines] == [True, True]
     assert "tests/model" in lines[0]
+
+
+def test_bytecode_is_kept_within_the_environment_whatever_the_shell_says(tmp_path: Path) -> None:
+    """Otherwise each of thousands of processes compiles all of its modules."""
+    done = run_tests(tmp_path, "model", ALONE="1", PYTHONDONTWRITEBYTECODE="1", PYTHONPYCACHEPREFIX="/elsewhere")
+    noted = {line for line in done.stdout.splitlines() if line.startswith("bytecode: ")}
+    assert noted == {f"bytecode: kept in {tmp_path}/venv/bytecode"}
 
 
 def fail_once(folder: Path, tier: str, num_failed: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
