@@ -112,6 +112,7 @@ class Operator:
         known = [re.compile(pattern) for pattern in self.expected]
         known.append(re.compile(r"level=(INFO|DEBUG) "))
         known.append(re.compile(r"logger=toka.lease .* event=failed .*Read timed out"))  # on busy processors
+        known.append(re.compile(r"watch=.* event=broken .*storage is \(re\)initializing"))  # a kind that just came
         known.append(re.compile(rf"object=(?!{self.namespace}/)"))
         written = process.log_file.read_bytes()[self.log_begins.get(process.name, 0) :]
         lines = written.decode(errors="replace").splitlines()

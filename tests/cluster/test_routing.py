@@ -26,7 +26,6 @@ def backend(operator: Operator) -> str:
 
 def test_pool_and_route_come_when_their_kinds_do_and_follow_the_spec(without_operator: Operator) -> None:
     operator = without_operator
-    operator.expected.append(r"watch=.* event=broken .*storage is \(re\)initializing")  # as a kind comes
     operator.start(TOKA_ROUTES="true")
     operator.apply("chat", routing={**POOL, **ROUTE})
     operator.wait_until_ready("chat")
