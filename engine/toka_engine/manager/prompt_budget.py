@@ -39,16 +39,18 @@ class _Prompt(NamedTuple):
 
 def choose_budget(state: ManagerState, rows: Int32s) -> int:
     """Return how many prompt tokens the next step may have beside the decode rows `rows`."""
-    sizes = state.sizes
-    if not rows.size:
+    sizes, lanes = state.sizes, state.lanes
+    if not rows.size and not (lanes and lanes.num_rows):
         return min(sizes.max_tokens_per_forward, sizes.max_lone_prefill_tokens)
     most = min(sizes.max_tokens_per_forward - rows.size, sizes.max_prefill_tokens)
     if not state.has_target or not (state.prefills or _may_admit(state)):
         return most
     slots = state.slots
+    waiting = lanes.list_rows() if lanes else rows  # those that get no token while this step runs
     if state.has_background:  # what background work may add to a step is decided in `step_share`
         rows = rows[slots.orders[rows] < FIRST_BACKGROUND_ORDER]
-    if not slots.is_streamed[rows].any():
+        waiting = waiting[slots.orders[waiting] < FIRST_BACKGROUND_ORDER]
+    if not slots.is_streamed[waiting].any():
         return most
     costs = state.step_times.costs
     if costs is None:
@@ -67,7 +69,7 @@ def measure_prompt_time(state: ManagerState, costs: StepCosts, size: StepSize, s
     """Return the seconds that a step may spend on prompts beside the rows of `size`, by the target times `stretch`."""
     rows_s = costs.predict_s(size)
     # With lanes, a stream's next token comes when each of them has had its turn.
-    target_s = state.sizes.target_gap_s * stretch / state.sizes.num_lanes
+    target_s = state.sizes.target_gap_s * stretch / (state.lanes.num_used if state.lanes else 1)
     return max(target_s - rows_s, rows_s)
 
 

@@ -149,6 +149,13 @@ class DecodeRows:
             num_shared = count_shared_columns(slots.table, self.slots, self._count_full(slots, self.slots), refs)
             self.slots, self.groups = find_groups(slots.table, self.slots, num_shared, self.policy)
 
+    def take_all(self) -> Int32s:
+        """Return the rows, which are no longer here."""
+        taken, self.slots, self.groups = self.slots, _NONE, NO_GROUPS
+        self._missed_per_step = self._num_missed = 0
+        self.is_short = False
+        return taken
+
     def drop_ended(self, slots: Slots) -> None:
         """Drop the rows that no longer decode."""
         if self.is_stale:

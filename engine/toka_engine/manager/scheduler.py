@@ -53,10 +53,11 @@ def _may_wait(state: ManagerState) -> bool:
 def _plan_lanes(state: ManagerState, lanes: Lanes) -> Step | None:
     """Plan the lane whose turn it is, or the next one of which some rows can run."""
     lanes.drop_ended(state.slots)
+    lanes.gather(state.slots, state.pages.allocator.refs)
     num_idle = state.sizes.num_lanes - max(1, lanes.num_busy)
     if not state.prefills and not state.queue and len(state.in_flight) >= max(2, state.sizes.steps_ahead - num_idle):
         return None  # steps of few rows would only wait for each other, and what comes meanwhile behind them
-    for lane in lanes.in_turn():
+    for lane in lanes.in_turn(has_prompts=bool(state.prefills or state.queue)):
         state.rows = lane
         if step := _plan_rows(state):
             lanes.end_turn(lane)
@@ -118,13 +119,17 @@ def _plan_decode(state: ManagerState, step: StepBuilder, last_order: int) -> tup
 
 
 def _choose_rows(state: ManagerState, last_order: int) -> tuple[Int32s, Groups]:
-    rows = state.rows
-    if last_order == WHOLE.last_order:
-        return rows.slots, rows.groups
-    is_kept = state.slots.orders[rows.slots] <= last_order
-    if is_kept.all():
-        return rows.slots, rows.groups
-    return rows.slots[is_kept], rows.groups.keep(is_kept)
+    slots, chosen, groups = state.slots, state.rows.slots, state.rows.groups
+    if last_order != WHOLE.last_order:
+        is_kept = slots.orders[chosen] <= last_order
+        if not is_kept.all():
+            chosen, groups = chosen[is_kept], groups.keep(is_kept)
+    if state.lanes is not None:
+        # A row whose last token is yet to come from the last stage would keep the first one waiting for it.
+        is_kept = slots.last_steps[chosen] <= state.next_step - state.config.pp_size
+        if is_kept.any() and not is_kept.all():
+            chosen, groups = chosen[is_kept], groups.keep(is_kept)
+    return chosen, groups
 
 
 def _append_pages(state: ManagerState, step: StepBuilder, needy: Int32s) -> None:
@@ -299,7 +304,7 @@ def _begin_decode(state: ManagerState, begun: list[Int32s], number: int) -> None
         return
     for choices in begun:
         if (live := choices[slots.states[choices] == State.DECODE]).size:
-            state.lanes.add(live, slots, state.pages.allocator.refs)
+            state.lanes.add(live, slots, state.pages.allocator.refs, state.rows)
 
 
 def _finish_step(state: ManagerState, step: StepBuilder, rows: Int32s, groups: Groups) -> Step:

@@ -160,11 +160,11 @@ def test_prompts_have_half_of_a_step_whose_rows_take_longer_than_the_target() ->
 
 def test_lanes_share_the_target_for_a_streams_token_comes_once_in_all_their_turns() -> None:
     costs = StepCosts(0.005, 0.0, 0.0, 0.001)
-    alone, lanes = Harness(replace(small_sizes(), target_gap_s=0.06)), learned()
-    lanes.manager.state.sizes = replace(small_sizes(), target_gap_s=0.06, num_lanes=3)
     size = StepSize(1, 0, 0)
-    assert measure_prompt_time(alone.manager.state, costs, size) == pytest.approx(0.055)
-    assert measure_prompt_time(lanes.manager.state, costs, size) == pytest.approx(0.015)
+    for num_lanes, num_few, seconds in ((1, 0, 0.055), (3, 0, 0.015), (3, 100, 0.025)):
+        sizes = replace(small_sizes(), target_gap_s=0.06, num_lanes=num_lanes, num_few_rows=num_few)
+        harness = Harness(sizes, config=EngineConfig(pp_size=2))
+        assert measure_prompt_time(harness.manager.state, costs, size) == pytest.approx(seconds), num_lanes
 
 
 def test_a_chunks_context_has_a_cost_of_its_own_where_it_differs_from_its_size() -> None:

@@ -38,6 +38,8 @@ class Machine:
     """For each token of a chunk and each one before it."""
     noise: float = 0.1
     """The spread of the logarithm of a step's time."""
+    num_stages: int = 1
+    """Pipeline stages, which each take an equal part of those times, one behind the other."""
 
 
 CALM = Machine(step_ms=20.0, row_ms=1.2, context_ms=0.001, prefill_ms=0.5, noise=0.05)
@@ -110,7 +112,9 @@ class TimedEngine:
         self._num_streams = 0
         self._last: dict[int, tuple[float, bool, bool]] = {}  # stream: its last moment, is background, has had a token
         self._ends: deque[tuple[float, float, Step]] = deque()
-        self._free_at = 0.0
+        self._free_at = [0.0] * machine.num_stages
+        self._ended_at: dict[int, float] = {}
+        """The moments at which the last steps have left the last stage."""
         self._lengths = np.zeros(sizes.num_slots, np.int64)
 
     def run(self, seconds: float, settle_s: float = 20.0) -> None:
@@ -185,9 +189,16 @@ class TimedEngine:
                 + machine.chunk_context_ms * chunk_context
             )
             wall_s = milliseconds * 1e-3 * self._noise.lognormvariate(0.0, machine.noise)
-            began_s = max(self.now, self._free_at)
-            self._free_at = began_s + wall_s
-            self._ends.append((self._free_at, self._free_at - self.now, step))
+            self._ends.append(self._pass_stages(step, wall_s / machine.num_stages))
+
+    def _pass_stages(self, step: Step, stage_s: float) -> tuple[float, float, Step]:
+        """Return when the last stage is done with `step`, and the seconds since that stage knew of it."""
+        moment_s = max(self.now, self._ended_at.get(step.after, 0.0))  # the first stage waits for tokens
+        for stage, free_at in enumerate(self._free_at):
+            moment_s = self._free_at[stage] = max(moment_s, free_at) + stage_s
+        self._ended_at[step.number] = moment_s
+        self._ended_at.pop(step.number - 64, None)
+        return moment_s, moment_s - self.now, step
 
     def _return_step(self) -> None:
         _, wall_s, step = self._ends.popleft()
