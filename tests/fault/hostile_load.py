@@ -3,7 +3,8 @@
 A real server process with a scripted manager answers plain requests for one token, from a process of their own, while
 others send bombs: schemas, regular expressions, 10,000 values, references without an end, 128 tools of 64 KiB, calls
 that nobody waits for, and helping processes that are killed, stopped or short of memory. Calm and hostile seconds take
-turns, so that what else runs on the machine meets both. Prints one JSON object: of each kind the statuses of its
+turns, so that what else runs on the machine meets both; what senders take by themselves shows in requests that are
+refused at once. Each kind has a server of its own. Prints one JSON object: of each kind the statuses of its
 answers, the plain requests' p50 and p99 in calm and in hostile seconds, and how the server's memory grew. The exit code
 is 0 where every hostile answer is a 2xx, a 4xx or one 5xx with a code, and no plain request failed.
 """
@@ -17,13 +18,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import statistics
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -53,9 +55,9 @@ class Target(NamedTuple):
     pid: int
 
     def helpers(self, module: str) -> list[psutil.Process]:
-        """Return the server's processes that run `module`."""
+        """Return the server's processes that run `module`, and their own."""
         found = []
-        for child in psutil.Process(self.pid).children():
+        for child in psutil.Process(self.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # ended, and perhaps not yet waited for
                 if module in child.cmdline():
                     found.append(child)
@@ -209,10 +211,11 @@ def _lose_checkers(number: signal.Signals) -> Kind:
 
 
 def _starve_checkers(target: Target, asked: Asked) -> None:
-    """Ask for a new grammar that needs more memory than its process may have."""
+    """Ask for a new grammar that needs more memory than its process, once started, may have."""
     for checker in target.helpers("toka_engine.grammar"):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            leave_room(checker, 4 << 20)
+            if checker.rlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+                leave_room(checker, 4 << 20)
     schema = hungry_schema(f"n{next(_numbers)}")
     _post(target, asked, _COMPLETIONS, completion_body(guided_json=schema))
 
@@ -223,7 +226,13 @@ def _lose_preparing_process(target: Target, asked: Asked) -> None:
     _post(target, asked, _CHAT, json.dumps(chat_body()).encode() + b" " * 100_000)
 
 
+def _be_refused(target: Target, asked: Asked) -> None:
+    """Send what costs a server nothing to speak of: the senders have the CPUs."""
+    _post(target, asked, _COMPLETIONS, completion_body(model="none"))
+
+
 KINDS: dict[str, Kind] = {
+    "refused at once": _be_refused,
     **{name: _bomb(name) for name in BOMBS},
     "references without end": _refer_without_end,
     "128 tools of 64 KiB": _send_many_tools(60_000, 100),
@@ -294,7 +303,11 @@ def describe(turns: list[tuple[list[float], int]]) -> dict[str, float]:
 
 
 def press(target: Target, name: str, seconds: float, end: Connection) -> None:
-    """Send, whenever told to, requests of the kind `name` from several threads for so long; say what came of all."""
+    """Send, whenever told to, requests of the kind `name` from several threads for so long; say what came of all.
+
+    These take only CPU time that nobody else wants, as if they came from another machine.
+    """
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     kind, asked = KINDS[name], Asked()
     kind(target, Asked())  # the first use of anything is in no figure
     end.send(None)
@@ -329,43 +342,43 @@ def memory_mb(server: RunningServer) -> float:
     return float(round(psutil.Process(server.process.pid).memory_info().rss / 1e6, 1))
 
 
-def run(server: RunningServer, seconds: float, names: Sequence[str] = tuple(KINDS)) -> bool:
-    """Press with each kind in turn, calm before each; print the figures and return whether all was well."""
+def run(server: RunningServer, seconds: float, name: str) -> tuple[dict[str, Any], bool]:
+    """Press with one kind, calm before each turn of it; return the figures and whether all was well."""
     server.manager.on_submit = lambda submit: speak(server.manager, submit, _IDS * 16)
-    report: dict[str, Any] = {}
-    is_well = True
     target = Target(server.port, server.process.pid)
-    with plain_clients(server.port) as plain:
-        for name in names:
-            calm, pressed, asked = [], [], Asked()
-            num_failed = 0
-            with hostile_clients(target, name, seconds / NUM_TURNS) as hostile:
-                before_mb = memory_mb(server)
-                for _ in range(NUM_TURNS):
-                    num_failed += measure(plain)[1]  # between two turns
-                    time.sleep(seconds / NUM_TURNS)
-                    calm.append(measure(plain))
-                    hostile.send(True)
-                    asked.statuses = hostile.recv()
-                    pressed.append(measure(plain))
-            num_failed += sum(failed for _, failed in calm + pressed)
-            is_well &= asked.is_clear and not num_failed
-            report[name] = {
-                "answers": dict(asked.statuses),
-                "plain_ms": [describe(calm), describe(pressed)],
-                "plain_failed": num_failed,
-                "memory_mb": [before_mb, memory_mb(server)],
-            }
-            print(name, json.dumps(report[name]), file=sys.stderr, flush=True)
-    print(json.dumps(report))
-    return is_well
+    calm, pressed, asked = [], [], Asked()
+    num_failed = 0
+    with plain_clients(server.port) as plain, hostile_clients(target, name, seconds / NUM_TURNS) as hostile:
+        before_mb = memory_mb(server)
+        for _ in range(NUM_TURNS):
+            num_failed += measure(plain)[1]  # between two turns
+            time.sleep(seconds / NUM_TURNS)
+            calm.append(measure(plain))
+            hostile.send(True)
+            asked.statuses = hostile.recv()
+            pressed.append(measure(plain))
+        num_failed += sum(failed for _, failed in calm + pressed)
+        figures = {
+            "answers": dict(asked.statuses),
+            "plain_ms": [describe(calm), describe(pressed)],
+            "plain_failed": num_failed,
+            "memory_mb": [before_mb, memory_mb(server)],
+        }
+    return figures, asked.is_clear and not num_failed
 
 
 def main() -> int:
     """Run with the arguments of the command line."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 8.0
-    with running_server(ensure_builtin(), access_log=False, log_level="ERROR") as server:
-        return 0 if run(server, seconds, sys.argv[2:] or tuple(KINDS)) else 1
+    report: dict[str, Any] = {}
+    is_well = True
+    for name in sys.argv[2:] or KINDS:
+        with running_server(ensure_builtin(), access_log=False, log_level="ERROR") as server:
+            report[name], was_well = run(server, seconds, name)
+        is_well &= was_well
+        print(name, json.dumps(report[name]), file=sys.stderr, flush=True)
+    print(json.dumps(report))
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Literal
 
 import msgspec
 
@@ -25,5 +26,5 @@ class Verdict(msgspec.Struct, frozen=True):
     """Says why the source cannot be used; "": it can."""
     dropped: list[str] = []
     """Keywords of a lenient source that are not enforced."""
-    is_last: bool = False
-    """The process ends now."""
+    failure: Literal["", "too_much", "starved"] = ""
+    """The source took too much time or memory; or got too little of the CPU to say so."""

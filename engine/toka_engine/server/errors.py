@@ -6,6 +6,7 @@ Owns: the mapping of an error to status, type, code and headers. Everything that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -90,6 +91,7 @@ def internal() -> ApiError:
     return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
 
 
-def unavailable(message: str) -> ApiError:
-    """Return a 503 that asks the client to retry."""
-    return ApiError(503, message, code="unavailable", headers=((b"retry-after", b"1"),))
+def unavailable(message: str, retry_after_s: float = 1.0) -> ApiError:
+    """Return a 503 that asks the client to retry, in whole seconds from one on."""
+    wait = b"%d" % max(1, math.ceil(retry_after_s))
+    return ApiError(503, message, code="unavailable", headers=((b"retry-after", wait),))

@@ -1,9 +1,10 @@
 """Has each grammar compiled by a disposable process before a worker sees it.
 
 Owns: the checker processes, which sources are known to be good, and which have taken too much. A process works on one
-source at a time; a source that it does not survive, or on which it spends its time without an answer, is refused for a
-while without another try. Where it had no time to spend, because others had the CPUs or somebody stopped it, that is
-no fault of the source. The library that compiles is never loaded here.
+source at a time, by a child that takes what goes wrong with it; a source that the child does not survive, or on which
+it spends its time without an answer, is refused for a while without another try. Where it had no time to spend, because
+others had the CPUs or somebody stopped it, or where the process itself is lost, that is no fault of the source. The
+library that compiles is never loaded here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ logger = logging.getLogger("toka.server")
 COMMAND = (sys.executable, "-m", "toka_engine.grammar")
 MAX_PROCESSES = 2
 ANSWER_S = 3.0
-"""Wall time for one source. The process's own limit of CPU time is below it."""
+"""Wall time for one source. The process's own limits of CPU and of wall time are below it."""
 WAIT_S = 1.0
 """Time that a source waits for a process; then 429."""
 REFUSE_S = 600.0
@@ -105,23 +106,30 @@ class GrammarChecks:
             task = self._running[source] = asyncio.create_task(self._ask(source, digest))
             task.add_done_callback(lambda _: self._running.pop(source, None))
         try:
-            return await asyncio.shield(task)
+            verdict = await asyncio.shield(task)
         except HelperStarvedError as error:
-            raise unavailable("The grammar could not be compiled in time: the server is overloaded.") from error
+            raise _late() from error
         except HelperDiedError as error:
-            raise _too_complex(asked.param) from error
+            raise unavailable("The process that compiles grammars was lost.") from error
+        if verdict.failure == "starved":
+            raise _late()
+        if verdict.failure:
+            raise _too_complex(asked.param)
+        return verdict
 
     async def _ask(self, source: GrammarSource, digest: bytes) -> Verdict:
         try:
             verdict = await self._compile(source)
-        except HelperStarvedError:
-            logger.warning("event=grammar_checker_starved kind=%s bytes=%d", source.kind, len(source.text))
-            raise
         except HelperDiedError:
+            logger.warning("event=grammar_checker_died kind=%s bytes=%d", source.kind, len(source.text))
+            raise
+        if verdict.failure == "starved":
+            logger.warning("event=grammar_checker_starved kind=%s bytes=%d", source.kind, len(source.text))
+        elif verdict.failure:
             self._refused.put(digest, time.monotonic() + REFUSE_S)
             logger.warning("event=grammar_refused kind=%s bytes=%d", source.kind, len(source.text))
-            raise
-        self._verdicts.put(digest, verdict)
+        else:
+            self._verdicts.put(digest, verdict)
         return verdict
 
     async def _compile(self, source: GrammarSource) -> Verdict:
@@ -130,16 +138,18 @@ class GrammarChecks:
             async with self._pool.one(WAIT_S) as helper:
                 answer = await helper.ask((msgspec.msgpack.encode(source),), ANSWER_S)
                 try:
-                    verdict = msgspec.msgpack.decode(answer, type=Verdict)
+                    return msgspec.msgpack.decode(answer, type=Verdict)
                 except msgspec.DecodeError as error:
                     raise HelperDiedError from error
-                helper.is_spent = verdict.is_last
-                return verdict
         except TimeoutError as error:
             message = "Too many grammars are being compiled."
             raise ApiError(429, message, code="grammars_busy", headers=((b"retry-after", b"1"),)) from error
         except HelperNotStartedError as error:
-            raise unavailable("Grammars cannot be compiled now.") from error
+            raise unavailable("Grammars cannot be compiled now.", error.retry_after_s) from error
+
+
+def _late() -> ApiError:
+    return unavailable("The grammar could not be compiled in time: the server is overloaded.")
 
 
 def _too_complex(param: str) -> ApiError:

@@ -183,7 +183,7 @@ class LargeRequests:
 def _explain(error: HelperNotStartedError | HelperDiedError, num_bytes: int) -> ApiError:
     """Return the answer to a request that the process for it did not make ready."""
     if isinstance(error, HelperNotStartedError):
-        return unavailable("Large requests cannot be taken now.")
+        return unavailable("Large requests cannot be taken now.", error.retry_after_s)
     if isinstance(error, HelperLateError):
         logger.warning("event=preparation_late bytes=%d", num_bytes)
         return invalid(None, "The request takes too much time to check. Make it smaller.", "too_complex")

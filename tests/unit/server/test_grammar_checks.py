@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.grammar_requests import AskedGrammar
 
 from tests.unit.server.conftest import chat_body, completion_body
-from tests.unit.server.harness import RunningServer, running_server, streams_of, whole
+from tests.unit.server.harness import WAIT_S, RunningServer, running_server, streams_of, whole
 
 _COMPLETIONS = "/v1/completions"
 
@@ -138,44 +139,148 @@ def test_a_bomb_is_answered_soon_and_the_server_lives_on(server: RunningServer, 
     assert ask_until_checked(server, guided_regex="[ab]")[0] == 200
 
 
-BUSY = """
-import sys
-from toka_engine.grammar.protocol import LENGTH, Verdict
-import msgspec
-with open(sys.argv[1], "a") as starts:
-    starts.write("x")
-def read():
-    return sys.stdin.buffer.read(LENGTH.unpack(sys.stdin.buffer.read(LENGTH.size))[0])
-read()
-body = msgspec.msgpack.encode(Verdict())
-sys.stdout.buffer.write(LENGTH.pack(len(body)) + body)
-sys.stdout.buffer.flush()
-read()
-while True:
-    pass
+CHECKER = """
+import os, signal, sys, time
+from pathlib import Path
+log, first_does = Path(sys.argv[1]), sys.argv[2]
+with log.open("a") as starts:
+    starts.write("start\\n")
+is_first = log.read_text().count("start") == 1
+if is_first and first_does == "stop":
+    os.kill(os.getpid(), signal.SIGSTOP)
+if is_first and first_does == "sleep":
+    time.sleep(8)
+if is_first and first_does == "die":
+    sys.exit(1)
+from toka_engine.grammar import checker
+check = checker.check_source
+def check_or_spin(source, vocabulary):
+    if source.text.startswith("spin"):
+        with log.open("a") as tries:
+            tries.write("try\\n")
+        while True:
+            pass
+    if source.text == "doze":
+        time.sleep(1000)
+    return check(source, vocabulary)
+checker.check_source = check_or_spin
+checker._MAX_S = float(sys.argv[3])
+checker.run()
 """
-"""A checker that never ends with its first source: the library has limits of its own, so no real one is known."""
+"""A checker that never ends with some sources: the library has limits of its own, so no real one is known. The first of
+several such checkers may do something else before.
+"""
 
 
-async def test_a_grammar_that_takes_too_much_is_refused_for_a_while_without_another_try(
+class Checked:
+    """Checks with such processes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        tokenizer_dir: Path,
+        first_does: str = "nothing else",
+        max_s: float = 90.0,
+    ) -> None:
+        """`max_s`: wall time of a source: by default all that its CPU time can need on a busy machine."""
+        self._log = folder / "log"
+        command = (sys.executable, "-c", CHECKER, str(self._log), first_does, str(max_s))
+        monkeypatch.setattr(grammar_checks, "COMMAND", command)
+        monkeypatch.setattr(grammar_checks, "ANSWER_S", 100.0)
+        self._checks = GrammarChecks(Setup(str(tokenizer_dir), 49152, (2,)))
+
+    async def check(self, regex: str) -> ApiError | None:
+        """Return the refusal of a regular expression, or None."""
+        try:
+            await self._checks.check(AskedGrammar(GrammarSource("regex", regex), "guided_regex"))
+        except ApiError as error:
+            return error
+        return None
+
+    def count(self, what: str) -> int:
+        return self._log.read_text().split().count(what)
+
+
+async def test_a_grammar_that_takes_too_much_is_refused_for_a_while_without_another_try_and_costs_no_process(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = Checked(tmp_path, monkeypatch, tokenizer_dir)
+    for regex in ("spin", "spin again"):
+        error = await checked.check(regex)
+        assert error is not None
+        assert error.code == "grammar_too_complex"
+    num_tries = checked.count("try")
+    error = await checked.check("spin")
+    assert error is not None
+    assert error.code == "grammar_too_complex"
+    assert checked.count("try") == num_tries, "it was tried again"
+    assert await checked.check("x+") is None
+    assert checked.count("start") == 1, "it took its process with it"
+
+
+async def test_a_grammar_that_got_no_cpu_in_its_time_is_a_503_and_costs_no_process(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = Checked(tmp_path, monkeypatch, tokenizer_dir, max_s=0.5)
+    for _ in range(2):
+        error = await checked.check("doze")
+        assert error is not None
+        assert error.status == 503
+        assert "overloaded" in error.message
+    assert checked.count("start") == 1
+
+
+async def test_a_process_that_is_stopped_while_it_starts_is_given_up_soon(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = Checked(tmp_path, monkeypatch, tokenizer_dir, "stop")
+    began_s = time.monotonic()
+    error = await checked.check("x+")
+    assert error is not None
+    assert error.status == 503
+    assert time.monotonic() - began_s < 30.0, "it was waited for as for one that starts slowly"
+    assert await checked.check("x+") is None
+
+
+async def test_a_process_that_gets_no_cpu_while_it_starts_is_waited_for(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = Checked(tmp_path, monkeypatch, tokenizer_dir, "sleep")
+    assert await checked.check("x+") is None
+    assert checked.count("start") == 1
+
+
+async def test_a_first_process_that_does_not_start_is_followed_by_another_at_once(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = Checked(tmp_path, monkeypatch, tokenizer_dir, "die")
+    error = await checked.check("x+")
+    assert error is not None
+    assert (error.status, error.headers) == (503, ((b"retry-after", b"1"),))
+    assert await checked.check("x+") is None
+    assert checked.count("start") == 2
+
+
+async def test_processes_that_do_not_start_are_tried_at_growing_intervals_not_by_each_request(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = tmp_path / "starts"
-    monkeypatch.setattr(grammar_checks, "COMMAND", (sys.executable, "-c", BUSY, str(starts)))
+    dying = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(1)"
+    monkeypatch.setattr(grammar_checks, "COMMAND", (sys.executable, "-c", dying, str(starts)))
     checks = GrammarChecks(Setup(str(tokenizer_dir), 49152, (2,)))
-    asked = AskedGrammar(GrammarSource("regex", "x+"), "guided_regex")
-
-    async def code_of_answer() -> str | None:
+    began_s, waits_s = time.monotonic(), set()
+    while not starts.exists() or len(starts.read_text()) < 4:
+        assert time.monotonic() < began_s + WAIT_S
         with pytest.raises(ApiError) as caught:
-            await checks.check(asked)
-        return caught.value.code
-
-    while (code := await code_of_answer()) == "unavailable":  # it got too little of the CPU to be blamed
-        pass
-    assert code == "grammar_too_complex"
-    tried = starts.read_text()
-    assert await code_of_answer() == "grammar_too_complex"
-    assert starts.read_text() == tried, "it was tried again"
+            await checks.check(AskedGrammar(GrammarSource("regex", "x+"), "guided_regex"))
+        assert caught.value.status == 503
+        ((name, value),) = caught.value.headers
+        assert name == b"retry-after"
+        waits_s.add(int(value))
+        await asyncio.sleep(0.01)
+    assert time.monotonic() - began_s > 3.0  # one start and the next at once, then pauses of 1 and 2 s
+    assert waits_s == {1, 2, 4}
 
 
 def hungry_schema(title: str) -> dict[str, Any]:
@@ -189,25 +294,6 @@ def leave_room(checker: psutil.Process, num_bytes: int) -> None:
     resource.prlimit(checker.pid, resource.RLIMIT_AS, (checker.memory_info().vms + num_bytes, hard))
 
 
-def ask_without_room(server: RunningServer, title: str) -> tuple[int, Any]:
-    """Ask for a hungry schema of a new process, none of whose memory is free, that may take no more. Ask again where it
-    got too little of the CPU.
-    """
-    while True:
-        old = checkers(server)
-        for checker in old:
-            checker.kill()
-        psutil.wait_procs(old, timeout=30)
-        assert ask_until_checked(server, guided_regex=f"before the {title}|{time.monotonic()}")[0] == 200
-        (checker,) = checkers(server)
-        leave_room(checker, 4 << 20)
-        status, answer = ask(server, guided_json=hungry_schema(title))
-        psutil.wait_procs([checker], timeout=30)
-        assert checker not in checkers(server)  # so that its memory is back
-        if status != 503:
-            return status, answer
-
-
 def test_a_grammar_that_runs_out_of_memory_is_a_400_by_its_field_and_others_are_served(server: RunningServer) -> None:
     statuses, over = [ask(server)[0]], threading.Event()
 
@@ -215,19 +301,24 @@ def test_a_grammar_that_runs_out_of_memory_is_a_400_by_its_field_and_others_are_
         while not over.is_set():
             statuses.append(ask(server)[0])
 
+    assert ask_until_checked(server, guided_regex="before")[0] == 200
+    (checker,) = checkers(server)
     before = psutil.Process(server.process.pid).memory_info().rss
+    leave_room(checker, 4 << 20)
     thread = threading.Thread(target=ask_plainly)
     thread.start()
     try:
         for title in ("first", "second", "third"):
-            status, answer = ask_without_room(server, title)
+            status, answer = ask_until_checked(server, guided_json=hungry_schema(title))
             assert (status, answer["error"]["param"]) == (400, "guided_json"), answer
             assert answer["error"]["code"] == "grammar_too_complex"
     finally:
         over.set()
         thread.join()
     assert set(statuses) == {200}
+    leave_room(checker, 384 << 20)
     assert ask_until_checked(server, guided_json=hungry_schema("with room"))[0] == 200
+    assert checkers(server) == [checker], "a source took its process with it"
     assert psutil.Process(server.process.pid).memory_info().rss < before + 20e6
 
 
@@ -246,14 +337,28 @@ def test_a_process_that_stands_still_is_replaced_and_its_grammar_is_not_to_blame
     assert ask_until_checked(server, guided_regex="y+")[0] == 200
 
 
-def test_a_process_that_is_killed_while_it_waits_costs_no_grammar_anything(server: RunningServer) -> None:
-    assert ask(server, guided_regex="lost")[0] == 200
-    for regex in ("lost again", "and again"):
-        (checker,) = checkers(server)
-        os.kill(checker.pid, signal.SIGKILL)
-        psutil.wait_procs([checker], timeout=30)
-        assert ask(server, guided_regex=regex)[0] == 200
-        assert checker.pid not in [process.pid for process in checkers(server)]
+def test_the_first_process_killed_while_it_waits_costs_nothing_and_the_next_one_a_pause(
+    tokenizer_dir: Path,
+) -> None:
+    with running_server(tokenizer_dir) as server:
+        server.manager.on_submit = lambda submit: server.manager.send(
+            *(whole(stream, [5]) for stream in streams_of(submit))
+        )
+        assert ask(server, guided_regex="lost")[0] == 200
+        lost = []
+        for _ in range(2):
+            (checker,) = checkers(server)
+            os.kill(checker.pid, signal.SIGKILL)
+            psutil.wait_procs([checker], timeout=30)
+            lost.append(ask(server, guided_regex="lost again")[0])  # the second time from memory
+            assert checker.pid not in [process.pid for process in checkers(server)]
+        assert lost == [200, 200]
+        body = json.dumps(completion_body(guided_regex="new")).encode()
+        status, headers, raw = server.request("POST", _COMPLETIONS, body, {"content-type": "application/json"})
+        assert (status, json.loads(raw)["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
+        assert ask(server)[0] == 200
+        time.sleep(1.0)
+        assert ask(server, guided_regex="new")[0] == 200
 
 
 def test_a_grammar_that_fails_while_it_is_followed_is_a_500_that_nobody_retries(server: RunningServer) -> None:

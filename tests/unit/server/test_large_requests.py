@@ -16,7 +16,7 @@ import msgspec
 import psutil
 import pytest
 from toka_engine.messages import Submit
-from toka_engine.server.large_requests import LARGE_BYTES, MANY_QUOTES
+from toka_engine.server.large_requests import ANSWER_S, LARGE_BYTES, MANY_QUOTES
 
 from tests.unit.server.conftest import chat_body, completion_body
 from tests.unit.server.harness import WAIT_S, RunningServer, each, end, running_server, speak, streams_of
@@ -203,23 +203,36 @@ def test_others_are_served_while_a_large_request_is_made_ready(speaking: Running
     assert helpers_of(speaking) == [helper]
 
 
-def test_a_process_that_is_killed_while_it_waits_costs_no_request_anything(speaking: RunningServer) -> None:
+@pytest.fixture
+def fresh(tokenizer_dir: Path, sentence_ids: list[int]) -> Iterator[RunningServer]:
+    """A server that has not lost a process yet."""
+    with running_server(tokenizer_dir) as server:
+        server.manager.on_submit = lambda submit: speak(server.manager, submit, sentence_ids)
+        yield server
+
+
+def test_the_first_process_killed_while_it_waits_costs_nothing_and_the_next_one_a_pause(fresh: RunningServer) -> None:
     body = json.dumps(chat_body()).encode() + _PADDING
-    for _ in range(3):
-        assert _ask(speaking, _CHAT, body)[0] == 200
-        (helper,) = helpers_of(speaking)
+    for _ in range(2):
+        assert _ask(fresh, _CHAT, body)[0] == 200
+        (helper,) = helpers_of(fresh)
         os.kill(helper.pid, signal.SIGKILL)
         psutil.wait_procs([helper], timeout=30)
-    assert _ask(speaking, _CHAT, body)[0] == 200
+    status, headers, raw = fresh.request("POST", _CHAT, body, _JSON)
+    assert (status, json.loads(raw)["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
+    assert not helpers_of(fresh)
+    assert fresh.post(_CHAT, chat_body())[0] == 200
+    time.sleep(1.0)
+    assert _ask(fresh, _CHAT, body)[0] == 200
 
 
-def test_a_process_that_is_killed_at_work_is_a_503_and_the_next_request_gets_another(speaking: RunningServer) -> None:
+def test_a_process_that_is_killed_at_work_is_a_503_and_the_next_request_gets_another(fresh: RunningServer) -> None:
     body = json.dumps(chat_body()).encode() + _PADDING
-    assert _ask(speaking, _CHAT, body)[0] == 200
-    (helper,) = helpers_of(speaking)
+    assert _ask(fresh, _CHAT, body)[0] == 200
+    (helper,) = helpers_of(fresh)
     helper.suspend()
     answers: list[Any] = []
-    thread = threading.Thread(target=lambda: answers.append(_ask(speaking, _CHAT, body)))
+    thread = threading.Thread(target=lambda: answers.append(_ask(fresh, _CHAT, body)))
     thread.start()
     time.sleep(0.5)  # it is being asked
     os.kill(helper.pid, signal.SIGKILL)
@@ -227,7 +240,21 @@ def test_a_process_that_is_killed_at_work_is_a_503_and_the_next_request_gets_ano
     ((status, _, text),) = answers
     assert status == 503
     assert "was lost" in json.loads(text)["error"]["message"]
-    assert _ask(speaking, _CHAT, body)[0] == 200
+    assert _ask(fresh, _CHAT, body)[0] == 200
+
+
+def test_a_process_that_is_stopped_at_work_is_given_up_before_the_time_for_a_request(fresh: RunningServer) -> None:
+    body = json.dumps(chat_body()).encode() + _PADDING
+    assert _ask(fresh, _CHAT, body)[0] == 200
+    (helper,) = helpers_of(fresh)
+    helper.suspend()
+    began_s = time.monotonic()
+    status, _, text = _ask(fresh, _CHAT, body)
+    assert time.monotonic() - began_s < ANSWER_S / 2
+    assert status == 503
+    assert "was lost" in json.loads(text)["error"]["message"]
+    assert _ask(fresh, _CHAT, body)[0] == 200
+    assert helper not in helpers_of(fresh)
 
 
 def test_a_client_that_leaves_while_it_waits_costs_nothing_more(speaking: RunningServer) -> None:

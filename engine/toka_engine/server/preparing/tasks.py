@@ -7,7 +7,6 @@ does not end, ends this process and nothing else.
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -28,8 +27,6 @@ _MAX_GROWTH_BYTES = 1 << 30
 """Memory that one request may take."""
 _MAX_KEPT_BYTES = 64 << 20
 """Growth of the process beyond which it ends after its answer, to give the memory back."""
-_NICENESS = 5
-"""This process stands back by so much where the CPU is short: others wait for tokens. It must not starve either."""
 
 
 class _NobodyLeaves:
@@ -102,6 +99,5 @@ def _write(stream: BinaryIO, body: bytes) -> None:
 def run() -> None:
     """Run the process on its standard streams."""
     end_with_parent()
-    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     serve(sys.stdin.buffer, sys.stdout.buffer)
