@@ -181,7 +181,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int, Meta(ge=1, le=8), doc("ranks that hold the model together, each with a part of every layer and a GPU")
     ] = 1
     pp_size: Annotated[
-        int, Meta(ge=1, le=8), doc("pipeline stages, each with some of the layers; on CPUs alone in this version")
+        int, Meta(ge=1, le=8), doc("pipeline stages, each with some of the layers and a GPU; on GPUs not with tp_size")
     ] = 1
     pp_layer_split: Annotated[
         tuple[PositiveInt, ...] | None, doc("layers of each stage, as 17,15; default: stages of equal work")

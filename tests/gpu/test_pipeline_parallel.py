@@ -38,7 +38,6 @@ from tests.model.driving import Driver, ints, load
 from tests.model.test_tensor_parallel import PROMPTS, SAMPLING
 
 NUM_STAGES = 2
-STAGES = {"TOKA_GPU_STAGES": "1"}
 DEVICE = "cuda"
 SIZES: dict[str, Any] = {
     "max_seqs_per_forward": 600,
@@ -195,7 +194,6 @@ def be_stage(
 
 
 def run_stages(folder: Path, settings: dict[str, Any], forced: list[list[int]]) -> list[Seen]:
-    os.environ.update(STAGES)
     with tempfile.TemporaryDirectory() as out:
         pairs = [socket_pair() for _ in range(NUM_STAGES)]
         mp.spawn(be_stage, (pairs, folder, settings, forced, out), nprocs=NUM_STAGES)
@@ -247,7 +245,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stage_that_is_killed_or_stopped_ends_the_engine_with_its_name(
     served: Path, signum: signal.Signals, code: int, limit_s: float, stage: int
 ) -> None:
-    with engine(served, size="pp_size=2", **STAGES) as (process, log):
+    with engine(served, size="pp_size=2") as (process, log):
         first = ask([5, 6, 7], temperature=0)
         assert ask([5, 6, 7], temperature=0)["choices"] == first["choices"]
         pid = int(re.findall(rf"event=started process=model_pp{stage} pid=(\d+)", log())[0])
@@ -280,7 +278,7 @@ def test_many_streams_through_two_stages_say_what_one_gpu_says(served: Path) -> 
             asking = [pool.submit(ask, prompt, **more) for prompt, more in zip(prompts, fields, strict=True)]
             return [each.result()["choices"][0]["text"] for each in asking]
 
-    with engine(served, size="pp_size=2", **STAGES):
+    with engine(served, size="pp_size=2"):
         found = ask_all()
     with engine(served, size="pp_size=1"):
         expected = ask_all()
@@ -294,6 +292,6 @@ def test_without_peer_memory_stages_are_refused_in_one_line(served: Path) -> Non
     words = r"pp_size=2 needs GPUs that reach each other's memory: TOKA_NO_PEER_MEMORY is set"
     with (
         pytest.raises(AssertionError, match=words),
-        engine(served, size="pp_size=2", TOKA_NO_PEER_MEMORY="1", **STAGES),
+        engine(served, size="pp_size=2", TOKA_NO_PEER_MEMORY="1"),
     ):
         pass

@@ -164,13 +164,21 @@ def test_fewer_gpus_than_ranks_are_refused_by_every_rank(gpus: Callable[..., lis
         find_device(EngineConfig(dp_size=2), index)
 
 
-def test_pipeline_stages_run_on_cpus_alone_and_the_start_says_so(gpus: Callable[..., list[int]]) -> None:
-    current = gpus((9, 0), (9, 0))
-    words = "^pp_size=2: pipeline parallel runs on CPUs in this version, with device=cpu$"
+def test_pipeline_stages_of_several_ranks_run_on_cpus_alone_and_the_start_says_so(
+    gpus: Callable[..., list[int]],
+) -> None:
+    current = gpus((9, 0), (9, 0), (9, 0), (9, 0))
+    words = "^pp_size=2 tp_size=2: pipeline stages of several ranks run on CPUs in this version, with device=cpu$"
     with pytest.raises(ConfigError, match=words):
-        take_device(EngineConfig(pp_size=2), RankInfo(pp_rank=1, pp_size=2))
+        take_device(EngineConfig(pp_size=2, tp_size=2), RankInfo(pp_rank=1, pp_size=2, tp_size=2))
     assert current == []
-    assert find_device(EngineConfig(pp_size=2, device="cpu")).type == "cpu"
+    assert find_device(EngineConfig(pp_size=2, tp_size=2, device="cpu")).type == "cpu"
+
+
+def test_each_pipeline_stage_takes_a_gpu(gpus: Callable[..., list[int]]) -> None:
+    current = gpus((9, 0), (9, 0))
+    assert take_device(EngineConfig(pp_size=2), RankInfo(pp_rank=1, pp_size=2)) == torch.device("cuda", 1)
+    assert current == [1]
 
 
 def test_without_a_word_on_the_dtype_it_is_bfloat16_where_the_cpu_computes_with_it() -> None:

@@ -21,7 +21,7 @@ from toka_engine.model.stage_links import StageLinks
 logger = logging.getLogger("toka.model")
 
 _GPU_STAGES = "TOKA_GPU_STAGES"
-"""The variable with which pipeline stages run on GPUs, until they have been tried there."""
+"""The variable with which stages of several ranks run on GPUs, until they have been tried there."""
 
 
 def find_device(config: EngineConfig, index: int = 0) -> torch.device:
@@ -33,9 +33,10 @@ def find_device(config: EngineConfig, index: int = 0) -> torch.device:
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        if config.pp_size > 1 and _GPU_STAGES not in os.environ:
+        if config.pp_size > 1 and config.tp_size > 1 and _GPU_STAGES not in os.environ:
             raise ConfigError(
-                f"pp_size={config.pp_size}: pipeline parallel runs on CPUs in this version, with device=cpu"
+                f"pp_size={config.pp_size} tp_size={config.tp_size}: pipeline stages of several ranks run on CPUs in "
+                "this version, with device=cpu"
             )
         is_one_of_several = config.num_ranks > 1
         if is_one_of_several and index < torch.cuda.device_count():
