@@ -66,6 +66,8 @@ def play(harness: Harness, rng: np.random.Generator, num_requests: int, cancel_r
     cancel_rate=st.sampled_from([0.0, 0.1]),
     failure_period=st.sampled_from([0, 60]),
     num_lanes=st.sampled_from([1, 1, 2, 3, 5]),
+    num_stages=st.sampled_from([1, 2, 4]),
+    num_few_rows=st.sampled_from([0, 3, 8]),
 )
 def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
     random_seed: int,
@@ -80,6 +82,8 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
     cancel_rate: float,
     failure_period: int,
     num_lanes: int,
+    num_stages: int,
+    num_few_rows: int,
 ) -> None:
     sizes = small_sizes(
         num_pages=num_pages,
@@ -88,8 +92,10 @@ def test_every_stream_gets_the_tokens_of_the_reference_and_nothing_stays_held(
         max_prefill_tokens=max_prefill_tokens,
         max_lone_prefill_tokens=max_lone_prefill_tokens,
         num_lanes=num_lanes,
+        num_few_rows=num_few_rows,
     )
     config = EngineConfig(
+        pp_size=num_stages,
         scheduling_steps_ahead=steps_ahead,
         use_prefix_cache=use_prefix_cache,
         use_hydragen=use_hydragen,
