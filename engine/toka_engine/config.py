@@ -54,6 +54,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "fp8", "none"],
         doc("fp8: linear layers compute in 8-bit floats, on a GPU that can; auto: as the checkpoint is stored"),
     ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        doc("fp8: keys and values are kept as 8-bit floats, on a GPU that has them; auto: as `dtype`"),
+    ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: a GPU where there is one")] = "auto"
 
     generation_config: Annotated[

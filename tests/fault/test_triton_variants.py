@@ -24,7 +24,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np
 import torch
-from toka_engine.model.aot.triton_build import Variants, list_shapes, make_model
+from toka_engine.model.aot.triton_build import FP8_CACHE, Variants, list_shapes, make_model
 from toka_engine.model.aot.triton_dry_run import DryRanks, dry_run, hand_over, make_runner
 from toka_engine.model.cuda.flashinfer_modules import BUILT_HEAD_DIMS
 from toka_engine.model.quantization import Quantization
@@ -129,8 +129,8 @@ report("stages of known models", stages)
 
 
 def in_fp8(shape):
-    model, *others = shape
-    return replace(model, quantization=Quantization(None)), *others
+    model, page_size, *ranks = shape
+    return replace(model, quantization=Quantization(None)), page_size, *(ranks or [DryRanks(0, 1)]), FP8_CACHE
 
 FP8_RANKS = {"Llama-3.1-405B": (8,), "Llama-3.1-70B": (1, 2, 4)}
 record("known models in fp8", [

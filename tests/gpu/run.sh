@@ -21,7 +21,7 @@ part() { # NAME SECONDS COMMAND...
 }
 pytest="python3 -m pytest -c tests/gpu/pytest.ini --rootdir . -q --tb=short -p no:cacheprovider"
 part kernels 150 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_paged_attention.py \
-    --ignore tests/unit/kernels/test_gluon_simulator.py
+    --ignore tests/unit/kernels/test_fp8_paged_attention.py --ignore tests/unit/kernels/test_gluon_simulator.py
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
 part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
@@ -41,6 +41,7 @@ part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
 lines=90 part bench_gemv 60 python3 tests/gpu/bench_gemv.py
 lines=60 part bench_fp8 90 python3 -m tests.gpu.bench_fp8
+lines=160 part bench_fp8_cache 120 python3 -m tests.gpu.bench_fp8_cache
 lines=90 part bench_decode_attention 60 python3 -m tests.gpu.bench_decode_attention
 lines=90 part bench_prefix_attention 60 python3 -m tests.gpu.bench_prefix_attention
 lines=190 part bench_suffix_attention 90 python3 -m tests.gpu.bench_suffix_attention

@@ -65,7 +65,7 @@ def define_decode(backend: CudaAttention, layout: StepLayout, table: np.ndarray,
     count, group = layout.decode_slots.size, q.shape[1] // k.shape[1]
     slots, positions = (torch.from_numpy(each).to(DEVICE) for each in (layout.decode_slots, layout.decode_positions))
     rotated = torch.empty_like(q[:count]).contiguous()
-    cache = backend._by_token(backend.cache[0])
+    cache = backend._by_token(backend.cache[0].to(q.dtype))  # a new token counts unrounded, earlier ones as stored
     rope_append(q[:count], k[:count], v[:count], angles, slots, positions, backend.table, *cache, rotated)
     result = torch.empty(rotated.shape, dtype=torch.float32, device=DEVICE)
     for row, (slot, position) in enumerate(zip(layout.decode_slots, layout.decode_positions, strict=True)):
@@ -94,11 +94,15 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("heads", [(32, 8, 64), (9, 3, 64), (14, 2, 64), (40, 8, 128)], ids=str)
-@pytest.mark.parametrize("layout_code", [HND, NHD], ids=["HND", "NHD"])
+@pytest.mark.parametrize(
+    ("layout_code", "cache_dtype"),
+    [(HND, None), (NHD, None), (HND, torch.float8_e4m3fn)],
+    ids=["HND", "NHD", "HND-fp8"],
+)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_kernels_give_what_the_definition_gives(name, layout_code, heads) -> None:
+def test_the_kernels_give_what_the_definition_gives(name, layout_code, cache_dtype, heads) -> None:
     num_heads, num_kv_heads, head_dim = heads
-    shape = AttentionShape(1, num_heads, num_kv_heads, head_dim, head_dim**-0.5, torch.bfloat16, DEVICE)
+    shape = AttentionShape(1, num_heads, num_kv_heads, head_dim, head_dim**-0.5, torch.bfloat16, DEVICE, cache_dtype)
     backend = CudaAttention(shape, layout_code)
     backend.allocate(SLOTS * COLUMNS, PAGE_SIZE, SLOTS, COLUMNS)
     checked = backend._kernels = Checked(backend._kernels, shape, layout_code == HND)
@@ -118,7 +122,7 @@ def test_the_kernels_give_what_the_definition_gives(name, layout_code, heads) ->
         np.tile(np.arange(COLUMNS, dtype=np.int32), SLOTS),
         table.reshape(-1),
     )
-    backend.cache.normal_()
+    backend.cache.copy_(torch.randn(backend.cache.shape, device=DEVICE))
     rows = layout.decode_slots.size + int(layout.prefill_lengths.sum())
     packed = torch.randn(rows, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).bfloat16()
     q, k, v = packed.split((num_heads, num_kv_heads, num_kv_heads), dim=1)

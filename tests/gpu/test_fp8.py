@@ -90,14 +90,19 @@ def define_fp8(model: Any, rounds_weights: bool = True) -> Any:
     return model
 
 
+def force(model: Any, prompts: list[list[int]], outputs: torch.Tensor) -> list[torch.Tensor]:
+    """The model's logits where each of the outputs' tokens was sampled."""
+    with torch.inference_mode():
+        sequences = [prompt + output.tolist() for prompt, output in zip(prompts, outputs, strict=True)]
+        logits = [model(torch.tensor([ids], device="cuda")).logits[0] for ids in sequences]
+    return [rows[len(prompt) - 1 : -1] for rows, prompt in zip(logits, prompts, strict=True)]
+
+
 def check(name: str, prompts: list[list[int]], model: Any, defined: Any, drivers: tuple[Driver, Driver]) -> None:
     """Teacher-forced on our tokens: fp8 is as near to fp32 as its definition is, whose products are not rounded."""
 
     def run(each: Any, outputs: torch.Tensor) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            sequences = [prompt + output.tolist() for prompt, output in zip(prompts, outputs, strict=True)]
-            logits = [each(torch.tensor([ids], device="cuda")).logits[0] for ids in sequences]
-        return [rows[len(prompt) - 1 : -1] for rows, prompt in zip(logits, prompts, strict=True)]
+        return force(each, prompts, outputs)
 
     (bf16_tokens, bf16_logits), (tokens, logits) = (generate(driver, prompts, NUM_TOKENS) for driver in drivers)
     bf16 = Distance.of(list(bf16_logits), run(model, bf16_tokens))
@@ -133,9 +138,26 @@ def test_a_checkpoint_in_fp8_computes_with_the_values_that_it_stores(
     check(strategy, prompts, model, defined, (drive(copied, quantization="none"), drive(copied)))
 
 
-@pytest.fixture(scope="module")
-def drivers(folder: Path) -> list[Driver]:
-    return [drive(folder, quantization="fp8", use_cudagraphs=use) for use in (True, False)]
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_cache_in_fp8_is_near_to_fp32(reference: Any, folder: Path, prompts: list[list[int]], count: int) -> None:
+    ways = {
+        "bf16": {},
+        "fp8 cache": {"kv_cache_dtype": "fp8"},
+        "fp8 weights": {"quantization": "fp8"},
+        "both": {"kv_cache_dtype": "fp8", "quantization": "fp8"},
+    }
+    found = {}
+    for name, settings in ways.items():
+        tokens, logits = generate(drive(folder, **settings), prompts[-count:], NUM_TOKENS)
+        found[name] = Distance.of(list(logits), force(reference, prompts[-count:], tokens))
+    print(f"{count} rows:", *(f"{name}: {distance};" for name, distance in found.items()))
+    assert found["bf16"].kl < found["fp8 cache"].kl <= 3 * found["bf16"].kl + 0.01
+    assert found["both"].kl <= 1.5 * found["fp8 weights"].kl + 0.01
+
+
+@pytest.fixture(scope="module", params=["quantization", "kv_cache_dtype"])
+def drivers(request: pytest.FixtureRequest, folder: Path) -> list[Driver]:
+    return [drive(folder, **{request.param: "fp8"}, use_cudagraphs=use) for use in (True, False)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -163,9 +185,11 @@ def test_seeds_repeat(drivers: list[Driver], prompts: list[list[int]]) -> None:
 def test_weights_take_half_the_memory(folder: Path) -> None:
     def count_bytes(quantization: str) -> int:
         gc.collect()
+        torch.cuda.empty_cache()  # blocks that others have left are larger than what is put into them
         before = torch.cuda.memory_allocated()
         settings = {"device": "cuda", "dtype": "bfloat16", "max_seqs_per_forward": 8, "quantization": quantization}
         worker = load(folder, **settings)
+        gc.collect()  # of what loading left, and of engines that other tests had
         taken = torch.cuda.memory_allocated() - before
         del worker
         return taken

@@ -29,6 +29,8 @@ class AttentionShape:
     """Factor of q.k; usually head_dim ** -0.5."""
     dtype: torch.dtype
     device: torch.device
+    cache_dtype: torch.dtype | None = None
+    """The KV cache's; None: `dtype`."""
 
     @classmethod
     def of(
@@ -38,6 +40,7 @@ class AttentionShape:
         device: torch.device,
         sharding: Sharding | None = None,
         num_layers: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> AttentionShape:
         """The shape of `model`, or of a rank's heads and a stage's `num_layers`.
 
@@ -52,12 +55,18 @@ class AttentionShape:
             scale=model.head_dim**-0.5,
             dtype=dtype,
             device=device,
+            cache_dtype=cache_dtype,
         )
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the KV cache."""
+        return self.cache_dtype or self.dtype
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.stored_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from toka_engine.model.kv_scales import KvScales
 from toka_engine.model.linear import GatedLinear, Linear, LinearParameters, LmHead, ResidualLinear
 from toka_engine.model.loader import Weights
 from toka_engine.model.model_config import ModelConfig
@@ -59,8 +60,17 @@ class ModelBuilder:
         """silu(gate) * up of the residual stream. Split by outputs."""
         return GatedLinear(self.ops, self._take_outputs(self._split_outputs((gate, up), out_size), has_bias))
 
-    def qkv_linear(self, prefix: str, has_bias: bool = False) -> Linear:
-        """The projections to this rank's queries, keys and values, in this order, as one GEMM. Split by heads."""
+    def kv_scales(self, prefix: str) -> KvScales:
+        """The factors by which what the KV cache of attention `prefix` holds is smaller than its keys and values."""
+        return self.weights.take_kv_scales(prefix)
+
+    def qkv_linear(
+        self, prefix: str, has_bias: bool = False, factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ) -> Linear:
+        """The projections to this rank's queries, keys and values, in this order, as one GEMM. Split by heads.
+
+        Each is multiplied by its one of the `factors`.
+        """
         config, heads, width = self.config, self.heads, self.config.head_dim
         q_shard = Shard(0, heads.begin * width, heads.end * width)
         kv_shard = Shard(0, heads.kv_begin * width, heads.kv_end * width)
@@ -69,14 +79,20 @@ class ModelBuilder:
             (f"{prefix}.k_proj", config.num_kv_heads * width, kv_shard),
             (f"{prefix}.v_proj", config.num_kv_heads * width, kv_shard),
         ]
-        return Linear(self.ops, self._take_outputs(outputs, has_bias))
+        sizes = [shard.end - shard.begin for _, _, shard in outputs]
+        return Linear(self.ops, self._take_outputs(outputs, has_bias).scale_outputs(sizes, factors))
 
-    def residual_linear(self, name: str, in_size: int, has_bias: bool = False) -> ResidualLinear:
-        """A linear layer whose output is added to the residual stream. Split by inputs, so the bias is one rank's."""
+    def residual_linear(self, name: str, in_size: int, has_bias: bool = False, factor: float = 1.0) -> ResidualLinear:
+        """A linear layer whose output is added to the residual stream. Split by inputs, so the bias is one rank's.
+
+        Its weight is multiplied by `factor`.
+        """
         width = self.config.hidden_size
         shard = Shard(1, *self.sharding.split(name, in_size))
         bias = self.weights.take(f"{name}.bias", (width,)) if has_bias else None
         parameters = self._take_linear([(name, (width, in_size), shard)], bias if self.sharding.rank == 0 else None)
+        if factor != 1.0:
+            parameters = parameters.scale_weight(torch.tensor(factor))
         return ResidualLinear(self.ops, parameters, is_partial=self.ranks.size > 1)
 
     def norm(self, name: str, offset: float = 0.0) -> Norm:

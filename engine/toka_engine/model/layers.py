@@ -44,12 +44,16 @@ class Attention:
     def __init__(self, build: ModelBuilder, index: int, traits: AttentionTraits) -> None:
         config, prefix = build.config, f"model.layers.{index}.self_attn"
         self._index, self._heads, self._head_dim = index - build.layers.start, build.heads, config.head_dim
-        self._qkv = build.qkv_linear(prefix, traits.has_qkv_bias)
-        self._out = build.residual_linear(f"{prefix}.o_proj", config.num_heads * config.head_dim, traits.has_out_bias)
+        scales = build.kv_scales(prefix)
+        of_keys = 1.0 if traits.has_head_norm else scales.keys  # a norm would take it away again
+        self._qkv = build.qkv_linear(prefix, traits.has_qkv_bias, (of_keys, 1 / of_keys, 1 / scales.values))
+        width = config.num_heads * config.head_dim
+        self._out = build.residual_linear(f"{prefix}.o_proj", width, traits.has_out_bias, scales.values)
         self._rms_norm, self._eps = build.ops.rms_norm, config.rms_norm_eps
         self._head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
         if traits.has_head_norm:
-            self._head_norms = build.head_norm(f"{prefix}.q_norm"), build.head_norm(f"{prefix}.k_norm")
+            q_norm, k_norm = build.head_norm(f"{prefix}.q_norm"), build.head_norm(f"{prefix}.k_norm")
+            self._head_norms = q_norm * scales.keys, k_norm / scales.keys
 
     def __call__(self, x: Activation, context: ForwardContext) -> Activation:
         """x [n, hidden_size], normed -> what the next norm adds to the residual stream."""

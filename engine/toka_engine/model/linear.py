@@ -13,8 +13,8 @@ them, too (`DeferredRows`): it knows whether it reads rows of 8-bit floats, whic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -34,6 +34,20 @@ class LinearParameters:
     weight: torch.Tensor  # [out, in]
     bias: torch.Tensor | None  # [out]
     scale: torch.Tensor | None = None  # [out] float32: the weight's factors, if it is of 8-bit floats
+
+    def scale_outputs(self, sizes: Sequence[int], factors: Sequence[float]) -> LinearParameters:
+        """Return the layer with its first sizes[0] outputs multiplied by factors[0], the next by factors[1], and so."""
+        if all(factor == 1.0 for factor in factors):
+            return self
+        of_each = torch.tensor(factors).repeat_interleave(torch.tensor(sizes))
+        scaled = self.scale_weight(of_each)
+        return scaled if self.bias is None else replace(scaled, bias=self.bias * of_each.to(self.bias))
+
+    def scale_weight(self, factors: torch.Tensor) -> LinearParameters:
+        """Return the layer with its weight's outputs, but not the bias, multiplied by `factors` [out] or one of all."""
+        if self.scale is not None:
+            return replace(self, scale=self.scale * factors.to(self.scale))
+        return replace(self, weight=self.weight * factors.to(self.weight).reshape(-1, 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from toka_engine.errors import ModelInvalidError, ModelNotFoundError, OutOfMemoryError
+from toka_engine.model.kv_scales import KvScales, list_scale_names, round_up
 from toka_engine.model.quantization import (
     E4M3,
     SCALE_SUFFIXES,
@@ -45,10 +46,11 @@ class Weights(AbstractContextManager["Weights"]):
         available_bytes: int,
         quantization: Quantization | None = None,
         computes_fp8: bool = False,
+        has_fp8_cache: bool = False,
     ) -> None:
         """`available_bytes`: what the device has left for them. `quantization`: the scheme of those of 8-bit floats.
 
-        `computes_fp8`: linear layers compute with 8-bit floats.
+        `computes_fp8`: linear layers compute with 8-bit floats; `has_fp8_cache`: the KV cache holds such.
         """
         self.device = device
         self.num_dequantised = 0
@@ -57,9 +59,12 @@ class Weights(AbstractContextManager["Weights"]):
         """Weights that are computed with as 8-bit floats."""
         self.num_rounded = 0
         """Those of them whose stored values were others: floats of more bits, or in blocks with a scale each."""
+        self.num_unscaled = 0
+        """Scales that a KV cache of 8-bit floats could have and the checkpoint does not."""
         self.dtype = dtype
         self._folder = folder
         self._quantization, self._computes_fp8 = quantization, computes_fp8
+        self._has_fp8_cache = has_fp8_cache
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._untaken: set[str] = set()
@@ -120,6 +125,26 @@ class Weights(AbstractContextManager["Weights"]):
         if not bool(quantised.scale.isfinite().all()):
             raise ModelInvalidError(f"{self._folder}: tensor {name} has values that are not finite")
         return quantised
+
+    def take_kv_scales(self, prefix: str) -> KvScales:
+        """Return the scales of the KV cache of attention `prefix`; 1 where there are none, or the cache needs none.
+
+        Raises ModelInvalidError where one cannot be a scale.
+        """
+        if not self._has_fp8_cache:
+            return KvScales()
+        return KvScales(*(self._take_kv_scale(list_scale_names(prefix, which)) for which in ("k", "v")))
+
+    def _take_kv_scale(self, names: Sequence[str]) -> float:
+        name = next((name for name in names if name in self._file_of), None)
+        if name is None:
+            self.num_unscaled += 1
+            return 1.0
+        self._untaken.discard(name)
+        try:
+            return round_up(self._file_of[name].get_tensor(name).float())
+        except ValueError as error:
+            raise ModelInvalidError(f"{self._folder}: tensor {name} {error}") from error
 
     def _read(self, name: str, shape: tuple[int, ...], shard: Shard | None, bytes_per_value: int) -> torch.Tensor:
         """Return the `shard` of a tensor, in the file's memory map, as a float of the file's dtype."""

@@ -57,6 +57,17 @@ def choose_fp8(config: EngineConfig, model: ModelConfig, has_fp8: bool, dtype: t
     return False
 
 
+def choose_cache_dtype(config: EngineConfig, has_fp8: bool, dtype: torch.dtype) -> torch.dtype:
+    """Return the KV cache's dtype: the model's `dtype`, or e4m3 where the user asks for it and the device `has_fp8`."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if has_fp8 and dtype == torch.bfloat16:
+        return torch.float8_e4m3fn
+    stored = str(dtype).removeprefix("torch.")
+    logger.warning("event=no_fp8 key=kv_cache_dtype=fp8 reason=device_or_dtype_without_fp8 stored=%s", stored)
+    return dtype
+
+
 def _has_cpu_bfloat16() -> bool:
     """Whether this CPU computes bfloat16 faster than float32."""
     capabilities = torch.backends.cpu.get_cpu_capability()

@@ -34,7 +34,7 @@ from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, read_model_config
 from toka_engine.model.ranks import Ranks, SingleRank
 from toka_engine.model.sharding import Sharding
-from toka_engine.model.sizing import Sizes, choose_dtype, choose_fp8, read_available_bytes
+from toka_engine.model.sizing import Sizes, choose_cache_dtype, choose_dtype, choose_fp8, read_available_bytes
 from toka_engine.model.stage_links import StageLinks
 from toka_engine.model.stages import choose_stage
 from toka_engine.slot_parameters import SlotBatch
@@ -135,8 +135,9 @@ def load_worker(
         model_config.num_heads, model_config.num_kv_heads, model_config.intermediate_size, model_config.vocab_size
     )
     stage = choose_stage(config, model_config, 0 if links is None else links.rank.pp_rank)
-    shape = AttentionShape.of(model_config, dtype, device, sharding, len(stage.layers))
     backend = select_backend(device, config, ranks, model_config, links)
+    cache_dtype = choose_cache_dtype(config, backend.ops.fp8 is not None, dtype)
+    shape = AttentionShape.of(model_config, dtype, device, sharding, len(stage.layers), cache_dtype)
     try:
         report("load", f"{model_config.architecture} {dtype} on {device.type}")
         available = ranks.agree_min(read_available_bytes(device))
@@ -145,7 +146,8 @@ def load_worker(
         scheme, ops = model_config.quantization, backend.ops
         if not (computes_fp8 := choose_fp8(config, model_config, ops.fp8 is not None, dtype)):
             ops = replace(ops, fp8=None)
-        with torch.inference_mode(), Weights(model_dir, device, dtype, available, scheme, computes_fp8) as weights:
+        stored = scheme, computes_fp8, cache_dtype != dtype
+        with torch.inference_mode(), Weights(model_dir, device, dtype, available, *stored) as weights:
             model = build_model(model_config, weights, ops, ranks, stage)
             untaken = tuple(weights.list_untaken())
             if links is not None:
@@ -172,6 +174,8 @@ def _report_weights(weights: Weights, untaken: Sequence[str]) -> None:
     if weights.num_dequantised:
         dtype = str(weights.dtype).removeprefix("torch.")
         logger.warning("event=dequantised weights=%d stored=float8_e4m3fn computed=%s", weights.num_dequantised, dtype)
+    if weights.num_unscaled:
+        logger.warning("event=no_kv_scales count=%d used=1.0", weights.num_unscaled)
 
 
 def describe(model: ModelConfig, sizes: Sizes, shape: AttentionShape) -> WorkerReady:

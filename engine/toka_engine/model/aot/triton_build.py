@@ -33,7 +33,7 @@ from triton.runtime.errors import TritonError
 
 from toka_engine.config import EngineConfig
 from toka_engine.errors import ConfigError, DeviceUnavailableError, StorageError
-from toka_engine.model.aot.triton_dry_run import DryRanks, dry_run
+from toka_engine.model.aot.triton_dry_run import ALONE, DryRanks, dry_run
 from toka_engine.model.architectures.registry import MODELS
 from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.cuda import toolchain
@@ -48,11 +48,15 @@ _HIDDEN_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 _INTERMEDIATE_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _VOCAB_SIZES = (32768, 65536, 131072, 262144)
 _RANKS = (2, 4, 8)
+FP8_CACHE = EngineConfig(seed=0, kv_cache_dtype="fp8")
+"""Settings by which attention asks for other variants: its kernels are those of each number of heads."""
 _SHARDED_VOCAB_SIZES = (8192, 16384, *_VOCAB_SIZES)
 """The vocabulary's part of each of two ranks stands for parts of that size of any number of ranks."""
 
-Shape: TypeAlias = tuple[ModelConfig, int] | tuple[ModelConfig, int, DryRanks]
-"""A model, the page size, and the rank that has a part of the model (without one: all of it)."""
+Shape: TypeAlias = (
+    tuple[ModelConfig, int] | tuple[ModelConfig, int, DryRanks] | tuple[ModelConfig, int, DryRanks, EngineConfig]
+)
+"""A model, the page size, the rank that has a part of the model (without one: all of it), and other settings."""
 
 
 class _Target:
@@ -106,7 +110,9 @@ def list_shapes(head_dims: Sequence[int]) -> Iterator[Shape]:
     page_size = EngineConfig().page_size
     for head_dim in head_dims:
         for kv_heads, heads in itertools.combinations_with_replacement(_HEAD_COUNTS, 2):
-            yield make_model(head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads), page_size
+            model = make_model(head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads)
+            yield model, page_size
+            yield model, page_size, ALONE, FP8_CACHE
         for architecture in MODELS:
             yield make_model(architecture, head_dim=head_dim), page_size
     for hidden_size in _HIDDEN_SIZES:

@@ -29,6 +29,7 @@ from toka_engine.model.cuda.memory_fit import make_largest_steps
 from toka_engine.model.cuda.peer_links import LinkSizes, find_begins, make_links
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.cuda.tensor_parallel import PeerParallel
+from toka_engine.model.kernels import FP8_CAPABILITY
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.peer_pattern import write_pattern
 from toka_engine.model.kernels.stage_exchange import (
@@ -45,13 +46,14 @@ from toka_engine.model.prompt_scores import PromptScores
 from toka_engine.model.quantization import E4M3, QuantisedWeight
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.sharding import Shard, Sharding
-from toka_engine.model.sizing import Sizes, choose_fp8
+from toka_engine.model.sizing import Sizes, choose_cache_dtype, choose_fp8
 from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.worker import describe, make_warm_up_steps
 
 _META = torch.device("meta")
 _SIZES = Sizes(num_pages=64, page_size=0, max_seqs=40, max_tokens_per_forward=96, max_pages_per_seq=64)
 """Small sizes that still reach all code: no variant of a kernel may depend on them."""
+_CONFIG = EngineConfig(seed=0)
 
 
 class _Weights(Weights):
@@ -138,32 +140,45 @@ class DryRunner(CudaRunner):
 
 
 def make_runner(
-    model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES
+    model: ModelConfig,
+    page_size: int,
+    ranks: DryRanks = ALONE,
+    config: EngineConfig = _CONFIG,
+    sizes: Sizes = _SIZES,
 ) -> tuple[DryRunner, WorkerReady]:
-    """Make the runner of this model, or of a rank's part, and its worker's report.
+    """Make the runner of this model, or of a rank's part, with the settings of `config`, and its worker's report.
 
     `sizes`: other than the page size.
     """
     sizes, capability = replace(sizes, page_size=page_size), driver.active.get_current_target().arch
-    shape = AttentionShape.of(model, torch.bfloat16, _META, Sharding(ranks.rank, ranks.size))
+    has_fp8 = capability >= FP8_CAPABILITY
+    cache_dtype = choose_cache_dtype(config, has_fp8, torch.bfloat16)
+    sharding = Sharding(ranks.rank, ranks.size)
+    shape = AttentionShape.of(model, torch.bfloat16, _META, sharding, cache_dtype=cache_dtype)
     parallel = ranks.connect(model, sizes, capability)
     attention = CudaAttention(shape, kernels=_without_kernels())
     attention.allocate(sizes.num_pages, page_size, sizes.max_seqs, sizes.max_pages_per_seq)
     ops = make_ops(capability, parallel)
-    if not (computes_fp8 := choose_fp8(EngineConfig(), model, ops.fp8 is not None, torch.bfloat16)):
+    if not (computes_fp8 := choose_fp8(config, model, has_fp8, torch.bfloat16)):
         ops = replace(ops, fp8=None)
     with torch.inference_mode():
         runner = DryRunner(
             build_model(model, _Weights(computes_fp8), ops, ranks),
-            attention, sizes.max_seqs, EngineConfig(seed=0), parallel,
+            attention, sizes.max_seqs, config, parallel,
         )  # fmt: skip
     return runner, describe(model, sizes, shape)
 
 
 @torch.inference_mode()
-def dry_run(model: ModelConfig, page_size: int, ranks: DryRanks = ALONE, sizes: Sizes = _SIZES) -> None:
+def dry_run(
+    model: ModelConfig,
+    page_size: int,
+    ranks: DryRanks = ALONE,
+    config: EngineConfig = _CONFIG,
+    sizes: Sizes = _SIZES,
+) -> None:
     """Launch the kernels that an engine's start with this model launches: see worker.Worker.warm_up."""
-    runner, ready = make_runner(model, page_size, ranks, sizes)
+    runner, ready = make_runner(model, page_size, ranks, config, sizes)
     if ranks.has_stages:
         hand_over(model, sizes)
     if ranks.size > 1:

@@ -17,16 +17,15 @@ from numpy.typing import NDArray
 from toka_engine.errors import ConfigError
 from toka_engine.model.attention_backend import AttentionShape, StepLayout
 from toka_engine.model.cuda.attention_plan import (
-    PageLists,
     find_levels,
     find_suffix_starts,
     outermost,
-    plan_prefill,
 )
-from toka_engine.model.cuda.flashinfer_prefill import HND, DevicePages, FlashInferPrefill
+from toka_engine.model.cuda.chunk_attention import ChunkAttention, Chunks
+from toka_engine.model.cuda.flashinfer_prefill import HND, FlashInferPrefill
 from toka_engine.model.cuda.staging import Staging
-from toka_engine.model.kernels.decode_attention import SuffixPart, Workspace, attend_decode
-from toka_engine.model.kernels.pages import copy_pages, flatten_table, set_table, write_tokens
+from toka_engine.model.kernels.decode_attention import LaunchConfig, SuffixPart, Workspace, attend_decode
+from toka_engine.model.kernels.pages import copy_pages, set_table, write_tokens
 from toka_engine.model.kernels.prefix_attention import attend_prefix
 from toka_engine.model.kernels.prefix_groups import PrefixLaunchConfig, PrefixWorkspace, pack_groups, packed_size
 from toka_engine.model.kernels.rope_append import rope_append
@@ -35,15 +34,6 @@ from toka_engine.model.step_rows import find_rows
 GRAPH_GROUPS = 256
 """Most groups of a step that is a CUDA graph."""
 GRAPH_GROUP_WORDS = packed_size(GRAPH_GROUPS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Queries:
-    """A planned QueryBatch on the device."""
-
-    planned: Any
-    q_indptr: torch.Tensor
-    pages: DevicePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +54,15 @@ class _Plan:
     suffix_starts: torch.Tensor | None = None  # with levels: [num_decode] int32
     levels: list[torch.Tensor] = field(default_factory=list)
     """Packed groups by level, the outermost first; see pack_groups."""
-    prefill: _Queries | None = None
+    prefill: list[Chunks] = field(default_factory=list)
 
 
 class CudaAttention:
-    """An AttentionBackend for NVIDIA GPUs. Tests may replace flashinfer's `kernels` by a reference."""
+    """An AttentionBackend for NVIDIA GPUs. Tests may replace flashinfer's `kernels` by a reference.
+
+    Its cache is of the model's dtype, or of 8-bit floats (e4m3) that stand for themselves: a checkpoint's scales are in
+    the weights (see `kv_scales`).
+    """
 
     def __init__(self, shape: AttentionShape, layout: int = HND, kernels: Any = None) -> None:
         if shape.device.type == "cuda" and shape.dtype is not torch.bfloat16:
@@ -78,6 +72,7 @@ class CudaAttention:
         self._layout = layout
         self._kernels = kernels
         self._step: _Plan | None = None
+        self._chunks = ChunkAttention(shape)
         self._tables = Staging(shape.device)
         self._inputs = Staging(shape.device)
 
@@ -96,16 +91,19 @@ class CudaAttention:
         page = (shape.num_kv_heads, page_size) if self._layout == HND else (page_size, shape.num_kv_heads)
         # Zeros: a masked key has weight 0, but 0 times a NaN in memory that was never written would be NaN.
         self.cache = torch.zeros(
-            (shape.num_layers, 2, num_pages + 1, *page, shape.head_dim), dtype=shape.dtype, device=shape.device
+            (shape.num_layers, 2, num_pages + 1, *page, shape.head_dim), dtype=shape.stored_dtype, device=shape.device
         )
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
         heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
-        config = PrefixLaunchConfig.choose(shape.head_dim, page_size, self._layout == HND)
-        self._decode_work, self._prefix_work = Workspace.allocate(*heads), PrefixWorkspace.allocate(*heads, config)
+        has_fp8 = shape.stored_dtype != shape.dtype
+        self._decode_work = Workspace.allocate(*heads, LaunchConfig.of(shape.head_dim, has_fp8))
+        config = PrefixLaunchConfig.choose(shape.head_dim, page_size, self._layout == HND, has_fp8)
+        self._prefix_work = PrefixWorkspace.allocate(*heads, config)
         if self._kernels is None:
             self._kernels = FlashInferPrefill(shape, page_size, self._layout)
+        self._chunks.allocate(page_size, (*page, shape.head_dim), max_pages_per_seq)
 
     def release(self) -> None:
         """Free the cache, so that `allocate` can make another one."""
@@ -123,7 +121,7 @@ class CudaAttention:
         if source.size:
             from_pages, to_pages = self._tables.upload(source, target)
             planes, pages = 2 * self.shape.num_layers, self.cache.shape[2]
-            copy_pages(self.cache.view(planes, pages, -1), from_pages, to_pages)
+            copy_pages(self.cache.view(planes, pages, -1).view(torch.int32), from_pages, to_pages)
             copy_pages(self.page_tokens.unsqueeze(0), from_pages, to_pages)
 
     # -------------------------------------------------------------- planning
@@ -132,17 +130,12 @@ class CudaAttention:
         """Prepare the forward of any mix of decode rows, groups and prefill chunks, with one upload for the step."""
         page_size = self.page_size
         levels = [self._pack_groups(layout, some) for some in find_levels(layout)] if self.use_groups else []
-        chunks = plan_prefill(layout, page_size) if layout.prefill_slots.size else None
+        batches = self._chunks.cut(layout)
         suffix_starts = find_suffix_starts(layout, page_size) if levels else np.empty(0, np.int32)
-        arrays = [*find_rows(layout), suffix_starts, *levels]
-        if chunks is not None:
-            arrays += [chunks.q_indptr, *_arrays_of(chunks.pages)]
+        arrays = [*find_rows(layout), suffix_starts, *levels, *(a for batch in batches for a in batch.arrays)]
         slots, positions, starts, *rest = self._inputs.upload(*arrays)
         step = _Plan(slots, positions, layout.decode_slots.size, starts, rest[: len(levels)])
-        if chunks is not None:
-            q_indptr, *pages = rest[len(levels) :]
-            planned = self._kernels.plan_queries(chunks)
-            step.prefill = _Queries(planned, q_indptr, self._flatten(chunks.pages, pages))
+        step.prefill = self._chunks.plan(self._kernels, batches, rest[len(levels) :], self.table)
         self._step = step
 
     def _pack_groups(
@@ -175,12 +168,6 @@ class CudaAttention:
         if groups is not None:
             self._step.suffix_starts, self._step.levels = groups[0], [groups[1]]
 
-    def _flatten(self, pages: PageLists, arrays: list[torch.Tensor]) -> DevicePages:
-        slots, first_columns, kv_indptr, last_page_lens = arrays
-        out = torch.empty(max(1, pages.num_pages), dtype=torch.int32, device=self.shape.device)
-        flatten_table(self.table, slots, first_columns, kv_indptr, out)
-        return DevicePages(kv_indptr, out, last_page_lens)
-
     # -------------------------------------------------------------- forward
 
     def write_tokens(self, ids: torch.Tensor) -> None:
@@ -204,14 +191,14 @@ class CudaAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if count:
             self._attend_decode(step, q[:count], k[:count], v[:count], cos_sin, cache, out[:count])
-        if step.prefill is not None:
-            chunk, rotated = step.prefill, torch.empty(q[count:].shape, dtype=q.dtype, device=q.device)
+        if step.prefill:
+            rotated = torch.empty(q[count:].shape, dtype=q.dtype, device=q.device)
             keys, values = self._by_token(cache)
             rope_append(
                 q[count:], k[count:], v[count:], cos_sin, step.slots[count:], step.positions[count:], self.table,
                 keys, values, rotated,
             )  # fmt: skip
-            self._kernels.run_queries(chunk.planned, rotated, cache, chunk.q_indptr, chunk.pages, out[count:])
+            self._chunks.run(self._kernels, step.prefill, rotated, cache, out[count:])
         return out
 
     def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,7 +230,3 @@ class CudaAttention:
                 attend_prefix(
                     part.rotated, groups, self.table, keys, values, out, part.lse, self._prefix_work, self.shape.scale
                 )  # fmt: skip
-
-
-def _arrays_of(pages: PageLists) -> tuple[NDArray[np.int32], ...]:
-    return pages.slots, pages.first_columns, pages.kv_indptr, pages.last_page_lens

@@ -39,6 +39,12 @@ class QueryBatch:
     q_indptr: Int32s  # [n + 1]
     pages: PageLists
 
+    @property
+    def arrays(self) -> tuple[Int32s, ...]:
+        """The arrays that kernels read on the device."""
+        pages = self.pages
+        return self.q_indptr, pages.slots, pages.first_columns, pages.kv_indptr, pages.last_page_lens
+
 
 def indptr_of(counts: NDArray[np.int32]) -> Int32s:
     """Return running sums [n + 1] of counts [n], from 0."""
@@ -94,8 +100,25 @@ def outermost(layout: StepLayout) -> StepLayout:
     return replace(layout, **{name: getattr(layout, name)[is_outer] for name in _GROUP_FIELDS})
 
 
-def plan_prefill(layout: StepLayout, page_size: int) -> QueryBatch:
-    """Make the batch of chunks, each over its slot's pages up to its own end."""
-    ends = (layout.prefill_starts + layout.prefill_lengths).astype(np.int32)
-    pages = list_pages(layout.prefill_slots, np.zeros(ends.size, np.int32), ends, page_size)
-    return QueryBatch(indptr_of(layout.prefill_lengths), pages)
+def plan_prefill(layout: StepLayout, page_size: int, chunks: slice = slice(None)) -> QueryBatch:
+    """Make the batch of these `chunks`, each over its slot's pages up to its own end."""
+    lengths = layout.prefill_lengths[chunks]
+    ends = (layout.prefill_starts[chunks] + lengths).astype(np.int32)
+    pages = list_pages(layout.prefill_slots[chunks], np.zeros(ends.size, np.int32), ends, page_size)
+    return QueryBatch(indptr_of(lengths), pages)
+
+
+def cut_chunks(layout: StepLayout, page_size: int, most_pages: int | None) -> list[slice]:
+    """Cut the step's chunks into runs that read at most `most_pages` pages each; None: into one run."""
+    num_chunks = layout.prefill_slots.size
+    if most_pages is None:
+        return [slice(0, num_chunks)] if num_chunks else []
+    ends = layout.prefill_starts.astype(np.int64) + layout.prefill_lengths
+    sums = np.cumsum(-(-ends // page_size))
+    runs: list[slice] = []
+    begin, before = 0, 0
+    while begin < num_chunks:
+        end = max(begin + 1, int(np.searchsorted(sums, before + most_pages, side="right")))
+        runs.append(slice(begin, end))
+        begin, before = end, int(sums[end - 1])
+    return runs

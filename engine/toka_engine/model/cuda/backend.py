@@ -17,6 +17,7 @@ from toka_engine.model.cuda.memory_fit import provisional_sizes
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.cuda.stage_runner import LastStageRunner, StageRunner
 from toka_engine.model.cuda.tensor_parallel import TensorParallel
+from toka_engine.model.kernels import FP8_CAPABILITY
 from toka_engine.model.kernels.activation import silu_mul
 from toka_engine.model.kernels.gemv import TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
@@ -45,10 +46,6 @@ def make_head(weight: torch.Tensor) -> Gemm:
         return torch.mm(x, transposed, out_dtype=torch.float32)
 
     return head
-
-
-FP8_CAPABILITY = 89
-"""The first compute capability whose tensor cores multiply 8-bit floats."""
 
 
 def make_fp8_linear(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Fp8Gemm:

@@ -9,3 +9,5 @@ DEPENDENT_LAUNCH_CAPABILITY = 90
 """The first compute capability with programmatic dependent launch: a kernel starts while the previous one ends."""
 HOPPER_CAPABILITY = 90
 """The only compute capability with asynchronous warpgroup MMA (wgmma): its successors do without."""
+FP8_CAPABILITY = 89
+"""The first compute capability that converts 8-bit floats by an instruction and multiplies them by tensor cores."""

@@ -21,10 +21,11 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
-from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, FP8_CAPABILITY
 from toka_engine.model.kernels.decode_attention_common import (
     append,
     attend_block,
+    attend_block_by_columns,
     attend_new,
     give_back,
     join_halves,
@@ -33,12 +34,13 @@ from toka_engine.model.kernels.decode_attention_common import (
     load_pages,
     load_tokens,
     rotate_heads,
+    to_operand,
 )
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig, attend_rows_kernel
 
 MAX_SPLITS = 64
-_MIN_TILE = 16
-"""Rows of a tensor core MMA, which the query heads of a KV head are padded to."""
+_MIN_TILE, _MIN_COLUMNS = 16, 8
+"""Rows and columns of a tensor core MMA, which the query heads of a KV head are padded to."""
 _LOG2_E = 1.4426950408889634
 _MERGED_AT_ONCE = 8192
 """Floats of partial results that a program loads at once when it merges: 64 registers for each of 128 threads."""
@@ -52,19 +54,19 @@ class LaunchConfig:
     num_warps: int
     num_programs: int  # up to which the tokens of a row are split
     short: ShortLaunchConfig | None = None  # for many rows of few tokens; None: they are launched like all others
+    by_columns: bool = False  # whether query heads are the columns of products, and not their rows
 
     @classmethod
-    def of(cls, head_dim: int) -> LaunchConfig:
+    def of(cls, head_dim: int, has_fp8_cache: bool = False) -> LaunchConfig:
         """Use blocks of 16 KB (32 KB for a head of 256), and about four programs for each of an H100's 132 SMs.
 
-        For heads of 64 and 128 this was the fastest of those that tests/gpu/bench_decode_attention.py times on an H100.
+        For heads of 64 and 128 this was the fastest of those that tests/gpu/bench_decode_attention.py times on an H100,
+        and over a cache of 8-bit floats of those of tests/gpu/bench_fp8_cache.py on an H200.
         """
-        return cls(
-            block_tokens=64 if head_dim <= 64 else 32,
-            num_warps=2 if head_dim <= 128 else 4,
-            num_programs=512,
-            short=ShortLaunchConfig.of(head_dim),
-        )
+        short = ShortLaunchConfig.of(head_dim, has_fp8_cache)
+        if has_fp8_cache:
+            return cls(64, 2 if head_dim <= 64 else 4, 512, short, by_columns=True)
+        return cls(64 if head_dim <= 64 else 32, 2 if head_dim <= 128 else 4, 512, short)
 
     def count_splits(self, rows: int, num_kv_heads: int) -> int:
         """Return how many splits a row's tokens get: the largest power of 2 with at most `num_programs` programs.
@@ -85,6 +87,7 @@ class Workspace:
     arrived: torch.Tensor  # [num_programs] int32, by row and KV head; zeros between launches
     config: LaunchConfig
     has_pdl: bool  # programmatic dependent launch
+    has_cvt: bool  # an instruction that converts 8-bit floats
 
     @classmethod
     def allocate(
@@ -99,6 +102,7 @@ class Workspace:
             arrived=torch.zeros(config.num_programs, dtype=torch.int32, device=device),
             config=config,
             has_pdl=has_pdl(),
+            has_cvt=find_capability() >= FP8_CAPABILITY,
         )
 
 
@@ -141,12 +145,15 @@ def _find_split(suffix_start, position, split, num_splits, BLOCK: tl.constexpr):
 def _attend_tokens(
     q, keys, values, pages, begin, end, k_cache_at, v_cache_at, table_at, page_stride, token_stride, scale,
     top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    BY_COLUMNS: tl.constexpr, HAS_CVT: tl.constexpr,
 ):  # fmt: skip
     """Run the online softmax over all tokens in [begin, end) of one KV head; see `attend_block` for its state.
 
     `keys` and `values` [BLOCK, HEAD_DIM] are the first block's, `pages` [BLOCK] the second's.
     """
     token = tl.arange(0, BLOCK)
+    if BY_COLUMNS:
+        q, sums = tl.trans(q), tl.trans(sums)
     for start in tl.range(begin, end, BLOCK):
         # The next block and the pages of the one after it are in flight while this block is worked on.
         following = start + BLOCK + token
@@ -154,9 +161,15 @@ def _attend_tokens(
             k_cache_at, v_cache_at, pages, following, end, page_stride, token_stride, PAGE_SIZE, HEAD_DIM
         )
         pages = load_pages(table_at, following + BLOCK, end, PAGE_SIZE)
-        top, total, sums = attend_block(q, keys, values, start + token < end, scale, top, total, sums)
+        is_inside = start + token < end
+        if BY_COLUMNS:
+            top, total, sums = attend_block_by_columns(q, keys, values, is_inside, scale, top, total, sums, HAS_CVT)
+        else:
+            top, total, sums = attend_block(q, keys, values, is_inside, scale, top, total, sums, HAS_CVT)
         keys = next_keys
         values = next_values
+    if BY_COLUMNS:
+        sums = tl.trans(sums)
     return top, total, sums
 
 
@@ -239,7 +252,8 @@ def _attend_kernel(
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     table_stride, page_stride, token_stride, head_stride, group,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
+    AT_ONCE: tl.constexpr, SPLITS: tl.constexpr, BY_COLUMNS: tl.constexpr, HAS_CVT: tl.constexpr,
+    IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     if HAS_PDL:
         gdc_launch_dependents()
@@ -281,10 +295,10 @@ def _attend_kernel(
     if IS_PART:
         give_back(rotated_ptr + pair * group * HEAD_DIM, q_a, q_b, group, is_new, TILE, HEAD_DIM)
     top, total, sums = attend_new(q_a, q_b, k_a, k_b, value, is_new, scale, TILE, HEAD_DIM)
-    q = join_halves(q_a, q_b, TILE, HEAD_DIM)
+    q = to_operand(join_halves(q_a, q_b, TILE, HEAD_DIM), k_cache_ptr.dtype.element_ty)
     top, total, sums = _attend_tokens(
         q, keys, values, pages, begin, end, k_cache_ptr, v_cache_ptr, table_at, page_stride, token_stride, scale,
-        top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK,
+        top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK, BY_COLUMNS, HAS_CVT,
     )  # fmt: skip
     first = pair * tl.num_programs(2) * group
     _finish(
@@ -302,7 +316,7 @@ def attend_decode(
     slots: torch.Tensor,  # [S] int32
     positions: torch.Tensor,  # [S] int32
     block_table: torch.Tensor,  # [max_seqs + 1, columns] int32
-    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides but the last
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides but the last, q's dtype or e4m3
     v_cache: torch.Tensor,  # like k_cache, same strides
     out: torch.Tensor,  # [S, num_heads, head_dim] contiguous
     work: Workspace,
@@ -338,7 +352,7 @@ def attend_decode(
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), group,
     )  # fmt: skip
     options: dict[str, Any] = {
-        "PAGE_SIZE": k_cache.shape[1], "HEAD_DIM": head_dim, "TILE": max(_MIN_TILE, padded_group),
+        "PAGE_SIZE": k_cache.shape[1], "HEAD_DIM": head_dim, "HAS_CVT": work.has_cvt,
         "IS_PART": part is not None, "HAS_PDL": work.has_pdl, "num_stages": 1,
         **({"launch_pdl": True} if work.has_pdl else {}),
     }  # fmt: skip
@@ -347,11 +361,17 @@ def attend_decode(
         attend_rows_kernel[(rows, num_kv_heads // heads)](
             *tensors, scale * _LOG2_E, *strides, heads,
             BLOCK=config.short.block_tokens, num_warps=config.short.num_warps,
-            maxnreg=config.short.most_registers, **options,
+            maxnreg=config.short.most_registers, **_arrange_heads(config.short.by_columns, padded_group), **options,
         )  # fmt: skip
         return
     _attend_kernel[(rows, num_kv_heads, config.count_splits(rows, num_kv_heads))](
         *tensors, work.sums, work.scales, work.arrived, scale * _LOG2_E, *strides,
         GROUP=padded_group, AT_ONCE=max(1, min(MAX_SPLITS, _MERGED_AT_ONCE // (padded_group * head_dim))),
-        SPLITS=MAX_SPLITS, BLOCK=config.block_tokens, num_warps=config.num_warps, **options,
+        SPLITS=MAX_SPLITS, BLOCK=config.block_tokens, num_warps=config.num_warps,
+        **_arrange_heads(config.by_columns, padded_group), **options,
     )  # fmt: skip
+
+
+def _arrange_heads(by_columns: bool, padded_group: int) -> dict[str, Any]:
+    """Return how the query heads of a KV head lie in a product."""
+    return {"BY_COLUMNS": by_columns, "TILE": max(_MIN_COLUMNS if by_columns else _MIN_TILE, padded_group)}

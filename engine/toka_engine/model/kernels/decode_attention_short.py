@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from toka_engine.model.kernels.decode_attention_common import (
     append,
     attend_block,
+    attend_block_by_columns,
     attend_new,
     give_back,
     join_halves,
@@ -25,6 +26,7 @@ from toka_engine.model.kernels.decode_attention_common import (
     load_pages,
     load_tokens,
     rotate_heads,
+    to_operand,
 )
 
 _MOST_GROUP = 16
@@ -45,15 +47,28 @@ class ShortLaunchConfig:
     block_tokens: int  # keys and values in flight per program; a power of 2, at least 16
     num_warps: int
     most_registers: int  # of a thread: with fewer, more programs are on a processor at once
+    by_columns: bool = False  # whether query heads are the columns of products, and not their rows
 
     @classmethod
-    def of(cls, head_dim: int) -> ShortLaunchConfig:
+    def of(cls, head_dim: int, has_fp8_cache: bool = False) -> ShortLaunchConfig:
         """Use eight resident programs for each of an H100's 132 SMs, with blocks of 8 KB.
 
         For heads of 64 this was the fastest that tests/gpu/bench_suffix_attention.py timed on an H100; other head sizes
         follow from it. One head per program is within 4 % of eight where rows share nothing, and balances long contexts
-        better; fewer rows than timed there stay with the other kernel.
+        better; fewer rows than timed there stay with the other kernel. Over a cache of 8-bit floats this was the
+        fastest of tests/gpu/bench_fp8_cache.py on an H200.
         """
+        if has_fp8_cache:
+            return cls(
+                most_heads=8,
+                most_heads_alone=1 if head_dim <= 128 else 0,
+                min_programs=1024,
+                min_programs_alone=2048,
+                block_tokens=32,
+                num_warps=1 if head_dim <= 128 else 4,
+                most_registers=128 if head_dim <= 64 else 255,
+                by_columns=True,
+            )
         return cls(
             most_heads=8,
             most_heads_alone=1 if head_dim <= 64 else 0,
@@ -91,6 +106,7 @@ class ShortLaunchConfig:
 def _attend_head(
     q, keys, values, pages, begin, end, end_behind, k_cache_at, v_cache_at, head_stride, table_at, page_stride,
     token_stride, scale, top, total, sums, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    BY_COLUMNS: tl.constexpr, HAS_CVT: tl.constexpr,
 ):  # fmt: skip
     """Run the online softmax over the tokens in [begin, end) of one KV head, then load the next head's first block.
 
@@ -98,6 +114,8 @@ def _attend_head(
     block after it. For the state see `attend_block`.
     """
     token = tl.arange(0, BLOCK)
+    if BY_COLUMNS:
+        q, sums = tl.trans(q), tl.trans(sums)
     for start in tl.range(begin, end, BLOCK):
         is_last = start + BLOCK >= end
         following = tl.where(is_last, begin, start + BLOCK)
@@ -109,9 +127,15 @@ def _attend_head(
             page_stride, token_stride, PAGE_SIZE, HEAD_DIM,
         )  # fmt: skip
         pages = load_pages(table_at, second + token, end, PAGE_SIZE)
-        top, total, sums = attend_block(q, keys, values, start + token < end, scale, top, total, sums)
+        is_inside = start + token < end
+        if BY_COLUMNS:
+            top, total, sums = attend_block_by_columns(q, keys, values, is_inside, scale, top, total, sums, HAS_CVT)
+        else:
+            top, total, sums = attend_block(q, keys, values, is_inside, scale, top, total, sums, HAS_CVT)
         keys = next_keys
         values = next_values
+    if BY_COLUMNS:
+        sums = tl.trans(sums)
     return top, total, sums, keys, values, pages
 
 
@@ -143,7 +167,7 @@ def attend_rows_kernel(
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     table_stride, page_stride, token_stride, head_stride, group, num_heads,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
+    BY_COLUMNS: tl.constexpr, HAS_CVT: tl.constexpr, IS_PART: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, num_kv_heads / num_heads); see `decode_attention.attend_decode`."""
     if HAS_PDL:
@@ -184,10 +208,11 @@ def attend_rows_kernel(
         if IS_PART:
             give_back(rotated_ptr + first * HEAD_DIM, q_a, q_b, group, True, TILE, HEAD_DIM)
         top, total, sums = attend_new(q_a, q_b, k_a, k_b, value, True, scale, TILE, HEAD_DIM)
+        q = to_operand(join_halves(q_a, q_b, TILE, HEAD_DIM), k_cache_ptr.dtype.element_ty)
         top, total, sums, keys, values, pages = _attend_head(
-            join_halves(q_a, q_b, TILE, HEAD_DIM), keys, values, pages, begin, position,
+            q, keys, values, pages, begin, position,
             tl.where(has_next, position, begin), k_cache_at, v_cache_at, head_stride, table_at, page_stride,
-            token_stride, scale, top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK,
+            token_stride, scale, top, total, sums, PAGE_SIZE, HEAD_DIM, BLOCK, BY_COLUMNS, HAS_CVT,
         )  # fmt: skip
         mean = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + first * HEAD_DIM + heads_at, mean, mask=(head < group)[:, None])

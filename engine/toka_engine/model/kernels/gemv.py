@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, FP8_CAPABILITY
 
 
 @triton.jit
@@ -267,7 +267,13 @@ class TritonGemv:
     @classmethod
     def for_scaled(cls, capability: int, scale: torch.Tensor) -> Self:
         """Make kernels for weights [out, in] of 8-bit floats with the scales [out] float32."""
-        return cls(capability >= DEPENDENT_LAUNCH_CAPABILITY, SCALED_BEHIND_NORM, SCALED_OTHER, scale, capability >= 89)
+        return cls(
+            capability >= DEPENDENT_LAUNCH_CAPABILITY,
+            SCALED_BEHIND_NORM,
+            SCALED_OTHER,
+            scale,
+            capability >= FP8_CAPABILITY,
+        )
 
     def norm_gemv(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""Kernels over the block table and pages: set entries, flatten rows for attention, copy pages, store token ids."""
+"""Kernels over the block table and pages: set entries, flatten rows, copy and widen pages, store token ids."""
 
 from __future__ import annotations
 
@@ -74,6 +74,31 @@ def copy_pages(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) 
     if source.shape[0]:
         grid = (source.shape[0], planes)
         _copy_pages_kernel[grid](cache, source, target, pages, page_numel, BLOCK=1024, num_warps=4)
+
+
+@triton.jit
+def _widen_pages_kernel(cache_ptr, pages_ptr, out_ptr, plane_stride, out_plane_stride, page_numel, BLOCK: tl.constexpr):
+    index, plane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    source = plane * plane_stride + tl.load(pages_ptr + index).to(tl.int64) * page_numel
+    target = plane * out_plane_stride + index.to(tl.int64) * page_numel
+    for start in range(0, page_numel, BLOCK):
+        within = start + tl.arange(0, BLOCK)
+        inside = within < page_numel
+        values = tl.load(cache_ptr + source + within, mask=inside, other=0.0)
+        tl.store(out_ptr + target + within, values.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def widen_pages(
+    cache: torch.Tensor,  # [planes, pages, page_numel], contiguous
+    pages: torch.Tensor,  # [n] int32
+    out: torch.Tensor,  # [planes, >= n, page_numel], contiguous, written in its own dtype
+) -> None:
+    """Set out[:, i] = cache[:, pages[i]], in a dtype that has all values of the cache's."""
+    planes, _, page_numel = cache.shape
+    if pages.shape[0]:
+        _widen_pages_kernel[(pages.shape[0], planes)](
+            cache, pages, out, cache.stride(0), out.stride(0), page_numel, BLOCK=2048, num_warps=4
+        )
 
 
 @triton.jit(do_not_specialize=["columns", "rows"])

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from toka_engine.model.kernels.decode_attention_common import to_operand
 from toka_engine.model.kernels.prefix_groups import ARRAYS, HEADER, PrefixWorkspace
 from toka_engine.model.kernels.prefix_hopper import attend_prefix_hopper
 
@@ -97,15 +98,15 @@ def _attend_blocks(
     num_full = tl.minimum(end, num_tokens // BLOCK)
     for block in tl.range(begin, num_full, num_stages=STAGES):
         at = _find_tokens(pages, block, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
-        keys = tl.load(k_at + at)
-        values = tl.load(v_at + at)
+        keys = tl.load(k_at + at).to(q.dtype)
+        values = tl.load(v_at + at).to(q.dtype)
         pages = _load_pages(table_at, block + 1, last_column, PAGE_SIZE, BLOCK)
         top, total, kept, weights = _weigh(tl.dot(q, tl.trans(keys)), scale, top, total)
         sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
     if num_full < end:
         at = _find_tokens(pages, num_full, page_stride, token_stride, PAGE_SIZE, HEAD_DIM, BLOCK)
-        keys = tl.load(k_at + at)
-        values = tl.load(v_at + at)
+        keys = tl.load(k_at + at).to(q.dtype)
+        values = tl.load(v_at + at).to(q.dtype)
         scores = _hide_end(tl.dot(q, tl.trans(keys)), num_full, num_tokens, BLOCK)
         top, total, kept, weights = _weigh(scores, scale, top, total)
         sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
@@ -211,7 +212,9 @@ def _shared_kernel(
         pages = _load_pages(table_at, begin_block, num_columns - 1, PAGE_SIZE, BLOCK)
         place, is_head = _find_heads(tile, kv_head, first_row, num_rows, num_heads, heads_per_kv, BLOCK_ROWS)
         heads_at = place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + heads_at, mask=is_head[:, None], other=0.0)
+        q = to_operand(
+            tl.load(q_ptr + heads_at, mask=is_head[:, None], other=0.0), k_cache_ptr.dtype.element_ty
+        )  # fmt: skip
         # The part with a tile's first keys starts from the rows' suffixes, the others from nothing.
         sums = tl.load(out_ptr + heads_at, mask=is_head[:, None] & is_first, other=0.0).to(tl.float32)
         top = tl.load(lse_ptr + place, mask=is_head & is_first, other=float("-inf"))

@@ -64,17 +64,25 @@ class PrefixLaunchConfig:
         return cls(block_rows=64, block_tokens=32, num_warps=4, num_stages=2, residency=2)
 
     @classmethod
-    def choose(cls, head_dim: int, page_size: int, is_heads_first: bool) -> PrefixLaunchConfig:
+    def choose(
+        cls, head_dim: int, page_size: int, is_heads_first: bool, has_fp8_cache: bool = False
+    ) -> PrefixLaunchConfig:
         """Return the best config for the GPU that Triton compiles for.
 
-        The Hopper kernel copies whole pages of a head, of at least 8 rows, as its swizzle requires.
+        The Hopper kernel copies whole pages of a head, of at least 8 rows, as its swizzle requires, straight into the
+        memory that tensor cores read: it takes no cache of 8-bit floats.
         """
-        is_copied_whole = is_heads_first and page_size % 8 == 0 and head_dim in (64, 128)
+        is_copied_whole = is_heads_first and page_size % 8 == 0 and head_dim in (64, 128) and not has_fp8_cache
         if is_copied_whole and find_capability() == HOPPER_CAPABILITY:
             config = cls.for_hopper(head_dim)
             if config.block_tokens % page_size == 0:
                 return config
-        return cls.of(head_dim)
+        return cls.over_fp8() if has_fp8_cache else cls.of(head_dim)
+
+    @classmethod
+    def over_fp8(cls) -> PrefixLaunchConfig:
+        """Return the config for a cache of 8-bit floats: the best over all sizes of tests/gpu/bench_fp8_cache.py."""
+        return cls(block_rows=64, block_tokens=64, num_warps=4, num_stages=3, residency=2)
 
     @classmethod
     def for_hopper(cls, head_dim: int) -> PrefixLaunchConfig:

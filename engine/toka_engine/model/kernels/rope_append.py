@@ -1,7 +1,7 @@
 """RoPE and the write of K and V into the cache's pages, in one kernel per layer.
 
 A row finds its page itself: block table [slot, position // page_size]. Non-interleaved halves, as Llama rotates:
-(a, b) -> (a cos - b sin, b cos + a sin).
+(a, b) -> (a cos - b sin, b cos + a sin). A cache of 8-bit floats (e4m3) takes the nearest of its values.
 """
 
 from __future__ import annotations
@@ -9,6 +9,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+_LARGEST_E4M3 = tl.constexpr(448.0)
+
+
+@triton.jit
+def to_stored(x, dtype: tl.constexpr):
+    """Round keys or values to the cache's `dtype`; what is beyond the range of 8-bit floats becomes their largest."""
+    if dtype == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -_LARGEST_E4M3, _LARGEST_E4M3)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -67,11 +77,13 @@ def _rope_append_kernel(
     kv_head = tl.arange(0, KV_HEADS)[:, None]
     inside = (kv_head < num_kv_heads) & (column < HALF)
     offset = page * page_stride + (position % PAGE_SIZE) * token_stride + kv_head * head_stride + column
-    tl.store(k_cache_ptr + offset, k_a, mask=inside)
-    tl.store(k_cache_ptr + offset + HALF, k_b, mask=inside)
+    STORED: tl.constexpr = k_cache_ptr.dtype.element_ty
+    tl.store(k_cache_ptr + offset, to_stored(k_a, STORED), mask=inside)
+    tl.store(k_cache_ptr + offset + HALF, to_stored(k_b, STORED), mask=inside)
     v_at = v_ptr + row * v_row_stride + kv_head * v_head_stride + column
-    tl.store(v_cache_ptr + offset, tl.load(v_at, mask=inside), mask=inside)
-    tl.store(v_cache_ptr + offset + HALF, tl.load(v_at + HALF, mask=inside), mask=inside)
+    v_a, v_b = tl.load(v_at, mask=inside, other=0.0), tl.load(v_at + HALF, mask=inside, other=0.0)
+    tl.store(v_cache_ptr + offset, to_stored(v_a, STORED), mask=inside)
+    tl.store(v_cache_ptr + offset + HALF, to_stored(v_b, STORED), mask=inside)
 
 
 def rope_append(
@@ -82,7 +94,7 @@ def rope_append(
     slots: torch.Tensor,  # [T] int32
     positions: torch.Tensor,  # [T] int32
     block_table: torch.Tensor,  # [max_seqs, columns] int32
-    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides
+    k_cache: torch.Tensor,  # [pages, page_size, num_kv_heads, head_dim], any strides, q's dtype or e4m3
     v_cache: torch.Tensor,  # like k_cache, same strides
     q_out: torch.Tensor,  # [T, num_heads, head_dim] contiguous
 ) -> None:
