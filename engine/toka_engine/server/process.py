@@ -122,7 +122,7 @@ class Server:
         )
 
     def _from_thread(self, action: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(action)
+        call_from_thread(self._loop, action)
 
     async def run(self) -> None:
         """Serve until drained. Raises PortInUseError, ModelInvalidError."""
@@ -308,6 +308,15 @@ class Server:
             await asyncio.to_thread(self._tracing.flush)
         self._child.send(Drained())
         logger.info("event=drained")
+
+
+def call_from_thread(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    """Have `loop` call `action`; nothing happens once it is closed: a message may come when the server has ended."""
+    try:
+        loop.call_soon_threadsafe(action)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 def model_names(config: EngineConfig) -> tuple[str, ...]:
