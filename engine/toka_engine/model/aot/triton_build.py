@@ -38,6 +38,7 @@ from toka_engine.model.architectures.registry import MODELS
 from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.cuda import toolchain
 from toka_engine.model.cuda.triton_cache import KernelCache, find_c_compiler, folder_of, pin_keys
+from toka_engine.model.kernels import FP8_CAPABILITY
 from toka_engine.model.memory import count_threads
 from toka_engine.model.model_config import ModelConfig, parse_model_config
 from toka_engine.model.quantization import Quantization
@@ -80,6 +81,7 @@ class Variants:
 
     def __init__(self, capability: int) -> None:
         """Set, once per process, the GPU that Triton compiles for."""
+        self._has_fp8 = capability >= FP8_CAPABILITY
         if knobs.runtime.interpret:
             raise ConfigError("TRITON_INTERPRET is set: nothing can be compiled")
         self.found: dict[tuple[str, str], tuple[Any, str]] = {}
@@ -89,7 +91,8 @@ class Variants:
         """Add the variants that starts of the engine ask for."""
         with self.recording():
             for shape in shapes:
-                dry_run(*shape)
+                if self._has_fp8 or FP8_CACHE not in shape:  # without, an engine has no such cache
+                    dry_run(*shape)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

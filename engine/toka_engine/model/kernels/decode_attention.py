@@ -341,8 +341,7 @@ def attend_decode(
     group = num_heads // num_kv_heads
     padded_group = triton.next_power_of_2(group)
     tensors = (
-        q, k, v, out, k_cache, v_cache,
-        cos_sin, slots, positions, block_table,
+        q, k, v, out, k_cache, v_cache, cos_sin, slots, positions, block_table,
         slots if part is None else part.starts,
         work.scales if part is None else part.lse,
         out if part is None else part.rotated,
