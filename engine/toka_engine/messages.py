@@ -310,6 +310,18 @@ ManagerToWorker: TypeAlias = Step | Grammar | Stop
 # ---------------------------------------------------------------- model worker -> manager
 
 
+class StepTime(msgspec.Struct, frozen=True, array_like=True):
+    """The time that a step of the warm-up has taken."""
+
+    num_rows: int
+    """Decode rows."""
+    num_context: int
+    """Tokens in the contexts of those."""
+    num_prefill: int
+    """Tokens of its one prompt."""
+    seconds: float
+
+
 class WorkerReady(Message, frozen=True):
     """The worker has loaded and warmed up; sizes are final."""
 
@@ -328,6 +340,8 @@ class WorkerReady(Message, frozen=True):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    step_times: tuple[StepTime, ...] = ()
+    """Empty: none was measured."""
 
 
 NOT_FINITE = -1  # in place of a token's id: the row's logits were not finite

@@ -34,7 +34,8 @@ MODEL = "smollm2"
 URL = "/v1/completions"
 PROMPT_TOKENS = (32, 96)
 OUTPUT_TOKENS = (24, 56)
-BATCH_LINES = 20_000
+HIGHEST_ID = 49_000
+"""The prompts' token ids are below it: the built-in model has few more."""
 SETTLE_S = 4.0
 """The first seconds of a phase, which are in no figure."""
 MAX_GAP_RATIO, MAX_FIRST_RATIO, MIN_SHARE = 1.2, 1.5, 0.6
@@ -62,7 +63,7 @@ def percentile_ms(seconds: list[float], rank: int) -> float:
 
 
 def make_body(chance: random.Random) -> dict[str, Any]:
-    prompt = [chance.randrange(300, 49_000) for _ in range(chance.randint(*PROMPT_TOKENS))]
+    prompt = [chance.randrange(300, HIGHEST_ID) for _ in range(chance.randint(*PROMPT_TOKENS))]
     return {"model": MODEL, "prompt": prompt, "max_tokens": chance.randint(*OUTPUT_TOKENS), "ignore_eos": True}
 
 
@@ -125,11 +126,11 @@ async def running_batch(session: aiohttp.ClientSession, file_id: str) -> AsyncIt
             await response.read()
 
 
-async def upload(session: aiohttp.ClientSession) -> str:
+async def upload(session: aiohttp.ClientSession, num_lines: int) -> str:
     chance = random.Random(2)
     lines = (
         {"custom_id": str(number), "method": "POST", "url": URL, "body": make_body(chance)}
-        for number in range(BATCH_LINES)
+        for number in range(num_lines)
     )
     data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     while True:
@@ -170,7 +171,7 @@ async def measure(base_url: str, chosen: argparse.Namespace) -> dict[str, Any]:
     alone, beside = Seen(), Seen()
     mean_tokens = sum(OUTPUT_TOKENS) / 2
     async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector) as session:
-        file_id = await upload(session)
+        file_id = await upload(session, chosen.lines)
         peaks = []
         for number in range(chosen.rounds):
             peaks.append(await measure_peak(session, base_url, chosen.calibrate, chosen.clients))
@@ -218,10 +219,13 @@ def run(
     """Measure an engine that keeps batches; print the figures, and return the exit code."""
     more = "clients that ask without a pause, for the peak: on two cores more than 64 make nothing faster"
     parser.add_argument("--clients", type=int, default=64, help=more)
+    parser.add_argument("--lines", type=int, default=20_000, help="of the batch, which must not end within a phase")
+    parser.add_argument("--model", default="builtin://smollm2", help="with a vocabulary of 49,000 tokens or more")
     parser.add_argument("settings", nargs="*", help="further settings of the engine, key=value")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = ("model=builtin://smollm2", f"data_dir={folder}/data", "access_log=F", *chosen.settings)
+        fixed = (f"model={chosen.model}", f"served_model_name={MODEL}", f"data_dir={folder}/data", "access_log=F")
+        settings = (*fixed, *chosen.settings)
         with EngineProcess(Path(folder), *settings) as engine:
             engine.wait_ready()
             figures = asyncio.run(measure_engine(engine.url, chosen))

@@ -83,6 +83,14 @@ def launch_steps_of_every_kind(driver, num_logprobs, seed, top_p, presence):
             group_first_columns=ints(*first_columns), group_num_columns=ints(*map(bool, num_rows)),
         )
     driver.decode([1])
+    for slot, beside in ((5, [1]), (6, [0, 2, 4]), (7, [0, 1, 2, 3])):
+        new = driver.add_slots([slot], seed=seed, top_p=top_p)
+        pages = driver.grow({slot: 5} | {each: driver.lengths[each] + 1 for each in beside})
+        driver.run(
+            **new, **pages, decode_slots=ints(*beside),
+            prefill_slots=ints(slot), prefill_starts=ints(0), prefill_lengths=ints(5), prefill_tokens=ints(*[8] * 5),
+            fanout_slots=ints(slot), fanout_chunks=ints(0),
+        )
 
 def launch_steps(shape):
     runner, ready = make_runner(*shape)

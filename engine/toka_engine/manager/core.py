@@ -4,7 +4,7 @@ one class."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -17,6 +17,7 @@ from toka_engine.manager.requests import Request, Scoring, Waiting
 from toka_engine.manager.scheduler import plan_step
 from toka_engine.manager.sizes import Sizes
 from toka_engine.manager.state import ManagerState
+from toka_engine.manager.step_time import StepSize
 from toka_engine.messages import (
     DEADLINE_UNREACHABLE,
     Cancel,
@@ -29,6 +30,7 @@ from toka_engine.messages import (
     Started,
     Stats,
     Step,
+    StepTime,
     Submit,
     Tokens,
 )
@@ -40,10 +42,25 @@ _MAX_RETRY_AFTER_S = 60
 class Manager:
     """Turns requests into steps and tokens into deltas."""
 
-    def __init__(self, config: EngineConfig, sizes: Sizes, clock: Callable[[], float], num_workers: int = 1) -> None:
-        """`clock` returns seconds; `num_workers`: those that sample, and compile grammars."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        sizes: Sizes,
+        clock: Callable[[], float],
+        num_workers: int = 1,
+        step_times: Sequence[StepTime] = (),
+    ) -> None:
+        """`clock` returns seconds; `num_workers`: those that sample, and compile grammars; `step_times`: what the
+        workers have measured. With pipeline stages these are of one stage, and are left alone.
+        """
         self.state = ManagerState(config, sizes, clock)
         self.state.grammars.num_workers = num_workers
+        if config.pp_size == 1:
+            measured = [
+                StepSize(each.num_rows, each.num_context, each.num_prefill, each.num_prefill * (each.num_prefill // 2))
+                for each in step_times
+            ]
+            self.state.step_times.begin_with(measured, [each.seconds for each in step_times])
 
     @property
     def has_work(self) -> bool:

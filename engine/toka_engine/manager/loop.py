@@ -69,7 +69,7 @@ class Loop:
         readies = [self._receive_ready(worker) for worker in self._workers]
         ready = agree_on(readies)
         sizes = choose_sizes(self._config, ready)
-        manager = Manager(self._config, sizes, time.monotonic, len(self._samplers))
+        manager = Manager(self._config, sizes, time.monotonic, len(self._samplers), ready.step_times)
         self._server.send(engine_info(sizes, ready))
         self._child.ready()
         logger.info(

@@ -7,6 +7,7 @@ that comes out below zero is zero: rows and their contexts often grow together, 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,12 @@ class StepTimes:
         self._weight = 0.0
         self._num_steps = 0
         self._num_mixed = 0
+
+    def begin_with(self, sizes: Sequence[StepSize], seconds: Sequence[float]) -> None:
+        """Begin with steps that were measured before the first request, which count as the first `_MIN_STEPS`."""
+        for turn in range(_MIN_STEPS if sizes else 0):
+            self.note(sizes[turn % len(sizes)], seconds[turn % len(sizes)])
+        self.mean_prefill = 0.0  # theirs says nothing of prompts to come
 
     def wants(self, number: int) -> bool:
         """Return whether step `number` is to be noted though nothing is decided by its time."""

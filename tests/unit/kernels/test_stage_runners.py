@@ -184,3 +184,35 @@ def test_stages_in_turn_say_what_one_runner_says(monkeypatch: pytest.MonkeyPatch
     check(lambda driver: driver.decode([0, 4]))
     steps = whole.number
     assert [ports.state.tolist() for ports in shared.ports] == [[1, steps, steps]] * len(split)
+
+
+def test_rows_that_pad_what_is_sampled_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", AtOnce)
+    monkeypatch.setattr("toka_engine.model.cuda.attention.attend_decode", attend_decode)
+    model = parse_model_config(ConfigFields(MODEL, Path()))
+    plain, padded = (make_driver(make_runner(model, Stage.whole(model.num_layers))) for _ in range(2))
+    graphs = padded.worker.runner.make_decode_graphs(20)
+    assert [graphs.pad_sampled(count) for count in (1, 2, 5, 9, 12, 20, 21)] == [1, 2, 6, 12, 12, 20, 21]
+    seen: list[int] = []
+    find_logits = padded.worker.runner.model.logits
+
+    def note_rows(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[0])
+        return find_logits(hidden)
+
+    monkeypatch.setattr(padded.worker.runner.model, "logits", note_rows)
+    prompts = {slot: [slot + 3] * (slot + 2) for slot in range(5)}
+    for count, expected in ((5, 6), (1, 1), (2, 2)):
+        chosen = dict(list(prompts.items())[:count])
+        asked = {"temperature": 1.0, "seed": 4, "num_logprobs": 2}
+        padded.worker.runner.decode_graphs = graphs
+        found, sought = (
+            driver.prefill(chosen, **driver.add_slots(list(chosen), **asked)) for driver in (padded, plain)
+        )
+        np.testing.assert_array_equal(found.ids, sought.ids)
+        np.testing.assert_array_equal(found.logprobs, sought.logprobs)
+        assert torch.equal(padded.logits, plain.logits)
+        assert padded.logits.shape == (count, model.vocab_size)
+        assert seen.pop() == expected
+        for driver in (padded, plain):
+            driver.reset()

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from toka_engine.config import EngineConfig
+from toka_engine.manager.core import Manager
 from toka_engine.manager.prompt_budget import measure_prompt_time
 from toka_engine.manager.prompt_turns import PromptTurns
 from toka_engine.manager.sizes import choose_sizes
 from toka_engine.manager.step_time import StepCosts, StepSize, StepTimes
-from toka_engine.messages import Step, WorkerReady
+from toka_engine.messages import Step, StepTime, WorkerReady
 
 from tests.unit.manager.simulated import Harness, small_sizes
 from tests.unit.manager.timed import Machine, Shape, TimedEngine
@@ -184,6 +185,41 @@ def test_a_chunks_context_has_a_cost_of_its_own_where_it_differs_from_its_size()
     assert costs.prefill_s == pytest.approx(true.prefill_s, rel=0.1)
     size = StepSize(64, 64 * 600, 1000, 500_000)
     assert learn([0] * 400).predict_s(size) == pytest.approx(true.predict_s(size), rel=0.05)
+
+
+MEASURED = ((1, 0, 0, 0.0047), (256, 0, 0, 0.008), (256, 256 * 512, 0, 0.0115), (0, 0, 1024, 0.0223))
+"""Steps of the warm-up of an 8B on one H200: rows, tokens in their contexts, tokens of a prompt, seconds."""
+
+
+def begin(pp_size: int = 1) -> StepTimes:
+    """Return what a manager knows of steps before the first request."""
+    step_times = tuple(StepTime(*each) for each in MEASURED)
+    config = EngineConfig(pp_size=pp_size)
+    return Manager(config, small_sizes(), lambda: 0.0, step_times=step_times).state.step_times
+
+
+def test_costs_begin_with_what_the_workers_have_measured() -> None:
+    costs = begin().costs
+    assert costs is not None
+    for num_rows, num_context, num_prefill, seconds in MEASURED:
+        size = StepSize(num_rows, num_context, num_prefill, num_prefill * num_prefill // 2)
+        assert costs.predict_s(size) == pytest.approx(seconds, rel=0.03)
+    assert costs.predict_s(StepSize(100, 60_000, 950, 450_000)) == pytest.approx(0.028, rel=0.15), "as it was"
+    assert begin(pp_size=2).costs is None, "those are times of one stage"
+
+
+def test_first_steps_that_the_machine_holds_up_make_no_row_expensive() -> None:
+    # Without contexts among what was measured, one of theirs came to cost as much as a prompt's token.
+    times = begin()
+    for size, seconds in (
+        (StepSize(1, 513, 0), 0.0043),
+        (StepSize(1, 514, 0), 0.0394),
+        (StepSize(1, 515, 1445, 300_000), 0.0293),
+        (StepSize(3, 1542, 1440, 300_000), 0.0384),
+    ):
+        times.note(size, seconds)
+    assert times.costs is not None
+    assert times.costs.predict_s(StepSize(6, 3_100, 0)) < 0.012
 
 
 @pytest.mark.parametrize(

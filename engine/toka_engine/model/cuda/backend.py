@@ -14,6 +14,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.gpu_stages import GpuStages
 from toka_engine.model.cuda.memory_fit import provisional_sizes
+from toka_engine.model.cuda.products import Products
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.cuda.stage_runner import LastStageRunner, StageRunner
 from toka_engine.model.cuda.tensor_parallel import TensorParallel
@@ -100,7 +101,8 @@ class CudaBackend:
         """`capability`: the GPU's compute capability, as 90. `parallel`: what this rank shares with others, if any;
         `stages`: with other pipeline stages.
         """
-        self.ops = make_ops(capability, parallel)
+        self._products = Products()
+        self.ops = self._products.watch(make_ops(capability, parallel))
         self._parallel, self._stages = parallel, stages
 
     def choose_sizes(self, config: EngineConfig, model: ModelConfig, shape: AttentionShape) -> Sizes:
@@ -115,7 +117,8 @@ class CudaBackend:
         return provisional_sizes(sizes) if config.kv_cache_num_tokens is None else sizes
 
     def make_runner(self, model: CausalModel, shape: AttentionShape, sizes: Sizes, config: EngineConfig) -> CudaRunner:
-        """See backend.Backend."""
+        """See backend.Backend. The GEMM kernels of the model that was made of `ops` are loaded first."""
+        self._products.load(sizes.max_tokens_per_forward)
         attention = CudaAttention(shape)
         attention.allocate(sizes.num_pages, sizes.page_size, sizes.max_seqs, sizes.max_pages_per_seq)
         if self._stages is None:

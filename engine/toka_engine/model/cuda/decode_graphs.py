@@ -140,5 +140,9 @@ class DecodeGraphs:
         graph.replay()
         return True
 
+    def pad_sampled(self, num_rows: int) -> int:
+        """Return how many rows, at least `num_rows`, have a head whose kernels the capture has loaded."""
+        return self._pad(num_rows) if num_rows <= min(self.max_rows, self.max_sampled_rows) else num_rows
+
     def _pad(self, num_rows: int) -> int:
         return int(self._sizes[np.searchsorted(self._sizes, num_rows)])

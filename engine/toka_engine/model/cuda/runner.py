@@ -6,18 +6,17 @@ Decode-only steps replay CUDA graphs (`decode_graphs`), to which the host only w
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
 from toka_engine.config import EngineConfig
-from toka_engine.messages import LogitEdits, Step, Tokens, WorkerReady
+from toka_engine.messages import Int32s, Step, Tokens, WorkerReady
 from toka_engine.model.backend import Launched
-from toka_engine.model.barred_words import WordArrays, WordPlan
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.decode_graphs import DecodeGraphs
@@ -27,13 +26,13 @@ from toka_engine.model.cuda.sampler import CudaSampler, Sampler
 from toka_engine.model.cuda.staging import Staging
 from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.cuda.triton_cache import log_compiled
+from toka_engine.model.cuda.warm_up import make_rest_plans, measure_steps
 from toka_engine.model.in_flight import MAX_STEPS_IN_FLIGHT, RING_SIZE
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.device_slots import DeviceSlots, gather_ids, pack_new_slots, set_slots
-from toka_engine.model.logit_edits import TokenEdits, plan_edits
 from toka_engine.model.memory import count_threads
 from toka_engine.model.prompt_scores import PromptScores, message_fields, plan_scores, score_prompt
-from toka_engine.model.sample_plan import Penalties, Sample, Sampled, SamplePlan, plan_sampling
+from toka_engine.model.sample_plan import Sample, Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_grammars import SlotGrammars
 from toka_engine.model.slot_state import HostSlots
 from toka_engine.model.step_rows import find_sampled_rows, make_layout
@@ -117,9 +116,10 @@ class CudaRunner:
         decode_graphs, self.decode_graphs = self.decode_graphs, None  # steps take most memory without graphs
         self._run(make_largest_steps(ready))
         self.decode_graphs = decode_graphs
+        step_times = measure_steps(ready, lambda step: self.finish(self.launch(step)))
         take_spare(self.attention.shape.device)
         log_compiled()
-        return ready
+        return msgspec.structs.replace(ready, step_times=step_times)
 
     def _run(self, steps: Iterable[Step]) -> None:
         for step in steps:
@@ -150,48 +150,10 @@ class CudaRunner:
 
     def launch_rest(self) -> None:
         """Launch, once each, the variants of kernels that the warm-up steps do not."""
-        attention, device = self.attention, self.attention.shape.device
-        slot, row = np.array([self.state.max_seqs], np.int32), np.zeros(1, np.int64)  # the slot of padding rows
-        none = np.empty(0, np.int64)
+        attention = self.attention
         width = self.model.config.vocab_size if self._parallel is None else self._parallel.width
-        logits = torch.zeros(1, width, dtype=torch.float32, device=device)
-        penalties = Penalties(row, slot, slot * 0 + 1, slot * 0, *np.ones((3, 1), np.float32))
-        edits = plan_edits(
-            row, slot * 0, [TokenEdits(LogitEdits(slot * 0, np.zeros(1, np.float32), slot * 0))], slot * 0
-        )
-        zero = slot * 0
-        words = WordPlan(row, zero, WordArrays(zero, zero, zero + 1, zero, zero, slot, zero))
-        # On several ranks, rows without filters and top logprobs are sampled by other kernels.
-        filters = (row,) if self._parallel is None else (row, none)
-        all_allowed = np.full((1, self.grammars.num_words), -1, np.int32)
-        changes = (
-            (none, None, None, None, None),
-            (row, None, None, None, None),
-            (row, penalties, None, None, None),
-            (none, None, edits, None, None),
-            (none, None, None, words, None),
-            (none, None, None, None, all_allowed),
-            (row, penalties, edits, words, all_allowed),
-        )
-        for filtered, has_logprobs, change in itertools.product(filters, (False, True), changes):
-            seeded, penalized, edited, barred, masks = change
-            asked = filtered if has_logprobs else none
-            plan = SamplePlan(
-                slots=slot,
-                greedy=none,
-                drawn=none,
-                seeded=seeded,
-                filtered=filtered,
-                has_logprobs=has_logprobs,
-                top=asked,
-                top_counts=np.ones(asked.size, np.int32),
-                top_width=asked.size,
-                penalties=penalized,
-                edits=edited,
-                words=barred,
-                grammatical=none if masks is None else row,
-                masks=masks,
-            )
+        logits = torch.zeros(1, width, dtype=torch.float32, device=attention.shape.device)
+        for plan in make_rest_plans(self.state.max_seqs, self.grammars.num_words, self._parallel is not None):
             self.sample(logits, None, plan, self.state)
         self.launch_many_rows(min(self.state.max_seqs, ShortLaunchConfig.of(attention.shape.head_dim).most_rows))
         scratch_page = np.array([attention.cache.shape[2] - 1], np.int32)
@@ -316,8 +278,8 @@ class CudaRunner:
         rows, logit_rows = find_sampled_rows(step) if chunks else (None, None)
         none, score_plan = np.empty(0, np.int32), plan_scores(step)
         num_sampled = 0 if rows is None else rows.size
-        if rows is not None and score_plan is not None:
-            rows = np.concatenate((rows, score_plan.rows))
+        if rows is not None:
+            rows = self._pad_sampled(rows) if score_plan is None else np.concatenate((rows, score_plan.rows))
         tokens, row_index, logit_index, targets, counts = self._tokens.upload(
             step.prefill_tokens,
             none if rows is None else rows,
@@ -330,7 +292,8 @@ class CudaRunner:
         self.attention.write_tokens(ids)
         hidden = self.model.forward(ids, self.attention, None if rows is None else row_index)
         if score_plan is None:
-            return self.model.logits(hidden), None if logit_rows is None else logit_index, None
+            logits = self.model.logits(hidden)
+            return logits if rows is None else logits[:num_sampled], None if logit_rows is None else logit_index, None
         scores = score_prompt(
             lambda rows: self.sampler.widen(self.model.logits(rows)),
             hidden[num_sampled:],
@@ -340,6 +303,12 @@ class CudaRunner:
             piece_rows=self.sampler.max_whole_rows,
         )
         return self.model.logits(hidden[:num_sampled]), None if logit_rows is None else logit_index, scores
+
+    def _pad_sampled(self, rows: Int32s) -> Int32s:
+        """Repeat the last of the rows until there are as many as in a graph, whose head has loaded its kernels."""
+        if self.decode_graphs is None or rows.size < 2:
+            return rows
+        return np.pad(rows, (0, self.decode_graphs.pad_sampled(rows.size) - rows.size), mode="edge")
 
     def _saved_s(self, step: Step) -> float:
         """Return the seconds saved by reading the groups' shared pages once."""

@@ -43,7 +43,11 @@ def _load_rotated(
 
 
 # Head counts are no constants of the kernel, only their powers of two: few variants serve all models (see aot).
-@triton.jit(do_not_specialize=["table_stride", "num_heads", "num_kv_heads"])
+# Beside decode rows, the slots and positions of a step's prompts begin at any address.
+@triton.jit(
+    do_not_specialize=["table_stride", "num_heads", "num_kv_heads"],
+    do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],
+)
 def _rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
     cos_sin_ptr, slots_ptr, positions_ptr, table_ptr,
