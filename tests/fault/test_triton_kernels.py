@@ -126,6 +126,33 @@ print(json.dumps([[each.metadata.launch_pdl, each.asm["ptx"]] for each in compil
 """
 
 
+COMPILE_FP8_ROW = """
+import json, subprocess, sys
+from pathlib import Path
+import torch, triton
+from toka_engine.model.aot.triton_build import Variants
+from toka_engine.model.kernels.fp8_gemv import Fp8Gemv
+capability = int(sys.argv[1])
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+variants = Variants(capability)
+with variants.recording():
+    kernels = Fp8Gemv.for_capability(capability, tensor(4096, dtype=torch.float32))
+    for width in (4096, 8192):
+        x, weight = tensor(1, width), tensor(4096, width, dtype=torch.float8_e4m3fn)
+        kernels.norm_gemv(x, tensor(width), 1e-5, weight, tensor(4096))
+        kernels.norm_gated_gemv(x, tensor(width), 1e-5, weight, None)
+    for width in (4096, 14336):
+        kernels.gemv_add(tensor(1, width), tensor(4096, width, dtype=torch.float8_e4m3fn), None, tensor(1, 4096))
+compiled = [function.preload(data) for function, data in variants.found.values()]
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def find_usage(binary):
+    Path(sys.argv[2]).write_bytes(binary)
+    return subprocess.run([tool, "-res-usage", sys.argv[2]], check=True, capture_output=True, text=True).stdout
+print(json.dumps([[each.metadata.launch_pdl, find_usage(each.asm["cubin"]), each.asm["ptx"]] for each in compiled]))
+"""
+
+
 @pytest.fixture(scope="module")
 def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
@@ -282,6 +309,30 @@ def test_kernels_for_one_row_need_no_dependent_launch_on_older_gpus(tmp_path: Pa
     for launch_pdl, ptx in compiled:
         assert not launch_pdl
         assert "griddepcontrol" not in ptx
+
+
+@pytest.mark.parametrize("capability", ["89", "90"])
+def test_kernels_for_one_row_of_8_bit_floats_keep_in_registers_what_is_on_its_way(
+    tmp_path: Path, capability: str
+) -> None:
+    done = run("-c", COMPILE_FP8_ROW, capability, str(tmp_path / "kernel"), TRITON_CACHE_DIR=tmp_path)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert len(compiled) == 6
+    for launch_pdl, usage, ptx in compiled:
+        assert launch_pdl == (capability == "90")
+        assert " STACK:0 " in usage
+        assert int(re.findall(r" REG:(\d+) ", usage)[0]) <= 65536 // (2 * 256)  # for two programs of 8 warps
+        assert len(re.findall(r"\bcvt\.rn\.f16x2\.e4m3x2", ptx)) == 4 * len(re.findall(r"\bmma\.sync", ptx))
+        loads = re.findall(r"\bld\.global\S*", ptx)
+        assert (
+            sum("evict_first" in load and "v4" in load for load in loads) == 4 * 2 * 4
+        )  # four times 16 weights of two outputs
+        if launch_pdl:
+            before, after = ptx.split("griddepcontrol.wait")
+            assert "evict_first" in before
+            assert not re.findall(r"\b(?:st|red|atom)\.\S*(?:global|async)", before)
+            assert re.findall(r"\bst\.global", after)
 
 
 KEYS = """

@@ -1,25 +1,26 @@
 """Times the linear layers of an 8B layer in bf16 and in fp8, with norms, activation and quantisation between them.
 
 Prints microseconds a layer without attention, by rows, as the engine runs it; then the parts of it: each GEMM with fast
-accumulation and without, the kernels that quantise, and GEMVs by launch config. Many layers are in one CUDA graph, so
-that no weights stay in the L2 cache. Usage: python3 -m tests.gpu.bench_fp8 [ROWS,...]
+accumulation and without, and the kernels that quantise, or each GEMV. Many layers are in one CUDA graph, so that no
+weights stay in the L2 cache. Usage: python3 -m tests.gpu.bench_fp8 [ROWS,...]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from toka_engine.model.cuda.backend import make_fp8_linear
 from toka_engine.model.kernels.activation import silu_mul
-from toka_engine.model.kernels.gemv import SCALED_BEHIND_NORM, SCALED_OTHER, LaunchConfig, TritonGemv
+from toka_engine.model.kernels.fp8_gemv import Fp8Gemv
+from toka_engine.model.kernels.gemv import TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm
 from toka_engine.model.kernels.quantised_rows import quantise_rows, quantised_add_rms_norm, quantised_silu_mul
-from toka_engine.model.ops import QuantisedRows
+from toka_engine.model.ops import GemvKernels, QuantisedRows
 from toka_engine.model.quantization import QuantisedWeight, quantise_weight
 from toka_engine.output import run_command
 
@@ -29,10 +30,6 @@ HIDDEN, QKV, INNER = 4096, 6144, 14336
 EPS = 1e-5
 NUM_LAYERS = 6
 ROWS = (1, 64, 256, 1024, 8192)
-_BEHIND_NORM = ((2, 128, 1), (1, 256, 1), (2, 128, 2), (4, 128, 2), (2, 256, 2), (1, 256, 2), (8, 128, 4), (2, 256, 1))
-_OTHER = ((1, 128, 1), (1, 512, 2), (4, 128, 2), (2, 256, 2), (1, 512, 1), (8, 128, 4), (2, 256, 1), (4, 256, 4))
-BEHIND_NORM, OTHER = ([LaunchConfig(*each) for each in configs] for configs in (_BEHIND_NORM, _OTHER))
-"""Others than the engine's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,7 @@ class Weights:
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A block's output and the residual stream, which grows -> the last block's output."""
+Run = Callable[[], object]
 
 
 def make_bf16(weights: Weights, norm: torch.Tensor) -> Layer:
@@ -82,7 +80,7 @@ def make_fp8(weights: Weights, norm: torch.Tensor) -> Layer:
     return run
 
 
-def make_gemv(kernels: Sequence[TritonGemv], weights: Sequence[torch.Tensor], norm: torch.Tensor) -> Layer:
+def make_gemv(kernels: Sequence[GemvKernels], weights: Sequence[torch.Tensor], norm: torch.Tensor) -> Layer:
     """`kernels` of qkv, out, gate and up, down."""
 
     def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -94,13 +92,6 @@ def make_gemv(kernels: Sequence[TritonGemv], weights: Sequence[torch.Tensor], no
         return x
 
     return run
-
-
-def make_fp8_gemv(
-    stored: Sequence[QuantisedWeight], norm: torch.Tensor, behind_norm: LaunchConfig, other: LaunchConfig
-) -> Layer:
-    kernels = [replace(TritonGemv.for_scaled(90, each.scale), behind_norm=behind_norm, other=other) for each in stored]
-    return make_gemv(kernels, [each.values for each in stored], norm)
 
 
 def time_layers(layers: Sequence[Layer], rows: int) -> float:
@@ -149,21 +140,40 @@ def time_parts(all_weights: Sequence[Weights], rows: int) -> None:
     print(f"  {rows} rows, us: {'; '.join(words)}", flush=True)
 
 
+def list_products(
+    kernels: Sequence[GemvKernels], weights: Sequence[torch.Tensor], norm: torch.Tensor
+) -> dict[str, Run]:
+    """The four GEMVs of a layer, each alone."""
+    residual, inner = (torch.zeros(1, width, device="cuda").bfloat16() for width in (HIDDEN, INNER))
+    return {
+        "qkv": lambda: kernels[0].norm_gemv(residual, norm, EPS, weights[0], None),
+        "out": lambda: kernels[1].gemv_add(residual, weights[1], None, residual),
+        "gate_up": lambda: kernels[2].norm_gated_gemv(residual, norm, EPS, weights[2], None),
+        "down": lambda: kernels[3].gemv_add(inner, weights[3], None, residual),
+    }
+
+
 def time_single_row(all_weights: Sequence[Weights], norm: torch.Tensor) -> None:
-    plain = TritonGemv.for_capability(90)
     stored = [list(map(quantise_weight, each.all)) for each in all_weights]
-    engine = SCALED_BEHIND_NORM, SCALED_OTHER
-    pairs = [engine, *((each, engine[1]) for each in BEHIND_NORM), *((engine[0], each) for each in OTHER)]
-    chains = {pair: [make_fp8_gemv(each, norm, *pair) for each in stored] for pair in pairs}
-    bf16 = [make_gemv([plain] * 4, each.all, norm) for each in all_weights]
-    x, num_values = torch.zeros(1, HIDDEN, device="cuda").bfloat16(), all_weights[0].num_values
-    compile_together(lambda: [layers[0](x, x.clone()) for layers in (*chains.values(), bf16)])
-    took = time_layers(bf16, 1)
-    print(f"rows 1: bf16 {took:.1f} us ({2 * num_values / took / 1e6:.2f} TB/s)", flush=True)
-    for (behind_norm, other), layers in chains.items():
-        fp8 = time_layers(layers, 1)
-        rate = num_values / fp8 / 1e6
-        print(f"  fp8 {fp8:.1f} us ({rate:.2f} TB/s) {took / fp8:.2f} x, {behind_norm} {other}", flush=True)
+    plain = TritonGemv.for_capability(90)
+    ways = {
+        "bf16": [([plain] * 4, each.all) for each in all_weights],
+        "fp8": [
+            ([Fp8Gemv.for_capability(90, one.scale) for one in each], [one.values for one in each]) for each in stored
+        ],
+    }
+    x = torch.zeros(1, HIDDEN, device="cuda").bfloat16()
+    compile_together(lambda: [make_gemv(*way[0], norm)(x, x.clone()) for way in ways.values()])
+    for name, way in ways.items():
+        took, num_bytes = (
+            time_layers([make_gemv(*each, norm) for each in way], 1),
+            sum(each.nbytes for each in way[0][1]),
+        )
+        parts = [list_products(*each, norm) for each in way]
+        runs = {part: [each[part] for each in parts] for part in parts[0]}
+        alone = [time_graph(lambda part=part: [run() for run in part]) / len(way) * 1e6 for part in runs.values()]
+        words = ", ".join(f"{part} {each:.1f}" for part, each in zip(runs, alone, strict=True))
+        print(f"rows 1: {name} {took:.1f} us ({num_bytes / took / 1e6:.2f} TB/s): {words}", flush=True)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from toka_engine.model.cuda.stage_runner import LastStageRunner, StageRunner
 from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.kernels import FP8_CAPABILITY
 from toka_engine.model.kernels.activation import silu_mul
+from toka_engine.model.kernels.fp8_gemv import Fp8Gemv
 from toka_engine.model.kernels.gemv import TritonGemv
 from toka_engine.model.kernels.norm import add_rms_norm, rms_norm
 from toka_engine.model.kernels.quantised_rows import (
@@ -68,7 +69,7 @@ def make_fp8_ops(capability: int) -> Fp8Ops:
     """Make the operators of linear layers in fp8 for a GPU that has them."""
     return Fp8Ops(
         make_linear=make_fp8_linear,
-        make_gemv=partial(TritonGemv.for_scaled, capability),
+        make_gemv=partial(Fp8Gemv.for_capability, capability),
         quantise=quantise_rows,
         rms_norm=quantised_rms_norm,
         add_rms_norm=quantised_add_rms_norm,

@@ -5,9 +5,23 @@ be captured in a CUDA graph: no host synchronisation, sizes from shapes alone. N
 without a GPU, except by tests, which run the kernels in Triton's interpreter.
 """
 
+from functools import cache
+
+import torch
+
 DEPENDENT_LAUNCH_CAPABILITY = 90
 """The first compute capability with programmatic dependent launch: a kernel starts while the previous one ends."""
 HOPPER_CAPABILITY = 90
 """The only compute capability with asynchronous warpgroup MMA (wgmma): its successors do without."""
 FP8_CAPABILITY = 89
 """The first compute capability that converts 8-bit floats by an instruction and multiplies them by tensor cores."""
+_USUAL_PROCESSORS = 132
+"""SMs of an H100, assumed where there is no GPU to ask."""
+
+
+@cache
+def count_processors(device: torch.device) -> int:
+    """Return the number of the device's streaming multiprocessors."""
+    if device.type != "cuda":
+        return _USUAL_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

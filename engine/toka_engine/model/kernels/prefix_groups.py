@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toka_engine.model.kernels import HOPPER_CAPABILITY
+from toka_engine.model.kernels import HOPPER_CAPABILITY, count_processors
 from toka_engine.model.kernels.decode_attention import find_capability, has_pdl
 
 HEADER = 8
@@ -27,8 +27,6 @@ _MIN_UNITS = 4
 """Fewest units for which starting a program pays."""
 _SLACK = 16
 """A program's share may exceed the equal share by 1 / _SLACK, if tiles are then split evenly or not at all."""
-_USUAL_PROCESSORS = 132
-"""SMs of an H100, assumed where there is no GPU to ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ class PrefixWorkspace:
     ) -> PrefixWorkspace:
         """Allocate for any groups; by default `num_programs` is what the device runs at once."""
         config = config or PrefixLaunchConfig.of(head_dim)
-        programs = num_programs or config.residency * _count_processors(device)
+        programs = num_programs or config.residency * count_processors(device)
         return cls(
             sums=torch.empty(2 * programs, config.block_rows, head_dim, dtype=torch.float32, device=device),
             scales=torch.empty(2 * programs, 2, config.block_rows, dtype=torch.float32, device=device),
@@ -140,12 +138,6 @@ class PrefixWorkspace:
             num_kv_heads=num_kv_heads,
             has_pdl=has_pdl(),
         )
-
-
-def _count_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _USUAL_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def packed_size(capacity: int) -> int:

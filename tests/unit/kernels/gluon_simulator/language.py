@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as real
 
+from tests.unit.kernels.gluon_simulator.assembly import inline_asm_elementwise
 from tests.unit.kernels.gluon_simulator.memory import atomic_add, load, store
 from tests.unit.kernels.gluon_simulator.order import Race, get_state, learn
 from tests.unit.kernels.gluon_simulator.schedule import get_task, wait_until
@@ -77,6 +78,27 @@ def where(condition: Any, x: Any, y: Any) -> Value:
 
 def convert_layout(value: Value, layout: Any, assert_trivial: bool = False) -> Value:
     return Value(value.data, layout)
+
+
+def reshape(value: Value, shape: Any) -> Value:
+    return Value(value.data.reshape(list(shape)))
+
+
+def split(value: Value) -> tuple[Value, Value]:
+    """A block [..., 2] -> its halves, whose layout the compiler finds."""
+    if value.data.shape[-1] != 2:
+        raise TypeError(f"a block of shape {value.shape} has no two halves")
+    return Value(value.data[..., 0].clone()), Value(value.data[..., 1].clone())
+
+
+def join(left: Value, right: Value) -> Value:
+    join_layouts(left, right)
+    return Value(torch.stack((left.data, right.data), dim=-1))
+
+
+def broadcast(left: Value, right: Value) -> tuple[Value, Value]:
+    layout = join_layouts(left, right)
+    return tuple(Value(each.clone(), layout) for each in torch.broadcast_tensors(left.data, right.data))
 
 
 def fma(x: Any, y: Any, z: Any) -> Value:
@@ -148,7 +170,9 @@ def _return_first(value: Any, *more: Any) -> Any:
 
 FUNCTIONS: dict[str, Any] = {
     "arange": arange, "full": full, "zeros": zeros, "where": where, "convert_layout": convert_layout,
-    "set_auto_layout": convert_layout, "fma": fma, "cdiv": cdiv, "program_id": program_id, "num_programs": num_programs,
+    "set_auto_layout": convert_layout, "reshape": reshape, "split": split, "join": join, "broadcast": broadcast,
+    "inline_asm_elementwise": inline_asm_elementwise,
+    "fma": fma, "cdiv": cdiv, "program_id": program_id, "num_programs": num_programs,
     "load": load, "store": store, "atomic_add": atomic_add, "warp_specialize": warp_specialize,
     "allocate_shared_memory": allocate_shared_memory, "thread_barrier": thread_barrier, "static_range": range,
     "static_assert": static_assert, "static_print": do_nothing, "device_print": do_nothing, "assume": do_nothing,

@@ -57,6 +57,11 @@ class Value:
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
+    @property
+    def type(self) -> Value:
+        """It has the layout, too."""
+        return self
+
     def to(self, dtype: gl.dtype, bitcast: bool = False) -> Value:
         there = to_torch_type(dtype)
         return Value(self.data.view(there) if bitcast else self.data.to(there), self.layout)
