@@ -86,6 +86,11 @@ def _check_parallelism(config: EngineConfig) -> None:
         raise ConfigError(f"pp_layer_split={text} has the layers of {len(split)} stages, pp_size={config.pp_size}")
     if config.pp_size == 1 and config.pp_num_buffer_stages != 1:
         raise ConfigError(f"pp_num_buffer_stages={config.pp_num_buffer_stages} has no effect with pp_size=1")
+    if config.async_tp_threshold is not None:
+        for name, value, excludes in (("tp_size", 1, config.tp_size == 1), ("device", "cpu", config.device == "cpu")):
+            if excludes:
+                key = f"async_tp_threshold={config.async_tp_threshold}"
+                raise ConfigError(f"{key} has no effect with {name}={value}")
 
 
 def _without_alias(argument: str) -> str:

@@ -184,6 +184,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tp_size: Annotated[
         int, Meta(ge=1, le=8), doc("ranks that hold the model together, each with a part of every layer and a GPU")
     ] = 1
+    async_tp_threshold: Annotated[
+        PositiveInt | None,
+        doc(
+            "tokens of a step from which on GPU ranks exchange sums while products run; default: none; with tp_size "
+            "above 1"
+        ),
+    ] = None
     pp_size: Annotated[
         int, Meta(ge=1, le=8), doc("pipeline stages, each with some of the layers and a GPU; on GPUs not with tp_size")
     ] = 1
@@ -274,7 +281,6 @@ UNSUPPORTED_KEYS: dict[str, UnsupportedKey] = {
     "dmanager": UnsupportedKey(False, "the supervisor runs in the foreground; attach a debugger by pid"),
     "dmodel": UnsupportedKey(False, "the supervisor runs in the foreground; attach a debugger by pid"),
     "uvsh": UnsupportedKey(False, "set uvicorn_log_level=warning"),
-    "async_tp_threshold": UnsupportedKey(None, "sums over ranks are not overlapped with products yet"),
     "prefill_round_up_multiple": UnsupportedKey(None, "prefill chunks are cut by max_tokens_per_forward alone"),
     "stop_string_num_token_lookback": UnsupportedKey(None, "stop strings are found in the whole text"),
     "early_stopping_buffer_size": UnsupportedKey(None, "the prediction of output lengths is not tunable yet"),

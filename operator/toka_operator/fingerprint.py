@@ -44,7 +44,7 @@ KNOWN_FIELDS: dict[str, frozenset[str]] = {
         ]
     ),
     "resources": frozenset(["device", "gpuResource", "cpu", "memory", "sharedMemory"]),
-    "parallelism": frozenset(["tensor", "pipeline", "data", "minimumData"]),
+    "parallelism": frozenset(["tensor", "pipeline", "data", "minimumData", "asyncTensorThreshold"]),
     "scheduling": frozenset(
         [
             "nodeSelector",

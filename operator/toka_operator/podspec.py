@@ -102,6 +102,7 @@ def render_arguments(spec: TokaDeploymentSpec) -> list[str]:
         "pp_size": None if spec.parallelism.pipeline == 1 else spec.parallelism.pipeline,
         "dp_size": None if spec.parallelism.data == 1 else spec.parallelism.data,
         "dp_min_size": spec.parallelism.minimum_data,
+        "async_tp_threshold": spec.parallelism.async_tensor_threshold,
         "data_dir": render_data_argument() if spec.data else None,
         "log_level": engine.log_level,
         "drain_endpoint_delay_s": spec.rollout.drain_delay_s,

@@ -142,6 +142,8 @@ class Parallelism:
     """Replicas of the model."""
     minimum_data: int | None
     """The number of them that must be left for the pod to go on; None: all."""
+    async_tensor_threshold: int | None
+    """Tokens of a step from which on workers exchange sums while products run; None: they never do."""
 
     @property
     def num_gpus(self) -> int:
@@ -246,7 +248,7 @@ def parse(body: Mapping[str, Any]) -> TokaDeploymentSpec | list[FieldError]:
             memory=resources.quantity("memory"),
             shared_memory=resources.quantity("sharedMemory") or "8Gi",
         ),
-        parallelism=_parse_parallelism(root.child("parallelism")),
+        parallelism=_parse_parallelism(root.child("parallelism"), resources.get("device") == "gpu"),
         scheduling=_parse_scheduling(root.child("scheduling")),
         cache=parse_cache(root.child("cache")),
         data=parse_data(root),
@@ -328,9 +330,13 @@ def _parse_engine(fields: Fields) -> Engine:
     )
 
 
-def _parse_parallelism(fields: Fields) -> Parallelism:
+def _parse_parallelism(fields: Fields, is_gpu: bool) -> Parallelism:
     tensor, pipeline, data = (fields.integer(name, 1, 8) for name in ("tensor", "pipeline", "data"))
-    parallelism = Parallelism(tensor, pipeline, data, fields.optional_integer("minimumData", 1, 8))
+    minimum = fields.optional_integer("minimumData", 1, 8)
+    threshold = fields.optional_integer("asyncTensorThreshold", 1, 1048576)
+    if threshold is not None and (tensor == 1 or not is_gpu):
+        fields.refuse("asyncTensorThreshold", "is only for a tensor of more than 1 on device gpu")
+    parallelism = Parallelism(tensor, pipeline, data, minimum, threshold)
     if parallelism.num_gpus > MAX_RANKS:
         fields.refuse("tensor", f"times pipeline times data may not be more than {MAX_RANKS}")
     if parallelism.minimum_data is not None and parallelism.minimum_data > parallelism.data:

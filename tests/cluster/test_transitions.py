@@ -38,6 +38,7 @@ NEIGHBOURS: dict[str, Json] = {
     "resources.gpuResource": {"resources": {"device": "gpu"}},
     "resources.sharedMemory": {"resources": {"device": "gpu"}},
     "parallelism.minimumData": {"parallelism": {"data": 8}},
+    "parallelism.asyncTensorThreshold": {"parallelism": {"tensor": 2}, "resources": {"device": "gpu"}},
     "networkPolicy.from": {"networkPolicy": {"mode": "Ingress"}},
     "routing.httpRoute.hostnames": {"routing": {"httpRoute": {"parentRefs": [{"name": "x"}]}}},
     "autoscaling": {"autoscaling": {"enabled": True, "maxReplicas": 4, "target": 8}},

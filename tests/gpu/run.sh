@@ -36,11 +36,13 @@ part built_kernels 120 $pytest tests/gpu/test_built_kernels.py
 part running_ahead 120 $pytest tests/gpu/test_running_ahead.py
 [[ $(nvidia-smi --list-gpus | wc -l) -lt 2 && $wanted != *" tensor_parallel "* ]] ||
     part tensor_parallel 460 $pytest -s tests/gpu/test_tensor_parallel.py tests/gpu/test_tensor_parallel_text.py
+part async_tensor_parallel 240 $pytest -s tests/gpu/test_async_tensor_parallel.py
 [[ $(nvidia-smi --list-gpus | wc -l) -lt 2 && $wanted != *" pipeline_parallel "* ]] ||
     part pipeline_parallel 300 $pytest -s tests/gpu/test_pipeline_parallel.py
 lines=60 part bench_kernels 60 python3 tests/gpu/bench_kernels.py
 lines=90 part bench_gemv 60 python3 tests/gpu/bench_gemv.py
 lines=60 part bench_fp8 90 python3 -m tests.gpu.bench_fp8
+lines=60 part bench_async_tp 120 python3 -m tests.gpu.bench_async_tp
 lines=160 part bench_fp8_cache 120 python3 -m tests.gpu.bench_fp8_cache
 lines=90 part bench_decode_attention 60 python3 -m tests.gpu.bench_decode_attention
 lines=90 part bench_prefix_attention 60 python3 -m tests.gpu.bench_prefix_attention

@@ -1,6 +1,7 @@
 """Two GPUs hold a model together: its logits are those of one GPU, and what is sampled of them is what one GPU samples.
 
-Needs two GPUs. Each test starts two processes, which meet as the workers of an engine do.
+Needs two GPUs (of one, see test_async_tensor_parallel). Each test starts two processes, which meet as the workers of
+an engine do.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Seen:
     """The tokens of steps that draw without a seed."""
     forced: list[list[int]] = field(default_factory=list)
     forced_logits: list[torch.Tensor] = field(default_factory=list)
+    num_overlapped: list[int] = field(default_factory=list)
+    """The sums, so far, that ranks exchanged while a GEMM ran: when the worker was ready, and at the end."""
 
 
 def watch(driver: Driver, seen: Seen) -> None:
@@ -91,6 +94,8 @@ def drive(folder: Path, ranks: Any, settings: dict[str, Any], forced: list[list[
     worker = load(folder, ranks, device="cuda", dtype="bfloat16", **{**SIZES, **options})
     worker.warm_up()
     seen, driver = Seen(), Driver(worker)
+    overlapped = getattr(worker.runner._parallel, "sums", None)
+    seen.num_overlapped = [0 if overlapped is None else overlapped._turn]
     watch(driver, seen)
     parameters = {name: values[: len(PROMPTS)] for name, values in SAMPLING.items()}
     seen.tokens = [driver.prefill(PROMPTS, **driver.add_slots(list(PROMPTS), **parameters))]
@@ -109,6 +114,7 @@ def drive(folder: Path, ranks: Any, settings: dict[str, Any], forced: list[list[
         batch = dict(enumerate(seen.forced[begin : begin + 32]))
         driver.prefill(batch, **driver.add_slots(list(batch), num_logprobs=0))
         seen.forced_logits.append(seen.logits.pop())
+    seen.num_overlapped += [0 if overlapped is None else overlapped._turn]
     return seen
 
 
@@ -117,7 +123,7 @@ def be_rank(rank: int, folder: Path, meeting: str, settings: dict[str, Any], for
 
     if settings.get("no_peer_memory"):
         os.environ[NO_PEER_MEMORY] = "1"
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     seen = drive(folder, GpuRanks(Path(meeting), rank, NUM_RANKS), settings, forced)
     torch.save(seen, f"{out}/{rank}")
 

@@ -46,6 +46,8 @@ def find_device(config: EngineConfig, index: int = 0) -> torch.device:
         return torch.device("cuda", index) if is_one_of_several else torch.device("cuda")
     if config.device == "cuda":
         raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
+    if config.async_tp_threshold is not None:
+        raise ConfigError(f"async_tp_threshold={config.async_tp_threshold} has no effect on a CPU")
     return torch.device("cpu")
 
 

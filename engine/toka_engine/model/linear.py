@@ -8,6 +8,8 @@ two stands the all-reduce, which is fused with the add and the norm instead.
 
 In a model with weights of 8-bit floats, a norm and an activation of more rows are left to the linear layer that reads
 them, too (`DeferredRows`): it knows whether it reads rows of 8-bit floats, which are then made in the same kernel.
+
+Ranks on GPUs may exchange their parts of a block's output while its last GEMM still makes others (`ops.BegunSum`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TypeAlias
 
 import torch
 
-from toka_engine.model.ops import Fp8Ops, Gemm, GemvKernels, Ops, QuantisedRows
+from toka_engine.model.ops import BegunSum, Fp8Ops, Gemm, GemvKernels, Ops, QuantisedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class GatedRows(DeferredRows):
         return self.fp8.silu_mul(self.gate_up)
 
 
-Activation: TypeAlias = torch.Tensor | DeferredNorm | DeferredAdd | DeferredRows
+Activation: TypeAlias = torch.Tensor | DeferredNorm | DeferredAdd | DeferredRows | BegunSum
 """Rows [n, width] that pass between layers, or rows that the next layer computes along with its own work."""
 
 
@@ -192,7 +194,7 @@ class Linear:
                 return self.find_gemv().apply_to_norm(x)
             case DeferredRows():
                 return self._multiply(x)
-            case DeferredAdd():
+            case DeferredAdd() | BegunSum():
                 raise AssertionError("a linear layer reads a norm or another layer, not a block's output")
 
     def find_gemv(self) -> Gemv:
@@ -231,6 +233,7 @@ class ResidualLinear:
     def __init__(self, ops: Ops, parameters: LinearParameters, is_partial: bool = False) -> None:
         """`is_partial`: the output is one rank's part of a sum, which the next norm computes."""
         self._linear, self._is_partial = Linear(ops, parameters), is_partial
+        self._begin_sum = ops.begin_sum if is_partial and parameters.scale is None else None
 
     def __call__(self, x: Activation, wanted: torch.Tensor | None = None) -> Activation:
         """x [n, in] -> what is to be added to the stream [n, out]; of the rows `wanted` alone, if given."""
@@ -239,6 +242,8 @@ class ResidualLinear:
             return self._linear(x)
         if wanted is not None:
             x = x.index_select(0, wanted)
+        elif self._begin_sum is not None and (begun := self._begin_sum(x, self._linear.gemm)) is not None:
+            return begun
         gemv = self._linear.gemv
         # In this order: where there are no kernels, a trace must not ask for the rows.
         if gemv is not None and x.shape[0] == 1:

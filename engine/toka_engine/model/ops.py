@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -14,6 +15,14 @@ QuantisedRows: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Rows of 8-bit floats (e4m3) [rows, width], and the factor of each row [rows, 1] float32."""
 Fp8Gemm: TypeAlias = Callable[[QuantisedRows], torch.Tensor]
 """The GEMM of one linear layer with weights of 8-bit floats: such rows -> [rows, out_features] bfloat16."""
+
+
+class BegunSum(ABC):
+    """The rows [n, width] that a block adds to the residual stream, while ranks still exchange their parts of them."""
+
+    @abstractmethod
+    def add_rms_norm(self, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Add the sum of all ranks' parts to `residual` [n, width] in place and return its norm. Called once."""
 
 
 class GemvKernels(Protocol):
@@ -129,5 +138,8 @@ class Ops:
     """The device's GEMV kernels, if it has some. `make_linear` must take no copy of the weights then."""
     all_reduce_add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
     """The same with the sum of all ranks' x. None: the ranks' own all-reduce stands before `add_rms_norm`."""
+    begin_sum: Callable[[torch.Tensor, Gemm], BegunSum | None] | None = None
+    """Rows [n, in] and the GEMM that makes this rank's part of a sum of them -> the sum, which ranks exchange while
+    the GEMM still runs; None: these are too few rows for that. It calls the GEMM for some of the rows at a time."""
     fp8: Fp8Ops | None = None
     """For models with weights of 8-bit floats, where the device computes with them."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from toka_engine.model.linear import Activation, DeferredAdd, DeferredNorm, NormedRows
-from toka_engine.model.ops import Fp8Ops, Ops
+from toka_engine.model.ops import BegunSum, Fp8Ops, Ops
 from toka_engine.model.ranks import Ranks
 
 
@@ -51,7 +51,7 @@ class Norm:
         self._all_reduce = ranks.all_reduce if ranks.size > 1 and fused is None else None
         self._is_fused = fused is not None
         self._can_defer = ops.gemv is not None and ranks.size == 1
-        self._norm: Callable[[torch.Tensor | None, torch.Tensor], Activation] = self._compute
+        self._norm: Callable[[torch.Tensor | BegunSum | None, torch.Tensor], Activation] = self._compute
         if ops.fp8 is not None and ranks.size == 1:
             self._norm = partial(self._defer, ops, ops.fp8)
 
@@ -70,20 +70,27 @@ class Norm:
         """The norm behind the last block: as a call, but always computed here, [n, width]."""
         return self._compute(*self._enter(x, residual))
 
-    def _compute(self, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    def _compute(self, pending: torch.Tensor | BegunSum | None, residual: torch.Tensor) -> torch.Tensor:
         if pending is None:
             return self._rms_norm(residual, self.weight, self._eps)
+        if isinstance(pending, BegunSum):
+            return pending.add_rms_norm(residual, self.weight, self._eps)
         return self._add_rms_norm(pending, residual, self.weight, self._eps)
 
-    def _defer(self, ops: Ops, fp8: Fp8Ops, pending: torch.Tensor | None, residual: torch.Tensor) -> NormedRows:
+    def _defer(
+        self, ops: Ops, fp8: Fp8Ops, pending: torch.Tensor | BegunSum | None, residual: torch.Tensor
+    ) -> NormedRows:
+        assert not isinstance(pending, BegunSum), "one rank sums nothing up"
         return NormedRows(ops, fp8, pending, residual, self.weight, self._eps)
 
-    def _enter(self, x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _enter(
+        self, x: Activation, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor | BegunSum | None, torch.Tensor]:
         """Return what is still to be added (None: nothing) and the stream, both cut to the wanted rows."""
         pending, residual = _settle(x, residual)
-        if pending is None:
+        if pending is None or isinstance(pending, BegunSum):
             assert residual is not None, "only an embedding starts a stream"
-            return None, residual
+            return pending, residual
         x = pending if self._all_reduce is None else self._all_reduce(pending)
         if self._is_fused and residual is None:
             residual = torch.zeros_like(x)  # `x` is a part of the sum that becomes the stream
@@ -105,13 +112,14 @@ class StreamEnd:
         assert residual is not None, "a stage has layers"
         if pending is None:
             return residual
+        assert not isinstance(pending, BegunSum), "GPUs have either pipeline stages or several ranks"
         if self._fused is not None:
             self._fused(pending, residual, self._weight, 1.0)
             return residual
         return residual.add_(pending if self._all_reduce is None else self._all_reduce(pending))
 
 
-def _settle(x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _settle(x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor | BegunSum | None, torch.Tensor | None]:
     """Return what is still to be added (None: nothing) and the stream (None: there is none yet), of the wanted rows."""
     if isinstance(x, DeferredAdd):
         assert residual is not None, "only an embedding starts a stream"
@@ -121,6 +129,6 @@ def _settle(x: Activation, residual: torch.Tensor | None) -> tuple[torch.Tensor 
             x.gemv.add(x.x, residual)
             return None, residual
         x = x.x
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor | BegunSum):
         raise AssertionError("a norm reads a block's output, not another norm")
     return x, residual

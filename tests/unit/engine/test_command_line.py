@@ -189,8 +189,8 @@ def test_every_key_of_tokasaurus_has_an_effect_or_a_sentence(key: str) -> None:
 
 
 def test_an_unbuilt_key_is_refused_with_its_sentence() -> None:
-    with pytest.raises(ConfigError, match="async_tp_threshold has no effect here and is refused: sums over ranks"):
-        parse_config(["async_tp_threshold=2"])
+    with pytest.raises(ConfigError, match="prefill_round_up_multiple has no effect here and is refused: prefill chun"):
+        parse_config(["prefill_round_up_multiple=2"])
 
 
 def test_the_other_name_of_a_key_is_that_key() -> None:
@@ -235,6 +235,18 @@ def test_what_does_not_work_with_several_ranks_is_refused_by_name() -> None:
     for refused in ("tp_size=0", "tp_size=9"):
         with pytest.raises(ConfigError, match=refused):
             parse_config([refused])
+
+
+def test_async_tensor_parallelism_is_for_several_ranks_on_gpus() -> None:
+    assert parse_config([]).async_tp_threshold is None
+    assert parse_config(["tp_size=2", "async_tp_threshold=4096"]).async_tp_threshold == 4096
+    for arguments, words in (
+        (["async_tp_threshold=2"], "async_tp_threshold=2 has no effect with tp_size=1"),
+        (["tp_size=2", "async_tp_threshold=2", "device=cpu"], "async_tp_threshold=2 has no effect with device=cpu"),
+        (["tp_size=2", "async_tp_threshold=0"], "async_tp_threshold=0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_config(arguments)
 
 
 def test_the_sizes_of_a_pipeline_fit_each_other() -> None:

@@ -54,7 +54,7 @@ def test_the_gpu_with_the_least_free_memory_decides_on_the_sizes(monkeypatch: py
         seen.append(value)
         return 1 << 20
 
-    parallel: Any = SimpleNamespace(agree_min=agree_min, all_reduce_add_rms_norm=None)
+    parallel: Any = SimpleNamespace(agree_min=agree_min, all_reduce_add_rms_norm=None, begin_sum=None)
     shape = AttentionShape.of(model, torch.bfloat16, torch.device("cuda"), Sharding(0, 2))
     sizes = [
         backend.CudaBackend(90, each).choose_sizes(EngineConfig(kv_cache_num_tokens=4096), model, shape)

@@ -61,6 +61,7 @@ CHANGES: dict[str, Any] = {
     "parallelism.pipeline": 2,
     "parallelism.data": 2,
     "parallelism.minimumData": 1,
+    "parallelism.asyncTensorThreshold": {"tensor": 2, "asyncTensorThreshold": 4096},
     "scheduling.nodeSelector": {"a": "b"},
     "scheduling.tolerations": [{"key": "x"}],
     "scheduling.affinity": {"nodeAffinity": {"a": "b"}},

@@ -102,6 +102,9 @@ def test_a_pod_takes_a_gpu_for_each_model_worker() -> None:
     container = engine_of(parallelism={"tensor": 2, "data": 3})
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "6"}
     assert {"tp_size=2", "dp_size=3"} <= set(container["args"])
+    container = engine_of(parallelism={"tensor": 2, "asyncTensorThreshold": 4096})
+    assert {"tp_size=2", "async_tp_threshold=4096"} <= set(container["args"])
+    assert not [argument for argument in engine_of(parallelism={"tensor": 2})["args"] if "async" in argument]
     container = engine_of(parallelism={"tensor": 2, "pipeline": 2, "data": 2})
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
     assert {"tp_size=2", "pp_size=2", "dp_size=2"} <= set(container["args"])

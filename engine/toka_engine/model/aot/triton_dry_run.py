@@ -30,6 +30,7 @@ from toka_engine.model.cuda.peer_links import LinkSizes, find_begins, make_links
 from toka_engine.model.cuda.runner import CudaRunner
 from toka_engine.model.cuda.tensor_parallel import PeerParallel
 from toka_engine.model.kernels import FP8_CAPABILITY
+from toka_engine.model.kernels.chunk_sum import NUM_TURNS, Boxes, sum_add_rms_norm
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
 from toka_engine.model.kernels.peer_pattern import write_pattern
 from toka_engine.model.kernels.stage_exchange import (
@@ -183,6 +184,7 @@ def dry_run(
         hand_over(model, sizes)
     if ranks.size > 1:
         write_pattern(torch.zeros(ranks.size, dtype=torch.int64, device=_META), ranks.rank)
+        add_up(ranks, model.hidden_size, model.rms_norm_eps)
     for step in (*make_warm_up_steps(ready), *make_largest_steps(ready)):
         runner.launch(step)
     runner.launch_rest()
@@ -192,6 +194,14 @@ def dry_run(
     runner.launch_many_rows(
         ShortLaunchConfig.of(model.head_dim).most_rows
     )  # an image has them for engines of any slots
+
+
+def add_up(ranks: DryRanks, width: int, eps: float) -> None:
+    """Launch the kernel that adds up what ranks exchange while a GEMM runs: only steps of many rows do."""
+    words = torch.zeros(NUM_TURNS, ranks.size - 1, _MAX_ROWS, width // 2, dtype=torch.int32, device=_META)
+    boxes = Boxes(ranks.rank, ranks.size, _MAX_ROWS, width, (), words)
+    part, weight = (torch.zeros(*shape, width, dtype=torch.bfloat16, device=_META) for shape in ((2,), ()))
+    sum_add_rms_norm(part, part, weight, eps, boxes, turn=1, first_row=0, out=part)
 
 
 def hand_over(model: ModelConfig, sizes: Sizes) -> None:

@@ -87,6 +87,7 @@ def make_ops(capability: int, parallel: TensorParallel | None = None) -> Ops:
         silu_mul=silu_mul,
         gemv=TritonGemv.for_capability(capability),
         all_reduce_add_rms_norm=None if parallel is None else parallel.all_reduce_add_rms_norm,
+        begin_sum=None if parallel is None else parallel.begin_sum,
         fp8=make_fp8_ops(capability) if capability >= FP8_CAPABILITY else None,
     )
 

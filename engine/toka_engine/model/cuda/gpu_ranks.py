@@ -14,6 +14,7 @@ import torch
 
 from toka_engine.config import EngineConfig
 from toka_engine.model.cuda.nccl_exchange import NcclExchange
+from toka_engine.model.cuda.overlapped_sums import OverlappedSums, StreamQueue
 from toka_engine.model.cuda.peer_links import LinkSizes, connect_peers
 from toka_engine.model.cuda.peer_memory import PeerMemoryError
 from toka_engine.model.cuda.rendezvous import Rendezvous
@@ -53,7 +54,9 @@ class GpuRanks:
         """Make what the ranks of `model` exchange values by. `capability`: the GPU's, as 90."""
         sharding = Sharding(self.rank, self.size)
         max_seqs, max_tokens = choose_step_sizes(config, is_gpu=True)
-        sizes = LinkSizes(model.hidden_size, max(max_seqs, max_tokens), max_seqs, model.vocab_size)
+        max_rows, threshold = max(max_seqs, max_tokens), config.async_tp_threshold
+        overlapped_rows = max_rows if threshold is not None and threshold <= max_rows else 0
+        sizes = LinkSizes(model.hidden_size, max_rows, max_seqs, model.vocab_size, overlapped_rows)
         begin, end = sharding.split_vocabulary(model.vocab_size)
         gather = self._rendezvous.gather
         try:
@@ -64,4 +67,9 @@ class GpuRanks:
             if self.rank == 0:
                 logger.warning("event=no_peer_memory reason=%r instead=nccl cudagraphs=F", str(error))
             return NcclParallel(NcclExchange(sharding, gather), sharding, model.vocab_size, self.agree_min)
-        return PeerParallel(links, end - begin, self.agree_min)
+        sums = None
+        if links.boxes is not None and threshold is not None:
+            sums = OverlappedSums(links.boxes, threshold, StreamQueue())
+            if self.rank == 0:
+                logger.info("event=async_tp threshold=%d max_rows=%d", threshold, max_rows)
+        return PeerParallel(links, end - begin, self.agree_min, sums)

@@ -12,6 +12,7 @@ import torch
 from toka_engine.model.cuda.peer_memory import Gather, PeerMemory
 from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
 from toka_engine.model.kernels.all_reduce import EMPTY_WORD, Inboxes, count_resident_programs
+from toka_engine.model.kernels.chunk_sum import NUM_TURNS, Boxes
 from toka_engine.model.kernels.peer_pattern import PATTERN_WORDS
 from toka_engine.model.kernels.row_gathering import NUM_BUFFERS, RowBuffers
 from toka_engine.model.kernels.sharded_sampling import CandidateInboxes
@@ -33,6 +34,8 @@ class LinkSizes:
     """Rows of a forward, at most."""
     max_samples: int
     vocab_size: int
+    overlapped_rows: int = 0
+    """Rows, at most, of sums that are exchanged while a GEMM runs; 0: there are none."""
 
     @property
     def gathered_rows(self) -> int:
@@ -51,6 +54,8 @@ class PeerLinks:
     inboxes: Inboxes
     candidates: CandidateInboxes
     rows: RowBuffers
+    boxes: Boxes | None
+    """None: no sum is exchanged while a GEMM runs."""
 
 
 def connect_peers(sharding: Sharding, sizes: LinkSizes, capability: int, gather: Gather) -> PeerLinks:
@@ -64,6 +69,7 @@ def connect_peers(sharding: Sharding, sizes: LinkSizes, capability: int, gather:
     words = memory.view(torch.int32)
     words[: begins[1] // 4] = 0
     words[begins[1] // 4 : begins[3] // 4] = EMPTY_WORD
+    words[begins[4] // 4 :] = 0
     torch.cuda.synchronize()
     gather(b"")  # nobody stores before all inboxes are marked as empty
     programs = count_resident_programs(device)
@@ -71,12 +77,13 @@ def connect_peers(sharding: Sharding, sizes: LinkSizes, capability: int, gather:
 
 
 def find_begins(num_ranks: int, sizes: LinkSizes) -> list[int]:
-    """Return the bytes at which flags, inboxes, candidates and rows begin in a region, and its size."""
+    """Return the bytes at which flags, inboxes, candidates, rows and boxes begin in a region, and its size."""
     parts = [
         4 * num_ranks * PATTERN_WORDS,  # the pattern of `verify`, then the flags
         Inboxes.size_bytes(sizes.max_rows, sizes.width, num_ranks),
         CandidateInboxes.size_bytes(sizes.max_samples, num_ranks),
         4 * sizes.row_buffer_words,
+        Boxes.size_bytes(sizes.overlapped_rows, sizes.width, num_ranks),
     ]
     begins = [0]
     for part in parts:
@@ -93,7 +100,7 @@ def make_links(
     begins: list[int],
     floats: torch.Tensor,  # this rank's region
 ) -> PeerLinks:
-    """Cut regions at `begins`: flags, inboxes, candidates and rows begin there."""
+    """Cut regions at `begins`: flags, inboxes, candidates, rows and boxes begin there."""
     rank, num_ranks = sharding.rank, sharding.size
     flags, inboxes, candidates, rows = begins[:4]
 
@@ -114,4 +121,21 @@ def make_links(
             rank, num_ranks, sharding.split_vocabulary(sizes.vocab_size)[0], addresses + rows, addresses + flags,
             zeros(1), floats[rows // 4 : rows // 4 + sizes.row_buffer_words].view(shape), sizes.vocab_size,
         ),
+        make_boxes(sharding, sizes, addresses, begins[4], floats) if sizes.overlapped_rows else None,
     )  # fmt: skip
+
+
+def make_boxes(
+    sharding: Sharding, sizes: LinkSizes, addresses: torch.Tensor, begin: int, floats: torch.Tensor
+) -> Boxes:
+    """Make the boxes that begin at byte `begin` of the regions; their flags are zeros already."""
+    max_rows, width, num_ranks = sizes.overlapped_rows, sizes.width, sharding.size
+    words = floats.view(torch.int32)[begin // 4 : begin // 4 + Boxes.count_words(max_rows, width, num_ranks)]
+    return Boxes(
+        sharding.rank,
+        num_ranks,
+        max_rows,
+        width,
+        tuple(address + begin for address in addresses.tolist()),
+        words.view(NUM_TURNS, num_ranks - 1, max_rows, width // 2),
+    )

@@ -13,12 +13,14 @@ import torch
 
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.nccl_exchange import GatheringSampler, NcclExchange
+from toka_engine.model.cuda.overlapped_sums import OverlappedSums
 from toka_engine.model.cuda.peer_links import PeerLinks
 from toka_engine.model.cuda.sampler import Sampler
 from toka_engine.model.cuda.sharded_sampler import ShardedSampler
 from toka_engine.model.kernels.all_reduce import all_reduce_add_rms_norm
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.norm import add_rms_norm
+from toka_engine.model.ops import BegunSum, Gemm
 from toka_engine.model.sharding import Sharding
 
 
@@ -40,6 +42,11 @@ class TensorParallel(Protocol):
         """Gives the smallest of all ranks' values. It waits on the host; never while steps run."""
         ...
 
+    @property
+    def begin_sum(self) -> Callable[[torch.Tensor, Gemm], BegunSum | None] | None:
+        """See ops.Ops."""
+        ...
+
     def all_reduce_add_rms_norm(
         self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
@@ -58,7 +65,14 @@ class PeerParallel:
     links: PeerLinks
     width: int
     agree_min: Callable[[int], int]
+    sums: OverlappedSums | None = None
+    """None: no sum is exchanged while a GEMM runs."""
     has_graphs: bool = True
+
+    @property
+    def begin_sum(self) -> Callable[[torch.Tensor, Gemm], BegunSum | None] | None:
+        """See TensorParallel."""
+        return None if self.sums is None else self.sums.begin
 
     def all_reduce_add_rms_norm(
         self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -80,6 +94,7 @@ class NcclParallel:
     vocab_size: int
     agree_min: Callable[[int], int]
     has_graphs: bool = False
+    begin_sum: None = None
 
     @property
     def width(self) -> int:

@@ -68,6 +68,11 @@ def count_resident_programs(device: torch.device) -> int:
     return _MAX_PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def count_warps(block: int) -> int:
+    """The warps of a program that has a row of `block` words."""
+    return min(16, max(1, block // _WORDS_PER_WARP))
+
+
 @triton.jit
 def _load_sent(partial_ptr, row, column, inside, words):
     """Return a row of the partial as int32 words [BLOCK], with 0.0 for -0.0."""
@@ -78,23 +83,35 @@ def _load_sent(partial_ptr, row, column, inside, words):
 
 
 @triton.jit
-def _low_half(word):
+def low_half(word):
     """Return the bfloat16 in the low half of int32 words as float32."""
     return (word << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _high_half(word):
+def high_half(word):
     """Return the bfloat16 in the high half of int32 words as float32."""
     return (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _pack(low, high):
+def pack(low, high):
     """Round two float32 to bfloat16 and return them as int32 words, `low` in the low half."""
     low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     high_bits = high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
     return high_bits | low_bits
+
+
+@triton.jit
+def finish_row(low, high, residual, weight, residual_at, out_at, words, eps, inside):
+    """Add a row of the residual to its summed halves (float32), store the sum and its norm. Arguments are [BLOCK]."""
+    total = pack(low + low_half(residual), high + high_half(residual))
+    tl.store(residual_at, total, mask=inside)
+    low, high = low_half(total), high_half(total)
+    scale = 1.0 / tl.sqrt(tl.sum(low * low + high * high, axis=0) / (2 * words) + eps)
+    normed = pack(low * scale, high * scale)
+    out = pack(low_half(normed) * low_half(weight), high_half(normed) * high_half(weight))
+    tl.store(out_at, out, mask=inside)
 
 
 @triton.jit
@@ -133,24 +150,19 @@ def _receive_row(
     high = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(NUM_RANKS):
         if source == rank:
-            low += _low_half(own)
-            high += _high_half(own)
+            low += low_half(own)
+            high += high_half(own)
         else:
             inbox = _find_inbox(addresses_ptr, rank, source, turn, row, max_rows, words, NUM_RANKS)
             word = tl.load(inbox + column, mask=inside, other=0, volatile=True)
             while tl.max((word == _EMPTY).to(tl.int32), axis=0) > 0:
                 word = tl.load(inbox + column, mask=inside, other=0, volatile=True)
-            low += _low_half(word)
-            high += _high_half(word)
+            low += low_half(word)
+            high += high_half(word)
             tl.store(inbox + column, tl.full([BLOCK], _EMPTY, tl.int32), mask=inside)
     tl.store(turns_ptr + row, (turn + 1).to(tl.int32))
-    total = _pack(low + _low_half(residual), high + _high_half(residual))
-    tl.store(residual_ptr + row * words + column, total, mask=inside)
-    low, high = _low_half(total), _high_half(total)
-    scale = 1.0 / tl.sqrt(tl.sum(low * low + high * high, axis=0) / (2 * words) + eps)
-    normed = _pack(low * scale, high * scale)
-    out = _pack(_low_half(normed) * _low_half(weight), _high_half(normed) * _high_half(weight))
-    tl.store(out_ptr + row * words + column, out, mask=inside)
+    at = row * words + column
+    finish_row(low, high, residual, weight, residual_ptr + at, out_ptr + at, words, eps, inside)
 
 
 @triton.jit(do_not_specialize=["rank", "num_rows", "max_rows"])
@@ -232,6 +244,6 @@ def all_reduce_add_rms_norm(
             RECEIVES=receives,
             HAS_PDL=inboxes.has_pdl,
             launch_pdl=inboxes.has_pdl,
-            num_warps=min(16, max(1, block // _WORDS_PER_WARP)),
+            num_warps=count_warps(block),
         )
     return out
