@@ -64,7 +64,7 @@ class LateQueue:
         return self
 
     def wait(self, address: int | None = None, turn: int = 0) -> None:
-        """With an address, let copies of all be done until its flag is there, or more; without, the own ones."""
+        """Let copies of all be done until the flag at the address is there, or more; without one, the own copies."""
         if address is None:
             while self.pending:
                 self.pending.popleft()()
