@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from toka_engine.config import EngineConfig
-from toka_engine.errors import DeviceUnavailableError, OutOfMemoryError, PeerClosedError
+from toka_engine.errors import ConfigError, DeviceUnavailableError, OutOfMemoryError, PeerClosedError
 from toka_engine.model.attention_backend import AttentionShape
 from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.cuda import backend, gpu_ranks, nccl_exchange, rendezvous
+from toka_engine.model.cuda.peer_links import LinkSizes, find_begins, make_links
 from toka_engine.model.cuda.peer_memory import PeerMemoryError
 from toka_engine.model.cuda.rendezvous import Rendezvous
 from toka_engine.model.cuda.tensor_parallel import NcclParallel
+from toka_engine.model.devices import find_device
 from toka_engine.model.model_config import ModelConfig, parse_model_config
 from toka_engine.model.sharding import Sharding
 
@@ -103,3 +105,28 @@ def test_too_little_shared_memory_for_nccl_is_named_with_the_remedy(monkeypatch:
     monkeypatch.setattr(nccl_exchange.os, "statvfs", lambda path: SimpleNamespace(f_bavail=8192, f_frsize=4096))
     with pytest.raises(DeviceUnavailableError, match=r"32 MB of /dev/shm are free, 2 .* need 48 MB.*shm-size"):
         nccl_exchange.NcclExchange(Sharding(0, 2), lambda data: [data])
+
+
+def test_sums_beside_products_are_refused_where_the_device_turns_out_to_be_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device(EngineConfig(tp_size=2)).type == "cpu"
+    with pytest.raises(ConfigError, match="async_tp_threshold=4096 has no effect on a CPU"):
+        find_device(EngineConfig(tp_size=2, async_tp_threshold=4096))
+
+
+def test_boxes_are_cut_out_of_a_region_behind_all_else_and_take_memory_only_if_there_are_any() -> None:
+    plain, boxed = LinkSizes(64, 32, 8, 90), LinkSizes(64, 32, 8, 90, overlapped_rows=32)
+    without, begins = find_begins(2, plain), find_begins(2, boxed)
+    assert without[-1] == without[-2] == begins[-2]
+    assert begins[:-1] == without[:-1]
+    assert begins[-1] - begins[-2] >= 2 * 32 * 64 * 2  # two turns of all rows, from one peer
+    region = torch.arange(begins[-1] // 4, dtype=torch.int32)
+    addresses = torch.tensor([1 << 20, 1 << 30])
+    links = make_links(Sharding(1, 2), boxed, 90, 4, addresses, begins, region.view(torch.float32))
+    assert links.boxes is not None
+    at = links.boxes.find_box(owner=1, source=0, turn=3, row=5) - (1 << 30)
+    assert int(links.boxes.words[1, 0, 5, 0]) == at // 4
+    assert links.boxes.find_box(0, 1, 2, 0) == (1 << 20) + begins[-2]
+    assert make_links(Sharding(1, 2), plain, 90, 4, addresses, without, region.view(torch.float32)).boxes is None
