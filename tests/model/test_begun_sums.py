@@ -12,10 +12,13 @@ import torch
 from toka_engine.config import EngineConfig
 from toka_engine.model import worker
 from toka_engine.model.cpu import backend
+from toka_engine.model.linear import LinearParameters, ResidualLinear
 from toka_engine.model.ops import BegunSum, Gemm
-from toka_engine.model.ranks import Ranks
+from toka_engine.model.quantization import quantise_weight
+from toka_engine.model.ranks import Ranks, SingleRank
 
 from tests.model.driving import Driver, load
+from tests.model.plain_fp8 import PlainFp8
 from tests.model.test_logits import IDS
 from tests.model.thread_ranks import run_ranks
 
@@ -72,3 +75,22 @@ def test_only_steps_of_enough_rows_exchange_early_and_biases_and_residuals_count
     # third step, in the last down; all nine of the last step.
     expected_rows = [9, 9, 28, 28, 7, 9, 9, 9, 9]
     assert rows_begun == [expected_rows, expected_rows]
+
+
+def test_a_layer_that_computes_in_fp8_leaves_its_sum_to_the_norm() -> None:
+    begun: list[int] = []
+
+    def begin_sum(x: torch.Tensor, gemm: Gemm) -> BegunSum | None:
+        begun.append(x.shape[0])
+        return ChunkedSum(SingleRank(), [gemm(x)])
+
+    ops = replace(backend.make_ops(), fp8=PlainFp8().make_ops(), begin_sum=begin_sum)
+    weight, x = torch.randn(32, 16), torch.randn(8, 16)
+    assert isinstance(ResidualLinear(ops, LinearParameters(weight, None), is_partial=True)(x), BegunSum)
+    assert begun == [8]
+    quantised = quantise_weight(weight)
+    in_fp8 = LinearParameters(quantised.values, None, quantised.scale)
+    output = ResidualLinear(ops, in_fp8, is_partial=True)(x)
+    assert isinstance(output, torch.Tensor)
+    assert begun == [8]
+    torch.testing.assert_close(output.float(), x @ weight.T, atol=0.5, rtol=0.1)
