@@ -40,7 +40,10 @@ class EngineProcess:
         self._module = module
         self._env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("operator", "engine", ".")),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT / part) for part in ("operator", "engine", ".")]
+                + [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+            ),
             "OMP_WAIT_POLICY": "passive",  # threads that spin would take the cores from the other processes
             **(env or {}),
         }

@@ -23,7 +23,11 @@ from toka_engine.messages import Int32s
 SLACK = 1.15
 """A step of online rows may take this many times as long as without background work;"""
 FILL = 1.6
-"""this many times where it then is no longer than the longer ones of the online steps."""
+"""this many times where it then is no longer than the longer ones of the online steps;"""
+FILL_TO_TARGET = 2.0
+"""this many where there is a target for the gaps of streamed answers: their longest steps are bounded then."""
+LONG_SHARE, LONG_SHARE_TO_TARGET = 14, 30
+"""One online step in so many is a longer one."""
 PREFILL_SHARE = 4
 """The prompts of background streams take one in this many of a step's prefill tokens beside online streams."""
 MIN_CHUNK = 8
@@ -67,7 +71,8 @@ def share_step(state: ManagerState) -> BackgroundShare:
         size = StepSize(online.size, int(slots.lengths[online].sum()), num_prompt, num_before)
         online_s = costs.predict_s(size)
         least_s = online_s if num_prompt else SLACK * online_s
-        rest_s = min(max(least_s, steps.long_step_s), FILL * online_s) - online_s
+        fill = FILL_TO_TARGET if state.has_target else FILL
+        rest_s = min(max(least_s, steps.long_step_s), fill * online_s) - online_s
         if now - state.refused_s < OVERLOAD_S:
             rest_s = 0.0
     else:
@@ -120,7 +125,8 @@ def note_planned(state: ManagerState, rows: Int32s, step: StepBuilder) -> StepSi
     whole = StepSize(rows.size, num_context, sum(lengths), num_before)
     online = whole if not state.has_background else _size_online(state, rows, step)
     if is_sample and (online.num_rows or online.num_prefill):
-        state.online_steps.note(online, state.step_times.costs, state.clock())
+        long_share = LONG_SHARE_TO_TARGET if state.has_target else LONG_SHARE
+        state.online_steps.note(online, state.step_times.costs, state.clock(), long_share)
     return whole
 
 

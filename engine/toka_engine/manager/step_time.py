@@ -40,7 +40,6 @@ _PLACES = np.maximum(_PLACES, _PLACES.T)
 """Places in a list of the numbers on a symmetric matrix's diagonal and above, row by row."""
 
 _NUM_KEPT = 256
-_LONG_SHARE = 14
 _SMOOTHING = 0.1
 
 
@@ -158,12 +157,12 @@ class OnlineSteps:
         self.prompt_step_s = 0.0
         """The usual length of a step with a chunk of an online prompt; 0 before the first."""
         self.long_step_s = 0.0
-        """One step in `_LONG_SHARE` with online rows is longer; 0 before the first."""
+        """One step with online rows in `long_share` of `note` is longer; 0 before the first."""
         self._steps_s: deque[float] = deque(maxlen=_NUM_KEPT)
         self._num_steps = 0
 
-    def note(self, size: StepSize, costs: StepCosts | None, now: float) -> None:
-        """Note the online part of a step that has one."""
+    def note(self, size: StepSize, costs: StepCosts | None, now: float, long_share: int) -> None:
+        """Note the online part of a step that has one; one step in `long_share` is taken to be a long one."""
         self.seen_s = now
         if costs is None:
             return
@@ -175,4 +174,4 @@ class OnlineSteps:
             self._num_steps += 1
             if self._num_steps % _FIT_INTERVAL == 1:
                 longest = sorted(self._steps_s)
-                self.long_step_s = longest[len(longest) - 1 - len(longest) // _LONG_SHARE]
+                self.long_step_s = longest[len(longest) - 1 - len(longest) // long_share]

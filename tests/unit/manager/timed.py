@@ -36,6 +36,8 @@ class Machine:
     prefill_ms: float = 1.6
     chunk_context_ms: float = 0.0
     """For each token of a chunk and each one before it."""
+    least_mixed_ms: float = 0.0
+    """A step with prompts takes that long, however small it is: the host of a GPU launches it kernel by kernel."""
     noise: float = 0.1
     """The spread of the logarithm of a step's time."""
     num_stages: int = 1
@@ -188,6 +190,8 @@ class TimedEngine:
                 + machine.prefill_ms * int(step.prefill_lengths.sum())
                 + machine.chunk_context_ms * chunk_context
             )
+            if step.prefill_slots.size:
+                milliseconds = max(milliseconds, machine.least_mixed_ms)
             wall_s = milliseconds * 1e-3 * self._noise.lognormvariate(0.0, machine.noise)
             self._ends.append(self._pass_stages(step, wall_s / machine.num_stages))
 
