@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv, next_power_of_2
+
 
 @triton.jit
 def activate(at, width, inside):
@@ -33,7 +35,7 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Te
     if out is None:
         out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
-        block = min(2048, triton.next_power_of_2(width))
-        grid = (rows, triton.cdiv(width, block))
+        block = min(2048, next_power_of_2(width))
+        grid = (rows, cdiv(width, block))
         _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), width, BLOCK=block, num_warps=4)
     return out

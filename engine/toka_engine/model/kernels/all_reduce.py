@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from toka_engine.model.kernels import next_power_of_2
+
 EMPTY_WORD = -2147450880
 """The mark: two bfloat16 -0.0 (0x80008000) as int32. A sender turns -0.0 into 0.0, which changes no sum."""
 _EMPTY = tl.constexpr(EMPTY_WORD)
@@ -225,7 +227,7 @@ def all_reduce_add_rms_norm(
     if out is None:
         out = torch.empty_like(partial)
     if rows:
-        block = triton.next_power_of_2(width // 2)
+        block = next_power_of_2(width // 2)
         _all_reduce_kernel[(min(rows, inboxes.max_programs),)](
             partial.view(torch.int32),
             residual.view(torch.int32),

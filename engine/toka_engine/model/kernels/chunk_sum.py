@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
 from toka_engine.model.kernels.all_reduce import count_warps, finish_row, high_half, low_half
 
 NUM_TURNS = 2
@@ -113,7 +114,7 @@ def sum_add_rms_norm(
     rows, width = part.shape
     if first_row + rows > boxes.max_rows or width != boxes.width or part.dtype != torch.bfloat16:
         raise AssertionError(f"{rows} rows of {width} {part.dtype} from {first_row} on are not what the boxes are for")
-    block = triton.next_power_of_2(width // 2)
+    block = next_power_of_2(width // 2)
     _sum_kernel[(rows,)](
         part.view(torch.int32),
         residual.view(torch.int32),

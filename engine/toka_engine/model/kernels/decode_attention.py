@@ -21,7 +21,7 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
-from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, FP8_CAPABILITY
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, FP8_CAPABILITY, next_power_of_2
 from toka_engine.model.kernels.decode_attention_common import (
     append,
     attend_block,
@@ -339,7 +339,7 @@ def attend_decode(
         return
     num_kv_heads, config = k.shape[1], work.config
     group = num_heads // num_kv_heads
-    padded_group = triton.next_power_of_2(group)
+    padded_group = next_power_of_2(group)
     tensors = (
         q, k, v, out, k_cache, v_cache, cos_sin, slots, positions, block_table,
         slots if part is None else part.starts,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from toka_engine.model.kernels import cdiv
 from toka_engine.slot_parameters import SLOT_COLUMNS, Column, SlotBatch
 
 _COLUMNS = [column for column in SLOT_COLUMNS if column.on_device]
@@ -29,7 +30,7 @@ class DeviceSlots:
     last_token: torch.Tensor  # int32: what the next decode step reads
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
-        self.stride = triton.cdiv(num_slots, _ALIGN) * _ALIGN
+        self.stride = cdiv(num_slots, _ALIGN) * _ALIGN
         self.words = torch.zeros(sum(_WORDS) * self.stride, dtype=torch.int32, device=device)
         """All columns in the order of `_in_memory_order`, `stride` slots each."""
         self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=device)
@@ -82,7 +83,7 @@ def set_slots(slots: DeviceSlots, words: torch.Tensor) -> None:
     """Set the columns of the slots in `words` int32 (see pack_new_slots)."""
     count = words.shape[0] // (1 + sum(_WORDS))
     if count:
-        _set_slots_kernel[(triton.cdiv(count, 128),)](
+        _set_slots_kernel[(cdiv(count, 128),)](
             words, count, slots.words, slots.stride, NUM_LONGS=_NUM_LONGS, NUM_SHORTS=_NUM_SHORTS, BLOCK=128,
             num_warps=4,
         )  # fmt: skip
@@ -109,6 +110,6 @@ def gather_ids(
     """The forward's input ids: each decode row's last sampled token, then the prefill tokens."""
     rows = slots.shape[0]
     if rows:
-        _gather_ids_kernel[(triton.cdiv(rows, 256),)](
+        _gather_ids_kernel[(cdiv(rows, 256),)](
             state.last_token, slots, prefill_tokens, out, num_decode, rows, BLOCK=256, num_warps=4
         )

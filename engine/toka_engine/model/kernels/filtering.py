@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.logit_ordering import key_of, unordered
 from toka_engine.model.kernels.sampling import Samples, Workspace, inverse_temperature
@@ -172,7 +173,7 @@ def apply_filters(
         logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen,
         state["temperature"], state["top_k"], state["top_p"], state["min_p"], work.maximum, work.scaled_sum, work.token,
         work.gathered, work.num_gathered, work.threshold, work.num_blocks,
-        BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], SHIFT=shift,
+        BLOCK=work.block, BLOCKS=next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], SHIFT=shift,
         num_warps=16,
     )  # fmt: skip
     _masked_sums_kernel[(count, work.num_blocks)](

@@ -21,12 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, count_processors
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, cdiv, count_processors, next_power_of_2
 
 _WARPS = gl.constexpr(8)
 _LOADS = gl.constexpr(4)
@@ -333,10 +332,10 @@ class Fp8Gemv:
         adds: bool = False,
     ) -> torch.Tensor:
         num_out, width = out.shape[1], weight.shape[1]
-        num_tiles = triton.cdiv(num_out, 8 if is_gated else 16)
+        num_tiles = cdiv(num_out, 8 if is_gated else 16)
         _fp8_gemv_kernel[(min(num_tiles, self.max_programs),)](
             x, x if norm is None else norm, weight.view(torch.int32), x if bias is None else bias, self.scale, out,
-            num_out, num_tiles, width, eps, CHUNKS=triton.next_power_of_2(triton.cdiv(width, _CHUNK)),
+            num_out, num_tiles, width, eps, CHUNKS=next_power_of_2(cdiv(width, _CHUNK)),
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None, HAS_PDL=self.has_pdl,
             num_warps=8, launch_pdl=self.has_pdl,
         )  # fmt: skip

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY
+from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, cdiv
 
 
 @triton.jit
@@ -201,7 +201,7 @@ class TritonGemv:
         adds: bool = False,
     ) -> torch.Tensor:
         num_out, width = out.shape[1], weight.shape[1]
-        _gemv_kernel[(triton.cdiv(num_out, config.block_out),)](
+        _gemv_kernel[(cdiv(num_out, config.block_out),)](
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,
             BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in,
             HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds, HAS_BIAS=bias is not None,

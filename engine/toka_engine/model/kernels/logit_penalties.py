@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv
 from toka_engine.model.kernels.sampling import BLOCK
 
 _IN_PROMPT = tl.constexpr(1 << 30)
@@ -104,12 +105,12 @@ def apply_penalties(
     """
     count, vocab_size = inputs.sources.shape[0], logits.shape[1]
     if max_length:
-        _count_tokens_kernel[(count, triton.cdiv(max_length, _TOKENS_PER_PROGRAM))](
+        _count_tokens_kernel[(count, cdiv(max_length, _TOKENS_PER_PROGRAM))](
             work.counts, vocab_size, inputs.sources, inputs.lengths, inputs.num_generated,
             block_table, block_table.shape[1], page_tokens,
             PAGE_SIZE=page_tokens.shape[1], BLOCK=_TOKENS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
-    _apply_penalties_kernel[(triton.cdiv(vocab_size, BLOCK), count)](
+    _apply_penalties_kernel[(cdiv(vocab_size, BLOCK), count)](
         logits, logits.stride(0), vocab_size, inputs.logit_rows, inputs.presence, inputs.frequency, inputs.repetition,
         work.counts, work.logits, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

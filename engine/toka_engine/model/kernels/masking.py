@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv
+
 _BLOCK = 4096
 """Tokens per program."""
 
@@ -38,7 +40,7 @@ def apply_masks(
 ) -> None:
     """Bar the tokens whose bit is 0. Samples that share a row of logits must have equal masks."""
     if samples.shape[0]:
-        _mask_kernel[(triton.cdiv(logits.shape[1], _BLOCK), samples.shape[0])](
+        _mask_kernel[(cdiv(logits.shape[1], _BLOCK), samples.shape[0])](
             logits, logits.stride(0), logits.shape[1], logit_rows, samples, words, words.shape[1],
             BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip

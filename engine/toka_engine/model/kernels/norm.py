@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
+
 
 @triton.jit
 def add_residual(x, at, inside):
@@ -57,7 +59,7 @@ def _launch(
     if out is None:
         out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _rms_norm_kernel[(rows,)](
             x,
             x if residual is None else residual,

@@ -15,6 +15,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from toka_engine.model.in_flight import RING_SIZE
+from toka_engine.model.kernels import cdiv
 from toka_engine.model.kernels.device_slots import DeviceSlots
 
 _COUNT_MASK = tl.constexpr((1 << 30) - 1)
@@ -109,7 +110,7 @@ class Packets:
 
     def write_results(self, size: int) -> None:
         """Write the first `size` of `sampled_ids` to the results, for the packet that was unpacked last."""
-        _write_results_kernel[(triton.cdiv(size, _BLOCK),)](
+        _write_results_kernel[(cdiv(size, _BLOCK),)](
             self._results, self._num_unpacked, self.sampled_ids, size, self.max_rows,
             BLOCK=_BLOCK, RING_SIZE=RING_SIZE, num_warps=_BLOCK // 32,
         )  # fmt: skip

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv
+
 
 @triton.jit(do_not_specialize=["count", "columns"])
 def _set_table_kernel(table_ptr, entries_ptr, count, columns, BLOCK: tl.constexpr):
@@ -21,7 +23,7 @@ def set_table(block_table: torch.Tensor, entries: torch.Tensor) -> None:
     """Set block_table[slots, columns] = pages, for entries [3 * n] int32: slots, then columns, then pages."""
     count = entries.shape[0] // 3
     if count:
-        grid = (triton.cdiv(count, 256),)
+        grid = (cdiv(count, 256),)
         _set_table_kernel[grid](block_table, entries, count, block_table.shape[1], BLOCK=256, num_warps=4)
 
 
@@ -125,7 +127,7 @@ def write_tokens(
     """Set page_tokens[block_table[slots, positions // page_size], positions % page_size] = ids."""
     rows = ids.shape[0]
     if rows:
-        _write_tokens_kernel[(triton.cdiv(rows, 256),)](
+        _write_tokens_kernel[(cdiv(rows, 256),)](
             ids, slots, positions, block_table, block_table.shape[1], page_tokens, rows,
             PAGE_SIZE=page_tokens.shape[1], BLOCK=256, num_warps=4,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
 from toka_engine.model.kernels.activation import activate
 from toka_engine.model.kernels.norm import add_residual, normalise
 
@@ -78,7 +79,7 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape
     values, scales = _allocate(x, width)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _quantise_kernel[(rows,)](
             x, values, scales, x.stride(0), width, BLOCK=block, num_warps=_count_warps(block)
         )  # fmt: skip
@@ -103,7 +104,7 @@ def _launch_norm(
     rows, width = x.shape
     values, scales = _allocate(x, width)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _quantised_norm_kernel[(rows,)](
             x, x if residual is None else residual, weight, values, scales, x.stride(0), width, eps,
             HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_count_warps(block),
@@ -117,7 +118,7 @@ def quantised_silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     width = double // 2
     values, scales = _allocate(gate_up, width)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _quantised_silu_mul_kernel[(rows,)](
             gate_up, values, scales, gate_up.stride(0), width, BLOCK=block, num_warps=_count_warps(block)
         )  # fmt: skip

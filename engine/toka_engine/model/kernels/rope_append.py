@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
+
 _LARGEST_E4M3 = tl.constexpr(448.0)
 
 
@@ -107,13 +109,13 @@ def rope_append(
     if not rows:
         return
     half = head_dim // 2
-    heads = triton.next_power_of_2(num_heads)
+    heads = next_power_of_2(num_heads)
     _rope_append_kernel[(rows,)](
         q, k, v, q_out, k_cache, v_cache,
         cos_sin, slots, positions, block_table,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         block_table.stride(0), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), num_heads, k.shape[1],
-        PAGE_SIZE=k_cache.shape[1], HEADS=heads, KV_HEADS=triton.next_power_of_2(k.shape[1]),
-        HALF=half, HALF_BLOCK=triton.next_power_of_2(half),
+        PAGE_SIZE=k_cache.shape[1], HEADS=heads, KV_HEADS=next_power_of_2(k.shape[1]),
+        HALF=half, HALF_BLOCK=next_power_of_2(half),
         num_warps=4 if heads * head_dim <= 4096 else 8,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv
 from toka_engine.model.kernels.sampling import BLOCK
 
 NUM_BUFFERS = 2
@@ -98,7 +99,7 @@ def gather_rows(
     if not 0 < count <= buffers.max_rows:
         raise AssertionError(f"{count} rows are not what the buffers are for")
     if sends:
-        _push_rows_kernel[(triton.cdiv(logits.shape[1], BLOCK), count)](
+        _push_rows_kernel[(cdiv(logits.shape[1], BLOCK), count)](
             logits, logits.stride(0), logits.shape[1], logit_rows, buffers.addresses,
             index * buffers.max_rows * row_size, buffers.first, row_size,
             buffers.num_ranks, BLOCK=BLOCK, num_warps=8,

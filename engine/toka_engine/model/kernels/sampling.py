@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv, next_power_of_2
 from toka_engine.model.kernels.device_slots import DeviceSlots
 
 BLOCK = 4096
@@ -56,7 +57,7 @@ class Workspace:
     def allocate(
         cls, max_samples: int, vocab_size: int, device: torch.device, block: int = BLOCK, room: int = 1024
     ) -> Workspace:
-        num_blocks = triton.cdiv(vocab_size, block)
+        num_blocks = cdiv(vocab_size, block)
 
         def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros((max_samples, num_blocks), dtype=dtype, device=device)
@@ -235,6 +236,6 @@ def sample_tokens(
             state["temperature"], state["seed"], state["num_sampled"], state.last_token, random,
             work.maximum, work.scaled_sum, work.plain_sum, work.threshold, work.token, work.noisy_best,
             work.noisy_token, ids, work.maximum if logprobs is None else logprobs, work.num_blocks,
-            BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks),
+            BLOCK=work.block, BLOCKS=next_power_of_2(work.num_blocks),
             HAS_PLAIN=logprobs is not None, HAS_SEEDED=with_seeded, num_warps=8,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
 from toka_engine.model.kernels.all_reduce import EMPTY_WORD
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.sampling import (
@@ -273,7 +274,7 @@ def sample_sharded(
             ids, work.maximum if logprobs is None else logprobs, inboxes.addresses, inboxes.turns,
             inboxes.disagreement, work.num_blocks, count, inboxes.rank, inboxes.num_ranks,
             inboxes.max_samples, ROWS=32 * _NUM_WARPS // CANDIDATE_WORDS,
-            BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks),
+            BLOCK=work.block, BLOCKS=next_power_of_2(work.num_blocks),
             HAS_PLAIN=logprobs is not None, HAS_SEEDED=with_seeded, SENDS=sends, RECEIVES=receives,
             num_warps=_NUM_WARPS,
         )  # fmt: skip

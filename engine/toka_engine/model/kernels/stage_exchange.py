@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import cdiv
+
 FLAG_WORDS = 96
 """int32 words of a stage's flags, zero at first. Each flag has 128 bytes of its own."""
 ROWS_FLAG, PLACES_FLAG, TOKENS_FLAG = 0, 32, 64
@@ -145,7 +147,7 @@ def take_rows(ports: StagePorts, num_rows: int) -> torch.Tensor:
     rows = torch.empty((num_rows, ports.width), dtype=torch.bfloat16, device=device)
     row_words = ports.width // 2
     if num_rows:
-        _take_rows_kernel[(triton.cdiv(num_rows * row_words, _COPY_BLOCK),)](
+        _take_rows_kernel[(cdiv(num_rows * row_words, _COPY_BLOCK),)](
             ports.state, ports.places.view(torch.int32), rows.view(torch.int32), num_rows, row_words,
             ports.place_words, ports.num_places, BLOCK=_COPY_BLOCK, num_warps=8,
         )  # fmt: skip
@@ -158,7 +160,7 @@ def put_rows(ports: StagePorts, rows: torch.Tensor) -> None:
         raise AssertionError(f"rows of {tuple(rows.shape)} {rows.dtype} are not what the places are for")
     num_rows, row_words = rows.shape[0], ports.width // 2
     if ports.has_rows and num_rows:
-        _put_rows_kernel[(triton.cdiv(num_rows * row_words, _COPY_BLOCK),)](
+        _put_rows_kernel[(cdiv(num_rows * row_words, _COPY_BLOCK),)](
             ports.state, ports.addresses, rows.view(torch.int32), num_rows, row_words,
             ports.place_words, ports.num_places, BLOCK=_COPY_BLOCK, num_warps=8,
         )  # fmt: skip

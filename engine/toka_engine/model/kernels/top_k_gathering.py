@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.logit_ordering import key_of, ordered
 from toka_engine.model.kernels.sampling import Samples, Workspace
@@ -98,5 +99,5 @@ def gather_best(
         _gather_kernel[(work.num_blocks, chosen.shape[0])](
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen, state["top_k"],
             work.maximum, work.gathered, work.num_gathered,
-            BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], num_warps=8,
+            BLOCK=work.block, BLOCKS=next_power_of_2(work.num_blocks), ROOM=work.gathered.shape[1], num_warps=8,
         )  # fmt: skip

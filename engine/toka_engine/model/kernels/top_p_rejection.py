@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toka_engine.model.kernels import next_power_of_2
 from toka_engine.model.kernels.device_slots import DeviceSlots
 from toka_engine.model.kernels.sampling import Samples, Workspace, find_passing, inverse_temperature
 
@@ -120,5 +121,5 @@ def sample_by_rejection(
             logits, logits.stride(0), logits.shape[1], samples.logit_rows, samples.slots, chosen, random,
             state["temperature"], state["top_k"], state["top_p"], state["min_p"], state["seed"], work.maximum,
             work.scaled_sum, work.token, work.num_blocks,
-            BLOCK=work.block, BLOCKS=triton.next_power_of_2(work.num_blocks), num_warps=16,
+            BLOCK=work.block, BLOCKS=next_power_of_2(work.num_blocks), num_warps=16,
         )  # fmt: skip
