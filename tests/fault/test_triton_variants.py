@@ -140,7 +140,7 @@ def in_fp8(shape):
     model, page_size, *ranks = shape
     return replace(model, quantization=Quantization(None)), page_size, *(ranks or [DryRanks(0, 1)]), FP8_CACHE
 
-FP8_RANKS = {"Llama-3.1-405B": (8,), "Llama-3.1-70B": (1, 2, 4)}
+FP8_RANKS = {"Llama-3.1-405B": (8,), "Llama-3.1-70B": (1, 2, 4), "Qwen2.5-7B": (1, 2), "Qwen2.5-14B": (1, 2, 4)}
 record("known models in fp8", [
     in_fp8((*known_shape(*KNOWN[name]), DryRanks(rank, num_ranks)))
     for name in KNOWN for num_ranks in FP8_RANKS.get(name, (1,)) for rank in (0, num_ranks - 1)

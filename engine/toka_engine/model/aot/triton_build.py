@@ -134,9 +134,11 @@ def _list_fp8_shapes(page_size: int) -> Iterator[Shape]:
     """List what models with weights of 8-bit floats ask for beyond that: kernels that hold a row in their registers."""
     for hidden_size in _HIDDEN_SIZES:
         # Attention's output has as many values, and of several ranks one norms in another kernel.
-        model = make_fp8_model(hidden_size=hidden_size, head_dim=64, num_attention_heads=hidden_size // 64)
-        yield model, page_size
-        yield model, page_size, DryRanks(0, 2)
+        heads = {"head_dim": 64, "num_attention_heads": hidden_size // 64}
+        for has_bias in (False, True):
+            model = make_fp8_model(hidden_size=hidden_size, attention_bias=has_bias, **heads)
+            yield model, page_size
+            yield model, page_size, DryRanks(0, 2)
     for intermediate_size in _INTERMEDIATE_SIZES:
         yield make_fp8_model(intermediate_size=intermediate_size), page_size
     yield make_fp8_model(attention_bias=True, mlp_bias=True), page_size
