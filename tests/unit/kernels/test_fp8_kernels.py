@@ -16,8 +16,8 @@ from toka_engine.model.quantization import QuantisedWeight, quantise_weight
 from toka_engine.model.ranks import SingleRank
 
 from tests.marks import rest_is_slow
-from tests.unit.kernels import gluon_simulator
 from tests.unit.kernels.conftest import ON_GPU
+from tests.unit.kernels.gluon_simulator import Simulated
 from tests.unit.kernels.test_gemv import FIELDS, FirstTokens, RandomWeights, draw, kernels, norm_of, relative_error
 
 __all__ = ["draw", "kernels"]
@@ -94,19 +94,6 @@ def test_an_activation_is_quantised(device, generator) -> None:
     gate_up = torch.randn(6, 2 * 2512, generator=generator, device=device).to(BF16) * 4
     gate, up = gate_up.double().chunk(2, dim=-1)
     check_rows(quantised_silu_mul(gate_up), F.silu(gate) * up, before=2.0**-7)
-
-
-class Simulated:
-    """Stands for the GEMV's kernel where there is no GPU."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, num_warps: int, launch_pdl: bool, **constants: Any) -> None:
-            gluon_simulator.launch(self._kernel, grid, *arguments, **constants)
-
-        return launch
 
 
 @pytest.fixture

@@ -13,21 +13,8 @@ import pytest
 import torch
 
 from tests.marks import rest_is_slow
-from tests.unit.kernels import gluon_simulator
+from tests.unit.kernels.gluon_simulator import Simulated
 from tests.unit.kernels.test_prefix_attention import Case, Group, assert_equals, lay, make_case
-
-
-class Simulated:
-    """Stands for the kernel where there is no GPU."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, num_warps: int, launch_pdl: bool, **constants: Any) -> None:
-            gluon_simulator.launch(self._kernel, grid, *arguments, **constants)
-
-        return launch
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toka_engine.model.kernels import next_power_of_2
+from toka_engine.model.kernels import count_processors, next_power_of_2
 
 EMPTY_WORD = -2147450880
 """The mark: two bfloat16 -0.0 (0x80008000) as int32. A sender turns -0.0 into 0.0, which changes no sum."""
@@ -67,7 +67,7 @@ class Inboxes:
 
 def count_resident_programs(device: torch.device) -> int:
     """The largest grid whose programs surely run at once on this GPU."""
-    return _MAX_PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return _MAX_PROGRAMS_PER_PROCESSOR * count_processors(device)
 
 
 def count_warps(block: int) -> int:

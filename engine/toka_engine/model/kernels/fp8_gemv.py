@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from toka_engine.model.kernels import DEPENDENT_LAUNCH_CAPABILITY, cdiv, count_processors, next_power_of_2
+from toka_engine.model.kernels.gemv import FusedGemv
 
 _WARPS = gl.constexpr(8)
 _LOADS = gl.constexpr(4)
@@ -270,7 +271,7 @@ def _fp8_gemv_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Gemv:
+class Fp8Gemv(FusedGemv):
     """An ops.GemvKernels, for the weights [out, in] float8_e4m3fn of one linear layer; `in` is a multiple of 16."""
 
     scale: torch.Tensor  # [out] float32
@@ -284,53 +285,20 @@ class Fp8Gemv:
         max_programs = _PROGRAMS_PER_PROCESSOR * count_processors(scale.device)
         return cls(scale, capability >= DEPENDENT_LAUNCH_CAPABILITY, max_programs)
 
-    def norm_gemv(
-        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        out = residual.new_empty((1, weight.shape[0]))
-        return self._launch(residual, weight, bias, out, norm=norm, eps=eps)
-
-    def norm_gated_gemv(
-        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        out = residual.new_empty((1, weight.shape[0] // 2))
-        return self._launch(residual, weight, bias, out, norm=norm, eps=eps, is_gated=True)
-
-    def gemv_add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-    ) -> None:
-        """See ops.GemvKernels."""
-        self._launch(x, weight, bias, residual, adds=True)
-
-    def gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(x, weight, bias, x.new_empty((1, weight.shape[0])))
-
-    def gated_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(x, weight, bias, x.new_empty((1, weight.shape[0] // 2)), is_gated=True)
-
-    def partial_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(x, weight, bias, x.new_empty((1, weight.shape[0])))
-
-    def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(x, weight, None, x.new_empty((1, weight.shape[0]), dtype=torch.float32))
-
-    def _launch(
+    def launch(
         self,
-        x: torch.Tensor,  # [1, width]
-        weight: torch.Tensor,  # [num_out, width], gated [2 * num_out, width]
+        x: torch.Tensor,
+        weight: torch.Tensor,
         bias: torch.Tensor | None,
-        out: torch.Tensor,  # [1, num_out], written
-        norm: torch.Tensor | None = None,  # [width]
+        out: torch.Tensor,
+        *,
+        norm: torch.Tensor | None = None,
         eps: float = 0.0,
         is_gated: bool = False,
         adds: bool = False,
+        is_behind_norm: bool = True,
     ) -> torch.Tensor:
+        """See FusedGemv."""
         num_out, width = out.shape[1], weight.shape[1]
         num_tiles = cdiv(num_out, 8 if is_gated else 16)
         _fp8_gemv_kernel[(min(num_tiles, self.max_programs),)](

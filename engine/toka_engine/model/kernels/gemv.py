@@ -14,6 +14,7 @@ floats are in `fp8_gemv`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
@@ -134,8 +135,69 @@ class LaunchConfig:
     num_warps: int
 
 
+class FusedGemv(ABC):
+    """An ops.GemvKernels whose calls are launches of one kernel."""
+
+    __slots__ = ()
+
+    def norm_gemv(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        out = residual.new_empty((1, weight.shape[0]))
+        return self.launch(residual, weight, bias, out, norm=norm, eps=eps)
+
+    def norm_gated_gemv(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        out = residual.new_empty((1, weight.shape[0] // 2))
+        return self.launch(residual, weight, bias, out, norm=norm, eps=eps, is_gated=True)
+
+    def gemv_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> None:
+        """See ops.GemvKernels."""
+        self.launch(x, weight, bias, residual, adds=True, is_behind_norm=False)
+
+    def gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        return self.launch(x, weight, bias, x.new_empty((1, weight.shape[0])))
+
+    def gated_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        return self.launch(x, weight, bias, x.new_empty((1, weight.shape[0] // 2)), is_gated=True)
+
+    def partial_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        return self.launch(x, weight, bias, x.new_empty((1, weight.shape[0])), is_behind_norm=False)
+
+    def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ops.GemvKernels."""
+        out = x.new_empty((1, weight.shape[0]), dtype=torch.float32)
+        return self.launch(x, weight, None, out, is_behind_norm=False)
+
+    @abstractmethod
+    def launch(
+        self,
+        x: torch.Tensor,  # [1, width]
+        weight: torch.Tensor,  # [num_out, width], gated [2 * num_out, width]
+        bias: torch.Tensor | None,  # as many as the weight has rows
+        out: torch.Tensor,  # [1, num_out], written
+        *,
+        norm: torch.Tensor | None = None,  # [width]
+        eps: float = 0.0,
+        is_gated: bool = False,
+        adds: bool = False,
+        is_behind_norm: bool = True,
+    ) -> torch.Tensor:
+        """Launch the kernel and return `out`. With `adds` that is what the result is added to; `is_behind_norm`: x is
+        a hidden state that a norm is or was applied to.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class TritonGemv:
+class TritonGemv(FusedGemv):
     """An ops.GemvKernels, for any width and number of outputs.
 
     The launch configs are those that were the fastest on an H100 at the 1B shape (tests/gpu/bench_gemv.py).
@@ -151,55 +213,21 @@ class TritonGemv:
         """`capability` of the device, as 90."""
         return cls(has_pdl=capability >= DEPENDENT_LAUNCH_CAPABILITY)
 
-    def norm_gemv(
-        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        out = residual.new_empty((1, weight.shape[0]))
-        return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps)
-
-    def norm_gated_gemv(
-        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        out = residual.new_empty((1, weight.shape[0] // 2))
-        return self._launch(self.behind_norm, residual, weight, bias, out, norm=norm, eps=eps, is_gated=True)
-
-    def gemv_add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-    ) -> None:
-        """See ops.GemvKernels."""
-        self._launch(self.other, x, weight, bias, residual, adds=True)
-
-    def gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(self.behind_norm, x, weight, bias, x.new_empty((1, weight.shape[0])))
-
-    def gated_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(self.behind_norm, x, weight, bias, x.new_empty((1, weight.shape[0] // 2)), is_gated=True)
-
-    def partial_gemv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        return self._launch(self.other, x, weight, bias, x.new_empty((1, weight.shape[0])))
-
-    def head_gemv(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See ops.GemvKernels."""
-        out = x.new_empty((1, weight.shape[0]), dtype=torch.float32)
-        return self._launch(self.other, x, weight, None, out)
-
-    def _launch(
+    def launch(
         self,
-        config: LaunchConfig,
-        x: torch.Tensor,  # [1, width]
-        weight: torch.Tensor,  # [num_out, width], gated [2 * num_out, width]
+        x: torch.Tensor,
+        weight: torch.Tensor,
         bias: torch.Tensor | None,
-        out: torch.Tensor,  # [1, num_out], written
-        norm: torch.Tensor | None = None,  # [width]
+        out: torch.Tensor,
+        *,
+        norm: torch.Tensor | None = None,
         eps: float = 0.0,
         is_gated: bool = False,
         adds: bool = False,
+        is_behind_norm: bool = True,
     ) -> torch.Tensor:
+        """See FusedGemv."""
+        config = self.behind_norm if is_behind_norm else self.other
         num_out, width = out.shape[1], weight.shape[1]
         _gemv_kernel[(cdiv(num_out, config.block_out),)](
             x, x if norm is None else norm, weight, x if bias is None else bias, out, num_out, width, eps,

@@ -28,7 +28,7 @@ from tests.unit.kernels.gluon_simulator.schedule import Deadlock, Schedule, Task
 from tests.unit.kernels.gluon_simulator.translate import translate
 from tests.unit.kernels.gluon_simulator.values import to_value
 
-__all__ = ["Deadlock", "OutOfBounds", "Race", "TookTooLong", "launch"]
+__all__ = ["Deadlock", "OutOfBounds", "Race", "Simulated", "TookTooLong", "launch"]
 
 SEED = "TOKA_TEST_GLUON_SEED"
 """Environment variable: the seed of every launch, to have one again that failed."""
@@ -52,6 +52,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         raise
     finally:
         torch.set_num_threads(num_threads)
+
+
+class Simulated:
+    """Stands for a kernel where there is no GPU."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def start(*arguments: Any, num_warps: int, launch_pdl: bool, **constants: Any) -> None:
+            launch(self._kernel, grid, *arguments, **constants)
+
+        return start
 
 
 def _run(function: Any, schedule: Schedule, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
