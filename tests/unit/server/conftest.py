@@ -64,8 +64,7 @@ def shared_server(tokenizer_dir: Path) -> Iterator[RunningServer]:
 def server(shared_server: RunningServer, sentence_ids: list[int]) -> RunningServer:
     """The shared process, whose manager answers every request with SENTENCE."""
     manager = shared_server.manager
-    manager.submits.clear()
-    manager.cancelled.clear()
+    manager.forget()
     manager.on_submit = lambda submit: speak(manager, submit, sentence_ids)
     return shared_server
 

@@ -60,6 +60,7 @@ class ScriptedManager:
     def __init__(self, channel: Channel[Any], answer: Answer | None = None) -> None:
         self.submits: list[Submit] = []
         self.cancelled: set[int] = set()
+        self._forgotten: set[int] = set()
         self.on_submit: Callable[[Submit], None] = partial(answer, self) if answer else lambda submit: None
         self._channel = channel
         self._changed = threading.Condition()
@@ -74,6 +75,13 @@ class ScriptedManager:
         for message in messages:
             self._channel.send(message)
         self._wake()
+
+    def forget(self) -> None:
+        """Begin anew for another test. Cancellations of streams that are known now may still come: they are not kept."""
+        with self._changed:
+            self._forgotten.update(stream for submit in self.submits for stream in streams_of(submit))
+            self.submits.clear()
+            self.cancelled.clear()
 
     def close(self) -> None:
         """End the manager, once: the server sees the end of its link."""
@@ -108,7 +116,7 @@ class ScriptedManager:
                 case Submit():
                     self.submits.append(message)
                 case Cancel():
-                    self.cancelled.update(message.streams.tolist())
+                    self.cancelled.update(set(message.streams.tolist()) - self._forgotten)
             self._changed.notify_all()
         if isinstance(message, Submit):
             self.on_submit(message)

@@ -288,8 +288,7 @@ def started(tokenizer_dir: Path, tmp_path_factory: Any, sentence_ids: list[int])
 @pytest.fixture
 def keyed(started: KeyedServer, sentence_ids: list[int]) -> KeyedServer:
     manager = started.server.manager
-    manager.submits.clear()
-    manager.cancelled.clear()
+    manager.forget()
     manager.on_submit = lambda submit: speak(manager, submit, sentence_ids)
     started.put(_document(_ALICE, _BOB))
     return started

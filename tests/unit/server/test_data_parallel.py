@@ -43,8 +43,7 @@ STATS = Stats(*[3] * 15)
 def server(pair: RunningServer, sentence_ids: list[int]) -> RunningServer:
     """Both managers answer at once, and tell what they had cached: nothing."""
     for manager in pair.managers:
-        manager.submits.clear()
-        manager.cancelled.clear()
+        manager.forget()
         answer_at_once(manager, sentence_ids)
     return pair
 

@@ -26,8 +26,7 @@ def hasty_process(tokenizer_dir: Path) -> Iterator[RunningServer]:
 @pytest.fixture
 def hasty_server(hasty_process: RunningServer, sentence_ids: list[int]) -> RunningServer:
     manager = hasty_process.manager
-    manager.submits.clear()
-    manager.cancelled.clear()
+    manager.forget()
     manager.on_submit = lambda submit: speak(manager, submit, sentence_ids)
     return hasty_process
 
