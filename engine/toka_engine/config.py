@@ -170,6 +170,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # GPU
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
     cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
+    cudagraph_max_prefill_size: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 16)],
+        doc("most tokens of a step with prompts whose layers are captured, each between two attentions; 0: none are"),
+    ] = 0
 
     # parallelism
     dp_size: Annotated[

@@ -28,6 +28,7 @@ part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
 part smollm2 120 $pytest tests/gpu/test_smollm2.py
 part fp8 150 $pytest -rP tests/gpu/test_fp8.py tests/unit/kernels/test_fp8_kernels.py
 part decode_graphs 90 $pytest tests/gpu/test_decode_graphs.py
+part layer_graphs 150 $pytest tests/gpu/test_layer_graphs.py
 part memory 60 $pytest tests/gpu/test_memory.py
 part penalties 90 $pytest tests/gpu/test_penalties.py
 part logit_edits 90 $pytest tests/gpu/test_logit_edits.py
@@ -52,6 +53,8 @@ lines=25 part bench_step_large_graphs 120 python3 tests/gpu/bench_step.py "$mode
 lines=25 part bench_step_compiled 180 python3 tests/gpu/bench_step.py "$model" "$out" 4096 torch_compile=T
 lines=60 part versus_compiled 180 python3 -m toka_engine.benchmarks.step "$model" --rows 1,64,1024 --suffix 512 \
     --prefill 2048,8192 --key kv_cache_num_tokens=700000 --versus torch_compile=T
+lines=90 part mixed_steps 180 python3 -m toka_engine.benchmarks.step "$model" --rows 64,256 --suffix 512 --prefill 256 \
+    --mixed 64,256,700 --key kv_cache_num_tokens=300000 --versus cudagraph_max_prefill_size=1024
 part soak 640 python3 -m toka_engine.benchmarks.soak "$model" minutes=8 check_minutes=1 clients=64 checkers=64
 if [[ $num_wanted -gt 0 ]]; then
     echo "no such part: $wanted" >&2

@@ -173,10 +173,24 @@ def test_a_prefill_is_timed_over_the_pages_of_its_slot(driver: Driver) -> None:
     assert changed == pages
 
 
+def test_a_mixed_step_writes_a_row_of_each_slot_and_the_prompt_of_the_last(driver: Driver) -> None:
+    bench = DecodeBench(driver.worker, rows=3, shared=0, own=40, max_steps=2)
+    cache = fill(driver.worker)
+    before = cache.clone()
+    assert bench.time_mixed(20, 2).step_s > 0
+    size, table = driver.page_size, bench._table
+    rows, prompt = table[:2, 40 // size : 41 // size + 1], table[2, : -(-20 // size)]
+    written = {*rows.ravel().tolist(), *prompt.tolist()}
+    changed = (cache != before).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    assert changed == sorted(written)
+
+
 def test_two_engines_are_compared_step_by_step(make_tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = make_tiny()
-    sizes = ["--rows", "1,3", "--suffix", "8", "--prefill", "20", "--repeats", "2"]
+    sizes = ["--rows", "1,3", "--suffix", "8", "--prefill", "20", "--mixed", "5", "--repeats", "2"]
     assert step.main([str(folder), *sizes, *KEYS, "--versus", "use_hydragen=F"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
-    assert [(point["step"], point["rows"]) for point in points] == [("decode", 1), ("decode", 3), ("prefill", 20)]
+    steps = [("decode", 1), ("decode", 3), ("prefill", 20), ("mixed", 1), ("mixed", 3)]
+    assert [(point["step"], point["rows"]) for point in points] == steps
+    assert all(point["tokens"] == 5 and point["second_host_ms"] > 0 for point in points[-2:])
     assert all(point["first_ms"] > 0 and point["second_ms"] > 0 and point["ratio"] > 0 for point in points)

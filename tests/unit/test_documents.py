@@ -31,7 +31,9 @@ def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page) -> None:
         assert not anchor or anchor in anchors_of(path.read_text()), link
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```diff\n" in page.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```diff\n" in page.read_text()], ids=lambda page: page.name
+)
 def test_every_diff_applies_to_the_tree(page, tmp_path) -> None:
     """Tests of the model tier run what they give: this one says at once that the lines around a change moved."""
     copy_tree(tmp_path, "engine", "tests")

@@ -91,11 +91,32 @@ class DecodeBench:
         self, num_steps: int, is_grouped: bool, in_flight: int | None = None, clock: Clock = perf_counter
     ) -> Timing:
         """Run `num_steps` decode steps, `in_flight` at once (None: as many as the worker would)."""
+        groups = self._groups if is_grouped else {}
+        return self._time(
+            Step(number=0, decode_slots=ints(np.arange(self.rows)), **groups), num_steps, in_flight, clock
+        )
+
+    def time_mixed(self, num_tokens: int, num_steps: int, clock: Clock = perf_counter) -> Timing:
+        """Run steps of a row for each slot but the last, which prefills `num_tokens` from its start in each of them."""
+        slot = ints([self.rows - 1])
+        step = Step(
+            number=0,
+            decode_slots=ints(np.arange(self.rows - 1)),
+            prefill_slots=slot,
+            prefill_starts=ints([0]),
+            prefill_lengths=ints([num_tokens]),
+            prefill_tokens=ints(np.zeros(num_tokens)),
+            fanout_slots=slot,
+            fanout_chunks=ints([0]),
+        )
+        return self._time(step, num_steps, None, clock)
+
+    def _time(self, step: Step, num_steps: int, in_flight: int | None, clock: Clock) -> Timing:
+        """Run `step` again and again from where the slots begin."""
         if num_steps > self._max_steps:
             raise ValueError(f"{num_steps} steps where there is room for {self._max_steps}")
         self._reset()
         depth = in_flight or self._runner.max_steps_in_flight
-        step = Step(number=0, decode_slots=ints(np.arange(self.rows)), **(self._groups if is_grouped else {}))
         flight: deque[Launched] = deque()
         host_cpu_s = []
         began_s = clock()

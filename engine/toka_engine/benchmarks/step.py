@@ -6,6 +6,8 @@ disturbs both alike, and the median is reported. It drives the worker's runner d
 
 With `--versus key=value ...` (as `torch_compile=T`) a second engine has these settings too, and decode and prefill
 steps of both are measured in turns, on a CPU in CPU time: what each took least, and the median of the pairs' ratios.
+`--mixed 256` adds steps that do both: rows beside a prompt of so many tokens, of which a few are run in a row, as an
+engine would; there the CPU time of what launches them is told as well.
 """
 
 from __future__ import annotations
@@ -46,10 +48,15 @@ def measure(worker: Worker, rows: int, prefix: int, suffix: int, repeats: int) -
     return result
 
 
+_MIXED_STEPS = 8
+"""Mixed steps that are run in a row."""
+
+
 def compare(
-    workers: tuple[Worker, Worker], rows: list[int], suffix: int, prefill: list[int], repeats: int
+    workers: tuple[Worker, Worker], rows: list[int], suffix: int, prefill: list[int], mixed: list[int], repeats: int
 ) -> list[dict[str, Any]]:
-    """Steps of both in ms: decode steps of `rows`, prefill steps of `prefill` tokens; `ratio` is second by first.
+    """Steps of both in ms: decode steps of `rows`, prefill steps of `prefill` tokens, steps of rows beside a prompt of
+    `mixed` tokens; `ratio` is second by first.
 
     CPU time on a CPU; wall time on a GPU, where a CPU only waits.
     """
@@ -66,6 +73,19 @@ def compare(
         benches = [DecodeBench(worker, 1, 0, count) for worker in workers]
         run = partial(DecodeBench.time_prefill, num_tokens=count, clock=clock)
         points.append({"step": "prefill", "rows": count, **_measure_pairs(benches, run, repeats)})
+    for count, tokens in itertools.product(rows, mixed):
+        benches = [DecodeBench(worker, count + 1, 0, max(suffix, tokens)) for worker in workers]
+        hosts: dict[DecodeBench, list[float]] = {bench: [] for bench in benches}
+
+        def mix(bench: DecodeBench, tokens: int = tokens, hosts: dict[DecodeBench, list[float]] = hosts) -> float:
+            timing = bench.time_mixed(tokens, _MIXED_STEPS, clock)
+            hosts[bench].append(timing.host_cpu_s)
+            return timing.step_s
+
+        point = {"step": "mixed", "rows": count, "tokens": tokens, **_measure_pairs(benches, mix, repeats)}
+        for name, bench in zip(("first_host_ms", "second_host_ms"), benches, strict=True):
+            point[name] = round(statistics.median(hosts[bench]) * 1e3, 2)
+        points.append(point)
     return points
 
 
@@ -107,6 +127,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_axes(parser, rows="1,32", prefix="0,2048", suffix="64")
     parser.add_argument("--prefill", type=_counts, default="128", help="tokens of prefill steps, with --versus (128)")
+    parser.add_argument("--mixed", type=_counts, default=[], help="tokens of prompts beside rows, with --versus (none)")
     parser.add_argument("--versus", action="append", default=[], help="setting of a second engine, key=value")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args(words)
@@ -114,7 +135,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.versus:
         other = start_worker(parse_config([*arguments.key, *arguments.versus]), arguments.model_dir)
         suffix = arguments.suffix[0]
-        points = compare((worker, other), arguments.rows, suffix, arguments.prefill, arguments.repeats)
+        counts = arguments.rows, suffix, arguments.prefill, arguments.mixed
+        points = compare((worker, other), *counts, arguments.repeats)
         print(json.dumps({"device": worker.ready.device, "dtype": worker.ready.dtype, "points": points}, indent=1))
         return 0
     points = [measure(worker, *axes, arguments.repeats) for axes in read_axes(arguments)]

@@ -77,7 +77,7 @@ class ScriptedManager:
         self._wake()
 
     def forget(self) -> None:
-        """Begin anew for another test. Cancellations of streams that are known now may still come: they are not kept."""
+        """Begin anew for another test: cancellations of streams that are known now may still come, and are not kept."""
         with self._changed:
             self._forgotten.update(stream for submit in self.submits for stream in streams_of(submit))
             self.submits.clear()

@@ -185,10 +185,23 @@ class CudaAttention:
         cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
     ) -> torch.Tensor:
         """See AttentionBackend."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.attend(layer, q, k, v, cos_sin, out)
+        return out
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,  # [T, num_heads, head_dim], before RoPE; may be a strided view of a packed qkv
+        k: torch.Tensor,  # [T, num_kv_heads, head_dim], before RoPE
+        v: torch.Tensor,  # [T, num_kv_heads, head_dim]
+        cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
+        out: torch.Tensor,  # [T, num_heads, head_dim], written
+    ) -> None:
+        """Do what `forward` does, into the caller's memory."""
         step = self._step
         assert step is not None
         cache, count = self.cache[layer], step.num_decode
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if count:
             self._attend_decode(step, q[:count], k[:count], v[:count], cos_sin, cache, out[:count])
         if step.prefill:
@@ -199,7 +212,6 @@ class CudaAttention:
                 keys, values, rotated,
             )  # fmt: skip
             self._chunks.run(self._kernels, step.prefill, rotated, cache, out[count:])
-        return out
 
     def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """View a layer's cache as keys and values [pages, page_size, num_kv_heads, head_dim]."""

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from cuda.bindings import runtime as cuda
 
+from toka_engine.model.cuda.foreign_memory import view_memory
 from toka_engine.model.kernels.peer_pattern import PATTERN_WORDS, pattern_start, write_pattern
 
 Gather = Callable[[bytes], list[bytes]]
@@ -65,7 +66,7 @@ class PeerMemory:
 
         There is no view of a peer's region: torch would take the pointer for one of the other device.
         """
-        return torch.as_tensor(_Interface(self._own, self.size), device="cuda").view(dtype)
+        return view_memory(self._own, self.size).view(dtype)
 
     def verify(self) -> None:
         """Write a pattern to every rank, and check what all ranks have written here. Raises PeerMemoryError."""
@@ -126,13 +127,6 @@ class PeerMemory:
             self.close()
             raise PeerMemoryError(failed[0])
         return [answer[1:] for answer in results]
-
-
-class _Interface:
-    """Names foreign device memory to torch, by the CUDA array interface."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 def _call(name: str, answer: tuple[Any, Any]) -> Any:

@@ -21,6 +21,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.decode_graphs import DecodeGraphs
 from toka_engine.model.cuda.grammar_rows import GrammarRows, MaskStaging
+from toka_engine.model.cuda.layer_graphs import LayerGraphs
 from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, take_spare
 from toka_engine.model.cuda.sampler import CudaSampler, Sampler
 from toka_engine.model.cuda.staging import Staging
@@ -86,11 +87,19 @@ class CudaRunner:
         self.state = HostSlots(max_seqs)
         self._new_slots, self._tokens = Staging(device), Staging(device)
         self.decode_graphs: DecodeGraphs | None = None
+        self.layer_graphs: LayerGraphs | None = None
         self._last_plan: SamplePlan | None = None
         self._fits_cache = config.kv_cache_num_tokens is None
         has_graphs = config.use_cudagraphs and (parallel is None or parallel.has_graphs)
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if has_graphs else 0
+        self._max_layer_rows = self._limit_layer_rows(config) if has_graphs else 0
         self._reserve_outputs(device, max_seqs)
+
+    def _limit_layer_rows(self, config: EngineConfig) -> int:
+        """Return how many rows steps with prompts may have whose layers are graphs; 0: none are."""
+        if self._parallel is None or self._parallel.begin_sum is None or config.async_tp_threshold is None:
+            return config.cudagraph_max_prefill_size
+        return min(config.cudagraph_max_prefill_size, config.async_tp_threshold - 1)  # others exchange outside graphs
 
     def _make_sampler(self, seed: int, max_seqs: int, vocab_size: int) -> Sampler:
         if self._parallel is not None:
@@ -110,6 +119,7 @@ class CudaRunner:
     @torch.inference_mode()
     def prepare(self, ready: WorkerReady) -> WorkerReady:
         """See backend.Runner: fit the KV cache unless the user sized it, capture the graphs, keep memory for steps."""
+        self._capture_layers(ready.max_tokens_per_forward)
         if self._fits_cache:
             ready = fit_cache(self.attention, ready, self._run, self.measure_graphs, self._agree_min)
         self.capture_graphs()
@@ -124,6 +134,12 @@ class CudaRunner:
     def _run(self, steps: Iterable[Step]) -> None:
         for step in steps:
             self.finish(self.launch(step))
+
+    def _capture_layers(self, max_tokens: int) -> None:
+        """Capture the graphs that no cache has to be made for, so that the cache takes what they leave."""
+        if max_rows := min(self._max_layer_rows, max_tokens):
+            self.layer_graphs = LayerGraphs(self.model, self.attention, max_rows)
+            self.layer_graphs.capture()
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
@@ -286,11 +302,7 @@ class CudaRunner:
             none if logit_rows is None else logit_rows,
             *((none, none) if score_plan is None else (score_plan.targets, score_plan.counts)),
         )
-        slots = self.attention.row_slots
-        ids = torch.empty_like(slots)
-        gather_ids(self._slots, slots, tokens, num_decode, ids)
-        self.attention.write_tokens(ids)
-        hidden = self.model.forward(ids, self.attention, None if rows is None else row_index)
+        hidden = self._find_hidden(tokens, num_decode, None if rows is None else row_index)
         if score_plan is None:
             logits = self.model.logits(hidden)
             return logits if rows is None else logits[:num_sampled], None if logit_rows is None else logit_index, None
@@ -303,6 +315,19 @@ class CudaRunner:
             piece_rows=self.sampler.max_whole_rows,
         )
         return self.model.logits(hidden[:num_sampled]), None if logit_rows is None else logit_index, scores
+
+    def _find_hidden(self, tokens: torch.Tensor, num_decode: int, wanted: torch.Tensor | None) -> torch.Tensor:
+        """Return the hidden states [n, hidden_size] of the planned step's rows, or of those that are `wanted`."""
+        slots, graphs = self.attention.row_slots, self.layer_graphs
+        if graphs is not None and graphs.max_rows < slots.shape[0]:
+            graphs = None
+        ids = torch.empty_like(slots) if graphs is None else graphs.take_ids(slots.shape[0])
+        gather_ids(self._slots, slots, tokens, num_decode, ids)
+        self.attention.write_tokens(ids)
+        if graphs is None:
+            return self.model.forward(ids, self.attention, wanted)
+        hidden = graphs.forward(slots.shape[0])
+        return hidden if wanted is None else hidden.index_select(0, wanted)
 
     def _pad_sampled(self, rows: Int32s) -> Int32s:
         """Repeat the last of the rows until there are as many as in a graph, whose head has loaded its kernels."""

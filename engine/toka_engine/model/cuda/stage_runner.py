@@ -49,6 +49,9 @@ class LastStageRunner(CudaRunner):
         stages.take_over(self._slots)
         self._agree_min = stages.agree_with(self._agree_min)
 
+    def _limit_layer_rows(self, config: EngineConfig) -> int:
+        return 0  # each stage has few layers
+
     def _make_sampler(self, seed: int, max_seqs: int, vocab_size: int) -> Sampler:
         return SendingSampler(super()._make_sampler(seed, max_seqs, vocab_size), self._stages.ports, self._slots)
 
