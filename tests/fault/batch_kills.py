@@ -1,7 +1,8 @@
 """Kills the server of a long batch again and again: `python -m tests.fault.batch_kills --lines 50000 --kills 100`.
 
 A real server process with a scripted manager runs one batch through all of its lives; each life ends by SIGKILL after a
-random number of lines was begun, one in ten before the server is ready at all. In the end the output has to hold each
+random number of lines was begun, one in ten before the server is ready at all, and one in ten by a drain, which lets
+lines in flight end while others are being written. In the end the output has to hold each
 line of the input once, and nothing else. Prints one JSON object.
 """
 
@@ -30,12 +31,15 @@ LIFE_S = 900.0
 """No life waits longer for its lines; it ends a hang."""
 KILLED_EARLY = 0.1
 """The share of lives that end before the server is ready."""
+DRAINED = 0.1
+"""The share of lives that end by a drain."""
 
 
 def start_server(tokenizer_dir: Path, folder: Path, ids: list[int]) -> RunningServer:
     """Start a server that is not ready before `become_ready`, and whose manager answers every line at once."""
     answer = partial(speak, ids=ids)
-    return RunningServer(tokenizer_dir, sends_info=False, answer=answer, data_dir=str(folder), access_log=False)
+    settings: dict[str, Any] = {"data_dir": str(folder), "access_log": False, "drain_endpoint_delay_s": 0.0}
+    return RunningServer(tokenizer_dir, sends_info=False, answer=answer, **settings)
 
 
 def become_ready(server: RunningServer) -> None:
@@ -50,6 +54,12 @@ def wait_begun(server: RunningServer, number: int) -> None:
 
 def kill(server: RunningServer) -> None:
     server.process.kill()
+    server.stop()
+
+
+def drain(server: RunningServer) -> None:
+    server.drain()
+    server.process.wait(LIFE_S)
     server.stop()
 
 
@@ -73,13 +83,15 @@ def kill_again_and_again(folder: Path, num_lines: int, num_kills: int, chance: r
     server = start_server(tokenizer_dir, folder, ids)
     become_ready(server)
     batch_id, expected = _start(server, num_lines)
-    num_early = 0
+    num_early = num_drained = 0
     for number in range(num_kills):
         # What is left is spread over the kills that are left, so that the batch is not over before the last of them.
         left = num_lines - _progress(server, batch_id)
         share = max(1, 2 * left // (num_kills - number + 1))
         wait_begun(server, min(left, len(server.manager.submits) + chance.randrange(share)))
-        kill(server)
+        is_drained = chance.random() < DRAINED
+        num_drained += is_drained
+        (drain if is_drained else kill)(server)
         server = start_server(tokenizer_dir, folder, ids)
         while chance.random() < KILLED_EARLY:
             time.sleep(chance.random())  # some moment of a start: loading, opening the folder, waiting for the model
@@ -97,7 +109,8 @@ def kill_again_and_again(folder: Path, num_lines: int, num_kills: int, chance: r
     ordered = sorted(resumes)
     return {
         "lines": num_lines,
-        "kills": num_kills + num_early,
+        "kills": num_kills + num_early - num_drained,
+        "drains": num_drained,
         "kills_before_ready": num_early,
         **figures,
         "resume_s_median": round(statistics.median(ordered), 3) if ordered else None,

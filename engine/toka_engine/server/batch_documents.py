@@ -85,11 +85,11 @@ LIST_FILES = {
     **query_parameters("after", "limit", "order", "purpose"),
 }
 FIND_FILE = _operation("retrieveFile", records.FileObject, "One file", "404")
-DELETE_FILE = _operation("deleteFile", records.DeletedFile, "Delete a file", "404", "409")
+DELETE_FILE = _operation("deleteFile", records.DeletedFile, "Delete a file", "404", "409", "507")
 READ_FILE = _operation("downloadFile", records.FileObject, "The bytes of a file", "404")
 READ_FILE["responses"]["200"]["content"] = {"application/octet-stream": {"schema": {"type": "string"}}}
 CREATE_BATCH = {
-    **_operation("createBatch", records.Batch, "Run the requests of a file", "400", "404", "408", "413", "415"),
+    **_operation("createBatch", records.Batch, "Run the requests of a file", "400", "404", "408", "413", "415", "507"),
     "requestBody": {"required": True, "content": _content(BatchRequest)},
 }
 LIST_BATCHES = {
@@ -97,7 +97,7 @@ LIST_BATCHES = {
     **query_parameters("after", "limit"),
 }
 FIND_BATCH = _operation("retrieveBatch", records.Batch, "One batch", "404")
-CANCEL_BATCH = _operation("cancelBatch", records.Batch, "End a batch", "404", "409")
+CANCEL_BATCH = _operation("cancelBatch", records.Batch, "End a batch", "404", "409", "507")
 _ANSWERS = {"schema": {"type": "array", "items": {"type": "object"}}}
 SYNCHRONOUS_BATCH = {
     "operationId": "createSynchronousBatch",

@@ -6,6 +6,7 @@ Owns: the mapping of an error to status, type, code and headers. Everything that
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ _TYPES = {
 }
 _NO_RETRY = (b"x-should-retry", b"false")
 """Tells OpenAI's clients, which try every 5xx again, that the same request would fail the same way."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -89,6 +91,16 @@ def no_model(name: str, served: Sequence[str]) -> ApiError:
 def internal() -> ApiError:
     """Return the 500 of a defect of ours. The log describes the defect, the answer does not."""
     return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+def no_room(message: str) -> ApiError:
+    """Return the 507 of a disk or an owner's share that is full."""
+    return ApiError(507, message, code="insufficient_storage")
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell whether `error` says that the disk, or a quota, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def unavailable(message: str, retry_after_s: float = 1.0) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from toka_engine.server.errors import ApiError, ClientGoneError, internal
+from toka_engine.server.errors import ApiError, ClientGoneError, internal, is_full, no_room
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.metrics import Metrics
 
@@ -28,6 +28,8 @@ async def answer_failure(exchange: Exchange, error: Exception, metrics: Metrics)
     elif isinstance(error, ClientGoneError):
         exchange.status = exchange.status or _CLIENT_GONE
         metrics.cancelled.inc()
+    elif is_full(error):
+        await exchange.fail(no_room("The disk of `data_dir` is full."))
     else:
         _log_defect(exchange, error)
         await exchange.fail(internal())

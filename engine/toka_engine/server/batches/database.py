@@ -7,6 +7,7 @@ locked by this connection for as long as the process lives.
 from __future__ import annotations
 
 import asyncio
+import errno
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,18 +92,19 @@ class Database:
         number, size = self._connection.execute(query, (owner,)).fetchone()
         return number, size
 
-    def remove_file(self, file_id: str) -> None:
+    def remove_file(self, file_id: str) -> bool:
+        """Forget a file unless a batch that is not over reads it; tell whether it is forgotten."""
+        query = "SELECT 1 FROM batches WHERE input_file_id = ? AND NOT is_over LIMIT 1"
+        if self._connection.execute(query, (file_id,)).fetchone() is not None:
+            return False
         self._connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        return True
 
     def find_expired_files(self, now_s: int) -> list[str]:
         """Return the files whose time is over and that no running batch reads."""
         query = """SELECT id FROM files WHERE expires_at <= ?
             AND id NOT IN (SELECT input_file_id FROM batches WHERE NOT is_over)"""
         return [file_id for (file_id,) in self._connection.execute(query, (now_s,))]
-
-    def is_file_in_use(self, file_id: str) -> bool:
-        query = "SELECT 1 FROM batches WHERE input_file_id = ? AND NOT is_over LIMIT 1"
-        return self._connection.execute(query, (file_id,)).fetchone() is not None
 
     def list_file_ids(self) -> set[str]:
         """Return the ids of all files on disk that belong to a row: stored ones, and results of running batches."""
@@ -113,10 +115,14 @@ class Database:
 
     # ------------------------------------------------------------ batches
 
-    def add_batch(self, stored: StoredBatch) -> None:
+    def add_batch(self, stored: StoredBatch) -> bool:
+        """Add a batch, whose input nobody can delete from then on; False where the input is gone already."""
         batch = stored.batch
+        if self.find_file(stored.owner, batch.input_file_id) is None:
+            return False
         row = (batch.id, stored.owner, batch.created_at, stored.is_over, batch.input_file_id, _encode(stored))
         self._connection.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", row)
+        return True
 
     def update_batch(self, stored: StoredBatch) -> None:
         row = (stored.is_over, _encode(stored), stored.batch.id)
@@ -181,9 +187,18 @@ class DatabaseThread:
         return cls(await loop.run_in_executor(executor, Database, path), executor)
 
     async def run(self, method: Callable[Concatenate[Database, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `method` of the database, as `run(Database.find_file, owner, file_id)`."""
+        """Call `method` of the database, as `run(Database.find_file, owner, file_id)`.
+
+        Raises what it raises, and an OSError with ENOSPC where the disk is full. A caller that is cancelled does not
+        know whether the call has been made.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, partial(method, self._database, *args, **kwargs))
+        try:
+            return await loop.run_in_executor(self._executor, partial(method, self._database, *args, **kwargs))
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            raise OSError(errno.ENOSPC, str(error)) from error
 
     async def close(self) -> None:
         await self.run(Database.close)

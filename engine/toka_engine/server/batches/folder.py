@@ -9,7 +9,6 @@ data_dir/lost/ID    bytes that the database does not know: what a crash left, or
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -21,12 +20,6 @@ _PART = ".part"
 _LOST_S = 7 * 86400
 _MIN_DATABASE_BYTES = 100
 """SQLite takes a smaller file for a new database, or for none."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def is_full(error: OSError) -> bool:
-    """Tell whether `error` says that the disk, or a quota, is full."""
-    return error.errno in _FULL
 
 
 class Folder:

@@ -86,7 +86,9 @@ class BatchRun:
             connection.lose()
 
     async def cancel(self) -> None:
-        """Note that the batch is to end, then stop it."""
+        """Note that the batch is to end, then stop it. Raises OSError where the disk has no room for the note. A batch
+        whose end is being stored stays as it is.
+        """
         await self._recorder.update(partial(_move, status="cancelling", cancelling_at=now()))
         self.stop("cancel")
 
@@ -109,11 +111,7 @@ class BatchRun:
                 await self._recorder.settle()
                 await self._finish()
         finally:
-            recording.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await recording
-            await self._recorder.flush()
-            await self._recorder.close()
+            await self._recorder.end(recording)
 
     # ------------------------------------------------------------ the beginning
 
@@ -124,14 +122,17 @@ class BatchRun:
         findings = await asyncio.to_thread(check, parts.folder.path_of(batch.input_file_id), batch.endpoint)
         if findings.errors:
             faults = BatchErrors(findings.errors)
-            await self._recorder.update(partial(_move, status="failed", failed_at=now(), errors=faults))
+            failed = partial(_move, status="failed", failed_at=now(), errors=faults)
+            await self._recorder.update(failed, waits_for_room=True)
             logger.info("event=batch_failed batch=%s errors=%d", batch.id, len(findings.errors))
             return False
         counts = RequestCounts(findings.num_lines)
-        status = "cancelling" if self._stop_reason == "cancel" else "in_progress"
-        change = partial(_move, status=status, in_progress_at=now(), request_counts=counts, model=findings.model)
-        await self._recorder.update(change)
-        self._recorder = Recorder(self.stored, parts.folder, parts.database)
+
+        def begin(stored: StoredBatch) -> StoredBatch:
+            status = "cancelling" if stored.batch.status == "cancelling" else "in_progress"
+            return _move(stored, status=status, in_progress_at=now(), request_counts=counts, model=findings.model)
+
+        await self._recorder.update(begin, waits_for_room=True)
         logger.info("event=batch_started batch=%s lines=%d", batch.id, findings.num_lines)
         return True
 
@@ -260,8 +261,9 @@ class BatchRun:
             "cancel": {"status": "cancelled", "cancelled_at": at},
             "expire": {"status": "expired", "expired_at": at},
         }
-        ended = _move(stored, finalizing_at=at, **ends[self._stop_reason], **shown)
-        await self._recorder.finish(ended, results)
+        changes = {"finalizing_at": at, "errors": None, **ends[self._stop_reason], **shown}
+        await self._recorder.finish(lambda stored: _move(stored, **changes), results)
+        ended = self.stored
         counts = ended.batch.request_counts
         logger.info(
             "event=batch_over batch=%s status=%s completed=%d failed=%d",

@@ -19,7 +19,7 @@ from toka_engine.server.batches.folder import Folder
 from toka_engine.server.batches.peers import Peers
 from toka_engine.server.batches.records import StoredBatch, now
 from toka_engine.server.batches.run import BatchParts, BatchRun
-from toka_engine.server.errors import ApiError, unavailable
+from toka_engine.server.errors import ApiError, is_full, unavailable
 from toka_engine.server.exchange import Handler
 from toka_engine.server.failures import frames_of
 from toka_engine.server.metrics import Metrics
@@ -208,11 +208,23 @@ class Batches:
         """Remove the files whose time is over."""
         opened = self.opened()
         for file_id in await opened.database.run(Database.find_expired_files, now()):
-            await self.remove_file(file_id)
-            logger.info("event=file_expired file=%s", file_id)
+            if await self.remove_file(file_id):
+                logger.info("event=file_expired file=%s", file_id)
 
-    async def remove_file(self, file_id: str) -> None:
-        """Remove a file: its row first, so that a crash leaves bytes, which the next start sweeps, and no ghost."""
+    async def remove_file(self, file_id: str) -> bool:
+        """Remove a file unless a batch that is not over reads it; tell whether it is removed.
+
+        Its row goes first, so that a crash leaves bytes, which the next start sweeps, and no ghost. On a full disk its
+        bytes go first: the database needs room even to forget.
+        """
         opened = self.opened()
-        await opened.database.run(Database.remove_file, file_id)
-        await asyncio.to_thread(opened.folder.remove, file_id)
+        try:
+            is_removed = await opened.database.run(Database.remove_file, file_id)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            await asyncio.to_thread(opened.folder.remove, file_id)
+            return await opened.database.run(Database.remove_file, file_id)
+        if is_removed:
+            await asyncio.to_thread(opened.folder.remove, file_id)
+        return is_removed

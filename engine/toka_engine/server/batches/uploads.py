@@ -14,7 +14,6 @@ from pathlib import Path
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from toka_engine.server.batches.folder import is_full
 from toka_engine.server.errors import ApiError, invalid
 
 _MAX_VALUE_BYTES = 256
@@ -75,10 +74,6 @@ class Upload:
                     await asyncio.to_thread(self._write, fd)
             await asyncio.to_thread(self._write, fd)
             await asyncio.to_thread(os.fsync, fd)
-        except OSError as error:
-            if is_full(error):
-                raise no_room("The disk of `data_dir` is full.") from error
-            raise
         finally:
             os.close(fd)
         if not self._is_over:
@@ -151,8 +146,3 @@ def clean_name(name: str) -> str:
     """Return a client's name for a file without folders and control characters; it is shown, never opened."""
     name = _CONTROL.sub("", name.replace("\\", "/")).rpartition("/")[2][:_MAX_NAME].strip()
     return name or "file"
-
-
-def no_room(message: str) -> ApiError:
-    """Return the 507 of a disk or an owner's share that is full."""
-    return ApiError(507, message, code="insufficient_storage")

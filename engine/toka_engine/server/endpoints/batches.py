@@ -85,7 +85,8 @@ async def create_batch(exchange: Exchange, request: BatchRequest, batches: Batch
     )
     output_id, error_id = new_file_id(batches.ordinal), new_file_id(batches.ordinal)
     stored = StoredBatch(owner=owner, batch=batch, output_id=output_id, error_id=error_id, results_expire_s=life_s)
-    await opened.database.run(Database.add_batch, stored)
+    if not await opened.database.run(Database.add_batch, stored):
+        raise no_file(request.input_file_id, "input_file_id")  # deleted a moment ago
     batches.start(stored)
     return batch
 
@@ -147,11 +148,11 @@ async def cancel_batch(exchange: Exchange, batch_id: str, batches: Batches) -> B
     """End a batch: lines in flight are given up, answered ones are kept. Raises a 404, and a 409 if it is over."""
     batches.opened()
     run = batches.find_run(owner_of(exchange), batch_id)
-    if run is None:
+    if run is not None and run.stored.batch.status != "cancelling":
+        await run.cancel()
+    if run is None or run.stored.is_over:
         batch = await find_batch(exchange, batch_id, batches)
         raise ApiError(409, f"The batch is over: it is {batch.status}.", code="batch_over")
-    if run.stored.batch.status not in ("cancelling", "finalizing"):
-        await run.cancel()
     return run.stored.batch
 
 

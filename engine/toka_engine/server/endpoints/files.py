@@ -12,8 +12,8 @@ from toka_engine.server.batches.cursor import Cursor, begin_of
 from toka_engine.server.batches.database import Database
 from toka_engine.server.batches.records import DeletedFile, FileList, FileObject, new_file_id, now
 from toka_engine.server.batches.service import Batches, Opened
-from toka_engine.server.batches.uploads import Upload, no_room
-from toka_engine.server.errors import ApiError, invalid
+from toka_engine.server.batches.uploads import Upload
+from toka_engine.server.errors import ApiError, invalid, no_room
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.keys.check import owner_of
 from toka_engine.server.paging import Page, read_page
@@ -141,9 +141,8 @@ async def find_file(exchange: Exchange, file_id: str, batches: Batches) -> FileO
 async def delete_file(exchange: Exchange, file_id: str, batches: Batches) -> DeletedFile:
     """Delete one of the caller's files. Raises a 404, and a 409 while a batch reads it."""
     await find_file(exchange, file_id, batches)
-    if await batches.opened().database.run(Database.is_file_in_use, file_id):
+    if not await batches.remove_file(file_id):
         raise ApiError(409, "A batch that is not over reads this file.", code="file_in_use")
-    await batches.remove_file(file_id)
     return DeletedFile(id=file_id)
 
 
