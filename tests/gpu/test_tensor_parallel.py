@@ -41,6 +41,7 @@ SIZES = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "graphs": {},
+    "layer graphs": {"cudagraph_max_prefill_size": 256},
     "eager": {"use_cudagraphs": False},
     "nccl": {"no_peer_memory": True},
 }

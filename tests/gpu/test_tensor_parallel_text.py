@@ -1,7 +1,8 @@
 """Two GPUs and a model that has learnt something: SmolLM2's logits are as near to fp32's as those of one GPU are.
 
 Its 9 heads and 3 of the cache divide by no number of GPUs, so it gets heads that read nothing and add nothing: 12 and 4
-compute the same function. Needs two GPUs; `TOKA_BUILTIN_DIR` may name a folder with the model.
+compute the same function. `nccl` needs two GPUs, other settings (`-k "not nccl"`) may share one.
+`TOKA_BUILTIN_DIR` may name a folder with the model.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def be_rank(rank: int, folder: Path, meeting: str, settings: dict[str, Any], tex
 
     if settings.get("no_peer_memory"):
         os.environ[NO_PEER_MEMORY] = "1"
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     torch.save(find_next(folder, GpuRanks(Path(meeting), rank, NUM_RANKS), settings, texts), f"{out}/{rank}")
 
 
