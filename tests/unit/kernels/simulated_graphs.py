@@ -1,7 +1,7 @@
 """CUDA graphs on a CPU: a capture keeps what is computed meanwhile, and a replay computes it again in the same place.
 
-Kept are torch's operators and the launches of Triton's interpreter. Unlike on a GPU they are also computed when they
-are captured, and graphs do not share memory.
+Kept are torch's operators, the launches of Triton's interpreter, and whatever a test has wrapped by `kept_as_one`.
+Unlike on a GPU, torch's operators are also computed when they are captured, and graphs do not share memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -75,6 +75,26 @@ def _tensors_of(values: Any) -> list[torch.Tensor]:
     return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
 
 
+def kept_as_one(launch: Callable[..., None]) -> Callable[..., None]:
+    """Make a kernel of a function that writes to its arguments: in a capture it is kept, and not called."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        graph = SimulatedGraph.capturing
+        if graph is None:
+            launch(*args, **kwargs)
+        else:
+            graph.keep(lambda: launch(*args, **kwargs))
+
+    return call
+
+
+@contextmanager
+def _capture(graph: SimulatedGraph, pool: Any) -> Iterator[None]:
+    graph.capture_begin(pool)
+    yield
+    graph.capture_end()
+
+
 @contextmanager
 def simulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have torch.cuda make such graphs."""
@@ -83,16 +103,12 @@ def simulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     launch = GridExecutor.__call__
 
     def keep_launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        graph = SimulatedGraph.capturing
-        if graph is None:
-            return launch(executor, *args, **kwargs)
-        graph.keep(lambda: launch(executor, *args, **kwargs))
-        with _disable_current_modes():
-            return launch(executor, *args, **kwargs)
+        return kept_as_one(launch)(executor, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", keep_launch)
         patch.setattr(torch.cuda, "CUDAGraph", SimulatedGraph)
+        patch.setattr(torch.cuda, "graph", _capture)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         patch.setattr(torch.cuda, "Stream", lambda: None)
         patch.setattr(torch.cuda, "stream", lambda stream: _nothing())
