@@ -165,8 +165,9 @@ def run_child(name: str, main: Callable[[Child, list[int]], None]) -> NoReturn:
     code, words, is_consequence = ExitCode.OK, "", False
     try:
         main(child, [int(fd) for fd in sys.argv[2:]])
-    except PeerClosedError:
-        code, words, is_consequence = ExitCode.PROCESS_DIED, f"{name}: a process beside it is gone", True
+    except PeerClosedError as error:
+        words, is_consequence = f"{name}: a process beside it is gone ({error})", True
+        code = error.exit_code
     except TokaError as error:
         code, words = error.exit_code, str(error)
     except Exception as error:  # the outermost loop of the process

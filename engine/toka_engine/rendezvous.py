@@ -11,14 +11,12 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 from toka_engine.errors import StorageError
 
 _PREFIX = "toka-ranks-"
-_YOUNG_S = 60.0
-"""A folder may be so old before it must be locked by its owner."""
+_NUM_TRIALS = 100
 
 
 class Rendezvous:
@@ -28,9 +26,7 @@ class Rendezvous:
         """Make it under TMPDIR. Raises StorageError."""
         try:
             _sweep(Path(tempfile.gettempdir()))
-            self.folder = tempfile.mkdtemp(prefix=_PREFIX)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.folder, self._lock = _make_locked()
         except OSError as error:
             raise StorageError(f"no folder can be made for the ranks to find each other: {error}") from error
 
@@ -42,19 +38,34 @@ class Rendezvous:
             self._lock = -1
 
 
+def _make_locked() -> tuple[str, int]:
+    """Return a new folder and the descriptor that locks it. Another start may take one away before it is locked."""
+    for _ in range(_NUM_TRIALS):
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            if (lock := _lock(folder)) is not None:
+                return folder, lock
+    raise FileNotFoundError(f"new folders in {tempfile.gettempdir()} are removed at once")
+
+
+def _lock(folder: str | Path) -> int | None:
+    """Return a descriptor that locks `folder`; None if it has been removed meanwhile. Raises OSError."""
+    lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(folder), os.fstat(lock)):
+            return lock
+    except OSError:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
 def _sweep(root: Path) -> None:
     """Remove the folders of this user that supervisors have left."""
     for folder in root.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            status = folder.lstat()
-            if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG_S:
-                _remove_unlocked(folder)
-
-
-def _remove_unlocked(folder: Path) -> None:
-    lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
+            if folder.lstat().st_uid == os.getuid() and (lock := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)

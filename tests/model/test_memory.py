@@ -106,7 +106,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
                 multi_processor_count=132, total_memory=141 * GIB,
             )  # fmt: skip
 
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
         monkeypatch.setattr(torch.cuda, "get_device_properties", find_properties)
@@ -162,6 +163,28 @@ def test_fewer_gpus_than_ranks_are_refused_by_every_rank(gpus: Callable[..., lis
     gpus((9, 0))
     with pytest.raises(DeviceUnavailableError, match=r"needs 2 GPUs, 1 can be used on this machine$"):
         find_device(EngineConfig(dp_size=2), index)
+
+
+def test_a_list_of_visible_gpus_that_hides_too_many_is_named(
+    gpus: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver takes what it does not understand for the end of the list, and says nothing."""
+    gpus((9, 0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,x")
+    words = r"needs 2 GPUs, 1 can be used on this machine \(CUDA_VISIBLE_DEVICES='0,x'\)$"
+    with pytest.raises(DeviceUnavailableError, match=words):
+        find_device(EngineConfig(tp_size=2))
+    gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "first")
+    with pytest.raises(DeviceUnavailableError, match=r"no CUDA device .* machine \(CUDA_VISIBLE_DEVICES='first'\)$"):
+        find_device(EngineConfig(device="cuda"))
+    assert [find_device(EngineConfig(tp_size=2), rank).type for rank in range(2)] == ["cpu", "cpu"]
+    for hidden_on_purpose in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden_on_purpose)
+        assert find_device(EngineConfig()).type == "cpu"
+    assert [each.getMessage() for each in caplog.records] == [
+        "event=no_gpu device=cpu reason=\"no CUDA device can be used (CUDA_VISIBLE_DEVICES='first')\""
+    ]
 
 
 def test_pipeline_stages_of_several_ranks_run_on_cpus_alone_and_the_start_says_so(

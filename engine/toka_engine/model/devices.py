@@ -22,6 +22,8 @@ logger = logging.getLogger("toka.model")
 
 _GPU_STAGES = "TOKA_GPU_STAGES"
 """The variable with which stages of several ranks run on GPUs, until they have been tried there."""
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""The variable that says which GPUs a process sees, in which order: a word that names none hides all of them."""
 
 
 def find_device(config: EngineConfig, index: int = 0) -> torch.device:
@@ -42,13 +44,22 @@ def find_device(config: EngineConfig, index: int = 0) -> torch.device:
         if is_one_of_several and index < torch.cuda.device_count():
             # Before anything else touches CUDA, or this rank would hold memory on the first GPU, too.
             torch.cuda.set_device(index)
-        choose_gpu(probe_gpus(), config, index)
+        choose_gpu(probe_gpus(), config, index, _describe_visible())
         return torch.device("cuda", index) if is_one_of_several else torch.device("cuda")
     if config.device == "cuda":
-        raise DeviceUnavailableError("device=cuda, but no CUDA device can be used on this machine")
+        raise DeviceUnavailableError(
+            f"device=cuda, but no CUDA device can be used on this machine{_describe_visible()}"
+        )
     if config.async_tp_threshold is not None:
         raise ConfigError(f"async_tp_threshold={config.async_tp_threshold} has no effect on a CPU")
+    if index == 0 and os.environ.get(_VISIBLE, "") not in ("", "-1"):  # those hide GPUs on purpose
+        logger.warning("event=no_gpu device=cpu reason=%r", f"no CUDA device can be used{_describe_visible()}")
     return torch.device("cpu")
+
+
+def _describe_visible() -> str:
+    """Return, for a sentence, which GPUs the environment lets this process see; "" if it does not say."""
+    return f" ({_VISIBLE}={os.environ[_VISIBLE]!r})" if _VISIBLE in os.environ else ""
 
 
 def take_device(config: EngineConfig, rank: RankInfo) -> torch.device:
@@ -83,7 +94,7 @@ def probe_gpus() -> list[Gpu]:
 def connect_ranks(rank: RankInfo, rendezvous: Path, device: torch.device) -> Ranks:
     """Return the tensor parallel ranks that share a stage with `rank`, once they have met in `rendezvous`.
 
-    Raises PeerClosedError.
+    Raises PeerClosedError, StorageError, DeviceUnavailableError.
     """
     if rank.tp_size == 1:
         return SingleRank()

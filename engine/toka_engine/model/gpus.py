@@ -44,14 +44,17 @@ class Gpu:
         return f"GPU {self.index} ({self.name}, {self.uuid})"
 
 
-def choose_gpu(gpus: Sequence[Gpu], config: EngineConfig, index: int) -> Gpu:
-    """Return the GPU of the rank that has number `index` among all ranks. Raises DeviceUnavailableError."""
+def choose_gpu(gpus: Sequence[Gpu], config: EngineConfig, index: int, visible: str = "") -> Gpu:
+    """Return the GPU of the rank that has number `index` among all ranks.
+
+    `visible`: what else the sentence about too few of them says. Raises DeviceUnavailableError.
+    """
     num_ranks = config.num_ranks
     if len(gpus) < num_ranks:
         sees_slice = any(gpu.is_slice for gpu in gpus)
         raise DeviceUnavailableError(
             f"{describe_sizes(config)} needs {num_ranks} GPUs, "
-            f"{len(gpus)} can be used on this machine"
+            f"{len(gpus)} can be used on this machine{visible}"
             + (" (a process can use one MIG slice, so several ranks need whole GPUs)" if sees_slice else "")
         )
     taken = gpus[:num_ranks]

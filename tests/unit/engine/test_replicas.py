@@ -77,7 +77,7 @@ def test_a_replica_is_lost_though_nobody_is_found_to_blame(start_engine: StartEn
     engine = start_engine("dp_size=3", "dp_min_size=2", manager_dp1="peer", model_dp1="deserter")
     engine.wait_ready()
     engine.signal(signal.SIGUSR1, "model_dp1")
-    assert wait_lost(engine, 1) == "manager_dp1: a process beside it is gone"
+    assert wait_lost(engine, 1) == "manager_dp1: a process beside it is gone (the peer closed the channel)"
     assert engine.log.count("event=replica_lost replica=1 left=2") == 1
     engine.signal(signal.SIGKILL, "manager_dp2")
     assert engine.wait_end() == ExitCode.PROCESS_DIED

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed
 
-from toka_engine.errors import PeerClosedError
+from toka_engine.errors import DeviceUnavailableError, PeerClosedError
+from toka_engine.model.meeting import open_meeting
 from toka_engine.model.ranks import sum_in_order
 
 _gloo: Any = torch.distributed
@@ -28,13 +29,16 @@ class GlooRanks:
     """A ranks.Ranks of processes."""
 
     def __init__(self, meeting: Path, rank: int, size: int) -> None:
-        """Meet the other ranks by the file `meeting`, which no earlier start has used. Raises PeerClosedError."""
+        """Meet the other ranks by the file `meeting`, which no earlier start has used.
+
+        Raises PeerClosedError, StorageError, DeviceUnavailableError (there is no loopback interface).
+        """
         self.rank, self.size = rank, size
         options = _gloo.ProcessGroupGloo._Options()
-        options._devices = [_gloo.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
+        options._devices = [_make_device()]
         options._timeout = _TIMEOUT
+        store = open_meeting(meeting, rank, size)
         try:
-            store = _gloo.FileStore(str(meeting), size)
             self._group = _gloo.ProcessGroupGloo(store, rank, size, options)
         except RuntimeError as error:
             raise self._describe(error) from error
@@ -61,6 +65,16 @@ class GlooRanks:
     def _describe(self, error: RuntimeError) -> PeerClosedError:
         reason = str(error).splitlines()[0]
         return PeerClosedError(f"rank {self.rank} of {self.size} has lost another one: {reason}")
+
+
+def _make_device() -> Any:
+    try:
+        return _gloo.ProcessGroupGloo.create_device(hostname=_LOOPBACK)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceUnavailableError(
+            f"ranks on CPUs talk over the loopback interface, and {_LOOPBACK} cannot be used: {reason}"
+        ) from error
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:

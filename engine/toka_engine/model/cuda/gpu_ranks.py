@@ -33,7 +33,10 @@ class GpuRanks:
     """A ranks.Ranks of processes, each with its own GPU as the current device."""
 
     def __init__(self, meeting: Path, rank: int, size: int) -> None:
-        """Meet the other ranks by the file `meeting`, which no earlier start has used. Raises PeerClosedError."""
+        """Meet the other ranks by the file `meeting`, which no earlier start has used.
+
+        Raises PeerClosedError, StorageError.
+        """
         self.rank, self.size = rank, size
         self._rendezvous = Rendezvous(meeting, rank, size)
         self.agree_min(0)

@@ -9,11 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
-
 from toka_engine.errors import PeerClosedError
+from toka_engine.model.meeting import open_meeting
 
-_distributed: Any = torch.distributed
 _TIMEOUT = timedelta(minutes=10)
 """Ranks load their weights at their own speed, and compile kernels that an image lacks."""
 
@@ -22,9 +20,9 @@ class Rendezvous:
     """One rank's end. All ranks call the same methods in the same order."""
 
     def __init__(self, meeting: Path, rank: int, size: int) -> None:
-        """Use the file `meeting`, which no earlier start has used."""
+        """Use the file `meeting`, which no earlier start has used. Raises StorageError."""
         self.rank, self.size = rank, size
-        self.store = _distributed.FileStore(str(meeting), size)
+        self.store: Any = open_meeting(meeting, rank, size)
         self.store.set_timeout(_TIMEOUT)
         self._turn = 0
 
