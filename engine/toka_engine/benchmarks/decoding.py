@@ -218,11 +218,10 @@ def _append_alone(attention: Any) -> Callable[..., None]:
         k: torch.Tensor,
         v: torch.Tensor,
         cos_sin: torch.Tensor,
-        cache: torch.Tensor,
+        cache: Any,
         out: torch.Tensor,
     ) -> None:
-        keys, values = attention._by_token(cache)
-        rope_append(q, k, v, cos_sin, step.slots, step.positions, attention.table, keys, values, out)
+        rope_append(q, k, v, cos_sin, step.slots, step.positions, attention.table, cache.keys, cache.values, out)
         out.zero_()
 
     return attend_decode

@@ -44,6 +44,20 @@ class GraphGroups:
     words: NDArray[np.int32]  # [GRAPH_GROUP_WORDS]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """Views of one layer's KV cache, made once: a step of many launches has no time for it."""
+
+    pages: torch.Tensor  # [2, pages, ...], in the cache's layout
+    keys: torch.Tensor  # [pages, page_size, num_kv_heads, head_dim]
+    values: torch.Tensor  # like keys
+
+    @classmethod
+    def of(cls, pages: torch.Tensor, layout: int) -> CacheLayer:
+        """Views of `pages`, in this layout."""
+        return cls(pages, *(pages.transpose(2, 3) if layout == HND else pages))
+
+
 @dataclass(slots=True)
 class _Plan:
     """The step's inputs to `forward`, on the device."""
@@ -55,6 +69,11 @@ class _Plan:
     levels: list[torch.Tensor] = field(default_factory=list)
     """Packed groups by level, the outermost first; see pack_groups."""
     prefill: list[Chunks] = field(default_factory=list)
+    prompt_slots: torch.Tensor = field(init=False)
+    prompt_positions: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_slots, self.prompt_positions = self.slots[self.num_decode :], self.positions[self.num_decode :]
 
 
 class CudaAttention:
@@ -93,6 +112,7 @@ class CudaAttention:
         self.cache = torch.zeros(
             (shape.num_layers, 2, num_pages + 1, *page, shape.head_dim), dtype=shape.stored_dtype, device=shape.device
         )
+        self._layers = [CacheLayer.of(pages, self._layout) for pages in self.cache]
         self.table = torch.zeros((max_seqs + 1, max_pages_per_seq), dtype=torch.int32, device=shape.device)
         self.table[max_seqs] = num_pages
         self.page_tokens = torch.zeros((num_pages + 1, page_size), dtype=torch.int32, device=shape.device)
@@ -108,6 +128,7 @@ class CudaAttention:
     def release(self) -> None:
         """Free the cache, so that `allocate` can make another one."""
         self._step = None
+        self._layers = []
         self.cache = self.page_tokens = self.table = torch.empty(0)
 
     def append_pages(self, slots: NDArray[np.int32], columns: NDArray[np.int32], pages: NDArray[np.int32]) -> None:
@@ -201,22 +222,17 @@ class CudaAttention:
         """Do what `forward` does, into the caller's memory."""
         step = self._step
         assert step is not None
-        cache, count = self.cache[layer], step.num_decode
+        cache, count = self._layers[layer], step.num_decode
         if count:
             self._attend_decode(step, q[:count], k[:count], v[:count], cos_sin, cache, out[:count])
         if step.prefill:
-            rotated = torch.empty(q[count:].shape, dtype=q.dtype, device=q.device)
-            keys, values = self._by_token(cache)
+            q = q[count:]
+            rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             rope_append(
-                q[count:], k[count:], v[count:], cos_sin, step.slots[count:], step.positions[count:], self.table,
-                keys, values, rotated,
+                q, k[count:], v[count:], cos_sin, step.prompt_slots, step.prompt_positions, self.table, cache.keys,
+                cache.values, rotated,
             )  # fmt: skip
-            self._chunks.run(self._kernels, step.prefill, rotated, cache, out[count:])
-
-    def _by_token(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """View a layer's cache as keys and values [pages, page_size, num_kv_heads, head_dim]."""
-        keys, values = cache.transpose(2, 3) if self._layout == HND else cache
-        return keys, values
+            self._chunks.run(self._kernels, step.prefill, rotated, cache.pages, out[count:])
 
     def _attend_decode(
         self,
@@ -225,14 +241,14 @@ class CudaAttention:
         k: torch.Tensor,  # [d, num_kv_heads, head_dim]
         v: torch.Tensor,  # [d, num_kv_heads, head_dim]
         cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
-        cache: torch.Tensor,  # of one layer
+        cache: CacheLayer,
         out: torch.Tensor,  # [d, num_heads, head_dim], written
     ) -> None:
         part = None
         if step.levels and step.suffix_starts is not None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
             part = SuffixPart(step.suffix_starts, lse, torch.empty(q.shape, dtype=q.dtype, device=q.device))
-        keys, values = self._by_token(cache)
+        keys, values = cache.keys, cache.values
         attend_decode(
             q, k, v, cos_sin, step.slots, step.positions, self.table, keys, values, out, self._decode_work,
             self.shape.scale, part,
