@@ -339,7 +339,8 @@ def merge_infos(infos: Sequence[EngineInfo]) -> EngineInfo:
 
 
 def _reason(message: Failing) -> str:
-    return f"{message.process}: {message.reason}"
+    names_it = message.reason.startswith((f"{message.process} ", f"{message.process}:"))
+    return message.reason if names_it else f"{message.process}: {message.reason}"
 
 
 def _allow_connections(wanted: int) -> None:

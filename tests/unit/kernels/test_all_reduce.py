@@ -63,6 +63,30 @@ def test_all_ranks_have_the_same_sum_and_norm_over_turns_of_different_sizes(devi
             assert torch.equal(out, outs[0])
 
 
+def make_parts_whose_order_matters(num_ranks: int, rows: int, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts [ranks, rows, width] that cancel out, and their sum in rank order in float32, rounded once."""
+    values = torch.tensor([2.0**40, -(2.0**40), 1.0, 0.5])  # every sum of three is one of bfloat16
+    chosen = torch.randint(0, 4, (num_ranks, rows, WIDTH), generator=generator, device=generator.device)
+    parts = values.to(chosen.device)[chosen]
+    sums = [torch.zeros_like(parts[0]) for _ in range(2)]
+    for index in range(num_ranks):
+        sums[0] += parts[index]
+        sums[1] += parts[num_ranks - 1 - index]
+    assert not torch.equal(*sums)
+    return parts.to(BF16), sums[0].to(BF16)
+
+
+def test_parts_are_added_in_the_order_of_ranks_on_every_rank(device, generator) -> None:
+    """One that began with its own part would have other bits than its peers, and other tokens in the end."""
+    num_ranks = 3
+    ranks = make_ranks(device, num_ranks)
+    weight = torch.ones(WIDTH, device=device).to(BF16)
+    parts, expected = make_parts_whose_order_matters(num_ranks, 3, generator)
+    residuals = [torch.zeros(3, WIDTH, device=device).to(BF16) for _ in ranks]
+    reduce_on_all(ranks, parts, residuals, weight, 1e-5, [2, 0, 1])
+    assert [torch.equal(residual, expected) for residual in residuals] == [True] * num_ranks
+
+
 def test_a_negative_zero_in_a_partial_is_data_and_not_an_empty_inbox(device, generator) -> None:
     ranks = make_ranks(device, 2)
     weight = torch.ones(WIDTH, device=device).to(BF16)

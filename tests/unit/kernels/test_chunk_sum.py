@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.marks import rest_is_slow
-from tests.unit.kernels.test_all_reduce import make_ranks, reduce_on_all
+from tests.unit.kernels.test_all_reduce import make_parts_whose_order_matters, make_ranks, reduce_on_all
 from tests.unit.kernels.test_layer_kernels import reference_norm, relative_error
 
 BF16 = torch.bfloat16
@@ -67,6 +67,21 @@ def test_chunks_have_the_bits_of_the_all_reduce_of_all_rows(device, generator, n
             assert torch.equal(residual, residuals[rank])
             assert relative_error(out, outs[rank]) < 1e-2
             assert relative_error(out, reference_norm(residual, weight, 1e-5)) < 1e-2
+
+
+def test_parts_are_added_in_the_order_of_ranks_on_every_rank(device, generator) -> None:
+    from toka_engine.model.kernels.chunk_sum import sum_add_rms_norm
+
+    num_ranks, rows = 3, 2
+    simulated = SimulatedRanks(device, num_ranks)
+    weight = torch.ones(WIDTH, device=device).to(BF16)
+    parts, expected = make_parts_whose_order_matters(num_ranks, rows, generator)
+    for source in range(num_ranks):
+        simulated.put(parts[source], source, 1, 0)
+    for rank in range(num_ranks):
+        residual = torch.zeros(rows, WIDTH, device=device).to(BF16)
+        sum_add_rms_norm(parts[rank], residual, weight, 1e-5, simulated.boxes[rank], 1, 0, torch.empty_like(residual))
+        assert torch.equal(residual, expected)
 
 
 def test_no_two_rows_that_are_under_way_share_memory_with_each_other_or_with_a_flag() -> None:

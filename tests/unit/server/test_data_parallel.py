@@ -15,6 +15,7 @@ from toka_engine.control_messages import (
     ChildReady,
     Drain,
     Drained,
+    Failing,
     Progress,
     RankInfo,
     RankReport,
@@ -213,6 +214,23 @@ def test_without_a_minimum_the_loss_of_one_replica_fails_the_engine(
         assert b'"code":"unavailable"' in kept.read()
         assert server.request("GET", "/readyz")[0] == 503
         assert ask(server)[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("model_tp1 was ended by SIGKILL", "failing: model_tp1 was ended by SIGKILL."),
+        ("the ranks disagree on a step", "failing: model_tp1: the ranks disagree on a step."),
+    ],
+)
+def test_a_failure_names_the_rank_once(tokenizer_dir: Path, reason: str, words: str) -> None:
+    with running_server(tokenizer_dir) as server:
+        server.control.send(Failing("model_tp1", reason))
+        while server.request("GET", "/readyz")[0] == 200:
+            assert server.process.poll() is None
+        status, answer = ask(server)
+        assert status == 503
+        assert answer["error"]["message"].endswith(words)
 
 
 def test_the_server_is_ready_when_all_managers_are(tokenizer_dir: Path) -> None:
