@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from tests.api.reference import NUM_TOKENS, PROMPTS, find_model, greedy_answers
+from tests.api.reference import PROMPTS, find_model, greedy_answers
 from tests.conftest import NUM_THREADS
 from tests.engine_process import EngineProcess
 from tests.model.conftest import TINY
@@ -41,18 +41,11 @@ def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(model_dir: Path) -> list[str]:
-    """The text of transformers after each of PROMPTS, as the API would write it."""
-    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_answers(model_dir, PROMPTS)]
-
-
-@pytest.fixture(scope="session")
-def expected_half(model_dir: Path) -> list[str]:
-    """The text of the first half of those tokens: two pages, for tests that each take an engine or many requests."""
+def expected(model_dir: Path) -> Callable[[int], list[str]]:
+    """expected(num_tokens): so many tokens of transformers after each of PROMPTS, as text that the API would write."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     answers = greedy_answers(model_dir, PROMPTS)
-    return [tokenizer.decode(ids[: NUM_TOKENS // 2], skip_special_tokens=True) for ids in answers]
+    return lambda num_tokens: [tokenizer.decode(ids[:num_tokens], skip_special_tokens=True) for ids in answers]
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from pathlib import Path
 from toka_engine.builtin import cache_dir, ensure_builtin
 
 NUM_TOKENS = 64
+ONE_PAGE = 16
+"""Tokens with which each answer goes on in another page: for tests that take many steps otherwise."""
 
 _SHARED = (
     "You are the keeper of a lighthouse on a small island in the north. Every evening you climb the two hundred and "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import openai
 import psutil
 import pytest
 
+from tests.api.asking import complete_at_once
 from tests.api.conftest import client_of, running_engine
-from tests.api.reference import PROMPTS
+from tests.api.reference import ONE_PAGE, PROMPTS
 from tests.engine_process import EngineProcess
 
 PAGE = 16
@@ -55,16 +55,10 @@ def test_the_processes_are_named_by_replica_and_one_port_listens(pair: EnginePro
 
 
 def test_greedy_answers_are_those_of_the_reference_whichever_replica_gives_them(
-    pair: EngineProcess, pair_client: openai.OpenAI, expected: list[str]
+    pair: EngineProcess, expected: Callable[[int], list[str]]
 ) -> None:
-    def ask(prompt: str) -> str:
-        answer = pair_client.completions.create(model="m", prompt=prompt, max_tokens=24, temperature=0)
-        return answer.choices[0].text
-
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        for _ in range(2):
-            texts = list(pool.map(ask, PROMPTS))
-            assert all(whole.startswith(text) for text, whole in zip(texts, expected, strict=True))
+    for _ in range(2):
+        assert complete_at_once(pair, ONE_PAGE) == expected(ONE_PAGE)
     assert all(prompts_of_each(pair))
 
 

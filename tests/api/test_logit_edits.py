@@ -46,15 +46,15 @@ def test_a_bias_brings_a_token_in_and_keeps_one_out(client: openai.OpenAI, token
 def test_a_bad_word_of_several_tokens_is_not_said_and_its_parts_are(
     client: openai.OpenAI, tokenizer: Tokenizer
 ) -> None:
-    plain = complete(client, max_tokens=24)
+    plain = complete(client, max_tokens=16)
     ids = ids_of(plain)
     for begin, length in ((0, 2), (3, 4), (9, 3)):
         word = tokenizer.decode(ids[begin : begin + length])
         assert tokenizer.encode(word).ids == ids[begin : begin + length]
-        choice = complete(client, max_tokens=24, extra_body={"bad_words": [word]})
+        choice = complete(client, max_tokens=16, extra_body={"bad_words": [word]})
         assert word not in choice.text
         assert ids_of(choice)[: begin + length - 1] == ids[: begin + length - 1], "its beginning alone is no word"
-        drawn = complete(client, max_tokens=24, n=4, temperature=0.7, seed=begin, extra_body={"bad_words": [word]})
+        drawn = complete(client, max_tokens=16, n=4, temperature=0.7, seed=begin, extra_body={"bad_words": [word]})
         assert word not in drawn.text
 
 

@@ -28,7 +28,7 @@ def default_engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
             def ask(number: int) -> None:
                 client.completions.create(model="m", prompt=f"{number} is a number. " * 20, n=2, max_tokens=16)
 
-            list(pool.map(ask, range(48)))
+            list(pool.map(ask, range(16)))
         yield engine
 
 
