@@ -15,17 +15,28 @@ from toka_engine.errors import ConfigError
 from toka_engine.model.cpu import backend
 from toka_engine.model.torch_compile import compiled_model
 from toka_engine.model.torch_compile.compiled_model import CompiledModel
+from toka_engine.model.torch_compile.inductor_cache import CACHE_VARIABLE, choose_compile_cache
 from toka_engine.slot_parameters import SlotBatch
 from tokenizers import Tokenizer
 from torch._dynamo import mark_dynamic
 from torch._dynamo.callback import callback_handler
 
+from tests.marks import rest_is_slow
 from tests.model.driving import Driver, ints, load
 from tests.model.test_logits import IDS, VARIANTS, check_parity, decode_logits, prefill_logits, reference_logits
 
 COMPILED = {"torch_compile": True}
 FIRST_OF_FAMILY = {family: name for name, (family, _) in reversed(VARIANTS.items())}
 BIASES = "both biases"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keep_what_is_compiled() -> Iterator[None]:
+    """The C++ compiler takes a minute for all of it, so it is kept where an engine keeps its own, from run to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(CACHE_VARIABLE, raising=False)  # inductor has set it when it was imported
+        choose_compile_cache()
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +164,7 @@ def test_a_row_of_a_compiled_model_has_the_same_bits_alone_and_among_others(
     assert torch.equal(driver.logits[0], crowd[7])
 
 
-@pytest.mark.parametrize("name", [BIASES, FIRST_OF_FAMILY["Qwen3"]])
+@pytest.mark.parametrize("name", rest_is_slow([BIASES], [BIASES, FIRST_OF_FAMILY["Qwen3"]]))
 def test_what_is_compiled_on_a_gpu_gives_the_reference_logits_on_a_cpu_and_compiles_nothing_later(
     name: str,
     drive_tiny: Callable[..., tuple[Any, Driver]],
