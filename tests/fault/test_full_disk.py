@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from toka_engine.control_messages import ChildReady, Progress
@@ -97,3 +98,23 @@ def test_a_full_disk_refuses_what_it_cannot_note_and_lets_go_of_files(
         assert client.files.delete(large.id).deleted
         assert wait_until(client, batch.id, "completed").errors is None
         assert [file.id for file in client.files.list(purpose="user_data")] == []
+
+
+def test_an_upload_that_fills_the_disk_is_refused_and_leaves_its_room(small_disk: Path, tokenizer_dir: Path) -> None:
+    """An upload in chunks does not say beforehand how large it will be."""
+
+    def parts() -> Iterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nuser_data\r\n'
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(4):
+            yield b"x" * 1024 * 1024
+        yield b"\r\n--b--\r\n"
+
+    with running_server(tokenizer_dir, data_dir=str(small_disk), min_free_disk_bytes=0) as server:
+        wait_open(server)
+        kind = {"content-type": "multipart/form-data; boundary=b"}
+        answer = httpx.post(f"{server.url}/v1/files", content=parts(), headers=kind, timeout=WAIT_S)
+        assert answer.status_code == 507
+        assert answer.json()["error"]["code"] == "insufficient_storage"
+        assert list((small_disk / "files").iterdir()) == []
+        assert client_of(server).files.create(file=b"x" * 1024 * 1024, purpose="user_data").bytes == 1024 * 1024

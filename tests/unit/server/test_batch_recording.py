@@ -15,13 +15,17 @@ from toka_engine.server.batches.folder import Folder
 from toka_engine.server.batches.recording import Recorder
 from toka_engine.server.batches.records import (
     Batch,
+    BatchUsage,
+    CachedTokens,
     FileObject,
+    ReasoningTokens,
     RequestCounts,
     StoredBatch,
     new_batch_id,
     new_file_id,
 )
-from toka_engine.server.batches.results import DoneLines, LineResult
+from toka_engine.server.batches.results import DoneLines, LineResult, add_usage
+from toka_engine.server.request import CompletionTokensDetails, PromptTokensDetails, Usage
 
 NUM_LINES = 20
 LARGE = b'{"large": "%s"}\n' % (b"x" * 8_000_000)
@@ -136,3 +140,21 @@ async def test_a_batch_that_is_cancelled_while_its_end_is_stored_stays_over(stor
     assert recorder.stored.batch.status == "completed"
     assert (await store.read()).batch.status == "completed"
     assert await store.database.run(Database.list_unfinished) == []
+
+
+def test_the_usage_of_a_batch_is_the_sum_of_its_lines_with_cached_and_reasoning_tokens() -> None:
+    def answered(cached: int, **more: CompletionTokensDetails) -> LineResult:
+        usage = Usage(10, 4, 14, PromptTokensDetails(cached), **more)
+        return LineResult(number=0, is_success=True, data=b"", usage=usage)
+
+    lines = [answered(6), answered(2, completion_tokens_details=CompletionTokensDetails(3))]
+    refused = LineResult(number=1, is_success=False, data=b"")
+    once = add_usage(BatchUsage(), [*lines, refused])
+    assert once == BatchUsage(
+        input_tokens=20,
+        output_tokens=8,
+        total_tokens=28,
+        input_tokens_details=CachedTokens(8),
+        output_tokens_details=ReasoningTokens(3),
+    )
+    assert add_usage(once, lines).input_tokens_details.cached_tokens == 16

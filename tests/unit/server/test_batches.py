@@ -197,9 +197,14 @@ def test_an_upload_may_take_longer_than_a_request_while_it_makes_progress(shared
 
 
 def test_without_a_folder_the_answer_names_the_key(server: RunningServer) -> None:
-    for method, path in (("GET", "/v1/files"), ("GET", "/v1/batches"), ("GET", "/v1/batches/batch_1")):
-        status, _, body = server.request(method, path)
-        assert status == 501
+    for method, path in (
+        *(("GET", path) for path in ("/v1/files", "/v1/files/file-1", "/v1/files/file-1/content", "/v1/batches")),
+        *(("POST", path) for path in ("/v1/files", "/v1/batches", "/v1/batches/batch_1/cancel")),
+        ("GET", "/v1/batches/batch_1"),
+        ("DELETE", "/v1/files/file-1"),
+    ):
+        status, _, body = server.request(method, path, b"{}" if method == "POST" else None)
+        assert status == 501, (method, path)
         assert "data_dir" in json.loads(body)["error"]["message"]
 
 
@@ -265,6 +270,16 @@ def test_what_is_wrong_with_a_batch_or_upload_is_named(start: Callable[..., Runn
         (b"--b\r\ncontent-disposition: form-data; name=x\r\n\r\n1\r\n--b--\r\n", "multipart/form-data; boundary=b"),
         (b"{}", "application/json"),
         (b"x", "multipart/form-data"),
+        (b"--b\r\nx: " + b"y" * 1_000_000, "multipart/form-data; boundary=b"),
+        (b"--b\r\n" + b"x: y\r\n" * 100_000, "multipart/form-data; boundary=b"),
+        (
+            b"--b\r\ncontent-disposition: form-data; name=file; filename=a\r\n\r\n1\r\n" * 2,
+            "multipart/form-data; boundary=b",
+        ),
+        (
+            b"--b\r\ncontent-disposition: form-data; name=purpose\r\n\r\n" + b"x" * 300,
+            "multipart/form-data; boundary=b",
+        ),
     ],
 )
 def test_a_broken_upload_is_a_4xx_and_leaves_nothing(shared: RunningServer, body: bytes, kind: str) -> None:

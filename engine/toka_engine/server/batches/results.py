@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from toka_engine.server.batches.records import BatchUsage
+from toka_engine.server.batches.records import BatchUsage, CachedTokens, ReasoningTokens
+from toka_engine.server.request import Usage
 
 
 class LineResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,8 +17,8 @@ class LineResult(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     is_success: bool
     data: bytes
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    usage: Usage | None = None
+    """The tokens that it took; None for a line that was refused or not run."""
 
 
 class ResultFile:
@@ -72,10 +73,21 @@ class DoneLines:
         return bytes(self._bits)
 
 
-def add_usage(usage: BatchUsage, results: list[LineResult]) -> BatchUsage:
-    """Return `usage` with the tokens of `results`."""
-    num_input = usage.input_tokens + sum(result.prompt_tokens for result in results)
-    num_output = usage.output_tokens + sum(result.completion_tokens for result in results)
-    return msgspec.structs.replace(
-        usage, input_tokens=num_input, output_tokens=num_output, total_tokens=num_input + num_output
+def add_usage(sums: BatchUsage, results: list[LineResult]) -> BatchUsage:
+    """Return `sums` with the tokens of `results`."""
+    usages = [result.usage for result in results if result.usage is not None]
+    num_input = sums.input_tokens + sum(usage.prompt_tokens for usage in usages)
+    num_output = sums.output_tokens + sum(usage.completion_tokens for usage in usages)
+    num_cached = sum(usage.prompt_tokens_details.cached_tokens for usage in usages)
+    num_reasoning = sum(
+        details.reasoning_tokens
+        for usage in usages
+        if (details := usage.completion_tokens_details) is not msgspec.UNSET
+    )
+    return BatchUsage(
+        input_tokens=num_input,
+        output_tokens=num_output,
+        total_tokens=num_input + num_output,
+        input_tokens_details=CachedTokens(sums.input_tokens_details.cached_tokens + num_cached),
+        output_tokens_details=ReasoningTokens(sums.output_tokens_details.reasoning_tokens + num_reasoning),
     )

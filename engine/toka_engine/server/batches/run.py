@@ -195,7 +195,6 @@ class BatchRun:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
-        usage = exchange.usage
         answer = {
             "status_code": exchange.status,
             "request_id": exchange.request_id.decode(),
@@ -205,8 +204,7 @@ class BatchRun:
             number=line.number,
             is_success=exchange.status == 200,
             data=_result_line(request.custom_id, answer, None),
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
+            usage=exchange.usage,
         )
         await self._recorder.add(result)
 

@@ -162,7 +162,7 @@ async def list_batches(batches: Batches, owner: str) -> tuple[list[BatchRow], st
         stored = await batches.opened().database.run(Database.list_batches, owner, after=None, limit=_MAX_BATCHES)
     except ApiError as error:
         return [], error.message
-    except sqlite3.Error as error:  # the rest of the page is what helps then
+    except (OSError, sqlite3.Error) as error:  # the rest of the page is what helps then
         return [], f"The batches cannot be read: {error}."
     runs = [batches.find_run(owner, one.batch.id) for one in stored]
     newest = [run.stored.batch if run else one.batch for run, one in zip(runs, stored, strict=True)]
