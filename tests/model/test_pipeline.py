@@ -208,6 +208,12 @@ def test_stages_gather_what_each_of_them_gives_in_order(num_stages: int) -> None
     assert run_stages(num_stages, 1, work) == [[expected]] * num_stages
 
 
+@pytest.mark.parametrize("values", [(5, 7, 9), (7, 5, 9), (9, 7, 5)])
+def test_stages_agree_on_the_smallest_value_whichever_of_them_has_it(values: tuple[int, ...]) -> None:
+    found = run_stages(3, 1, lambda ranks, links: links.agree_min(values[links.rank.pp_rank]))
+    assert found == [[5], [5], [5]]
+
+
 def test_a_stage_notices_that_a_neighbour_is_gone() -> None:
     for gone, left in ((0, 1), (1, 0)):
         links = list(link_stages(2).values())

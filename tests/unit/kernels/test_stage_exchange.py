@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -97,6 +99,53 @@ def test_rows_pass_all_stages_in_order_whichever_stage_is_ahead(device, generato
     while done[-1] < num_steps:
         run_step(chance.choice([stage for stage in range(num_stages) if can_go(stage)]))
     assert int(stages.tokens[4]) == -1, "no other slot is written"
+
+
+def launch_beside(device: torch.device, launch: Callable[[], None]) -> Callable[[], bool]:
+    """Launch a kernel that waits; the result tells whether it has ended."""
+    if device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            launch()
+            event = torch.cuda.Event()
+            event.record()
+        return event.query
+    thread = threading.Thread(target=launch, daemon=True)
+    thread.start()
+    return lambda: not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_begun", "after", "flag", "needed"),
+    [
+        (1, 0, 0, "ROWS", 1),
+        (1, 3, 0, "ROWS", 4),
+        (0, 2, 0, "PLACES", 1),
+        (0, 4, 0, "PLACES", 3),
+        (0, 0, 5, "TOKENS", 5),
+    ],
+)
+def test_a_step_begins_when_what_it_waits_for_is_there_and_no_sooner(
+    device, stage: int, num_begun: int, after: int, flag: str, needed: int
+) -> None:
+    """Rows of the stage before, a place in the stage behind, of which there are two, or tokens of the last one."""
+    from toka_engine.model.kernels import stage_exchange
+
+    stages = make_stages(device, 2, 2)
+    ports, at = stages.ports[stage], getattr(stage_exchange, f"{flag}_FLAG")
+    ports.state[1] = num_begun
+    has_ended = launch_beside(device, lambda: stage_exchange.begin_step(ports, 9, after))
+    try:
+        for value in range(needed):
+            stages.flags[stage, at] = value
+            threading.Event().wait(0.05)
+            assert not has_ended(), f"it began at {value}"
+    finally:
+        stages.flags[stage, at] = needed
+    while not has_ended():
+        threading.Event().wait(0.001)
+    assert ports.state.tolist() == [1, num_begun + 1, 9]
+    given_back = stages.flags[0, stage_exchange.PLACES_FLAG] if stage else num_begun
+    assert int(given_back) == num_begun, "the place of the step before is free, that of this one is not"
 
 
 def test_a_step_with_more_tokens_than_a_program_has_threads_sends_them_all(device) -> None:

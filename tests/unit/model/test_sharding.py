@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from toka_engine.errors import ConfigError
 from toka_engine.model.sharding import VOCABULARY_MULTIPLE, Shard, Sharding
@@ -23,6 +23,8 @@ def test_equal_parts_cover_the_whole_in_rank_order(size: int, part: int) -> None
 
 
 @given(size=SIZES, kv_heads=st.integers(1, 16), group=st.integers(1, 16))
+@example(size=4, kv_heads=2, group=4)
+@example(size=8, kv_heads=2, group=8)
 def test_each_query_head_is_on_one_rank_together_with_its_kv_head(size: int, kv_heads: int, group: int) -> None:
     heads = kv_heads * group
     if heads % size or (kv_heads % size and size % kv_heads):
