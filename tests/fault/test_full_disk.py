@@ -118,3 +118,30 @@ def test_an_upload_that_fills_the_disk_is_refused_and_leaves_its_room(small_disk
         assert answer.json()["error"]["code"] == "insufficient_storage"
         assert list((small_disk / "files").iterdir()) == []
         assert client_of(server).files.create(file=b"x" * 1024 * 1024, purpose="user_data").bytes == 1024 * 1024
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_start_on_a_full_disk_waits_for_room_where_it_needs_any(
+    small_disk: Path, tokenizer_dir: Path, sentence_ids: list[int], is_new: bool
+) -> None:
+    answer = partial(speak, ids=sentence_ids)
+    settings: dict[str, Any] = {"answer": answer, "data_dir": str(small_disk), "min_free_disk_bytes": 0}
+    ids: list[str] = []
+    if not is_new:
+        with running_server(tokenizer_dir, **settings) as server:
+            wait_open(server)
+            ids.append(client_of(server).files.create(file=b"x" * 65536, purpose="user_data").id)
+            server.drain()
+            server.process.wait(WAIT_S)
+    filler = fill(small_disk, 0)
+    with running_server(tokenizer_dir, **settings) as server:
+        if is_new:
+            deadline = time.monotonic() + WAIT_S
+            while b"is full" not in (answered := server.request("GET", "/v1/files"))[2]:
+                assert time.monotonic() < deadline, answered
+            assert answered[0] == 503
+            filler.unlink()
+        wait_open(server)
+        assert [file.id for file in client_of(server).files.list()] == ids
+        for stored in ids:
+            assert client_of(server).files.delete(stored).deleted

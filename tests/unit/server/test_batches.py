@@ -429,6 +429,18 @@ def test_lines_are_neither_lost_nor_repeated_however_often_the_server_is_killed(
 
 
 @pytest.mark.slow
+def test_a_batch_that_was_checked_goes_on_with_a_lower_limit_of_bodies(start: Callable[..., RunningServer]) -> None:
+    first = start(speaks=False)
+    batch = start_batch(client_of(first), [line_of(str(number), user="x" * 2000) for number in range(3)])
+    first.manager.wait_for(lambda: len(first.manager.submits) == 3)
+    first.process.kill()
+    first.process.wait()
+    client = client_of(start(max_body_bytes=1000))
+    batch = wait_until(client, batch.id, "completed")
+    assert results_of(client, batch.output_file_id).keys() == {"0", "1", "2"}
+
+
+@pytest.mark.slow
 def test_a_damaged_database_is_told_and_completions_go_on(
     start: Callable[..., RunningServer], tmp_path: Path, tokenizer_dir: Path, sentence_ids: list[int]
 ) -> None:

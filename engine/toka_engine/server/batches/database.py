@@ -7,9 +7,10 @@ locked by this connection for as long as the process lives.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,13 @@ class Database:
     def __init__(self, path: Path) -> None:
         """Open `path`, or make it. Raises sqlite3.DatabaseError where it is damaged or of a later version."""
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
         execute = self._connection.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")
         execute("PRAGMA journal_mode = WAL")
@@ -58,7 +66,8 @@ class Database:
         (version,) = execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise sqlite3.DatabaseError(f"it was written by a later version of the engine (schema {version})")
-        self._connection.executescript(_SCHEMA)
+        if version < _VERSION:  # a start on a full disk writes nothing else
+            self._connection.executescript(_SCHEMA)
 
     def close(self) -> None:
         self._connection.close()
@@ -181,10 +190,15 @@ class DatabaseThread:
 
     @classmethod
     async def open(cls, path: Path) -> DatabaseThread:
-        """Return the open database. Raises sqlite3.DatabaseError."""
+        """Return the open database. Raises sqlite3.DatabaseError, and an OSError with ENOSPC where the disk is full."""
         executor = ThreadPoolExecutor(1, "database")
         loop = asyncio.get_running_loop()
-        return cls(await loop.run_in_executor(executor, Database, path), executor)
+        try:
+            with _full_disk_as_os_error():
+                return cls(await loop.run_in_executor(executor, Database, path), executor)
+        except BaseException:
+            executor.shutdown(wait=False)
+            raise
 
     async def run(self, method: Callable[Concatenate[Database, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `method` of the database, as `run(Database.find_file, owner, file_id)`.
@@ -193,13 +207,20 @@ class DatabaseThread:
         know whether the call has been made.
         """
         loop = asyncio.get_running_loop()
-        try:
+        with _full_disk_as_os_error():
             return await loop.run_in_executor(self._executor, partial(method, self._database, *args, **kwargs))
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                raise
-            raise OSError(errno.ENOSPC, str(error)) from error
 
     async def close(self) -> None:
         await self.run(Database.close)
         self._executor.shutdown()
+
+
+@contextlib.contextmanager
+def _full_disk_as_os_error() -> Iterator[None]:
+    """Raise what SQLite says of a full disk as files do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise OSError(errno.ENOSPC, str(error)) from error

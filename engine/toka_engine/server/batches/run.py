@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
@@ -174,7 +175,7 @@ class BatchRun:
 
     async def _undone_lines(self) -> AsyncIterator[Numbered]:
         path = self._parts.folder.path_of(self.stored.batch.input_file_id)
-        blocks = read_blocks(path, self._parts.config.max_body_bytes)
+        blocks = read_blocks(path, sys.maxsize)  # checked, perhaps by an engine whose `max_body_bytes` was larger
         while block := await asyncio.to_thread(next, blocks, None):
             for line in block:
                 if line.number not in self._recorder.done:

@@ -26,7 +26,7 @@ from toka_engine.server.metrics import Metrics
 
 logger = logging.getLogger("toka.server.batches")
 
-_LOCK_RETRY_S = 2.0
+_OPEN_RETRY_S = 2.0
 _SWEEP_S = 60.0
 _MAX_WINDOW = 1024
 
@@ -100,13 +100,30 @@ class Batches:
         while (folder := await asyncio.to_thread(Folder.take, root)) is None:
             self._reason = "Another engine has the folder of `data_dir`."
             logger.warning("event=data_dir_taken path=%s", root)
-            await self._wait_for_drain(_LOCK_RETRY_S)
+            await self._wait_for_drain(_OPEN_RETRY_S)
             if self._draining.is_set():
                 return
+        while not self._draining.is_set():
+            try:
+                await self._read(folder)
+                return
+            except OSError as error:
+                if not is_full(error):
+                    raise
+            self._reason = "The disk of `data_dir` is full."
+            logger.error("event=data_dir_full path=%s", root)
+            await self._wait_for_drain(_OPEN_RETRY_S)
+
+    async def _read(self, folder: Folder) -> None:
+        """Open the database and go on with what is not over. Raises OSError and sqlite3.Error."""
         await asyncio.to_thread(folder.check_database)
         database = await DatabaseThread.open(folder.database)
-        num_strays = await asyncio.to_thread(folder.sweep, await database.run(Database.list_file_ids))
-        unfinished = await database.run(Database.list_unfinished)
+        try:
+            num_strays = await asyncio.to_thread(folder.sweep, await database.run(Database.list_file_ids))
+            unfinished = await database.run(Database.list_unfinished)
+        except BaseException:
+            await database.close()
+            raise
         logger.info("event=data_dir_open unfinished_batches=%d stray_files=%d", len(unfinished), num_strays)
         self._opened = Opened(folder, database)
         for stored in unfinished:
