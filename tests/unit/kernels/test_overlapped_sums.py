@@ -106,7 +106,9 @@ class Ranks:
 def test_every_rank_has_the_sum_of_all_whichever_copies_are_late(
     num_ranks: int, device: torch.device, generator: torch.Generator
 ) -> None:
-    """A rank that has a sum begins the next one although others still wait for the copies of this one."""
+    """A rank that has a sum begins the next one although others still wait for the copies of this one. The memory of
+    its parts is given away then.
+    """
     chance = random.Random(5)
     ranks, weight = Ranks(num_ranks, chance, device), torch.ones(WIDTH, device=device).to(BF16)
     matrices = torch.randn(num_ranks, WIDTH, 16, generator=generator, device=device).to(BF16)
@@ -114,15 +116,22 @@ def test_every_rank_has_the_sum_of_all_whichever_copies_are_late(
     inputs = [torch.randn(num_ranks, rows, 16, generator=generator, device=device).to(BF16) for rows in sizes]
     residuals = [[torch.zeros(rows, WIDTH, device=device).to(BF16) for _ in range(num_ranks)] for rows in sizes]
     begun: list[list[Any]] = [[] for _ in range(num_ranks)]
+    made: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
 
     def begin(rank: int, turn: int) -> None:
-        begun[rank].append(ranks.sums[rank].begin(inputs[turn][rank], lambda x: x @ matrices[rank].T))
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            made[rank].append(x @ matrices[rank].T)
+            return made[rank][-1]
+
+        begun[rank].append(ranks.sums[rank].begin(inputs[turn][rank], multiply))
 
     for rank in range(num_ranks):
         begin(rank, 0)
     for turn in range(len(sizes)):
         for rank in chance.sample(range(num_ranks), num_ranks):
             begun[rank][turn].add_rms_norm(residuals[turn][rank], weight, 1e-5)
+            while made[rank]:
+                made[rank].pop().fill_(float("nan"))
             if turn + 1 < len(sizes):
                 begin(rank, turn + 1)
         parts = [(x @ matrix.T).double() for x, matrix in zip(inputs[turn], matrices, strict=True)]

@@ -141,6 +141,8 @@ def test_a_complete_rollout_is_ready() -> None:
     assert status_of(valid(replicas=2, parallelism={"data": 4}), seen(plan_for(spec), pods))["gpus"] == 8
     parallelism = {"tensor": 2, "pipeline": 2, "data": 2}
     assert status_of(valid(replicas=2, parallelism=parallelism), seen(plan_for(spec), pods))["gpus"] == 16
+    on_cpus = valid(replicas=2, parallelism=parallelism, resources={"device": "cpu"})
+    assert status_of(on_cpus, seen(plan_for(spec), pods))["gpus"] == 0
 
 
 def test_a_status_built_from_the_same_facts_is_the_same() -> None:
