@@ -45,7 +45,11 @@ SIZES: dict[str, Any] = {
     "kv_cache_num_tokens": 65536,
     "cudagraph_max_size": 64,
 }
-SETTINGS: dict[str, dict[str, Any]] = {"graphs": {}, "eager": {"use_cudagraphs": False}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "layer graphs": {"cudagraph_max_prefill_size": 256},
+    "eager": {"use_cudagraphs": False},
+}
 COLUMNS = ("ids", "logprobs", "top_rows", "top_tokens", "top_logprobs")
 STUCK_S = 80
 """After so many seconds a process that waits on the device for another one is taken to wait for ever."""

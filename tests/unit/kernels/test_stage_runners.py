@@ -28,8 +28,10 @@ from toka_engine.model.sharding import Shard
 from toka_engine.model.stages import Stage
 from toka_engine.model.torch_norms import add_rms_norm, rms_norm
 
+from tests.marks import rest_is_slow
 from tests.model.driving import Driver
 from tests.unit.kernels.conftest import ON_GPU
+from tests.unit.kernels.simulated_graphs import simulated_graphs
 from tests.unit.kernels.test_paged_attention import PAGE_SIZE, DefinedKernels
 from tests.unit.kernels.test_stage_exchange import NUM_SLOTS, make_stages
 
@@ -134,7 +136,14 @@ class AtOnce:
         pass
 
 
-def test_stages_in_turn_say_what_one_runner_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_graphs", rest_is_slow([True], [False, True]), ids=["kernel by kernel", "layer graphs"])
+def test_stages_in_turn_say_what_one_runner_says(monkeypatch: pytest.MonkeyPatch, has_graphs: bool) -> None:
+    with simulated_graphs(monkeypatch):
+        compare_stages(monkeypatch, max_layer_rows=16 if has_graphs else 0)
+
+
+def compare_stages(monkeypatch: pytest.MonkeyPatch, max_layer_rows: int) -> None:
+    """Run steps of all kinds in three stages and in one; up to so many rows the stages replay graphs."""
     from toka_engine.model.cuda.gpu_stages import GpuStages
 
     monkeypatch.setattr(torch.cuda, "Event", AtOnce)
@@ -147,7 +156,10 @@ def test_stages_in_turn_say_what_one_runner_says(monkeypatch: pytest.MonkeyPatch
         begin = sum(split[:index])
         stage = Stage(index, len(split), begin, begin + count)
         parts.append(make_driver(make_runner(model, stage, GpuStages(None, ports, shared.tokens))))  # type: ignore[arg-type]
-    last = parts[-1]
+    last, runners = parts[-1], [part.worker.runner for part in parts]
+    for runner in runners:
+        runner._max_layer_rows = max_layer_rows
+        runner._capture_layers(max_tokens=64)
 
     def check(act: Any) -> None:
         """Do the same with every stage, and with the whole."""
@@ -184,6 +196,9 @@ def test_stages_in_turn_say_what_one_runner_says(monkeypatch: pytest.MonkeyPatch
     check(lambda driver: driver.decode([0, 4]))
     steps = whole.number
     assert [ports.state.tolist() for ports in shared.ports] == [[1, steps, steps]] * len(split)
+    if max_layer_rows:
+        replays = [runner.layer_graphs._pieces[max_layer_rows].first.num_replays for runner in runners]
+        assert replays == [steps] * len(split)
 
 
 def test_rows_that_pad_what_is_sampled_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from toka_engine.model.cuda.runner import CudaLaunched, CudaRunner
 from toka_engine.model.cuda.sampler import Sampler
 from toka_engine.model.cuda.tensor_parallel import TensorParallel
 from toka_engine.model.kernels.decode_attention_short import ShortLaunchConfig
-from toka_engine.model.kernels.device_slots import gather_ids
 from toka_engine.model.kernels.stage_exchange import begin_step
 from toka_engine.model.sample_plan import Sampled, SamplePlan, plan_sampling
 from toka_engine.model.slot_grammars import SlotGrammars
@@ -48,9 +47,6 @@ class LastStageRunner(CudaRunner):
         super().__init__(StagedModel(model, stages.ports), attention, max_seqs, config, parallel)
         stages.take_over(self._slots)
         self._agree_min = stages.agree_with(self._agree_min)
-
-    def _limit_layer_rows(self, config: EngineConfig) -> int:
-        return 0  # each stage has few layers
 
     def _make_sampler(self, seed: int, max_seqs: int, vocab_size: int) -> Sampler:
         return SendingSampler(super()._make_sampler(seed, max_seqs, vocab_size), self._stages.ports, self._slots)
@@ -129,14 +125,11 @@ class StageRunner(LastStageRunner):
         return _NoSampler()
 
     def _forward_rows(self, step: Step) -> None:
-        """Compute and hand over the rows of any step, kernel by kernel."""
+        """Compute and hand over the rows of a step that is no graph."""
         layout = make_layout(step, self.state, keep_seeded_out=False)
         self.attention.plan(layout)
         (tokens,) = self._tokens.upload(step.prefill_tokens)
-        slots = self.attention.row_slots
-        ids = torch.empty_like(slots)
-        gather_ids(self._slots, slots, tokens, layout.decode_slots.size, ids)
-        self.model.forward(ids, self.attention)
+        self._find_hidden(tokens, layout.decode_slots.size, None)
 
 
 class _RowGraphs(DecodeGraphs):
