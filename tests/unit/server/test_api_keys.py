@@ -21,7 +21,17 @@ from toka_engine.server.keys.use import KeyUse
 
 from tests.engine_process import WAIT_S
 from tests.unit.server.conftest import chat_body, completion_body
-from tests.unit.server.harness import MODEL, RunningServer, each, end, running_server, speak, streams_of, wait_until
+from tests.unit.server.harness import (
+    MODEL,
+    RunningServer,
+    ScriptedManager,
+    each,
+    end,
+    running_server,
+    speak,
+    streams_of,
+    wait_until,
+)
 
 _COMPLETIONS = "/v1/completions"
 _ALICE = {"name": "alice", "key": "sk-alice"}
@@ -240,10 +250,28 @@ class KeyedServer:
     """A server whose keys come from a file that tests replace."""
 
     def __init__(self, server: RunningServer, path: Path, log: Path) -> None:
-        self.server, self.path, self.log = server, path, log
+        self._server, self.path, self.log = server, path, log
+        self._text = self._wanted = path.read_text()
+
+    @property
+    def manager(self) -> ScriptedManager:
+        return self._server.manager
+
+    @property
+    def server(self) -> RunningServer:
+        """The process, with the keys that the test has asked for."""
+        if self._wanted != self._text:
+            self.put(self._wanted)
+        return self._server
+
+    def begin(self, text: str) -> None:
+        """Have the file begin a test with this text, unless that replaces it before it asks for anything: the server
+        takes a second to see each change."""
+        self._wanted = text
 
     def put(self, text: str, *, result: str = "ok") -> None:
         """Replace the file; return when the server has read it."""
+        self._text = self._wanted = text
         before = self.metric("toka_api_keys_reloads_total", result=result)
         fresh = self.path.with_suffix(".new")
         fresh.write_text(text)
@@ -287,10 +315,10 @@ def started(tokenizer_dir: Path, tmp_path_factory: Any, sentence_ids: list[int])
 
 @pytest.fixture
 def keyed(started: KeyedServer, sentence_ids: list[int]) -> KeyedServer:
-    manager = started.server.manager
+    started.begin(_document(_ALICE, _BOB))
+    manager = started.manager
     manager.forget()
     manager.on_submit = lambda submit: speak(manager, submit, sentence_ids)
-    started.put(_document(_ALICE, _BOB))
     return started
 
 
@@ -353,7 +381,7 @@ def test_a_secrets_links_are_followed(tokenizer_dir: Path, tmp_path: Path) -> No
 
 def _hold(keyed: KeyedServer, key: str, path: str = _COMPLETIONS, **fields: Any) -> threading.Thread:
     """Begin a request that its manager leaves unanswered; return when the manager has it."""
-    manager = keyed.server.manager
+    manager = keyed.manager
     number = len(manager.submits)
     thread = threading.Thread(target=lambda: keyed.complete(key, path, **fields))
     thread.start()
@@ -377,7 +405,7 @@ def test_requests_beyond_those_at_once_get_a_429_that_names_the_limit(
 
 def _exceed_requests_at_once(keyed: KeyedServer, sentence_ids: list[int], path: str) -> None:
     keyed.put(_document({**_ALICE, "max_requests": 2}, _BOB))
-    manager = keyed.server.manager
+    manager = keyed.manager
     manager.on_submit = lambda submit: None
     held = [_hold(keyed, "sk-alice") for _ in range(2)]
     assert keyed.metric("toka_key_requests_running", key="alice") == 2
@@ -403,7 +431,7 @@ def _exceed_requests_at_once(keyed: KeyedServer, sentence_ids: list[int], path: 
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_place_comes_back_when_a_client_leaves(keyed: KeyedServer, is_streamed: bool) -> None:
     keyed.put(_document({**_ALICE, "max_requests": 1}))
-    manager = keyed.server.manager
+    manager = keyed.manager
     manager.on_submit = lambda submit: None
     body = json.dumps(completion_body(stream=is_streamed)).encode()
     head = f"POST {_COMPLETIONS} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-alice\r\n"
@@ -438,7 +466,7 @@ def test_tokens_beyond_a_minutes_get_a_429_with_the_time_to_wait(keyed: KeyedSer
 
 def test_a_stream_that_is_left_costs_what_came(keyed: KeyedServer, sentence_ids: list[int]) -> None:
     keyed.put(_document({"name": "leaver", "key": "sk-leaver"}))
-    manager = keyed.server.manager
+    manager = keyed.manager
     began: list[Submit] = []
 
     def answer(submit: Submit) -> None:
@@ -455,7 +483,7 @@ def test_a_stream_that_is_left_costs_what_came(keyed: KeyedServer, sentence_ids:
 
 def test_what_the_engine_refuses_costs_nothing(keyed: KeyedServer) -> None:
     keyed.put(_document({"name": "refused", "key": "sk-refused", "max_tokens_per_minute": 1}))
-    manager = keyed.server.manager
+    manager = keyed.manager
     manager.on_submit = lambda submit: manager.send(Refused(submit.first_stream, "The queue is full."))
     assert [keyed.complete("sk-refused")[2]["error"]["code"] for _ in range(3)] == ["queue_full"] * 3
     manager.on_submit = lambda submit: manager.send(end(streams_of(submit), 0, FINISH_ERROR))

@@ -19,7 +19,7 @@ from toka_engine.grammar.compiling import GrammarError, compile_grammar, load_vo
 from toka_engine.grammar.protocol import Setup
 from toka_engine.grammar.source import GrammarSource
 from toka_engine.messages import FINISH_GRAMMAR, Submit
-from toka_engine.server import grammar_checks
+from toka_engine.server import grammar_checks, helpers
 from toka_engine.server.errors import ApiError
 from toka_engine.server.grammar_checks import GrammarChecks
 from toka_engine.server.grammar_requests import AskedGrammar
@@ -149,7 +149,7 @@ is_first = log.read_text().count("start") == 1
 if is_first and first_does == "stop":
     os.kill(os.getpid(), signal.SIGSTOP)
 if is_first and first_does == "sleep":
-    time.sleep(8)
+    time.sleep(3)
 if is_first and first_does == "die":
     sys.exit(1)
 from toka_engine.grammar import checker
@@ -165,6 +165,7 @@ def check_or_spin(source, vocabulary):
     return check(source, vocabulary)
 checker.check_source = check_or_spin
 checker._MAX_S = float(sys.argv[3])
+checker.MAX_CPU_S = 1
 checker.run()
 """
 """A checker that never ends with some sources: the library has limits of its own, so no real one is known. The first of
@@ -188,6 +189,7 @@ class Checked:
         command = (sys.executable, "-c", CHECKER, str(self._log), first_does, str(max_s))
         monkeypatch.setattr(grammar_checks, "COMMAND", command)
         monkeypatch.setattr(grammar_checks, "ANSWER_S", 100.0)
+        monkeypatch.setattr(helpers, "_LOOK_S", 0.2)
         self._checks = GrammarChecks(Setup(str(tokenizer_dir), 49152, (2,)))
 
     async def check(self, regex: str) -> ApiError | None:
