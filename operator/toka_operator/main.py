@@ -27,6 +27,8 @@ Settings are environment variables:
   TOKA_LEASE_RETRY_SECONDS           2: below the deadline
   TOKA_WATCH_SECONDS                 25: how soon each watch is renewed; one that is silent for 5 longer is given up
   TOKA_TAKEN_NAME_RETRY_SECONDS      30: how soon a child's name that another object holds is tried again
+  TOKA_ABSENT_KIND_RETRY_SECONDS     30: how soon PodMonitors, HTTPRoutes or InferencePools, where the cluster has none,
+                                     are looked for again
   TOKA_ALLOW_HOST_PATH               false: whether podTemplate may mount folders of the node
   TOKA_READ_DOWNLOADS                false: whether engines that load are asked how far their download is
   TOKA_POD_MONITORS                  false: whether a PodMonitor is made for each object, where the cluster has them

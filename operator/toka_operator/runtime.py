@@ -168,8 +168,8 @@ class Runtime:
         return Watch(self._cluster, kind, scope, store, on_change, lambda: self._on_synced(scope))
 
     def _watch_optional(self, kind: str, scope: str | None) -> OptionalWatch:
-        store, on_change = self._stores[kind], self._note_child
-        return OptionalWatch(self._cluster, kind, scope, store, on_change, lambda: self._on_synced(scope))
+        store, on_change, retry_s = self._stores[kind], self._note_child, self._settings.absent_retry_s
+        return OptionalWatch(self._cluster, kind, scope, store, on_change, lambda: self._on_synced(scope), retry_s)
 
     def _see_kinds(self, namespace: str) -> dict[str, str]:
         """Each kind that the cluster need not have -> the way it is seen in a namespace."""

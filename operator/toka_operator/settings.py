@@ -73,6 +73,8 @@ class Settings:
     taken_name_retry_s: float = 30.0
     """Seconds until a child's name that a foreign object holds is tried again: no watch of ours can see that it was
     freed."""
+    absent_retry_s: float = 30.0
+    """Seconds until a kind that the cluster does not have is looked for again."""
 
     def find_asking_namespace(self, has_canary: bool) -> str | None:
         """The namespace whose pods, the operator's, ask engines by HTTP; None if they do not. `has_canary`: of an
@@ -123,6 +125,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         lease_retry_s=retry_s,
         watch_timeout_s=_read_int(environ, "TOKA_WATCH_SECONDS", 25, 5, 290),
         taken_name_retry_s=_read_int(environ, "TOKA_TAKEN_NAME_RETRY_SECONDS", 30, 1, 3600),
+        absent_retry_s=_read_int(environ, "TOKA_ABSENT_KIND_RETRY_SECONDS", 30, 1, 3600),
     )
 
 

@@ -21,8 +21,6 @@ from toka_operator.watch_stream import WatchStream
 
 logger = logging.getLogger("toka.watches")
 
-ABSENT_RETRY_S = 30.0
-"""Seconds until a kind that the cluster does not have is looked for again."""
 _OURS = f"app.kubernetes.io/managed-by={MANAGED_BY}"
 CHILD_SELECTORS = {
     "ServiceAccount": _OURS,
@@ -112,10 +110,24 @@ class Watch(WatchStream):
 class OptionalWatch(Watch):
     """Watches a kind that the cluster need not have. While it is away, the store is empty, and nothing is wrong.
 
-    `on_synced` is called when the kind comes, when it goes, and when it is first known to be away.
+    `on_synced` is called when the kind comes, when it goes, and when it is first known to be away. Such a kind is looked for
+    again after up to `absent_retry_s`.
     """
 
     _was_refused = False
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        kind: str,
+        namespace: str | None,
+        store: Store,
+        on_change: Callable[[Key, bool], None],
+        on_synced: Callable[[], None],
+        absent_retry_s: float,
+    ) -> None:
+        super().__init__(cluster, kind, namespace, store, on_change, on_synced)
+        self._absent_retry_s = absent_retry_s
 
     @property
     def is_answered(self) -> bool:
@@ -137,4 +149,4 @@ class OptionalWatch(Watch):
         if is_news:
             logger.info("watch=%s event=kind_is_away", self.name)
             self._on_synced()
-        return ABSENT_RETRY_S * random.uniform(0.75, 1.0)
+        return self._absent_retry_s * random.uniform(0.75, 1.0)

@@ -352,6 +352,7 @@ def start_operator(server: ApiServer, kubeconfig: Path, name: str, **environment
         "TOKA_LEASE_RENEW_DEADLINE_SECONDS": "3",
         "TOKA_LEASE_RETRY_SECONDS": "1",
         "TOKA_TAKEN_NAME_RETRY_SECONDS": "1",
+        "TOKA_ABSENT_KIND_RETRY_SECONDS": "2",
         "TOKA_LOG_LEVEL": "INFO",
         "TOKA_WATCH_NODES": "false" if "TOKA_WATCH_NAMESPACES" in environment else "true",  # as the chart says
         **environment,

@@ -18,6 +18,7 @@ Json = dict[str, Any]
 AWAY = NotFoundError(404, "NotFound", "the server could not find the requested resource")
 FORBIDDEN = ApiError(403, "Forbidden", "no Role")
 BROKEN = TransientError("the connection broke")
+RETRY_S = 8.0
 
 
 class Server:
@@ -58,7 +59,7 @@ def follow(*answers: Exception | list[Json]) -> tuple[OptionalWatch, list[tuple[
         assert watch.is_answered
         told.append((watch.is_synced.is_set(), watch.is_refused, len(store.list_keys())))
 
-    watch = OptionalWatch(server, "PodMonitor", None, store, lambda *_: None, note)  # type: ignore[arg-type]
+    watch = OptionalWatch(server, "PodMonitor", None, store, lambda *_: None, note, RETRY_S)  # type: ignore[arg-type]
     watch._stop_event.wait = lambda timeout=None: False  # type: ignore[method-assign]
     assert not watch.is_answered
     watch.start()
@@ -71,6 +72,12 @@ def test_a_kind_that_is_away_is_told_once_and_is_no_trouble() -> None:
     watch, told = follow(BROKEN, AWAY, AWAY, AWAY)
     assert told == [(False, False, 0)]
     assert watch.trouble == ""
+
+
+def test_a_kind_that_is_away_is_looked_for_again_after_the_time_that_is_set() -> None:
+    watch, _ = follow(AWAY)
+    waits_s = [watch._fail(AWAY) for _ in range(20)]
+    assert 0.75 * RETRY_S <= min(waits_s) < max(waits_s) <= RETRY_S
 
 
 def test_a_kind_that_comes_and_goes_is_told_each_time_and_leaves_nothing_behind() -> None:

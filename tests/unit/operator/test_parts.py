@@ -185,6 +185,7 @@ def test_the_canonical_encoding_is_json_of_the_same_value(value: dict[str, Any])
     [
         ("TOKA_WORKERS", "0"),
         ("TOKA_WORKERS", "many"),
+        ("TOKA_ABSENT_KIND_RETRY_SECONDS", "0"),
         ("TOKA_LOG_LEVEL", "LOUD"),
         ("TOKA_ENGINE_IMAGE", ""),
         ("TOKA_LEASE_RENEW_DEADLINE_SECONDS", "10"),
