@@ -32,6 +32,8 @@ LONG_FILES = (
     "api/test_greedy_parity.py",
     "cluster/test_api_faults.py",
     "cluster/test_lost_node.py",
+    "model/test_torch_compile.py",
+    "model/test_generation.py",
 )
 """Those that take a fifth of their tier or more, or mostly wait: they begin first, each in a process of its own, or one
 process would have nothing left to do while the other ends."""

@@ -110,8 +110,8 @@ class Watch(WatchStream):
 class OptionalWatch(Watch):
     """Watches a kind that the cluster need not have. While it is away, the store is empty, and nothing is wrong.
 
-    `on_synced` is called when the kind comes, when it goes, and when it is first known to be away. Such a kind is looked for
-    again after up to `absent_retry_s`.
+    `on_synced` is called when the kind comes, when it goes, and when it is first known to be away. A kind that is away
+    is looked for again after up to `absent_retry_s`.
     """
 
     _was_refused = False

@@ -192,14 +192,16 @@ def multiply(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | Non
     return lambda rows: F.linear(rows[0].float() * rows[1], weight.float() * scale[:, None], bias)
 
 
+BIASED = {"attention_bias": True, "mlp_bias": True}
+
+
 @pytest.mark.parametrize("left", rest_is_slow(["layers.0.self_attn"], ["none", "layers.1.", "layers.0.self_attn"]))
 @pytest.mark.parametrize(
     ("architecture", "fields"),
-    [
-        ("LlamaForCausalLM", {}),
-        ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-        ("Qwen3ForCausalLM", {}),
-    ],
+    rest_is_slow(
+        [("LlamaForCausalLM", BIASED), ("Qwen3ForCausalLM", {})],
+        [("LlamaForCausalLM", {}), ("LlamaForCausalLM", BIASED), ("Qwen3ForCausalLM", {})],
+    ),
 )
 def test_a_model_in_fp8_gives_nearly_what_it_gives_with_rows_that_are_not_rounded(
     device, kernels, scaled, architecture, fields, left
