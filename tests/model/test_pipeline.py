@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import torch
 from toka_engine.config import EngineConfig
-from toka_engine.errors import ConfigError, PeerClosedError, RanksDisagreeError
+from toka_engine.errors import ConfigError, OutOfMemoryError, PeerClosedError, RanksDisagreeError
 from toka_engine.messages import Tokens
 from toka_engine.model.cpu.backend import make_ops
 from toka_engine.model.cpu.stage_exchange import StageExchange
@@ -180,6 +180,22 @@ def test_stages_have_equal_sizes_although_one_has_less_memory(
 
     [[first], [second]] = run_stages(2, 1, work)
     assert first == second
+
+
+@pytest.mark.parametrize(("pp_size", "tp_size", "left"), [(2, 1, "4.0"), (1, 2, "4.0"), (2, 2, "2.0")])
+def test_ranks_on_cpus_divide_the_memory_that_all_of_them_see(
+    pp_size: int, tp_size: int, left: str, make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = make_tiny()
+    for module in ("toka_engine.model.cpu.backend", "toka_engine.model.worker"):
+        monkeypatch.setattr(f"{module}.read_available_bytes", lambda device: 8 * 10**9)
+
+    def work(ranks: Ranks, links: StageLinks) -> None:
+        beside = links if pp_size > 1 else None
+        load(folder, ranks, beside, pp_size=pp_size, tp_size=tp_size, kv_cache_num_tokens=10**9)
+
+    with pytest.raises(OutOfMemoryError, match=rf"{left} GB of memory are available beside the weights"):
+        run_stages(pp_size, tp_size, work)
 
 
 def test_tokens_that_no_step_waits_for_are_taken_all_the_same() -> None:
