@@ -71,7 +71,7 @@ def test_a_sigterm_that_comes_after_the_end_was_decided_does_not_change_the_exit
 
 
 def test_a_drain_that_never_finishes_is_ended_by_its_timeout(start_engine: StartEngine) -> None:
-    engine = start_engine("drain_timeout_s=0", "drain_endpoint_delay_s=0", drain="never")
+    engine = start_engine("drain_timeout_s=0", "drain_endpoint_delay_s=0", drain="never", drain_margin_s="1")
     engine.wait_ready()
     engine.signal(signal.SIGTERM)
     assert engine.wait_end() == ExitCode.OK

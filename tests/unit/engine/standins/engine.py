@@ -20,6 +20,8 @@ if beats := os.environ.get("TOKA_TEST_BEATS"):
     heartbeat.SILENT_PINGS_STARTING = rank_watch.UNEVEN_BEATS = rank_watch.ENDLESS_BEATS = int(beats)
 if beats := os.environ.get("TOKA_TEST_STARVED_BEATS"):
     heartbeat.SILENT_PINGS_STARVED = int(beats)
+if margin := os.environ.get("TOKA_TEST_DRAIN_MARGIN_S"):
+    supervisor._DRAIN_MARGIN_S = float(margin)
 if sizes := os.environ.get("TOKA_TEST_TOPOLOGY"):
     dp_size, pp_size, tp_size = map(int, sizes.split(","))
     larger = make_topology(RankInfo(dp_size=dp_size, pp_size=pp_size, tp_size=tp_size))
