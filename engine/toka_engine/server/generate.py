@@ -11,7 +11,7 @@ import msgspec
 
 from toka_engine.messages import Int32s
 from toka_engine.server.answers import AnswerFormat, FinishedChoice
-from toka_engine.server.deadlines import deduct_elapsed, start_timer
+from toka_engine.server.deadlines import TIMEOUT_HEADER, deduct_elapsed, limit_by_header, start_timer
 from toka_engine.server.errors import ClientGoneError
 from toka_engine.server.exchange import Exchange
 from toka_engine.server.generation_spec import GenerationSpec
@@ -55,10 +55,10 @@ async def run_job(job: GenerationJob, exchange: Exchange, streams: Streams, metr
     connection = exchange.connection
     exchange.model = job.form.model
     exchange.error_event = job.form.error_event
+    spec = limit_by_header(job.spec, exchange.header(TIMEOUT_HEADER))
     blocks = await streams.hash_prompts(job.prompts)
     if connection.is_gone:
         raise ClientGoneError("the client closed the connection")
-    spec = job.spec
     if exchange.min_priority is not None and spec.priority < exchange.min_priority:
         spec = msgspec.structs.replace(spec, priority=exchange.min_priority)
     spec = deduct_elapsed(spec, exchange.started_s)

@@ -136,7 +136,7 @@ class AtOnce:
         pass
 
 
-@pytest.mark.parametrize("has_graphs", rest_is_slow([True], [False, True]), ids=["kernel by kernel", "layer graphs"])
+@pytest.mark.parametrize("has_graphs", rest_is_slow([False], [False, True]), ids=["kernel by kernel", "layer graphs"])
 def test_stages_in_turn_say_what_one_runner_says(monkeypatch: pytest.MonkeyPatch, has_graphs: bool) -> None:
     with simulated_graphs(monkeypatch):
         compare_stages(monkeypatch, max_layer_rows=16 if has_graphs else 0)

@@ -45,6 +45,36 @@ def test_a_wrong_time_is_named(server: RunningServer, path: str) -> None:
         assert not server.manager.submits
 
 
+@pytest.mark.parametrize("path", _BODIES)
+@pytest.mark.parametrize("fields", [{}, {"timeout_s": 100.0}], ids=["alone", "beside a longer one"])
+def test_a_header_gives_as_little_time_as_a_field(server: RunningServer, path: str, fields: dict[str, float]) -> None:
+    server.manager.on_submit = lambda submit: None
+    status, answer = server.post(path, {**_BODIES[path], **fields}, {"x-request-timeout-ms": "200"})
+    assert status == 504, answer
+    (submit,) = server.manager.submits
+    assert 0 < submit.timeout_s <= 0.2
+    server.manager.wait_for(lambda: all_cancelled(server))
+
+
+def test_the_shorter_of_field_and_header_counts(server: RunningServer) -> None:
+    headers = {"x-request-timeout-ms": "86400000"}
+    assert server.post("/v1/completions", completion_body(timeout_s=50.0), headers)[0] == 200
+    assert server.post("/v1/completions", completion_body(), headers)[0] == 200
+    first, second = (submit.timeout_s for submit in server.manager.submits)
+    assert 40 < first <= 50
+    assert 86_000 < second <= 86_400
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "86400001", "soon", "", "9" * 5000, "²"])
+def test_a_wrong_header_is_named(server: RunningServer, wrong: str) -> None:
+    raw = json.dumps(completion_body(stream=True)).encode()
+    headers = {"content-type": "application/json", "x-request-timeout-ms": wrong}
+    status, _, answer = server.request("POST", "/v1/completions", raw, headers)
+    assert status == 400
+    assert "x-request-timeout-ms" in json.loads(answer)["error"]["message"]
+    assert not server.manager.submits
+
+
 def test_all_choices_of_all_prompts_end(server: RunningServer) -> None:
     server.manager.on_submit = lambda submit: None
     body = completion_body(prompt=["Hello", "The capital"], n=3, timeout_s=0.2)
