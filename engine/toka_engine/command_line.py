@@ -86,11 +86,19 @@ def _check_parallelism(config: EngineConfig) -> None:
         raise ConfigError(f"pp_layer_split={text} has the layers of {len(split)} stages, pp_size={config.pp_size}")
     if config.pp_size == 1 and config.pp_num_buffer_stages != 1:
         raise ConfigError(f"pp_num_buffer_stages={config.pp_num_buffer_stages} has no effect with pp_size=1")
+    on_cpu = "device=cpu", config.device == "cpu"
     if config.async_tp_threshold is not None:
-        for name, value, excludes in (("tp_size", 1, config.tp_size == 1), ("device", "cpu", config.device == "cpu")):
-            if excludes:
-                key = f"async_tp_threshold={config.async_tp_threshold}"
-                raise ConfigError(f"{key} has no effect with {name}={value}")
+        _refuse_without_effect(config, "async_tp_threshold", ("tp_size=1", config.tp_size == 1), on_cpu)
+    if config.cudagraph_max_prefill_size:
+        without_graphs = "use_cudagraphs=F", not config.use_cudagraphs
+        _refuse_without_effect(config, "cudagraph_max_prefill_size", without_graphs, on_cpu)
+
+
+def _refuse_without_effect(config: EngineConfig, key: str, *cases: tuple[str, bool]) -> None:
+    """Raise ConfigError if a setting that makes `key` useless is the case."""
+    for setting, is_so in cases:
+        if is_so:
+            raise ConfigError(f"{key}={getattr(config, key)} has no effect with {setting}")
 
 
 def _without_alias(argument: str) -> str:

@@ -39,21 +39,21 @@ def test_logits_are_as_close_to_fp32_as_transformers_bf16(pair) -> None:
     check(model, prompts, *generate(driver, prompts))
 
 
+STEPS = [((31, 1), 0), ((70,), 2), ((3, 5, 100), 3), ((250,), 6), ((254,), 7), ((5,), 8), ((), 9), ((128,), 0)]
+"""Lengths of a step's prompts, and its decode rows: on both sides of the limit."""
+
+
 def run_steps(driver: Driver) -> list[torch.Tensor]:
-    """The logits of steps of rows beside prompts, of sizes on both sides of the limit, in two turns."""
-    random, logits = np.random.default_rng(0), []
-    for turn in range(2):
+    """The logits of STEPS, twice."""
+    logits = []
+    for _ in range(2):
         driver.reset()
-        for number, (lengths, decode) in enumerate(
-            [((31, 1), 0), ((70,), 2), ((3, 5, 100), 3), ((250,), 6), ((254,), 7), ((5,), 8), ((), 9), ((128,), 0)]
-        ):
-            begin = 10 * number
-            new = {begin + i: random.integers(3, 1000, size=length).tolist() for i, length in enumerate(lengths)}
-            rows = sorted(driver.lengths)[:decode]
-            mixed(driver, new, rows)
-            logits.append(driver.logits)
         random = np.random.default_rng(0)
-        assert turn or driver.logits.isfinite().all()
+        for number, (lengths, decode) in enumerate(STEPS):
+            new = {10 * number + i: random.integers(3, 1000, size=n).tolist() for i, n in enumerate(lengths)}
+            mixed(driver, new, sorted(driver.lengths)[:decode])
+            logits.append(driver.logits)
+    assert all(each.isfinite().all() for each in logits)
     return logits
 
 
@@ -63,12 +63,10 @@ def test_mixed_steps_say_what_they_say_without_graphs(pair, settings: str) -> No
     keys = {**KEYS, **SETTINGS[settings]}
     graphed = run_steps(drive(folder, **keys))
     plain = run_steps(drive(folder, **{**keys, "cudagraph_max_prefill_size": 0}))
-    half = len(graphed) // 2
     for index, (found, expected) in enumerate(zip(graphed, plain, strict=True)):
-        spread = float(expected.std())
-        difference = float((found - expected).abs().max())
+        spread, difference = float(expected.std()), float((found - expected).abs().max())
         assert difference <= 0.15 * spread, (index, difference, spread)
-        assert torch.equal(found, graphed[index % half]), "the same steps again have the same bits"
+        assert torch.equal(found, graphed[index % len(STEPS)]), "the same steps again have the same bits"
 
 
 def test_steps_in_flight_do_not_disturb_each_other(pair) -> None:

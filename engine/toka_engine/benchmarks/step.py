@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from toka_engine.benchmarks.decoding import DecodeBench
+from toka_engine.benchmarks.decoding import Clock, DecodeBench
 from toka_engine.command_line import parse_config
 from toka_engine.config import EngineConfig
 from toka_engine.model.worker import Worker, load_worker
@@ -73,20 +73,25 @@ def compare(
         benches = [DecodeBench(worker, 1, 0, count) for worker in workers]
         run = partial(DecodeBench.time_prefill, num_tokens=count, clock=clock)
         points.append({"step": "prefill", "rows": count, **_measure_pairs(benches, run, repeats)})
-    for count, tokens in itertools.product(rows, mixed):
-        benches = [DecodeBench(worker, count + 1, 0, max(suffix, tokens)) for worker in workers]
-        hosts: dict[DecodeBench, list[float]] = {bench: [] for bench in benches}
-
-        def mix(bench: DecodeBench, tokens: int = tokens, hosts: dict[DecodeBench, list[float]] = hosts) -> float:
-            timing = bench.time_mixed(tokens, _MIXED_STEPS, clock)
-            hosts[bench].append(timing.host_cpu_s)
-            return timing.step_s
-
-        point = {"step": "mixed", "rows": count, "tokens": tokens, **_measure_pairs(benches, mix, repeats)}
-        for name, bench in zip(("first_host_ms", "second_host_ms"), benches, strict=True):
-            point[name] = round(statistics.median(hosts[bench]) * 1e3, 2)
-        points.append(point)
+    points += [_compare_mixed(workers, *each, suffix, clock, repeats) for each in itertools.product(rows, mixed)]
     return points
+
+
+def _compare_mixed(
+    workers: tuple[Worker, Worker], rows: int, tokens: int, suffix: int, clock: Clock, repeats: int
+) -> dict[str, Any]:
+    """Steps of `rows` beside a prompt of `tokens`, with the host's time for each."""
+    benches = [DecodeBench(worker, rows + 1, 0, max(suffix, tokens)) for worker in workers]
+    hosts: dict[DecodeBench, list[float]] = {bench: [] for bench in benches}
+
+    def mix(bench: DecodeBench) -> float:
+        timing = bench.time_mixed(tokens, _MIXED_STEPS, clock)
+        hosts[bench].append(timing.host_cpu_s)
+        return timing.step_s
+
+    pairs = _measure_pairs(benches, mix, repeats)
+    first, second = (round(statistics.median(hosts[bench]) * 1e3, 2) for bench in benches)
+    return {"step": "mixed", "rows": rows, "tokens": tokens, **pairs, "first_host_ms": first, "second_host_ms": second}
 
 
 def _measure_pairs(benches: list[DecodeBench], run: Callable[[DecodeBench], float], repeats: int) -> dict[str, float]:
@@ -131,6 +136,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--versus", action="append", default=[], help="setting of a second engine, key=value")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args(words)
+    if arguments.mixed and not arguments.versus:
+        parser.error("--mixed has no effect without --versus")
     worker = start_worker(parse_config(arguments.key), arguments.model_dir)
     if arguments.versus:
         other = start_worker(parse_config([*arguments.key, *arguments.versus]), arguments.model_dir)

@@ -52,6 +52,6 @@ def start_timer(generation: Generation) -> asyncio.TimerHandle | None:
 
 
 def _deadline_exceeded() -> ApiError:
-    message = "The request was not answered within its 'timeout_s'."
+    message = f"The request was not answered within its 'timeout_s', or its header '{TIMEOUT_HEADER.decode()}'."
     no_retry = ((b"x-should-retry", b"false"),)
     return ApiError(504, message, param="timeout_s", code="deadline_exceeded", headers=no_retry)

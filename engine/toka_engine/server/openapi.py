@@ -41,7 +41,7 @@ _ERRORS = {
     "429": "The queue is full, or the engine too busy for `timeout_s`: `retry-after` says when to come again.",
     "500": "The request failed in the engine.",
     "503": "The engine takes no requests now: `retry-after` says when to come again.",
-    "504": "The request's `timeout_s` is over.",
+    "504": "The request's `timeout_s`, or `x-request-timeout-ms` of its headers, is over.",
 }
 _BODIES: tuple[type[msgspec.Struct], ...] = (
     completions.CompletionRequest,

@@ -237,13 +237,15 @@ def test_what_does_not_work_with_several_ranks_is_refused_by_name() -> None:
             parse_config([refused])
 
 
-def test_async_tensor_parallelism_is_for_several_ranks_on_gpus() -> None:
+def test_settings_of_gpus_are_refused_where_they_have_no_effect() -> None:
     assert parse_config([]).async_tp_threshold is None
     assert parse_config(["tp_size=2", "async_tp_threshold=4096"]).async_tp_threshold == 4096
     for arguments, words in (
         (["async_tp_threshold=2"], "async_tp_threshold=2 has no effect with tp_size=1"),
         (["tp_size=2", "async_tp_threshold=2", "device=cpu"], "async_tp_threshold=2 has no effect with device=cpu"),
         (["tp_size=2", "async_tp_threshold=0"], "async_tp_threshold=0"),
+        (["cudagraph_max_prefill_size=9", "use_cudagraphs=F"], "prefill_size=9 has no effect with use_cudagraphs=F"),
+        (["cudagraph_max_prefill_size=9", "device=cpu"], "cudagraph_max_prefill_size=9 has no effect with device=cpu"),
     ):
         with pytest.raises(ConfigError, match=words):
             parse_config(arguments)

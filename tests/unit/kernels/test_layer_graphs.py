@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_layer_graphs.py r
 
 
 def test_the_numbers_of_rows_are_close_where_a_row_costs_most_and_end_at_the_limit() -> None:
-    from toka_engine.model.cuda.layer_graphs import layer_graph_sizes
+    from toka_engine.model.cuda.graph_sizes import layer_graph_sizes
 
     assert layer_graph_sizes(1) == [1]
     assert layer_graph_sizes(32) == [32]
@@ -58,7 +58,7 @@ def test_mixed_steps_of_any_number_of_rows_say_what_they_say_without_graphs(monk
     model = parse_model_config(ConfigFields({**MODEL, "num_hidden_layers": 2}, Path()))
     plain, pieced = (make_driver(make_runner(model, Stage.whole(model.num_layers))) for _ in range(2))
     runner = pieced.worker.runner
-    monkeypatch.setattr("toka_engine.model.cuda.layer_graphs._STEPS", ((64, 8),))
+    monkeypatch.setattr("toka_engine.model.cuda.graph_sizes._LAYER_STEPS", ((64, 8),))
     with simulated_graphs(monkeypatch):
         runner._max_layer_rows = 12
         runner._capture_layers(max_tokens=64)

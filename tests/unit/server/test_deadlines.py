@@ -56,6 +56,16 @@ def test_a_header_gives_as_little_time_as_a_field(server: RunningServer, path: s
     server.manager.wait_for(lambda: all_cancelled(server))
 
 
+def test_a_header_counts_for_every_request_of_a_synchronous_batch(server: RunningServer) -> None:
+    server.manager.on_submit = lambda submit: None
+    requests = [completion_body(), completion_body(timeout_s=0.1)]
+    path, headers = "/custom/synchronous-batch-completions", {"x-request-timeout-ms": "200"}
+    status, answers = server.post(path, {"requests": requests}, headers)
+    assert status == 200
+    assert [answer["error"]["code"] for answer in answers] == ["deadline_exceeded"] * 2
+    server.manager.wait_for(lambda: all_cancelled(server))
+
+
 def test_the_shorter_of_field_and_header_counts(server: RunningServer) -> None:
     headers = {"x-request-timeout-ms": "86400000"}
     assert server.post("/v1/completions", completion_body(timeout_s=50.0), headers)[0] == 200

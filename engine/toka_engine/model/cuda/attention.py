@@ -198,12 +198,7 @@ class CudaAttention:
         write_tokens(ids, step.slots, step.positions, self.table, self.page_tokens)
 
     def forward(
-        self,
-        layer: int,
-        q: torch.Tensor,  # [T, num_heads, head_dim], before RoPE; may be a strided view of a packed qkv
-        k: torch.Tensor,  # [T, num_kv_heads, head_dim], before RoPE
-        v: torch.Tensor,  # [T, num_kv_heads, head_dim]
-        cos_sin: torch.Tensor,  # [max_positions, head_dim] fp32
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor
     ) -> torch.Tensor:
         """See AttentionBackend."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

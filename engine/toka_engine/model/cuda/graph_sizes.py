@@ -1,4 +1,4 @@
-"""The batch sizes that CUDA graphs are captured for, and the memory that captures take."""
+"""The numbers of rows that CUDA graphs are captured for, and the memory that captures take."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import torch
 _SMALL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _STEPS = ((512, 32), (2048, 128), (1 << 30, 256))
 """Distance between sizes, as (up to this size, distance)."""
+_LAYER_STEPS = ((128, 32), (1024, 64), (1 << 30, 128))
+"""The same of layer graphs: GEMMs compute tiles of 64 and 128 rows anyway."""
 
 
 def graph_sizes(max_rows: int) -> list[int]:
     """Return the batch sizes to capture: close together where a row of padding costs most; the last is max_rows."""
-    sizes = list(_SMALL_SIZES)
+    return _extend(list(_SMALL_SIZES), _STEPS, max_rows)
+
+
+def layer_graph_sizes(max_rows: int) -> list[int]:
+    """Return the numbers of rows of steps with prompts whose layers are captured, ascending; the last is max_rows."""
+    return _extend([_LAYER_STEPS[0][1]], _LAYER_STEPS, max_rows)
+
+
+def _extend(sizes: list[int], steps: Sequence[tuple[int, int]], max_rows: int) -> list[int]:
     while sizes[-1] < max_rows:
-        sizes.append(sizes[-1] + next(step for limit, step in _STEPS if sizes[-1] < limit))
+        sizes.append(sizes[-1] + next(step for limit, step in steps if sizes[-1] < limit))
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 

@@ -25,17 +25,7 @@ from toka_engine.model.attention_backend import AttentionBackend
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.foreign_memory import alias
-
-_STEPS = ((128, 32), (1024, 64), (1 << 30, 128))
-"""Distance between numbers of rows, as (up to this number, distance): GEMMs compute tiles of 64 and 128 rows anyway."""
-
-
-def layer_graph_sizes(max_rows: int) -> list[int]:
-    """Return the numbers of rows to capture, ascending; the last is `max_rows`."""
-    sizes = [0]
-    while sizes[-1] < max_rows:
-        sizes.append(sizes[-1] + next(step for limit, step in _STEPS if sizes[-1] < limit))
-    return [*sizes[1:-1], max_rows]
+from toka_engine.model.cuda.graph_sizes import layer_graph_sizes
 
 
 @dataclass(frozen=True, slots=True)

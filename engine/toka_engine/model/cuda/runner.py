@@ -92,14 +92,10 @@ class CudaRunner:
         self._fits_cache = config.kv_cache_num_tokens is None
         has_graphs = config.use_cudagraphs and (parallel is None or parallel.has_graphs)
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if has_graphs else 0
-        self._max_layer_rows = self._limit_layer_rows(config) if has_graphs else 0
+        self._max_layer_rows = config.cudagraph_max_prefill_size if has_graphs else 0
+        if config.async_tp_threshold is not None:  # sums of larger steps are exchanged outside graphs
+            self._max_layer_rows = min(self._max_layer_rows, config.async_tp_threshold - 1)
         self._reserve_outputs(device, max_seqs)
-
-    def _limit_layer_rows(self, config: EngineConfig) -> int:
-        """Return how many rows steps with prompts may have whose layers are graphs; 0: none are."""
-        if self._parallel is None or self._parallel.begin_sum is None or config.async_tp_threshold is None:
-            return config.cudagraph_max_prefill_size
-        return min(config.cudagraph_max_prefill_size, config.async_tp_threshold - 1)  # others exchange outside graphs
 
     def _make_sampler(self, seed: int, max_seqs: int, vocab_size: int) -> Sampler:
         if self._parallel is not None:

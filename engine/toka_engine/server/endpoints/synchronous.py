@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from toka_engine.server.batches.line_exchange import LineConnection, LineExchange
+from toka_engine.server.deadlines import TIMEOUT_HEADER
 from toka_engine.server.decoding import BodyDecoder
 from toka_engine.server.endpoints import completions
 from toka_engine.server.errors import invalid
@@ -70,6 +71,7 @@ async def _ask(
 ) -> bytes:
     exchange = LineExchange(completions.PATH, body, connection, owner_of(whole))
     exchange.key = whole.key
+    exchange.headers += [header for header in whole.headers if header[0] == TIMEOUT_HEADER]
     try:
         await answer_one(exchange)
     except Exception as error:  # the outermost point of one request, as in `front`
