@@ -171,9 +171,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     use_cudagraphs: Annotated[bool, doc("replay decode steps as CUDA graphs")] = True
     cudagraph_max_size: Annotated[PositiveInt, doc("largest decode batch that is captured")] = 4096
     cudagraph_max_prefill_size: Annotated[
-        Annotated[int, Meta(ge=0, le=1 << 16)],
-        doc("most tokens of a step with prompts whose layers are captured, each between two attentions; 0: none are"),
-    ] = 0
+        Annotated[int, Meta(ge=0, le=1 << 16)] | None,
+        doc(
+            "most tokens of a step with prompts whose layers are captured; 0: none; default: by the layers, up to 1024"
+        ),
+    ] = None
 
     # parallelism
     dp_size: Annotated[

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from toka_engine.model.cuda.memory_fit import make_largest_steps
 from toka_engine.model.sample_plan import Sampled, SamplePlan
 from toka_engine.model.slot_state import HostSlots
@@ -66,3 +67,30 @@ def test_no_step_takes_memory_after_ready(
     step_at_random(worker)
     torch.cuda.synchronize()
     assert count_segments() == before
+
+
+def read_free_bytes() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def test_graphs_take_what_was_estimated(tmp_path: Path) -> None:
+    """The layers are wide: what each size kept for itself would be most of it."""
+    read_free_bytes()  # an earlier test's engine is gone
+    sizes = {"hidden_size": 8192, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(**sizes, head_dim=64, num_hidden_layers=2, vocab_size=2000)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    settings = {"max_seqs_per_forward": 4096, "max_tokens_per_forward": 4096, "kv_cache_num_tokens": 80_000}
+    worker = load(tmp_path, device="cuda", dtype="bfloat16", **settings)
+    worker.warm_up()
+    worker.runner.decode_graphs = None
+    free = read_free_bytes()
+    estimate = worker.runner.measure_graphs()
+    assert read_free_bytes() >= free - (8 << 20)
+    free = read_free_bytes()
+    worker.runner.capture_graphs()
+    taken = free - read_free_bytes()
+    print(f"estimated {estimate >> 20} MiB, taken {taken >> 20} MiB")
+    assert abs(estimate - taken) <= 200 << 20

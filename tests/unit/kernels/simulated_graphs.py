@@ -113,7 +113,8 @@ def simulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(torch.cuda, "Stream", lambda: None)
         patch.setattr(torch.cuda, "stream", lambda stream: _nothing())
         patch.setattr(torch.cuda, "synchronize", lambda: None)
-        patch.setattr("toka_engine.model.cuda.layer_graphs.alias", lambda tensor: tensor)
+        for module in ("layer_graphs", "decode_graphs"):
+            patch.setattr(f"toka_engine.model.cuda.{module}.alias", lambda tensor: tensor)
         yield
 
 

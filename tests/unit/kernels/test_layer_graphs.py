@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toka_engine.config import EngineConfig
 from toka_engine.model.config_fields import ConfigFields
 from toka_engine.model.model_config import parse_model_config
 from toka_engine.model.stages import Stage
@@ -27,6 +28,51 @@ def test_the_numbers_of_rows_are_close_where_a_row_costs_most_and_end_at_the_lim
     assert layer_graph_sizes(100) == [32, 64, 96, 100]
     assert layer_graph_sizes(256) == [32, 64, 96, 128, 192, 256]
     assert layer_graph_sizes(1200)[-4:] == [960, 1024, 1152, 1200]
+
+
+@pytest.mark.parametrize(
+    ("layer", "tp_size", "rows"),
+    [
+        ((2048, 8192, 32, 8, 64), 1, 1024),  # Llama-3.2-1B
+        ((4096, 14336, 32, 8, 128), 1, 512),  # Llama-3.1-8B
+        ((4096, 14336, 32, 8, 128), 2, 1024),
+        ((8192, 28672, 64, 8, 128), 1, 128),  # Llama-3.1-70B
+        ((8192, 28672, 64, 8, 128), 4, 512),
+        ((1 << 16, 1 << 18, 64, 64, 128), 1, 64),
+    ],
+)
+def test_the_larger_a_layer_the_fewer_rows_have_graphs(
+    layer: tuple[int, int, int, int, int], tp_size: int, rows: int
+) -> None:
+    from toka_engine.model.cuda.graph_sizes import choose_layer_rows
+
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    model = parse_model_config(ConfigFields({**MODEL, **dict(zip(names, layer, strict=True))}, Path()))
+    assert choose_layer_rows(EngineConfig(tp_size=tp_size), model) == rows
+    fp8 = EngineConfig(tp_size=tp_size, quantization="fp8")
+    assert choose_layer_rows(fp8, model) == min(1024, rows + rows // 128 * 128)
+    for asked in (0, 7, 4096):
+        assert choose_layer_rows(EngineConfig(tp_size=tp_size, cudagraph_max_prefill_size=asked), model) == asked
+
+
+def test_memory_of_captures_is_what_the_largest_take_and_what_later_ones_take_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from toka_engine.model.cuda import graph_sizes
+
+    def estimate(sizes: list[int], taken: dict[int, int]) -> int:
+        free, captured = 10_000, []
+        monkeypatch.setattr(graph_sizes, "_read_free_bytes", lambda: free - sum(taken[size] for size in captured))
+        found = graph_sizes.measure_captures(sizes, captured.append)
+        assert captured == sizes[::-1][:4]
+        return found
+
+    assert estimate([], {}) == 0
+    assert estimate([5], {5: 70}) == 70
+    assert estimate([3, 5], {3: 10, 5: 70}) == 80
+    assert estimate([1, 2, 3, 4, 5], {5: 70, 4: 30, 3: 2, 2: 4}) == 106 + 3
+    assert estimate(list(range(20)), {19: 70, 18: 30, 17: 2, 16: 4}) == 106 + 3 * 16
+    assert estimate(list(range(20)), {19: 70, 18: 30, 17: -9, 16: 4}) == 95
 
 
 def mixed(driver: Any, new: dict[int, list[int]], decode: list[int]) -> Any:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import GRAPH_GROUP_WORDS, CudaAttention, GraphGroups
+from toka_engine.model.cuda.foreign_memory import alias
 from toka_engine.model.cuda.graph_sizes import graph_sizes, measure_captures
 from toka_engine.model.cuda.sampler import Sampler
 from toka_engine.model.kernels.device_slots import DeviceSlots
@@ -46,7 +47,8 @@ class DecodeGraphs:
         self.packets = Packets(max_rows, GRAPH_GROUP_WORDS, attention.scratch_slot, attention.shape.device)
         self._sizes = np.array(graph_sizes(max_rows))
         self._forwards: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        """Graph and its hidden states, by size and whether there are groups."""
+        """Graph and its hidden states, by size and whether there are groups. These keep no memory alive: the next
+        forward may write there."""
         self._samplers: dict[int, torch.cuda.CUDAGraph] = {}
         self._last_size = 0
 
@@ -88,14 +90,14 @@ class DecodeGraphs:
     def _capture(self, size: int, pool: Any) -> None:
         self.launch(size)  # compiles and allocates what a capture may not
         torch.cuda.synchronize()
+        hidden: torch.Tensor | None = None
         for has_groups in self._kinds(size):
             forward = torch.cuda.CUDAGraph()
             with torch.cuda.graph(forward, pool=pool):
-                hidden = self._forward(size, has_groups)
-                if has_groups:  # the sampler's graph reads one address
-                    hidden = self._forwards[size, False][1].copy_(hidden)
-            self._forwards[size, has_groups] = forward, hidden
-        if size <= self.max_sampled_rows:
+                found = self._forward(size, has_groups)
+                hidden = found if hidden is None else hidden.copy_(found)  # the sampler's graph reads one address
+            self._forwards[size, has_groups] = forward, alias(hidden)
+        if size <= self.max_sampled_rows and hidden is not None:
             self._samplers[size] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._samplers[size], pool=pool):
                 self._sample(size, hidden)
@@ -122,7 +124,7 @@ class DecodeGraphs:
         appends: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],  # [at most max_rows] each
         groups: GraphGroups | None = None,  # None unless `has_groups`
     ) -> tuple[torch.Tensor, int]:
-        """Return hidden states [rows, hidden_size], valid until the next forward of this size, and the ring index."""
+        """Return hidden states [rows, hidden_size], valid until the next forward, and the ring index."""
         size, starts, words = self._pad(slots.size), None, None
         if groups is not None:
             size, starts, words = max(size, _MIN_GROUPED_ROWS), groups.suffix_starts, groups.words

@@ -6,11 +6,36 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from toka_engine.config import EngineConfig
+from toka_engine.model.model_config import ModelConfig
+
 _SMALL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _STEPS = ((512, 32), (2048, 128), (1 << 30, 256))
 """Distance between sizes, as (up to this size, distance)."""
 _LAYER_STEPS = ((128, 32), (1024, 64), (1 << 30, 128))
 """The same of layer graphs: GEMMs compute tiles of 64 and 128 rows anyway."""
+
+_NUM_MEASURED, _NUM_LAST = 4, 2
+"""Captures that memory is measured of, and how many of these stand for those that are not measured."""
+_MOST_LAYER_ROWS = 1024
+_MOST_LAYER_PRODUCTS = 112e9
+"""Multiply-adds of a layer's products, 512 rows of an 8B: with more the device takes longer for a layer than the host
+for launching it (0.28 ms on an H200), and graphs gain nothing."""
+
+
+def choose_layer_rows(config: EngineConfig, model: ModelConfig) -> int:
+    """Return up to how many rows a step with prompts has the graphs of `layer_graph_sizes`, 0 for none of them.
+
+    That is what the user asked for; if nothing, as many rows as the host takes longer for than the device, which is
+    twice as many where weights are 8-bit floats.
+    """
+    if config.cudagraph_max_prefill_size is not None:
+        return config.cudagraph_max_prefill_size
+    heads, mlp = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim, 3 * model.intermediate_size
+    weights_per_layer = model.hidden_size * (heads + mlp) // config.tp_size
+    is_fp8 = config.quantization == "fp8" or (config.quantization == "auto" and model.quantization is not None)
+    step, products = _LAYER_STEPS[1][1], _MOST_LAYER_PRODUCTS * (2 if is_fp8 else 1)
+    return min(_MOST_LAYER_ROWS, max(step, int(products / weights_per_layer) // step * step))
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -30,17 +55,19 @@ def _extend(sizes: list[int], steps: Sequence[tuple[int, int]], max_rows: int) -
 
 
 def measure_captures(sizes: Sequence[int], capture: Callable[[int], None]) -> int:
-    """Estimate the device bytes of capturing all ascending `sizes` in one pool, from the two largest.
+    """Estimate the device bytes of capturing all ascending `sizes` in one pool, from the largest of them.
 
-    These share little with each other; all others fit into their memory.
+    The largest takes memory that the others fit into, though the next ones may find it divided so that they take some
+    more. What is left after them is what a graph takes as such.
     """
     free = [_read_free_bytes()]
-    for size in sizes[:-3:-1]:
+    for size in sizes[: -_NUM_MEASURED - 1 : -1]:
         capture(size)
         free.append(_read_free_bytes())
-    if len(free) < 3:
-        return free[0] - free[-1]
-    return free[0] - free[1] + (free[1] - free[2]) * (len(sizes) - 1)
+    num_rest, per_graph = len(sizes) - len(free) + 1, 0
+    if num_rest:
+        per_graph = max(0, free[-_NUM_LAST - 1] - free[-1]) // _NUM_LAST
+    return free[0] - free[-1] + num_rest * per_graph
 
 
 def _read_free_bytes() -> int:

@@ -21,6 +21,7 @@ from toka_engine.model.causal import CausalModel
 from toka_engine.model.cuda.attention import CudaAttention
 from toka_engine.model.cuda.decode_graphs import DecodeGraphs
 from toka_engine.model.cuda.grammar_rows import GrammarRows, MaskStaging
+from toka_engine.model.cuda.graph_sizes import choose_layer_rows
 from toka_engine.model.cuda.layer_graphs import LayerGraphs
 from toka_engine.model.cuda.memory_fit import fit_cache, make_largest_steps, take_spare
 from toka_engine.model.cuda.sampler import CudaSampler, Sampler
@@ -92,7 +93,7 @@ class CudaRunner:
         self._fits_cache = config.kv_cache_num_tokens is None
         has_graphs = config.use_cudagraphs and (parallel is None or parallel.has_graphs)
         self._max_graph_rows = min(config.cudagraph_max_size, max_seqs) if has_graphs else 0
-        self._max_layer_rows = config.cudagraph_max_prefill_size if has_graphs else 0
+        self._max_layer_rows = choose_layer_rows(config, model.config) if has_graphs else 0
         if config.async_tp_threshold is not None:  # sums of larger steps are exchanged outside graphs
             self._max_layer_rows = min(self._max_layer_rows, config.async_tp_threshold - 1)
         self._reserve_outputs(device, max_seqs)
