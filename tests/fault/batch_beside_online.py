@@ -27,6 +27,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 from toka_engine.benchmarks.engine import read_metrics, wait_idle
+from toka_engine.benchmarks.throughput import count_engine
 
 from tests.engine_process import EngineProcess
 
@@ -38,6 +39,8 @@ HIGHEST_ID = 49_000
 """The prompts' token ids are below it: the built-in model has few more."""
 SETTLE_S = 4.0
 """The first seconds of a phase, which are in no figure."""
+STEP_FIGURES = ("busy_ms_per_step", "worker_cpu_ms_per_step", "manager_cpu_ms_per_step")
+"""They say whether steps are as long as the work of the device or that of the host."""
 MAX_GAP_RATIO, MAX_FIRST_RATIO, MIN_SHARE = 1.2, 1.5, 0.6
 
 
@@ -48,11 +51,13 @@ class Seen:
     first_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
-    batch_rates: list[float] = field(default_factory=list)
+    engine_counts: list[dict[str, float]] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
+        means = {name: float(np.mean([counts[name] for counts in self.engine_counts])) for name in STEP_FIGURES}
         return {
             "requests": len(self.first_s),
+            **{name: round(value, 2) for name, value in means.items()},
             **{f"gap_p{rank}_ms": percentile_ms(self.gaps_s, rank) for rank in (50, 99)},
             **{f"first_p{rank}_ms": percentile_ms(self.first_s, rank) for rank in (50, 99)},
         }
@@ -84,10 +89,16 @@ async def ask(session: aiohttp.ClientSession, body: dict[str, Any], seen: Seen) 
 
 async def count_tokens(base_url: str, seconds: float) -> float:
     """Return the output tokens a second, all together, over the next `seconds`."""
+    return (await count_steps(base_url, seconds))["output_tokens_per_s"]
+
+
+async def count_steps(base_url: str, seconds: float) -> dict[str, float]:
+    """Return what the engine does over the next `seconds`: `count_engine` and the output tokens a second."""
     before, began = await read_metrics(base_url), time.monotonic()
     await asyncio.sleep(seconds)
-    after = await read_metrics(base_url)
-    return (after["toka_output_tokens_total"] - before["toka_output_tokens_total"]) / (time.monotonic() - began)
+    after, took = await read_metrics(base_url), time.monotonic() - began
+    counts = count_engine(before, after, took, peak_running=0)
+    return {**counts, "output_tokens_per_s": counts["output_tokens"] / took}
 
 
 async def measure_peak(session: aiohttp.ClientSession, base_url: str, seconds: float, num_clients: int) -> float:
@@ -163,7 +174,7 @@ async def run_phase(
 
 async def _count_others(base_url: str, delay_s: float, seconds: float, seen: Seen) -> None:
     await asyncio.sleep(delay_s)
-    seen.batch_rates.append(await count_tokens(base_url, seconds))
+    seen.engine_counts.append(await count_steps(base_url, seconds))
 
 
 async def measure(base_url: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -187,8 +198,10 @@ async def measure(base_url: str, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def judge(alone: Seen, beside: Seen, peaks: list[float], load: float) -> dict[str, Any]:
     """Return the figures; the requests of both kinds of phases were the same, and so are their tokens."""
-    online = float(np.mean(alone.batch_rates))
-    batch = float(np.mean(beside.batch_rates)) - online
+    online, both = (
+        float(np.mean([each["output_tokens_per_s"] for each in seen.engine_counts])) for seen in (alone, beside)
+    )
+    batch = both - online
     left = float(np.mean(peaks)) * (1 - load)
     first, second = alone.figures(), beside.figures()
     figures = {

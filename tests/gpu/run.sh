@@ -24,7 +24,7 @@ part kernels 150 $pytest tests/unit/kernels --ignore tests/unit/kernels/test_pag
     --ignore tests/unit/kernels/test_fp8_paged_attention.py --ignore tests/unit/kernels/test_gluon_simulator.py
 part attention 100 $pytest tests/gpu/test_attention.py
 part parity 120 $pytest tests/gpu/test_parity.py
-part torch_compile 180 $pytest tests/gpu/test_torch_compile.py
+part torch_compile 300 $pytest tests/gpu/test_torch_compile.py
 part smollm2 120 $pytest tests/gpu/test_smollm2.py
 part fp8 150 $pytest -rP tests/gpu/test_fp8.py tests/unit/kernels/test_fp8_kernels.py
 part decode_graphs 90 $pytest tests/gpu/test_decode_graphs.py
@@ -54,7 +54,8 @@ lines=25 part bench_step_compiled 180 python3 tests/gpu/bench_step.py "$model" "
 lines=60 part versus_compiled 180 python3 -m toka_engine.benchmarks.step "$model" --rows 1,64,1024 --suffix 512 \
     --prefill 2048,8192 --key kv_cache_num_tokens=700000 --versus torch_compile=T
 lines=90 part mixed_steps 180 python3 -m toka_engine.benchmarks.step "$model" --rows 64,256 --suffix 512 --prefill 256 \
-    --mixed 64,256,700 --key kv_cache_num_tokens=300000 --versus cudagraph_max_prefill_size=1024
+    --mixed 64,256,700 --key kv_cache_num_tokens=300000 --key cudagraph_max_prefill_size=0 \
+    --versus cudagraph_max_prefill_size=1024
 part soak 640 python3 -m toka_engine.benchmarks.soak "$model" minutes=8 check_minutes=1 clients=64 checkers=64
 if [[ $num_wanted -gt 0 ]]; then
     echo "no such part: $wanted" >&2
