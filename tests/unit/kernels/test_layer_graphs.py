@@ -70,9 +70,9 @@ def test_memory_of_captures_is_what_the_largest_take_and_what_later_ones_take_as
     assert estimate([], {}) == 0
     assert estimate([5], {5: 70}) == 70
     assert estimate([3, 5], {3: 10, 5: 70}) == 80
-    assert estimate([1, 2, 3, 4, 5], {5: 70, 4: 30, 3: 2, 2: 4}) == 106 + 3
-    assert estimate(list(range(20)), {19: 70, 18: 30, 17: 2, 16: 4}) == 106 + 3 * 16
-    assert estimate(list(range(20)), {19: 70, 18: 30, 17: -9, 16: 4}) == 95
+    assert estimate([1, 2, 3, 4, 5], {5: 70, 4: 30, 3: 2, 2: 4}) == 106 + 4
+    assert estimate(list(range(20)), {19: 70, 18: 30, 17: 4, 16: 2}) == 106 + 4 * 16
+    assert estimate(list(range(20)), {19: 70, 18: 30, 17: 0, 16: 0}) == 100
 
 
 def mixed(driver: Any, new: dict[int, list[int]], decode: list[int]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,8 +16,8 @@ _STEPS = ((512, 32), (2048, 128), (1 << 30, 256))
 _LAYER_STEPS = ((128, 32), (1024, 64), (1 << 30, 128))
 """The same of layer graphs: GEMMs compute tiles of 64 and 128 rows anyway."""
 
-_NUM_MEASURED, _NUM_LAST = 4, 2
-"""Captures that memory is measured of, and how many of these stand for those that are not measured."""
+_NUM_MEASURED, _NUM_DIVIDING = 4, 2
+"""Captures that memory is measured of; those behind the first ones stand for all that are not measured."""
 _MOST_LAYER_ROWS = 1024
 _MOST_LAYER_PRODUCTS = 112e9
 """Multiply-adds of a layer's products, 512 rows of an 8B: with more the device takes longer for a layer than the host
@@ -64,10 +65,8 @@ def measure_captures(sizes: Sequence[int], capture: Callable[[int], None]) -> in
     for size in sizes[: -_NUM_MEASURED - 1 : -1]:
         capture(size)
         free.append(_read_free_bytes())
-    num_rest, per_graph = len(sizes) - len(free) + 1, 0
-    if num_rest:
-        per_graph = max(0, free[-_NUM_LAST - 1] - free[-1]) // _NUM_LAST
-    return free[0] - free[-1] + num_rest * per_graph
+    taken = [before - after for before, after in itertools.pairwise(free)]
+    return sum(taken) + (len(sizes) - len(taken)) * max(taken[_NUM_DIVIDING:], default=0)
 
 
 def _read_free_bytes() -> int:
