@@ -2,13 +2,14 @@
 
 Prints one JSON object: the megabytes a second, the seconds of CPU time that the server took, the growth of its resident
 memory, and the latency of completions that are asked for meanwhile, beside that of the same without an upload. The
-manager is scripted, so that the server alone is measured.
+manager is scripted, so that the server alone is measured; the upload comes from a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -30,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mebibytes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=0, help="megabytes a second of the client at most; 0: no limit")
     parser.add_argument("--folder", help="where the files go; default: a temporary folder")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
@@ -37,8 +39,8 @@ def main() -> int:
         with running_server(make_tokenizer_dir(), answer=partial(speak, ids=ids), data_dir=folder) as server:
             wait_until_open(server)
             ask(server, 200)  # what grows once, grows here
-            upload(server, 4)
-            rounds = [measure(server, chosen.mebibytes) for _ in range(chosen.rounds)]
+            upload(server, 4, 0)
+            rounds = [measure(server, chosen.mebibytes, chosen.rate * 1e6) for _ in range(chosen.rounds)]
     best = max(rounds, key=lambda each: float(each["megabytes_a_second"]))
     print(json.dumps({"mebibytes": chosen.mebibytes, "rounds": rounds, "best": best}), flush=True)
     return 0
@@ -49,7 +51,7 @@ def wait_until_open(server: RunningServer) -> None:
         time.sleep(0.02)  # the folder opens beside the start
 
 
-def measure(server: RunningServer, mebibytes: int) -> dict[str, Any]:
+def measure(server: RunningServer, mebibytes: int, rate: float) -> dict[str, Any]:
     """Return the figures of one upload, after as many requests without one."""
     alone = ask(server, 300)
     is_over = threading.Event()
@@ -59,10 +61,14 @@ def measure(server: RunningServer, mebibytes: int) -> dict[str, Any]:
     memory, cpu = resident_bytes(pid), cpu_s(pid)
     asking.start()
     began = time.monotonic()
-    upload(server, mebibytes)
+    client = multiprocessing.get_context("fork").Process(target=upload, args=(server, mebibytes, rate))
+    client.start()
+    client.join()
     wall_s = time.monotonic() - began
     is_over.set()
     asking.join()
+    if client.exitcode:
+        raise AssertionError(f"the upload's client ended with {client.exitcode}")
     per_request_s = cpu_per_request(server)
     return {
         "megabytes_a_second": round(mebibytes * 1.048576 / wall_s, 1),
@@ -74,8 +80,8 @@ def measure(server: RunningServer, mebibytes: int) -> dict[str, Any]:
     }
 
 
-def upload(server: RunningServer, mebibytes: int) -> None:
-    """Send a file as fast as the server takes it, and check that all of it arrived."""
+def upload(server: RunningServer, mebibytes: int, rate: float) -> None:
+    """Send a file, at most `rate` bytes a second unless that is 0, and check that all of it arrived."""
     head = b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nuser_data\r\n'
     head += b'--b\r\ncontent-disposition: form-data; name="file"; filename="large"\r\n\r\n'
     tail = b"\r\n--b--\r\n"
@@ -89,8 +95,11 @@ def upload(server: RunningServer, mebibytes: int) -> None:
             b"POST /v1/files HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n"
             b"content-type: multipart/form-data; boundary=b\r\n\r\n" % size + head
         )
-        for _ in range(number):
+        began = time.monotonic()
+        for index in range(number):
             sock.sendall(piece)
+            if rate:
+                time.sleep(max(0.0, began + (index + 1) * PIECE / rate - time.monotonic()))
         sock.sendall(tail)
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
     status, _, body = answer.partition(b"\r\n\r\n")

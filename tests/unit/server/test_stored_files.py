@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from toka_engine.server.batches import uploads
 
 from tests.unit.server.harness import RunningServer, running_server, speak
 from tests.unit.server.test_batches import client_of, line_of, start_batch, wait_open, wait_until
@@ -106,6 +108,32 @@ def wait_no_parts(folder: Path) -> None:
     while list((folder / "files").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.02)  # nothing tells of it
+
+
+@pytest.mark.parametrize(("part_s", "least_s", "most_s"), [(0.0, 0.19, 0.22), (0.0005, 0.19, 0.22), (0.01, 0.0, 0.0)])
+def test_an_upload_leaves_the_servers_thread_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_s: float, least_s: float, most_s: float
+) -> None:
+    """Forty megabytes take 0.2 s at least; a client that is slower than that waits for nothing."""
+    clock, pauses = [5.0], []
+
+    async def pause(seconds: float) -> None:
+        clock[0] += seconds + 0.001  # timers are late
+        pauses.append(seconds + 0.001)
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(160):
+            clock[0] += part_s
+            yield bytes(250_000)
+        yield b"\r\n--b--\r\n"
+
+    monkeypatch.setattr(uploads.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(uploads.asyncio, "sleep", pause)
+    upload = uploads.Upload(b"multipart/form-data; boundary=b", tmp_path / "file", 1 << 30)
+    asyncio.run(upload.receive(parts()))
+    assert (tmp_path / "file").stat().st_size == upload.num_bytes == 40_000_000
+    assert least_s <= sum(pauses) + 160 * part_s * bool(pauses) <= most_s
 
 
 def test_a_file_says_how_long_it_is_kept(server: RunningServer) -> None:
